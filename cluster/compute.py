@@ -162,10 +162,9 @@ class RayCompute:
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
         tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
         outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
-        found = [outcomes.get(id(each), ([], {})) for each in requests]
         return [
-            collect_sweep(each.spec, models, *outcome, of_baseline=each.is_baseline)
-            for each, outcome in zip(requests, found, strict=True)
+            collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {})), of_baseline=each.is_baseline)
+            for each in requests
         ]
 
     def _run_trials(self, models: Models, requests: Sequence[SweepRequest]) -> list[Outcome]:
@@ -218,10 +217,11 @@ class RayCompute:
 
     def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
         """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
+        sources = [(id(each.fixes), id(each.reviewed)) for each in requests]  # of plain trainings the same
         drawn = {}
-        for number, each in enumerate(requests):
-            if (of := (id(each.fixes), id(each.reviewed))) not in drawn:  # plain trainings have the same
-                drawn[of] = self._start(
+        for number, (source, each) in enumerate(zip(sources, requests, strict=True)):
+            if source not in drawn:
+                drawn[source] = self._start(
                     "correct",
                     decode_scenario_images,
                     each.spec,
@@ -233,18 +233,19 @@ class RayCompute:
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
-            sources = (each.all_fixes or each.fixes).sources()
-            key = each.spec.correct.train_images, *(rows.tobytes() for rows in sources)
+            left_out, tuned = (each.all_fixes or each.fixes).sources()
+            key = each.spec.correct.train_images, left_out.tobytes(), tuned.tobytes()
             if key not in shared:
-                shared[key] = self._held_images("correct", load_clean_images, each.spec, models, *sources)
+                shared[key] = self._held_images(
+                    "correct", load_clean_images, each.spec, models, left_out, tuned
+                )
             clean.append(shared[key])
         self._wait("correct", *(done for done, _ in drawn.values()))
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
         # again, on CPUs that the trials that wait for them hold
         copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
-        copies = {of: copy.remote(scenes) for of, (_, scenes) in drawn.items()}
-        scenes = [copies[id(each.fixes), id(each.reviewed)] for each in requests]
-        return list(zip(clean, scenes, strict=True))
+        copies = {source: copy.remote(scenes) for source, (_, scenes) in drawn.items()}
+        return list(zip(clean, (copies[source] for source in sources), strict=True))
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.

@@ -135,11 +135,9 @@ def _epochs(run: Run) -> str:
     for name, epochs in trainings.items():
         key, shown = f"training/{name}.safetensors", "β-VAE" if name == "vae" else name
         try:
-            data = run.store.read(key)
+            done = len(decode(Checkpoint, run.store.read(key), key).history)
         except FileNotFoundError:
             continue
-        try:
-            done = len(decode(Checkpoint, data, key).history)
         except StoreError:  # as in training, which then begins again
             kept.append(f"{shown} begins again, its checkpoint is damaged")
         else:
@@ -311,6 +309,5 @@ def _outcome(run: RunSummary) -> tuple[str, str]:
     scenarios = str(run.accepted)
     if run.accepted:
         scenarios += f": {percent(before['scenario'], 0)} → {percent(after['scenario'], 0)}"
-    return scenarios, NONE if before[
-        "test"
-    ] is None else f"{percent(before['test'])} → {percent(after['test'])}"
+    test = NONE if before["test"] is None else f"{percent(before['test'])} → {percent(after['test'])}"
+    return scenarios, test

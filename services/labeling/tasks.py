@@ -21,7 +21,7 @@ import numpy as np
 from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.data.images import to_levels, to_picture
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, without_credentials
 from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
 from defuse_core.store import Store
 from services.labeling.api_types import (
@@ -249,12 +249,13 @@ def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketSt
 
     Raises InputError if Label Studio has no credentials of its own, or if they cannot read the pictures.
     """
-    key = _key(store, access)
+    key, endpoint = _key(store, access), access.endpoint or store.endpoint
     storage = BucketStorage(
         title=title,
         bucket=store.bucket,
         prefix=f"{store.prefix}{PICTURES_FOLDER}",
-        s3endpoint=_without_user(access.endpoint or store.endpoint),
+        # without user name and password: every annotator can read the storages of a project
+        s3endpoint=endpoint and without_credentials(endpoint).replace("***@", ""),
         region_name=store.region,
         aws_access_key_id=key.access_key_id or "",
         aws_secret_access_key=key.secret_access_key or "",
@@ -262,11 +263,6 @@ def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketSt
     )
     _check_access(store, storage)
     return storage
-
-
-def _without_user(address: str | None) -> str | None:
-    """Return an address without user name and password: every annotator can read the storages of a project."""
-    return address and re.sub(r"(?<=://)[^/]*@", "", address)
 
 
 def _key(store: S3Store, access: BucketAccess) -> BucketAccess:
@@ -306,6 +302,8 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, EndpointConnectionError
 
+    from services.storage.s3_errors import EXPECTED_ENDPOINT
+
     try:
         client = boto3.client(
             "s3",
@@ -317,10 +315,7 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
             config=Config(connect_timeout=10, read_timeout=20, retries={"max_attempts": 2}),
         )
     except ValueError:  # "Invalid endpoint: pictures:9000", with a password that it may hold
-        raise InputError(
-            "LABEL_STUDIO_S3_ENDPOINT: expected such as http://host:9000, with its scheme, and a host of letters, "
-            "digits, dots and hyphens"
-        ) from None
+        raise InputError(f"LABEL_STUDIO_S3_ENDPOINT: {EXPECTED_ENDPOINT}") from None
     try:
         listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage.prefix, MaxKeys=1)
         client.head_object(Bucket=store.bucket, Key=listed["Contents"][0]["Key"])

@@ -27,7 +27,14 @@ from tenacity import (
 from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import BROKEN, OutageWatch, code_of, status_of, translated_errors
+from services.storage.s3_errors import (
+    BROKEN,
+    EXPECTED_ENDPOINT,
+    OutageWatch,
+    code_of,
+    status_of,
+    translated_errors,
+)
 
 log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
@@ -67,8 +74,7 @@ def open_s3(address: str) -> S3Store:
             ) from error
         except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
             raise InputError(
-                "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): expected such as http://host:9000, "
-                "with its scheme, and a host of letters, digits, dots and hyphens"
+                f"AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): {EXPECTED_ENDPOINT}"
             ) from None
     at_aws = endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn"))
     store = S3Store(

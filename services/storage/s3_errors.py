@@ -24,6 +24,9 @@ BROKEN = (  # what a body that is read can raise
     aws.ReadTimeoutError,
 )
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+EXPECTED_ENDPOINT = (
+    "expected such as http://host:9000, with its scheme, and a host of letters, digits, dots and hyphens"
+)
 DENIED = {
     "403",
     "AccessDenied",

@@ -154,9 +154,8 @@ def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is
                 tiny_models,
                 [SweepRequest(two, fixes, None, RefusingStore(tmp_path / "run", trial_key(1.0)))],
             )[0]
-        sweep = compute.sweeps(tiny_models, [SweepRequest(two, fixes, None, FolderStore(tmp_path / "run"))])[
-            0
-        ]
+        again = SweepRequest(two, fixes, None, FolderStore(tmp_path / "run"))
+        (sweep,) = compute.sweeps(tiny_models, [again])
     assert {row.lam for row in sweep.rows} == {1.0, 10.0}
     assert_equal_sweeps(sweep, local_sweep_of_two)
 
@@ -315,6 +314,6 @@ def local_sweep_of_two(
     two: RunFile, tiny_models: Models, fixes: Corrections, local_sweep: Sweep, local_store: FolderStore
 ) -> Sweep:
     """Its sweep, of trials of `local_sweep`."""
-    return LocalCompute().sweeps(tiny_models, [SweepRequest(two, fixes, None, local_store.within("trials"))])[
-        0
-    ]
+    request = SweepRequest(two, fixes, None, local_store.within("trials"))
+    (sweep,) = LocalCompute().sweeps(tiny_models, [request])
+    return sweep

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from synthetic_runs import make_run, overflow_weights, perturb_weights, png, swap_classes
+from synthetic_runs import (
+    copied_store,
+    make_run,
+    overflow_weights,
+    perturb_weights,
+    png,
+    swap_classes,
+)
 
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, parse_run_file
@@ -77,8 +83,7 @@ def candidate(planted: FolderStore) -> Candidate:
 @pytest.fixture
 def own_store(planted: FolderStore, tmp_path: Path) -> FolderStore:
     """A copy of `planted` for one test, without a registry."""
-    shutil.copytree(planted.folder, tmp_path, dirs_exist_ok=True)
-    return FolderStore(tmp_path)
+    return copied_store(planted, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -25,8 +27,14 @@ from defuse_core.distill.draws import gaussian_codes
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
-from defuse_core.store import Store
+from defuse_core.store import FolderStore, Store
 from tests.sample_components import sample_scenarios
+
+
+def copied_store(store: FolderStore, folder: Path) -> FolderStore:
+    """Return a copy of the store in an empty folder."""
+    shutil.copytree(store.folder, folder, dirs_exist_ok=True)
+    return FolderStore(folder)
 
 
 def make_run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 import signal
 import threading
 import time
@@ -14,11 +13,11 @@ from collections import Counter
 import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
+from synthetic_runs import copied_store
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.models import build_classifier, weights_of
 from defuse_core.runs import Run
-from defuse_core.store import FolderStore
 from services.serving.candidate import prepare_candidate
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.traffic import read_traffic
@@ -125,14 +124,9 @@ class Live:
         return str(self.number[name])
 
 
-def copied(store, folder):
-    shutil.copytree(store.folder, folder, dirs_exist_ok=True)
-    return FolderStore(folder)
-
-
 @pytest.fixture(scope="module")
 def live_app(serving, planted, tmp_path_factory):
-    store = copied(planted, tmp_path_factory.mktemp("live"))
+    store = copied_store(planted, tmp_path_factory.mktemp("live"))
     return Live(serving(store, run=None, max_canary_s=30), Registry(store), store)
 
 
@@ -263,7 +257,7 @@ def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store,
 @pytest.fixture(scope="module")
 def slow_app(serving, planted, tmp_path_factory):
     """An application with `first` in production, and version 2: a network that is some hundred times as slow."""
-    store = copied(planted, tmp_path_factory.mktemp("slow"))
+    store = copied_store(planted, tmp_path_factory.mktemp("slow"))
     registry, first = Registry(store), candidate(store, "first")
     promote(registry, first, PromotionRequest("ana", ""))
     spec = first.run_file()
