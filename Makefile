@@ -12,7 +12,7 @@ TESTS_AT_ONCE ?= 3
 
 help:
 	@echo "make setup   make the environment in $(VENV) and install Defuse there"
-	@echo "make demo    find, show and fix the failures of a classifier of MNIST (1.5 to 4 minutes, no GPU, no download)"
+	@echo "make demo    find, show and fix the failures of a classifier of MNIST (1.5 to 4 minutes after the setup, no GPU)"
 	@echo "make test    lint, types, import contracts and all tests"
 	@echo "make bench   measure what is faster than what, on a quiet machine (some 15 minutes)"
 

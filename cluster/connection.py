@@ -22,13 +22,14 @@ from defuse_core.errors import ComputeError, InputError, RunFileError, without_c
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
+START_AGAIN = "start the command again; where it happens each time, the logs are in /tmp/ray/session_latest/logs"
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 
 
 def connect(address: str | None) -> bool:
     """Join the cluster at `address`, or start an embedded Ray; True if this call made the connection.
 
-    Raises InputError for an address of another kind, ComputeError where no cluster answers.
+    Raises InputError for an address of another kind, ComputeError where no cluster answers or Ray does not start.
     """
     if ray.is_initialized():
         return False
@@ -38,8 +39,11 @@ def connect(address: str | None) -> bool:
     if address is None:
         protect_embedded_ray()
         keep_idle_workers()
-        with kept_sigterm_handler():
-            ray.init(address="local", include_dashboard=False, **quiet)
+        try:
+            with kept_sigterm_handler():
+                ray.init(address="local", include_dashboard=False, **quiet)
+        except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
+            raise ComputeError(f"Ray did not start on this machine ({one_line(error)}); {START_AGAIN}") from error
         return True
     if "://" in address:
         raise InputError(

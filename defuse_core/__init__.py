@@ -16,12 +16,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from defuse_core.api import debug, open
-    from defuse_core.errors import DefuseError
+    from defuse_core.errors import DefuseError, LabelsPending
     from defuse_core.results import RealImages, RunResult, ScenarioList, ScenarioView
 
-__all__ = ["DefuseError", "RealImages", "RunResult", "ScenarioList", "ScenarioView", "debug", "open"]
+__all__ = [
+    "DefuseError",
+    "LabelsPending",
+    "RealImages",
+    "RunResult",
+    "ScenarioList",
+    "ScenarioView",
+    "debug",
+    "open",
+]
 
-_MODULES = {"debug": "api", "open": "api", "DefuseError": "errors"}  # the others are in results
+# the others are in results
+_MODULES = {"debug": "api", "open": "api", "DefuseError": "errors", "LabelsPending": "errors"}
 
 
 def __getattr__(name: str) -> object:

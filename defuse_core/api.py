@@ -99,8 +99,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
             classifier.class_order); a warning says where they seem to be needed. It is used as it is in eval mode,
             also while it is fine-tuned, and is not changed. None: the run trains one, or the one of `settings`.
         train, validation, test: Images with integer labels (N,). Images are uint8, or floats in [0, 1], of shape
-            (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W and c of 1 or 3. Without `validation`, 15 % of the
-            training images are held out.
+            (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W even, 8 to 512, and c of 1 or 3. Without `validation`,
+            15 % of the training images are held out.
         classes: The names of the classes; a label is an index into them. Default: the labels themselves.
         store: Folder of runs, where ~ is the user's home, or another Store where `settings` name images and weights
             in files.
@@ -118,7 +118,9 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     Raises:
         DataError: The images or labels are not as described.
         ModelError: The classifier is no nn.Module or fails on the images, or torch.export cannot follow its code.
+        RunFileError: The settings are not those of a run file.
         RunMismatchError: A run of this name began with other images, another classifier or other settings.
+        VaeHealthError: The β-VAE draws images that are of no use (vae.accept).
         LabelsPending: People have not answered yet; the same call continues later.
     """
     _expect_module(classifier)

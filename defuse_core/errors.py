@@ -12,7 +12,7 @@ DefuseError
 └── MachineryError           4  the machinery failed: try again, nothing is lost
     ├── StoreError              the run's folder or bucket
     │   ├── DamagedError     2      a file there is damaged, or of another version: a person must look
-    │   └── CredentialsError 2      this process has no credentials for the bucket
+    │   └── StoreSettingsError 2    the bucket's name, region or credentials are wrong
     ├── RunBusyError            another driver is writing this run
     ├── ComputeError            a worker, a task or a trial
     └── ServiceError            Label Studio or another server
@@ -116,7 +116,7 @@ class DamagedError(StoreError):
     exit_code = InputError.exit_code
 
 
-class CredentialsError(StoreError):
+class StoreSettingsError(StoreError):
     exit_code = InputError.exit_code
 
 

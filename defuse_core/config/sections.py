@@ -256,7 +256,8 @@ class ReviewSection(Section):
     """Algorithm 2 and §4.1: people decide which components are failure scenarios, and label them."""
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
-    """The annotators. Paper: people (Ground Truth workers)."""
+    """Who labels the scenarios: reference-models answer in place of people; label-studio asks people. Paper: people
+    (Ground Truth workers)."""
     images: int = Field(10, ge=1)
     """R, images drawn per component. Paper: 10."""
     tau: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"

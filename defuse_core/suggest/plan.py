@@ -47,6 +47,8 @@ CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; t
 PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
+# review.purity of photographs: where all reference models are sure on 84 % of real ones (signs), 0.9 rejects most draws
+ANCHORED_PURITY = 0.7
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 TOO_LONG = 1.5  # times the minutes asked for, from which a plan is worth a warning
@@ -258,7 +260,9 @@ def _set_sizes(
         tree["distill"]["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / len(splits.classes), 5)
     least = max(500, PER_CLASS * len(splits.classes))
     reference = _reference(count, seconds * shares["references"], speeds, least)
-    tree["review"] = {"reference": reference}
+    anchored = tree["vae"].get("decode") == "anchored"
+    tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
+    tree["review"]["reference"] = reference
     tree["judges"] = {"share": 0.0, **reference} if count < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
     warnings = []

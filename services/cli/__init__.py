@@ -61,7 +61,8 @@ def defuse() -> None:
     """Find the regions where an image classifier is wrong, have people label them, and fix it there.
 
     \b
-    Begin with:  defuse run deploy/runs/digits.yaml
+    Begin with:           defuse run deploy/runs/demo.yaml
+    For images of yours:  defuse init --help
     """
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from botocore import exceptions as aws
 
-from defuse_core.errors import CredentialsError, StoreError, without_credentials
+from defuse_core.errors import StoreError, StoreSettingsError, without_credentials
 
 log = logging.getLogger("defuse")
 BROKEN = (  # what a body that is read can raise
@@ -58,15 +58,15 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
         yield
     except aws.ClientError as error:
         raise _translated(error, where, server) from error
-    except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
-        raise CredentialsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
+    except (aws.NoStoreSettingsError, aws.PartialStoreSettingsError) as error:
+        raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
         raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.ProfileNotFound as error:
-        raise CredentialsError(f"{where}: {error}; check AWS_PROFILE") from error
+        raise StoreSettingsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
         if "Invalid header value" in str(error):  # it quotes the key
-            raise CredentialsError(
+            raise StoreSettingsError(
                 f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
                 "header can hold; set it to the key alone"
             ) from None
@@ -91,15 +91,16 @@ def status_of(error: aws.ClientError) -> int:
 def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
     code = code_of(error)
     if code == "NoSuchBucket":
-        return StoreError(f"{where}: {server} has no such bucket; create it, or check --store")
+        return StoreSettingsError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
     if code in DENIED or status_of(error) == 403:
-        return StoreError(
+        kind = StoreError if code == "ExpiredToken" else StoreSettingsError  # a job that starts again has a new token
+        return kind(
             f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
         )
     if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
-        return StoreError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
+        return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
     message = error.response.get("Error", {}).get("Message", "")
     return StoreError(f"{where}: {server} answered {code} {message}; run again to continue")
 

@@ -53,6 +53,19 @@ def test_what_is_no_address_at_all_is_one_line() -> None:
         connect("head")
 
 
+def test_a_ray_that_does_not_start_on_this_machine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed_out(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("cluster.connection.protect_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", timed_out)
+    with pytest.raises(
+        ComputeError,
+        match=r"^Ray did not start on this machine \(Exception: The current node timed out .*\); start the command again",
+    ):
+        connect(None)
+
+
 @pytest.mark.parametrize("mode", ["disabled", "", "tokens"])
 def test_an_embedded_ray_without_authentication_is_refused(
     mode: str, monkeypatch: pytest.MonkeyPatch

@@ -90,7 +90,8 @@ def command_lines(program: str) -> Iterator[tuple[str, list[str]]]:
     for file in files:
         lines = [line.lstrip("#").strip() for line in file.read_text(encoding="utf-8").splitlines()]
         yield from _calls(program, file.name, lines)
-    for readme in (ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))):
+    readmes = (readme for folder in ROOT.glob("[!.]*/") for readme in folder.rglob("README.md"))
+    for readme in (ROOT / "README.md", *sorted(readmes)):
         blocks = re.findall(
             r"```(?:sh|bash|console)\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL
         )

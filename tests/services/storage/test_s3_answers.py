@@ -141,30 +141,32 @@ def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store,
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "words"),
+    ("code", "status", "exit_code", "words"),
     [
         (
             "ExpiredToken",
             400,
+            4,
             r"http://\*\*\*@host refused the credentials \(ExpiredToken\); check AWS_ACCESS",
         ),
-        ("AllAccessDisabled", 403, r"refused the credentials \(AllAccessDisabled\)"),
-        ("NoSuchBucket", 404, "has no such bucket; create it, or check --store"),
-        ("PermanentRedirect", 301, "in another region; set AWS_DEFAULT_REGION"),
-        ("301", 301, "in another region"),
-        ("AuthorizationHeaderMalformed", 400, "in another region"),
-        ("SlowDown", 503, r"http://\*\*\*@host answered SlowDown too many; run again to continue"),
+        ("AllAccessDisabled", 403, 2, r"refused the credentials \(AllAccessDisabled\)"),
+        ("NoSuchBucket", 404, 2, "has no such bucket; create it, or check --store"),
+        ("PermanentRedirect", 301, 2, "in another region; set AWS_DEFAULT_REGION"),
+        ("301", 301, 2, "in another region"),
+        ("AuthorizationHeaderMalformed", 400, 2, "in another region"),
+        ("SlowDown", 503, 4, r"http://\*\*\*@host answered SlowDown too many; run again to continue"),
     ],
 )
-def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, status, words):
+def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, status, exit_code, words):
     error = aws.ClientError(
         {"Error": {"Code": code, "Message": "too many"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "X"
     )
     with (
-        pytest.raises(StoreError, match=f"^s3://b/k: .*{words}"),
+        pytest.raises(StoreError, match=f"^s3://b/k: .*{words}") as raised,
         translated_errors("s3://b/k", "http://u:p@host"),
     ):
         raise error
+    assert raised.value.exit_code == exit_code
 
 
 @pytest.mark.parametrize("code", ["NoSuchKey", "404", "NotFound"])
