@@ -163,7 +163,7 @@ class RayCompute:
         tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
         outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
         return [
-            collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {})), of_baseline=each.is_baseline)
+            collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {})), comparison=each.comparison)
             for each in requests
         ]
 

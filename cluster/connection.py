@@ -22,7 +22,9 @@ from defuse_core.errors import ComputeError, InputError, RunFileError, without_c
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
-START_AGAIN = "start the command again; where it happens each time, the logs are in /tmp/ray/session_latest/logs"
+START_AGAIN = (
+    "start the command again; where it happens each time, the logs are in /tmp/ray/session_latest/logs"
+)
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 
 
@@ -43,7 +45,9 @@ def connect(address: str | None) -> bool:
             with kept_sigterm_handler():
                 ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
-            raise ComputeError(f"Ray did not start on this machine ({one_line(error)}); {START_AGAIN}") from error
+            raise ComputeError(
+                f"Ray did not start on this machine ({one_line(error)}); {START_AGAIN}"
+            ) from error
         return True
     if "://" in address:
         raise InputError(

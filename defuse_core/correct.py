@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import (
+    I64,
     Bool,
     Corrections,
     Models,
@@ -183,19 +184,30 @@ def score(
 def _class_loss(spec: RunFile, models: Models, clean: Splits, right: Mapping[str, Bool]) -> float:
     """Return the largest accuracy that a class has certainly lost on training and validation images together.
 
-    On validation images alone with vae.decode: anchored: D lacks images at which held-out failures are anchored.
+    On validation images alone with vae.decode: anchored: D lacks images at which held-out failures are anchored. Images
+    of one track count once.
     """
     counted = {"validation"} if spec.vae.decode == "anchored" else {"train", "validation"}
     classes = len(models.classes)
-    before, after, counts = np.zeros(classes), np.zeros(classes), np.zeros(classes, np.int64)
+    before, after = np.zeros(classes), np.zeros(classes)
+    counts, units = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
     for part, images in clean.parts().items():
         if part in counted:
             of_each = np.bincount(images.labels, minlength=classes)
             counts += of_each
+            units += _units_of_each(images, classes)
             before += of_each * np.nan_to_num(models.class_accuracy[part])
             after += np.bincount(images.labels, right[part], minlength=classes)
     total = np.maximum(counts, 1)
-    return float(certain_loss(before / total, after / total, counts).max())
+    return float(certain_loss(before / total, after / total, units).max())
+
+
+def _units_of_each(images: Images, classes: int) -> I64:
+    """Return the number of tracks of each class, or of images where they have no tracks, (C,)."""
+    labels = images.labels
+    if images.tracks is not None:
+        labels = np.unique(np.stack([labels, images.tracks]), axis=1)[0]
+    return np.bincount(labels, minlength=classes)
 
 
 def trial_key(lam: float) -> str:

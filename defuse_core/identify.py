@@ -40,7 +40,7 @@ from defuse_core.progress import Progress, silent
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound
-from defuse_core.training.reference_models import load_reference_models, mean_probabilities
+from defuse_core.training.reference_models import load_reference_models, mean_probabilities, sees_class
 
 log = logging.getLogger("defuse")
 SHARDS = 512  # that a training set has at most, unless they would be larger than SHARD_DECODINGS
@@ -207,9 +207,9 @@ class Identifier:
         """Return in which images (n, channels, H, W) the reference models see `truth`, (n,); all without models."""
         if self.references is None or not len(images):
             return np.ones(len(images), np.bool_)
-        seen = mean_probabilities(self.references, images, self.spec.identify.batch_size)  # (n, C)
-        found: Bool = seen[np.arange(len(truth)), truth] >= self.spec.identify.min_probability
-        return found
+        section = self.spec.identify
+        seen = mean_probabilities(self.references, images, section.batch_size)
+        return sees_class(seen, truth, section.min_probability)
 
     def _classify(self, decoder: Decoder, codes: F32, anchors: I64) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""

@@ -13,7 +13,7 @@ ONE_SIDED = 1.645  # standard errors of a bound at 95 %
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
-def wilson(hits: I64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
+def wilson(hits: I64 | F64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
     """Return Wilson's bounds of the shares hits/total, low and high, two-sided; 0 and 1 where total is 0."""
     z = special.ndtri(0.5 + confidence / 2)
     counts = np.maximum(total, 1)
@@ -63,11 +63,17 @@ def exact_lower(hits: I64, total: I64) -> F64:
     return np.where(np.asarray(hits) > 0, low, 0.0)
 
 
-def certain_loss(before: F64, after: F64, counts: I64) -> F64:
-    """Return the lower bound (95 %, one-sided) of each fall of an accuracy on so many images, (C,); 0 for no images."""
-    variance = (before * (1 - before) + after * (1 - after)) / np.maximum(counts, 1)
-    bound: F64 = before - after - ONE_SIDED * np.sqrt(variance)
-    return np.where(counts > 0, np.maximum(bound, 0.0), 0.0)
+def certain_loss(before: F64, after: F64, units: I64) -> F64:
+    """Return the lower bound (95 %, one-sided) of each fall of an accuracy on so many images or tracks, (C,).
+
+    0 for none. It is Newcombe's (1998), of the two bounds by Wilson: a single image that became wrong is no certain
+    loss, though it is the whole accuracy of its class.
+    """
+    confidence = 2 * 0.95 - 1  # 5 % on either side
+    low = wilson(before * units, units, confidence)[0]
+    high = wilson(after * units, units, confidence)[1]
+    bound: F64 = before - after - np.hypot(before - low, high - after)
+    return np.where(units > 0, np.maximum(bound, 0.0), 0.0)
 
 
 def chi2_quantile(share: float | F64, dimensions: int) -> F64:

@@ -44,19 +44,20 @@ def collect_sweep(
     trials: Sequence[Trial],
     failures: Mapping[float, DefuseError] | None = None,
     *,
-    of_baseline: bool = False,
+    comparison: str = "",
 ) -> Sweep:
     """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
 
     Nothing is picked where no λ keeps the clean accuracy within correct.max_loss and max_class_loss (choose_by tune).
-    `of_baseline`: the trials are tuned on the reviewed failures alone. `failures` holds the error of each λ that is
-    left out, which is logged. Raises ModelError or ComputeError if all failed.
+    `comparison` is what the trials are, such as the baseline, where the correction is only compared with them.
+    `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
+    failed, unless they are a comparison, which is left out then.
     """
     failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
-    whose = " of the baseline" if of_baseline else ""
+    whose = f" of {comparison}" if comparison else ""
     for each in failed:
         log.warning("correct: the trial%s with λ = %g failed for good: %s", whose, each.lam, each.cause)
-    if failures and not trials:
+    if failures and not trials and not comparison:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
         raise kind(f"correct: every trial{whose} failed; λ = {failed[0].lam:g}: {failed[0].cause}")
     for trial in trials:
@@ -75,10 +76,10 @@ def collect_sweep(
         log.warning(
             "correct: %s, since every λ loses more than correct.max_loss = %g of the clean accuracy, or more than %g "
             "of that of a class (correct.max_class_loss)%s",
-            "the baseline has no result" if of_baseline else "NOTHING IS CHOSEN",
+            f"{comparison} has no result" if comparison else "NOTHING IS CHOSEN",
             spec.correct.max_loss,
             spec.correct.class_loss_allowed,
-            "" if of_baseline else f"; {SMALLER_LAMBDAS}",
+            "" if comparison else f"; {SMALLER_LAMBDAS}",
         )
         return Sweep(rows, None, {}, failed)
     return Sweep(rows, chosen, best.best, failed)

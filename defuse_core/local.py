@@ -81,7 +81,7 @@ class LocalCompute:
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
         spec = request.spec
         if nothing_to_tune(request.fixes, request.reviewed):
-            return collect_sweep(spec, models, [], of_baseline=request.is_baseline)
+            return collect_sweep(spec, models, [], comparison=request.comparison)
         tuning = load_fine_tuning_data(
             spec, models, request.fixes, request.reviewed, request.all_fixes, progress=self.progress
         )
@@ -95,7 +95,7 @@ class LocalCompute:
                     failures[lam] = outcome
             done = len(trials) + len(failures)
             self.progress("fine-tuning over λ", done, len(spec.correct.lambdas), "trials")
-        return collect_sweep(spec, models, trials, failures, of_baseline=request.is_baseline)
+        return collect_sweep(spec, models, trials, failures, comparison=request.comparison)
 
     def _stack(
         self, spec: RunFile, models: Models, tuning: FineTuningData, lams: tuple[float, ...], store: Store

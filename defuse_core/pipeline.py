@@ -43,7 +43,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.verdicts import decide_verdicts, decides_twice, doubtful, false_discovery_rate
+from defuse_core.review.verdicts import decide_verdicts, doubtful
 from defuse_core.runs import Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import settle_precision
@@ -215,11 +215,11 @@ def _verdicts(
     review, labels = run.spec.review, None
     if review.consensus == "crowdlab":
         labels = crowdlab_consensus(votes, ask_models_once(run, compute, gallery).mean(axis=0)).labels
-    rate = false_discovery_rate(review)
+    rate = review.false_discovery_rate
     decide = partial(decide_verdicts, gallery, votes, review.rho, max_false=rate, image_labels=labels)
     first = decide(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
-    if not decides_twice(review) or not unsure.any():
+    if not review.decides_twice or not unsure.any():
         return first
     references = reference_models(run, compute)
     more = run.once(

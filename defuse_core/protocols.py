@@ -53,8 +53,11 @@ class SweepRequest:
     repetition: int = 0  # as of FineTuningData
 
     @property
-    def is_baseline(self) -> bool:
-        return self.reviewed is not None
+    def comparison(self) -> str:
+        """What it is, where the correction is only compared with its classifiers; empty for the correction's own."""
+        if self.reviewed is not None:
+            return "the baseline"
+        return "" if self.all_fixes is None else "a control of the evidence"
 
 
 class Compute(Protocol):
@@ -90,7 +93,7 @@ class Compute(Protocol):
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
         """Fine-tune once per request and λ (§3.2.3); the trials of all requests are run together.
 
-        Raises ModelError or ComputeError if every trial of a request failed for good.
+        Raises ModelError or ComputeError if every trial of a request that is no comparison failed for good.
         """
 
 

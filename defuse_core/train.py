@@ -169,10 +169,8 @@ def train_part(
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:
     """Raise RunFileError for a choice that needs validation images where the data set has none."""
-    for field, value in (
-        ("classifier.keep", spec.classifier.keep),
-        ("correct.choose_by", spec.correct.choose_by),
-    ):
+    kept = spec.classifier.keep if spec.classifier.epochs else ""  # nothing is trained, so nothing is kept
+    for field, value in (("classifier.keep", kept), ("correct.choose_by", spec.correct.choose_by)):
         if "validation" in value and splits.validation is None:
             raise RunFileError(
                 f"{field}: {value} needs validation images and this data set has none; "

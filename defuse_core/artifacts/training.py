@@ -74,7 +74,8 @@ class Models:
 
     @property
     def balanced_accuracy(self) -> dict[str, float]:
-        """Mean of each part's class accuracies: 1/C where the answers do not depend on the image."""
+        """Mean of each part's class accuracies, of classes with images there: at most 1 over their number where the
+        answers do not depend on the image."""
         return {part: float(np.nanmean(each)) for part, each in self.class_accuracy.items()}
 
 
@@ -118,6 +119,8 @@ class Corrections:
     anchors: Anchors | None = None  # with vae.decode: anchored; None where codes are decoded plainly
     tune_anchor: I64 | None = None  # (A, n_tune) index into anchors
     test_anchor: I64 | None = None  # (A, n_test) likewise; other images, where a scenario has several
+    # (M,) training images that held-out draws may be anchored at, in `test` or elsewhere; None with plain decoding
+    held_out: I64 | None = None
     unreviewed: Failures | None = None  # codes of Ψ to tune on, too; None without correct.unreviewed
 
     def __post_init__(self) -> None:
@@ -133,14 +136,16 @@ class Corrections:
         return replace(self, **per_scenario)
 
     def sources(self) -> tuple[I64, I64]:
-        """Return the training images at which only held-out scenario images are anchored, and those of D_f.
+        """Return the training images at which only held-out scenario images may be anchored, and those of D_f.
 
         Both are empty with plain decoding.
         """
+        none = np.zeros(0, np.int64)
         if self.anchors is None or self.tune_anchor is None:
-            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+            return none, none
         tuned: I64 = np.unique(self.anchors.source[self.tune_anchor])
-        return np.setdiff1d(self.anchors.source, tuned), tuned
+        held_out = np.union1d(self.anchors.source, none if self.held_out is None else self.held_out)
+        return np.setdiff1d(held_out, tuned), tuned
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,11 @@ from pydantic import (
 from defuse_core.errors import has_control_characters
 
 NUMBERS = {int: "an integer", float: "a number"}
+
+
+def fewest_units(rho: float, max_false: float) -> int:
+    """Return the fewest units that can show a share over rho at a false discovery rate: all of them failing."""
+    return 1 if rho == 0 else math.ceil(math.log(max_false) / math.log(rho))
 
 
 def expect_printable(text: str) -> str:

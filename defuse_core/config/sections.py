@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from defuse_core.config.base import Section, UserPath
+from defuse_core.config.base import Section, UserPath, fewest_units
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 WITHOUT_ROOT = frozenset({"digits", "mnist-5000"})  # data sets whose images packages bring
@@ -256,16 +256,15 @@ class ReviewSection(Section):
     """Algorithm 2 and §4.1: people decide which components are failure scenarios, and label them."""
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
-    """Who labels the scenarios: reference-models answer in place of people; label-studio asks people. Paper: people
-    (Ground Truth workers)."""
+    """reference-models answer in place of people; label-studio asks people. Paper: people (Ground Truth workers)."""
     images: int = Field(10, ge=1)
     """R, images drawn per component. Paper: 10."""
     tau: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """τ multiplies the covariance a component is drawn with. auto finds for each component the largest τ up to 1 at
     which it is pure and misclassified, and draws within its ellipsoid. Paper: 0.5 for MNIST, 0.01 otherwise."""
     purity: float = Field(0.9, gt=0, le=0.95)
-    """tau auto: share of a component's draws with one label, by the reference models; its lower bound has to reach
-    this. Ours."""
+    """tau auto: share of a component's draws (with vae.decode: anchored of its own photographs) with one label, by the
+    reference models; its lower bound has to reach this. Ours."""
     failing: float = Field(0.8, ge=0, le=0.95)
     """tau auto: share of a component's labelled draws that the classifier gets wrong; its lower bound has to reach
     this, and be more than rho. Ours."""
@@ -283,7 +282,7 @@ class ReviewSection(Section):
     """accept lower-bound with annotators reference-models: further images drawn where the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
     """The reference models, for annotators: reference-models, prelabel, consensus: crowdlab, tau: auto,
-    identify.screen and correct.filter."""
+    vae.guide_weight, identify.screen and correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)
@@ -301,10 +300,32 @@ class ReviewSection(Section):
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 
+    @property
+    def decides_twice(self) -> bool:
+        """Whether components that remain in doubt are decided again on more images, which only models can label."""
+        return self.accept == "lower-bound" and self.annotators == "reference-models" and self.more_images > 0
+
+    @property
+    def false_discovery_rate(self) -> float | None:
+        """The rate at which accept: lower-bound accepts; None for the paper's rule.
+
+        It is half of max_false where two decisions follow each other, so that both together keep it.
+        """
+        if self.accept != "lower-bound":
+            return None
+        return self.max_false / 2 if self.decides_twice else self.max_false
+
     @model_validator(mode="after")
-    def _draws_can_pass(self) -> Self:
+    def _can_accept(self) -> Self:
         if self.tau == "auto" and self.rho > 0.95:
             raise ValueError("tau: auto measures shares up to 0.95, so rho must be at most that; or set a τ")
+        rate, more = self.false_discovery_rate, self.more_images if self.decides_twice else 0
+        needed = 0 if rate is None else fewest_units(self.rho, rate)
+        if self.images + more < needed:
+            raise ValueError(
+                f"accept: lower-bound accepts nothing with rho = {self.rho:g} and so few images: it takes {needed} "
+                f"misclassified ones; set images: {needed - more}, or accept: share"
+            )
         return self
 
 

@@ -17,6 +17,7 @@ from defuse_core.errors import DataError, first_few
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
 CHUNK = 4096  # images checked at once, to bound the memory
+PIXEL_ROWS = 2**16  # a row number is two pixels, since float32 holds only 2^24 numbers exactly
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -64,7 +65,8 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
 
     def numbered(part: str) -> Images:
         labels = arrays[f"{part}_labels"].astype(np.int64)
-        return Images(np.arange(len(labels), dtype=np.float32)[:, None, None, None], labels)
+        rows = np.stack(np.divmod(np.arange(len(labels)), PIXEL_ROWS), axis=1)
+        return Images(rows.astype(np.float32)[:, None, None, :], labels)
 
     train, validation = numbered("train"), None
     if "validation_labels" in arrays:
@@ -73,7 +75,7 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
         train, validation = with_validation(train, data.validation_share, seed)
     parts = {"train": sample(train, data.train_images, seed), "validation": validation}
     return {
-        part: images.pixels[:].reshape(-1).astype(np.int64)
+        part: images.pixels[:].reshape(-1, 2).astype(np.int64) @ np.array([PIXEL_ROWS, 1])
         for part, images in parts.items()
         if images is not None
     }

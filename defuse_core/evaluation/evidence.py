@@ -59,6 +59,7 @@ from defuse_core.training.reference_models import (
     load_reference_models,
     mean_probabilities,
     model_probabilities,
+    sees_class,
 )
 from defuse_core.tuning_data import held_out_images
 
@@ -301,8 +302,8 @@ class _Evidence:
         if spec.identify.screen == "none" or references is None or not len(images):
             return np.full(3, np.nan)
         models = load_reference_models(spec, spec.review.reference, references, self.classes)
-        seen = mean_probabilities(models, images)[np.arange(len(truth)), truth]
-        return _known_share((seen >= spec.identify.min_probability).astype(np.float64), units)
+        seen = sees_class(mean_probabilities(models, images), truth, spec.identify.min_probability)
+        return _known_share(seen.astype(np.float64), units)
 
     def _mcnemar(self, classifier: nn.Module | None) -> F64:
         """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,).

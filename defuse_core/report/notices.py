@@ -133,6 +133,8 @@ def hardly_better_than_guessing(report: Report) -> str | None:
     """Return that the classifier guesses, and what to look at; None otherwise, and if all is undecided."""
     shares, classes = report.run.balanced_accuracy, report.run.classes
     part = unseen_images(shares)
+    if part == "test":  # some classes may have no test images
+        classes = sum(row.images > 0 for row in report.per_class) or classes
     if part is None or report.scenarios.undecided is not None or not guesses(shares[part], classes):
         return None
     return (

@@ -19,13 +19,15 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import ReviewSection, RunFile
+from defuse_core.config.base import fewest_units
 from defuse_core.distill.sources import UNDIVIDED
 from defuse_core.errors import count_of
 from defuse_core.intervals import ONE_SIDED
-from defuse_core.review.verdicts import false_discovery_rate, fewest_units
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
+# share of Ψ in components whose draws could not be judged over which a run decides nothing, whatever was reviewed
+MOST_UNCLEAR = 0.5
 # share of the training images from which on failures, each too lonely for a scenario, leave it open
 MANY_FAILING = 0.05
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
@@ -55,9 +57,9 @@ def why_undecided(
     used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
     cause = why_guessing(models) or _fault_of_vae_or_screen(models, references if used else None, psi)
     if cause is None and scenarios is not None:
-        cause = _cells_of_low_weight(spec, scenarios) or _scattered(scenarios, psi)
-        if cause is None and not len(gallery) and psi is not None:
-            cause = _all_dropped(spec.review, scenarios, psi.total)
+        cause = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
+        if cause is None and psi is not None:
+            cause = _most_unclear(spec.review, scenarios, psi.total, len(gallery))
     if cause is not None or not len(gallery):
         return cause
     open_ones = np.ones(len(gallery), np.bool_)
@@ -90,10 +92,10 @@ def unseen_images(accuracy: Mapping[str, float]) -> str | None:
 
 
 def guesses(balanced_accuracy: float, classes: int) -> bool:
-    """Whether a classifier is hardly better than one that does not look at the images, of `classes` classes.
+    """Whether a classifier is hardly better than one that does not look at the images, which are of `classes` classes.
 
-    `balanced_accuracy`, on images unseen before, is the mean over the classes of the share that is right: 1/classes
-    for all answers that do not depend on the image, such as the most frequent class.
+    `balanced_accuracy`, on images unseen before, is the mean over the classes of the share that is right: at most
+    1/classes for all answers that do not depend on the image, such as the most frequent class.
     """
     chance = 1 / classes
     return balanced_accuracy < 2 * chance and balanced_accuracy - chance < LEAST_SKILL * (1 - chance)
@@ -101,8 +103,11 @@ def guesses(balanced_accuracy: float, classes: int) -> bool:
 
 def why_guessing(models: Models) -> str | None:
     """Return that the classifier is hardly better than guessing, and what to look at; None where it is better."""
-    part, classes = unseen_images(models.balanced_accuracy), len(models.classes)
-    if part is None or not guesses(models.balanced_accuracy[part], classes):
+    part = unseen_images(models.balanced_accuracy)
+    if part is None:
+        return None
+    classes = int(np.isfinite(models.class_accuracy[part]).sum())  # that have images there
+    if not guesses(models.balanced_accuracy[part], classes):
         return None
     return (
         f"the classifier is hardly better than guessing (right on {models.accuracy[part]:.1%} of the {part} images, "
@@ -151,16 +156,18 @@ def _fault_of_vae_or_screen(models: Models, references: ReferenceSet | None, psi
     return None
 
 
-def _cells_of_low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
-    """Return that most of Ψ is in cells that were dropped for their weight, although not of few images."""
-    enough = max(spec.distill.min_support, FEW_IMAGES)
-    low = [one.weight for one in scenarios.dropped if one.small and one.support >= enough]
-    if sum(low) <= MOST_LOW_WEIGHT:
+def _low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
+    """Return that most of Ψ is in cells, not of few images, or components that were dropped for their weight."""
+    least, enough = spec.distill.min_weight, max(spec.distill.min_support, FEW_IMAGES)
+    cells = [one.weight for one in scenarios.dropped if one.small and one.support >= enough]
+    components = scenarios.all_weights[scenarios.all_weights <= least]
+    low = sum(cells) + float(components.sum())
+    if low <= MOST_LOW_WEIGHT:
         return None
-    return (
-        f"{sum(low):.0%} of the codes of Ψ are in {len(low)} cells (class, answer) of at most "
-        f"{spec.distill.min_weight:g} of them each; lower distill.min_weight"
-    )
+    where = f"{len(cells)} cells (class, answer)" if cells else "components"
+    if cells and components.any():
+        where += ", or in components,"
+    return f"{low:.0%} of the codes of Ψ are in {where} of at most {least:g} of them each; lower distill.min_weight"
 
 
 def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
@@ -180,7 +187,7 @@ def _too_few_units(
     review: ReviewSection, gallery: Gallery, verdicts: Verdicts, open_ones: Bool
 ) -> str | None:
     """Return how many components are misclassified in over rho, but in too few pictures to be certain."""
-    max_false = false_discovery_rate(review)
+    max_false = review.false_discovery_rate
     if max_false is None:
         return None
     needed = fewest_units(review.rho, max_false)
@@ -204,18 +211,18 @@ def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool,
     return verdicts.units, verdicts.failing_units > rho * verdicts.units, noun
 
 
-def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str | None:
-    """Return why no component was left to review; None where that says that the classifier does not fail.
+def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, reviewed: int) -> str | None:
+    """Return why no component was left to review, or little of Ψ; None where the others say that it does not fail.
 
-    It does not where components are small, since few codes are no scenario, and where it is right on most of the other
-    ones: those hold more codes than the ones whose draws could not be judged.
+    They do where components are small, since few codes are no scenario, and where the classifier is right on most of
+    the other ones: those hold more codes than the ones whose draws could not be judged.
     """
     dropped = scenarios.dropped
     if not codes:
         return None
     unclear = [one for one in dropped if not (one.small or one.right)]
-    right = sum(one.weight for one in dropped if one.right)
-    if not unclear or right > sum(one.weight for one in unclear):
+    weight, right = sum(one.weight for one in unclear), sum(one.weight for one in dropped if one.right)
+    if not unclear or right > weight or (reviewed and weight <= MOST_UNCLEAR):
         return None
     heaviest = max(unclear, key=lambda one: one.weight)
     remedy = "more identify.draws or better reference models"
@@ -223,7 +230,8 @@ def _all_dropped(review: ReviewSection, scenarios: Scenarios, codes: int) -> str
         remedy = "more photographs or tracks of these classes (data.train_images)"
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"
+    left = f"only {count_of(reviewed, 'component')}" if reviewed else "no component"
     return (
-        f"Ψ has {count_of(codes, 'code')}, but no component was left to review ({len(unclear)} could "
-        f"not be judged, the heaviest since {heaviest.reason}); try {remedy}"
+        f"Ψ has {count_of(codes, 'code')}, but {left} {'were' if reviewed > 1 else 'was'} left to review "
+        f"({len(unclear)} could not be judged, the heaviest since {heaviest.reason}); try {remedy}"
     )

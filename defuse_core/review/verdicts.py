@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.config import ReviewSection
+from defuse_core.config.base import fewest_units
 from defuse_core.errors import count_of
 from defuse_core.intervals import probability_not_over, significantly_over, wilson
 
@@ -140,11 +139,6 @@ class Shares:
         return f"not over {self.rho:.0%} with certainty, for which at least {needed} {self.units.name}s are needed"
 
 
-def fewest_units(rho: float, max_false: float) -> int:
-    """Return the fewest units that can show a share over rho at a false discovery rate: all of them failing."""
-    return 1 if rho == 0 else math.ceil(math.log(max_false) / math.log(rho))
-
-
 def decide(
     fails: Bool, voted: I64, reviewed: Bool, shares: Shares, classes: tuple[str, ...]
 ) -> tuple[I64, list[str]]:
@@ -166,23 +160,6 @@ def decide(
             labels[component] = label
             reasons.append(f"accepted as {classes[label]}: {shares.found(component)}")
     return labels, reasons
-
-
-def false_discovery_rate(review: ReviewSection) -> float | None:
-    """Return the rate at which review.accept: lower-bound accepts; None for the paper's rule.
-
-    It is half of max_false where two decisions follow each other, so that both together keep it.
-    """
-    if review.accept != "lower-bound":
-        return None
-    return review.max_false / 2 if decides_twice(review) else review.max_false
-
-
-def decides_twice(review: ReviewSection) -> bool:
-    """Whether components that remain in doubt are decided again on more images, which only models can label."""
-    return (
-        review.accept == "lower-bound" and review.annotators == "reference-models" and review.more_images > 0
-    )
 
 
 @dataclass(frozen=True, eq=False)

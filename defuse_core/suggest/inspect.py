@@ -74,8 +74,8 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
     splits = open_splits(section, 0)
     if len(splits.train) < FEWEST:
         raise DataError(f"{called}: {len(splits.train)} training images are too few; add images")
-    some = splits.train.take(slice(0, None, max(1, len(splits.train) // SAMPLE)))
-    photographs = channels == 3 and plain_ground(some.batch(slice(0, SAMPLE))) < PLAIN_GROUND
+    some = splits.train.take(evenly_spaced(len(splits.train), SAMPLE))
+    photographs = channels == 3 and plain_ground(some.batch()) < PLAIN_GROUND
     return DataFacts(
         name,
         root,

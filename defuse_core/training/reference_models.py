@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Gallery, Models, ReferenceSet, Votes, Weights
+from defuse_core.artifacts import (
+    F32,
+    I64,
+    NONE_OF_THE_ABOVE,
+    Bool,
+    Gallery,
+    Models,
+    ReferenceSet,
+    Votes,
+    Weights,
+)
 from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
@@ -146,6 +156,13 @@ def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> I64:
 def unanimous_labels(probabilities: F32, min_probability: float) -> I64:
     """Return the class of which every model is sure, (n,), from (W, n, C); none-of-the-above where there is none."""
     return answers_of_models(probabilities.min(axis=0), min_probability)
+
+
+def sees_class(probabilities: F32, truth: I64, min_probability: float) -> Bool:
+    """Return where (n, C) mean probabilities are highest for `truth`, (n,), and at least `min_probability`, (n,)."""
+    highest = probabilities.argmax(axis=1) == truth
+    seen: Bool = highest & (probabilities[np.arange(len(truth)), truth] >= min_probability)
+    return seen
 
 
 def gallery_probabilities(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.intervals import auroc, share_of_units
+from defuse_core.intervals import ROUNDING, auroc, share_of_units
 
 if TYPE_CHECKING:
     from defuse_core.watch.failure_detector import FailureWatch, MeasuredDetector
@@ -88,7 +88,7 @@ def failure_threshold(watch: FailureWatch, chosen: MeasuredDetector, settings: S
     if settings.failure_threshold is not None:
         return settings.failure_threshold
     errors = np.sort(chosen.validation[watch.validation_wrong])[::-1]
-    return float(errors[max(1, math.ceil(settings.failure_recall * len(errors))) - 1])
+    return float(errors[max(1, math.ceil(settings.failure_recall * len(errors) - ROUNDING)) - 1])
 
 
 def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = True) -> WatchFigures:

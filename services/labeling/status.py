@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
 from defuse_core.review.consensus import Consensus, count_not_majority, crowdlab_consensus, stops_when_sure
-from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate, tally
+from defuse_core.review.verdicts import decide_verdicts, tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
@@ -159,7 +159,7 @@ class ReviewStatus:
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
         review = self.tasks.review
-        rate = false_discovery_rate(review)
+        rate = review.false_discovery_rate
         labels = None if self.consensus is None else self.consensus.labels
         return decide_verdicts(
             self.tasks.gallery, self.votes, review.rho, self.overrides, max_false=rate, image_labels=labels

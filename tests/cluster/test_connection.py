@@ -61,7 +61,7 @@ def test_a_ray_that_does_not_start_on_this_machine_is_one_line(monkeypatch: pyte
     monkeypatch.setattr("cluster.connection.ray.init", timed_out)
     with pytest.raises(
         ComputeError,
-        match=r"^Ray did not start on this machine \(Exception: The current node timed out .*\); start the command again",
+        match=r"^Ray did not start on this machine \(Exception: The current node .*\); start the command again",
     ):
         connect(None)
 

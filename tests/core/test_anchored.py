@@ -35,6 +35,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import _controls, load_findings, run_defuse
 from defuse_core.progress import silent
+from defuse_core.review.sample import sample_corrections, with_used_anchors
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
@@ -269,6 +270,17 @@ def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny
         if without is not None:
             assert without <= left_out and not left_out & tuned
         assert not left_out & set(sources[used.tune_anchor.ravel()])
+
+
+def test_nor_on_those_of_wider_draws_that_no_held_out_picture_happens_to_use(finished, tiny_models):
+    spec = SPEC.with_fields("correct", test_images=1)
+    scenarios, verdicts = finished.load(Scenarios), finished.load(Verdicts)
+    fixes = with_used_anchors(sample_corrections(spec, scenarios, verdicts))
+    used = scenarios.failures.take(verdicts.accepted).anchors
+    of_wider = set(used.source[used.held_out]) - set(fixes.anchors.source)
+    assert of_wider
+    left_out, tuned = (set(each) for each in fixes.sources())
+    assert of_wider <= left_out and not left_out & tuned
 
 
 def test_the_controls_that_leave_scenarios_out_are_tuned_on_the_clean_images_of_plain_training(

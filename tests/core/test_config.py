@@ -185,6 +185,11 @@ def test_every_field_has_a_description():
             "goes with choose_by: tune or",
         ),
         ("review={tau: auto, rho: 0.96}", "rho must be at most that; or set a τ"),
+        (
+            "review={annotators: label-studio, rho: 0.75}",
+            "nothing with rho = 0.75 and so few images: it takes 11 misclassified ones; set images: 11, or ",
+        ),
+        ("review={images: 2, more_images: 3}", "it takes 6 misclassified ones; set images: 3, or accept"),
         ("data.image_size=20", "vae.encoder_stages|vae.decoder_stages|classifier.stages"),
         ("vae.hidden=10", "vae.hidden = 10 must be a multiple of 4x4"),
         ("classifier.architecture=custom", "classifier.import_path goes with"),

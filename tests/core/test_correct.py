@@ -311,7 +311,9 @@ def test_if_every_row_loses_too_much_nothing_is_chosen_and_the_log_says_so(tiny_
     assert "NOTHING IS CHOSEN, since every λ loses more than correct.max_loss = 0" in caplog.text
     assert caplog.text.count("add smaller values to correct.lambdas") == 1
     caplog.clear()
-    collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, of_baseline=True)
+    collect_sweep(
+        tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, comparison="the baseline"
+    )
     assert "the baseline has no result, since every λ" in caplog.text
     assert "NOTHING" not in caplog.text and "add smaller" not in caplog.text
 
@@ -324,7 +326,7 @@ def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
 def test_each_lambda_that_is_left_out_is_logged_once_with_its_error(tiny_models, caplog):
     failures = {2.0: ModelError("it diverged"), 0.1: ComputeError("ZeroDivisionError: by nothing")}
     trials = [trial(1.0, (0.9, 0.5, 0.1))]
-    collect_sweep(tiny(), models_with(0.9, tiny_models), trials, failures, of_baseline=True)
+    collect_sweep(tiny(), models_with(0.9, tiny_models), trials, failures, comparison="the baseline")
     assert "correct: the trial of the baseline with λ = 2 failed for good: it diverged" in caplog.messages
     caplog.clear()
     collect_sweep(tiny(), models_with(0.9, tiny_models), trials, failures)
@@ -338,6 +340,13 @@ def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_inp
     failures = {2.0: ComputeError("out of memory"), 1.0: ModelError("it diverged")}
     with pytest.raises(ComputeError, match="every trial failed; λ = 1: it diverged"):
         collect_sweep(tiny_spec, tiny_models, [], failures)
+
+
+def test_a_comparison_that_lost_all_trials_is_left_out(tiny_spec, tiny_models, caplog):
+    failures = {1.0: ModelError("it diverged")}
+    sweep = collect_sweep(tiny_spec, tiny_models, [], failures, comparison="a control of the evidence")
+    assert (sweep.chosen, sweep.weights, [each.cause for each in sweep.failed]) == (None, {}, ["it diverged"])
+    assert "the trial of a control of the evidence with λ = 1 failed for good: it diverged" in caplog.text
 
 
 def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wrong():

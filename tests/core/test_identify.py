@@ -156,7 +156,8 @@ def test_screening_keeps_the_failing_draws_that_still_show_their_class(screening
     others = np.array([code for code in unscreened.failures.codes.tolist() if tuple(code) not in kept])
     truth = unscreened.failures.truth[[tuple(c) not in kept for c in unscreened.failures.codes.tolist()]]
     lost = mean_probabilities(screening.references, decode_codes(screening.vae, others.astype(np.float32)))
-    assert lost[np.arange(len(lost)), truth].max() < least + 1e-5
+    lost_truth = lost[np.arange(len(lost)), truth]
+    assert ((lost_truth < least + 1e-5) | (lost_truth < lost.max(axis=1))).all()
 
 
 class CountingDecoder(Decoder):
@@ -182,7 +183,9 @@ def test_screening_decodes_one_batch_at_a_time_with_the_result_of_all_at_once(ti
 
     image, _ = np.nonzero(failed)
     seen = mean_probabilities(worker.references, decoder.decode(codes[failed], image), 8)
-    recognised = seen[np.arange(len(image)), images.labels[image]] >= worker.spec.identify.min_probability
+    truth = images.labels[image]
+    sure = seen[np.arange(len(image)), truth] >= worker.spec.identify.min_probability
+    recognised = sure & (seen.argmax(axis=1) == truth)
     assert 0 < recognised.sum() < len(image)
     np.testing.assert_array_equal(kept[failed], recognised)
     assert not kept[~failed].any()

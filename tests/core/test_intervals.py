@@ -220,3 +220,11 @@ def test_a_loss_is_certain_by_what_chance_does_not_explain():
     lost = certain_loss(before, after, np.array([70, 700, 700, 0]))
     assert 0.01 < lost[0] < 0.03 and 0.07 < lost[1] < 0.08
     assert list(lost[2:]) == [0, 0]
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 8])
+def test_a_few_images_that_all_became_wrong_are_a_certain_loss_of_less_than_all(images: int):
+    (lost,) = certain_loss(np.ones(1), np.zeros(1), np.array([images]))
+    by_chance = 0.5**images  # a sign test: of one or two images it may be chance
+    assert lost == 0 if images == 1 else 0 < lost < 1 - by_chance
+    assert lost > 0.4 or images < 4

@@ -174,8 +174,9 @@ def test_real_failures_are_the_first_failing_draws_in_which_the_judges_see_the_c
     other = gather_evidence(spec, found, Controls((setting.shifted(0),), ()), progress=silent)
     np.testing.assert_allclose(other.real_failures[:, 0], [0, right[1], 0, right[1]])
     references = load_reference_models(spec, spec.review.reference, setting.references, 10)
-    seen = model_probabilities(references, shown).mean(axis=0)[np.arange(len(truth)), truth]
-    assert evidence.screen_recall[0] == pytest.approx((seen >= spec.identify.min_probability).mean())
+    seen = model_probabilities(references, shown).mean(axis=0)
+    sure = seen[np.arange(len(truth)), truth] >= spec.identify.min_probability
+    assert evidence.screen_recall[0] == pytest.approx((sure & (seen.argmax(axis=1) == truth)).mean())
 
 
 def test_what_became_right_and_wrong_on_the_test_set_is_counted_for_the_first_plain_training(

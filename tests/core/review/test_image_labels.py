@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
+from defuse_core.config.base import fewest_units
 from defuse_core.review.consensus import crowdlab_consensus
 from defuse_core.review.verdicts import (
     decide_verdicts,
-    decides_twice,
     doubtful,
-    false_discovery_rate,
-    fewest_units,
     majority,
     most_common,
 )
@@ -80,9 +78,9 @@ def test_only_a_lower_bound_has_a_rate_and_only_models_decide_twice():
     def review(**fields: object):
         return recommended(review={"max_false": 0.2, **fields}).review
 
-    assert false_discovery_rate(review(accept="share")) is None and not decides_twice(review(accept="share"))
+    assert review(accept="share").false_discovery_rate is None and not review(accept="share").decides_twice
     people = review(annotators="label-studio")
-    assert not decides_twice(people) and false_discovery_rate(people) == 0.2
+    assert not people.decides_twice and people.false_discovery_rate == 0.2
 
 
 @pytest.mark.parametrize(("rho", "max_false"), [(0.0, 0.05), (0.1, 0.5), (0.5, 0.05), (0.9, 0.05)])

@@ -144,6 +144,9 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
     found, evaluation = sample_findings(0, 0)
     found = dataclasses.replace(found, psi=dataclasses.replace(found.psi, images=100_000))
     cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100  # of 8 images each
+    found = dataclasses.replace(
+        found, scenarios=dataclasses.replace(found.scenarios, all_weights=np.array([0.4]))
+    )
     scenarios = dataclasses.replace(found.scenarios, dropped=cells)
     text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
     assert text.startswith(
@@ -167,6 +170,34 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
         spec = sample_spec().with_fields("distill", min_support=least)
         known["scenarios"] = dataclasses.replace(found.scenarios, dropped=cells)
         assert (why_undecided(spec, found.gallery, found.verdicts, **known) is not None) is told
+
+
+def test_failures_in_components_of_little_weight_are_undecided_as_those_in_cells(tmp_path: Path):
+    found, evaluation = sample_findings(0, 0)
+    cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 50
+    for weights, dropped_cells, words in (
+        (np.full(120, 0.005), (), "60% of the codes of Ψ are in components of at most 0.01"),
+        (
+            np.full(60, 0.005),
+            cells,
+            "60% of the codes of Ψ are in 50 cells (class, answer), or in components, of at most",
+        ),
+        (np.full(90, 0.005), (), None),  # 45 %
+        (np.full(2, 0.3), (), None),  # over distill.min_weight
+    ):
+        scenarios = dataclasses.replace(found.scenarios, all_weights=weights, dropped=dropped_cells)
+        text = headline(report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path))
+        assert text.startswith(f"Could not tell: {words}" if words else "No failure scenario was found")
+
+
+@pytest.mark.parametrize(("weight", "told"), [(0.51, True), (0.5, False)])
+def test_what_could_not_be_judged_is_told_beside_what_was_reviewed_where_it_is_most(
+    weight: float, told: bool
+):
+    found, evaluation = sample_findings(COUNT, 0)
+    scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(weight=weight),))
+    text = undecided((dataclasses.replace(found, scenarios=scenarios), evaluation)) or ""
+    assert ("only 4 components were left to review (1 could not be judged, the heaviest" in text) is told
 
 
 @pytest.mark.parametrize(
@@ -337,3 +368,14 @@ def test_a_classifier_that_guesses_is_told_first(balanced, classes: int, told):
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
     assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
     assert (told or "") in text
+
+
+def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
+    found, _ = sample_findings(COUNT, 0)
+    right = np.array([1.0, *[0.0] * 39, *[np.nan] * 60])  # 100 classes, 40 of them with test images
+    models = dataclasses.replace(
+        fit(found.models), class_accuracy={"test": right}, classes=tuple(map(str, range(100)))
+    )
+    known = {"models": models, "references": None, "psi": None, "scenarios": None}
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    assert text is not None and "on 2.5% on average over their 40 classes" in text

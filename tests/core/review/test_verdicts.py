@@ -11,9 +11,7 @@ from defuse_core.intervals import binomial_tail, significantly_over, wilson
 from defuse_core.review.overrides import OVERRIDES, read_overrides
 from defuse_core.review.verdicts import (
     decide_verdicts,
-    decides_twice,
     doubtful,
-    false_discovery_rate,
     most_common,
     most_common_error,
     most_common_errors,
@@ -281,8 +279,8 @@ def test_components_just_at_rho_are_seldom_accepted_however_few_photographs_they
 @pytest.mark.parametrize("images", [5, 10, 13, 20])
 def test_two_decisions_together_accept_no_more_false_components_than_max_false(images):
     review = recommended(review={"images": images, "more_images": 40}).review
-    rate, more, rho = false_discovery_rate(review), review.more_images, review.rho
-    assert decides_twice(review)
+    rate, more, rho = review.false_discovery_rate, review.more_images, review.rho
+    assert review.decides_twice
     hits, further = np.arange(images + 1), np.arange(more + 1)
     at_first = np.array([significantly_over(np.array([n]), np.array([images]), rho, rate)[0] for n in hits])
     in_doubt = ~at_first & (wilson(hits, np.full(images + 1, images), 0.9)[1] > rho)
@@ -296,8 +294,8 @@ def test_two_decisions_together_accept_no_more_false_components_than_max_false(i
 
 def test_a_single_decision_has_all_of_max_false():
     review = recommended(review={"more_images": 0, "max_false": 0.2}).review
-    assert false_discovery_rate(review) == 0.2
-    assert false_discovery_rate(recommended(review={"max_false": 0.2}).review) == 0.1
+    assert review.false_discovery_rate == 0.2
+    assert recommended(review={"max_false": 0.2}).review.false_discovery_rate == 0.1
 
 
 def test_the_most_common_label_leaves_out_images_without_one():

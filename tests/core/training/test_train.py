@@ -22,7 +22,7 @@ from defuse_core.models import (
 from defuse_core.progress import silent
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
-from defuse_core.train import train, train_side_by_side
+from defuse_core.train import _expect_validation, train, train_side_by_side
 from defuse_core.training.loop import minibatches, set_learning_rate
 from defuse_core.training.reference_models import (
     load_reference_models,
@@ -259,6 +259,11 @@ def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
 def test_choosing_by_validation_without_validation_images_is_refused_before_training(section, change):
     with pytest.raises(RunFileError, match=f"^{section}.*needs validation images"):
         train(tiny(data={"validation_share": 0.0}, **{section: change}), progress=silent)
+
+
+def test_a_classifier_that_is_not_trained_needs_no_validation_images_to_keep_its_best_epoch():
+    splits = open_splits(tiny(data={"validation_share": 0.0}).data, 0)
+    _expect_validation(tiny(classifier={"keep": "best_validation", "epochs": 0, "weights": "a.pt"}), splits)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,16 @@ def test_scores_are_the_log_odds_of_the_other_classes_the_energy_and_the_log_dis
     assert found == pytest.approx([doubt, np.log(3)])
 
 
+def test_the_wanted_number_of_errors_is_not_one_more_by_rounding() -> None:
+    assert 0.55 * 100 > 55
+    wrong = np.ones(100, np.bool_)
+    watch = dataclasses.replace(
+        sample_watch(images=100), validation_wrong=wrong, validation_region=np.arange(100) / 100
+    )
+    chosen = dataclasses.replace(watch.methods[0], validation=np.arange(100) / 100)
+    assert failure_threshold(watch, chosen, ServeSection(failure_recall=0.55)) == 0.45
+
+
 @pytest.mark.parametrize(("recall", "threshold"), [(0.25, 0.9), (0.5, 0.7), (0.6, 0.4), (1.0, 0.1)])
 def test_the_threshold_is_the_largest_that_flags_the_wanted_share_of_errors(
     recall: float, threshold: float
