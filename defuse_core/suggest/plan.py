@@ -287,8 +287,7 @@ def _set_sizes(
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
         warnings.append(
-            f"{count_of(minutes, 'minute')} cannot be enough: even with {count_of(epochs, 'epoch')} for the β-VAE a "
-            f"run of {count:,} images of {side}x{side} pixels takes about {planned:,.0f} minutes "
+            f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} pixels takes about {planned:,.0f} minutes "
             "here; set data.train_images or a smaller data.image_size"
         )
         return round(planned), warnings
