@@ -25,7 +25,7 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling.status import AnswerChanges
+    from services.labeling.changes import AnswerChanges
 
 
 @click.group()
@@ -94,10 +94,11 @@ def status(name: str, store: str, as_json: bool) -> None:
         return
     _expect_people(opened)
     from services.labeling import LabelStudioAnnotators
+    from services.labeling.changes import answer_changes
 
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
-    changes = None if votes is None else found.changes_since(votes)
+    changes = None if votes is None else answer_changes(found.tasks, votes, found.votes)
     task_url, label_at, invitation = partial(annotators.client.task_url, state.number), None, None
     if votes is None:
         label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
@@ -140,9 +141,11 @@ def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChan
         return None, None
     try:
         from services.labeling import LabelStudioAnnotators
+        from services.labeling.changes import answer_changes
 
         annotators = LabelStudioAnnotators(run, read_settings())
-        return annotators.status(gallery)[0].changes_since(votes), None
+        status, _ = annotators.status(gallery)
+        return answer_changes(status.tasks, votes, status.votes), None
     except (InputError, ServiceError) as error:
         return None, str(error)
 
