@@ -18,7 +18,7 @@ from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
 from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.distill.draws import distances_from
-from defuse_core.errors import DefuseError, InputError, count_of
+from defuse_core.errors import DefuseError, InputError, ModelError, count_of
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
@@ -31,7 +31,7 @@ from defuse_core.models import (
     predict,
     set_weights,
 )
-from defuse_core.models.adapters import adapt
+from defuse_core.models.adapters import adapt, is_adapted, plain_section
 from defuse_core.pipeline import load_findings
 from defuse_core.report import Report, parse_report
 from defuse_core.report.build import build_report
@@ -96,16 +96,22 @@ class RunResult:
         """Return the corrected classifier on the CPU, in eval mode: images (n, channels, H, W) in [0, 1] -> logits.
 
         After `debug` it is a copy of the module that was given. After `open` it is the network as the run stores it,
-        or with `like` a copy of that module, which has to be of the same architecture. Raises InputError where the run
-        corrected nothing, ModelError where the weights do not fit `like`.
+        or with `like` a copy of that module, which has to be of the same architecture (resnet18: torchvision's, for
+        which a grey image is repeated to three channels). Raises InputError where the run corrected nothing, ModelError
+        where the weights do not fit `like`, or where `like` has a translation of Defuse, as what this returns may have.
         """
         models, stored = corrected_classifier(self.run)
+        if like is not None and is_adapted(like):
+            raise ModelError(
+                "like: expected the network itself, found one whose images or answers Defuse translates already, such "
+                "as `corrected` returns it; give the module as it was built"
+            )
         like = self._classifier if like is None else like
         if like is None:
             return stored
         net = copy_for_inference(like)
         set_weights(net, plain_weights(stored), "corrected")
-        return adapt(net, self.run.spec.classifier, len(models.classes))
+        return adapt(net, plain_section(self.run.spec.classifier), len(models.classes))
 
     def __repr__(self) -> str:
         return f"<run {_shown(self.run.store.address)}: {self._summary()}>"

@@ -305,7 +305,8 @@ def _verdicts(report: Report) -> list[str]:
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
     parts, judged = list[str](), report.scenarios.false_by_judges
     if false is not None:
-        parts.append(f"{percent(false)} of the accepted are expected to be false, if the labels are right")
+        expected = "of those that the vote accepts are expected to be false, if the labels are right"
+        parts.append(f"{percent(false)} {expected}")
         if judged is not None:
             parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false")
     if agreement is not None:

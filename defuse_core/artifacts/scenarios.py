@@ -308,7 +308,8 @@ class Verdicts:
     reasons: tuple[str, ...]  # (S,) one line each: why accepted or rejected
     overrides: tuple[Override, ...]  # oldest first
     labelled: I64  # (S,) images that the share rests on, further draws included
-    false_share: float = 0.0  # expected share of accepted scenarios whose true share is at most rho
+    # expected share, of those that the vote alone accepts, whose true share of misclassified images is at most rho
+    false_share: float = 0.0
     # images that the labelled ones are anchored at, or their tracks; None where decoded plainly
     units: I64 | None = None  # (S,)
     failing_units: I64 | None = None  # (S,) of those, the ones whose images are misclassified in over rho

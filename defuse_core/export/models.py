@@ -22,7 +22,7 @@ from defuse_core.data import reopen_splits
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, one_line
 from defuse_core.export.writing import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
-from defuse_core.models.adapters import as_logits, to_range
+from defuse_core.models.adapters import as_logits, plain_section, to_range
 from defuse_core.models.programs import SOURCE
 from defuse_core.runs import Run
 
@@ -48,10 +48,11 @@ class ExportedModel:
 def export_model(run: Run, path: Path) -> ExportedModel:
     """Write the corrected classifier of a finished run to `path`, and compare the file's answers with the run's.
 
-    .safetensors holds the state dict under the network's own names; .pt2 and .onnx hold the whole network, from
-    images in [0, 1] to logits, for batches of any size. A file at `path` is replaced only by one that passes. Raises
-    InputError where the run has no corrected classifier or `path` cannot be written, ModelError where the answers
-    differ.
+    .safetensors holds the state dict under the network's own names, and as metadata what that network gets and
+    returns: input_range, outputs and class_order (JSON: for each of `classes` the index of its output, or null).
+    .pt2 and .onnx hold the whole network, from images in [0, 1] to logits, for batches of any size. A file at `path`
+    is replaced only by one that passes. Raises InputError where the run has no corrected classifier or `path` cannot
+    be written, ModelError where the answers differ.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"--to {path}: expected a file that ends in {', '.join(SUFFIXES)}")
@@ -128,14 +129,15 @@ def plain_weights(classifier: nn.Module) -> Weights:
 
 
 def _as_safetensors(run: Run, models: Models, classifier: nn.Module, path: Path) -> tuple[bytes, Answer]:
-    section = run.spec.classifier
-    imagenet = section.architecture == "resnet18"
+    section = plain_section(run.spec.classifier)
     facts = {
         "format": "pt",
         "run": run.name,
         "classes": json.dumps(models.classes),
+        "class_order": json.dumps(section.class_order),
         "architecture": section.architecture,
-        "input_range": "imagenet" if imagenet else section.input_range,
+        "input_range": section.input_range,
+        "outputs": section.outputs,
     }
     data = save(plain_weights(classifier), metadata=facts)
     again = load_classifier(run.spec, _full(classifier, load(data)), len(models.classes), str(path))

@@ -45,6 +45,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
+from defuse_core.models.adapters import plain_section
 from defuse_core.models.probe import far_better_range
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
@@ -174,9 +175,11 @@ class Suite:
         if given.architecture not in EXTERNAL:
             return []
         pairs = [(name, getattr(asked, name), getattr(given, name)) for name in SuiteClassifier.model_fields]
-        run = self.description.run
+        run, exported = self.description.run, ""
+        if given.architecture == "program":
+            exported = "; a file of `defuse export` needs no such field"
         return [
-            f"classifier.{name} is {_text(here)}; for the classifier of run {run} it was {_text(there)}"
+            f"classifier.{name} is {_text(here)}; for the classifier of run {run} it was {_text(there)}{exported}"
             for name, there, here in pairs
             if here != there
         ]
@@ -345,7 +348,8 @@ def _suite_of(run: Run) -> Suite:
 
 def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -> SuiteDescription:
     vae = run.spec.vae.model_dump(mode="json")
-    section = run.spec.classifier.model_dump(mode="json", include=set(SuiteClassifier.model_fields))
+    section = plain_section(run.spec.classifier)
+    classifier = section.model_dump(mode="json", include=set(SuiteClassifier.model_fields))
     return SuiteDescription(
         version=VERSION,
         run=run.name,
@@ -355,7 +359,7 @@ def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -
         image_size=run.spec.data.image_size,
         channels=run.spec.data.channels,
         vae=vae | {"weights": None, "epochs": max(1, vae["epochs"])},
-        classifier=SuiteClassifier.model_validate(section),
+        classifier=SuiteClassifier.model_validate(classifier),
         scenarios=scenarios,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x -
     "imagenet": (IMAGENET_MEAN, IMAGENET_SD),
     "0..255": ((0.0,), (1 / 255,)),
 }
+OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # of Defuse's own networks, whatever the section says
+
+
+def plain_section(section: ClassifierSection) -> ClassifierSection:
+    """Return the section with what the network itself gets and returns, without the translation of its wrapper."""
+    if section.architecture in EXTERNAL:
+        return section
+    own = {"input_range": OWN_RANGES[section.architecture], "outputs": "logits"}
+    return section.model_copy(update=own)
 
 
 def adapt(module: nn.Module, section: ClassifierSection, classes: int) -> nn.Module:
@@ -42,6 +51,17 @@ def reorder(module: nn.Module, order: tuple[int, ...], classes: int) -> nn.Modul
     _expect_order(order, classes)
     module.register_forward_hook(partial(_after, "logits", order))
     return module
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether `adapt` or `reorder` translates what the module, or one that it is a copy of, gets or returns."""
+    before = [hook for hook in module._forward_pre_hooks.values() if _is_of(hook, _before)]
+    after = [hook for hook in module._forward_hooks.values() if _is_of(hook, _after)]
+    return bool(before) or any(hook.args != ("logits", None) for hook in after)
+
+
+def _is_of(hook: object, function: object) -> TypeGuard[partial[object]]:
+    return isinstance(hook, partial) and hook.func is function
 
 
 def _expect_order(order: tuple[int, ...], classes: int) -> None:

@@ -90,8 +90,9 @@ class ScenarioSummary(FigureModel):
     own_labels: OwnLabels
     list: tuple[Scenario, ...]
     expected_false_share: float | None
-    """Expected share of false ones among those that the vote accepts: with what probability, under a uniform prior, the
-    classifier gets at most review.rho of a scenario wrong, mean over them. Null without any."""
+    """Expected share of false ones among those that the vote accepts and that nobody decided on above it: with what
+    probability, under a uniform prior, the classifier gets at most review.rho of a scenario wrong, mean over them. Null
+    without any."""
     tuning_agreement: float | None
     """Mean over the accepted."""
     unreviewed_images: int

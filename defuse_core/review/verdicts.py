@@ -234,8 +234,9 @@ def decide_verdicts(
     shares = Shares(misclassified, total, rho, max_false, units)
     reviewed = images.labelled.sum(axis=1) > 0
     labels, reasons = decide(fails, voted, reviewed, shares, gallery.classes)
-    accepted = labels != NONE_OF_THE_ABOVE
-    false = probability_not_over(*tested, rho)[accepted]
+    overridden = np.isin(np.arange(scenarios), [override.scenario for override in overrides])
+    by_vote = (labels != NONE_OF_THE_ABOVE) & ~overridden
+    false = probability_not_over(*tested, rho)[by_vote]
     _apply(overrides, labels, reasons, gallery.classes)
     leading = np.where(labels == NONE_OF_THE_ABOVE, voted, labels)
     return Verdicts(

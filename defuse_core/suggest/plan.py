@@ -287,8 +287,8 @@ def _set_sizes(
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
         warnings.append(
-            f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} pixels takes about {planned:,.0f} minutes "
-            "here; set data.train_images or a smaller data.image_size"
+            f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
+            f"pixels takes about {planned:,.0f} minutes here; set data.train_images or a smaller data.image_size"
         )
         return round(planned), warnings
     if epochs < FEW_EPOCHS:

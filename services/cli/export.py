@@ -41,7 +41,8 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.
 
     The written classifier is compared with the run's own on 1,000 images. A .safetensors file has the names of the
-    network itself; .pt2 and .onnx map images in [0, 1] to logits.
+    network itself, and input_range, outputs, classes and class_order in its metadata; .pt2 and .onnx map images in
+    [0, 1] to logits.
 
     \b
     defuse export digits --to model.safetensors

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError, ServiceError, count_of
+from defuse_core.errors import InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
 from services.cli.options import json_option, print_json, printable, store_option
 from services.cli.review_tables import (
+    print_by_majority,
     print_closed,
     print_result,
     print_skips,
@@ -25,7 +26,7 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling.status import AnswerChanges
+    from services.labeling.changes import AnswerChanges
 
 
 @click.group()
@@ -75,7 +76,8 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 def status(name: str, store: str, as_json: bool) -> None:
     """Show the answers so far of RUN, the missing ones, and the address to label at.
 
-    Once the votes are stored, show them and the verdicts; that works without Label Studio, too.
+    Once the votes are stored, show them and the verdicts that `defuse run` makes of them; that works without Label
+    Studio, too.
     """
     from defuse_core.artifacts import Verdicts, Votes
 
@@ -83,33 +85,30 @@ def status(name: str, store: str, as_json: bool) -> None:
     console = Terminal(markup=False)  # what annotators typed is no markup
     console.quiet = as_json
     votes, verdicts = opened.load(Votes), opened.load(Verdicts)
-    if votes is not None and verdicts is None and "/" in name:
-        verdicts = _store_traffic_verdicts(opened, votes)
-    if votes is not None and verdicts is not None:
+    if votes is None or verdicts is None:
+        _expect_people(opened)
+    if votes is not None:
+        if verdicts is None:
+            verdicts = _verdicts_from(opened, gallery, votes, console)
         later = _later_answers(opened, gallery, votes)
         print_result(gallery, votes, verdicts, console)
         print_closed(name, *later, console)
         if as_json:
             print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
         return
-    _expect_people(opened)
     from services.labeling import LabelStudioAnnotators
 
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
-    changes = None if votes is None else found.changes_since(votes)
-    task_url, label_at, invitation = partial(annotators.client.task_url, state.number), None, None
-    if votes is None:
-        label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
-        console.print(f"Label at {label_at}", soft_wrap=True)
-        console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
+    label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
+    console.print(f"Label at {label_at}", soft_wrap=True)
+    console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
+    task_url = partial(annotators.client.task_url, state.number)
     print_status(found, console)
     print_skips(name, found, task_url, console)
-    summary = summarize_status(name, found, task_url, changes)
+    summary = summarize_status(name, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
-    if changes is not None:
-        print_closed(name, changes, None, console)
-    elif "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
+    if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
         votes = found.final_votes(state)
         verdicts = _store_traffic_verdicts(opened, votes)
         summary = summarize_result(name, gallery, votes, verdicts, None, None)
@@ -127,6 +126,26 @@ def _expect_people(run: Run) -> None:
         )
 
 
+def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) -> Verdicts:
+    """Return the verdicts that `defuse run` will make from people's stored votes; of traffic, store them."""
+    from defuse_core.review.consensus import crowdlab_consensus
+    from defuse_core.review.overrides import read_overrides
+    from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate
+    from defuse_core.training.reference_models import Prelabels
+
+    if "/" in run.name:
+        return _store_traffic_verdicts(run, votes)
+    review, labels = run.spec.review, None
+    if review.consensus == "crowdlab":
+        if (stored := run.load(Prelabels)) is None:
+            print_by_majority(console)
+        else:
+            labels = crowdlab_consensus(votes, stored.probabilities.mean(axis=0)).labels
+    rate = false_discovery_rate(review)
+    decided = read_overrides(run.store)
+    return decide_verdicts(gallery, votes, review.rho, decided, max_false=rate, image_labels=labels)
+
+
 def _store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
     from services.labeling.annotators import store_traffic_verdicts
 
@@ -140,10 +159,12 @@ def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChan
         return None, None
     try:
         from services.labeling import LabelStudioAnnotators
+        from services.labeling.changes import answer_changes
 
         annotators = LabelStudioAnnotators(run, read_settings())
-        return annotators.status(gallery)[0].changes_since(votes), None
-    except (InputError, ServiceError) as error:
+        status, _ = annotators.status(gallery)
+        return answer_changes(status.tasks, votes, status.votes), None
+    except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
         return None, str(error)
 
 

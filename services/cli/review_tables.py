@@ -17,7 +17,8 @@ from services.tables import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
-    from services.labeling.status import AnswerChanges, ReviewStatus
+    from services.labeling.changes import AnswerChanges
+    from services.labeling.status import ReviewStatus
     from services.labeling.tasks import TaskSubject
 
 ROWS_SHOWN = 20
@@ -63,7 +64,7 @@ def summarize_result(
     changes: AnswerChanges | None,
     unknown: str | None,
 ) -> ReviewSummary:
-    """Return the summary of a review whose votes and verdicts are stored; `changes` as for print_closed."""
+    """Return the summary of a review whose votes are stored; `changes` as for print_closed."""
     counts = _answers_by_annotator(votes)
     return ReviewSummary(
         run=name,
@@ -86,15 +87,13 @@ def _answers_by_annotator(votes: Votes) -> Counter[str]:
     return Counter(votes.annotators[annotator] for annotator, *_ in sorted(tasks))  # two may have one name
 
 
-def summarize_status(
-    name: str, status: ReviewStatus, task_url: Callable[[int], str], changes: AnswerChanges | None
-) -> ReviewSummary:
-    """Return the summary of a review that Label Studio has; `changes` after the votes, once these are stored."""
+def summarize_status(name: str, status: ReviewStatus, task_url: Callable[[int], str]) -> ReviewSummary:
+    """Return the summary of a review whose votes are not stored yet."""
     missing = status.missing_per_task.sum(axis=1) * ~status.decided
     verdicts = status.verdicts()
     return ReviewSummary(
         run=name,
-        closed=changes is not None,
+        closed=False,
         given=status.given,
         wanted=status.outstanding,
         annotators=status.per_annotator(),
@@ -102,7 +101,6 @@ def summarize_status(
         scenarios=_scenarios(status.tasks.gallery, verdicts, status.decided.tolist(), missing.tolist()),
         not_counted=len(status.pulled.discarded),
         skipped=tuple(task_url(skip.task) for skip in status.blocking_skips()),
-        changes={} if changes is None else asdict(changes),
     )
 
 
@@ -124,7 +122,7 @@ def _scenarios(
 
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
-    """Print the stored votes of a review and the verdicts on its scenarios."""
+    """Print the stored votes of a review and the verdicts that follow from them."""
     console.print(f"{count_of(len(votes.answer), 'vote')} of {votes.answered_by} stored.")
     for number, count in sorted(Counter(votes.annotator.tolist()).items()):
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
@@ -154,13 +152,18 @@ def print_status(status: ReviewStatus, console: Console) -> None:
         console.print(f"  {name}: {count}", highlight=False)
     _print_agreement("Agreement so far", status.verdicts(), console)
     if status.tasks.review.consensus == "crowdlab" and status.consensus is None:
-        console.print(
-            "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab, and stores the "
-            "reference models' answers, before which no image is sure.",
-            soft_wrap=True,
-        )
+        print_by_majority(console)
     print_table(console, _scenario_table(status))
     _print_discarded(status, console)
+
+
+def print_by_majority(console: Console) -> None:
+    """Print that the verdicts are not those of review.consensus: crowdlab, since the models' answers are missing."""
+    console.print(
+        "The verdicts below are by majority; `defuse run` decides with review.consensus: crowdlab, and stores the "
+        "reference models' answers, before which no image is sure.",
+        soft_wrap=True,
+    )
 
 
 def _mean_agreement(verdicts: Verdicts) -> float | None:

@@ -114,7 +114,10 @@ class LabelStudioAnnotators:
         return project.push()
 
     def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
-        """Return the status of the review; decided scenarios leave the queue. Raises InputError before a push."""
+        """Return the status of the review; until its votes are stored, decided scenarios leave the queue.
+
+        Raises InputError before a push.
+        """
         state = read_state(self.run.store, gallery)
         if state.project is None:
             raise InputError(
@@ -140,7 +143,8 @@ class LabelStudioAnnotators:
             read_overrides(self.run.store),
             None if stored is None else stored.probabilities,
         )
-        update_queue(self.client, status)
+        if not self.run.store.exists("votes.safetensors"):  # a closed review asks nobody any more
+            update_queue(self.client, status)
         self.pull_s = monotonic() - started
         return status, state
 

@@ -127,10 +127,13 @@ class LabelStudioClient:
     def tasks(self, project: int, with_data: bool = False) -> Iterator[Task]:
         """Yield all tasks with all annotations, page by page; with_data adds the data that they show."""
         include, page = (TASK_FIELDS + ",data" if with_data else TASK_FIELDS), 1
-        while (yield from self._page(project, include, page)) == PAGE_SIZE:
+        # the first page shows how long pages are: the server may have a limit (TASK_API_PAGE_SIZE_MAX)
+        size = found = yield from self._page(project, include, page)
+        while found == size > 0:
             page += 1
             if page % PAGES_PER_COLLECTION == 0:
                 gc.collect()
+            found = yield from self._page(project, include, page)
 
     def _page(self, project: int, include: str, page: int) -> Generator[Task, None, int]:
         """Yield the tasks of one page and return their number; no reference to the page remains."""
@@ -147,7 +150,7 @@ class LabelStudioClient:
                 )
             except ApiError as error:
                 if error.status_code == 404 and page > 1 and self.project(project) is not None:
-                    return 0  # the page before was full and the last
+                    return 0  # the page before was the last
                 raise
             items = reply.items or ()
         for item in items:

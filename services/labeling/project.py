@@ -192,8 +192,8 @@ class ReviewProject:
                 if missing:
                     self._import(missing)
                     present = self.drop_duplicates()
-                if not present.ids.all():
-                    raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
+        if not present.ids.all():  # not tried again here: tasks that the server does not list would multiply
+            raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
 
     def drop_duplicates(self) -> PresentTasks:
         """Return the tasks in the project, after duplicates that nobody answered are deleted."""

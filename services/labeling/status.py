@@ -59,19 +59,6 @@ class ReviewNotes(TypedDict):
     prelabel: NotRequired[str]
 
 
-@dataclass(frozen=True)
-class AnswerChanges:
-    """How many answers were added, changed and deleted after the votes were stored."""
-
-    added: int = 0
-    changed: int = 0
-    deleted: int = 0
-
-    def __str__(self) -> str:
-        counts = {"given": self.added, "changed": self.changed, "deleted": self.deleted}
-        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-
-
 @dataclass(frozen=True, eq=False)
 class ReviewStatus:
     """The review at one moment."""
@@ -183,23 +170,6 @@ class ReviewStatus:
         """
         both = (*self.pulled.skips, *self.pulled.unreadable)
         return [skip for skip in both if self.wanted_per_task[skip.index]]
-
-    def changes_since(self, votes: Votes) -> AnswerChanges:
-        """Return how the answers now differ from those that `votes` holds."""
-        before, now = self._by_task(votes), self._by_task(self.votes)
-        changed = sum(now[key] != answers for key, answers in before.items() if key in now)
-        return AnswerChanges(len(now.keys() - before.keys()), changed, len(before.keys() - now.keys()))
-
-    def _by_task(self, votes: Votes) -> dict[tuple[int, str], list[tuple[int, int]]]:
-        """Return images and answers by task and annotator."""
-        images = self.tasks.gallery.predicted.shape[1]
-        position = votes.scenario * images + votes.image
-        found: dict[tuple[int, str], list[tuple[int, int]]] = {}
-        columns = (position.tolist(), votes.annotator.tolist(), votes.answer.tolist())
-        for row, annotator, answer in zip(*columns, strict=True):
-            task = row // (images // self.tasks.per_scenario)
-            found.setdefault((task, votes.annotators[annotator]), []).append((row, answer))
-        return {key: sorted(answers) for key, answers in found.items()}
 
     def final_votes(self, state: ProjectState) -> Votes:
         """Return the votes with the notes that the report shows."""

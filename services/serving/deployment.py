@@ -229,7 +229,8 @@ class ClassifierDeployment:
             self.metrics.errors.inc(len(ours.probabilities), {"version": other.name})
             log.error("version %s failed: %s", other.name, theirs)
         reason = statistics.reason_to_end(self.settings)
-        if reason and other in self.active.by_role().values():
+        # Comparisons of earlier roles still arrive: `other` may be in production by now.
+        if reason and statistics is self.active.statistics:
             self.watcher.ended = other.number
             self._activate(ActiveVersions(self.active.production, state=self.active.state))
             self._start(self._end_canary(other, reason))

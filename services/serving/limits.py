@@ -23,7 +23,8 @@ from services.settings import read_settings
 
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
-# The limit by address applies from here on: fewer slow bodies harm nobody, and on a busy machine every body is slow.
+# The limit by address applies from here on, and where half of the memory for bodies is in use: fewer slow bodies harm
+# nobody, and on a busy machine every body is slow.
 MANY_SLOW_UPLOADS = 128
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
@@ -44,7 +45,8 @@ class UploadLimits:
         self._retry_after_s = settings.retry_after_s
         self._forwarded_for = read_settings().forwarded_for
         self._slow: Counter[str] = Counter()  # slow uploads by address
-        self._budget = self._max_bytes * settings.max_ongoing  # bytes that may still be buffered
+        self._memory = self._max_bytes * settings.max_ongoing  # bytes of all bodies
+        self._budget = self._memory  # bytes that may still be buffered
 
     async def receive(self, request: Request, held: contextlib.ExitStack) -> bytes:
         """Return the body of a request. Raises RequestError at the first sign that it exceeds a limit.
@@ -60,6 +62,9 @@ class UploadLimits:
             return await upload.receive()
         finally:
             upload.release_slow_slot()
+
+    def _is_memory_short(self) -> bool:
+        return self._budget < self._memory / 2
 
     def _too_large(self) -> RejectedInput:
         return RejectedInput(413, f"the body exceeds the limit of {self._max_bytes / 1e6:g} MB")
@@ -106,20 +111,28 @@ class _Upload:
         limits._budget -= len(chunk)
         self._size += len(chunk)
         self._body += chunk
-        return bool(message.get("more_body", False))
+        is_incomplete = bool(message.get("more_body", False))
+        if is_incomplete and self._slow_address is not None and limits._is_memory_short():
+            self._expect_few_slow(self._slow_address, limits._slow[self._slow_address] - 1)
+        return is_incomplete
 
     def _become_slow(self) -> None:
         slow, address = self._limits._slow, client_address(self._request, self._limits._forwarded_for)
-        if slow[address] >= self._limits._max_slow and slow.total() >= MANY_SLOW_UPLOADS:
-            raise RejectedInput(
-                408,
-                f"the body did not arrive within {FAST_UPLOAD_S:g} s, and {slow[address]} other slow bodies from this "
-                "address are arriving",
-            )
+        if slow.total() >= MANY_SLOW_UPLOADS or self._limits._is_memory_short():
+            self._expect_few_slow(address, slow[address])
         if slow.total() >= MAX_UPLOADS // 2:
             raise Unavailable("too many slow bodies at once", self._limits._retry_after_s)
         slow[address] += 1
         self._slow_address = address
+
+    def _expect_few_slow(self, address: str, others: int) -> None:
+        """Raise RejectedInput where too many other slow bodies of this address are arriving."""
+        if others >= self._limits._max_slow:
+            raise RejectedInput(
+                408,
+                f"the body did not arrive within {FAST_UPLOAD_S:g} s, and {others} other slow bodies from this address "
+                "are arriving",
+            )
 
     def release_memory(self) -> None:
         self._limits._budget += self._size

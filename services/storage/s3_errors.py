@@ -95,9 +95,8 @@ def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
     if code in DENIED or status_of(error) == 403:
-        kind = (
-            StoreError if code == "ExpiredToken" else StoreSettingsError
-        )  # a job that starts again has a new token
+        # a job that starts again has a new token
+        kind = StoreError if code == "ExpiredToken" else StoreSettingsError
         return kind(
             f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
         )

@@ -9,16 +9,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torchvision.models import resnet18
 
-from defuse_core.artifacts import Gallery, Models, Scenarios
+from defuse_core.artifacts import Gallery, Models, Scenarios, Sweep
+from defuse_core.codec import encode
 from defuse_core.data import open_splits
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, ModelError
 from defuse_core.evaluation.evaluate import Findings
-from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.models import (
+    build_classifier,
+    encode_images,
+    load_classifier,
+    load_vae,
+    predict,
+    weights_of,
+)
 from defuse_core.report import Report
 from defuse_core.results import COLUMNS, RunResult, ScenarioList
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from tests.conftest import tiny
 from tests.sample_findings import report_of, sample_findings, sample_run
 from tests.services.serving.synthetic_runs import make_run
 
@@ -130,6 +141,29 @@ def test_the_nearest_real_images_are_those_of_the_part_by_distance_to_the_compon
     for count in (0, -1):  # no slice that leaves out the last
         with pytest.raises(InputError, match=f"count: expected at least 1, found {count}"):
             with_models.scenarios[0].nearest_training(count)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"architecture": "resnet18"}, {"input_range": "imagenet", "outputs": "probabilities"}]
+)
+def test_a_module_with_the_corrected_weights_answers_as_the_stored_network(fields, tmp_path, tiny_models):
+    spec = tiny(classifier={**fields, "class_order": [*range(1, 10), 0]})
+    weights = weights_of(build_classifier(spec, 10))
+    run = Run.start(FolderStore(tmp_path), "a", spec)
+    run.store.write("models.safetensors", encode(replace(tiny_models, classifier=weights)))
+    run.store.write("sweep.safetensors", encode(Sweep((), None, weights, ())))
+    is_resnet = spec.classifier.architecture == "resnet18"
+    like = resnet18(num_classes=10) if is_resnet else build_classifier(tiny(), 10)
+    result, images = RunResult(run), torch.rand(5, 1, 16, 16)
+    found = result.corrected(like)
+    shown = images.expand(-1, 3, -1, -1) if is_resnet else images
+    with torch.no_grad():
+        torch.testing.assert_close(found(shown), result.corrected()(images))
+    with pytest.raises(
+        ModelError, match="like: expected the network itself, found one whose images or answers"
+    ):
+        result.corrected(found)
+    assert result.corrected(like) is not like  # which is as it was
 
 
 def test_images_that_the_data_set_lacks_are_said(with_models):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from defuse_core.artifacts import Sweep
@@ -22,6 +25,7 @@ from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
 from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.export.writing import filling
+from defuse_core.models import build_classifier, weights_of
 from defuse_core.progress import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -124,9 +128,29 @@ def test_resnet_weights_have_torchvisions_names(tmp_path):
     from torchvision.models import resnet18
 
     spec = tiny(classifier={"architecture": "resnet18", "stem": "imagenet"})
-    from defuse_core.models import build_classifier
-
     assert set(plain_weights(build_classifier(spec, 10))) == set(resnet18(num_classes=10).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("fields", "input_range"),
+    [
+        ({"architecture": "resnet18"}, "imagenet"),
+        ({"architecture": "cnn", "input_range": "imagenet", "outputs": "probabilities"}, "0..1"),
+    ],
+)
+def test_the_file_says_what_its_network_gets_and_returns(fields, input_range, tmp_path, tiny_models):
+    order = [*range(1, 10), 0]
+    spec = tiny(classifier={**fields, "class_order": order})
+    weights = weights_of(build_classifier(spec, 10))
+    run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
+    run.store.write("models.safetensors", encode(dataclasses.replace(tiny_models, classifier=weights)))
+    run.store.write("sweep.safetensors", encode(Sweep((), None, weights, ())))
+    export_model(run, tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        facts = file.metadata()
+    assert json.loads(facts["class_order"]) == order
+    assert json.loads(facts["classes"]) == list(tiny_models.classes)
+    assert (facts["input_range"], facts["outputs"]) == (input_range, "logits")
 
 
 def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):

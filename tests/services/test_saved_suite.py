@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,16 @@ import torch
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
-from defuse_core.export.suite import SHEET, Suite, _described, _sheet, least_accuracy, load_suite, save_suite
+from defuse_core.export.suite import (
+    SHEET,
+    Suite,
+    SuiteClassifier,
+    _described,
+    _sheet,
+    least_accuracy,
+    load_suite,
+    save_suite,
+)
 from defuse_core.models import load_classifier, load_vae
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -85,6 +95,32 @@ def test_the_networks_of_the_run_are_described_as_they_are_and_without_its_files
     assert found.channels == 3 and found.image_size == 16
     assert found.vae["weights"] is None and found.vae["epochs"] == 1
     assert found.vae["latent_dim"] == spec.vae.latent_dim
+
+
+@pytest.mark.parametrize(
+    ("fields", "described"),
+    [
+        ({"architecture": "resnet18"}, "imagenet"),
+        ({"architecture": "cnn", "input_range": "imagenet"}, "0..1"),
+        ({"architecture": "custom", "import_path": "nets:build", "input_range": "-1..1"}, "-1..1"),
+    ],
+)
+def test_the_input_range_is_that_of_the_network_itself(fields: dict[str, object], described: str):
+    run = SimpleNamespace(spec=tiny(classifier=fields), name="first", manifest=dict)
+    found = _described(run, SimpleNamespace(classes=("a", "b")), ())  # type: ignore[arg-type]
+    assert found.classifier.input_range == described
+
+
+@pytest.mark.parametrize("architecture", ["program", "custom"])
+def test_other_inputs_than_those_of_the_run_are_right_for_an_exported_program(
+    loaded: Suite, architecture: str
+):
+    ranged = SuiteClassifier(input_range="imagenet", outputs="logits", class_order=None)
+    suite = replace(loaded, description=loaded.description.model_copy(update={"classifier": ranged}))
+    own = {"program": {"weights": "model.pt2", "epochs": 0}, "custom": {"import_path": "nets:build"}}
+    (line,) = suite.other_inputs({"architecture": architecture, **own[architecture]})
+    assert line.startswith("classifier.input_range is 0..1; for the classifier of run first it was imagenet")
+    assert line.endswith("; a file of `defuse export` needs no such field") is (architecture == "program")
 
 
 def test_an_overview_has_the_first_pictures_row_by_row_and_white_after_the_last():

@@ -178,7 +178,7 @@ def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_tr
     console = terminal(200)
     print_report(build_report(a_run(tmp_path), found, evaluation), SAMPLE_CORRECT, console)
     assert "Ψ keeps 25.0 % of 2,064 failing draws." in text_of(console)
-    trusted = "3.1 % of the accepted are expected to be false, if the labels are right; "
+    trusted = "3.1 % of those that the vote accepts are expected to be false, if the labels are right; "
     trusted += "the reference models see the label in 75.0 %"
     assert f"Scenarios: {trusted} of the draws to tune on." in " ".join(text_of(console).split())
 

@@ -31,9 +31,10 @@ from defuse_core.report.schema import Report, Scenario
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
 NAMED_CLASSES = 12  # with more classes than this their names would cover the picture
 CORNERS = (
-    "Corners: the classifier's answer before (left) and after (right); green: the annotators' label, "
-    "red: another class, grey: image without a label."
+    "Corners: the classifier's answer before (left) and after (right); green ✓: the annotators' label, "
+    "red ✗: another class, grey: image without a label."
 )
+MARKS = {"right": (RIGHT, "✓"), "wrong": (WRONG, "✗"), "": (MUTED, "")}  # colour and sign of an answer
 PITCH = 1.12  # from one row to the next, in images
 
 
@@ -180,11 +181,12 @@ def _draw_row(
         )
         before, after = found.gallery.predicted[row.number, i], evaluation.gallery_after[row.number, i]
         for answer, x, end in ((before, left + 0.05, "left"), (after, left + 0.89, "right")):
-            colour = MUTED if labels[i] == NONE_OF_THE_ABOVE else RIGHT if answer == labels[i] else WRONG
+            kind = "" if labels[i] == NONE_OF_THE_ABOVE else "right" if answer == labels[i] else "wrong"
+            colour, mark = MARKS[kind]
             ax.text(
                 x,
                 top + 0.05,
-                answer_text(found.models.classes, answer),
+                mark + answer_text(found.models.classes, answer),
                 ha=end,
                 va="top",
                 color=PAPER,

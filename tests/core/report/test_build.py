@@ -212,8 +212,9 @@ def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tm
     assert (
         write_report(run, *with_verdicts(sample, false_share=0.031)).scenarios.expected_false_share == 0.031
     )
-    page = run.store.read("report.html").decode().replace("\xa0", " ")
-    assert '<b class="unbroken">3.1 %</b> are expected to be false, if\nthe labels are right: on' in page
+    page = " ".join(run.store.read("report.html").decode().replace("\xa0", " ").split())
+    told = 'Of the scenarios that the vote accepts, <b class="unbroken">3.1 %</b> are expected to be false, if the'
+    assert f"{told} labels are right: on" in page
     assert report_of(with_verdicts(sample, false_share=0.0), tmp_path).scenarios.expected_false_share is None
 
 

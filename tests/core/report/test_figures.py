@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import to_rgba
 from sample_findings import sample_findings, sample_run
 
+from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.figures.charts import clusters, draw_weights
-from defuse_core.report.figures.style import ACCENT, LINE, move_apart
+from defuse_core.report.figures.scenarios import draw_gallery_rows
+from defuse_core.report.figures.style import ACCENT, LINE, MUTED, RIGHT, WRONG, move_apart
 
 
 def test_pictures_are_written_beside_the_page(tmp_path: Path):
@@ -22,6 +25,23 @@ def test_pictures_are_written_beside_the_page(tmp_path: Path):
     names = {"tradeoff", "lambdas", "latent", "scenarios", "rejected", "kl", "weights", "curves"}
     assert set(run.store.list("figures/")) == {f"figures/{name}.png" for name in names}
     assert all(run.store.read(key).startswith(b"\x89PNG") for key in run.store.list("figures/"))
+
+
+def test_right_and_wrong_answers_bear_a_sign_beside_their_colour(tmp_path: Path):
+    found, evaluation = sample_findings(1, 1, images=4)
+    labels = found.verdicts.image_labels.copy()
+    labels[0, 0] = NONE_OF_THE_ABOVE
+    found = replace(found, verdicts=replace(found.verdicts, image_labels=labels))
+    report = build_report(sample_run(tmp_path), found, evaluation)
+    figure = draw_gallery_rows(report, found, evaluation, accepted=True)
+    assert figure is not None
+    boxed = [text for text in figure.axes[0].texts if text.get_bbox_patch() is not None]
+    signs = {"✓": RIGHT, "✗": WRONG}
+    for text, label in zip(boxed, labels[0].repeat(2), strict=True):
+        sign = text.get_text().strip("0123456789")
+        assert text.get_bbox_patch().get_facecolor() == to_rgba(signs.get(sign, MUTED))
+        assert (sign == "") == (label == NONE_OF_THE_ABOVE)
+        assert (sign == "✓") == (text.get_text() == f"✓{label}")
 
 
 def test_a_heavy_component_that_is_not_reviewed_is_grey(tmp_path: Path):

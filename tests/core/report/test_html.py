@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from defuse_core.artifacts import FailedTrial, Override
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
-from defuse_core.report.html import _real_tiles, data_address
+from defuse_core.report.html import _real_tiles, data_address, render_real
 from defuse_core.report.notices import caveats, headline
 from defuse_core.runs import Run
 
@@ -94,6 +95,26 @@ def test_every_review_image_is_described_for_those_who_cannot_see_it(hostile: Ru
     texts = [attrs.get("alt") or "" for tag, attrs in page.elements if tag == "img"]
     assert len(texts) == 9
     assert all("annotators: " in text and "before: " in text for text in texts)
+
+
+def test_every_chart_has_a_name_for_those_who_cannot_see_it(hostile: Run):
+    page = Page(hostile.store.read("report.html").decode())
+    before = [attrs for (_, attrs), (tag, _) in itertools.pairwise(page.elements) if tag == "svg"]
+    assert len(before) == 6
+    assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in before)
+
+
+def test_right_and_wrong_answers_differ_in_more_than_their_colour(hostile: Run):
+    page = hostile.store.read("report.html").decode()
+    badges = {
+        attrs["class"] for tag, attrs in Page(page).elements if "badge before" in str(attrs.get("class"))
+    }
+    assert {"badge before right", "badge before wrong"} <= badges
+    for kind, mark in (("right", "✓"), ("wrong", "✗")):
+        assert f'.shot .{kind}::before {{ content: "{mark}";' in page
+    labels, answers = ("circle", "square"), ("circle", "circle")
+    shown = render_real(np.zeros((2, 1, 8, 8), np.float32), labels, answers, "Nearest")
+    assert ">✓ circle</span>" in shown and ">✗ circle</span>" in shown and ">square</span>" in shown
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,21 @@ def test_equal_accuracies_of_a_scenario_are_shown_once(moved: float, times: int,
     write_report(run, *sample, sample_evidence(own))
     card = words_of(run.store.read("report.html")).split('id="scenario-0"')[1].split("</article>")[0]
     assert card.count(" → ") == times
+
+
+@pytest.mark.parametrize(("recall", "strict"), [((0.3, 0.25, 0.35), True), ((0.97, 0.96, 0.98), False)])
+def test_the_screen_is_called_strict_only_where_it_keeps_few(
+    tmp_path: Path, recall: tuple[float, ...], strict: bool
+):
+    run = sample_run(tmp_path)
+    evidence = replace(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), screen_recall=np.array(recall))
+    write_report(run, *sample_findings(2, 1), evidence)
+    text = words_of(run.store.read("report.html"))
+    sentence = (
+        "of the failing draws from test images, in all of which the judges see the class, it would keep"
+    )
+    assert (f"of its image. It is strict: {sentence}" in text) is strict
+    assert (f"of its image. O{sentence[1:]}" in text) is not strict
 
 
 def test_the_page_says_by_which_images_a_lambda_is_chosen(tmp_path: Path):

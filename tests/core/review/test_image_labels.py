@@ -58,6 +58,16 @@ def test_the_share_that_is_expected_to_be_false_is_a_mean_over_the_accepted_comp
     assert found.false_share == pytest.approx(sum(few) / 2)
 
 
+@pytest.mark.parametrize(("overridden", "false"), [([], 0.5**11), ([1], 0.5**11), ([0, 1], 0.0)])
+def test_the_share_that_is_expected_to_be_false_leaves_out_what_people_decided_above_the_vote(
+    overridden, false
+):
+    decisions = [Override(row, (None, 5)[row], "ada", "seen", "2026-01-01T00:00:00Z") for row in overridden]
+    found = judge([[[8] * 10] * 2], [[1] * 10, [8] * 10], overrides=decisions, max_false=0.05)
+    assert found.labels.tolist() == [NO if 0 in overridden else 8, 5 if 1 in overridden else NO]
+    assert found.false_share == pytest.approx(false)
+
+
 def test_given_labels_of_images_replace_the_majority_and_are_stored():
     given = np.array([[8, 8, NO]])
     found = judge([[[1, 1, 1]]] * 3, [[1, 1, 1]], image_labels=given)

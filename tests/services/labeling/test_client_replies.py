@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
@@ -127,6 +128,21 @@ def test_a_missing_page_ends_the_list_of_tasks_only_while_the_project_exists(
     else:
         with pytest.raises(ServiceError, match="Not found"):
             next(found)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_all_tasks_are_listed_where_the_server_cuts_its_pages(proxy, client, count):
+    rows = [{"id": n, "meta": {}, "overlap": 2, "annotations": []} for n in range(count)]
+
+    def rule(method: str, path: str) -> Reply:
+        if "/api/tasks" not in path:
+            return json_reply({"id": 5})
+        page = int(parse_qs(urlsplit(path).query)["page"][0])
+        shown = rows[2 * (page - 1) : 2 * page]
+        return json_reply({"tasks": shown, "total": count}) if shown else NOT_FOUND
+
+    proxy.rule = rule
+    assert [task.id for task in client.tasks(5)] == list(range(count))
 
 
 def test_the_oldest_project_with_a_mark_comes_first(proxy, client):

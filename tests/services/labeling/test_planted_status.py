@@ -15,8 +15,9 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.api_types import choice_result
+from services.labeling.changes import AnswerChanges, answer_changes
 from services.labeling.state import ProjectState
-from services.labeling.status import AnswerChanges, ReviewStatus, review_status, update_queue
+from services.labeling.status import ReviewStatus, review_status, update_queue
 
 STATE = ProjectState("mark", "digest", "secret", project=1)
 
@@ -147,8 +148,30 @@ def test_answers_that_were_added_changed_and_deleted_after_the_votes_are_counted
 
     stored = status_of(tasks, [task_of(tasks, 0, *given("88")), task_of(tasks, 1, *given("833"))]).votes
     now = status_of(tasks, [task_of(tasks, 0, *given("8-1")), task_of(tasks, 1, *given("438"))])
-    assert now.changes_since(stored) == AnswerChanges(added=1, changed=2, deleted=1)
-    assert now.changes_since(now.votes) == AnswerChanges() and not str(AnswerChanges())
+    assert answer_changes(tasks, stored, now.votes) == AnswerChanges(added=1, changed=2, deleted=1)
+    assert answer_changes(tasks, now.votes, now.votes) == AnswerChanges() and not str(AnswerChanges())
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_an_account_that_is_renamed_or_deleted_after_the_votes_changes_no_answer(tmp_path, form):
+    _, tasks = blank_review(tmp_path, 4, form=form, real_names=True)
+    target = "page" if form == "scenario" else "image"
+
+    def votes(names, *choices):
+        """Of annotators 1 and 2 to tasks 0 and 1."""
+        found = [
+            task_of(
+                tasks, task, *(annotation(10 * task + n, n, choice, target=target) for n, choice in given)
+            )
+            for task, given in enumerate(enumerate(pair, start=1) for pair in choices)
+        ]
+        return status_of(tasks, found, names).votes
+
+    stored = votes({1: "Ana", 2: "Ben"}, "83", "88")
+    later = {1: "Ana Ng", 2: "deleted account (annotator-2)"}
+    assert answer_changes(tasks, stored, votes(later, "83", "88")) == AnswerChanges()
+    assert answer_changes(tasks, stored, votes(later, "83", "81")) == AnswerChanges(added=1, deleted=1)
+    assert answer_changes(tasks, stored, votes(later, "83", "8")) == AnswerChanges(deleted=1)
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])

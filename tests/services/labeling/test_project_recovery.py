@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -110,6 +111,19 @@ def test_of_copies_an_unanswered_one_is_dropped_and_of_two_answered_ones_none(tm
         found = [present.add(0, task_of(tasks, 0, *notes, number=number)) for number, *notes in order]
         assert [number for number in found if number] == dropped
         assert present.ids[0] not in dropped
+
+
+def test_tasks_that_the_server_does_not_list_are_imported_once(tmp_path):
+    run, tasks = blank_review(tmp_path, 1)
+    imported = []
+    client = SimpleNamespace(
+        tasks=lambda number, with_data: iter(()), import_tasks=lambda number, batch: imported.extend(batch)
+    )
+    project = ReviewProject(client, run, tasks)
+    project.state = replace(project.state, project=1)
+    with pytest.raises(ServiceError, match="project 1 lacks tasks after an import; run again"):
+        project.import_missing()
+    assert len(imported) == len(tasks)
 
 
 def test_a_repair_deletes_no_skip_of_a_task_that_defuse_did_not_import(make_review, accounts):

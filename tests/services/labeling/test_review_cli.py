@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from label_studio_live import digits_gallery, write_into_cache
+from label_studio_live import digits_gallery, review_run, write_into_cache
 
 from defuse_core.artifacts import Verdicts, Votes
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, StoreError
 from defuse_core.review.verdicts import decide_verdicts
-from defuse_core.training.reference_models import votes_of_models
+from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import Prelabels, votes_of_models
 from services.cli import defuse
 from services.labeling.api_types import choice_result
+from services.labeling.state import read_state, write_state
 
 TRUTH = (8, 3, 0, 1)
 
@@ -199,6 +202,74 @@ def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answer
     votes = review.annotators.review(review.gallery)
     here = (votes.scenario == 0) & (votes.image == 0)
     assert sorted(votes.answer[here].tolist()) == [3, 8]
+
+
+def close_vote(review, accounts):
+    """Push a review of one image a scenario, let the accounts answer it, and store the votes and the verdicts."""
+    review.annotators.push(review.gallery)
+    for account in accounts:
+        answer_all(review, account)
+    votes = review.run.once("review", Votes, lambda: review.annotators.review(review.gallery))
+    review.run.once("review", Verdicts, lambda: decide_verdicts(review.gallery, votes, 0.5))
+
+
+def test_a_closed_review_puts_no_task_back_into_the_queue(cli, make_review, accounts):
+    review = make_review(gallery=digits_gallery(images=1), answers_per_task=3, stop_early=True)
+    close_vote(review, accounts[:2])
+    task = review.tasks()["s000-i00"]
+    accounts[0].change(task.annotations[0].id, [choice_result("label", "image", "3")])  # now it is a tie
+
+    def queue():
+        return {key: (task.overlap, task.labeled) for key, task in review.tasks().items()}
+
+    before = queue()
+    assert "1 changed since then" in cli("review", "status", review.run.name).output
+    assert queue() == before
+
+
+def test_a_closed_review_is_shown_where_the_store_can_only_be_read(cli, make_review, accounts, monkeypatch):
+    review = make_review(gallery=digits_gallery(images=1), answers_per_task=2)
+    close_vote(review, accounts[:2])
+    answer_all(review, accounts[2])
+
+    def refuse(*_):
+        raise StoreError("the store can only be read")
+
+    monkeypatch.setattr(FolderStore, "write", refuse)
+    shown = " ".join(cli("review", "status", review.run.name).output.split())
+    assert "8 votes of people stored" in shown and "0 accepted as 8" in shown
+    assert "Whether answers came since then is not known: the store can only be read" in shown
+
+
+@pytest.mark.parametrize("consensus", ["majority", "crowdlab"])
+def test_after_a_redo_status_shows_the_verdicts_of_the_stored_votes_without_a_server(
+    tmp_path, monkeypatch, consensus
+):
+    monkeypatch.delenv("LABEL_STUDIO_URL", raising=False)
+    monkeypatch.setenv("DEFUSE_CACHE", str(tmp_path / "cache"))
+    gallery = digits_gallery(images=1)
+    run = review_run(tmp_path, gallery, consensus=consensus)
+    write_state(run.store, replace(read_state(run.store, gallery), project=1))
+    answers = np.array([[8, 8, 3, 3], *np.repeat([[8], [0], [1]], 4, axis=1)])  # of four people to each image
+    scenario, annotator = (axis.ravel() for axis in np.indices(answers.shape))
+    people = ("ana", "ben", "cem", "dee")
+    when, image = np.zeros(answers.size), np.zeros(answers.size, np.int64)
+    votes = Votes(scenario, image, annotator, answers.ravel(), when, people, "people", {})
+    run.once("review", Votes, lambda: votes)
+    run.once("review", Verdicts, lambda: decide_verdicts(gallery, votes, 0.5))
+    models = np.full((3, 4, 1, 10), 0.01, np.float32)
+    for number, label in enumerate(TRUTH):
+        models[:, number, 0, label] = 0.91
+    run.once("review", Prelabels, lambda: Prelabels(models))
+    words = ["--store", str(tmp_path)]
+    decision = ["2", "--label", "8", "--reason", "seen", "--author", "Ada", "--redo"]
+    assert CliRunner().invoke(defuse, ["review", "set", run.name, *decision, *words]).exit_code == 0
+    done = CliRunner().invoke(defuse, ["review", "status", run.name, "--json", *words])
+    found = json.loads(done.stdout)
+    assert (found["closed"], found["given"], found["annotators"]) == (True, 16, dict.fromkeys(people, 4))
+    assert "no Label Studio" in found["problem"] and found["changes"] == {}
+    tied = "8" if consensus == "crowdlab" else None
+    assert [scenario["label"] for scenario in found["scenarios"]] == [tied, "8", "8", None]
 
 
 def test_status_shows_skips_with_the_task_and_what_resolves_them(cli, make_review, accounts):

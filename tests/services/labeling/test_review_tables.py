@@ -25,7 +25,8 @@ from services.cli.review_tables import (
 )
 from services.labeling.annotations import read_annotations
 from services.labeling.api_types import Task
-from services.labeling.status import AnswerChanges, ReviewStatus, review_status
+from services.labeling.changes import AnswerChanges
+from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 
 NAMES = {1: "Ada", 2: "Ben", 3: "Cem"}

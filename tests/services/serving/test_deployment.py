@@ -193,6 +193,31 @@ def test_a_canary_whose_end_cannot_be_stored_is_remembered_until_it_is(own_store
     assert Registry(own_store).state().canary is None
 
 
+def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store, pictures, monkeypatch):
+    put(own_store, "first")
+    second, third = (prepare_candidate(Run.open(own_store, name))[1] for name in ("second", "swapped"))
+    promote(Registry(own_store), second, PromotionRequest("ana", "", shadow=True))
+    replica = new_replica(own_store, min_compared=1, min_agreement=1.0, max_errors=0.0)
+    before = replica.active
+    shadow = before.shadow
+    assert before.names() == {"production": "1", "shadow": "2"} and shadow is not None
+    promote(Registry(own_store), second, PromotionRequest("ana", ""))
+    promote(Registry(own_store), third, PromotionRequest("ana", "", force="tested", canary=0.5))
+    versions = replica.watcher.load_changes(replica.active)
+    assert versions is not None and versions.names() == {"production": "2", "canary": "3"}
+    replica._activate(versions)
+    pixels = decode_body("image/png", [pictures[0]], before.in_production.input_spec)
+    ours = before.in_production.predict(pixels)
+
+    async def compare() -> None:
+        replica._compare(before, shadow, ours, TimeoutError("too slow"))
+
+    before.statistics.add_errors(50)
+    asyncio.run(compare())
+    assert before.statistics.reason_to_end(replica.settings) is not None
+    assert replica.active is versions and replica.watcher.ended is None
+
+
 def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue(candidate):
     model = LoadedModel(candidate, ServeSection())
     request = PredictionRequest(np.zeros((1, 1, 16, 16), np.float32), model)

@@ -139,6 +139,32 @@ def test_a_slow_body_is_refused_where_many_are_slow_and_some_of_its_address(slow
     assert dict(uploads._slow) == slow  # it gives its place back
 
 
+@pytest.mark.parametrize("chunks", [[MB[:-1], NEVER], [b"a", MB[2:], NEVER]])  # the rest once they are slow
+def test_slow_bodies_of_one_address_leave_half_of_the_memory_to_others(chunks, monkeypatch):
+    monkeypatch.setattr(limits, "FAST_UPLOAD_S", 0.05)
+    uploads = UploadLimits(ServeSection(max_body_mb=1, max_ongoing=8, slow_uploads=2, timeout_s=60))
+
+    async def receive(sent: Request) -> bytes:
+        with contextlib.ExitStack() as held:
+            return await uploads.receive(sent, held)
+
+    async def receive_beside_stalled() -> tuple[bytes, list[str]]:
+        stalled = [asyncio.create_task(receive(request(chunks, pause_s=0.04))) for _ in range(8)]
+        async with asyncio.timeout(10):
+            while sum(task.done() for task in stalled) < 4:
+                await asyncio.sleep(0.01)
+        body = await receive(request([MB]))
+        refused = [str(task.exception()) for task in stalled if task.done()]
+        for task in stalled:
+            task.cancel()
+        await asyncio.gather(*stalled, return_exceptions=True)
+        return body, refused
+
+    body, refused = asyncio.run(receive_beside_stalled())
+    assert body == MB and not uploads._slow
+    assert len(refused) == 4 and all("other slow bodies from this address" in line for line in refused)
+
+
 def test_a_slow_body_that_arrives_is_whole_and_counts_no_more(monkeypatch):
     monkeypatch.setattr(limits, "FAST_UPLOAD_S", 0.02)
     uploads = UploadLimits(ServeSection(timeout_s=60))
