@@ -135,8 +135,8 @@ class ServeSection(Section):
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
     slow_uploads: int = Field(8, ge=1)
-    """Bodies of one client address that may take longer than 1 s to arrive while 128 such bodies are arriving; more are
-    answered 408."""
+    """Bodies of one client address that may take longer than 1 s to arrive while 128 such bodies are arriving, or while
+    over half of the memory for bodies is in use; more are answered 408."""
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
