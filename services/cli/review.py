@@ -130,7 +130,7 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
     """Return the verdicts that `defuse run` will make from people's stored votes; of traffic, store them."""
     from defuse_core.review.consensus import crowdlab_consensus
     from defuse_core.review.overrides import read_overrides
-    from defuse_core.review.verdicts import decide_verdicts, false_discovery_rate
+    from defuse_core.review.verdicts import decide_verdicts
     from defuse_core.training.reference_models import Prelabels
 
     if "/" in run.name:
@@ -141,7 +141,7 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
             print_by_majority(console)
         else:
             labels = crowdlab_consensus(votes, stored.probabilities.mean(axis=0)).labels
-    rate = false_discovery_rate(review)
+    rate = review.false_discovery_rate
     decided = read_overrides(run.store)
     return decide_verdicts(gallery, votes, review.rho, decided, max_false=rate, image_labels=labels)
 
