@@ -58,7 +58,7 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
         yield
     except aws.ClientError as error:
         raise _translated(error, where, server) from error
-    except (aws.NoStoreSettingsError, aws.PartialStoreSettingsError) as error:
+    except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
         raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
