@@ -12,7 +12,7 @@ DefuseError
 └── MachineryError           4  the machinery failed: try again, nothing is lost
     ├── StoreError              the run's folder or bucket
     │   ├── DamagedError     2      a file there is damaged, or of another version: a person must look
-    │   └── StoreSettingsError 2    the bucket's name, region or credentials are wrong
+    │   └── StoreSettingsError 2    the bucket's name, region, credentials or certificate are wrong
     ├── RunBusyError            another driver is writing this run
     ├── ComputeError            a worker, a task or a trial
     └── ServiceError            Label Studio or another server

@@ -114,7 +114,8 @@ class Run:
             run._note_settings()
             return run
         found = cls._read(store, name)
-        recorded = before = found._settings() or found.spec
+        noted = found._settings()
+        recorded = before = noted or found.spec
         added = added_lambdas(recorded, spec)
         if added:
             recorded = recorded.with_fields("correct", lambdas=spec.correct.lambdas)
@@ -128,7 +129,7 @@ class Run:
             )
         elif added:
             run._delete_sweep(added)
-        if not found.spec == before == spec:
+        if noted is None or not found.spec == before == spec:
             run._note_settings()
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import glob
 import os
@@ -11,7 +10,6 @@ import platform
 import re
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -22,10 +20,21 @@ from typing import Protocol, TextIO
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.files import (
+    FULL_DISK,
+    NO_HARD_LINKS,
+    UNFINISHED,
+    expect_gone,
+    explained,
+    is_current,
+    is_folder,
+    locked_at_once,
+    renamed_if_absent,
+    synced_temporary,
+)
 
 # folders that the store keeps for versions and kept inputs; annotators may read what is below `pictures`
 RESERVED = {"registry", "traffic", "pictures"}
-UNFINISHED = ".unfinished"  # suffix of a file that is being written
 UNFINISHED_S = 600.0
 SHARED_STORE = "the store (--store) must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 GONE = "this run is gone; was its folder moved or deleted?"
@@ -33,9 +42,6 @@ LOCK = ".lock"
 LOOK_S = 0.2  # in which a process that asks whether a folder is locked has let go of it again
 GATE = ".writers"  # locked, shared, by whoever writes; and alone by a driver that takes the run over
 GATE_S = 20.0
-CREATING = ".creating"  # locked while a key is created, on file systems without hard links
-NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 DELETED = ".deleted"  # suffix of a folder that is being deleted
 
 
@@ -116,7 +122,7 @@ class FolderStore:
         self.folder = Path(folder).absolute()
         self.holders: dict[Path, str] = {}  # locked folder -> its driver; shared with the stores below
         # a folder that existed when this was opened: a write does not make it again
-        self.existing = self.folder if _is_folder(self.folder) else None
+        self.existing = self.folder if is_folder(self.folder) else None
 
     @property
     def address(self) -> str:
@@ -128,25 +134,25 @@ class FolderStore:
         return below
 
     def exists(self, key: str) -> bool:
-        with _explained(self.folder / key):
+        with explained(self.folder / key):
             return (self.folder / key).is_file()
 
     def version(self, key: str) -> str | None:
-        with contextlib.suppress(FileNotFoundError), _explained(self.folder / key):
+        with contextlib.suppress(FileNotFoundError), explained(self.folder / key):
             found = (self.folder / key).stat()
             return f"{found.st_ino} {found.st_size} {found.st_ctime_ns}"
         return None
 
     def read(self, key: str) -> bytes:
-        with _explained(self.folder / key):
+        with explained(self.folder / key):
             return (self.folder / key).read_bytes()
 
     def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         target = self.folder / key
         self._expect_folder()
         with (
-            _explained(target),
-            _synced_temporary(target, data) as temporary,
+            explained(target),
+            synced_temporary(target, data) as temporary,
             self._holding(alone=unless is not None),
         ):
             if unless is None or not target.is_file() or not unless(target.read_bytes()):
@@ -155,7 +161,7 @@ class FolderStore:
     def create(self, key: str, data: bytes) -> bool:
         target = self.folder / key
         self._expect_folder()
-        with _explained(target), _synced_temporary(target, data) as temporary, self._holding():
+        with explained(target), synced_temporary(target, data) as temporary, self._holding():
             try:
                 os.link(temporary, target)
             except FileExistsError:
@@ -163,27 +169,27 @@ class FolderStore:
             except OSError as error:
                 if error.errno not in NO_HARD_LINKS:
                     raise
-                return _renamed_if_absent(temporary, target)
+                return renamed_if_absent(temporary, target)
         return True
 
     def list(self, prefix: str = "") -> list[str]:
         keys = []
         # unlike rglob, os.walk passes over a folder that another process deletes meanwhile
-        for folder, folders, names in os.walk(self.folder, onerror=_expect_gone):
+        for folder, folders, names in os.walk(self.folder, onerror=expect_gone):
             folders[:] = [name for name in folders if not is_hidden(name)]
-            with _explained(Path(folder)):
+            with explained(Path(folder)):
                 files = [path for name in names if (path := Path(folder, name)).is_file()]
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
     def folders(self) -> Sequence[str]:
-        with contextlib.suppress(FileNotFoundError), _explained(self.folder):
-            found = filter(_is_folder, self.folder.iterdir())
+        with contextlib.suppress(FileNotFoundError), explained(self.folder):
+            found = filter(is_folder, self.folder.iterdir())
             return sorted(path.name for path in found if not is_hidden(path.name))
         return []
 
     def delete(self, key: str) -> None:
-        with _explained(self.folder / key), self._holding():
+        with explained(self.folder / key), self._holding():
             (self.folder / key).unlink(missing_ok=True)
 
     def delete_all(self) -> None:
@@ -193,7 +199,7 @@ class FolderStore:
         end the folder is renamed before it goes, so that a driver that begins the run again loses no file.
         """
         doomed = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(3)}{DELETED}")
-        with _explained(self.folder), self._holding(alone=True):
+        with explained(self.folder), self._holding(alone=True):
             files = [self.folder / key for key in self.list() if key != "run.yaml"]
             for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
                 file.unlink(missing_ok=True)
@@ -203,12 +209,8 @@ class FolderStore:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder through the operating system, which releases it by itself when the driver dies."""
-        with _explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = (self.folder / LOCK).open("a+")
-        with handle:
-            self._take(handle)
-            with _explained(self.folder):
+        with self._taken() as handle:
+            with explained(self.folder):
                 self._name_holder(
                     handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})"
                 )
@@ -222,19 +224,32 @@ class FolderStore:
         self._remove_deleted()  # NFS keeps a deleted file until it is closed
 
     def require_lock(self) -> None:
-        with _explained(self.folder), self._holding():
+        with explained(self.folder), self._holding():
             pass
 
     def is_locked(self) -> bool:
         lock = self.folder / LOCK
-        with contextlib.suppress(FileNotFoundError), _explained(self.folder), lock.open() as handle:
-            return bool(handle.read()) and not _locked_at_once(handle, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError), explained(self.folder), lock.open() as handle:
+            return bool(handle.read()) and not locked_at_once(handle, fcntl.LOCK_SH)
         return False
+
+    def _taken(self) -> TextIO:
+        """Return the open lock file of the folder, locked; again where `delete_all` removes both meanwhile."""
+        while True:
+            with explained(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                handle = (self.folder / LOCK).open("a+")
+            with contextlib.ExitStack() as opened:
+                opened.enter_context(handle)
+                self._take(handle)
+                if is_current(handle, self.folder / LOCK):
+                    opened.pop_all()
+                    return handle
 
     def _take(self, handle: TextIO) -> None:
         try:
             for pause_s in (LOOK_S, 0.0):
-                if _locked_at_once(handle):
+                if locked_at_once(handle):
                     return
                 time.sleep(pause_s)
         except OSError as error:
@@ -251,7 +266,7 @@ class FolderStore:
         retry = Retrying(retry=retry_if_result(not_), stop=stop_after_delay(GATE_S), wait=wait_fixed(0.05))
         with (self.folder / GATE).open("a+") as gate:
             try:
-                retry(_locked_at_once, gate)
+                retry(locked_at_once, gate)
             except RetryError as error:
                 raise RunBusyError(
                     f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
@@ -278,7 +293,7 @@ class FolderStore:
 
     def _expect_folder(self) -> None:
         """Raise StoreError where a folder that was there is gone: a write would make another one in its place."""
-        if self._locked_folder() is None and self.existing and not _is_folder(self.existing):
+        if self._locked_folder() is None and self.existing and not is_folder(self.existing):
             raise StoreError(f"{self.existing}: it was moved or deleted meanwhile; put it back to continue")
 
     def _locked_folder(self) -> Path | None:
@@ -310,16 +325,9 @@ class FolderStore:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _is_folder(path: Path) -> bool:
-    """Whether it is a folder, or a link to where this process may not look."""
-    with _explained(path), contextlib.suppress(PermissionError):
-        return path.is_dir()
-    return True
-
-
 def folder_store(folder: Path) -> FolderStore:
     """Return the store in a folder, which need not exist. Raises InputError where a file is in its place."""
-    with _explained(folder):
+    with explained(folder):
         blocked = any(at.is_file() for at in (folder, *folder.parents))
     if blocked:
         raise InputError(f"store {folder}: expected a folder, found a file in its place")
@@ -343,58 +351,3 @@ def _written_name(handle: TextIO, holder: str) -> str:
             raise
         return ""
     return holder
-
-
-def _locked_at_once(handle: TextIO, how: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into one line; a missing file stays a FileNotFoundError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"{path}: {error.strerror}; free space or fix access, then run again to continue"
-        ) from error
-
-
-def _expect_gone(error: OSError) -> None:
-    """Raise the error of a folder that cannot be listed, which must not count as empty; one that is gone is."""
-    if not isinstance(error, FileNotFoundError):
-        with _explained(Path(error.filename)):
-            raise error
-
-
-def _renamed_if_absent(temporary: Path, target: Path) -> bool:
-    """Rename a file unless its target exists, on file systems without hard links; False where it exists."""
-    with (target.parent / CREATING).open("a+") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)
-        if target.exists():
-            return False
-        temporary.replace(target)
-        return True
-
-
-@contextlib.contextmanager
-def _synced_temporary(target: Path, data: bytes) -> Iterator[Path]:
-    """Write `data` beside `target`, on the disk for good, and clean up if it was not renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(UNFINISHED, f".{target.name}.", target.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.chmod(0o644)
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

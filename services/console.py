@@ -42,6 +42,8 @@ class ProgressDisplay:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Terminal(stderr=True)
+        # is_terminal alone is true for a file, too, where FORCE_COLOR is set, and for one that draws no bars
+        self.is_live = self.console.is_interactive and self.console.file.isatty()
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -50,7 +52,7 @@ class ProgressDisplay:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not self.is_live,
         )
         self.shown: dict[str, TaskID] = {}
         # activity -> when it was first reported, and how far it was
@@ -60,7 +62,7 @@ class ProgressDisplay:
         self.handlers: list[logging.Handler] = []
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self.is_live:
             root = logging.getLogger()
             self.handlers, root.handlers = (
                 root.handlers,
@@ -83,12 +85,12 @@ class ProgressDisplay:
         now = time.monotonic()
         if done < self.last.get(what, done + 1):  # new, or the same activity again
             self.begun[what] = (now, done)
-            if not self.console.is_terminal and total > done == 0:
+            if not self.is_live and total > done == 0:
                 log.info("%s", what)
         self.last[what] = done
         elapsed, made = now - self.begun[what][0], done - self.begun[what][1]
         rate = _rate(made, elapsed)
-        if self.console.is_terminal:
+        if self.is_live:
             self._bar(what, done, total, unit, rate)
         elif now - self.last_line >= LINE_EVERY_S and done:
             self.last_line = now

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
+import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from services import stopped_exit_code, stopped_line, stopping_on_sigterm
@@ -137,12 +138,18 @@ def _run_command() -> None:
         if debugging:
             with contextlib.suppress(OSError):  # the exit code says it, too
                 traceback.print_exc()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and _is_of_printing(error):
             _fail("cannot print to the end: no space left there; what the command made is stored", 4)
         remedy = "" if debugging else " (DEFUSE_DEBUG=1 shows where)"
         _fail(f"unexpected {type(error).__name__}: {error}{remedy}", 4)
     else:
         sys.exit(code)
+
+
+def _is_of_printing(error: OSError) -> bool:
+    """Whether what failed is a write of click or rich, which print; any other file may be on a full disk, too."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(place.is_relative_to(Path(library.__file__).parent) for library in (click, rich))
 
 
 def _is_debugging() -> bool:

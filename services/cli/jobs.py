@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
-from defuse_core.errors import InputError, ModelError, RunFileError, escape_control_characters
+from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError, escape_control_characters
+from defuse_core.files import FULL_DISK
 from services import stopped_exit_code
 from services.cli.options import (
     GivenPath,
@@ -114,7 +116,8 @@ def submit(
     jobs = Jobs(_dashboard(address))
     with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
         build_working_dir(spec, Path(folder))
-        job_id = jobs.submit(shlex.join(command), Path(folder), run, _environment(wanted))
+        with _full_disk_named():  # Ray packs the folder in another one
+            job_id = jobs.submit(shlex.join(command), Path(folder), run, _environment(wanted))
     if detach:
         click.echo(job_id)
         return
@@ -240,17 +243,32 @@ def _ending(job: Job) -> str:
     return f"exit code {job.exit_code}, which is not one of `defuse run`: look at the job's log for what ended it"
 
 
+@contextlib.contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """Raise ComputeError where the job does not fit into the folder of temporary files."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise ComputeError(
+            f"no space left in {tempfile.gettempdir()}, where the job is put together, so that nothing was submitted; "
+            "free some, or set TMPDIR to a folder elsewhere"
+        ) from error
+
+
+@_full_disk_named()
 def build_working_dir(spec: RunFile, folder: Path) -> None:
     """Fill `folder` with all that `defuse run run.yaml` needs, apart from the dependencies that nodes have installed.
 
     Raises RunFileError for a relative data.root and for weights or code that cannot be read, ModelError for missing
-    code, InputError for more than Ray takes.
+    code, InputError for more than Ray takes, ComputeError where the disk is full.
     """
     from cluster.connection import require_absolute_root
 
     require_absolute_root(spec.data.root)
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=SKIPPED)
+        shutil.copytree(ROOT / package, folder / package, ignore=SKIPPED, copy_function=_copy_file)
     for name, section in model_sections(spec).items():
         if section.import_path:
             _copy_module(f"{name}.import_path", section.import_path, folder)
@@ -280,14 +298,26 @@ def _with_weights(spec: RunFile, folder: Path) -> RunFile:
     return with_weights(spec, copies)
 
 
+@_full_disk_named()  # copytree goes on after an OSError, and raises one of all files
+def _copy_file(source: str, target: str) -> None:
+    shutil.copy2(source, target)
+
+
 def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True) -> None:
     """Copy a file or folder. Raises RunFileError for what cannot be read, such as a link to nothing, if these count."""
     target.parent.mkdir(exist_ok=True)
     try:
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=SKIPPED, ignore_dangling_symlinks=not dangling_links)
-        else:
-            shutil.copyfile(source, target)
+        with _full_disk_named():
+            if source.is_dir():
+                shutil.copytree(
+                    source,
+                    target,
+                    ignore=SKIPPED,
+                    copy_function=_copy_file,
+                    ignore_dangling_symlinks=not dangling_links,
+                )
+            else:
+                shutil.copyfile(source, target)
     except OSError as error:
         # copytree raises one error for all files: source, target and reason of each
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror

@@ -217,18 +217,18 @@ def run(
         expect_root(spec.data)  # before a run is recorded, and before anything is measured
     if track is not None:
         expect_mlflow(read_settings())
+    found = None
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         traces = started.store.list("profile/") if profile is not None else []
-        try:
+        with contextlib.suppress(ReachedStep):
             tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
             with tracking, _compute(where, address, started, display, profile) as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
-        except ReachedStep:
-            _note_untraced(started, profile, traces)
-            click.echo(f"{name}: done until {until}; run again without --until to continue")
-            return
     _note_untraced(started, profile, traces)
+    if found is None:  # printed only now: a terminal would show it in the middle of a bar
+        click.echo(f"{name}: done until {until}; run again without --until to continue")
+        return
     print_report(found, started.spec.correct)
     click.echo(f"\nreport: {started.store.address}/report.html")
 

@@ -182,16 +182,15 @@ class S3Store:
         return self._holds(key, data)
 
     def list(self, prefix: str = "") -> list[str]:
-        return [key for key in self._all_keys(prefix) if not is_hidden(key)]
+        """All keys but hidden ones, and but the empty objects by which other programs mark a folder."""
+        found = self._all_keys(prefix)
+        return [key for key in found if key and not key.endswith("/") and not is_hidden(key)]
 
     def _all_keys(self, prefix: str = "") -> Sequence[str]:
-        asked = {
-            "Bucket": self.bucket,
-            "Prefix": self.prefix + prefix,
-            "PaginationConfig": {"PageSize": LIST_PAGE},
-        }
         with self._errors():
-            pages = self._client.get_paginator("list_objects_v2").paginate(**asked)
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=self.prefix + prefix, PaginationConfig={"PageSize": LIST_PAGE}
+            )
             keys = [
                 found["Key"].removeprefix(self.prefix) for page in pages for found in page.get("Contents", [])
             ]
@@ -227,8 +226,10 @@ class S3Store:
     def _abort_uploads(self) -> None:
         """Drop the parts that killed writers left, which no listing shows; some servers do not list them either."""
         with contextlib.suppress(StoreError, FileNotFoundError), self._errors():
-            found = self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix)
-            for upload in found.get("Uploads", []):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self.prefix
+            )
+            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
                 self._client.abort_multipart_upload(
                     Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )
@@ -244,6 +245,7 @@ class S3Store:
             self.leases[self.prefix] = lease
             self.fences[self.prefix] = lease.state
             try:
+                self._abort_uploads()  # of earlier drivers and their workers: what they write now is refused
                 yield
             finally:
                 del self.leases[self.prefix], self.fences[self.prefix]

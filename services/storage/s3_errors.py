@@ -43,6 +43,7 @@ NO_ANSWER = (
     aws.ConnectionError,
     aws.ResponseStreamingError,
 )
+UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")  # in OpenSSL's words
 SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
 WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
 
@@ -65,6 +66,11 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
     except aws.ProfileNotFound as error:
         raise StoreSettingsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
+        if _is_untrusted(error):
+            raise StoreSettingsError(
+                f"{where}: the certificate of {server} is not trusted, or it speaks no TLS; set AWS_CA_BUNDLE to the "
+                "file of your CA's certificate, or correct AWS_ENDPOINT_URL"
+            ) from error
         if "Invalid header value" in str(error):  # it quotes the key
             raise StoreSettingsError(
                 f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
@@ -76,6 +82,11 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
         ) from error
     except aws.BotoCoreError as error:
         raise StoreError(f"{where}: {without_credentials(str(error), endpoint)}") from error
+
+
+def _is_untrusted(error: object) -> bool:
+    """Whether an answer came, of a server that cannot be trusted: another attempt gets the same one."""
+    return isinstance(error, aws.SSLError) and any(word in str(error) for word in UNTRUSTED)
 
 
 def code_of(error: aws.ClientError) -> str:
@@ -120,7 +131,9 @@ class OutageWatch:
         request.context["defuse_begun"] = time.monotonic()
 
     def _on_result(self, request_dict: Any, caught_exception: Exception | None, **_: Any) -> None:
-        """Raise the attempt's error, which ends its request, once the request was without an answer for too long."""
+        """Raise the attempt's error, which ends its request: one that no attempt mends, or after a long silence."""
+        if _is_untrusted(caught_exception):
+            raise caught_exception
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()
             return

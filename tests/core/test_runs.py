@@ -16,8 +16,9 @@ from defuse_core.artifacts import MeasuredPrecision, Psi
 from defuse_core.codec import FORMAT, encode
 from defuse_core.config import dump_run_file
 from defuse_core.errors import DamagedError, InputError, RunBusyError, RunMismatchError, StoreError
+from defuse_core.files import UNFINISHED
 from defuse_core.runs import ReachedStep, Run
-from defuse_core.store import UNFINISHED, FolderStore
+from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 
 
@@ -218,6 +219,16 @@ def test_a_run_whose_noted_settings_are_damaged_names_the_file(tmp_path):
         Run.open(store, "a")
     store.delete("a/settings.json")  # as where the first start was stopped before it noted them
     assert Run.open(store, "a").spec == tiny()
+
+
+def test_settings_that_a_stopped_start_did_not_note_are_noted_by_the_next_one(tmp_path):
+    store = FolderStore(tmp_path)
+    Run.start(store, "a", tiny()).once("identify", Psi, psi)
+    store.delete("a/settings.json")
+    Run.start(store, "a", tiny())
+    store.write("a/run.yaml", dump_run_file(tiny().model_copy(update={"seed": 5})).encode())
+    with pytest.raises(RunMismatchError, match=r"run\.yaml was edited: seed: 0 in the run, 5 now"):
+        Run.open(store, "a")
 
 
 def test_weights_are_known_by_what_is_in_their_file(tmp_path):

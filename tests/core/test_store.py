@@ -8,11 +8,13 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from defuse_core import store as module
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import LOCK, FolderStore
 from tests.no_access import refuse_access
@@ -83,6 +85,20 @@ def test_keys_are_created_once_on_a_file_system_without_hard_links(
     assert FolderStore(tmp_path).list() == ["run/run.yaml"]
 
 
+def test_a_mount_whose_files_all_have_one_owner_takes_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    run = FolderStore(tmp_path / "run")
+    with run.lock():
+        assert run.create("run.yaml", b"1")
+        run.write("run.yaml", b"2")
+    assert run.read("run.yaml") == b"2"
+
+
 def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +121,33 @@ def test_a_deletion_that_is_killed_leaves_the_run_file_and_can_be_repeated(
     with run.lock():
         run.delete_all()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_driver_that_waited_for_the_end_of_a_deletion_begins_the_run_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleter, begun, found = (
+        FolderStore(tmp_path / "run"),
+        FolderStore(tmp_path / "run"),
+        module.locked_at_once,
+    )
+    deleting = ExitStack()
+    deleting.enter_context(deleter.lock())
+    asked: list[bool] = []
+
+    def deleted_after_the_first_look(handle: Any, *how: int) -> bool:
+        if not asked:
+            asked.append(found(handle, *how))
+            deleter.delete_all()
+            deleting.close()
+            return asked[0]
+        return found(handle, *how)
+
+    monkeypatch.setattr(module, "locked_at_once", deleted_after_the_first_look)
+    with begun.lock():
+        begun.write("run.yaml", b"2")
+        assert asked == [False] and begun.is_locked()
+    assert FolderStore(tmp_path).list() == ["run/run.yaml"]
 
 
 @pytest.mark.parametrize("full_disk", [errno.ENOSPC, errno.EDQUOT])

@@ -14,7 +14,8 @@ import pytest
 
 from defuse_core import store as module
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.store import CREATING, GATE, FolderStore, checked_name
+from defuse_core.files import CREATING
+from defuse_core.store import GATE, FolderStore, checked_name
 
 
 def is_free(gate: Path, how: int) -> bool:

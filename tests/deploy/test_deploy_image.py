@@ -78,6 +78,20 @@ def test_home_is_in_the_environment_since_ray_up_looks_for_it_there() -> None:
     assert load_mounts() == {f"{workdir}/.ray"}
 
 
+def test_a_login_shell_such_as_ray_up_runs_its_commands_in_finds_what_the_image_has(tmp_path: Path) -> None:
+    """Debian's /etc/profile sets PATH, and then reads /etc/profile.d."""
+    (venv,) = re.findall(
+        r"VIRTUAL_ENV=(\S+)", " ".join(rest for word, rest in instructions() if word == "ENV")
+    )
+    *_, last_run = (rest for word, rest in instructions() if word == "RUN")
+    (command,) = re.findall(r"echo .* > /etc/profile\.d/\w+\.sh", last_run)
+    profile = tmp_path / "image.sh"
+    made = re.sub(r"> \S+$", f"> {profile}", command)
+    subprocess.run(["/bin/sh", "-c", made], env={"VIRTUAL_ENV": venv, "PATH": "/built"}, check=True)
+    login = ["/bin/sh", "-c", f'PATH=/usr/bin:/bin; . {profile}; echo "$PATH"']
+    assert subprocess.check_output(login, text=True).strip() == f"{venv}/bin:/usr/bin:/bin"
+
+
 def load_mounts() -> set[str]:
     from shipped import load
 

@@ -12,6 +12,13 @@ from services import console
 from services.console import ProgressDisplay
 
 
+class Screen(io.StringIO):
+    """A terminal, which keeps what it shows."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def clock(monkeypatch, caplog):
     """Seconds that pass only when told to."""
@@ -41,8 +48,9 @@ def test_a_second_sweep_has_a_rate_of_its_own(clock, caplog):
 
 
 def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
-    shown = io.StringIO()
-    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = Screen()
+    terminal = Console(file=shown, width=100)
     with ProgressDisplay(terminal) as display:
         display("training the β-VAE", 0, 1000, "images")
         display.begun["training the β-VAE"] = (console.time.monotonic() - 2, 0)
@@ -58,3 +66,28 @@ def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
 def test_a_long_activity_in_one_piece_is_named_when_it_begins(clock, caplog):
     ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture", 0, 1, "fits")
     assert caplog.messages == ["fitting the mixture"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "stream"),
+    [
+        ("FORCE_COLOR", "1", io.StringIO),
+        ("FORCE_COLOR", "0", io.StringIO),
+        ("TTY_COMPATIBLE", "1", io.StringIO),
+        ("TERM", "dumb", Screen),
+    ],
+)
+def test_a_file_and_a_terminal_without_cursor_get_lines_whatever_colours_are_asked_for(
+    variable, value, stream, monkeypatch, clock, caplog
+):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(variable, value)
+    shown = stream()
+    with ProgressDisplay(Console(file=shown)) as display:
+        display("finding failures", 0, 1000, "images")
+        clock[0] += 60
+        display("finding failures", 50, 1000, "images")
+    assert shown.getvalue().strip() == ""
+    assert caplog.messages == ["finding failures", "finding failures: 50 of 1000 images, 50/min, 1140 s left"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import sys
 import zipfile
 from importlib import import_module
@@ -10,13 +12,14 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
-from defuse_core.errors import InputError, ModelError, RunFileError
+from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
 from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, _row, build_working_dir
 from tests.conftest import tiny
 
@@ -149,6 +152,33 @@ def test_a_file_of_a_folder_that_cannot_be_read_is_named(
     fields = {"architecture": "transformers", "weights": str(tmp_path / "vit"), "epochs": 0}
     with pytest.raises(RunFileError, match=r"classifier.weights .*vit: cannot be read \(.*No such file"):
         build_working_dir(tiny(classifier=fields), tmp_path / "other")
+
+
+@pytest.mark.parametrize("last", ["pipeline.py", "best.safetensors", "__init__.py", RUN_FILE])
+def test_a_disk_that_is_full_while_the_job_is_put_together_is_one_line(
+    last: str, tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (package / "__init__.py").touch()
+    copyfile, write_text = shutil.copyfile, Path.write_text
+
+    def full(path: object) -> None:
+        if Path(str(path)).name == last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def copied(source: str, target: str, **options: Any) -> str:
+        full(source)
+        return copyfile(source, target, **options)
+
+    def written(path: Path, text: str, **options: Any) -> int:
+        full(path)
+        return write_text(path, text, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", copied)
+    monkeypatch.setattr(Path, "write_text", written)
+    with pytest.raises(
+        ComputeError, match="^no space left in .*, so that nothing was submitted; .* set TMPDIR"
+    ):
+        build_working_dir(own_classifier(tmp_path / "best.safetensors"), tmp_path / "job")
 
 
 def test_a_job_larger_than_ray_takes_is_refused_before_it_is_uploaded(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
 
 import click
 import pytest
@@ -32,6 +35,34 @@ def test_with_tracebacks_the_exit_code_is_the_same(broken, monkeypatch, capsys, 
     assert err.startswith("Traceback") and err.endswith(
         "defuse: unexpected ZeroDivisionError: division by zero\n"
     )
+
+
+@pytest.fixture
+def full_disk() -> Iterator[TextIO]:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as file:
+        yield file
+
+
+@pytest.mark.parametrize(
+    ("write", "line"),
+    [
+        (click.echo, "cannot print to the end: no space left there; what the command made is stored"),
+        (print, "unexpected OSError: [Errno 28] No space left on device (DEFUSE_DEBUG=1 shows where)"),
+    ],
+    ids=["printing", "another file"],
+)
+def test_only_a_full_disk_that_is_printed_to_is_called_that(
+    write, line, full_disk, monkeypatch, capsys, tmp_path
+):
+    def write_all(_: str) -> None:
+        write("text", file=full_disk)
+        full_disk.flush()
+
+    monkeypatch.delenv("DEFUSE_DEBUG", raising=False)
+    monkeypatch.setattr("services.storage.open_store", write_all)
+    code, _, err = call(monkeypatch, capsys, "status", "--store", tmp_path)
+    assert code == 4
+    assert one_line(err) == f"defuse: {line}"
 
 
 @pytest.mark.parametrize("name", ["DEFUSE_FORWARDED_FOR", "DEFUSE_CACHE"])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
@@ -35,6 +36,17 @@ def test_a_step_that_was_made_before_is_not_traced_in_silence(finished, monkeypa
         assert code == 0, err
         assert one_line(err).startswith("note: --profile train: nothing was traced, since nothing was left")
     assert "done until train" in out
+
+
+def test_the_result_of_a_run_until_a_step_is_printed_once_its_bars_are_gone(finished, monkeypatch, capsys):
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr("services.console.Terminal", lambda **_: Console(file=sys.stdout))
+    code, out, _ = call(monkeypatch, capsys, *finished, "--until", "train")
+    assert code == 0
+    assert out.index("\x1b[?25h") < out.index("tiny: done until train")  # the cursor is shown again
 
 
 def test_a_step_that_is_not_reached_is_not_traced_in_silence(finished, monkeypatch, capsys):

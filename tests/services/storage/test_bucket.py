@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import ssl
+import subprocess
+import threading
 import time
 import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +30,25 @@ def test_more_keys_than_fit_on_a_page_are_all_listed(bucket: Store, monkeypatch:
     for number in range(10):
         bucket.write(f"{number}", b"")
     assert bucket.list() == [f"{number}" for number in range(10)]
+
+
+def test_empty_objects_by_which_other_programs_mark_a_folder_are_no_keys(bucket: Store) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    for marker in ("", "overrides/"):
+        bucket._client.put_object(Bucket="bucket", Key=bucket.prefix + marker, Body=b"")
+    bucket.write("overrides/1.json", b"{}")
+    assert bucket.list() == bucket.list("overrides/") == ["overrides/1.json"]
+    bucket.delete_all()
+    assert bucket._client.list_objects_v2(Bucket="bucket", Prefix=bucket.prefix)["KeyCount"] == 0
+
+
+def test_parts_of_an_object_that_a_killed_driver_left_are_dropped_by_the_next_one(bucket: Store) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    here = {"Bucket": "bucket", "Prefix": bucket.prefix}
+    bucket._client.create_multipart_upload(Bucket="bucket", Key=bucket.prefix + "models.safetensors")
+    assert len(bucket._client.list_multipart_uploads(**here)["Uploads"]) == 1
+    with bucket.lock():
+        assert "Uploads" not in bucket._client.list_multipart_uploads(**here)
 
 
 def test_a_large_object_goes_in_parts(bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +131,36 @@ def test_an_endpoint_that_is_down_is_said_at_once(aws: pytest.MonkeyPatch) -> No
     assert time.monotonic() - begun < 60
     aws.setenv("AWS_ENDPOINT_URL", "http://ana:secret@127.0.0.1:9")
     assert "no answer from http://***@127.0.0.1:9 (" in _refused(aws)
+
+
+class CountingServer(ThreadingHTTPServer):
+    connections = 0
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.connections += 1
+        return super().get_request()
+
+
+@pytest.mark.parametrize("speaks_tls", [True, False])
+def test_a_server_that_cannot_be_trusted_is_a_wrong_setting_and_is_asked_once(
+    speaks_tls: bool, tmp_path: Path, aws: pytest.MonkeyPatch
+) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], capture_output=True, check=True)
+    with CountingServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        if speaks_tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        aws.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
+        with pytest.raises(
+            StoreError, match="certificate of https.* set AWS_CA_BUNDLE .* AWS_ENDPOINT_URL"
+        ) as refused:
+            open_store("s3://bucket/run")
+        assert (refused.value.exit_code, server.connections) == (2, 1)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("address", ["minio:9000", "ana:sup3r@minio:9000", "http://ana:sup3r@my_minio:9000"])
