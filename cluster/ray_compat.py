@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import requests
     from ray.job_submission import JobSubmissionClient
+    from ray.tune import ResultGrid, Tuner
     from ray.tune.trainable import Trainable
 
 KEPT_WORKING_DIR = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}  # else workers find no relative path, such as of weights
@@ -76,6 +78,19 @@ def _released_parameters() -> Iterator[None]:
 def kept_working_dir() -> AbstractContextManager[None]:
     """Keep workers that Ray Train starts inside in their working directory, in place of a folder of its own."""
     return _environment(KEPT_WORKING_DIR)
+
+
+def fit(tuner: Tuner) -> ResultGrid:
+    """Run all trials. Ctrl-C ends them and releases what they hold of the cluster; Tune does so for an Exception alone.
+
+    They end once Tune's objects are collected, which the frames of a traceback prevent: a notebook keeps the last one.
+    """
+    try:
+        return tuner.fit()
+    except KeyboardInterrupt as interrupted:
+        interrupted.__traceback__ = None
+        gc.collect()
+        raise
 
 
 @contextlib.contextmanager
