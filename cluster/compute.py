@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.connection import connect, require_absolute_root
+from cluster.connection import connect, disconnect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
 from cluster.progress import ProgressListener, reporting
@@ -93,7 +93,7 @@ class RayCompute:
             self.listener.close()
             self.listener = None
         if self.connected_here:
-            ray.shutdown()
+            disconnect()
             self.connected_here = False
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
