@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
@@ -18,17 +17,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.connection import connect, require_absolute_root
+from cluster.connection import connect, disconnect, require_absolute_root
 from cluster.errors import as_defuse_error
 from cluster.identify import ShardQueue, WorkerPool
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
-    WARN_AFTER_S,
+    CapacityMonitor,
+    WorkerResources,
     capacity,
     claim_devices,
     hide_other_gpus,
-    log_busy_cluster,
     on_nodes_with_cpus,
     on_this_node,
     task_resources,
@@ -94,7 +93,7 @@ class RayCompute:
             self.listener.close()
             self.listener = None
         if self.connected_here:
-            ray.shutdown()
+            disconnect()
             self.connected_here = False
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
@@ -285,18 +284,15 @@ class RayCompute:
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
         waiting, listener = list(tasks), self._ready()
-        warn_at = time.monotonic() + WARN_AFTER_S  # never once anything ran
+        monitor, has_run = CapacityMonitor(step, task_resources(self.spec.resources)), False
         try:
             while waiting:
                 ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
                 self.require_lock()
                 shown = listener.flush() if ready else listener.poll()
                 ray.get(ready)
-                if shown or ready:
-                    warn_at = math.inf
-                elif time.monotonic() > warn_at:
-                    warn_at = math.inf
-                    log_busy_cluster(step, task_resources(self.spec.resources))
+                has_run = has_run or shown or bool(ready)
+                monitor.check(has_run)
         except BaseException as error:
             cancel_all(waiting)
             if isinstance(error, RayError):
@@ -325,6 +321,7 @@ class RayPartitions:
     ) -> None:
         self.listener, self.step, self.require_lock = listener, step, require_lock
         self.at_once = worker_count(section)
+        self.monitor = CapacityMonitor(step, WorkerResources(section.cpus_per_worker, 0))
         self.options = {
             "name": step,
             "num_cpus": section.cpus_per_worker,
@@ -333,6 +330,7 @@ class RayPartitions:
             **on_nodes_with_cpus(),
         }
         self.parts: list[Any] = []  # ObjectRefs
+        self.has_run = False
 
     def load(self, function: Callable[..., object], arguments: Sequence[tuple[object, ...]]) -> Self:
         """Load the parts that function(*arguments) returns, spread over the nodes."""
@@ -375,6 +373,8 @@ class RayPartitions:
             self.require_lock()
             self.listener.poll()
             ended, left = ray.wait(running, num_returns=wanted, timeout=POLL_EVERY_S, fetch_local=False)
+            self.has_run = self.has_run or bool(ended)
+            self.monitor.check(self.has_run)
             if ended:
                 return list(left)
 

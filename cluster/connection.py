@@ -11,12 +11,16 @@ import ray
 
 from cluster.errors import OTHER_TOKEN, one_line
 from cluster.ray_compat import (
+    MAX_TEMPORARY_FOLDER,
     connection_error,
+    forget_private_token,
+    is_temporary_folder_unusable,
     is_unauthenticated,
     keep_idle_workers,
     kept_sigterm_handler,
     limit_memory_retries,
     set_private_token,
+    shorten_socket_paths,
 )
 from defuse_core.errors import ComputeError, InputError, RunFileError, without_credentials
 
@@ -31,7 +35,8 @@ INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE tur
 def connect(address: str | None) -> bool:
     """Join the cluster at `address`, or start an embedded Ray; True if this call made the connection.
 
-    Raises InputError for an address of another kind, ComputeError where no cluster answers or Ray does not start.
+    Raises InputError for an address of another kind and for a folder of temporary files that Ray cannot use,
+    ComputeError where no cluster answers or Ray does not start.
     """
     if ray.is_initialized():
         return False
@@ -41,10 +46,16 @@ def connect(address: str | None) -> bool:
     if address is None:
         protect_embedded_ray()
         keep_idle_workers()
+        shorten_socket_paths()
         try:
             with kept_sigterm_handler():
                 ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
+            if is_temporary_folder_unusable(error):
+                raise InputError(
+                    f"Ray did not start on this machine ({one_line(error)}); set RAY_TMPDIR to a folder that can be "
+                    f"written, whose path has at most {MAX_TEMPORARY_FOLDER} characters"
+                ) from error
             raise ComputeError(
                 f"Ray did not start on this machine ({one_line(error)}); {START_AGAIN}"
             ) from error
@@ -62,6 +73,12 @@ def connect(address: str | None) -> bool:
     except Exception as error:
         raise ComputeError(_unreachable(address, one_line(error))) from error
     return True
+
+
+def disconnect() -> None:
+    """End the connection that `connect` made; an embedded Ray ends with it, and its token is forgotten."""
+    ray.shutdown()
+    forget_private_token()
 
 
 def protect_embedded_ray() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import requests
     from ray.job_submission import JobSubmissionClient
+    from ray.tune import ResultGrid, Tuner
     from ray.tune.trainable import Trainable
 
 KEPT_WORKING_DIR = {"RAY_CHDIR_TO_TRIAL_DIR": "0"}  # else workers find no relative path, such as of weights
@@ -29,12 +31,17 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
 RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
 SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
+# bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
+MAX_TEMPORARY_FOLDER = 39
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 JOB_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
+
+# variables of authentication that the Ray of this process brought into its environment
+_added: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -71,6 +78,19 @@ def _released_parameters() -> Iterator[None]:
             for hook in worker._post_init_hooks
             if hook in before or not isinstance(getattr(hook, "__self__", None), _ParameterRegistry)
         ]
+
+
+def fit(tuner: Tuner) -> ResultGrid:
+    """Run all trials. Ctrl-C ends them and releases what they hold of the cluster; Tune does so for an Exception alone.
+
+    They end once Tune's objects are collected, which the frames of a traceback prevent: a notebook keeps the last one.
+    """
+    try:
+        return tuner.fit()
+    except KeyboardInterrupt as interrupted:
+        interrupted.__traceback__ = None
+        gc.collect()
+        raise
 
 
 def kept_working_dir() -> AbstractContextManager[None]:
@@ -155,8 +175,31 @@ def is_unauthenticated() -> bool:
 
 def set_private_token() -> None:
     """Give a Ray that this process starts a token of its own; then Ray neither needs nor writes ~/.ray/auth_token."""
+    _added.update({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} - os.environ.keys())  # the mode by Ray itself
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def forget_private_token() -> None:
+    """Forget the token of a Ray that has ended, which another cluster does not know."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    for name in _added:
+        os.environ.pop(name, None)
+    _added.clear()
+    Config.initialize("")  # reads RAY_AUTH_MODE again
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def shorten_socket_paths() -> None:
+    """Let a Ray that this process starts use /tmp where the path in TMPDIR is too long for those of its sockets."""
+    if len(os.fsencode(os.environ.get("TMPDIR", ""))) > MAX_TEMPORARY_FOLDER:
+        os.environ.setdefault("RAY_TMPDIR", "/tmp")
+
+
+def is_temporary_folder_unusable(error: Exception) -> bool:
+    """Whether Ray cannot start as its folder of temporary files cannot be written, or has too long a path."""
+    return isinstance(error, PermissionError) or "AF_UNIX path length" in str(error)
 
 
 def cancel_all(tasks: Sequence[Any]) -> None:

@@ -171,11 +171,6 @@ def worker_count(section: ResourcesSection) -> int:
     return room if wanted == "auto" else wanted
 
 
-def log_busy_cluster(step: str, worker: WorkerResources) -> None:
-    """Say that a step waits for what other work holds of the cluster."""
-    log.warning("%s: waiting for %s to be free on the cluster", step, worker)
-
-
 class CapacityMonitor:
     """Warns each time that a step begins to wait: no node has room for its workers, or other work holds the room."""
 
@@ -196,5 +191,5 @@ class CapacityMonitor:
             log.warning("%s: waiting for a node with room for a worker of %s", self.step, self.worker)
         if room and now > self.warn_at:
             self.warn_at = math.inf
-            log_busy_cluster(self.step, self.worker)
+            log.warning("%s: waiting for %s to be free on the cluster", self.step, self.worker)
         self.waiting = not room

@@ -16,7 +16,7 @@ from ray.tune.trainable import Trainable
 
 from cluster.errors import as_defuse_error, cause_of, is_worker_lost, one_line
 from cluster.progress import ProgressListener, reporting, set_running_trials
-from cluster.ray_compat import named_trainable, quiet_tune
+from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
@@ -73,7 +73,7 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
     """
     names = sweep.unfinished()
     with quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
-        results = _tuner(sweep, names, folder).fit()
+        results = fit(_tuner(sweep, names, folder))
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
         number, index = _parse(Path(result.path).name)  # the one field that every failure leaves

@@ -149,7 +149,7 @@ def _run_command() -> None:
 def _is_of_printing(error: OSError) -> bool:
     """Whether what failed is a write of click or rich, which print; any other file may be on a full disk, too."""
     place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(place.is_relative_to(Path(library.__file__).parent) for library in (click, rich))
+    return any(place.is_relative_to(Path(str(library.__file__)).parent) for library in (click, rich))
 
 
 def _is_debugging() -> bool:

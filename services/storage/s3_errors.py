@@ -84,7 +84,7 @@ def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
         raise StoreError(f"{where}: {without_credentials(str(error), endpoint)}") from error
 
 
-def _is_untrusted(error: object) -> bool:
+def _is_untrusted(error: Exception) -> bool:
     """Whether an answer came, of a server that cannot be trusted: another attempt gets the same one."""
     return isinstance(error, aws.SSLError) and any(word in str(error) for word in UNTRUSTED)
 
@@ -132,7 +132,7 @@ class OutageWatch:
 
     def _on_result(self, request_dict: Any, caught_exception: Exception | None, **_: Any) -> None:
         """Raise the attempt's error, which ends its request: one that no attempt mends, or after a long silence."""
-        if _is_untrusted(caught_exception):
+        if caught_exception is not None and _is_untrusted(caught_exception):
             raise caught_exception
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()

@@ -24,6 +24,7 @@ from tests.cluster.fakes import (
     vae_size,
 )
 from tests.conftest import tiny
+from tests.waiting import WAIT_S
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -127,3 +128,19 @@ def test_a_driver_that_lost_its_run_ends_the_task_under_way(tiny_spec: RunFile, 
         with pytest.raises(RunBusyError, match="another driver took the run over"):
             compute.task("train", sleeping, pid)
         wait_for_the_end_of({int(pid.read_text())})
+
+
+def test_a_task_under_way_that_no_node_has_room_for_any_more_says_that_it_waits(
+    tiny_spec: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pid, begun = tmp_path / "pid", time.monotonic()
+    line = "train: waiting for a node with room for a worker of 1 CPU and 0 GPU"
+
+    def require_lock() -> None:
+        if line in caplog.messages or time.monotonic() - begun > WAIT_S / 4:
+            raise RunBusyError("enough")
+
+    monkeypatch.setattr("cluster.resources.capacity", lambda worker: 0 if pid.exists() else 2)
+    with RayCompute(None, tiny_spec, require_lock=require_lock) as compute, pytest.raises(RunBusyError):
+        compute.task("train", sleeping, pid)
+    assert line in caplog.messages

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from cluster import connection
-from cluster.connection import INSIST, connect, protect_embedded_ray
+from cluster.connection import INSIST, connect, disconnect, protect_embedded_ray
 from defuse_core.errors import ComputeError, InputError
 from tests.ports import free_port
 
@@ -61,7 +63,28 @@ def test_a_ray_that_does_not_start_on_this_machine_is_one_line(monkeypatch: pyte
     monkeypatch.setattr("cluster.connection.ray.init", timed_out)
     with pytest.raises(
         ComputeError,
-        match=r"^Ray did not start on this machine \(Exception: The current node .*\); start the command again",
+        match=r"^Ray did not start on this machine \(Exception: The current node timed out .*\); start the command",
+    ):
+        connect(None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch"),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/scratch/ray"),
+    ],
+)
+def test_a_temporary_folder_that_ray_cannot_use_is_a_wrong_setting(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cluster.connection.protect_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", refused)
+    with pytest.raises(
+        InputError, match=r"^Ray did not start .*/scratch.*; set RAY_TMPDIR .* at most 39 characters"
     ):
         connect(None)
 
@@ -91,3 +114,21 @@ def test_an_embedded_ray_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name, raising=False)
     protect_embedded_ray()
     assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 64
+
+
+@pytest.mark.parametrize("own", [None, "of-the-user"])
+def test_the_token_of_an_embedded_ray_is_forgotten_with_it_and_that_of_the_user_is_not(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", own)
+    monkeypatch.setattr("cluster.connection.ray.shutdown", lambda: None)
+    # else the Ray of later tests would find no authentication in this process
+    monkeypatch.setattr("ray._raylet.Config", SimpleNamespace(initialize=lambda _: None))
+    protect_embedded_ray()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as ray.init does
+    disconnect()
+    assert os.environ.get("RAY_AUTH_TOKEN") == own
+    assert "RAY_AUTH_MODE" not in os.environ

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.store import FolderStore
-from tests.cluster.fakes import Tally, add, load_numbers, rest, sum_or_die_once
+from tests.cluster.fakes import OtherWork, Tally, add, load_numbers, rest, sum_or_die_once
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
+from tests.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SPEC = {
@@ -57,6 +60,25 @@ def test_two_calls_a_worker_are_under_way_at_once_and_all_have_ended_before_the_
         assert parts.map(add, 1) == [5 * n + 1 for n in range(7)]
         assert (max(started), sum(ended)) == (2, 7)
         assert len(polls) == len(started)  # what workers report is shown meanwhile
+
+
+def test_waiting_for_what_other_work_holds_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.resources.WARN_AFTER_S", 0.5)
+    monkeypatch.setattr("cluster.resources.CHECK_EVERY_S", 0.1)
+    other = OtherWork.remote()
+    ray.get(other.began.remote())
+
+    def end_other_work() -> None:
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: "waiting for" in caplog.text, within_s=WAIT_S / 4)
+        ray.kill(other)
+
+    with ThreadPoolExecutor(1) as pool, RayCompute(None, tiny(**SPEC)) as compute:
+        pool.submit(end_other_work)
+        compute.partitions("distill", load_numbers, [(tmp_path / "loads", 1)])
+    assert "distill: waiting for 1 CPU and 0 GPU to be free on the cluster" in caplog.messages
 
 
 def test_a_driver_that_lost_its_run_cancels_the_calls_under_way(

@@ -108,6 +108,42 @@ def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: No
     assert pids_of_four_tasks(tmp_path / "second") <= first
 
 
+TWO_CLUSTERS = """
+import os
+from tests.conftest import tiny
+
+for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+    del os.environ[name]
+from cluster.compute import RayCompute
+from tests.cluster.fakes import shouting
+
+for number in range(2):
+    with RayCompute(None, tiny()) as compute:
+        print(compute.task("review", shouting, "help"), os.environ["RAY_AUTH_TOKEN"])
+    assert "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_MODE" not in os.environ
+"""
+
+
+def test_one_process_starts_two_clusters_of_a_token_each_also_where_tmpdir_is_long(tmp_path: Path) -> None:
+    """Ray keeps the token that it has read, and puts sockets, of which paths are short, into TMPDIR."""
+    long = tmp_path / ("x" * ray_compat.MAX_TEMPORARY_FOLDER)
+    long.mkdir()
+    others = ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
+    environment = {name: value for name, value in os.environ.items() if name not in others}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_CLUSTERS],
+        env=environment | {"TMPDIR": str(long)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3 * WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("HELP ") and second.startswith("HELP ") and first != second
+
+
 NEVER_ENOUGH_MEMORY = """
 import sys
 from pathlib import Path

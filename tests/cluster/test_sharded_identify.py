@@ -42,6 +42,7 @@ from tests.cluster.fakes import (
     DeadlyStore,
     GatedStore,
     HiccupStore,
+    OtherWork,
     OwnDiskStore,
     RefusingStore,
     StumblingStore,
@@ -159,14 +160,6 @@ def test_shards_that_are_there_are_not_made_again(
         assert_equal_psi(compute.identify(tiny_spec, tiny_models, store), local_psi)
     made = [index for index in range(len(local_psi.codes)) if int(store.writes(shard_key(index)))]
     assert made == [index for index in range(len(local_psi.codes)) if index not in kept]
-
-
-@ray.remote(num_cpus=2)
-class OtherWork:
-    """Holds all CPUs of the cluster."""
-
-    def began(self) -> None:
-        pass
 
 
 def test_waiting_for_what_other_work_holds_is_said(

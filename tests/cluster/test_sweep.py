@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from ray.exceptions import RayTaskError
 
@@ -187,6 +188,23 @@ def test_a_driver_that_lost_its_run_ends_its_trials(
         with pytest.raises(RunBusyError, match="another driver took the run over"):
             compute.sweeps(tiny_models, [SweepRequest(two, fixes, None, store)])
         wait_for_the_end_of(set(lines.processes("correct: λ")))
+
+
+def test_ctrl_c_ends_the_trials_and_gives_back_what_they_hold_of_a_cluster_that_goes_on(
+    two: RunFile, tiny_models: Models, fixes: Corrections, tmp_path: Path, lines: Lines
+) -> None:
+    def interrupt(*told: object) -> None:
+        if told[0] == "fine-tuning over λ":
+            raise KeyboardInterrupt
+
+    request = SweepRequest(two, fixes, None, CountingStore(tmp_path / "run", pause_s=1.0))
+    with RayCompute(None, two, interrupt) as compute:
+        with pytest.raises(KeyboardInterrupt) as kept:  # with its traceback, as a notebook keeps it
+            compute.sweeps(tiny_models, [request])
+        wait_for_the_end_of(set(lines.processes("correct: λ")))
+    groups: dict[str, dict[str, object]] = ray.util.placement_group_table()
+    assert {group["state"] for group in groups.values()} <= {"REMOVED"}
+    assert kept.tb is not None
 
 
 def test_fewer_epochs_never_replace_more(
