@@ -44,9 +44,8 @@ def connect(address: str | None) -> bool:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     limit_memory_retries()
     if address is None:
-        protect_embedded_ray()
+        prepare_embedded_ray()
         keep_idle_workers()
-        shorten_socket_paths()
         try:
             with kept_sigterm_handler():
                 ray.init(address="local", include_dashboard=False, **quiet)
@@ -81,11 +80,13 @@ def disconnect() -> None:
     forget_private_token()
 
 
-def protect_embedded_ray() -> None:
+def prepare_embedded_ray() -> None:
     """Give the embedded Ray a token that only this process knows, since it listens on every interface of the machine.
 
-    Raises InputError where RAY_AUTH_MODE turns authentication off and DEFUSE_UNAUTHENTICATED_RAY does not insist.
+    Its sockets go where their paths are short enough. Raises InputError where RAY_AUTH_MODE turns authentication off
+    and DEFUSE_UNAUTHENTICATED_RAY does not insist.
     """
+    shorten_socket_paths()
     if not is_unauthenticated():
         set_private_token()
     elif os.environ.get(INSIST) == "1":

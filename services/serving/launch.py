@@ -172,12 +172,12 @@ def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to the cluster at `address`, or start an embedded Ray with at least `cpus` CPUs, for the block."""
     import ray
 
-    from cluster.connection import connect, protect_embedded_ray
+    from cluster.connection import connect, prepare_embedded_ray
 
     if address:
         connect(address)
     else:
-        protect_embedded_ray()
+        prepare_embedded_ray()
         with _translate_errors("Ray did not start on this machine"):
             ray.init(
                 address="local",

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import connection
-from cluster.connection import INSIST, connect, disconnect, protect_embedded_ray
+from cluster.connection import INSIST, connect, disconnect, prepare_embedded_ray
 from defuse_core.errors import ComputeError, InputError
 from tests.ports import free_port
 
@@ -59,7 +59,7 @@ def test_a_ray_that_does_not_start_on_this_machine_is_one_line(monkeypatch: pyte
     def timed_out(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
-    monkeypatch.setattr("cluster.connection.protect_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
     monkeypatch.setattr("cluster.connection.ray.init", timed_out)
     with pytest.raises(
         ComputeError,
@@ -81,7 +81,7 @@ def test_a_temporary_folder_that_ray_cannot_use_is_a_wrong_setting(
     def refused(**_: object) -> None:
         raise error
 
-    monkeypatch.setattr("cluster.connection.protect_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
     monkeypatch.setattr("cluster.connection.ray.init", refused)
     with pytest.raises(
         InputError, match=r"^Ray did not start .*/scratch.*; set RAY_TMPDIR .* at most 39 characters"
@@ -105,14 +105,14 @@ def test_who_insists_on_a_ray_without_authentication_is_warned_in_capitals(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv(INSIST, "1")
     with caplog.at_level(logging.WARNING):
-        protect_embedded_ray()
+        prepare_embedded_ray()
     assert "WHOEVER REACHES THIS MACHINE CAN RUN CODE ON IT" in caplog.text
 
 
 def test_an_embedded_ray_has_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    protect_embedded_ray()
+    prepare_embedded_ray()
     assert len(os.environ.pop("RAY_AUTH_TOKEN")) == 64
 
 
@@ -127,7 +127,7 @@ def test_the_token_of_an_embedded_ray_is_forgotten_with_it_and_that_of_the_user_
     monkeypatch.setattr("cluster.connection.ray.shutdown", lambda: None)
     # else the Ray of later tests would find no authentication in this process
     monkeypatch.setattr("ray._raylet.Config", SimpleNamespace(initialize=lambda _: None))
-    protect_embedded_ray()
+    prepare_embedded_ray()
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as ray.init does
     disconnect()
     assert os.environ.get("RAY_AUTH_TOKEN") == own

@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,10 +30,18 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import FIGURES, recommended, tiny, trained_run
 
 
-def whole_run(folder, spec, name="tiny", until=STEPS[-1]):
+class NobodyKnows(ReferenceAnnotators):
+    """Annotators who choose none of the classes for any image."""
+
+    def review(self, gallery):
+        votes = super().review(gallery)
+        return replace(votes, answer=np.full_like(votes.answer, NONE_OF_THE_ABOVE))
+
+
+def whole_run(folder, spec, name="tiny", until=STEPS[-1], annotators=ReferenceAnnotators):
     run = Run.start(folder if isinstance(folder, FolderStore) else FolderStore(folder), name, spec, until)
     compute = LocalCompute()
-    return run, run_defuse(run, compute, ReferenceAnnotators(run, compute))
+    return run, run_defuse(run, compute, annotators(run, compute))
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +274,9 @@ def test_the_recommended_way_corrects_only_what_reference_models_confirm(tmp_pat
 
 def test_a_run_that_accepts_nothing_still_ends_in_a_report(tmp_path, tiny_models, monkeypatch):
     judges = {"count": 2, "channels": 8, "epochs": 2, "batch_size": 32, "share": 0.3}
-    spec = tiny(review={"rho": 0.999, "accept": "lower-bound"}, judges=judges)
+    spec = tiny(judges=judges)
     trained_run(FolderStore(tmp_path), "tiny", spec, tiny_models)
-    run, report = whole_run(tmp_path, spec)
+    run, report = whole_run(tmp_path, spec, annotators=NobodyKnows)
     assert report.scenarios.accepted == 0
     assert report.evidence is not None
     monkeypatch.setattr(FIGURES, lambda *_: {})  # they have been drawn

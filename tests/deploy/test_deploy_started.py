@@ -63,10 +63,12 @@ def healthy(check: list[str], environment: dict[str, str]) -> bool:
     return done.returncode == 0
 
 
-def wait_healthy(check: list[str], environment: dict[str, str], log: Path) -> None:
-    """Wait until a health check passes; it must have failed once, else it says nothing."""
+def wait_healthy(
+    check: list[str], environment: dict[str, str], log: Path, process: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Wait until a health check passes, or the process ends; it must have failed once, else it says nothing."""
     wait_until(
-        lambda: healthy(check, environment),
+        lambda: healthy(check, environment) or (process is not None and process.poll() is not None),
         lambda: f"{shlex.join(check)} does not pass: {log.read_text(errors='replace')[-2000:]}",
         WAIT_S,
     )
@@ -155,8 +157,13 @@ def nodes(short_folder: Path) -> Iterator[dict[str, str]]:
             log = folder / f"{name}.log"
             check = changed(services[name]["healthcheck"]["test"][1:], places)
             assert not healthy(check, environments[name])
-            stack.enter_context(started(command, environments[name], log))
-            wait_healthy(check, environments[name], log)
+            assert services[name]["restart"] == "unless-stopped"
+            for _ in range(3):  # Ray gives up where it does not start within 30 s, as beside much other work
+                process = stack.enter_context(started(command, environments[name], log))
+                wait_healthy(check, environments[name], log, process)
+                if process.poll() is None:
+                    break
+            assert process.poll() is None, log.read_text(errors="replace")[-2000:]
         yield {
             "token": str(token),
             "dashboard": dashboard,

@@ -70,7 +70,7 @@ def test_only_images_in_doubt_are_asked_about_and_the_numbers_add_up(tmp_path):
     ],
 )
 def test_otherwise_every_answer_is_asked_for(tmp_path, review, stored):
-    status = planted(tmp_path, stored=stored, accept="lower-bound", **review)
+    status = planted(tmp_path, stored=stored, accept="lower-bound", rho=0.3, **review)
     assert (status.outstanding, status.saved, bool(status.sure.any())) == (36, 0, False)
 
 

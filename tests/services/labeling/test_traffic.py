@@ -205,7 +205,7 @@ def test_every_input_is_asked_about_however_early_the_verdict_is_sure(
 
 def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
     told = {"prelabel": True, "stop_early": True, "accept": "lower-bound", "consensus": "crowdlab"}
-    run = review_run(tmp_path, digits_gallery(), **told)
+    run = review_run(tmp_path, digits_gallery(), rho=0.3, **told)
     meet(run, tmp_path, 2, 3)
     review = open_traffic_review(FolderStore(tmp_path), run).spec.review
     assert (review.annotators, review.prelabel, review.stop_early) == ("label-studio", False, False)

@@ -174,7 +174,7 @@ def finished(folder: Path, dropped: tuple[DroppedComponent, ...] = (), psi: bool
         found.verdicts,
         found.fixes,
         Sweep((), None, {}, ()),
-        dataclasses.replace(found.scenarios, dropped=dropped),
+        dataclasses.replace(found.scenarios, dropped=dropped, all_weights=np.array([0.4])),
     ]
     for artefact in artefacts + [found.psi] * psi:
         run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
