@@ -26,9 +26,7 @@ from defuse_core.errors import ComputeError, InputError, RunFileError, without_c
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
-START_AGAIN = (
-    "start the command again; where it happens each time, the logs are in /tmp/ray/session_latest/logs"
-)
+START_AGAIN = "start the command again; where it stays so, see session_latest/logs in Ray's folder (/tmp/ray)"
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 
 
