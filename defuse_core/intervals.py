@@ -49,7 +49,7 @@ def mean_with_bounds(means: F64, pooled: F64) -> F64:
     return np.array([means.mean(), max(0.0, low), min(1.0, high)])
 
 
-def wilson_lower(hits: I64, total: I64) -> F64:
+def wilson_lower(hits: I64 | F64, total: I64) -> F64:
     """Return Wilson's one-sided lower bound, of 95 %, of the shares hits/total."""
     return wilson(hits, total, 2 * 0.95 - 1)[0]  # 5 % on either side
 
@@ -69,9 +69,8 @@ def certain_loss(before: F64, after: F64, units: I64) -> F64:
     0 for none. It is Newcombe's (1998), of the two bounds by Wilson: a single image that became wrong is no certain
     loss, though it is the whole accuracy of its class.
     """
-    confidence = 2 * 0.95 - 1  # 5 % on either side
-    low = wilson(before * units, units, confidence)[0]
-    high = wilson(after * units, units, confidence)[1]
+    low = wilson_lower(before * units, units)
+    high = 1 - wilson_lower((1 - after) * units, units)
     bound: F64 = before - after - np.hypot(before - low, high - after)
     return np.where(units > 0, np.maximum(bound, 0.0), 0.0)
 

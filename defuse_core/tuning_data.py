@@ -205,8 +205,7 @@ def _held_out_units(scenarios: Scenarios, accepted: I64) -> I64:
     """Return the Anchors.unit of the images that held-out draws of some components may be anchored at."""
     if scenarios.failures is None:
         return np.zeros(0, np.int64)
-    anchors = scenarios.failures.take(accepted).anchors
-    units: I64 = np.unique(anchors.unit[anchors.held_out])
+    units: I64 = np.unique(scenarios.failures.held_out_anchors(accepted).unit)
     return units
 
 

@@ -82,6 +82,11 @@ class ComponentFailures:
         shape = self.anchor[rows].shape
         return ComponentFailures(self.codes[rows], anchor.reshape(shape), self.anchors.take(used))
 
+    def held_out_anchors(self, rows: I64) -> Anchors:
+        """Return the images that held-out draws of the components `rows` may be anchored at."""
+        anchors = self.take(rows).anchors
+        return anchors.take(np.flatnonzero(anchors.held_out))
+
 
 @dataclass(frozen=True, eq=False)
 class Failures:

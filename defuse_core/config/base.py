@@ -1,4 +1,4 @@
-"""Section, the frozen model that every section of a run file is, and the types that several sections share."""
+"""Section, the frozen model that every section of a run file is, and what several sections, and verdicts, share."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
         test.append(draw_codes(spec, scenarios, component, section.test_images, rng, held_out=True))
     tune_codes, tune_anchor = stacked(tune, section.tune_images, spec.vae.latent_dim)
     test_codes, test_anchor = stacked(test, section.test_images, spec.vae.latent_dim)
-    anchors = None if scenarios.failures is None else scenarios.failures.take(accepted).anchors
+    failures = scenarios.failures
     return Corrections(
         accepted,
         verdicts.labels[accepted],
@@ -143,7 +143,7 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
         anchors=anchors_of(scenarios),
         tune_anchor=tune_anchor,
         test_anchor=test_anchor,
-        held_out=None if anchors is None else anchors.source[anchors.held_out],
+        held_out=None if failures is None else failures.held_out_anchors(accepted).source,
     )
 
 
