@@ -30,8 +30,10 @@ START_AGAIN = "start the command again; where it stays so, see session_latest/lo
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 
 
-def connect(address: str | None) -> bool:
+def connect(address: str | None, cpus: int = 0) -> bool:
     """Join the cluster at `address`, or start an embedded Ray; True if this call made the connection.
+
+    The embedded Ray has at least `cpus` CPUs, whatever the machine has.
 
     Raises InputError for an address of another kind and for a folder of temporary files that Ray cannot use,
     ComputeError where no cluster answers or Ray does not start.
@@ -46,7 +48,8 @@ def connect(address: str | None) -> bool:
         keep_idle_workers()
         try:
             with kept_sigterm_handler():
-                ray.init(address="local", include_dashboard=False, **quiet)
+                num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
             if is_temporary_folder_unusable(error):
                 raise InputError(

@@ -170,26 +170,13 @@ def is_loopback(host: str) -> bool:
 @contextlib.contextmanager
 def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
     """Connect to the cluster at `address`, or start an embedded Ray with at least `cpus` CPUs, for the block."""
-    import ray
+    from cluster.connection import connect, disconnect
 
-    from cluster.connection import connect, prepare_embedded_ray
-
-    if address:
-        connect(address)
-    else:
-        prepare_embedded_ray()
-        with _translate_errors("Ray did not start on this machine"):
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, cpus),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+    connect(address, cpus)
     try:
         yield
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 @contextlib.contextmanager

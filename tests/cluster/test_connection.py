@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from cluster import connection
 from cluster.connection import INSIST, connect, disconnect, prepare_embedded_ray
 from defuse_core.errors import ComputeError, InputError
+from services.serving.launch import ray_connection
 from tests.ports import free_port
 
 
@@ -55,7 +57,10 @@ def test_what_is_no_address_at_all_is_one_line() -> None:
         connect("head")
 
 
-def test_a_ray_that_does_not_start_on_this_machine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", [lambda: connect(None), lambda: ray_connection(None, 1).__enter__()])
+def test_a_ray_that_does_not_start_on_this_machine_is_one_line(
+    start: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def timed_out(**_: object) -> None:
         raise Exception("The current node timed out during startup.")
 
@@ -65,7 +70,7 @@ def test_a_ray_that_does_not_start_on_this_machine_is_one_line(monkeypatch: pyte
         ComputeError,
         match=r"^Ray did not start on this machine \(Exception: The current node timed out .*\); start the command",
     ):
-        connect(None)
+        start()
 
 
 @pytest.mark.parametrize(
