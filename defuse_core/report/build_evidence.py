@@ -8,15 +8,9 @@ from typing import Literal, cast
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
-from defuse_core.evaluation.controls import (
-    has_same_confusion_in_other_fold,
-    is_testable,
-    least_favourable,
-    pairs_of,
-)
-from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation.evaluate import Findings, has_same_confusion_in_other_fold
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
-from defuse_core.intervals import SIGNIFICANT, mcnemar
+from defuse_core.intervals import SIGNIFICANT, is_testable, least_favourable, mcnemar, pairs_of
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
     EvidenceFigures,
