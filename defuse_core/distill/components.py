@@ -28,7 +28,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import component_failures
+from defuse_core.distill.draws import component_failures, without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -36,7 +36,7 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
-from defuse_core.distill.sources import Sources, count_sources, without_undivided
+from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator

@@ -30,7 +30,7 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import component_failures
+from defuse_core.distill.draws import component_failures, without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -42,7 +42,7 @@ from defuse_core.distill.mixture import (
     partial_sums,
     summed_statistics,
 )
-from defuse_core.distill.sources import Sources, count_sources, without_undivided
+from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import shard_of_psi, subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute, Partitions

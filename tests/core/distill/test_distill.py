@@ -7,7 +7,12 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.config import DistillSection
 from defuse_core.distill.components import fit_all, fit_cells
 from defuse_core.distill.draws import gaussian_codes
-from defuse_core.distill.sources import Sources, certain_error, certain_error_of, count_sources
+from defuse_core.distill.sources import (
+    Sources,
+    certain_error,
+    certain_error_of,
+    count_sources,
+)
 from defuse_core.intervals import exact_lower
 from defuse_core.progress import silent
 from tests.sample_components import sample_failures
