@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import F64, I64, Failures, Scenarios
+from defuse_core.artifacts import F64, I64, Failures
 from defuse_core.intervals import exact_lower, wilson_lower
 
 
@@ -51,13 +51,8 @@ class Sources:
         return np.where(self.support > 0, error, np.nan)
 
     def certain_error(self) -> F64:
-        """Return the lower 95 % bound of this error, (k,), or of that on the tracks."""
-        counted = self.wrong_tracks()
-        return (
-            certain_error(self.support, self.error())
-            if counted is None
-            else certain_error_of_tracks(*counted)
-        )
+        """Return the `certain_error` of the k components."""
+        return certain_error(self.support, self.error(), *(self.wrong_tracks() or (None, None)))
 
     def wrong_tracks(self) -> tuple[I64, F64] | None:
         """Return how many tracks each component has, (k,), and of how many f gets most images wrong; None without."""
@@ -91,19 +86,14 @@ def _merged(tables: Sequence[F64]) -> F64:
     return np.stack([tracks, *counts], axis=1)
 
 
-def certain_error(support: I64, error: F64) -> F64:
-    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 without any."""
+def certain_error(
+    support: I64, error: F64, tracks: I64 | None = None, wrong_tracks: F64 | None = None
+) -> F64:
+    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 without any.
+
+    Where images have tracks it is that of the error on tracks; these may be one or two, so that the bound is exact.
+    """
+    if tracks is not None and wrong_tracks is not None:
+        return exact_lower(wrong_tracks.astype(np.int64), tracks)
     wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
     return wilson_lower(wrong, support)
-
-
-def certain_error_of_tracks(tracks: I64, wrong: F64) -> F64:
-    """Return the same for the error on tracks, (k,); they may be one or two, so that the bound is exact."""
-    return exact_lower(wrong.astype(np.int64), tracks)
-
-
-def certain_error_of(scenarios: Scenarios) -> F64:
-    """Return `Sources.certain_error` of the components that were kept, (S,)."""
-    if scenarios.source_tracks is not None and scenarios.wrong_tracks is not None:
-        return certain_error_of_tracks(scenarios.source_tracks, scenarios.wrong_tracks)
-    return certain_error(scenarios.support, scenarios.source_error)

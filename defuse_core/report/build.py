@@ -23,7 +23,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import RunFile
-from defuse_core.distill.sources import certain_error_of
+from defuse_core.distill.sources import certain_error
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, Evidence
@@ -334,5 +334,7 @@ def seen_in_training_images(scenarios: Scenarios) -> Bool:
 
     Images of one track count once. f fails on the others in decodings alone, which may be a fault of the β-VAE.
     """
-    seen: Bool = certain_error_of(scenarios) > LEAST_REAL_ERROR
+    tracks, wrong_tracks = scenarios.source_tracks, scenarios.wrong_tracks
+    certain = certain_error(scenarios.support, scenarios.source_error, tracks, wrong_tracks)
+    seen: Bool = certain > LEAST_REAL_ERROR
     return seen

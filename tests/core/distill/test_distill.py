@@ -10,7 +10,6 @@ from defuse_core.distill.draws import gaussian_codes
 from defuse_core.distill.sources import (
     Sources,
     certain_error,
-    certain_error_of,
     count_sources,
 )
 from defuse_core.intervals import exact_lower
@@ -164,6 +163,10 @@ def test_few_wrong_source_images_do_not_put_a_component_before_one_with_many():
     ).scenarios()
     np.testing.assert_allclose(found.source_error, [0.8, 1.0])
     np.testing.assert_allclose(found.means, centres[:2], atol=0.5)
+
+
+def certain_error_of(found: Scenarios) -> np.ndarray:
+    return certain_error(found.support, found.source_error, found.source_tracks, found.wrong_tracks)
 
 
 def test_frames_of_one_track_count_once_in_the_certainty_of_the_source_error():
