@@ -30,7 +30,7 @@ from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
 from defuse_core.lambda_choice import best_rows
-from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
+from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence, watch_figures
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -60,7 +60,6 @@ from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
-from defuse_core.watch.figures import watch_figures
 
 
 def build_report(
