@@ -25,8 +25,15 @@ from defuse_core.artifacts import (
 from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, StoreError
-from defuse_core.evaluation.controls import PLAIN_NAMES, Controls, control_spec, folds, without_fold
-from defuse_core.evaluation.evaluate import Findings, evaluate
+from defuse_core.evaluation.evaluate import (
+    PLAIN_NAMES,
+    Controls,
+    Findings,
+    control_spec,
+    evaluate,
+    folds,
+    without_fold,
+)
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.identify import SAMPLE_CODES

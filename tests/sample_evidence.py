@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from defuse_core.artifacts import F64
-from defuse_core.evaluation.controls import is_confirmed
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, PLAIN, Evidence
+from defuse_core.intervals import is_confirmed
 
 
 def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, before: float = 0.98) -> Evidence:

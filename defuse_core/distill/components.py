@@ -28,7 +28,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import component_failures
+from defuse_core.distill.draws import component_failures, without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -36,7 +36,7 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
-from defuse_core.distill.sources import Sources, count_sources, without_undivided
+from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.seeds import generator
@@ -53,11 +53,7 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     `data_fingerprint`, else RunMismatchError is raised.
     """
     failures = subsample_psi(spec, psi, store)
-    if spec.distill.by == "cell":
-        fits = fit_cells(failures, spec.distill, spec.seed, progress)
-    else:
-        progress("fitting the mixture", 0, 1, "fits")
-        fits = fit_all(failures, spec.distill, spec.seed)
+    fits = fit_mixtures(failures, spec.distill, spec.seed, progress)
     scenarios = fits.scenarios()
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
@@ -93,25 +89,16 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
         )
 
 
-def fit_all(failures: Failures, section: DistillSection, seed: int) -> Fits:
-    """Return the paper's single mixture over all codes; none over fewer than two."""
-    fits = Fits(failures, section)
-    if len(failures) < 2:
-        fits.small.extend([small_cell(WHOLE, 1, 1.0, 1, section)] * len(failures))
-    else:
-        fit = fit_mixture(failures.codes, section.max_components, section, seed, ())
-        fits.add(fit, WHOLE, failures)
-    return fits
+def fit_mixtures(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
+    """Return one mixture per cell, which with distill.by: all is a single one, WHOLE.
 
-
-def fit_cells(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
-    """Return one mixture per cell; K is shared out by the cells' weight, at least 1 each.
-
-    A cell whose weight is at most ε holds no component over ε: it is dropped, with its reason.
+    K is shared out by the cells' weight, at least 1 each. A cell whose weight is at most ε holds no component over ε:
+    it is dropped, with its reason.
     """
-    cells, owner = np.unique(
-        np.stack([failures.truth, failures.predicted], axis=1), axis=0, return_inverse=True
-    )
+    of_failures = np.stack([failures.truth, failures.predicted], axis=1)
+    if section.by == "all":
+        of_failures[:] = WHOLE
+    cells, owner = np.unique(of_failures, axis=0, return_inverse=True)
     fits = Fits(failures, section)
     for number, (source, answer) in enumerate(cells.tolist()):
         progress("fitting the mixtures", number, len(cells), "fits")
@@ -166,7 +153,7 @@ def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failure
 
 
 def fit_mixture(
-    codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, ...]
+    codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, int]
 ) -> FittedMixture:
     """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM).
 
@@ -174,7 +161,8 @@ def fit_mixture(
     machine. There are at most as many components as different codes.
     """
     components = min(components, len(np.unique(codes, axis=0)))
-    random_state = int(generator(seed, "distill", "fit", *cell).integers(2**31))
+    path = () if cell == WHOLE else cell
+    random_state = int(generator(seed, "distill", "fit", *path).integers(2**31))
     if section.engine == "torch":
         with threadpool_limits(1), cpu_threads(1):
             return fit_dirichlet_process_mixture(
@@ -302,19 +290,20 @@ def _without_support(
 def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
     """Return no scenarios over so many codes of `width` dimensions."""
     nothing: F64 = np.zeros(0)
+    no_means, no_covariances = np.zeros((0, width)), np.zeros((0, width, width))
     return Scenarios(
-        nothing,
-        np.zeros((0, width)),
-        np.zeros((0, width, width)),
-        nothing,
-        codes,
-        True,
-        0,
-        0.0,
-        np.zeros((0, 2), np.int64),
-        np.zeros(0, np.int64),
-        nothing,
-        np.zeros((0, width)),
-        np.zeros((0, width, width)),
+        weights=nothing,
+        means=no_means,
+        covariances=no_covariances,
+        all_weights=nothing,
+        codes_used=codes,
+        converged=True,
+        iterations=0,
+        lower_bound=0.0,
+        cells=np.zeros((0, 2), np.int64),
+        support=np.zeros(0, np.int64),
+        source_error=nothing,
+        all_means=no_means,
+        all_covariances=no_covariances,
         dropped=dropped,
     )

@@ -30,7 +30,7 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import component_failures
+from defuse_core.distill.draws import component_failures, without_undivided
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -42,7 +42,7 @@ from defuse_core.distill.mixture import (
     partial_sums,
     summed_statistics,
 )
-from defuse_core.distill.sources import Sources, count_sources, without_undivided
+from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import shard_of_psi, subsample_psi
 from defuse_core.progress import Progress
 from defuse_core.protocols import Compute, Partitions
@@ -86,7 +86,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     kept = {
         cell: summary
         for cell, summary in cells.items()
-        if summary.count > 1 and (summary.count / psi.total > spec.distill.min_weight or cell == WHOLE)
+        if summary.count > 1 and summary.count / psi.total > spec.distill.min_weight
     }
     sample = compute.task("distill", fit_samples, spec, psi, store, kept)
     small = tuple(
@@ -171,8 +171,8 @@ def fit_samples(
         codes = _of_cell(sample, cell).codes
         if len(codes) < 2:
             continue
-        weight, name = (1.0, ()) if cell == WHOLE else (summary.count / psi.total, cell)
-        fits[cell] = fit_mixture(codes, components_of(weight, spec.distill), spec.distill, spec.seed, name)
+        components = components_of(summary.count / psi.total, spec.distill)
+        fits[cell] = fit_mixture(codes, components, spec.distill, spec.seed, cell)
     return fits
 
 

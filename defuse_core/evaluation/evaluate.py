@@ -1,9 +1,17 @@
-"""The figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2."""
+"""The figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2; and the controls of evidence.
+
+Controls are corrections that the chosen one is held against: plain further training (λ = 0), and tuning without a fold.
+Components were accepted since the classifier before is wrong there, so that nearly every other model is better than it
+on them. Plain further training shows what they owe to the scenarios. What one such training does on a scenario depends
+on the order of its minibatches, so that there are P of them, and the correction is held against each, on the same
+pictures.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -13,6 +21,7 @@ from defuse_core.artifacts import (
     F32,
     F64,
     I64,
+    Anchors,
     Bool,
     Corrections,
     Evaluation,
@@ -30,10 +39,12 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
+from defuse_core.distill.draws import in_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
+from defuse_core.review.verdicts import most_common_errors
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.tuning_data import held_out_images
@@ -42,6 +53,10 @@ MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure 
 MIN_CODES = 4  # for a perplexity of 1
 ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
+# Names in a run of the trainings with λ = 0; the place of each is the repetition that it is. One training alone is no
+# measure: another order of the minibatches may turn half of a scenario's images.
+PLAIN_NAMES = ("plain", "plain_1", "plain_2")
+PLAIN_TRAININGS = len(PLAIN_NAMES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,3 +201,65 @@ def embed(spec: RunFile, codes: F32) -> F32:
         tsne = TSNE(perplexity=perplexity, angle=ANGLE, init=init, random_state=seed, n_jobs=1)
         points: F32 = tsne.fit_transform(codes).astype(np.float32)
         return points
+
+
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """Corrections that only evidence needs."""
+
+    plain: tuple[Sweep, ...]  # P of λ = 0, which differ in their random numbers alone; never empty
+    folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
+
+
+def control_spec(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
+    """Return the run file of a control with this λ, for as many epochs as the chosen correction."""
+    epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
+    return spec.with_fields("correct", lambdas=(lam,), epochs=epochs, choose_by="last", stop_at_loss=None)
+
+
+def folds(fixes: Corrections, sweep: Sweep) -> Sequence[int]:
+    """Return the numbers of the folds: none with fewer than two accepted scenarios, or without a correction."""
+    return (0, 1) if len(fixes.labels) > 1 and sweep.chosen is not None else ()
+
+
+def fold_of(fixes: Corrections) -> I64:
+    """Return which of the two folds each accepted scenario belongs to, (A,)."""
+    return np.arange(len(fixes.labels)) % 2
+
+
+def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
+    """Return the accepted scenarios whose label and most common wrong answer one of the other fold has, too, (A,)."""
+    confusions = np.stack([fixes.labels, errors], axis=1)  # (A, 2)
+    alike = (confusions[:, None] == confusions).all(axis=2)  # (A, A)
+    fold = fold_of(fixes)
+    found: Bool = (alike & (fold[:, None] != fold)).any(axis=1)
+    return found
+
+
+def without_fold(found: Findings, fold: int) -> Corrections:
+    """Return the corrections of all scenarios outside `fold`, without the unreviewed failures near one of it.
+
+    Near are codes in its region or with its confusion, and the others of the source images, or tracks, of these codes.
+    """
+    fixes, left_out = found.fixes, fold_of(found.fixes) == fold
+    kept = fixes.take(np.flatnonzero(~left_out))
+    codes = fixes.unreviewed
+    if codes is None:
+        return kept
+    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
+    near = np.zeros(len(codes), np.bool_)
+    for row in np.flatnonzero(left_out):
+        near |= in_region(found.scenarios, int(fixes.scenario[row]), codes.codes)
+        near |= (codes.truth == fixes.labels[row]) & (codes.predicted == errors[row])
+    return replace(kept, unreviewed=codes.take(~np.isin(codes.unit, codes.unit[near])))
+
+
+def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
+    """Return a number for each of `count` pictures, (count,); those with the same one are no independent evidence.
+
+    It is that of the track that a picture is anchored at, of the image where images have no tracks, and its own with
+    plain decoding. `anchor` holds indices into `anchors`.
+    """
+    if anchors is None or anchor is None:
+        return np.arange(count)
+    return anchors.unit[anchor.reshape(-1)]

@@ -32,19 +32,18 @@ from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
-from defuse_core.evaluation.controls import (
-    Controls,
-    fold_of,
+from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
+from defuse_core.evaluation.evaluate import Controls, Findings, fold_of, units_of
+from defuse_core.identify import draw_noise, encode_posterior
+from defuse_core.intervals import (
     is_confirmed,
     is_worse,
+    mcnemar,
+    mean_with_bounds,
     pairs_by_scenario,
     pairs_of,
-    units_of,
+    share_of_units,
 )
-from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
-from defuse_core.evaluation.evaluate import Findings
-from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.intervals import mcnemar, mean_with_bounds, share_of_units
 from defuse_core.models import (
     decoder_at,
     decoder_of,

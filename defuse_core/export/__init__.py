@@ -1,4 +1,265 @@
-"""A run's results in formats of other tools: the corrected classifier, and the pictures of the failure scenarios."""
+"""The corrected classifier as .safetensors, .pt2 or .onnx, compared with the run's own on 1,000 images."""
 
-from defuse_core.export.models import corrected_classifier, export_model, plain_weights
-from defuse_core.export.pictures import export_scenarios
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+from torch import Tensor, nn
+
+from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
+from defuse_core.config import ClassifierSection
+from defuse_core.data import reopen_splits
+from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, one_line
+from defuse_core.export.writing import expect_writable, replace_file, writing
+from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
+from defuse_core.models.adapters import as_logits, plain_section, to_range
+from defuse_core.models.programs import SOURCE
+from defuse_core.runs import Run
+
+SUFFIXES = (".safetensors", ".pt2", ".onnx")
+COMPARED_IMAGES = 1000
+BATCH = 100
+TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
+
+Answer = Callable[[F32], F32]  # images (n, channels, H, W) in [0, 1] -> logits (n, C)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A written file, and how its answers compare with those of the run's classifier."""
+
+    path: Path
+    images: int
+    source: str  # which images were compared
+    same_answers: int
+    difference: float  # largest difference of a logit
+
+
+def export_model(run: Run, path: Path) -> ExportedModel:
+    """Write the corrected classifier of a finished run to `path`, and compare the file's answers with the run's.
+
+    .safetensors holds the state dict under the network's own names, and as metadata what that network gets and
+    returns: input_range, outputs and class_order (JSON: for each of `classes` the index of its output, or null).
+    .pt2 and .onnx hold the whole network, from images in [0, 1] to logits, for batches of any size. A file at `path`
+    is replaced only by one that passes. Raises InputError where the run has no corrected classifier or `path` cannot
+    be written, ModelError where the answers differ.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"--to {path}: expected a file that ends in {', '.join(SUFFIXES)}")
+    models, classifier = corrected_classifier(run)
+    section, example = run.spec.classifier, _example(run)
+    with writing("--to", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    expect_writable("--to", path)
+    with _failure_named(path):
+        if path.suffix == ".safetensors":
+            data, answer = _as_safetensors(run, models, classifier, path)
+        elif path.suffix == ".pt2":
+            data, answer = _as_program(ClassifierForExport(classifier, section), example)
+        else:
+            data, answer = _as_onnx(ClassifierForExport(classifier, section), example, path)
+    images, source = compared_images(run, models)
+    done = _compared(path, classifier, answer, images, source)
+    replace_file("--to", path, data)
+    return done
+
+
+def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
+    """Return what the run trained, and its corrected classifier in eval mode. Raises InputError where there is none."""
+    models, sweep = run.load(Models), run.load(Sweep)
+    if models is None or sweep is None:
+        raise InputError(f"run {run.name} has no corrected classifier yet; finish it with `defuse run`")
+    if not sweep.weights:
+        raise InputError(
+            f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"
+        )
+    return models, _on_cpu(load_classifier(run.spec, sweep.weights, len(models.classes)))
+
+
+def why_not_corrected(run: Run) -> str:
+    """Return why a finished run has no corrected classifier."""
+    verdicts = run.load(Verdicts)
+    if verdicts is not None and len(verdicts.accepted):
+        return "every λ costs more clean accuracy than correct.max_loss and max_class_loss allow"
+    return f"no failure scenario was accepted; `defuse report {run.name}` says why"
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """Return the module in eval mode, in the memory layout that the exporters expect."""
+    moved: nn.Module = module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return moved.eval()
+
+
+class ClassifierForExport(nn.Module):
+    """The network with what classifier.input_range, outputs and class_order say, and without the file it came from."""
+
+    def __init__(self, classifier: nn.Module, section: ClassifierSection) -> None:
+        super().__init__()
+        self.net = classifier.net if isinstance(classifier, SelfContainedClassifier) else classifier
+        self.training = False  # its parts are in eval mode; an exported program has no other
+        self.section = section if isinstance(classifier, SelfContainedClassifier) else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, H, W) in [0, 1] -> logits (n, C)."""
+        if self.section is None:
+            logits: Tensor = self.net(images)
+            return logits
+        returned = self.net(to_range(images, self.section.input_range))
+        return as_logits(returned, self.section.outputs, self.section.class_order)
+
+
+def plain_weights(classifier: nn.Module) -> Weights:
+    """Return the state dict under the names of the network itself, such as torchvision's for a ResNet-18."""
+    wrapped = isinstance(classifier, ResNet18 | SelfContainedClassifier)
+    state = {
+        name: tensor for name, tensor in classifier.state_dict().items() if name != SOURCE or not wrapped
+    }
+    names = {name: name.removeprefix("net.") if wrapped else name for name in state}
+    return {names[name]: tensor.cpu().contiguous().numpy() for name, tensor in state.items()}
+
+
+def _as_safetensors(run: Run, models: Models, classifier: nn.Module, path: Path) -> tuple[bytes, Answer]:
+    section = plain_section(run.spec.classifier)
+    facts = {
+        "format": "pt",
+        "run": run.name,
+        "classes": json.dumps(models.classes),
+        "class_order": json.dumps(section.class_order),
+        "architecture": section.architecture,
+        "input_range": section.input_range,
+        "outputs": section.outputs,
+    }
+    data = save(plain_weights(classifier), metadata=facts)
+    again = load_classifier(run.spec, _full(classifier, load(data)), len(models.classes), str(path))
+    return data, _answers_of(_on_cpu(again))
+
+
+def _full(classifier: nn.Module, plain: Weights) -> Weights:
+    """Return weights under this classifier's names: the reverse of plain_weights."""
+    if not isinstance(classifier, ResNet18 | SelfContainedClassifier):
+        return plain
+    full = {f"net.{name}": array for name, array in plain.items()}
+    if isinstance(classifier, SelfContainedClassifier):
+        full[SOURCE] = classifier.source.cpu().numpy()
+    return full
+
+
+def _as_program(module: nn.Module, example: Tensor) -> tuple[bytes, Answer]:
+    exported = io.BytesIO()
+    torch.export.save(_traced(module, example), exported)
+    program = torch.export.load(io.BytesIO(exported.getvalue()))
+    return exported.getvalue(), _answers_of(program.module())
+
+
+def _as_onnx(module: nn.Module, example: Tensor, path: Path) -> tuple[bytes, Answer]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise InputError(
+            f"--to {path}: writing ONNX needs other packages; install them with pip install 'defuse[onnx]'"
+        ) from error
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    exported = torch.onnx.export(
+        _traced(module, example),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    assert exported is not None  # without a file name, torch returns the program
+    data: bytes = exported.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def answer(images: F32) -> F32:
+        logits: F32 = session.run(None, {name: images})[0]
+        return logits
+
+    return data, answer
+
+
+def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise InputError(
+            "the classifier is TorchScript, which torch.export does not read; export its weights with "
+            "--to model.safetensors"
+        )
+    shapes = ({0: torch.export.Dim("images")},)
+    return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+
+
+def _example(run: Run) -> Tensor:
+    data = run.spec.data
+    return torch.rand(2, data.channels, data.image_size, data.image_size)
+
+
+def _answers_of(module: nn.Module) -> Answer:
+    def answer(images: F32) -> F32:
+        with torch.inference_mode():
+            logits: F32 = module(torch.from_numpy(images)).numpy()
+            return logits
+
+    return answer
+
+
+def compared_images(run: Run, models: Models) -> tuple[F32, str]:
+    """Return up to 1,000 images (n, channels, H, W) of the data set, or the reviewed ones where it is not available."""
+    try:
+        splits = reopen_splits(run.spec.data, run.spec.seed, models.data_fingerprint)
+    except (DataError, RunMismatchError):
+        gallery = run.load(Gallery)
+        assert gallery is not None  # a sweep comes after it
+        images = gallery.images.reshape(-1, *gallery.images.shape[2:])
+        return np.ascontiguousarray(images[:COMPARED_IMAGES]), "reviewed (the data set is not available)"
+    parts, names, missing = [], [], COMPARED_IMAGES
+    for name in ("test", "validation", "train"):
+        if missing > 0 and name in splits.parts():
+            parts.append(splits.parts()[name].batch(slice(0, missing)))
+            names.append(name)
+            missing -= len(parts[-1])
+    return np.concatenate(parts), " and ".join(names)
+
+
+def _compared(path: Path, classifier: nn.Module, answer: Answer, images: F32, source: str) -> ExportedModel:
+    own = _answers_of(classifier)
+    pairs = [
+        (own(images[start : start + BATCH]), answer(images[start : start + BATCH]))
+        for start in range(0, len(images), BATCH)
+    ]
+    expected, found = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
+    difference = float(np.abs(expected - found).max())
+    same = int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):  # nan is no small difference
+        raise ModelError(
+            f"--to {path}: not written, since its logits differ from the run's by up to {difference:.3g} on "
+            f"{len(images)} {source} images; try another format"
+        )
+    return ExportedModel(path, len(images), source, same, difference)
+
+
+@contextlib.contextmanager
+def _failure_named(path: Path) -> Iterator[None]:
+    """Turn whatever the exporters of torch raise into one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # torch's exporters raise a dozen kinds of errors
+        reason = f"{type(error).__name__}: {one_line(error, limit=300)}"
+        raise ModelError(
+            f"--to {path}: torch cannot export this network ({reason}); use --to model.safetensors"
+        ) from error

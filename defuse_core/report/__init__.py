@@ -26,7 +26,8 @@ def write_report(
 ) -> Report:
     """Write `report.json`, `report.html` and `figures/*.png` into the run, and return the report."""
     from defuse_core.report.build import build_report
-    from defuse_core.report.figures import draw_figures, png
+    from defuse_core.report.charts import png
+    from defuse_core.report.figures import draw_figures
     from defuse_core.report.html import render_page
 
     report = build_report(run, found, evaluation, evidence, watch)

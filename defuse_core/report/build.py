@@ -23,14 +23,14 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import RunFile
-from defuse_core.distill.sources import certain_error_of
+from defuse_core.distill.sources import certain_error
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
 from defuse_core.lambda_choice import best_rows
-from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
+from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence, watch_figures
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -60,7 +60,6 @@ from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch.failure_detector import FailureWatch
-from defuse_core.watch.figures import watch_figures
 
 
 def build_report(
@@ -334,5 +333,7 @@ def seen_in_training_images(scenarios: Scenarios) -> Bool:
 
     Images of one track count once. f fails on the others in decodings alone, which may be a fault of the β-VAE.
     """
-    seen: Bool = certain_error_of(scenarios) > LEAST_REAL_ERROR
+    tracks, wrong_tracks = scenarios.source_tracks, scenarios.wrong_tracks
+    certain = certain_error(scenarios.support, scenarios.source_error, tracks, wrong_tracks)
+    seen: Bool = certain > LEAST_REAL_ERROR
     return seen

@@ -1,4 +1,4 @@
-"""Compute the evidence of a report from the artefacts of its run."""
+"""Compute the evidence of a report, and the figures of its watch, from the artefacts of its run."""
 
 from __future__ import annotations
 
@@ -8,29 +8,39 @@ from typing import Literal, cast
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
-from defuse_core.evaluation.controls import (
-    has_same_confusion_in_other_fold,
+from defuse_core.config import ServeSection
+from defuse_core.evaluation.evaluate import Findings, has_same_confusion_in_other_fold
+from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
+from defuse_core.intervals import (
+    SIGNIFICANT,
+    auroc,
     is_testable,
     least_favourable,
+    mcnemar,
     pairs_of,
+    share_of_units,
 )
-from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
-from defuse_core.intervals import SIGNIFICANT, mcnemar
 from defuse_core.report.evidence_schema import (
     AgainstPlain,
+    DetectionFigures,
     EvidenceFigures,
     FourShares,
     Judges,
     LeftOutScenarios,
     LeftOutShares,
     McNemar,
+    MethodFigures,
     Pairs,
     ScenarioEvidence,
+    Share,
+    WatchFigures,
     WiderDraws,
 )
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.watch.figures import Share, share_of
+from defuse_core.watch.failure_detector import FailureWatch
+
+ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
+REGION = "scenario distance"
 
 
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
@@ -165,6 +175,100 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         real_error_of_all=defined(real.error_of_all),
         seen_in_real_data=bool(real.seen[column]) if real.testable[column] else None,
     )
+
+
+def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = True) -> WatchFigures:
+    """Return the figures of the best method; without `codes`, of the best one that needs no encoder."""
+    best = watch.best(codes)
+    problem = watch.objection(best)
+    if best is None:
+        return WatchFigures(
+            method=None, verdict=problem, threshold=None, validation=None, test=None, methods=_methods(watch)
+        )
+    threshold = None if problem else watch.threshold(best, settings)
+    validation = _detection(best.validation, watch.validation_wrong, watch.validation_tracks, threshold)
+    if validation is not None and settings.failure_threshold is None:
+        unknown = share_of(np.full(3, np.nan))
+        validation = validation.model_copy(update={"precision": unknown, "recall": unknown})
+    test = _detection(best.test, watch.test_wrong, watch.test_tracks, threshold)
+    method = best.detector.method
+    return WatchFigures(
+        method=None if problem else method,
+        verdict=problem
+        or f"Finds failing inputs by {method}{_found('validation', validation)}{_found('test', test)}.",
+        threshold=threshold,
+        validation=validation,
+        test=test,
+        methods=_methods(watch),
+    )
+
+
+def _found(part: str, figures: DetectionFigures | None) -> str:
+    """Return what was found among the images of one part, as a clause; empty where nothing is wrong there."""
+    if figures is None or not figures.errors or figures.flagged is None:
+        return ""
+    area = figures.auroc
+    told = "" if area.value is None else f" AUROC {area.value:.2f} ({area.low:.2f}–{area.high:.2f}), and"
+    found = f"; on {part} images{told} {figures.flagged:,} of {figures.images:,} are flagged"
+    if figures.recall.value is None:
+        return found
+    right = round(figures.recall.value * figures.errors)
+    return f"{found}, among them {right} of the {figures.errors} wrong ones"
+
+
+def _detection(
+    probability: F64, wrong: Bool, tracks: I64 | None, threshold: float | None
+) -> DetectionFigures | None:
+    """Return the figures of failure probabilities (n,); None for no images."""
+    if not len(wrong):
+        return None
+    from sklearn.metrics import average_precision_score  # late: its import takes a second
+
+    flagged = np.zeros(len(wrong), np.bool_) if threshold is None else probability >= threshold
+    hits = int((flagged & wrong).sum())
+    return DetectionFigures(
+        images=len(wrong),
+        errors=int(wrong.sum()),
+        auroc=share_of(auroc(probability, wrong, tracks)),
+        average_precision=float(average_precision_score(wrong, probability)) if wrong.any() else None,
+        flagged=None if threshold is None else int(flagged.sum()),
+        precision=share_of(share_of_units(hits, flagged, tracks)),
+        recall=share_of(share_of_units(hits, wrong & (threshold is not None), tracks)),
+        calibration_error=None if threshold is None else calibration_error(probability, wrong),
+    )
+
+
+def calibration_error(probability: F64, wrong: Bool) -> float:
+    """Return the expected calibration error of (n,) probabilities, in ECE_BINS bins of equally many images."""
+    order = np.argsort(probability, kind="stable")
+    bins = [rows for rows in np.array_split(order, ECE_BINS) if len(rows)]
+    gaps = [abs(float(probability[rows].mean()) - float(wrong[rows].mean())) * len(rows) for rows in bins]
+    return sum(gaps) / len(wrong)
+
+
+def _methods(watch: FailureWatch) -> tuple[MethodFigures, ...]:
+    rows = [
+        MethodFigures(
+            method=one.detector.method,
+            log_loss=float(one.losses(watch.validation_wrong).mean()),
+            validation=share_of(auroc(one.validation, watch.validation_wrong, watch.validation_tracks)),
+            test=share_of(auroc(one.test, watch.test_wrong, watch.test_tracks)),
+        )
+        for one in watch.methods
+    ]
+    region = MethodFigures(
+        method=REGION,
+        log_loss=None,
+        validation=share_of(auroc(watch.validation_region, watch.validation_wrong, watch.validation_tracks)),
+        test=share_of(auroc(watch.test_region, watch.test_wrong, watch.test_tracks)),
+    )
+    return (*rows, region)
+
+
+def share_of(row: F64) -> Share:
+    """Return value, low and high, (3,), nan as None."""
+    value, low, high = (float(number) if math.isfinite(number) else None for number in row)
+    return Share(value=value, low=low, high=high)
 
 
 def defined(value: float | None) -> float | None:

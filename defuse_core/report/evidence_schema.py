@@ -1,10 +1,27 @@
-"""The fields of `report.json` with what the judges find."""
+"""The fields of `report.json` with what the judges find, and how well the watch finds failing inputs.
+
+GET /v1/model and the registry show the latter, too.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from defuse_core.watch.figures import FigureModel, Share
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FigureModel(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True
+    )
+
+
+class Share(FigureModel):
+    """A share with its 95 % interval, fractions of 1; null where it could not be measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 class FourShares(FigureModel):
@@ -175,3 +192,53 @@ class ScenarioEvidence(FigureModel):
     ones could be: the class has too few images or errors. It is of the real images nearest to the scenario, and
     seen_in_training_images of those that its codes come from: either can be true alone. The page says "seen in real
     data" where this one is true, else "seen in training images" where that one is."""
+
+
+class DetectionFigures(FigureModel):
+    """How well failing inputs are found among the real images of one part of the data.
+
+    Intervals count the images of one track once.
+    """
+
+    images: int
+    errors: int
+    """Images that the classifier gets wrong."""
+    auroc: Share
+    """Chance that a wrong answer gets a higher failure probability than a right one; 0.5 is chance."""
+    average_precision: float | None
+    flagged: int | None
+    """Images whose failure probability reaches the threshold."""
+    precision: Share
+    """Share of the flagged images that are wrong."""
+    recall: Share
+    """Share of the wrong images that are flagged."""
+    calibration_error: float | None
+    """Expected calibration error of the failure probability, in bins of equally many images."""
+
+
+class MethodFigures(FigureModel):
+    """One way to find failing inputs, for comparison."""
+
+    method: str
+    log_loss: float | None
+    """Cross-validated on validation images, nats; the choice goes by it."""
+    validation: Share
+    """AUROC."""
+    test: Share
+    """AUROC; chooses nothing."""
+
+
+class WatchFigures(FigureModel):
+    """The detector of failing inputs, chosen and calibrated on validation images."""
+
+    method: str | None = Field(description="the chosen one; null where none gives a failure probability")
+    verdict: str
+    """One sentence: how well failing inputs are found, or that and why they are not."""
+    threshold: float | None
+    """Failure probability from which on an input is flagged."""
+    validation: DetectionFigures | None
+    """Each image is measured by a detector that was not fitted on it. Null without such images, or without a method.
+    Precision and recall are null where the threshold was chosen on these images (serve.failure_threshold null)."""
+    test: DetectionFigures | None
+    methods: tuple[MethodFigures, ...]
+    """All methods, and the distance from the nearest failure scenario."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.report.evidence_schema import Pairs
+from defuse_core.report.evidence_schema import Pairs, Share
 from defuse_core.report.schema import Mean
-from defuse_core.watch.figures import Share
 
 # Below this the images of the scenarios show several classes, and accuracy on their one label means little.
 LOW_PURITY = 0.8

@@ -24,7 +24,7 @@ from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting, notices
-from defuse_core.report.figures import svg
+from defuse_core.report.charts import svg
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")

@@ -7,8 +7,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
-from defuse_core.report.evidence_schema import EvidenceFigures, ScenarioEvidence
-from defuse_core.watch.figures import FigureModel, WatchFigures
+from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
 VERSION: Final = 8  # of report.json; grows when a field is renamed or removed, or gets another meaning
 

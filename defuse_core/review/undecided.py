@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
-from defuse_core.distill.sources import UNDIVIDED
+from defuse_core.distill.draws import UNDIVIDED
 from defuse_core.errors import count_of
 from defuse_core.intervals import ONE_SIDED
 

@@ -16,6 +16,7 @@ Axes, beside those of artifacts/__init__.py: X scores of a method, U validation 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,10 +26,10 @@ from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights
 from defuse_core.artifacts.scenarios import rows_of
-from defuse_core.config import RunFile
+from defuse_core.config import RunFile, ServeSection
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.intervals import auroc
+from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.progress import Progress
 from defuse_core.seeds import torch_seed
@@ -122,6 +123,13 @@ class FailureWatch:
             if gain.mean() > _standard_error(gain, self.validation_tracks):
                 found = other
         return found
+
+    def threshold(self, chosen: MeasuredDetector, settings: ServeSection) -> float:
+        """Return `serve.failure_threshold`, or the largest that flags `serve.failure_recall` of the errors."""
+        if settings.failure_threshold is not None:
+            return settings.failure_threshold
+        errors = np.sort(chosen.validation[self.validation_wrong])[::-1]
+        return float(errors[max(1, math.ceil(settings.failure_recall * len(errors) - ROUNDING)) - 1])
 
     def objection(self, chosen: MeasuredDetector | None) -> str:
         """Return why `chosen` gives no failure probability, as a sentence; empty where it does."""

@@ -48,7 +48,8 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     defuse export digits --to model.safetensors
     defuse export digits --to model.onnx --scenarios pictures/
     """
-    from defuse_core.export import export_model, export_scenarios
+    from defuse_core.export import export_model
+    from defuse_core.export.pictures import export_scenarios
     from defuse_core.export.writing import expect_new_file
 
     if model is None and folder is None:

@@ -30,8 +30,8 @@ from services.cli.suite import check_suite, expect_no_suite_options, suite_optio
 from services.settings import read_settings
 
 if TYPE_CHECKING:
+    from defuse_core.report.evidence_schema import WatchFigures
     from defuse_core.runs import Run
-    from defuse_core.watch.figures import WatchFigures
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry
     from services.serving.registry_state import RegistryState, VersionInfo

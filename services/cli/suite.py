@@ -186,7 +186,7 @@ def _section(
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
-    from defuse_core.export.models import corrected_classifier
+    from defuse_core.export import corrected_classifier
     from defuse_core.models import to_device
 
     run = open_run(name or "", store)

@@ -34,11 +34,12 @@ from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.lambda_choice import SMALLER_LAMBDAS
 from defuse_core.progress import Progress, silent
+from defuse_core.report.build_evidence import watch_figures
+from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
-from defuse_core.watch.figures import WatchFigures, watch_figures
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
 from services.serving.traffic import components_digest
 

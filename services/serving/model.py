@@ -15,8 +15,8 @@ from defuse_core.config import RunFile, ServeSection
 from defuse_core.device import device
 from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier, load_vae
+from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.watch.failure_detector import FailureDetector
-from defuse_core.watch.figures import WatchFigures
 from defuse_core.watch.scenario_regions import Watch
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from ray.serve.metrics import Counter, Gauge
 
 from defuse_core.errors import ComputeError
-from defuse_core.watch.figures import WatchFigures
+from defuse_core.report.evidence_schema import WatchFigures
 
 log = logging.getLogger("defuse")
 PREFIXES = ("ray_defuse_", "ray_serve_")

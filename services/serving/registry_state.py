@@ -7,7 +7,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from defuse_core.errors import DamagedError
-from defuse_core.watch.figures import WatchFigures
+from defuse_core.report.evidence_schema import WatchFigures
 
 FORMAT: Final = 5  # of the files of the registry, and of the versions
 OTHER_FORMAT = (  # what to do about a registry of another format

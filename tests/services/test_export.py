@@ -20,9 +20,8 @@ from defuse_core.artifacts import Sweep
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
-from defuse_core.export import export_model, export_scenarios, pictures
-from defuse_core.export.models import corrected_classifier, plain_weights
-from defuse_core.export.pictures import folder_names
+from defuse_core.export import corrected_classifier, export_model, pictures, plain_weights
+from defuse_core.export.pictures import export_scenarios, folder_names
 from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.export.writing import filling
 from defuse_core.models import build_classifier, weights_of

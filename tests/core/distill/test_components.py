@@ -13,11 +13,12 @@ from defuse_core.config import DistillSection
 from defuse_core.data import Images
 from defuse_core.distill import components
 from defuse_core.distill.components import (
+    WHOLE,
     FittedCell,
     _largest_change,
     components_of,
-    fit_cells,
     fit_mixture,
+    fit_mixtures,
     log_scenarios,
     scenarios_of,
     small_cell,
@@ -121,8 +122,8 @@ def test_a_small_cell_has_the_support_of_its_images_and_each_cell_is_told_as_it_
     codes, told = rng.standard_normal((404, 3)).astype(np.float32), []
     source = np.concatenate([np.arange(400), [500, 500, 501, 501]])
     truth = np.repeat([0, 3], [400, 4])
-    section = DistillSection(max_components=2, min_weight=0.05, min_support=1)
-    fits = fit_cells(
+    section = DistillSection(by="cell", max_components=2, min_weight=0.05, min_support=1)
+    fits = fit_mixtures(
         sample_failures(codes, source, truth, truth + 1), section, 0, lambda *args: told.append(args)
     )
     assert [(dropped.source, dropped.support) for dropped in fits.small] == [(3, 2)]
@@ -135,7 +136,7 @@ def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine):
     section = DistillSection(engine=engine, max_iterations=1)
     begun = [
         fit_mixture(codes, 4, section, seed, cell).means.tobytes()
-        for seed, cell in ((0, ()), (0, ()), (1, ()), (0, (3, 4)), (0, (3, 5)))
+        for seed, cell in ((0, WHOLE), (0, WHOLE), (1, WHOLE), (0, (3, 4)), (0, (3, 5)))
     ]
     assert begun[0] == begun[1] and len(set(begun)) == 4
 

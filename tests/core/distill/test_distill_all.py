@@ -12,7 +12,7 @@ import pytest
 
 from defuse_core.artifacts import Psi, Shard
 from defuse_core.config import RunFile
-from defuse_core.distill.components import distill, fit_all, fit_cells
+from defuse_core.distill.components import distill, fit_mixtures
 from defuse_core.distill.mixture import one_component
 from defuse_core.distill.sharded import (
     CellCodes,
@@ -68,10 +68,7 @@ def test_it_is_the_fixed_point_that_the_fit_in_one_piece_reaches(
     spec = all_codes(by)
     found = distill_all(spec, psi, store, "", LocalCompute())
     failures = subsample_psi(spec, psi, store)  # all of them, since they are few
-    if by == "all":
-        whole = fit_all(failures, spec.distill, spec.seed).scenarios()
-    else:
-        whole = fit_cells(failures, spec.distill, spec.seed, silent).scenarios()
+    whole = fit_mixtures(failures, spec.distill, spec.seed, silent).scenarios()
     assert found.converged and found.codes_used == whole.codes_used
     assert found.lower_bound == pytest.approx(whole.lower_bound, abs=1e-6)
     np.testing.assert_allclose(found.weights, whole.weights, atol=1e-5)

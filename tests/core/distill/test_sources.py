@@ -12,14 +12,8 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
-from defuse_core.distill.draws import component_failures, failure_rows
-from defuse_core.distill.sources import (
-    Sources,
-    certain_error,
-    count_sources,
-    held_out_half,
-    without_undivided,
-)
+from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, without_undivided
+from defuse_core.distill.sources import Sources, certain_error, count_sources
 from defuse_core.seeds import generator
 from tests.sample_components import sample_failures, sample_scenarios
 
@@ -142,7 +136,7 @@ def test_as_many_components_as_possible_are_divided():
 
 
 def test_few_repairs_are_enough_where_many_components_share_few_units(monkeypatch):
-    monkeypatch.setattr("defuse_core.distill.sources.REPAIRS", 100)
+    monkeypatch.setattr("defuse_core.distill.draws.REPAIRS", 100)
     halves = np.array(list(itertools.product((False, True), repeat=14)))
     for seed in range(8):
         components = random_components(np.random.default_rng(seed), 50, 14, 4)

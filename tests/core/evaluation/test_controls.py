@@ -9,21 +9,23 @@ import pytest
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
 from defuse_core.correct import trial_key
-from defuse_core.evaluation.controls import (
+from defuse_core.evaluation.evaluate import (
     PLAIN_NAMES,
     PLAIN_TRAININGS,
     Controls,
+    Findings,
     control_spec,
     fold_of,
+    without_fold,
+)
+from defuse_core.evaluation.evidence import Evidence, gather_evidence
+from defuse_core.intervals import (
     is_better,
     is_confirmed,
     is_worse,
     least_favourable,
     pairs_of,
-    without_fold,
 )
-from defuse_core.evaluation.evaluate import Findings
-from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent

@@ -13,16 +13,13 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
-from defuse_core.evaluation.controls import (
+from defuse_core.evaluation.evaluate import (
     PLAIN_NAMES,
     PLAIN_TRAININGS,
     Controls,
     control_spec,
     folds,
     has_same_confusion_in_other_fold,
-    is_better,
-    is_testable,
-    pairs_of,
     units_of,
 )
 from defuse_core.evaluation.evidence import (
@@ -32,6 +29,7 @@ from defuse_core.evaluation.evidence import (
     gather_evidence,
     krippendorff_alpha,
 )
+from defuse_core.intervals import is_better, is_testable, pairs_of
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent

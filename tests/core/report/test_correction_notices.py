@@ -24,10 +24,10 @@ from defuse_core.report.evidence_schema import (
     LeftOutShares,
     Pairs,
     ScenarioEvidence,
+    Share,
 )
 from defuse_core.report.notices import caveats
 from defuse_core.report.schema import TradeOff
-from defuse_core.watch.figures import Share
 
 
 def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):

@@ -12,9 +12,8 @@ from sample_findings import sample_findings, sample_run
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
-from defuse_core.report.figures.charts import clusters, draw_weights
-from defuse_core.report.figures.scenarios import draw_gallery_rows
-from defuse_core.report.figures.style import ACCENT, LINE, MUTED, RIGHT, WRONG, move_apart
+from defuse_core.report.charts import ACCENT, LINE, MUTED, RIGHT, WRONG, clusters, draw_weights
+from defuse_core.report.figures import draw_gallery_rows, move_apart
 
 
 def test_pictures_are_written_beside_the_page(tmp_path: Path):

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from defuse_core.errors import count_of
+from defuse_core.report.evidence_schema import Share
 from defuse_core.report.formatting import (
     change,
     date_time,
@@ -17,7 +18,6 @@ from defuse_core.report.formatting import (
     size,
     text_of,
 )
-from defuse_core.watch.figures import Share
 from tests.conftest import ROOT
 
 

@@ -17,7 +17,7 @@ from defuse_core.artifacts import (
     Override,
     ReferenceSet,
 )
-from defuse_core.distill.sources import UNDIVIDED
+from defuse_core.distill.draws import UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.report.notices import caveats, hardly_better_than_guessing, headline
 from defuse_core.review.undecided import why_guessing, why_undecided

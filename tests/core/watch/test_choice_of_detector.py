@@ -11,8 +11,8 @@ from scipy import special, stats
 
 from defuse_core.artifacts import I64
 from defuse_core.config import ServeSection
+from defuse_core.report.build_evidence import watch_figures
 from defuse_core.watch.failure_detector import METHODS, FailureWatch, _standard_error, answer_scores
-from defuse_core.watch.figures import failure_threshold, watch_figures
 
 
 def two_methods(gain: float, deviation: float, tracks: I64 | None = None) -> FailureWatch:
@@ -99,7 +99,7 @@ def test_the_wanted_number_of_errors_is_not_one_more_by_rounding() -> None:
         sample_watch(images=100), validation_wrong=wrong, validation_region=np.arange(100) / 100
     )
     chosen = dataclasses.replace(watch.methods[0], validation=np.arange(100) / 100)
-    assert failure_threshold(watch, chosen, ServeSection(failure_recall=0.55)) == 0.45
+    assert watch.threshold(chosen, ServeSection(failure_recall=0.55)) == 0.45
 
 
 @pytest.mark.parametrize(("recall", "threshold"), [(0.25, 0.9), (0.5, 0.7), (0.6, 0.4), (1.0, 0.1)])
@@ -112,4 +112,4 @@ def test_the_threshold_is_the_largest_that_flags_the_wanted_share_of_errors(
         watch, validation_wrong=np.array([True, False, True, True, False, True]), validation_region=given
     )
     chosen = dataclasses.replace(watch.methods[0], validation=given)
-    assert failure_threshold(watch, chosen, ServeSection(failure_recall=recall)) == threshold
+    assert watch.threshold(chosen, ServeSection(failure_recall=recall)) == threshold

@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from defuse_core.codec import decode, encode
 from defuse_core.config import ServeSection
+from defuse_core.report.build_evidence import calibration_error, watch_figures
 from defuse_core.watch.failure_detector import METHODS, Answers, FailureWatch, _measure, answer_scores
-from defuse_core.watch.figures import calibration_error, failure_threshold, watch_figures
 from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis
 from tests.conftest import tiny
 
@@ -97,7 +97,7 @@ def test_test_images_choose_and_calibrate_nothing():
     first, second = watch(validation, answers(500, 1)), watch(validation, answers(300, 2, shown=False))
     assert encode(first.methods[0].detector) == encode(second.methods[0].detector)
     assert first.best().detector.method == second.best().detector.method
-    thresholds = [failure_threshold(one, one.best(), ServeSection()) for one in (first, second)]
+    thresholds = [one.threshold(one.best(), ServeSection()) for one in (first, second)]
     assert thresholds[0] == thresholds[1]
 
 

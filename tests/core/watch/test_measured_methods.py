@@ -15,6 +15,7 @@ from defuse_core.config import ServeSection
 from defuse_core.data import Images, open_splits
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import silent
+from defuse_core.report.build_evidence import calibration_error, watch_figures
 from defuse_core.watch import failure_detector, scenario_regions
 from defuse_core.watch.failure_detector import (
     METHODS,
@@ -28,7 +29,6 @@ from defuse_core.watch.failure_detector import (
     watch_classifier,
     watch_run,
 )
-from defuse_core.watch.figures import calibration_error, watch_figures
 from defuse_core.watch.scenario_regions import class_gaussians, fit_regions, training_codes
 from tests.conftest import tiny
 

@@ -1,4 +1,7 @@
-"""Figures 2 and 3: where the failures are in latent space, and what each component looks like."""
+"""All pictures of a report, by name: its charts, and Figures 2 and 3, which are drawn here.
+
+These show where the failures are in latent space, and what each component looks like.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import colorsys
 import textwrap
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,16 +17,21 @@ from matplotlib.lines import Line2D
 
 from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.evaluation.evaluate import ACCEPTED, FAILURE, TRAINING, Findings
-from defuse_core.report.figures.style import (
+from defuse_core.report.charts import (
     INK,
     LINE,
     MUTED,
     PAPER,
     RIGHT,
     SMALL,
+    STYLE,
     WRONG,
+    draw_curves,
+    draw_kl,
+    draw_lambdas,
+    draw_tradeoff,
+    draw_weights,
     hide_axes,
-    move_apart,
     new_figure,
 )
 from defuse_core.report.formatting import answer_text, names_are_short, percent
@@ -36,6 +45,23 @@ CORNERS = (
 )
 MARKS = {"right": (RIGHT, "✓"), "wrong": (WRONG, "✗"), "": (MUTED, "")}  # colour and sign of an answer
 PITCH = 1.12  # from one row to the next, in images
+SPREADING_ROUNDS = 200
+
+
+def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, Figure]:
+    """Return the pictures of a run by name; those without data are absent."""
+    with mpl.rc_context(STYLE):
+        figures = {
+            "tradeoff": draw_tradeoff(report),
+            "lambdas": draw_lambdas(report),
+            "latent": draw_latent_map(report, found, evaluation),
+            "scenarios": draw_gallery_rows(report, found, evaluation, accepted=True),
+            "rejected": draw_gallery_rows(report, found, evaluation, accepted=False),
+            "kl": draw_kl(report),
+            "weights": draw_weights(report),
+            "curves": draw_curves(found.models),
+        }
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def draw_latent_map(report: Report, found: Findings, evaluation: Evaluation) -> Figure | None:
@@ -101,6 +127,20 @@ def _number_means(figure: Figure, ax: Axes, evaluation: Evaluation) -> None:
         ax.scatter(x, y, s=170, facecolors=fill, edgecolors=edge, linewidths=1, zorder=order)
         number = str(evaluation.point_component[index])
         ax.text(x, y, number, color=ink, fontsize=SMALL, zorder=order, **CENTRED)
+
+
+def move_apart(points: F64, distance: float) -> F64:
+    """Return (n, 2) points, moved until no two are nearer than `distance`."""
+    moved = points.astype(np.float64).copy()
+    moved += 1e-6 * distance * np.arange(len(points))[:, None]  # equal points have no direction to move in
+    for _ in range(SPREADING_ROUNDS):
+        gap = moved[:, None] - moved[None]  # (n, n, 2)
+        length = np.linalg.norm(gap, axis=2) + np.eye(len(points)) * 1e9
+        push = np.clip(distance - length, 0, None)
+        if not push.any():
+            break
+        moved += 0.3 * (gap / length[..., None] * push[..., None]).sum(axis=1)
+    return moved
 
 
 def _legend(report: Report) -> list[Line2D]:
