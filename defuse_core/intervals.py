@@ -162,15 +162,36 @@ def is_better(pairs: I64) -> Bool:
     return found
 
 
-def is_confirmed(pairs: I64, right: F64) -> Bool:
-    """Return on which scenarios the correction is better, and right on over half of the images: `right` is (A,)."""
-    confirmed: Bool = is_better(pairs) & (right > MIN_CONFIRMED)
-    return confirmed
+def is_beyond(right: F64, plain: F64) -> Bool:
+    """Return where `right` (A,) is over what 95 of 100 further trainings like `plain` (P, A) would reach, (A,).
+
+    The bound is Student's for one more observation. Trainings that differ in their random numbers alone can differ on a
+    scenario by far more than its pictures differ, however many these are. False where P is 1: their spread is unknown.
+    """
+    trainings = len(plain)
+    if trainings < 2:
+        return np.zeros(len(right), np.bool_)
+    error = plain.std(axis=0, ddof=1) * np.sqrt(1 + 1 / trainings)
+    beyond: Bool = right > plain.mean(axis=0) + special.stdtrit(trainings - 1, 0.95) * error
+    return beyond
 
 
-def is_worse(pairs: I64) -> Bool:
-    """Return likewise on which scenarios each plain training is significantly better than the correction, (A,)."""
-    return is_better(pairs[..., [0, 2, 1]])
+def is_confirmed(pairs: I64, right: F64, plain: F64) -> Bool:
+    """Return on which scenarios the correction is better, beyond plain trainings, and right on over half of the images.
+
+    `right` (A,) and `plain` (P, A) are the shares that the correction, and each plain training, is right on.
+    """
+    return is_better(pairs) & is_beyond(right, plain) & (right > MIN_CONFIRMED)
+
+
+def is_worse(pairs: I64, right: F64, plain: F64) -> Bool:
+    """Return on which scenarios the correction is likewise worse, (A,)."""
+    return is_better(swapped(pairs)) & is_beyond(-right, -plain)
+
+
+def swapped(pairs: I64) -> I64:
+    """Return `pairs_of`, (..., 3), of the same classifiers in the other order."""
+    return pairs[..., [0, 2, 1]]
 
 
 def is_testable(units: I64) -> Bool:

@@ -38,7 +38,7 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         scenario_purity=np.full(count, 0.9),
         scenario_own_label=own_label,
         scenario_left_out=own_label[:, DEFUSE],
-        confirmed=is_confirmed(pairs, own_label[:, DEFUSE]),
+        confirmed=is_confirmed(pairs, own_label[:, DEFUSE], np.stack([own_label[:, PLAIN]] * 2)),
         names=("8 read as 3",) * count,
         at_fault=("classifier",) * count,
         real=NearestReal(

@@ -36,6 +36,7 @@ from defuse_core.evaluation.describe import NearestReal, describe_scenarios, fin
 from defuse_core.evaluation.evaluate import Controls, Findings, fold_of, units_of
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import (
+    is_better,
     is_confirmed,
     is_worse,
     mcnemar,
@@ -43,6 +44,7 @@ from defuse_core.intervals import (
     pairs_by_scenario,
     pairs_of,
     share_of_units,
+    swapped,
 )
 from defuse_core.models import (
     decoder_at,
@@ -94,8 +96,7 @@ class Evidence:
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    # (A,) whether the correction is mostly right, and better than each plain training, significantly, by own labels
-    confirmed: Bool
+    confirmed: Bool  # (A,) by own labels: mostly right, and more than plain trainings reach (is_confirmed)
     # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     names: tuple[str, ...]
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
@@ -106,7 +107,7 @@ class Evidence:
     screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
     pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
     real_failure_pairs: I64  # (P, 3) likewise, of the failing draws from test images
-    worse: Bool  # (A,) whether the correction is worse than each plain training, likewise
+    worse: Bool  # (A,) likewise, less than they reach (is_worse)
     plain_each: F64  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64  # (P, A) own-label accuracy after each plain training
     # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
@@ -121,7 +122,7 @@ class Evidence:
     @property
     def worse_than_before(self) -> Bool:
         """On which scenarios the classifier before is right significantly more often than the correction, (A,)."""
-        return is_worse(self.pairs_with_before[None])
+        return is_better(swapped(self.pairs_with_before[None]))
 
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
@@ -194,6 +195,7 @@ class _Evidence:
         others = np.concatenate([by_scenario[[BEFORE]], plain_by_scenario])
         pairs_with_before, *rows = [pairs_by_scenario(by_scenario[DEFUSE], other, units) for other in others]
         pairs = np.stack(rows)
+        defuse, scenario_plain = _nanmean(by_scenario[DEFUSE]), _nanmean(plain_by_scenario)
         has_test = self.splits.test is not None
         assert found.judges is not None
         return Evidence(
@@ -210,7 +212,7 @@ class _Evidence:
             scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
             scenario_own_label=_nanmean(by_scenario).T,
             scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
-            confirmed=is_confirmed(pairs, _nanmean(by_scenario[DEFUSE])),
+            confirmed=is_confirmed(pairs, defuse, scenario_plain),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
             real=real,
@@ -221,14 +223,14 @@ class _Evidence:
             real_failure_pairs=np.stack(
                 [pairs_of(fresh_right[DEFUSE], row, fresh_units) for row in fresh_plain]
             ),
-            worse=is_worse(pairs),
+            worse=is_worse(pairs, defuse, scenario_plain),
             plain_each=np.array(
                 [
                     *([share(row)[0] for row in rows] for rows in (plain, plain_one, left_out[3:])),
                     [_known_share(row, fresh_units)[0] for row in fresh_plain],
                 ]
             ),
-            scenario_plain=_nanmean(plain_by_scenario),
+            scenario_plain=scenario_plain,
             pairs_with_before=pairs_with_before,
         )
 

@@ -25,6 +25,7 @@ from defuse_core.intervals import (
     is_worse,
     least_favourable,
     pairs_of,
+    swapped,
 )
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
@@ -122,7 +123,7 @@ def test_a_scenario_is_confirmed_only_where_the_correction_is_better_than_each_p
     assert is_better(first).tolist() == [True, True, False, False]
     both = np.concatenate([first, second])
     assert is_better(both).tolist() == [True, False, False, False]
-    assert is_worse(both).tolist() == [False, False, True, False]
+    assert is_better(swapped(both)).tolist() == [False, False, True, False]
 
 
 def test_a_single_scenario_is_confirmed_from_a_chance_of_five_percent_on() -> None:
@@ -133,7 +134,30 @@ def test_a_single_scenario_is_confirmed_from_a_chance_of_five_percent_on() -> No
 def test_no_correction_is_confirmed_that_leaves_the_classifier_wrong_on_half_of_the_images() -> None:
     better = pairs((256, 12, 0), (256, 128, 0), (256, 129, 0), (256, 12, 0))
     right = np.array([12, 128, 129, np.nan]) / 256
-    assert is_confirmed(better, right).tolist() == [False, False, True, False]
+    assert is_confirmed(better, right, np.zeros((2, 4))).tolist() == [False, False, True, False]
+
+
+def test_what_further_plain_trainings_may_reach_is_neither_confirmed_nor_worse() -> None:
+    better, right = pairs((256, 200, 0), (256, 200, 0)), np.array([0.95, 0.95])
+    close, spread = [0.10, 0.12, 0.08], [0.95 - 0.94, 0.90, 0.30]  # the second: another order may do as much
+    plain = np.array([close, spread]).T
+    assert is_confirmed(better, right, plain).tolist() == [True, False]
+    assert is_worse(swapped(better), 1 - right, 1 - plain).tolist() == [True, False]
+    alone = plain[:1]
+    assert not is_confirmed(better, right, alone).any() and not is_worse(better, right, alone).any()
+
+
+@pytest.mark.parametrize("lottery", [0.3, 1.0, 5.0])
+def test_a_training_that_has_seen_no_scenario_is_confirmed_on_about_five_of_a_hundred(lottery: float) -> None:
+    rng = np.random.default_rng(0)
+    right = rng.beta(
+        lottery, lottery, (4, 4000)
+    )  # of a training in the place of the correction, and of three plain
+    change = (256 * (right[0] - right[1:])).astype(np.int64)
+    table = np.stack([np.full_like(change, 256), change.clip(0), (-change).clip(0)], axis=-1)
+    by_pictures = is_better(table) & (right[0] > 0.5)
+    assert by_pictures.mean() > 0.15
+    assert is_confirmed(table, right[0], right[1:]).mean() < 0.065
 
 
 def test_pictures_that_are_not_labelled_count_in_no_pair() -> None:
@@ -215,7 +239,7 @@ def test_one_lucky_plain_training_leaves_nothing_confirmed(finished) -> None:
     weak = run.require(Sweep, "plain")
     weak = dataclasses.replace(weak, weights=found.models.classifier)
     sweeps = (weak, weak, found.sweep)
-    alone = gather_evidence(run.spec, found, Controls((weak,), ()), progress=silent)
+    alone = gather_evidence(run.spec, found, Controls((weak, weak), ()), progress=silent)
     made = gather_evidence(run.spec, found, Controls(sweeps, ()), progress=silent)
     assert alone.confirmed.any() and not made.confirmed.any() and not made.worse.any()
     figures = evidence_figures(found, made)

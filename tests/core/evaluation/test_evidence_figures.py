@@ -133,7 +133,7 @@ def test_left_out_scenarios_are_judged_after_the_correction_without_their_fold(s
 
 
 def test_wider_draws_and_pairs_tell_the_correction_from_plain_training(setting, evidence):
-    controls = Controls((setting.shifted(1),), ())
+    controls = Controls((setting.shifted(1), setting.shifted(1)), ())
     made = gather_evidence(setting.spec, setting.found, controls, progress=silent)
     before, defuse, plain = made.wider[:, :, 0].T
     np.testing.assert_array_equal(before, defuse)
