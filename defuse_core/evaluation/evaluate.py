@@ -237,12 +237,14 @@ def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
 
 
 def without_fold(found: Findings, fold: int) -> Corrections:
-    """Return the corrections of all scenarios outside `fold`, without the unreviewed failures near one of it.
+    """Return the corrections of all scenarios outside `fold`, without what is near one of it.
 
-    Near are codes in its region or with its confusion, and the others of the source images, or tracks, of these codes.
+    Of the draws to tune on those are near that lie in its region. Of the unreviewed failures also those with its
+    confusion, and the others of the source images, or tracks, of these codes.
     """
     fixes, left_out = found.fixes, fold_of(found.fixes) == fold
     kept = fixes.take(np.flatnonzero(~left_out))
+    kept = _without_draws_near(found.scenarios, kept, fixes.scenario[left_out])
     codes = fixes.unreviewed
     if codes is None:
         return kept
@@ -252,6 +254,25 @@ def without_fold(found: Findings, fold: int) -> Corrections:
         near |= in_region(found.scenarios, int(fixes.scenario[row]), codes.codes)
         near |= (codes.truth == fixes.labels[row]) & (codes.predicted == errors[row])
     return replace(kept, unreviewed=codes.take(~np.isin(codes.unit, codes.unit[near])))
+
+
+def _without_draws_near(scenarios: Scenarios, fixes: Corrections, left_out: I64) -> Corrections:
+    """Return `fixes` without the draws to tune on that lie in the region of a component of `left_out`.
+
+    The other draws of a scenario take their places, in turn. A scenario without another draw is left out, too.
+    """
+    accepted, count, dims = fixes.tune.shape
+    near = np.zeros(accepted * count, np.bool_)
+    for component in left_out.tolist():
+        near |= in_region(scenarios, component, fixes.tune.reshape(-1, dims))
+    away = ~near.reshape(accepted, count)
+    rows = np.flatnonzero(away.any(axis=1))
+    places = np.array([np.resize(np.flatnonzero(away[row]), count) for row in rows], np.int64)
+    places = places.reshape(len(rows), count)  # (A, n_tune)
+    kept, anchor = fixes.take(rows), None
+    if kept.tune_anchor is not None:
+        anchor = np.take_along_axis(kept.tune_anchor, places, axis=1)
+    return replace(kept, tune=np.take_along_axis(kept.tune, places[..., None], axis=1), tune_anchor=anchor)
 
 
 def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:

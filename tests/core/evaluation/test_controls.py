@@ -48,7 +48,7 @@ def found_with(count: int, unreviewed: Failures | None = None) -> Findings:
     found, _ = sample_findings(scenarios=count, accepted=count)
     far = 100.0 * np.arange(count)[:, None] * np.ones((1, 3))
     scenarios = dataclasses.replace(found.scenarios, means=far, covariances=np.stack([np.eye(3)] * count))
-    codes = np.arange(count, dtype=np.float32)[:, None, None] * np.ones((1, 3, 3), np.float32)
+    codes = far.astype(np.float32)[:, None] * np.ones((1, 3, 1), np.float32)
     fixes = Corrections(np.arange(count), found.verdicts.labels, codes, codes, unreviewed=unreviewed)
     return dataclasses.replace(found, scenarios=scenarios, fixes=fixes)
 
@@ -58,7 +58,7 @@ def test_the_two_folds_hold_every_scenario_once() -> None:
     left = [without_fold(found, fold) for fold in (0, 1)]
     tuned = np.concatenate([part.scenario for part in left])
     assert sorted(tuned.tolist()) == found.fixes.scenario.tolist()
-    assert [part.tune[:, 0, 0].tolist() for part in left] == [[1, 3], [0, 2, 4]]
+    assert [part.tune[:, 0, 0].tolist() for part in left] == [[100, 300], [0, 200, 400]]
     assert fold_of(found.fixes).tolist() == [0, 1, 0, 1, 0]
     assert [part.unreviewed for part in left] == [None, None]
 
@@ -84,6 +84,25 @@ def test_unreviewed_failures_near_a_left_out_scenario_are_left_out_with_all_of_t
     of_tracks = dataclasses.replace(failures, source_track=np.array([9, 9, 9, 9, 8, 8]))
     kept = [without_fold(found_with(2, of_tracks), fold).unreviewed.source.tolist() for fold in (0, 1)]
     assert kept == [[4, 5], [1, 2, 2, 3]]
+
+
+def test_draws_to_tune_on_in_the_region_of_a_left_out_scenario_are_left_out() -> None:
+    found = found_with(4)
+    tune = found.fixes.tune.copy()
+    tune[1, 0] = 1.0  # of scenario 1, in the region of scenario 0, which is in the other fold
+    tune[3] = 201.0  # all of scenario 3, in that of scenario 2
+    anchors = np.arange(12).reshape(4, 3)
+    changed = dataclasses.replace(
+        found, fixes=dataclasses.replace(found.fixes, tune=tune, tune_anchor=anchors)
+    )
+    without_even, without_odd = (without_fold(changed, fold) for fold in (0, 1))
+    assert without_even.scenario.tolist() == [1]
+    assert without_even.tune_anchor.tolist() == [[4, 5, 4]]
+    np.testing.assert_array_equal(without_even.tune, np.full((1, 3, 3), 100.0))
+    np.testing.assert_array_equal(without_odd.tune, tune[[0, 2]])
+    assert without_odd.tune_anchor.tolist() == anchors[[0, 2]].tolist()
+    tune[1] = 1.0
+    assert without_fold(changed, 0).tune.shape == (0, 3, 3)
 
 
 def test_scenarios_are_left_out_whose_numbers_are_not_their_places() -> None:
