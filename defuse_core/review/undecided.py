@@ -28,6 +28,7 @@ FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
 # share of Ψ in components whose draws could not be judged over which a run decides nothing, whatever was reviewed
 MOST_UNCLEAR = 0.5
+MOST_UNLABELLED = 0.5  # share of the components without a labelled image over which a run decides nothing
 # share of the training images from which on failures, each too lonely for a scenario, leave it open
 MANY_FAILING = 0.05
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
@@ -64,10 +65,12 @@ def why_undecided(
         return cause
     open_ones = np.ones(len(gallery), np.bool_)
     open_ones[[override.scenario for override in verdicts.overrides]] = False
-    if open_ones.all() and (verdicts.image_labels == NONE_OF_THE_ABOVE).all():
+    unlabelled = int((open_ones & (verdicts.image_labels == NONE_OF_THE_ABOVE).all(axis=1)).sum())
+    if unlabelled > MOST_UNLABELLED * len(gallery):
+        of = f"in {unlabelled} of {count_of(len(gallery), 'candidate scenario')} no"
         return (
-            "no reviewed image has a label, since nobody chose a class or the votes are tied; ask more annotators, or "
-            "see why the images show no class"
+            f"{'no' if unlabelled == len(gallery) else of} reviewed image has a label, since nobody chose a class or "
+            "the votes are tied; ask more annotators, or see why the images show no class"
         )
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 
