@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, StoreError
-from defuse_core.evaluation.evaluate import (
+from defuse_core.evaluation import (
     PLAIN_NAMES,
     Controls,
     Findings,
@@ -62,7 +62,7 @@ from defuse_core.training.reference_models import (
     training_calls,
 )
 from defuse_core.tuning_data import choose_unreviewed, reviewed_failures
-from defuse_core.watch.failure_detector import FailureWatch, watch_run
+from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -74,6 +74,40 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     if spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
     settle_precision(run, compute)
+    models, references = _healthy_models(run, compute)
+    screen = references if spec.identify.screen == "reference-models" else None
+    psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
+    scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
+    gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
+    votes = run.once("review", Votes, lambda: annotators.review(gallery))
+    verdicts = _with_all_overrides(run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes))
+    fixes = run.once(
+        "correct",
+        Corrections,
+        lambda: _corrections(run, compute, models, references, psi, scenarios, verdicts),
+    )
+    reviewed = reviewed_failures(gallery, verdicts)
+    _sweeps(
+        run,
+        compute,
+        "correct",
+        models,
+        baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
+        sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
+    )
+    judges(run, compute)
+    found = _findings(run)
+    controls = _controls(run, compute, found)
+    evaluation, watch, evidence = _evaluations(run, compute, found, controls)
+    return write_report(run, found, evaluation, evidence, watch)
+
+
+def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
+    """Return what is trained, and the reference models if they take part. Stops before a β-VAE that shows no failures.
+
+    With vae.decode: anchored its health is what the reference models answer on moved images.
+    """
+    spec, store = run.spec, run.store
     guide = reference_models(run, compute) if spec.vae.guide_weight else None
     models = run.once(
         "train", Models, lambda: train_side_by_side(spec, store, compute, guide, training_calls(run))
@@ -87,41 +121,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         models = replace(models, health=run.once("train", Health, measure))
     if run.until != "train" and anchored:
         expect_healthy(spec, models)
-    screen = references if spec.identify.screen == "reference-models" else None
-    psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
-    scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
-    gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
-    votes = run.once("review", Votes, lambda: annotators.review(gallery))
-    verdicts = _with_all_overrides(run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes))
-    fixes = run.once(
-        "correct",
-        Corrections,
-        lambda: _corrections(run, compute, models, references, psi, scenarios, verdicts),
-    )
-    reviewed = reviewed_failures(gallery, verdicts)
-    sweeps = _sweeps(
-        run,
-        compute,
-        "correct",
-        models,
-        baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
-        sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
-    )
-    found = Findings(
-        models,
-        psi,
-        scenarios,
-        gallery,
-        votes,
-        verdicts,
-        fixes,
-        **sweeps,
-        references=run.load(ReferenceSet, "references"),
-        judges=judges(run, compute),
-    )
-    controls = _controls(run, compute, found)
-    evaluation, watch, evidence = _evaluations(run, compute, found, controls)
-    return write_report(run, found, evaluation, evidence, watch)
+    return models, references
 
 
 def _evaluations(
@@ -278,7 +278,12 @@ def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, Fail
 
     Raises InputError where the run is not finished.
     """
-    found = Findings(
+    return _findings(run), run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)
+
+
+def _findings(run: Run) -> Findings:
+    """Return what is stored of a run whose sweeps are made."""
+    return Findings(
         with_measured_health(run, run.require(Models)),
         run.require(Psi),
         run.require(Scenarios),
@@ -291,4 +296,3 @@ def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, Fail
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
-    return found, run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)

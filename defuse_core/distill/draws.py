@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special
-from scipy.spatial.distance import cdist
 
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
@@ -338,6 +337,8 @@ def in_region(scenarios: Scenarios, component: int, codes: F32) -> Bool:
 
 def distances_from(scenarios: Scenarios, component: int, codes: F32) -> F64:
     """Return the Mahalanobis distances of (n, Z) codes from the mean of one component, (n,)."""
+    from scipy.spatial.distance import cdist  # late: `defuse status` imports this module, too
+
     inverse = np.linalg.inv(scenarios.covariances[component])
     mean = scenarios.means[component][None]
     distances: F64 = cdist(mean, codes.astype(np.float64), "mahalanobis", VI=inverse)[0]

@@ -16,16 +16,17 @@ from defuse_core.data import Images, open_splits
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import silent
 from defuse_core.report.build_evidence import calibration_error, watch_figures
-from defuse_core.watch import failure_detector, scenario_regions
-from defuse_core.watch.failure_detector import (
+from defuse_core.watch import (
     METHODS,
     Answers,
     FailureWatch,
     _answers,
     _measure,
     _problem,
+    failure_detector,
     fit_temperature,
     measure_detector,
+    scenario_regions,
     watch_classifier,
     watch_run,
 )
