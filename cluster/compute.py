@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.connection import connect, disconnect, require_absolute_root
-from cluster.errors import as_defuse_error
+from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_root
 from cluster.identify import ShardQueue, WorkerPool
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all

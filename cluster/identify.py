@@ -28,7 +28,7 @@ from ray.exceptions import (
 )
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cluster.errors import as_defuse_error, one_line
+from cluster.connection import as_defuse_error, one_line
 from cluster.progress import ProgressListener, count_redone_shard, count_shard, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard

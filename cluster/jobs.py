@@ -18,7 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fixed
 
-from cluster.errors import OTHER_TOKEN
+from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client, quiet_job_client
 from defuse_core.errors import ComputeError, InputError, without_credentials
 
