@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -116,16 +117,12 @@ class Jobs:
 
     def stop(self, job_id: str) -> bool:
         """Ask the job to end; False if it had ended before. A job that Ray has not started yet is asked again."""
-
-        def ask() -> bool | None:
-            if self.get(job_id).is_over:
-                return False
+        while not self.get(job_id).is_over:
             with self._errors_translated(job_id):
-                return self.client.stop_job(job_id) or None
-
-        return bool(
-            Retrying(retry=retry_if_result(lambda asked: asked is None), wait=wait_fixed(PAUSE_S))(ask)
-        )
+                if self.client.stop_job(job_id):
+                    return True
+            time.sleep(PAUSE_S)
+        return False
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Show what the job writes until it ends, across lost connections, and return it as it ended.
