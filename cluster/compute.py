@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.connection import connect, disconnect, require_absolute_root
-from cluster.errors import as_defuse_error
+from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_root
 from cluster.identify import ShardQueue, WorkerPool
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
@@ -100,8 +99,8 @@ class RayCompute:
         return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
-        shared = self._shared_arguments(calls)
         self._ready().begin()
+        shared = _shared_arguments(calls)
         started = [
             self._start(step, call.function, *(shared.get(id(each), each) for each in call.args), task=task)
             for task, call in numbered(calls)
@@ -111,14 +110,6 @@ class RayCompute:
             return ray.get([result for _, result in started])
         except RayError as error:  # a result whose node was lost, and that could not be made again
             raise as_defuse_error(error, step) from error
-
-    def _shared_arguments(self, calls: Sequence[Call[Any]]) -> dict[int, Any]:
-        """Return references to the artefacts that several calls take, by id: each is stored once."""
-        self._ready()
-        artefacts = [each for call in calls for each in call.args if is_dataclass(each)]
-        counts = Counter(map(id, artefacts))
-        shared = {id(each): each for each in artefacts if counts[id(each)] > 1}
-        return {name: ray.put(each) for name, each in shared.items()}
 
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
         from cluster.train import run_together  # imports pandas and more
@@ -377,6 +368,14 @@ class RayPartitions:
             self.monitor.check(self.has_run)
             if ended:
                 return list(left)
+
+
+def _shared_arguments(calls: Sequence[Call[Any]]) -> dict[int, Any]:
+    """Return references to the artefacts that several calls take, by id: each is stored once."""
+    artefacts = [each for call in calls for each in call.args if is_dataclass(each)]
+    counts = Counter(map(id, artefacts))
+    shared = {id(each): each for each in artefacts if counts[id(each)] > 1}
+    return {name: ray.put(each) for name, each in shared.items()}
 
 
 def _copied(value: T) -> T:

@@ -28,8 +28,8 @@ from ray.exceptions import (
 )
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cluster.errors import as_defuse_error, one_line
-from cluster.progress import ProgressListener, count_redone_shard, count_shard, reporting
+from cluster.connection import as_defuse_error, one_line
+from cluster.progress import ProgressListener, count, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
@@ -82,7 +82,9 @@ class ShardWorker:
             with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                 shard = self.identifier.shard(index)
             record = self._save(index, shard)
-        count_shard(record.images, record.decodings, record.total)
+        count("images", record.images)
+        count("decodings", record.decodings)
+        count("failures", record.total)
         return record
 
     @retry(
@@ -299,7 +301,7 @@ class ShardQueue:
         self._requeue(index)
 
     def _requeue(self, index: int) -> None:
-        count_redone_shard()
+        count("shards_redone", 1)
         self.waiting.appendleft(index)
 
     def _dispatch(self, worker: Worker) -> None:

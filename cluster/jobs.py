@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
-from tenacity import Retrying, retry_if_exception_type, retry_if_result, wait_fixed
 
-from cluster.errors import OTHER_TOKEN
+from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client, quiet_job_client
 from defuse_core.errors import ComputeError, InputError, without_credentials
 
-T = TypeVar("T")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 MAX_DISCONNECTS = 5  # in a row, without a new character of the log
 PAUSE_S = 2.0
@@ -50,31 +46,6 @@ class Job:
     def is_over(self) -> bool:
         """Whether it has ended."""
         return JobStatus(self.status).is_terminal()
-
-
-@dataclass
-class FollowedLog:
-    """How much of a job's log was shown, and how often the connection was lost since."""
-
-    shown: int = 0  # characters
-    disconnects: int = 0
-
-    @contextlib.contextmanager
-    def counting_disconnects(self) -> Iterator[None]:
-        """Count a lost connection; one that showed something begins the count again."""
-        before = self.shown
-        try:
-            yield
-        except ComputeError:
-            self.disconnects = 1 if self.shown > before else self.disconnects + 1
-            raise
-        self.disconnects = 0
-
-    def fresh(self, text: str, position: int) -> str:
-        """Return what of `text`, at this position of the log, was not shown before, and count it as shown."""
-        fresh = text[max(0, self.shown - position) :]
-        self.shown = max(self.shown, position + len(text))
-        return fresh
 
 
 class Jobs:
@@ -116,16 +87,12 @@ class Jobs:
 
     def stop(self, job_id: str) -> bool:
         """Ask the job to end; False if it had ended before. A job that Ray has not started yet is asked again."""
-
-        def ask() -> bool | None:
-            if self.get(job_id).is_over:
-                return False
+        while not self.get(job_id).is_over:
             with self._errors_translated(job_id):
-                return self.client.stop_job(job_id) or None
-
-        return bool(
-            Retrying(retry=retry_if_result(lambda asked: asked is None), wait=wait_fixed(PAUSE_S))(ask)
-        )
+                if self.client.stop_job(job_id):
+                    return True
+            time.sleep(PAUSE_S)
+        return False
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Show what the job writes until it ends, across lost connections, and return it as it ended.
@@ -133,51 +100,54 @@ class Jobs:
         Raises ComputeError where the connection is lost for good, and what `show` raises.
         """
         self.get(job_id)  # raises at once for an unknown job or an address without a dashboard
-        log = FollowedLog()
+        shown = 0  # characters
+        disconnects = 0  # since something was shown, or a connection ended as it should
+        while True:
+            position = 0
+            try:
+                for text in self._tail(job_id):  # from the log's beginning, with each connection
+                    position += len(text)
+                    if position > shown:
+                        show(text[shown - position :])
+                        shown, disconnects = position, 0
+                job, disconnects = self.get(job_id), 0
+                if job.is_over:
+                    return job
+            except ComputeError as error:
+                disconnects += 1
+                if disconnects > MAX_DISCONNECTS:
+                    raise ComputeError(
+                        f"job {job_id}: lost the connection to {self.shown} ({error})"
+                    ) from error
+            time.sleep(PAUSE_S)
 
-        def tail() -> Job:
-            with log.counting_disconnects():
-                asyncio.run(self._tail(job_id, show, log))
-                return self.get(job_id)
+    def _tail(self, job_id: str) -> Iterator[str]:
+        """Yield the log as it arrives until the connection ends, or the job, even if the connection does not notice.
 
-        retry = Retrying(
-            retry=retry_if_exception_type(ComputeError) | retry_if_result(lambda job: not job.is_over),
-            stop=lambda state: log.disconnects > MAX_DISCONNECTS,
-            wait=wait_fixed(PAUSE_S),
-            reraise=True,
-        )
-        try:
-            return retry(tail)
-        except ComputeError as error:
-            raise ComputeError(f"job {job_id}: lost the connection to {self.shown} ({error})") from error
+        Raises ComputeError for a lost connection. Ctrl-C is heeded at any time.
+        """
+        received, is_over = 0, False
+        with asyncio.Runner() as runner:
+            texts = self.client.tail_job_logs(job_id)
 
-    async def _tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
-        """Show what the job writes until the connection ends, or the job, even if the connection does not notice."""
-        tail = asyncio.create_task(self._show_tail(job_id, show, log))
-        is_over = False
-        while not (await asyncio.wait({tail}, timeout=STATUS_EVERY_S))[0]:
-            if is_over:  # for a while, and the rest of the log has not come
-                tail.cancel()
-                show(log.fresh(await _in_thread(partial(self.logs, job_id)), 0))
-                return
-            is_over = (await _in_thread(partial(self.get, job_id))).is_over
-        tail.result()  # raises what ended it
+            async def next_text() -> str | None:
+                return await anext(texts, None)
 
-    async def _show_tail(self, job_id: str, show: Callable[[str], None], log: FollowedLog) -> None:
-        """Show what was not shown before: each connection sends the log from its beginning."""
-        position = 0
-        async for text in self._received(job_id):
-            if fresh := log.fresh(text, position):
-                show(fresh)
-            position += len(text)
-
-    async def _received(self, job_id: str) -> AsyncIterator[str]:
-        """Yield the log as it arrives. Raises ComputeError for a lost connection."""
-        try:
-            async for text in self.client.tail_job_logs(job_id):
+            while True:
+                coming = runner.get_loop().create_task(next_text())
+                while not runner.run(asyncio.wait({coming}, timeout=STATUS_EVERY_S))[0]:
+                    if is_over:  # for a while, and the rest of the log has not come
+                        yield self.logs(job_id)[received:]
+                        return
+                    is_over = self.get(job_id).is_over
+                try:
+                    text = coming.result()
+                except DISCONNECTED as error:
+                    raise ComputeError(self._without_credentials(error)) from error
+                if text is None:
+                    return
+                received += len(text)
                 yield text
-        except DISCONNECTED as error:
-            raise ComputeError(self._without_credentials(error)) from error
 
     def _without_credentials(self, error: Exception) -> str:
         return without_credentials(str(error), self.address)
@@ -213,21 +183,3 @@ def _job(details: Any) -> Job:
         exit_code=details.driver_exit_code,
         message=details.message or "",
     )
-
-
-async def _in_thread(ask: Callable[[], T]) -> T:
-    """Return what `ask` returns, without blocking the loop, so that Ctrl-C is heeded.
-
-    In a daemon thread: with asyncio.to_thread the process would not end before the answer comes.
-    """
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        answer.set_running_or_notify_cancel()
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(answer)

@@ -20,6 +20,12 @@ log = logging.getLogger("defuse")
 UPDATE_EVERY_S = 0.25
 POLL_EVERY_S = 0.25
 FLUSH_S = 5.0
+COUNTERS = {  # of work done, in Ray's metrics: defuse_NAME
+    "images": "Training images perturbed",
+    "decodings": "Codes decoded and classified",
+    "failures": "Codes of Psi found",
+    "shards_redone": "Shards made again, since they failed once or their worker was lost",
+}
 Update = tuple[str, int, int, str]  # the arguments of `Progress`
 
 
@@ -153,26 +159,15 @@ def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
             ray.get(actor.flush.remote(), timeout=FLUSH_S)
 
 
-@functools.cache
-def _counter(name: str, description: str) -> Counter:
-    return Counter(f"defuse_{name}", description=description)
-
-
-def _count(name: str, description: str, amount: int) -> None:
+def count(name: str, amount: int) -> None:
+    """Add to one of COUNTERS, in the process that did the work."""
     if amount:  # Ray raises for an increment of 0
-        _counter(name, description).inc(amount)
+        _counter(name).inc(amount)
 
 
-def count_shard(images: int, decodings: int, failures: int) -> None:
-    """Count one finished shard. Called in the worker."""
-    _count("images", "Training images perturbed", images)
-    _count("decodings", "Codes decoded and classified", decodings)
-    _count("failures", "Codes of Psi found", failures)
-
-
-def count_redone_shard() -> None:
-    """Count a shard that is made again, since it failed or its worker was lost. Called in the driver."""
-    _count("shards_redone", "Shards made again, since they failed once or their worker was lost", 1)
+@functools.cache
+def _counter(name: str) -> Counter:
+    return Counter(f"defuse_{name}", description=COUNTERS[name])
 
 
 @functools.cache

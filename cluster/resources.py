@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from tenacity import RetryCallState, RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, RunFileError
@@ -20,6 +19,7 @@ log = logging.getLogger("defuse")
 CHECK_EVERY_S = 3.0
 WARN_AFTER_S = 30.0  # of waiting for what other work holds
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
+LOOK_EVERY_S = 1.0  # meanwhile
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,15 @@ def wait_for_nodes() -> None:
 
     Raises ComputeError when none joined.
     """
-
-    def warn(state: RetryCallState) -> None:
-        if state.attempt_number == 1:
-            log.warning("waiting for a node with a CPU to join the cluster")
-
-    retry = Retrying(
-        retry=retry_if_result(lambda found: not any(node.cpus for node in found)),
-        stop=stop_after_delay(NODES_JOIN_WITHIN_S),
-        wait=wait_fixed(1),
-        before_sleep=warn,
-    )
-    try:
-        retry(nodes)
-    except RetryError as error:
-        minutes = f"{NODES_JOIN_WITHIN_S / 60:.0f} minutes"
-        raise ComputeError(f"no node with a CPU joined the cluster in {minutes}; see `ray status`") from error
+    if any(node.cpus for node in nodes()):
+        return
+    log.warning("waiting for a node with a CPU to join the cluster")
+    give_up_at = time.monotonic() + NODES_JOIN_WITHIN_S
+    while not any(node.cpus for node in nodes()):
+        if time.monotonic() >= give_up_at:
+            minutes = f"{NODES_JOIN_WITHIN_S / 60:.0f} minutes"
+            raise ComputeError(f"no node with a CPU joined the cluster in {minutes}; see `ray status`")
+        time.sleep(LOOK_EVERY_S)
 
 
 def worker_resources(section: ResourcesSection) -> WorkerResources:

@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
 
-from cluster.errors import as_defuse_error, cause_of, is_worker_lost, one_line
+from cluster.connection import as_defuse_error, cause_of, is_worker_lost, one_line
 from cluster.progress import ProgressListener, reporting, set_running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices

@@ -18,7 +18,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.errors import as_defuse_error
+from cluster.connection import as_defuse_error
 from cluster.progress import reporting
 from cluster.ray_compat import kept_working_dir
 from cluster.resources import WorkerResources, claim_devices

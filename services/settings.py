@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -108,6 +108,8 @@ def is_on(name: str) -> bool:
     raise InputError(f"{name}: expected 1 or 0 (or true, yes, on, false, no, off), found {value!r}")
 
 
-def variables(names: Iterable[str]) -> dict[str, str]:
-    """Return those of the named variables that are set, for the environment of a job."""
-    return {name: os.environ[name] for name in names if name in os.environ}
+def variables(names: Sequence[str]) -> dict[str, str]:
+    """Return the named variables, for the environment of a job. Raises InputError for one that is not set."""
+    if missing := [name for name in names if name not in os.environ]:
+        raise InputError(f"--env {missing[0]}: expected a variable that is set in this environment")
+    return {name: os.environ[name] for name in names}

@@ -116,12 +116,14 @@ class MlflowTracking:
         sent = state["sent"]
         if "params" not in sent:  # a server changes no parameter, so they are sent once
             self._send_params(client, run_id)
-            self._record(state, "params", "")  # they come from no file
+            sent["params"] = ""  # they come from no file
+            self._store(state)
         for part, (key, _) in SOURCES.items():
             digest = self._digest(key)
             if digest is not None and sent.get(part) != digest:
                 self._send_part(client, run_id, part, again=part in sent)
-                self._record(state, part, digest)
+                sent[part] = digest
+                self._store(state)
         if status is not None:
             client.update_run(run_id, status=status)
 
@@ -147,10 +149,6 @@ class MlflowTracking:
             return {"run_id": None, "sent": {}}
         state: dict[str, Any] = json.loads(self.run.store.read(KEY))
         return state
-
-    def _record(self, state: dict[str, Any], part: str, digest: str) -> None:
-        state["sent"][part] = digest
-        self._store(state)
 
     def _store(self, state: Mapping[str, Any]) -> None:
         self.run.store.write(KEY, json.dumps(state, indent=1).encode())

@@ -102,7 +102,6 @@ def submit(
     \b
     defuse submit deploy/runs/mnist-laptop.yaml --address http://head:8265 --store s3://our/runs --set data.root=/data
     """
-    from cluster.jobs import Jobs
     from defuse_core.config import load_run_file
     from defuse_core.data import check_class_names
 
@@ -113,11 +112,11 @@ def submit(
     command += ["--until", until]
     if track is not None:
         command += ["--track", track]
-    jobs = Jobs(_dashboard(address))
+    jobs = _jobs_at(address)
     with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
         build_working_dir(spec, Path(folder))
         with _full_disk_named():  # Ray packs the folder in another one
-            job_id = jobs.submit(shlex.join(command), Path(folder), run, _environment(wanted))
+            job_id = jobs.submit(shlex.join(command), Path(folder), run, variables(wanted))
     if detach:
         click.echo(job_id)
         return
@@ -138,9 +137,7 @@ def jobs() -> None:
 @address_option
 def list_jobs(address: str | None) -> None:
     """List the jobs of the cluster."""
-    from cluster.jobs import Jobs
-
-    rows = [_row(job) for job in Jobs(_dashboard(address)).list()]
+    rows = [_row(job) for job in _jobs_at(address).list()]
     table = [("id", "status", "started", "took", "run"), *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
@@ -153,9 +150,7 @@ def list_jobs(address: str | None) -> None:
 @click.option("--follow", is_flag=True, help="Follow the log until the job ends, and end with its exit code.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
     """Show what the job JOB_ID has written."""
-    from cluster.jobs import Jobs
-
-    found = Jobs(_dashboard(address))
+    found = _jobs_at(address)
     if follow:
         _follow(found, job_id)
     else:
@@ -167,9 +162,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 @address_option
 def stop(job_id: str, address: str | None) -> None:
     """Stop the job JOB_ID. Submitted again, its run continues where it stopped."""
-    from cluster.jobs import Jobs
-
-    stopped = Jobs(_dashboard(address)).stop(job_id)
+    stopped = _jobs_at(address).stop(job_id)
     click.echo(f"job {job_id} {'is being stopped' if stopped else 'had ended before'}")
 
 
@@ -182,11 +175,15 @@ def _row(job: Job) -> tuple[str, ...]:
     return name, job.status, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", run
 
 
-def _dashboard(address: str | None) -> str:
-    """Return the address of Ray's dashboard; RAY_ADDRESS counts only where it is an http:// address."""
+def _jobs_at(address: str | None) -> Jobs:
+    """Return the jobs of the dashboard at `address`, or of the environment's: RAY_ADDRESS only if it is http://."""
+    from cluster.jobs import Jobs
+
     settings = read_settings()
     joined = settings.ray_address or ""
-    return address or settings.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
+    return Jobs(
+        address or settings.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
+    )
 
 
 def _shared(store: str) -> str:
@@ -200,15 +197,6 @@ def _shared(store: str) -> str:
         f"store {folder}: must be the same shared folder on every node; s3://bucket/prefix need not", err=True
     )
     return str(folder)
-
-
-def _environment(names: tuple[str, ...]) -> dict[str, str]:
-    """Return the environment variables that the job gets. Raises InputError for one that is not set."""
-    found = variables(names)
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise InputError(f"--env {missing[0]}: expected a variable that is set in this environment")
-    return found
 
 
 def _follow(jobs: Jobs, job_id: str) -> None:

@@ -296,7 +296,7 @@ def deploy(args: ServeArgs) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    from cluster.errors import one_line
+    from cluster.connection import one_line
     from services.serving.app import build
 
     with _translate_errors("the application did not start"):
@@ -377,7 +377,7 @@ def _translate_errors(context: str) -> Iterator[None]:
     """Raise pydantic's errors as InputError, and those of Ray and of the system as ComputeError."""
     from pydantic import ValidationError
 
-    from cluster.errors import one_line
+    from cluster.connection import one_line
 
     try:
         yield

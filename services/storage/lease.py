@@ -70,13 +70,9 @@ class LeaseInBucket:
 
         It reads twice before it returns None: some servers replace an object in two steps.
         """
-        seen = self._read()
-        if seen is None:
-            time.sleep(READ_AGAIN_S)
-            seen = self._read()
-        return seen
-
-    def _read(self) -> tuple[str, bytes] | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self.store._fetch(KEY)
+        time.sleep(READ_AGAIN_S)
         with contextlib.suppress(FileNotFoundError):
             return self.store._fetch(KEY)
         return None

@@ -36,6 +36,7 @@ class Head:
 
     def __init__(self) -> None:
         self.status, self.exit_code, self.is_silent, self.tails = "RUNNING", 0, False, 0
+        self.drops = 0  # connections that it loses in the middle of the log; 0: it falls silent there
         self.address = f"http://127.0.0.1:{free_port()}"
 
     async def start(self) -> web.AppRunner:
@@ -69,7 +70,14 @@ class Head:
         socket = web.WebSocketResponse(autoping=False)
         await socket.prepare(request)
         await socket.send_str(LOG[:15])
-        await asyncio.sleep(60)
+        if not self.drops:
+            await asyncio.sleep(60)
+        elif self.tails > self.drops:
+            await socket.send_str(LOG[15:])
+            self.status = "SUCCEEDED"
+        else:
+            assert request.transport is not None
+            request.transport.close()
         return socket
 
 
@@ -105,6 +113,22 @@ def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(hea
 
     job = Jobs(head.address).follow("j1", show)
     assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:15], LOG[15:]])
+
+
+@pytest.mark.parametrize("drops", [1, jobs.MAX_DISCONNECTS])
+def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(head: Head, drops: int) -> None:
+    head.drops = drops
+    shown: list[str] = []
+    job = Jobs(head.address).follow("j1", shown.append)
+    assert (job.status, shown, head.tails) == ("SUCCEEDED", [LOG[:15], LOG[15:]], drops + 1)
+
+
+def test_a_connection_that_is_lost_again_and_again_without_a_new_character_is_given_up(head: Head) -> None:
+    head.drops = 100
+    shown: list[str] = []
+    with pytest.raises(ComputeError, match=rf"^job j1: lost the connection to {head.address} \("):
+        Jobs(head.address).follow("j1", shown.append)
+    assert (shown, head.tails) == ([LOG[:15]], jobs.MAX_DISCONNECTS + 1)
 
 
 @pytest.mark.parametrize(

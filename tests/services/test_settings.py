@@ -119,11 +119,13 @@ def test_idle_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
-def test_a_job_gets_those_variables_that_are_set_empty_ones_included(monkeypatch):
+def test_a_job_gets_variables_that_are_set_empty_ones_included(monkeypatch):
     monkeypatch.setenv("DEFUSE_A", "1")
     monkeypatch.setenv("DEFUSE_B", "")
     monkeypatch.delenv("DEFUSE_C", raising=False)
-    assert variables(["DEFUSE_A", "DEFUSE_B", "DEFUSE_C"]) == {"DEFUSE_A": "1", "DEFUSE_B": ""}
+    assert variables(["DEFUSE_A", "DEFUSE_B"]) == {"DEFUSE_A": "1", "DEFUSE_B": ""}
+    with pytest.raises(InputError, match="--env DEFUSE_C: expected a variable that is set"):
+        variables(["DEFUSE_A", "DEFUSE_C"])
 
 
 @pytest.mark.parametrize(
