@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from defuse_core.artifacts import F64, I64, Failures
-from defuse_core.intervals import exact_lower, wilson_lower
+from defuse_core.intervals import exact_lower
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +91,10 @@ def certain_error(
 ) -> F64:
     """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 without any.
 
-    Where images have tracks it is that of the error on tracks; these may be one or two, so that the bound is exact.
+    Where images have tracks it is that of the error on tracks. The bound is Clopper and Pearson's, since there may be
+    one or two of either.
     """
     if tracks is not None and wrong_tracks is not None:
         return exact_lower(wrong_tracks.astype(np.int64), tracks)
     wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
-    return wilson_lower(wrong, support)
+    return exact_lower(wrong, support)

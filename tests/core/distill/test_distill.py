@@ -152,6 +152,8 @@ def test_components_whose_source_images_are_misclassified_come_first_where_asked
 def test_a_high_error_on_few_source_images_is_less_certain_than_a_lower_one_on_many():
     certain = certain_error(np.array([2, 40, 0]), np.array([1.0, 0.8, np.nan]))
     assert certain.argsort().tolist() == [2, 0, 1]
+    # at least 3 of 5 are wrong with probability 0.058 where a fifth is
+    assert certain_error(np.array([5, 5]), np.array([0.6, 0.8]))[0] < 0.2
 
 
 def test_few_wrong_source_images_do_not_put_a_component_before_one_with_many():
