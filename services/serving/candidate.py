@@ -39,7 +39,7 @@ from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
 from defuse_core.watch.figures import WatchFigures, watch_figures
-from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
+from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
@@ -242,8 +242,9 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     spec, corrections = run.spec, artifacts.corrections
     splits = reopen_splits(spec.data, spec.seed, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
-    report = evaluate_candidate(spec, artifacts.models, corrections, artifacts.sweep, splits)
-    report = dataclasses.replace(report, own_label=own_label_accuracy(corrections, artifacts.evidence))
+    report = evaluate_candidate(
+        spec, artifacts.models, corrections, artifacts.sweep, splits, artifacts.evidence
+    )
     progress("checking the corrected classifier", 1, 2, "steps")
     regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
     progress("checking the corrected classifier", 2, 2, "steps")
