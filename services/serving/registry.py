@@ -23,15 +23,7 @@ from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputErro
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import (
-    EMPTY,
-    FORMAT,
-    OTHER_FORMAT,
-    ChangeInfo,
-    RegistryState,
-    VersionInfo,
-    parse_state,
-)
+from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo, parse_state
 
 log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
@@ -65,13 +57,7 @@ class Registry:
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
         sequences = self._sequences()
-        if sequences:
-            return self._read(sequences[-1])
-        if self.store.within("standing").list():
-            raise DamagedError(
-                f"{self.store.address}: expected a registry of format {FORMAT}, found format 1; {OTHER_FORMAT}"
-            )
-        return EMPTY
+        return self._read(sequences[-1]) if sequences else EMPTY
 
     def state_after(self, known: RegistryState) -> RegistryState | None:
         """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
