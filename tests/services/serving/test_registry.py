@@ -256,7 +256,7 @@ def test_a_rollback_never_ends_at_an_equal_version(registry, candidates):
         promote(registry, candidates[name], ANA)
     twice = registry.state().versions
     registry.change("added twice", "ana", "", lambda s: {"versions": {**s.versions, 3: twice[2]}})
-    assert registry.to_production(3, "ana", "").previous == (1,)
+    assert registry.assign(3, PromotionRequest("ana", "")).previous == (1,)
     assert registry.roll_back("bo", "").production == 1
 
 
