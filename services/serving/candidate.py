@@ -172,16 +172,15 @@ class _RunArtifacts:
 
     @classmethod
     def load(cls, run: Run) -> _RunArtifacts:
-        loaded: list[Any] = []
-        for kind in (Models, Gallery, Votes, Verdicts, Corrections, Sweep):
-            loaded.append(run.load(kind))
-            if loaded[-1] is None:
-                raise InputError(
-                    f"run {run.name} has no corrected classifier yet ({kind.__name__.lower()} is missing); "
-                    f"finish it with `defuse run`"
-                )
-        loaded.append(run.load(Evidence))
-        artifacts = cls(*loaded)
+        artifacts = cls(
+            models=run.require(Models),
+            gallery=run.require(Gallery),
+            votes=run.require(Votes),
+            verdicts=run.require(Verdicts),
+            corrections=run.require(Corrections),
+            sweep=run.require(Sweep),
+            evidence=run.load(Evidence),
+        )
         if not artifacts.sweep.weights:
             raise _nothing_to_serve(run, artifacts)
         return artifacts
