@@ -13,9 +13,8 @@ from defuse_core.errors import DefuseError, StoreError
 from defuse_core.store import Store
 from services.serving.canary import CanaryStatistics, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
-from services.serving.errors import is_store_outage
 from services.serving.model import LoadedModel, select_device
-from services.serving.registry import REMEDY, DamagedVersionError, Registry
+from services.serving.registry import REMEDY, DamagedVersionError, Registry, is_store_outage
 from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")

@@ -23,11 +23,11 @@ from services.serving.active_versions import AUTHOR, ActiveVersions, InitialMode
 from services.serving.arguments import serve_token
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
-from services.serving.errors import RequestError, Unavailable, is_store_outage
 from services.serving.inputs import InputSpec, decode_body
-from services.serving.limits import RequestSlots, UploadLimits
+from services.serving.limits import RequestError, RequestSlots, Unavailable, UploadLimits
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
 from services.serving.monitoring import ServingMetrics
+from services.serving.registry import is_store_outage
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.storage import open_store

@@ -22,8 +22,8 @@ from services.serving.batching import Batcher, PredictionRequest, PredictionResu
 from services.serving.canary import CanaryStatistics
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
-from services.serving.errors import Unavailable
 from services.serving.inputs import decode_body
+from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.registry_state import RegistryState
