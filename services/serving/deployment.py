@@ -19,10 +19,16 @@ import torch
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
-from services.serving.active_versions import AUTHOR, ActiveVersions, InitialModel, RegistryWatcher
+from services.serving.active_versions import AUTHOR, ActiveVersions, Comparison, InitialModel, RegistryWatcher
 from services.serving.arguments import serve_token
-from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
-from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
+from services.serving.batching import (
+    Batcher,
+    PredictionRequest,
+    PredictionResult,
+    ShadowRequest,
+    ShadowRunner,
+    predict_batch,
+)
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestError, RequestSlots, Unavailable, UploadLimits
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
