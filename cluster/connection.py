@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +113,14 @@ def require_absolute_root(root: Path | None) -> None:
     """Raise RunFileError for a `data.root` that each node would resolve against a folder of its own."""
     if root is not None and not root.is_absolute():
         raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")
+
+
+@contextlib.contextmanager
+def connection(address: str | None, cpus: int = 0) -> Iterator[None]:
+    """Connect as `connect` for the block, and leave a connection that existed before as it was."""
+    made = connect(address, cpus)
+    try:
+        yield
+    finally:
+        if made:
+            disconnect()

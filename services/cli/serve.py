@@ -238,16 +238,16 @@ def serve(
     if address is None:
         require_free_port(host, port)
     with proxy_environment(chosen, port):
+        from cluster.connection import connection
         from services.serving.app import require_gpus, total_cpus
         from services.serving.launch import (
             ShutdownSignal,
-            ray_connection,
             registry_changes,
             running_application,
         )
         from services.serving.monitoring import LivenessCheck
 
-        with contextlib.ExitStack() as ending, ray_connection(address, total_cpus(section)):
+        with contextlib.ExitStack() as ending, connection(address, total_cpus(section)):
             shutdown = ShutdownSignal()
             if address is None:
                 require_gpus(section)

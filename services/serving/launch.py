@@ -168,18 +168,6 @@ def is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to the cluster at `address`, or start an embedded Ray with at least `cpus` CPUs, for the block."""
-    from cluster.connection import connect, disconnect
-
-    connect(address, cpus)
-    try:
-        yield
-    finally:
-        disconnect()
-
-
-@contextlib.contextmanager
 def running_application(
     args: ServeArgs, host: str, port: int, *, shared: bool = False, proxy: Proxy = Proxy.RAY
 ) -> Iterator[str]:

@@ -14,6 +14,7 @@ import pytest
 import ray
 from serve_process import TOKEN, listening, listening_addresses, serve_process
 
+from cluster.connection import connection
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -23,7 +24,6 @@ from services.serving.launch import (
     ShutdownSignal,
     _require_reachable_replicas,
     _url_host,
-    ray_connection,
     registry_changes,
     running_application,
 )
@@ -90,7 +90,10 @@ def registry_store(registry):
 def test_defuse_serve_does_not_start_a_ray_without_authentication(own_store, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("DEFUSE_UNAUTHENTICATED_RAY", raising=False)
-    with pytest.raises(InputError, match="could run code in its Ray"), ray_connection(None, 1):
+    monkeypatch.setattr(
+        "cluster.connection.ray.is_initialized", lambda: False
+    )  # whatever other tests started
+    with pytest.raises(InputError, match="could run code in its Ray"), connection(None, 1):
         pass
 
 
