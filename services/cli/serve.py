@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from services.cli.options import (
 )
 from services.cli.review import local_user
 from services.cli.suite import check_suite, expect_no_suite_options, suite_options
-from services.settings import read_settings
+from services.settings import read_settings, serve_token
 
 if TYPE_CHECKING:
     from defuse_core.runs import Run
@@ -218,9 +217,15 @@ def serve(
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.arguments import ServeArgs, resolve_settings, serve_token
     from services.serving.candidate import require_corrected
-    from services.serving.launch import Proxy, choose_proxy, proxy_environment, require_free_port
+    from services.serving.launch import (
+        Proxy,
+        ServeArgs,
+        choose_proxy,
+        proxy_environment,
+        require_free_port,
+        resolve_settings,
+    )
 
     settings = read_settings()
     args = ServeArgs(
@@ -238,31 +243,9 @@ def serve(
     if address is None:
         require_free_port(host, port)
     with proxy_environment(chosen, port):
-        from cluster.connection import connection
-        from services.serving.app import require_gpus, total_cpus
-        from services.serving.launch import (
-            ShutdownSignal,
-            registry_changes,
-            running_application,
-        )
-        from services.serving.monitoring import LivenessCheck
+        from services.serving.app import serve_until_stopped
 
-        with contextlib.ExitStack() as ending, connection(address, total_cpus(section)):
-            shutdown = ShutdownSignal()
-            if address is None:
-                require_gpus(section)
-            running = running_application(args, host, port, shared=address is not None, proxy=chosen)
-            # a signal may arrive during the start
-            with contextlib.suppress(KeyboardInterrupt), running as url:
-                click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
-                alive = LivenessCheck(url)
-                changes = registry_changes(
-                    _registry(store), shutdown, section.poll_s, check=alive, has_model=run is not None
-                )
-                for line in changes:
-                    click.echo(line)
-                # Serve's controller ends during a call, which a thread of Ray prints as a failed task
-                ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        serve_until_stopped(args, section, address, host, port, chosen, click.echo)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from services.serving.active_versions import AUTHOR, ActiveVersions, Comparison, InitialModel, RegistryWatcher
-from services.serving.arguments import serve_token
 from services.serving.batching import (
     Batcher,
     PredictionRequest,
@@ -36,6 +35,7 @@ from services.serving.monitoring import ServingMetrics
 from services.serving.registry import is_store_outage
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
+from services.settings import serve_token
 from services.storage import open_store
 
 log = logging.getLogger("defuse")

@@ -22,10 +22,10 @@ from serve_process import (
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError
+from services.serving.app import _translate_errors
 from services.serving.launch import (
     Proxy,
     _haproxy_files,
-    _translate_errors,
     choose_proxy,
     is_loopback,
     proxy_environment,

@@ -158,7 +158,7 @@ def no_ray(monkeypatch):
         pytest.fail("Ray was started")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("cluster.connection.connection", started)
+    monkeypatch.setattr("services.serving.app.connection", started)
 
 
 def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec, tmp_path):
