@@ -197,7 +197,6 @@ def rollback(store: str, by: str | None, why: str) -> None:
     help="Between clients and replicas of the embedded Ray: nothing (direct), HAProxy, or Ray's own proxy. auto is "
     "direct for one replica on loopback, and HAProxy otherwise.",
 )
-@click.option("--haproxy", is_flag=True, help="The same as --proxy haproxy.")
 def serve(
     run: str | None,
     store: str,
@@ -207,7 +206,6 @@ def serve(
     overrides: tuple[str, ...],
     pin: bool,
     proxy: str,
-    haproxy: bool,
 ) -> None:
     """Serve the corrected classifier of RUN, and every later promoted version. Without RUN, the one in production.
 
@@ -236,8 +234,7 @@ def serve(
         settings=section_overrides("serve", overrides, {}),
     )
     section, address = resolve_settings(args), address or settings.ray_address
-    requested = "haproxy" if haproxy else proxy
-    chosen = choose_proxy(requested, section, host) if address is None else Proxy.CLUSTER
+    chosen = choose_proxy(proxy, section, host) if address is None else Proxy.CLUSTER
     if run is not None:  # both before Ray starts, which takes seconds
         require_corrected(open_run(run, store))
     if address is None:
