@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,17 @@ def disconnect() -> None:
     """End the connection that `connect` made; an embedded Ray ends with it, and its token is forgotten."""
     ray.shutdown()
     forget_private_token()
+
+
+@contextlib.contextmanager
+def connection(address: str | None, cpus: int = 0) -> Iterator[None]:
+    """Connect as `connect` for the block, and leave a connection that existed before as it was."""
+    made = connect(address, cpus)
+    try:
+        yield
+    finally:
+        if made:
+            disconnect()
 
 
 def prepare_embedded_ray() -> None:

@@ -84,6 +84,21 @@ def _without_newline(token: str | None) -> str | None:
     return token if token is None else token.strip() or token
 
 
+def serve_token() -> str | None:
+    """Return DEFUSE_SERVE_TOKEN, None if it is not set. Raises InputError for one that is empty, or cannot be sent."""
+    token = read_settings().serve_token
+    if token == "":
+        raise InputError(
+            "DEFUSE_SERVE_TOKEN: expected a token, found an empty value; is the secret set? Unset it to serve without "
+            "a token"
+        )
+    if token is not None and not fits_a_header(token):
+        raise InputError(
+            "DEFUSE_SERVE_TOKEN: expected one word of letters, digits and ASCII signs; `openssl rand -hex 32` makes one"
+        )
+    return token
+
+
 def fits_a_header(token: str) -> bool:
     """Whether an HTTP header can hold the token: one word of letters, digits and ASCII signs."""
     return re.fullmatch(r"[\x21-\x7e]+", token) is not None

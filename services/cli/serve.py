@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from services.cli.options import (
 )
 from services.cli.review import local_user
 from services.cli.suite import check_suite, expect_no_suite_options, suite_options
-from services.settings import read_settings
+from services.settings import read_settings, serve_token
 
 if TYPE_CHECKING:
     from defuse_core.report.evidence_schema import WatchFigures
@@ -198,7 +197,6 @@ def rollback(store: str, by: str | None, why: str) -> None:
     help="Between clients and replicas of the embedded Ray: nothing (direct), HAProxy, or Ray's own proxy. auto is "
     "direct for one replica on loopback, and HAProxy otherwise.",
 )
-@click.option("--haproxy", is_flag=True, help="The same as --proxy haproxy.")
 def serve(
     run: str | None,
     store: str,
@@ -208,7 +206,6 @@ def serve(
     overrides: tuple[str, ...],
     pin: bool,
     proxy: str,
-    haproxy: bool,
 ) -> None:
     """Serve the corrected classifier of RUN, and every later promoted version. Without RUN, the one in production.
 
@@ -218,9 +215,15 @@ def serve(
     defuse serve mnist
     curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
     """
-    from services.serving.arguments import ServeArgs, resolve_settings, serve_token
     from services.serving.candidate import require_corrected
-    from services.serving.launch import Proxy, choose_proxy, proxy_environment, require_free_port
+    from services.serving.launch import (
+        Proxy,
+        ServeArgs,
+        choose_proxy,
+        proxy_environment,
+        require_free_port,
+        resolve_settings,
+    )
 
     settings = read_settings()
     args = ServeArgs(
@@ -231,38 +234,15 @@ def serve(
         settings=section_overrides("serve", overrides, {}),
     )
     section, address = resolve_settings(args), address or settings.ray_address
-    requested = "haproxy" if haproxy else proxy
-    chosen = choose_proxy(requested, section, host) if address is None else Proxy.CLUSTER
+    chosen = choose_proxy(proxy, section, host) if address is None else Proxy.CLUSTER
     if run is not None:  # both before Ray starts, which takes seconds
         require_corrected(open_run(run, store))
     if address is None:
         require_free_port(host, port)
     with proxy_environment(chosen, port):
-        from services.serving.app import require_gpus, total_cpus
-        from services.serving.launch import (
-            ShutdownSignal,
-            ray_connection,
-            registry_changes,
-            running_application,
-        )
-        from services.serving.monitoring import LivenessCheck
+        from services.serving.app import serve_until_stopped
 
-        with contextlib.ExitStack() as ending, ray_connection(address, total_cpus(section)):
-            shutdown = ShutdownSignal()
-            if address is None:
-                require_gpus(section)
-            running = running_application(args, host, port, shared=address is not None, proxy=chosen)
-            # a signal may arrive during the start
-            with contextlib.suppress(KeyboardInterrupt), running as url:
-                click.echo(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
-                alive = LivenessCheck(url)
-                changes = registry_changes(
-                    _registry(store), shutdown, section.poll_s, check=alive, has_model=run is not None
-                )
-                for line in changes:
-                    click.echo(line)
-                # Serve's controller ends during a call, which a thread of Ray prints as a failed task
-                ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        serve_until_stopped(args, section, address, host, port, chosen, click.echo)
 
 
 @contextlib.contextmanager

@@ -1,25 +1,32 @@
-"""The versions that a replica has loaded, and following the registry to the next ones."""
+"""The versions that a replica has loaded: which of them answers, how they compare, and which ones come next.
+
+A canary or shadow is compared with production, and ended where it fails or disagrees too often.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from scipy import special
+
+from defuse_core.artifacts import Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, StoreError
 from defuse_core.store import Store
-from services.serving.canary import CanaryStatistics, is_in_canary
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
-from services.serving.errors import is_store_outage
-from services.serving.model import LoadedModel, select_device
-from services.serving.registry import REMEDY, DamagedVersionError, Registry
+from services.serving.model import LoadedModel, ModelOutput, select_device
+from services.serving.registry import REMEDY, DamagedVersionError, Registry, is_store_outage
 from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
+WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,77 @@ class InitialModel:
     key: str | None = None  # in the store; None: what the registry has in production
     state: RegistryState = EMPTY  # of the registry when the server was started
     pin: bool = False  # ignore the registry
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The answers of production and of a canary or shadow to the same n images."""
+
+    agreed: Bool  # (n,) same class
+    inside: Bool  # (n,) inside a failure scenario of either version
+
+    @classmethod
+    def of(cls, production: ModelOutput, other: ModelOutput) -> Comparison:
+        agreed = np.equal(production.probabilities.argmax(axis=1), other.probabilities.argmax(axis=1))
+        inside = np.logical_or(production.inside.any(axis=1), other.inside.any(axis=1))
+        return cls(agreed, inside)
+
+
+@dataclass
+class CanaryStatistics:
+    """Counts of a canary or shadow on one replica.
+
+    Agreement counts images outside the known scenarios only: inside them, the correction is meant to disagree.
+    """
+
+    answered: int = 0  # images, errors included
+    errors: int = 0  # images without an answer, or with one after serve.max_canary_s
+    compared: int = 0
+    agreed: int = 0
+
+    def add_errors(self, images: int) -> None:
+        self.answered += images
+        self.errors += images
+
+    def add_comparison(self, comparison: Comparison) -> None:
+        self.answered += len(comparison.agreed)
+        self.compared += int((~comparison.inside).sum())
+        self.agreed += int((comparison.agreed & ~comparison.inside).sum())
+
+    def reason_to_end(self, limits: ServeSection) -> str | None:
+        """Return why the version is ended, or None while it is within the limits."""
+        if self.answered < limits.min_compared:
+            return None
+        if is_above(limits.max_errors, self.errors, self.answered):
+            return (
+                f"{self.errors} of {self.answered} images failed or took longer than {limits.max_canary_s:g} s, the "
+                f"limit is {limits.max_errors:.1%}"
+            )
+        differed = self.compared - self.agreed
+        if self.compared >= limits.min_compared and is_above(
+            1 - limits.min_agreement, differed, self.compared
+        ):
+            return (
+                f"{self.agreed} of {self.compared} answers agreed with production, expected at least "
+                f"{limits.min_agreement:.1%}"
+            )
+        return None
+
+
+def is_above(limit: float, hits: int, total: int) -> bool:
+    """Return whether a rate of which `hits` of `total` were observed is above `limit`; to be asked at any time.
+
+    Where the rate is `limit` or below, the answer is yes at any time with a probability of WRONGLY_ENDED at most. The
+    likelihood of all higher rates, uniformly mixed, over that of the limit is a supermartingale there, and such a ratio
+    seldom ever exceeds 1 / WRONGLY_ENDED (Ville, 1939; Robbins, 1970, "Statistical methods related to the law of the
+    iterated logarithm").
+    """
+    if hits <= limit * total:
+        return False
+    misses = total - hits
+    mixed = special.betaln(hits + 1, misses + 1) + np.log(special.betaincc(hits + 1, misses + 1, limit))
+    at_limit = special.xlogy(hits, limit) + special.xlog1py(misses, -limit)
+    return bool(mixed - np.log1p(-limit) - at_limit > -np.log(WRONGLY_ENDED))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +140,12 @@ class ActiveVersions:
 
     def names(self) -> dict[str, str]:
         return {role: model.name for role, model in self.by_role().items()}
+
+
+def is_in_canary(key: bytes, number: int, share: float) -> bool:
+    """Return whether the request with this key goes to canary `number`: the same answer for the same key."""
+    digest = hashlib.blake2b(key, digest_size=8, salt=number.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
 
 
 class RegistryWatcher:

@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from defuse_core.artifacts import F32
 from services.serving.deployment import ClassifierDeployment
-from services.serving.errors import RejectedInput, RequestError, Unavailable
 from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
@@ -30,6 +29,7 @@ from services.serving.inputs import (
     decode_body,
     uploaded_files,
 )
+from services.serving.limits import RejectedInput, RequestError, Unavailable
 from services.serving.model import ModelInfo, PredictionResponse
 from services.serving.monitoring import metrics_page
 

@@ -1,32 +1,50 @@
-"""The Ray Serve application: `serve run services.serving.app:build run=NAME`, or deploy/serve.yaml."""
+"""The Ray Serve application: `serve run services.serving.app:build run=NAME`, or deploy/serve.yaml.
+
+`defuse serve` runs it with `serve_until_stopped`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 from fastapi import FastAPI
+from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve._private import constants as serve_constants
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 
+from cluster.connection import connection, one_line
+from cluster.ray_compat import shut_down_serve
 from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
+from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
 from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
-from services.serving.arguments import ServeArgs, resolve_settings
 from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.deployment import ClassifierDeployment
+from services.serving.launch import Proxy, ServeArgs, is_loopback, require_free_port, resolve_settings
 from services.serving.limits import MAX_UPLOADS
+from services.serving.monitoring import LivenessCheck
 from services.serving.registry import DamagedVersionError, Registry
-from services.serving.registry_state import RegistryState
+from services.serving.registry_state import NO_VERSION, RegistryState
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
+APPLICATION = "defuse"  # its name in Ray Serve
 MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish its requests
 
 
@@ -136,3 +154,207 @@ def require_gpus(settings: ServeSection) -> None:
 def total_cpus(settings: ServeSection) -> int:
     """Return the CPUs that all replicas together reserve."""
     return math.ceil(settings.max_replicas * settings.cpus_per_replica)
+
+
+def serve_until_stopped(
+    args: ServeArgs,
+    settings: ServeSection,
+    address: str | None,
+    host: str,
+    port: int,
+    proxy: Proxy,
+    show: Callable[[str], None],
+) -> None:
+    """Serve on the cluster at `address`, or on an embedded Ray, until a signal arrives.
+
+    `show` is called with a line at the start, and one for each change of the registry.
+    """
+    with contextlib.ExitStack() as ending, connection(address, total_cpus(settings)):
+        shutdown = ShutdownSignal()
+        if address is None:
+            require_gpus(settings)
+        running = running_application(args, host, port, proxy)
+        # a signal may arrive during the start
+        with contextlib.suppress(KeyboardInterrupt), running as url:
+            show(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
+            for line in registry_changes(
+                Registry(open_store(args.store)),
+                shutdown,
+                settings.poll_s,
+                check=LivenessCheck(url),
+                has_model=args.run is not None,
+            ):
+                show(line)
+            # Serve's controller ends during a call, which a thread of Ray prints as a failed task
+            ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
+
+
+@contextlib.contextmanager
+def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> Iterator[str]:
+    """Serve while the block runs; yields the address. The environment of `proxy` is set before.
+
+    On a running cluster other applications are left alone. Raises InputError where one has the name of this.
+    """
+    shared = proxy is Proxy.CLUSTER
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if shared:
+        _require_reachable_replicas(host)
+    else:
+        require_free_port(host, port)
+    proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
+    with _translate_errors("Serve did not start"):
+        serve.start(
+            http_options=HTTPOptions(host=host, port=proxy_port), logging_config={"enable_access_log": False}
+        )
+    actual_host, serve_port = _listening_address(host, proxy_port)
+    actual_port = port if proxy is Proxy.DIRECT else serve_port
+    if not args.require_token:
+        _check_exposure(host, actual_host)
+    if shared and APPLICATION in serve.status().applications:
+        raise InputError(
+            f"the cluster already serves an application named {APPLICATION}; change its model with `defuse promote`, "
+            "or stop the command that started it (`serve shutdown` stops all applications)"
+        )
+    try:
+        deploy(args)
+        yield f"http://{_url_host(actual_host)}:{actual_port}"
+    finally:
+        if shared:
+            serve.delete(APPLICATION)
+        else:
+            shut_down_serve()
+
+
+def _require_reachable_replicas(host: str) -> None:
+    """Raise InputError where a cluster's HAProxy would ask replicas on other nodes that listen on loopback only."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    listening = host if client is None else str(client.http_config.host)
+    if not serve_constants.RAY_SERVE_ENABLE_HA_PROXY or not is_loopback(listening):
+        return
+    here, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
+    if any(node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here for node in nodes):
+        raise InputError(
+            f"--host {listening}: HAProxy of this cluster could not reach replicas on other nodes; set "
+            "DEFUSE_SERVE_TOKEN on all nodes and use --host 0.0.0.0 (where Serve already runs, end it before with "
+            "`serve shutdown`)"
+        )
+
+
+def _url_host(host: str) -> str:
+    """Return the host of an address at which this machine reaches what listens on `host`."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{reached}]" if ":" in reached else reached
+
+
+def _free_port() -> int:
+    with socket.socket() as test:
+        test.bind(("127.0.0.1", 0))
+        return int(test.getsockname()[1])
+
+
+def _listening_address(host: str, port: int) -> tuple[str, int]:
+    """Return host and port of Serve: the given ones, unless Serve was already running with others."""
+    client = _get_global_client()
+    options = client.http_config if client is not None else None
+    if options is None or (options.host, options.port) == (host, port):
+        return host, port
+    log.warning("Serve is already running on this cluster; --host and --port are those of its start")
+    return str(options.host), int(options.port)
+
+
+def _check_exposure(requested: str, actual: str) -> None:
+    """Warn that anyone can send requests. Raises InputError where loopback was requested and is not in effect."""
+    if is_loopback(actual):
+        return
+    if is_loopback(requested):
+        raise InputError(
+            f"Serve is already running on this cluster and listens on {actual}, which other machines can reach: set "
+            f"DEFUSE_SERVE_TOKEN, or allow requests from everywhere with `--host {actual}`"
+        )
+    log.warning(
+        "other machines can reach %s, and DEFUSE_SERVE_TOKEN is not set: anyone can send requests", actual
+    )
+
+
+def deploy(args: ServeArgs) -> None:
+    """Start the application on a running Serve, or update the running application to other arguments."""
+    with _translate_errors("the application did not start"):
+        application = build(args)
+        try:
+            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
+        except (RuntimeError, RayError, RayServeException) as error:
+            raise ComputeError(
+                f"the application did not start: {_replica_error() or one_line(error)}"
+            ) from error
+
+
+def _replica_error() -> str | None:
+    """Return the last line of the status of replicas that do not start."""
+    application = serve.status().applications.get(APPLICATION)
+    deployments = application.deployments.values() if application is not None else ()
+    lines = (line.strip() for deployment in deployments for line in deployment.message.splitlines())
+    return next((line for line in reversed(list(lines)) if line), None)
+
+
+class ShutdownSignal:
+    """Ctrl-C or SIGTERM: raises KeyboardInterrupt during startup, and ends `wait` afterwards.
+
+    Create it after Ray has started: Ray installs handlers for both signals.
+    """
+
+    def __init__(self) -> None:
+        self._received, self._waiting = threading.Event(), False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        if not self._waiting:
+            raise KeyboardInterrupt
+        self._received.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return True when a signal arrives, False after `timeout_s`."""
+        self._waiting = True
+        return self._received.wait(timeout_s)
+
+
+def registry_changes(
+    registry: Registry,
+    shutdown: ShutdownSignal,
+    poll_s: float,
+    *,
+    check: Callable[[], None],
+    has_model: bool,  # of a run, which answers until a version is promoted
+) -> Iterator[str]:
+    """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
+    known: RegistryState | None = None
+    reported = ""  # why the registry could not be read at the last poll
+    while not shutdown.wait(0 if known is None else poll_s):
+        check()
+        try:
+            if known is None:
+                known = registry.state()
+                if known.production is None and not has_model:
+                    yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
+            for state in registry.changes_after(known):
+                if replaced := state.replaced_text(known):
+                    yield replaced
+                known = state
+                yield escape_control_characters(state.change_text)
+            reported = ""
+        except StoreError as error:
+            if str(error) != reported:
+                reported = str(error)
+                log.warning("the registry cannot be read: %s", error)
+            shutdown.wait(poll_s)
+
+
+@contextlib.contextmanager
+def _translate_errors(context: str) -> Iterator[None]:
+    """Raise pydantic's errors as InputError, and those of Ray and of the system as ComputeError."""
+    try:
+        yield
+    except ValidationError as error:
+        raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
+    except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
+        raise ComputeError(f"{context}: {one_line(error)}") from error

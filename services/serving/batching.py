@@ -1,11 +1,16 @@
-"""Requests that wait for the same model are predicted together, and each still fails alone."""
+"""How requests reach the models: those that wait for the same one together, those for a shadow with pauses.
+
+Each fails alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +18,10 @@ import numpy as np
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
 from services.serving.model import LoadedModel, ModelOutput
+
+# Requests for the shadow above this are dropped: answers have priority over comparisons.
+MAX_PENDING_SHADOWS = 4
+SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,3 +102,54 @@ def _predict_together(model: LoadedModel, parts: list[F32]) -> list[PredictionRe
         return [error] if len(parts) == 1 else [_predict_together(model, [part])[0] for part in parts]
     ends = np.cumsum([len(part) for part in parts])
     return [together.rows(slice(end - len(part), end)) for part, end in zip(parts, ends, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class ShadowRequest:
+    """One request that production has answered, for a shadow to answer too."""
+
+    shadow: LoadedModel
+    pixels: F32  # (n, channels, H, W)
+    report: Callable[[PredictionResult], None]  # called with the shadow's
+
+
+class ShadowRunner:
+    """Runs a shadow in a thread of its own, with pauses, so that production keeps its speed.
+
+    A low priority of the thread would not help: it could lose the processor while it holds Python's interpreter lock.
+    """
+
+    def __init__(self, max_seconds: float) -> None:
+        self._max_seconds = max_seconds
+        self._pending: list[ShadowRequest] = []
+        self._thread = ThreadPoolExecutor(1, "shadow")
+
+    async def run(self, request: ShadowRequest) -> None:
+        """Return after this request and those that arrive meanwhile are reported; drop requests above the limit.
+
+        Raises what `report` raises, and drops the requests that are left.
+        """
+        if len(self._pending) >= MAX_PENDING_SHADOWS:
+            return
+        self._pending.append(request)
+        if len(self._pending) > 1:
+            return  # another call runs it
+        loop = asyncio.get_running_loop()
+        try:
+            while self._pending:
+                started = loop.time()
+                current = self._pending[0]
+                current.report(await loop.run_in_executor(self._thread, self._predict, current))
+                await asyncio.sleep((loop.time() - started) * (1 / SHADOW_TIME_SHARE - 1))
+                self._pending.pop(0)
+        finally:
+            self._pending.clear()  # after an error too: what is left would keep later calls from running
+
+    def _predict(self, request: ShadowRequest) -> PredictionResult:
+        started = time.thread_time()  # of the processor: the time that other threads take is not the shadow's
+        try:
+            output = request.shadow.predict(request.pixels)
+        except Exception as error:
+            return error
+        seconds = time.thread_time() - started
+        return output if seconds <= self._max_seconds else TimeoutError(f"it took {seconds:.2f} s")

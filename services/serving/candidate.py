@@ -40,7 +40,7 @@ from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch import FailureWatch, watch_classifier
-from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
+from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
@@ -173,16 +173,15 @@ class _RunArtifacts:
 
     @classmethod
     def load(cls, run: Run) -> _RunArtifacts:
-        loaded: list[Any] = []
-        for kind in (Models, Gallery, Votes, Verdicts, Corrections, Sweep):
-            loaded.append(run.load(kind))
-            if loaded[-1] is None:
-                raise InputError(
-                    f"run {run.name} has no corrected classifier yet ({kind.__name__.lower()} is missing); "
-                    f"finish it with `defuse run`"
-                )
-        loaded.append(run.load(Evidence))
-        artifacts = cls(*loaded)
+        artifacts = cls(
+            models=run.require(Models),
+            gallery=run.require(Gallery),
+            votes=run.require(Votes),
+            verdicts=run.require(Verdicts),
+            corrections=run.require(Corrections),
+            sweep=run.require(Sweep),
+            evidence=run.load(Evidence),
+        )
         if not artifacts.sweep.weights:
             raise _nothing_to_serve(run, artifacts)
         return artifacts
@@ -243,8 +242,9 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     spec, corrections = run.spec, artifacts.corrections
     splits = reopen_splits(spec.data, spec.seed, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
-    report = evaluate_candidate(spec, artifacts.models, corrections, artifacts.sweep, splits)
-    report = dataclasses.replace(report, own_label=own_label_accuracy(corrections, artifacts.evidence))
+    report = evaluate_candidate(
+        spec, artifacts.models, corrections, artifacts.sweep, splits, artifacts.evidence
+    )
     progress("checking the corrected classifier", 1, 2, "steps")
     regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
     progress("checking the corrected classifier", 2, 2, "steps")

@@ -33,48 +33,6 @@ class Check:
 
 
 @dataclass(frozen=True, eq=False)
-class OwnLabelAccuracy:
-    """Accuracy on the held-out images of some scenarios, each judged by the label that most judges give it."""
-
-    scenario: I64  # (M,) index among the run's components
-    before: F64  # (M,)
-    after: F64  # (M,)
-    worse: Bool  # (M,) whether the loss is significant, as in `is_worse`
-
-    def check(self) -> Check:
-        """Return whether no scenario is significantly worse after the correction; it names the worst one.
-
-        Before and after are compared picture by picture; those of one photograph or track count once.
-        """
-        worst = int(np.lexsort((self.after - self.before, ~self.worse))[0])
-        before, after = self.before[worst], self.after[worst]
-        if after >= before:
-            line = "own label: no scenario is less often right by the judges' label of each image"
-        else:
-            told = "significant, and none may be" if self.worse[worst] else "not significant"
-            loss = f"scenario {self.scenario[worst]}, {percent(before, 2)} to {percent(after, 2)}, {told}"
-            line = f"largest loss by own label: {loss}"
-        return Check("own label", not self.worse.any(), line, found=max(0.0, float(before - after)))
-
-
-def own_label_accuracy(corrections: Corrections, evidence: Evidence | None) -> OwnLabelAccuracy | None:
-    """Return the accuracies of the scenarios that judges label; None where there is none.
-
-    None, too, where the judges are worse than the classifier: what they say of its answers is not reliable.
-    """
-    if evidence is None:
-        return None
-    if are_worse(evidence.judges.tolist(), evidence.before_test):
-        return None
-    before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
-    rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))
-    if not len(rows):
-        return None
-    worse = evidence.worse_than_before[rows]
-    return OwnLabelAccuracy(corrections.scenario[rows], before[rows], after[rows], worse)
-
-
-@dataclass(frozen=True, eq=False)
 class CandidateReport:
     """Which answers of both classifiers are right: on clean images, and on held-out images of each scenario."""
 
@@ -88,7 +46,7 @@ class CandidateReport:
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
     dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
-    own_label: OwnLabelAccuracy | None = None  # None without judges that are as good as the classifier
+    own_label: Check | None = None  # None without judges that are as good as the classifier
 
     def checks(self, limits: CheckSection) -> list[Check]:
         """Return every check of section `check`, in the order in which they are shown."""
@@ -99,7 +57,7 @@ class CandidateReport:
             self._mean_scenario_accuracy(limits.min_scenario_accuracy),
             self._worst_scenario_accuracy(limits.min_each_scenario),
             self._improvement(),
-            *([] if self.own_label is None else [self.own_label.check()]),
+            *([] if self.own_label is None else [self.own_label]),
             self._clean_accuracy(limits.max_loss),
             self._class_accuracy(limits.max_class_loss),
             self._regressions(limits.max_regressions),
@@ -152,7 +110,12 @@ class CandidateReport:
 
 
 def evaluate_candidate(
-    spec: RunFile, models: Models, corrections: Corrections, sweep: Sweep, splits: Splits
+    spec: RunFile,
+    models: Models,
+    corrections: Corrections,
+    sweep: Sweep,
+    splits: Splits,
+    evidence: Evidence | None = None,
 ) -> CandidateReport:
     """Return which answers are right before and after the correction."""
     candidates = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))
@@ -175,7 +138,32 @@ def evaluate_candidate(
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
         dependence=_dependence(spec, split),
+        own_label=own_label_check(corrections, evidence),
     )
+
+
+def own_label_check(corrections: Corrections, evidence: Evidence | None) -> Check | None:
+    """Return whether no scenario is significantly worse by the label that most judges give each held-out image.
+
+    It names the worst one. Before and after are compared picture by picture; those of one photograph or track count
+    once. None where judges label no scenario, and where they are worse than the classifier: what they say of its
+    answers is not reliable then.
+    """
+    if evidence is None or are_worse(evidence.judges.tolist(), evidence.before_test):
+        return None
+    before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
+    rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))
+    if not len(rows):
+        return None
+    is_worse = evidence.worse_than_before[rows]
+    worst = rows[np.lexsort((after[rows] - before[rows], ~is_worse))[0]]
+    loss = float(before[worst] - after[worst])
+    line = "own label: no scenario is less often right by the judges' label of each image"
+    if loss > 0:
+        told = "significant, and none may be" if is_worse.any() else "not significant"
+        change = f"{percent(before[worst], 2)} to {percent(after[worst], 2)}"
+        line = f"largest loss by own label: scenario {corrections.scenario[worst]}, {change}, {told}"
+    return Check("own label", not is_worse.any(), line, found=max(0.0, loss))
 
 
 def _dependence(spec: RunFile, split: str) -> str:

@@ -19,17 +19,23 @@ import torch
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
-from services.serving.active_versions import AUTHOR, ActiveVersions, InitialModel, RegistryWatcher
-from services.serving.arguments import serve_token
-from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
-from services.serving.canary import Comparison, ShadowRequest, ShadowRunner
-from services.serving.errors import RequestError, Unavailable, is_store_outage
+from services.serving.active_versions import AUTHOR, ActiveVersions, Comparison, InitialModel, RegistryWatcher
+from services.serving.batching import (
+    Batcher,
+    PredictionRequest,
+    PredictionResult,
+    ShadowRequest,
+    ShadowRunner,
+    predict_batch,
+)
 from services.serving.inputs import InputSpec, decode_body
-from services.serving.limits import RequestSlots, UploadLimits
+from services.serving.limits import RequestError, RequestSlots, Unavailable, UploadLimits
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
 from services.serving.monitoring import ServingMetrics
+from services.serving.registry import is_store_outage
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
+from services.settings import serve_token
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -112,26 +118,18 @@ class ClassifierDeployment:
 
         `key` selects the requests of a canary.
         """
-        production = active.in_production
-        canary = active.canary_for(key)
-        answer = (
-            None
-            if canary is None
-            else asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
-        )
-        try:
+        model, canary = active.in_production, active.canary_for(key)
+        with contextlib.ExitStack() as ending:
+            if canary is not None:
+                answer = asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
+                ending.callback(answer.cancel)  # nothing waits for the canary once the request has ended
             async with self._timeout():
-                output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, production))
-        except BaseException:  # the request ends here, so that nothing of it waits for the canary
-            if answer is not None:
-                answer.cancel()
-            raise
-        model = production
-        if canary is not None and answer is not None:
-            theirs = await self._canary_output(answer)
-            self._compare(active, canary, output, theirs)
-            if isinstance(theirs, ModelOutput):
-                model, output = canary, theirs
+                output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, model))
+            if canary is not None:
+                theirs = await self._canary_output(answer)
+                self._compare(active, canary, output, theirs)
+                if isinstance(theirs, ModelOutput):
+                    model, output = canary, theirs
         if isinstance(output, Exception):
             self.metrics.errors.inc(len(pixels), {"version": model.name})
             log.error("version %s failed: %s", model.name, output)
@@ -146,7 +144,6 @@ class ClassifierDeployment:
         """Return what the canary answers within serve.max_canary_s after production, a TimeoutError after that."""
         done, _ = await asyncio.wait({answer}, timeout=self.settings.max_canary_s)
         if not done:
-            answer.cancel()
             return TimeoutError(f"no answer within {self.settings.max_canary_s:g} s")
         error = answer.exception()
         return answer.result() if not isinstance(error, Exception) else error

@@ -19,7 +19,7 @@ from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data.images import fit_picture
 from defuse_core.errors import count_of
-from services.serving.errors import RejectedInput
+from services.serving.limits import RejectedInput
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")

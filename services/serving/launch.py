@@ -1,36 +1,79 @@
-"""Starting the application on an embedded Ray, or on a running cluster, and the way of a request to a replica.
+"""What `defuse serve` settles before Ray starts: arguments, settings, and the way of a request to a replica.
 
 Ray reads the environment variables of `proxy_environment` when its processes start, and ray.serve when it is
-imported. So it is entered before both.
+imported. So it is entered before both, and this module imports neither.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
-import logging
 import os
 import shlex
-import signal
 import socket
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
-from services.serving.registry_state import NO_VERSION, RegistryState
+from defuse_core.errors import InputError
+from defuse_core.runs import Run
+from defuse_core.store import Store
+from services.serving.candidate import with_settings
+from services.serving.registry import DamagedVersionError, Registry
+from services.storage import open_store
 
-if TYPE_CHECKING:
-    from services.serving.arguments import ServeArgs
-    from services.serving.registry import Registry
 
-log = logging.getLogger("defuse")
-APPLICATION = "defuse"  # its name in Ray Serve
+class ServeArgs(BaseModel):
+    """The arguments of the application."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    store: str = "runs"
+    """Folder or s3://bucket/prefix with the runs and the registry; reachable from every node."""
+    run: str | None = None
+    """Serve this run's corrected model until a version is promoted; without it, the version in production."""
+    pin: bool = False
+    """Keep `run`, whatever is promoted."""
+    require_token: bool = False
+    """Do not start a replica without DEFUSE_SERVE_TOKEN in its environment."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Fields of section `serve` that replace those of the run file."""
+
+
+def resolve_settings(args: ServeArgs) -> ServeSection:
+    """Return section `serve` of the run that these arguments name, with their changes. Raises InputError.
+
+    Without a run, it is that of the version in production.
+    """
+    if args.pin and args.run is None:
+        raise InputError("--pin needs a RUN to keep")
+    store = open_store(args.store)
+    section = _section_of_production(store) if args.run is None else Run.open(store, args.run).spec.serve
+    return with_settings(section, args.settings)
+
+
+def _section_of_production(store: Store) -> ServeSection:
+    """Return section `serve` for the version in production: of its run's file as it is now, else of the version's copy.
+
+    Returns the defaults where neither can be read: the server answers 503 then, until the version can be.
+    """
+    registry = Registry(store)
+    state = registry.state()
+    if state.production is None:
+        return ServeSection()
+    if state.production in state.versions:
+        with contextlib.suppress(InputError):  # the run was deleted, or its file is damaged
+            return Run.open(store, state.versions[state.production].run).spec.serve
+    try:
+        return registry.load(state.production).run_file().serve
+    except (InputError, DamagedVersionError):
+        return ServeSection()
 
 
 class Proxy(Enum):
@@ -167,85 +210,6 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@contextlib.contextmanager
-def ray_connection(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to the cluster at `address`, or start an embedded Ray with at least `cpus` CPUs, for the block."""
-    from cluster.connection import connect, disconnect
-
-    connect(address, cpus)
-    try:
-        yield
-    finally:
-        disconnect()
-
-
-@contextlib.contextmanager
-def running_application(
-    args: ServeArgs, host: str, port: int, *, shared: bool = False, proxy: Proxy = Proxy.RAY
-) -> Iterator[str]:
-    """Serve while the block runs; yields the address. The environment of `proxy` is set before.
-
-    On a `shared` cluster other applications are left alone. Raises InputError where one has the name of this.
-    """
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-
-    from cluster.ray_compat import shut_down_serve
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if shared:
-        _require_reachable_replicas(host)
-    else:
-        require_free_port(host, port)
-    proxy_port = _free_port() if proxy is Proxy.DIRECT else port  # Ray's own proxy runs too
-    with _translate_errors("Serve did not start"):
-        serve.start(
-            http_options=HTTPOptions(host=host, port=proxy_port), logging_config={"enable_access_log": False}
-        )
-    actual_host, serve_port = _listening_address(host, proxy_port)
-    actual_port = port if proxy is Proxy.DIRECT else serve_port
-    if not args.require_token:
-        _check_exposure(host, actual_host)
-    if shared and APPLICATION in serve.status().applications:
-        raise InputError(
-            f"the cluster already serves an application named {APPLICATION}; change its model with `defuse promote`, "
-            "or stop the command that started it (`serve shutdown` stops all applications)"
-        )
-    try:
-        deploy(args)
-        yield f"http://{_url_host(actual_host)}:{actual_port}"
-    finally:
-        if shared:
-            serve.delete(APPLICATION)
-        else:
-            shut_down_serve()
-
-
-def _require_reachable_replicas(host: str) -> None:
-    """Raise InputError where a cluster's HAProxy would ask replicas on other nodes that listen on loopback only."""
-    import ray
-    from ray.serve._private import constants
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    listening = host if client is None else str(client.http_config.host)
-    if not constants.RAY_SERVE_ENABLE_HA_PROXY or not is_loopback(listening):
-        return
-    here, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
-    if any(node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here for node in nodes):
-        raise InputError(
-            f"--host {listening}: HAProxy of this cluster could not reach replicas on other nodes; set "
-            "DEFUSE_SERVE_TOKEN on all nodes and use --host 0.0.0.0 (where Serve already runs, end it before with "
-            "`serve shutdown`)"
-        )
-
-
-def _url_host(host: str) -> str:
-    """Return the host of an address at which this machine reaches what listens on `host`."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{reached}]" if ":" in reached else reached
-
-
 def require_free_port(host: str, port: int) -> None:
     """Raise InputError where this machine cannot listen on `port` of `host`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as test:
@@ -256,132 +220,3 @@ def require_free_port(host: str, port: int) -> None:
             raise InputError(
                 f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
             ) from error
-
-
-def _free_port() -> int:
-    with socket.socket() as test:
-        test.bind(("127.0.0.1", 0))
-        return int(test.getsockname()[1])
-
-
-def _listening_address(host: str, port: int) -> tuple[str, int]:
-    """Return host and port of Serve: the given ones, unless Serve was already running with others."""
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client()
-    options = client.http_config if client is not None else None
-    if options is None or (options.host, options.port) == (host, port):
-        return host, port
-    log.warning("Serve is already running on this cluster; --host and --port are those of its start")
-    return str(options.host), int(options.port)
-
-
-def _check_exposure(requested: str, actual: str) -> None:
-    """Warn that anyone can send requests. Raises InputError where loopback was requested and is not in effect."""
-    if is_loopback(actual):
-        return
-    if is_loopback(requested):
-        raise InputError(
-            f"Serve is already running on this cluster and listens on {actual}, which other machines can reach: set "
-            f"DEFUSE_SERVE_TOKEN, or allow requests from everywhere with `--host {actual}`"
-        )
-    log.warning(
-        "other machines can reach %s, and DEFUSE_SERVE_TOKEN is not set: anyone can send requests", actual
-    )
-
-
-def deploy(args: ServeArgs) -> None:
-    """Start the application on a running Serve, or update the running application to other arguments."""
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    from cluster.connection import one_line
-    from services.serving.app import build
-
-    with _translate_errors("the application did not start"):
-        application = build(args)
-        try:
-            serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
-        except (RuntimeError, RayError, RayServeException) as error:
-            raise ComputeError(
-                f"the application did not start: {_replica_error() or one_line(error)}"
-            ) from error
-
-
-def _replica_error() -> str | None:
-    """Return the last line of the status of replicas that do not start."""
-    from ray import serve
-
-    application = serve.status().applications.get(APPLICATION)
-    deployments = application.deployments.values() if application is not None else ()
-    lines = (line.strip() for deployment in deployments for line in deployment.message.splitlines())
-    return next((line for line in reversed(list(lines)) if line), None)
-
-
-class ShutdownSignal:
-    """Ctrl-C or SIGTERM: raises KeyboardInterrupt during startup, and ends `wait` afterwards.
-
-    Create it after Ray has started: Ray installs handlers for both signals.
-    """
-
-    def __init__(self) -> None:
-        self._received, self._waiting = threading.Event(), False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, *_: object) -> None:
-        if not self._waiting:
-            raise KeyboardInterrupt
-        self._received.set()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Return True when a signal arrives, False after `timeout_s`."""
-        self._waiting = True
-        return self._received.wait(timeout_s)
-
-
-def registry_changes(
-    registry: Registry,
-    shutdown: ShutdownSignal,
-    poll_s: float,
-    *,
-    check: Callable[[], None],
-    has_model: bool,  # of a run, which answers until a version is promoted
-) -> Iterator[str]:
-    """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
-    known: RegistryState | None = None
-    reported = ""  # why the registry could not be read at the last poll
-    while not shutdown.wait(0 if known is None else poll_s):
-        check()
-        try:
-            if known is None:
-                known = registry.state()
-                if known.production is None and not has_model:
-                    yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
-            for state in registry.changes_after(known):
-                if replaced := state.replaced_text(known):
-                    yield replaced
-                known = state
-                yield escape_control_characters(state.change_text)
-            reported = ""
-        except StoreError as error:
-            if str(error) != reported:
-                reported = str(error)
-                log.warning("the registry cannot be read: %s", error)
-            shutdown.wait(poll_s)
-
-
-@contextlib.contextmanager
-def _translate_errors(context: str) -> Iterator[None]:
-    """Raise pydantic's errors as InputError, and those of Ray and of the system as ComputeError."""
-    from pydantic import ValidationError
-
-    from cluster.connection import one_line
-
-    try:
-        yield
-    except ValidationError as error:
-        raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
-    except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
-        raise ComputeError(f"{context}: {one_line(error)}") from error

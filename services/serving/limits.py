@@ -1,7 +1,8 @@
-"""Limits that keep slow and many clients from blocking others: request headers, request bodies, requests in progress.
+"""Limits that keep slow and many clients from blocking others, and the errors that answer a request.
 
 Headers are limited where the HTTP server parses them, so `limit_headers` runs in the process of that server: Serve
-calls it by the name in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Bodies and requests are limited in the application.
+calls it by the name in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Bodies and requests in progress are limited in the
+application.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import ClassVar
 
 import uvicorn.config
@@ -18,7 +20,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from defuse_core.config import ServeSection
-from services.serving.errors import RejectedInput, Unavailable
 from services.settings import read_settings
 
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
@@ -33,6 +34,25 @@ MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete hea
 SMALL_PIECE_BYTES = 1024  # less than a TCP segment, in which ordinary bodies arrive
 MAX_SMALL_PIECES = 8
 PIECE_INTERVAL_S = 0.5
+
+
+class RequestError(Exception):
+    """A request that is answered with `status`, `message`, and `headers` beside its content type."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+
+class RejectedInput(RequestError):  # noqa: N818 - the client's error, not a failure of the server
+    """The request itself is at fault: another one can be answered."""
+
+
+class Unavailable(RequestError):  # noqa: N818 - a state of the server
+    """The server cannot answer now: the same request can be answered after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(503, message, {"Retry-After": str(retry_after_s)})
 
 
 class UploadLimits:

@@ -10,14 +10,13 @@ import http.client
 import logging
 import urllib.request
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 from ray.serve.metrics import Counter, Gauge
 
 from defuse_core.errors import ComputeError
@@ -141,7 +140,8 @@ def merge_pages(pages: Iterable[str]) -> str:
                 families[family.name].samples.extend(family.samples)
             else:
                 families[family.name] = family
-    return generate_latest(_Families(list(families.values()))).decode()
+    collector: Any = SimpleNamespace(collect=families.values)
+    return generate_latest(collector).decode()
 
 
 def _parse(page: str) -> list[Metric]:
@@ -149,16 +149,6 @@ def _parse(page: str) -> list[Metric]:
         return list(text_string_to_metric_families(page))
     except ValueError:  # cut within a line
         return []
-
-
-class _Families(Collector):
-    """A collection of metrics as prometheus_client's exposition expects it."""
-
-    def __init__(self, families: list[Metric]) -> None:
-        self.families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self.families
 
 
 class LivenessCheck:
@@ -186,16 +176,11 @@ class LivenessCheck:
 
 
 def _answers(url: str) -> bool:
-    address = urlsplit(url)
-    assert address.hostname is not None
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=ANSWER_S)
     try:
-        connection.request("GET", "/healthz")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
+        with DIRECT.open(f"{url}/healthz", timeout=ANSWER_S) as reply:
+            return bool(reply.status == http.client.OK)
+    except (OSError, http.client.HTTPException):  # HTTPError, as of the status 503, is an OSError
         return False
-    finally:
-        connection.close()
 
 
 def _has_node() -> bool:

@@ -16,27 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tenacity
-
 from defuse_core.codec import decode, encode
 from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import (
-    EMPTY,
-    FORMAT,
-    OTHER_FORMAT,
-    ChangeInfo,
-    RegistryState,
-    VersionInfo,
-    parse_state,
-)
+from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo, parse_state
 
 log = logging.getLogger("defuse")
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
-FailedChecks = tuple[str, ...] | None  # of a promotion; None where nothing was checked
 REMEDY = "promote its run again, or restore the file"
 
 
@@ -50,9 +39,44 @@ class PromotionRequest:
     canary: float | None = None  # its share of the requests, 0 to 1
     shadow: bool = False
 
+    @property
+    def reason(self) -> str:
+        """Why, and for which reason it was forced."""
+        return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
+
+    @property
+    def role(self) -> str:
+        """The role, as the action of a change tells it."""
+        if self.shadow:
+            return "as shadow"
+        return "to production" if self.canary is None else f"as canary for {100 * self.canary:g}%"
+
+    def require_other_in_production(self, state: RegistryState, number: int | None) -> None:
+        """Raise InputError for a canary or shadow unless production is another version than `number`.
+
+        `number` is None for a version that is still to be added.
+        """
+        if not self.shadow and self.canary is None:
+            return
+        option = "--shadow" if self.shadow else "--canary"
+        if state.production is None:
+            raise InputError(
+                f"{option} needs another version in production, and there is none; promote without it first"
+            )
+        if state.production == number:
+            run = state.versions[state.production].run
+            raise InputError(
+                f"{option}: this model is already in production, as version {number} of run {run}"
+            )
+
 
 class DamagedVersionError(DamagedError):
     """The file of a version is missing, damaged, or that of another version: to read it again does not help."""
+
+
+def is_store_outage(error: BaseException) -> bool:
+    """Whether the store does not answer now, and may at the next attempt; a damaged file stays damaged."""
+    return isinstance(error, StoreError) and not isinstance(error, DamagedError)
 
 
 class Registry:
@@ -65,13 +89,7 @@ class Registry:
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
         sequences = self._sequences()
-        if sequences:
-            return self._read(sequences[-1])
-        if self.store.within("standing").list():
-            raise DamagedError(
-                f"{self.store.address}: expected a registry of format {FORMAT}, found format 1; {OTHER_FORMAT}"
-            )
-        return EMPTY
+        return self._read(sequences[-1]) if sequences else EMPTY
 
     def state_after(self, known: RegistryState) -> RegistryState | None:
         """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
@@ -160,19 +178,16 @@ class Registry:
             components_digest=candidate.components_digest,
         )
 
-        def updates(state: RegistryState) -> dict[str, Any]:
-            if state.versions_with(candidate.digest):
-                raise _AlreadyDone
-            return {"versions": {**state.versions, number: info}}
+        def updates(state: RegistryState) -> dict[str, Any] | None:
+            known = state.versions_with(candidate.digest)
+            return None if known else {"versions": {**state.versions, number: info}}
 
-        try:
-            self.change(f"added version {number}", by, why, updates)
-        except _AlreadyDone:
-            equal = self.add(candidate, by, why, forced)
-            if equal != number:
-                self.store.delete(_version_key(number))
-            return equal
-        return number
+        if self._change_unless_done(f"added version {number}", by, why, updates):
+            return number
+        equal = self.add(candidate, by, why, forced)  # that a concurrent promotion has added
+        if equal != number:
+            self.store.delete(_version_key(number))
+        return equal
 
     def _repair(self, number: int, candidate: Candidate) -> None:
         """Write version `number` again, which equals `candidate`, where its file is damaged or missing."""
@@ -192,75 +207,60 @@ class Registry:
         `updates` is called again after a concurrent change. It may replace `action`. An error that it raises leaves
         the registry unchanged.
         """
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(MAX_CONFLICTS),
-            retry=tenacity.retry_if_result(lambda state: state is None),
-        )
-        try:
-            state = retrying(self._try_change, action, by, why, updates)
-        except tenacity.RetryError as error:
-            raise StoreError(
-                f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
-            ) from error
-        assert state is not None  # None is retried
+        state = self._change_unless_done(action, by, why, updates)
+        assert state is not None  # `updates` always returns some
         return state
 
-    def _try_change(
-        self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any]]
+    def _change_unless_done(
+        self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any] | None]
     ) -> RegistryState | None:
-        """Return the new state, or None where a concurrent change came first."""
-        current = self.state()
-        sequence, when, changes = current.sequence + 1, utc_now(), {"failed_checks": None, **updates(current)}
-        if "production" in changes:
-            failed = changes["failed_checks"]
-            changes["since"] = ChangeInfo(change=sequence, by=by, when=when, why=why, failed_checks=failed)
-        changes = {"action": action, **changes, "sequence": sequence, "by": by, "when": when, "why": why}
-        state = current.model_copy(update=changes)
-        created = self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode())
-        return state if created else None
+        """As `change`; None, with nothing stored, where `updates` returns None: the change is done already."""
+        for _ in range(MAX_CONFLICTS):
+            current = self.state()
+            if (updated := updates(current)) is None:
+                return None
+            sequence, author = current.sequence + 1, {"by": by, "when": utc_now(), "why": why}
+            changes = {"action": action, "failed_checks": None, **updated, "sequence": sequence, **author}
+            if "production" in changes:
+                failed = changes["failed_checks"]
+                changes["since"] = ChangeInfo(change=sequence, failed_checks=failed, **author)
+            state = current.model_copy(update=changes)
+            if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
+                return state
+        raise StoreError(
+            f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
+        )
 
-    def to_production(self, number: int, by: str, why: str, failed: FailedChecks = None) -> RegistryState:
-        """Let version `number` answer all requests."""
-
-        def updates(state: RegistryState) -> dict[str, Any]:
-            previous = state.rollback_targets(number)
-            return {"production": number, "previous": previous, "failed_checks": failed, **NO_CANARY}
-
-        return self.change(f"version {number} to production", by, why, updates)
-
-    def to_canary(
-        self, number: int, share: float, by: str, why: str, failed: FailedChecks = None
+    def assign(
+        self, number: int, request: PromotionRequest, failed_checks: tuple[str, ...] | None = None
     ) -> RegistryState:
-        """Let version `number` answer a share of the requests. Raises InputError without another in production."""
+        """Give version `number` the role of the request; an earlier canary or shadow ends.
+
+        `failed_checks` are what it was forced over; None where nothing was checked. Raises InputError for a canary or
+        shadow without another version in production.
+        """
 
         def updates(state: RegistryState) -> dict[str, Any]:
-            _require_other_in_production(state, number, "--canary")
-            return NO_CANARY | {"canary": number, "share": share, "failed_checks": failed}
+            request.require_other_in_production(state, number)
+            role: dict[str, Any] = {"production": number, "previous": state.rollback_targets(number)}
+            if request.shadow:
+                role = {"shadow": number}
+            elif request.canary is not None:
+                role = {"canary": number, "share": request.canary}
+            return {**NO_CANARY, **role, "failed_checks": failed_checks}
 
-        return self.change(f"version {number} as canary for {100 * share:g}%", by, why, updates)
-
-    def to_shadow(self, number: int, by: str, why: str, failed: FailedChecks = None) -> RegistryState:
-        """Compare version `number` with production. Raises InputError without another version in production."""
-
-        def updates(state: RegistryState) -> dict[str, Any]:
-            _require_other_in_production(state, number, "--shadow")
-            return NO_CANARY | {"shadow": number, "failed_checks": failed}
-
-        return self.change(f"version {number} as shadow", by, why, updates)
+        return self.change(f"version {number} {request.role}", request.by, request.reason, updates)
 
     def end_canary(self, number: int, by: str, why: str) -> RegistryState | None:
         """End the canary or shadow of version `number`; None if it already ended."""
 
-        def updates(state: RegistryState) -> dict[str, Any]:
+        def updates(state: RegistryState) -> dict[str, Any] | None:
             if number not in (state.canary, state.shadow):
-                raise _AlreadyDone
+                return None
             role = "canary" if number == state.canary else "shadow"
             return {"action": f"ended the {role} of version {number}", **NO_CANARY}
 
-        try:
-            return self.change(f"ended version {number}", by, why, updates)
-        except _AlreadyDone:
-            return None
+        return self._change_unless_done(f"ended version {number}", by, why, updates)
 
     def roll_back(
         self, by: str, why: str, verify: Callable[[Candidate], None] | None = None
@@ -322,21 +322,6 @@ class _GoneError(StoreError):
         )
 
 
-class _AlreadyDone(Exception):  # noqa: N818 - not an error: nothing to do
-    """A concurrent change came first: it ended the canary or shadow, or added an equal version."""
-
-
-def _require_other_in_production(state: RegistryState, number: int | None, option: str) -> None:
-    """Raise InputError unless production is another version than `number`, which is None for one to be added."""
-    if state.production is None:
-        raise InputError(
-            f"{option} needs another version in production, and there is none; promote without it first"
-        )
-    if state.production == number:
-        run = state.versions[state.production].run
-        raise InputError(f"{option}: this model is already in production, as version {number} of run {run}")
-
-
 def promote(registry: Registry, candidate: Candidate, request: PromotionRequest) -> RegistryState:
     """Return the state after `candidate` got its role.
 
@@ -347,18 +332,11 @@ def promote(registry: Registry, candidate: Candidate, request: PromotionRequest)
     if failed and request.force is None:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
-    why = f"{request.why}; forced: {request.force}".lstrip("; ") if request.force else request.why
     # before the version is added, since a run with a version cannot be deleted
-    if request.shadow or request.canary is not None:
-        state, option = registry.state(), "--shadow" if request.shadow else "--canary"
-        known = max(state.versions_with(candidate.digest), default=None)
-        _require_other_in_production(state, known, option)
-    number = registry.add(candidate, request.by, why, forced=bool(failed))
-    if request.shadow:
-        return registry.to_shadow(number, request.by, why, tuple(failed))
-    if request.canary is not None:
-        return registry.to_canary(number, request.canary, request.by, why, tuple(failed))
-    return registry.to_production(number, request.by, why, tuple(failed))
+    state = registry.state()
+    request.require_other_in_production(state, max(state.versions_with(candidate.digest), default=None))
+    number = registry.add(candidate, request.by, request.reason, forced=bool(failed))
+    return registry.assign(number, request, tuple(failed))
 
 
 def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:

@@ -50,7 +50,7 @@ from defuse_core.watch import (
     MeasuredDetector,
 )
 from services.serving.candidate import Candidate, CorrectionSummary
-from services.serving.registry import Registry
+from services.serving.registry import PromotionRequest, Registry
 from tests.ports import free_port
 
 CLIENTS = (1, 8, 64)
@@ -127,7 +127,7 @@ def make_store(folder: Path) -> Registry:
     second = Candidate(**{**vars(first), "classifier": weights, "digest": array_digest(weights)})
     for candidate in (first, second):
         registry.add(candidate, "bench", "", forced=False)
-    registry.to_production(1, "bench", "")
+    registry.assign(1, PromotionRequest("bench", ""))
     return registry
 
 
@@ -268,7 +268,7 @@ def change_of_versions(port: int, registry: Registry) -> dict[str, Any]:
     asking.start()
     time.sleep(3)
     promoted = time.monotonic()
-    registry.to_production(2, "bench", "")
+    registry.assign(2, PromotionRequest("bench", ""))
     time.sleep(3.5)
     rolled_back = time.monotonic()
     registry.roll_back("bench", "")

@@ -15,7 +15,6 @@ import pytest
 from cluster import connection
 from cluster.connection import INSIST, connect, disconnect, prepare_embedded_ray
 from defuse_core.errors import ComputeError, InputError
-from services.serving.launch import ray_connection
 from tests.ports import free_port
 
 
@@ -57,7 +56,7 @@ def test_what_is_no_address_at_all_is_one_line() -> None:
         connect("head")
 
 
-@pytest.mark.parametrize("start", [lambda: connect(None), lambda: ray_connection(None, 1).__enter__()])
+@pytest.mark.parametrize("start", [lambda: connect(None), lambda: connection.connection(None, 1).__enter__()])
 def test_a_ray_that_does_not_start_on_this_machine_is_one_line(
     start: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from services.serving.candidate import Candidate, prepare_candidate
 from tests.ports import free_port
 from tests.waiting import wait_until
 
-NO_ACCESS_LOG = {"enable_access_log": False}  # as in services/serving/launch.py
+NO_ACCESS_LOG = {"enable_access_log": False}  # as in services/serving/app.py
 LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2, "timeout_s": 60.0}  # many replicas on two cores, both busy
 
 
@@ -124,7 +124,7 @@ def serving(serve_port: int) -> Iterator[Callable[..., ServedApplication]]:
     from ray import serve
 
     from services.serving.app import build
-    from services.serving.arguments import ServeArgs
+    from services.serving.launch import ServeArgs
 
     numbers, names = itertools.count(), []
 

@@ -11,8 +11,13 @@ import torch
 from defuse_core.config import ServeSection
 from defuse_core.errors import ModelError, StoreError
 from defuse_core.store import FolderStore
-from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
-from services.serving.canary import CanaryStatistics, is_in_canary
+from services.serving.active_versions import (
+    ActiveVersions,
+    CanaryStatistics,
+    InitialModel,
+    RegistryWatcher,
+    is_in_canary,
+)
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.registry_state import EMPTY, RegistryState

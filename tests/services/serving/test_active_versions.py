@@ -13,8 +13,13 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.candidate import prepare_candidate
-from services.serving.errors import is_store_outage
-from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, promote
+from services.serving.registry import (
+    DamagedVersionError,
+    PromotionRequest,
+    Registry,
+    is_store_outage,
+    promote,
+)
 
 ANA = PromotionRequest(by="ana", why="")
 

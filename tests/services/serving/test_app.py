@@ -16,8 +16,8 @@ from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.app import ClassifierIngress, build, classifier_deployment
-from services.serving.arguments import ServeArgs, resolve_settings
 from services.serving.candidate import prepare_candidate
+from services.serving.launch import ServeArgs, resolve_settings
 from services.serving.registry import PromotionRequest, Registry, promote
 
 

@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 
 from defuse_core.config import ServeSection
-from services.serving.batching import PredictionResult
-from services.serving.canary import (
-    CanaryStatistics,
-    Comparison,
-    ShadowRequest,
-    ShadowRunner,
-    is_above,
-    is_in_canary,
-)
+from services.serving.active_versions import CanaryStatistics, Comparison, is_above, is_in_canary
+from services.serving.batching import PredictionResult, ShadowRequest, ShadowRunner
 from services.serving.model import LoadedModel, ModelOutput
 
 LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)

@@ -16,7 +16,7 @@ from defuse_core.errors import CheckFailed
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
-from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
+from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_check
 from tests.services.serving.test_serve_commands import check, run
 
 
@@ -43,7 +43,7 @@ def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, 
     corrections = sample_findings(32, len(before))[0].fixes
     evidence = sample_evidence(own_labels(before, after))
     evidence.pairs_with_before[-1] = pairs
-    found = own_label_accuracy(corrections, evidence).check()
+    found = own_label_check(corrections, evidence)
     assert (found.name, found.passed) == ("own label", passed)
     assert found.limit is None and (found.found > 0) == bool(worst)
     told = f"largest loss by own label: {worst}, {'not significant' if passed else 'significant'}"
@@ -56,24 +56,28 @@ def test_scenarios_without_an_accuracy_by_own_label_are_left_out():
     evidence = replace(sample_evidence(np.full((4, 4), 0.5)), scenario_own_label=measured)
     evidence.pairs_with_before[:] = [256, 0, 0]
     evidence.pairs_with_before[[0, 3]] = [256, 0, 77]
-    found = own_label_accuracy(corrections, evidence)
-    assert found.scenario.tolist() == [3, 7] and found.worse.tolist() == [False, True]
-    assert (found.before.tolist(), found.after.tolist()) == ([0.9, 0.6], [0.9, 0.3])
+    found = own_label_check(corrections, evidence)
+    assert "scenario 7, 60.00 % to 30.00 %, significant" in found.line and not found.passed
+    evidence.pairs_with_before[3] = [256, 0, 0]
+    found = own_label_check(corrections, evidence)  # only one that is left out is significantly worse
+    assert "scenario 7, 60.00 % to 30.00 %, not significant" in found.line and found.passed
+    measured[3] = measured[1]
+    assert "no scenario is less often right" in own_label_check(corrections, evidence).line
 
 
 def test_judges_that_are_worse_than_the_classifier_decide_no_check():
     corrections = sample_findings(4, 2)[0].fixes
     lost = own_labels([0.9, 0.9], [0.1, 0.1])
-    assert own_label_accuracy(corrections, sample_evidence(lost, judges=0.6, before=0.95)) is None
-    assert not own_label_accuracy(corrections, sample_evidence(lost, judges=0.94, before=0.95)).check().passed
+    assert own_label_check(corrections, sample_evidence(lost, judges=0.6, before=0.95)) is None
+    assert not own_label_check(corrections, sample_evidence(lost, judges=0.94, before=0.95)).passed
 
 
 def test_without_judged_units_there_is_no_check_by_own_label():
     corrections = sample_findings(4, 2)[0].fixes
     evidence = sample_evidence(own_labels([0.9, 0.9], [0.1, 0.1]))
-    assert own_label_accuracy(corrections, None) is None
+    assert own_label_check(corrections, None) is None
     nobody = own_labels([np.nan, np.nan], [np.nan, np.nan])
-    assert own_label_accuracy(corrections, replace(evidence, scenario_own_label=nobody)) is None
+    assert own_label_check(corrections, replace(evidence, scenario_own_label=nobody)) is None
 
 
 def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check_without_them(own_store):

@@ -16,14 +16,13 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.serving.active_versions import InitialModel
+from services.serving.active_versions import CanaryStatistics, InitialModel
 from services.serving.api import build_api
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
-from services.serving.canary import CanaryStatistics
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
-from services.serving.errors import Unavailable
 from services.serving.inputs import decode_body
+from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
 from services.serving.registry import PromotionRequest, Registry, promote
 from services.serving.registry_state import RegistryState

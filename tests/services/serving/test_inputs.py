@@ -17,8 +17,8 @@ from starlette.requests import Request
 
 from defuse_core.config import ServeSection, parse_run_file
 from defuse_core.data.images import read_picture
-from services.serving.errors import RejectedInput
 from services.serving.inputs import InputSpec, content_type, decode_images, decode_json, uploaded_files
+from services.serving.limits import RejectedInput
 
 GREY = InputSpec(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
 COLOUR = InputSpec(channels=3, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)

@@ -14,19 +14,19 @@ import pytest
 import ray
 from serve_process import TOKEN, listening, listening_addresses, serve_process
 
+from cluster.connection import connection
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.serving.arguments import ServeArgs
-from services.serving.candidate import prepare_candidate
-from services.serving.launch import (
+from services.serving.app import (
     ShutdownSignal,
     _require_reachable_replicas,
     _url_host,
-    ray_connection,
     registry_changes,
     running_application,
 )
+from services.serving.candidate import prepare_candidate
+from services.serving.launch import Proxy, ServeArgs
 from services.serving.registry import PromotionRequest, Registry, promote
 from tests.waiting import wait_until
 
@@ -90,7 +90,10 @@ def registry_store(registry):
 def test_defuse_serve_does_not_start_a_ray_without_authentication(own_store, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("DEFUSE_UNAUTHENTICATED_RAY", raising=False)
-    with pytest.raises(InputError, match="could run code in its Ray"), ray_connection(None, 1):
+    monkeypatch.setattr(
+        "cluster.connection.ray.is_initialized", lambda: False
+    )  # whatever other tests started
+    with pytest.raises(InputError, match="could run code in its Ray"), connection(None, 1):
         pass
 
 
@@ -99,7 +102,7 @@ def test_a_port_in_use_is_an_error_before_anything_starts(planted):
         used.bind(("127.0.0.1", 0))
         used.listen()
         port = used.getsockname()[1]
-        started = running_application(ServeArgs(store=planted.address), "127.0.0.1", port)
+        started = running_application(ServeArgs(store=planted.address), "127.0.0.1", port, Proxy.RAY)
         with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1:{port}"), started:
             pass
 
@@ -123,10 +126,10 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
     from ray import serve as ray_serve
 
     args = ServeArgs(store=planted.address, run="first", pin=True, settings={"cpus_per_replica": 0.1})
-    with running_application(args, "127.0.0.1", 1, shared=True) as address:
+    with running_application(args, "127.0.0.1", 1, proxy=Proxy.CLUSTER) as address:
         assert address == f"http://127.0.0.1:{serve_port}"  # where Serve listened already
         again = running_application(
-            args.model_copy(update={"run": "second"}), "127.0.0.1", serve_port, shared=True
+            args.model_copy(update={"run": "second"}), "127.0.0.1", serve_port, proxy=Proxy.CLUSTER
         )
         with pytest.raises(InputError, match="already serves an application named defuse"), again:
             pass
@@ -140,7 +143,9 @@ def test_on_a_cluster_with_haproxy_replicas_of_several_nodes_do_not_listen_on_lo
     monkeypatch.setattr("ray.serve._private.constants.RAY_SERVE_ENABLE_HA_PROXY", True)
     other = {"NodeID": "another", "Alive": True, "Resources": {"CPU": 2.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [other])
-    started = running_application(ServeArgs(store=planted.address), "127.0.0.1", serve_port, shared=True)
+    started = running_application(
+        ServeArgs(store=planted.address), "127.0.0.1", serve_port, proxy=Proxy.CLUSTER
+    )
     with pytest.raises(InputError, match=r"^--host 127\.0\.0\.1: .* use --host 0\.0\.0\.0"), started:
         pass
     for harmless in ({"Alive": False}, {"Resources": {}}):  # no replica starts on such a node
@@ -150,7 +155,7 @@ def test_on_a_cluster_with_haproxy_replicas_of_several_nodes_do_not_listen_on_lo
 
 def test_the_error_of_a_replica_that_cannot_start_is_reported(planted, serve_port):
     args = ServeArgs(store=planted.address, run="first", settings={"device": "cuda", "gpus_per_replica": 0})
-    started = running_application(args, "127.0.0.1", serve_port, shared=True)
+    started = running_application(args, "127.0.0.1", serve_port, proxy=Proxy.CLUSTER)
     with pytest.raises(ComputeError, match=r"did not start: .*serve.device: cuda, but"), started:
         pass
 

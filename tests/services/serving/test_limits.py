@@ -15,8 +15,14 @@ from load_generator import limited, load, request_bytes
 from starlette.requests import Request
 
 from defuse_core.config import ServeSection
-from services.serving.errors import RejectedInput, Unavailable
-from services.serving.limits import LimitedHttpProtocol, RequestSlots, UploadLimits, client_address
+from services.serving.limits import (
+    LimitedHttpProtocol,
+    RejectedInput,
+    RequestSlots,
+    Unavailable,
+    UploadLimits,
+    client_address,
+)
 from tests.waiting import wait_until
 
 TIMEOUT_S = 40.0  # of the application: four times the default, for slow machines

@@ -133,7 +133,7 @@ def live_app(serving, planted, tmp_path_factory):
 @pytest.fixture
 def live(live_app):
     """The same with `first` in production and no canary or shadow."""
-    live_app.registry.to_production(live_app.number["first"], "ana", "")
+    live_app.registry.assign(live_app.number["first"], PromotionRequest("ana", ""))
     wait_until(lambda: live_app.app.http.get("/readyz").status_code == 200)
     live_app.app.wait_for(live_app.version("first"))
     wait_until(lambda: not others(live_app.app))
@@ -159,7 +159,7 @@ def test_a_promotion_and_a_rollback_under_load_lose_no_request(live, pictures):
     running = Load(live.app.port, 8, requests_for(live.app, pictures))
     running.start()
     running.wait_for_answers(50, since=0)
-    live.registry.to_production(int(new), "ana", "")
+    live.registry.assign(int(new), PromotionRequest("ana", ""))
     live.app.wait_for(new)
     running.wait_for_answers(50, since=time.monotonic())
     live.registry.roll_back("bo", "to see it work")
@@ -177,7 +177,7 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     requests = requests_for(live.app, pictures, 100)
     running = Load(live.app.port, 8, requests)
     running.start()
-    live.registry.to_canary(live.number["second"], 0.3, "ana", "")
+    live.registry.assign(live.number["second"], PromotionRequest("ana", "", canary=0.3))
     wait_until(lambda: others(live.app) == {live.version("second")})
     assert set(statuses(running.stop())) == {200}  # nobody noticed it come
     replies = load(live.app.port, 8, limited(requests, 600))
@@ -196,9 +196,9 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
 ):
     number = live.number[name]
     if shadow:
-        live.registry.to_shadow(number, "ana", "")
+        live.registry.assign(number, PromotionRequest("ana", "", shadow=True))
     else:
-        live.registry.to_canary(number, 0.5, "ana", "")
+        live.registry.assign(number, PromotionRequest("ana", "", canary=0.5))
     wait_until(lambda: others(live.app) == {str(number)})
     running = Load(live.app.port, 8, requests_for(live.app, pictures, 500))
     running.start()  # until it ends: a shadow leaves requests out where it has too little time
@@ -275,7 +275,7 @@ def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
     alone, beside = 0.0, 0.0
     for _ in range(3):  # in turns, since other processes of the machine take their share now and then
         alone += request_rate(app.port, requests)
-        slow_app.registry.to_shadow(2, "ana", "")
+        slow_app.registry.assign(2, PromotionRequest("ana", "", shadow=True))
         wait_until(lambda: others(app) == {"2"})
         beside += request_rate(app.port, requests)
         slow_app.registry.end_canary(2, "ana", "")
@@ -291,7 +291,7 @@ def request_rate(port, requests):
 
 
 def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):
-    slow_app.registry.to_canary(2, 0.5, "ana", "")
+    slow_app.registry.assign(2, PromotionRequest("ana", "", canary=0.5))
     wait_until(lambda: slow_app.app.model()["canary"] == "2")
     running = Load(slow_app.app.port, 8, requests_for(slow_app.app, pictures))
     running.start()

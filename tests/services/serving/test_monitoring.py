@@ -14,7 +14,7 @@ import ray
 
 from defuse_core.errors import ComputeError
 from defuse_core.store import FolderStore
-from services.serving.launch import registry_changes
+from services.serving.app import registry_changes
 from services.serving.monitoring import MAX_FAILURES, LivenessCheck, _scrape, merge_pages, metrics_page
 from services.serving.registry import Registry
 from tests.ports import free_port

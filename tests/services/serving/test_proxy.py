@@ -22,10 +22,10 @@ from serve_process import (
 
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError
+from services.serving.app import _translate_errors
 from services.serving.launch import (
     Proxy,
     _haproxy_files,
-    _translate_errors,
     choose_proxy,
     is_loopback,
     proxy_environment,
@@ -116,8 +116,9 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
         assert stat.S_IMODE(admin.stat().st_mode) == 0o600
         assert {path.name for path in folder.glob("port-*")} == {"port-8404.sock", "port-9101.sock"}
         assert replica_addresses() == {LOOPBACK}
-        text = configuration.read_text()
-        assert "timeout http-request 10s" in text and "option forwardfor" in text
+        # Ray writes the file anew for each change of the replicas, and HAPROXY_PROGRAM edits it before HAProxy reads it
+        wanted = {"timeout http-request 10s", "option forwardfor"}
+        wait_until(lambda: wanted <= {line.strip() for line in configuration.read_text().splitlines()})
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
         answer = running.http.post("/v1/predict", content=pictures[0], headers=headers)
         assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401

@@ -105,7 +105,11 @@ def test_the_end_of_a_canary_that_another_one_has_replaced_does_not_end_that_one
 
 
 @pytest.mark.parametrize(
-    "to_role", [lambda r: r.to_canary(1, 0.1, "bo", ""), lambda r: r.to_shadow(1, "bo", "")]
+    "to_role",
+    [
+        lambda r: r.assign(1, PromotionRequest("bo", "", canary=0.1)),
+        lambda r: r.assign(1, PromotionRequest("bo", "", shadow=True)),
+    ],
 )
 def test_the_version_in_production_cannot_become_its_own_canary_or_shadow(registry, candidates, to_role):
     """As where it was promoted between the look-up and the change."""
@@ -140,7 +144,9 @@ def test_a_rollback_ends_a_canary_that_began_meanwhile(registry, candidates):
     """Else the version that comes back could be compared with itself."""
     for candidate in candidates[:2]:
         promote(registry, candidate, ANA)
-    after = registry.roll_back("bo", "", lambda c: registry.to_canary(1, 0.1, "ana", "") and None)
+    after = registry.roll_back(
+        "bo", "", lambda c: registry.assign(1, PromotionRequest("ana", "", canary=0.1)) and None
+    )
     assert (after.production, after.canary, after.share) == (1, None, 0.0)
 
 
@@ -149,7 +155,7 @@ def test_a_change_that_others_always_overtake_is_given_up_and_says_so(registry, 
     tries: list[str] = []
     monkeypatch.setattr(registry.store, "create", lambda key, data: tries.append(key))
     with pytest.raises(StoreError, match="3 concurrent changes came first; run the command again"):
-        registry.to_production(1, "ana", "")
+        registry.assign(1, PromotionRequest("ana", ""))
     assert tries == ["changes/000001.json"] * 3
 
 
@@ -257,7 +263,7 @@ def test_changes_are_ordered_by_number_beyond_six_digits(registry, candidates):
         later = state.model_copy(update={"sequence": number, "by": by})
         registry.store.write(f"changes/{number}.json", later.model_dump_json().encode())
     assert registry.state().by == "cy"
-    assert registry.to_production(1, "di", "").sequence == 1_000_001
+    assert registry.assign(1, PromotionRequest("di", "")).sequence == 1_000_001
 
 
 @pytest.mark.parametrize(("field", "value"), [("image_size", 32), ("channels", 3)])

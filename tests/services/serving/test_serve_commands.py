@@ -140,9 +140,13 @@ def test_a_run_in_which_nothing_could_be_decided_never_passes_a_check(own_store)
     assert "could not tell" in failed_json(own_store)["reason"]
 
 
-def test_check_of_an_unfinished_run_names_the_missing_step(planted, good_spec, tmp_path):
+def test_check_of_an_unfinished_run_names_the_command_that_shows_what_is_missing(
+    planted, good_spec, tmp_path
+):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
-    with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
+    with pytest.raises(
+        InputError, match="run begun is not finished; `defuse status begun` shows how far it is"
+    ):
         run(check, "begun", "--store", str(tmp_path))
 
 
@@ -154,13 +158,15 @@ def no_ray(monkeypatch):
         pytest.fail("Ray was started")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("services.serving.launch.ray_connection", started)
+    monkeypatch.setattr("services.serving.app.connection", started)
 
 
 def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec, tmp_path):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     for options in ((), ("--address", "127.0.0.1:1")):
-        with pytest.raises(InputError, match=r"begun has no corrected classifier yet \(models is missing\)"):
+        with pytest.raises(
+            InputError, match="run begun is not finished; `defuse status begun` shows how far it is"
+        ):
             run(serve, "begun", "--store", str(tmp_path), *options)
 
 

@@ -13,8 +13,7 @@ from starlette.requests import Request
 
 from defuse_core.config import ServeSection
 from services.serving import limits
-from services.serving.errors import RejectedInput, RequestError, Unavailable
-from services.serving.limits import RequestSlots, UploadLimits
+from services.serving.limits import RejectedInput, RequestError, RequestSlots, Unavailable, UploadLimits
 
 NEVER = None  # the rest of a body that does not arrive
 
