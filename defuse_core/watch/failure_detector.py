@@ -23,8 +23,7 @@ from scipy.special import expit, log_softmax
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights
-from defuse_core.artifacts.scenarios import rows_of
+from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights, rows_of
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
