@@ -21,7 +21,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.models.probe import CallError
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
 VALIDATION_SHARE = 0.15  # held out where the data set has no validation part

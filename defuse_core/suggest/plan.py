@@ -28,7 +28,7 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
-from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Progress, silent
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 

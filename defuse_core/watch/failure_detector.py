@@ -29,7 +29,7 @@ from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.intervals import auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.seeds import torch_seed
 from defuse_core.watch.scenario_regions import (
     ScenarioRegions,
