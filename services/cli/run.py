@@ -108,7 +108,7 @@ def init(
 
 
 def _print_plan(plan: Plan, path: Path) -> None:
-    from defuse_core.suggest.write import describe_accuracy
+    from defuse_core.suggest import describe_accuracy
 
     facts, vae = plan.facts, plan.tree["vae"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
