@@ -14,7 +14,7 @@ from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, first_few
 from defuse_core.models.adapters import (
     EXTERNAL,
     INPUT_RANGES,
@@ -394,6 +394,5 @@ def warnings_of(
     return lines
 
 
-def _listed(names: Sequence[str], limit: int = 20) -> str:
-    shown = [f"{index} {name}" for index, name in enumerate(names[:limit])]
-    return ", ".join(shown + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
+def _listed(names: Sequence[str]) -> str:
+    return first_few([f"{index} {name}" for index, name in enumerate(names)], most=20)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, first_few
 from defuse_core.suggest.image_size import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data, quoted
 from defuse_core.suggest.plan import Plan, plan_run
@@ -40,7 +40,7 @@ def _header(plan: Plan) -> list[str]:
     lines = [
         f"Written by `defuse init` for about {minutes} on a machine like the one where it ran.",
         f"Images: {counts}; {facts.width}x{facts.height} pixels (median), {colours}.",
-        f"Classes: {_listed(facts.classes)}.",
+        f"Classes: {first_few([*map(quoted, facts.classes)], most=12)}.",
         f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "
         f"training the classifier {speeds.classifier:,.0f}.",
     ]
@@ -63,11 +63,6 @@ def describe_accuracy(plan: Plan) -> str:
     (first, share), *others = shares
     text = f"{share:.1%} of {plan.probe.images} training images with inputs in {first}"
     return ", ".join([f"{text} (used)", *(f"{share:.1%} in {name}" for name, share in others)])
-
-
-def _listed(names: tuple[str, ...], limit: int = 12) -> str:
-    shown = ", ".join(map(quoted, names[:limit]))
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def _fields(
