@@ -44,7 +44,7 @@ class CallError(ModelError):
     """The classifier's code fails on images; those of another size may be what it takes."""
 
 
-class ProbabilitiesFound(ModelError):  # noqa: N818 - what it is, and no fault of the classifier
+class ProbabilitiesError(ModelError):
     """The classifier returns probabilities, and classifier.outputs does not say so."""
 
 
@@ -151,7 +151,7 @@ def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tenso
     sums = values.sum(dim=1)
     probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":
-        raise ProbabilitiesFound(
+        raise ProbabilitiesError(
             "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
             "probabilities, or return what its softmax is given"
         )
@@ -257,16 +257,14 @@ def probe_classifier(
         reached[needed] = max(by_range[needed], constant)
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
-    order = other.order
-    if section.class_order is not None:  # the logits were reordered already
-        order = np.array(section.class_order)[order]
+    given = np.arange(len(classes)) if section.class_order is None else np.array(section.class_order)
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
         constant=constant,
         best_is_certain=_clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE),
         needed_range=needed,
-        class_order=tuple(int(index) for index in order) if other.is_clearly_better else None,
+        class_order=tuple(given[other.order].tolist()) if other.is_clearly_better else None,
         order_is_certain=other.is_certain,
         reordered=other.right,
         names=names,
