@@ -23,9 +23,7 @@ from defuse_core.errors import ComputeError, DefuseError, ModelError
 from defuse_core.intervals import ROUNDING, certain_loss
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
-from defuse_core.training.augment import random_affine
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.loop import (
+from defuse_core.training import (
     Adam,
     Losses,
     Optimizer,
@@ -36,6 +34,8 @@ from defuse_core.training.loop import (
     set_learning_rate,
     train_step,
 )
+from defuse_core.training.augment import random_affine
+from defuse_core.training.batches import DeviceImages
 from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 

@@ -33,7 +33,7 @@ from defuse_core.device import autocast, cpu_threads, device, is_out_of_memory
 from defuse_core.errors import ANOTHER_NAME, DamagedError, DefuseError, ModelError, StoreError, one_line
 from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
 from defuse_core.store import Store
-from defuse_core.training.loop import Adam, Optimizer, load_optimizer_state, optimizer_state, train_step
+from defuse_core.training import Adam, Optimizer, load_optimizer_state, optimizer_state, train_step
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
