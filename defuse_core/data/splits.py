@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from defuse_core.artifacts import F64, I64
-from defuse_core.data.images import Images
+from defuse_core.config import DataSection
+from defuse_core.data.images import Images, Splits
 from defuse_core.errors import DataError, count_of
 from defuse_core.seeds import generator
 
@@ -57,6 +60,16 @@ def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Ima
     return hold_out(train, share, generator(seed, "split", "validation")) if share else (train, None)
 
 
+def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
+    """Return a data set as `data` divides it: validation_share is held out where there is no validation part, and
+    train_images are drawn of the others.
+    """
+    train, validation = splits.train, splits.validation
+    if validation is None:
+        train, validation = with_validation(train, data.validation_share, seed)
+    return replace(splits, train=sample(train, data.train_images, seed), validation=validation)
+
+
 def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tuple[I64, I64]:
     """Return the rows of two parts without a track in common, each in order; `share` of the tracks form the first part.
 
@@ -101,10 +114,8 @@ def sample(train: Images, limit: int | None, seed: int) -> Images:
     if limit is None or limit >= len(train):
         return train
     rng = generator(seed, "split", "sample")
-    if train.tracks is None:
-        return train.take(np.sort(mixed_order(train.labels, rng)[:limit]))
     _, first, track, frames = np.unique(
-        train.tracks, return_index=True, return_inverse=True, return_counts=True
+        train.unit, return_index=True, return_inverse=True, return_counts=True
     )
     order = mixed_order(train.labels[first], rng)
     fitting = max(1, int(np.searchsorted(np.cumsum(frames[order]), limit, side="right")))

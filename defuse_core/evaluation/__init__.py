@@ -43,7 +43,7 @@ from defuse_core.distill.draws import in_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store

@@ -43,7 +43,7 @@ from defuse_core.intervals import (
     swapped,
 )
 from defuse_core.models import decoder_at, decoder_of, load_classifier, load_vae, predict
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import majority
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (

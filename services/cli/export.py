@@ -50,7 +50,7 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     """
     from defuse_core.export import export_model
     from defuse_core.export.pictures import export_scenarios
-    from defuse_core.export.writing import expect_new_file
+    from defuse_core.files import expect_new_file
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")

@@ -13,7 +13,7 @@ from defuse_core.distill.sources import (
     count_sources,
 )
 from defuse_core.intervals import exact_lower
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from tests.sample_components import sample_failures
 
 
