@@ -23,7 +23,6 @@ from defuse_core.watch import (
     _answers,
     _measure,
     _problem,
-    failure_detector,
     fit_temperature,
     measure_detector,
     scenario_regions,
@@ -208,7 +207,7 @@ def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tin
     regions = fit_regions(vae, Corrections(np.array([0]), np.array([3]), single, single), codes)
     given = (classifier, vae, tracked, regions, class_gaussians(codes, labels, 10))
     whole = _answers(*given)
-    monkeypatch.setattr(failure_detector, "BATCH", 7)
+    monkeypatch.setattr("defuse_core.watch.BATCH", 7)
     batched = _answers(*given)
     assert len(whole.logits) == 23
     for name, array in vars(whole).items():
