@@ -18,7 +18,7 @@ from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     address_option,
-    classifier_choice,
+    classifier_fields,
     given,
     json_option,
     name_option,
@@ -98,7 +98,7 @@ def init(
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder does not exist; create it, or choose another file with --out")
     expect_writable("--out", path)
-    choice = classifier_choice(classifier, weights)
+    choice = classifier_fields(classifier, weights)
     with ProgressDisplay() as display:
         plan = plan_run(inspect_data(images.absolute()), choice, minutes, display, image_size)
     with writing("--out", path):

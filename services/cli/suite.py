@@ -131,7 +131,9 @@ def check_suite(
     if junit is not None:
         expect_no_own_folder("--junit", junit)
     loaded = load_suite(suite)
-    section = _section(classifier, weights, overrides)
+    section = classifier_fields(classifier, weights)
+    if section is not None:
+        section = section_overrides("classifier", overrides, {"classifier": section})
     net = loaded.classifier(section) if section else _corrected(loaded, run, store)
     results = loaded.check(net)
     name = classifier or f"run {run}"
@@ -174,16 +176,6 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
 def _measured(result: SuiteResult) -> str:
     asked = f"at least {result.scenario.least:.1%} is asked" if result.is_asked else "nothing is asked"
     return f"{result.accuracy:.1%}, {asked}"
-
-
-def _section(
-    classifier: str | None, weights: Path | None, overrides: tuple[str, ...]
-) -> dict[str, Any] | None:
-    """Return section `classifier` for --classifier, --weights and --set; None for the classifier of a run."""
-    if classifier is None:
-        return None
-    tree: dict[str, Any] = {"classifier": classifier_fields(classifier, weights)}
-    return section_overrides("classifier", overrides, tree)
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
