@@ -23,8 +23,8 @@ from services.cli.options import (
     section_overrides,
     store_option,
 )
+from services.cli.results import check_suite, expect_no_suite_options, suite_options
 from services.cli.review import local_user
-from services.cli.suite import check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings
 
 if TYPE_CHECKING:
