@@ -304,7 +304,7 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     defuse compare parts-v1 parts-v2
     """
     from defuse_core.export.compare import compare_runs
-    from services.tables import print_comparison
+    from services.cli.tables import print_comparison
 
     rows = compare_runs(open_run(run_a, store), open_run(run_b, store))
     if as_json:

@@ -10,6 +10,7 @@ import click
 
 from defuse_core.errors import InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
+from services.cli.console import ProgressDisplay, Terminal
 from services.cli.options import given, json_option, print_json, store_option
 from services.cli.review_tables import (
     print_by_majority,
@@ -20,7 +21,6 @@ from services.cli.review_tables import (
     summarize_result,
     summarize_status,
 )
-from services.console import ProgressDisplay, Terminal
 from services.settings import read_settings
 
 if TYPE_CHECKING:

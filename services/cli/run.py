@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from defuse_core.runs import Run
     from defuse_core.store import Store
     from defuse_core.suggest import Plan
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
 
 
 def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -91,7 +91,7 @@ def init(
     from defuse_core.config import load_run_file
     from defuse_core.export.writing import expect_new_file, expect_writable, writing
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
 
     path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
     if not force:
@@ -199,9 +199,9 @@ def run(
     from defuse_core.data import check_class_names, expect_root
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
+    from services.cli.tables import print_report
     from services.storage import open_store
-    from services.tables import print_report
     from services.tracking import MlflowTracking, expect_mlflow
 
     if profile is not None and STEPS.index(profile) > STEPS.index(until):
@@ -241,7 +241,13 @@ def status(name: str | None, store: str, as_json: bool) -> None:
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
     continues it.
     """
-    from services.status_tables import print_runs, print_status, step_states, summarize_run, summarize_runs
+    from services.cli.status_tables import (
+        print_runs,
+        print_status,
+        step_states,
+        summarize_run,
+        summarize_runs,
+    )
     from services.storage import open_store
 
     if name is None and as_json:
@@ -263,7 +269,7 @@ def status(name: str | None, store: str, as_json: bool) -> None:
 def report(name: str, store: str, as_json: bool) -> None:
     """Show the report of the run called NAME, and write its page again. With --json: what report.json holds."""
     from defuse_core.pipeline import rewrite_report
-    from services.tables import print_report
+    from services.cli.tables import print_report
 
     opened = open_run(name, store)
     found = rewrite_report(opened)

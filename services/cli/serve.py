@@ -289,7 +289,7 @@ def _require_existing(run: Run) -> None:
 
 
 def _candidate(run: Run) -> Candidate:
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
     from services.serving.candidate import prepare_candidate
 
     with ProgressDisplay() as display:  # a promotion copies the candidate to the registry

@@ -8,8 +8,8 @@ import logging
 import pytest
 from rich.console import Console
 
-from services import console
-from services.console import ProgressDisplay
+from services.cli import console
+from services.cli.console import ProgressDisplay
 
 
 class Screen(io.StringIO):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
 
-from services.tables import TEXT_WIDTH, print_paragraph, print_report
+from services.cli.tables import TEXT_WIDTH, print_paragraph, print_report
 
 
 @pytest.mark.parametrize("width", [60, 100, 300])

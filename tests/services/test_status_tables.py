@@ -18,7 +18,7 @@ from defuse_core.report import Report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.status_tables import (
+from services.cli.status_tables import (
     RunSummary,
     print_runs,
     print_status,

@@ -34,7 +34,7 @@ from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, SETTINGS, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
-from services.tables import _left_out
+from services.cli.tables import _left_out
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings

@@ -19,8 +19,8 @@ from defuse_core.report.formatting import NONE, date_time, duration, percent, si
 from defuse_core.report.notices import headline
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.console import Terminal
-from services.tables import accuracy_table, add_row, new_table, print_paragraph, print_table, print_text
+from services.cli.console import Terminal
+from services.cli.tables import accuracy_table, add_row, new_table, print_paragraph, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report

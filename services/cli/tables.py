@@ -27,7 +27,7 @@ from defuse_core.report.formatting import (
     unbroken,
 )
 from defuse_core.report.notices import caveats, headline
-from services.console import Terminal
+from services.cli.console import Terminal
 
 if TYPE_CHECKING:
     from defuse_core.config import CorrectSection
