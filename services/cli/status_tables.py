@@ -20,7 +20,7 @@ from defuse_core.report.notices import headline
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.cli.console import Terminal
-from services.cli.tables import accuracy_table, add_row, new_table, print_paragraph, print_table, print_text
+from services.cli.tables import accuracy_table, add_row, new_table, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -217,11 +217,11 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
-        print_paragraph(console, headline(report), "bold")
+        print_text(console, headline(report), "bold")
         console.print()
         print_table(console, accuracy_table(report))
     elif run.store.exists("report.json"):
-        print_text(console, _unread_report(run), "yellow")
+        print_text(console, _unread_report(run), "yellow", console.width)
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 
@@ -236,7 +236,7 @@ def _print_health(console: Console, run: Run, models: Models) -> None:
         f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
         "collapsed."
     )
-    print_paragraph(console, text, "" if health.verdict == "fit" else "yellow")
+    print_text(console, text, "" if health.verdict == "fit" else "yellow")
 
 
 def _stored_report(run: Run) -> Report | None:
