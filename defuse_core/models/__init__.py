@@ -18,13 +18,19 @@ from defuse_core.models.inference import (
     decoder_of,
     encode_images,
     expect_rows,
+    load_classifier,
+    load_pretrained,
+    load_vae,
     logits_of,
     map_batches,
     predict,
     predict_logits,
     predict_probabilities,
+    read_weights,
+    set_weights,
     to_device,
     to_tensor,
+    weights_of,
 )
 from defuse_core.models.probe import (
     check_outputs,
@@ -39,11 +45,3 @@ from defuse_core.models.programs import (
     program_of,
 )
 from defuse_core.models.vae import Vae, build_vae, expect_autoencoder, kl_to_prior
-from defuse_core.models.weights import (
-    load_classifier,
-    load_pretrained,
-    load_vae,
-    read_weights,
-    set_weights,
-    weights_of,
-)

@@ -14,7 +14,7 @@ from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, first_few
 from defuse_core.models.adapters import (
     EXTERNAL,
     INPUT_RANGES,
@@ -42,6 +42,10 @@ SIGNIFICANT = 3.0  # standard errors of the share of images gained less that of 
 
 class CallError(ModelError):
     """The classifier's code fails on images; those of another size may be what it takes."""
+
+
+class ProbabilitiesFound(ModelError):  # noqa: N818 - what it is, and no fault of the classifier
+    """The classifier returns probabilities, and classifier.outputs does not say so."""
 
 
 def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
@@ -147,7 +151,7 @@ def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tenso
     sums = values.sum(dim=1)
     probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":
-        raise ModelError(
+        raise ProbabilitiesFound(
             "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
             "probabilities, or return what its softmax is given"
         )
@@ -394,6 +398,5 @@ def warnings_of(
     return lines
 
 
-def _listed(names: Sequence[str], limit: int = 20) -> str:
-    shown = [f"{index} {name}" for index, name in enumerate(names[:limit])]
-    return ", ".join(shown + ([f"and {len(names) - limit} more"] if len(names) > limit else []))
+def _listed(names: Sequence[str]) -> str:
+    return first_few([f"{index} {name}" for index, name in enumerate(names)], most=20)

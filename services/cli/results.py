@@ -60,7 +60,7 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     defuse export digits --to model.onnx --scenarios pictures/
     """
     from defuse_core.export import export_model, export_scenarios
-    from defuse_core.export.writing import expect_new_file
+    from defuse_core.files import expect_new_file
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
@@ -176,7 +176,7 @@ def check_suite(
     Raises InputError where the suite asks nothing.
     """
     from defuse_core.export.suite import load_suite
-    from defuse_core.export.writing import expect_no_own_folder
+    from defuse_core.files import expect_no_own_folder
 
     if (run is None) == (classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
@@ -261,7 +261,7 @@ def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
 
 def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> InputError | None:
     """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
-    from defuse_core.export.writing import writing
+    from defuse_core.files import writing
 
     run, asked = loaded.description.run, _count_asked(results)
     failed = sum(not result.passed for result in results)
