@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, I64, Anchors
-from defuse_core.config import RunFile
+from defuse_core.config import DataSection, RunFile
 from defuse_core.data import Images
 from defuse_core.device import device
 from defuse_core.errors import ModelError
@@ -19,13 +21,46 @@ from defuse_core.models.vae import Vae
 NOT_A_NUMBER = -1  # in place of an answer
 
 
-def to_device(module: nn.Module) -> nn.Module:
-    """Move `module` to this process's device, in the memory layout in which convolutions are fastest."""
+def to_device(module: nn.Module, data: DataSection | None = None) -> nn.Module:
+    """Move `module` to this process's device, in the memory layout in which convolutions are fastest.
+
+    With `data`, which has the size of its images, a network of a user's own is settled as by settle_layout.
+    """
     if device().type == "cpu":
         for part in module.modules():
             if isinstance(part, nn.Conv2d) and _overruns(part):
                 part.register_forward_pre_hook(_crop_for_training)
-    return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if data is not None:
+        blank = np.zeros((2, data.channels, data.image_size, data.image_size), np.float32)
+        settle_layout(module, to_tensor(blank))
+    return module
+
+
+def settle_layout(network: nn.Module, images: Tensor) -> None:
+    """Move a classifier or β-VAE back to torch's default layout where its code takes no other; else change nothing.
+
+    Such code is x.view(n, -1) after a convolution. It is looked for with `images`, two or more in the layout of
+    to_device. Any other failure is left to the checks, which name it.
+    """
+    training, entry = network.training, "encode" if isinstance(network, Vae) else "forward"
+    network.eval()
+    try:
+        with torch.no_grad():
+            if isinstance(network, Vae):
+                network.decode(network.encode(images)[0])
+            else:
+                network(images)
+    except (Exception, SystemExit) as error:
+        if "view size is not compatible" in str(error):
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            setattr(network, entry, partial(_of_contiguous, getattr(network, entry)))
+    finally:
+        network.train(training)
+
+
+def _of_contiguous(function: Callable[..., Any], images: Tensor, *others: Any, **named: Any) -> Any:
+    return function(images.contiguous(), *others, **named)
 
 
 def _overruns(convolution: nn.Conv2d) -> bool:
@@ -71,7 +106,7 @@ def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int
     Raises ModelError where the function returns more or fewer rows than it was given.
     """
     parts = []
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode marks what a network keeps, which then fails in its fine-tuning
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             parts.append(function(rows).cpu().numpy())

@@ -24,7 +24,7 @@ from defuse_core.models.adapters import (
     raw_output,
     reason_of,
 )
-from defuse_core.models.inference import map_batches, to_tensor
+from defuse_core.models.inference import map_batches, settle_layout, to_tensor
 from defuse_core.models.programs import class_names_of
 from defuse_core.models.vae import gradients_of
 
@@ -51,8 +51,8 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
     """
     batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
     first = batch[:2].clone()
-    classifier.eval()
-    with torch.inference_mode():
+    settle_layout(classifier.eval(), first.clone())
+    with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too
         _expect_shape(_call(classifier, first), len(first), classes)
         if not torch.equal(first, batch[:2]):
             raise ModelError(

@@ -135,16 +135,17 @@ def load_classifier(
 ) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
     plain = spec.with_fields("classifier", imagenet=False)
-    return _ready(build_classifier(plain, classes, weights), weights, where)
+    return _ready(build_classifier(plain, classes, weights), spec, weights, where)
 
 
 def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
     """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
     vae = build_vae(spec)
-    _ready(vae, weights, where)
+    _ready(vae, spec, weights, where)
     return vae
 
 
-def _ready(module: nn.Module, weights: Weights, where: str) -> nn.Module:
+def _ready(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
+    to_device(module, spec.data).eval()
     set_weights(module, weights, where)
-    return to_device(module).eval()
+    return module
