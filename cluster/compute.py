@@ -47,9 +47,8 @@ from defuse_core.identify import (
     shard_fingerprint,
 )
 from defuse_core.lambda_choice import collect_sweep
-from defuse_core.profiling import UNTRACED, Profile
-from defuse_core.progress import Progress, silent
-from defuse_core.protocols import Call, SweepRequest, numbered
+from defuse_core.local import UNTRACED, Profile
+from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.tuning_data import decode_scenario_images, load_clean_images

@@ -36,8 +36,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, blocks_per_shard, save_shard, shard_count, shard_key
-from defuse_core.profiling import UNTRACED, Profile
-from defuse_core.progress import Progress, silent
+from defuse_core.local import UNTRACED, Profile
+from defuse_core.protocols import Progress, silent
 from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from defuse_core.progress import Progress, ProgressSum
+from defuse_core.protocols import Progress, ProgressSum
 
 log = logging.getLogger("defuse")
 UPDATE_EVERY_S = 0.25

@@ -22,9 +22,8 @@ from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
 from defuse_core.correct import finished_trials, is_trial_failure, trial_key
 from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
-from defuse_core.profiling import UNTRACED, Profile
-from defuse_core.progress import Progress
-from defuse_core.protocols import SweepRequest
+from defuse_core.local import UNTRACED, Profile
+from defuse_core.protocols import Progress, SweepRequest
 from defuse_core.stacked import names_of, run_stack, stacks_of, trace_name
 from defuse_core.store import SHARED_STORE, Store
 from defuse_core.tuning_data import FineTuningData

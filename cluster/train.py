@@ -23,7 +23,7 @@ from cluster.progress import reporting
 from cluster.ray_compat import kept_working_dir
 from cluster.resources import WorkerResources, claim_devices
 from defuse_core.errors import DefuseError, ModelError
-from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Progress, silent
 
 log = logging.getLogger("defuse")
 MAX_FAILURES = 3  # the workers are started again this often; they continue from the last checkpoint

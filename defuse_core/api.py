@@ -48,8 +48,7 @@ from defuse_core.models import (
 )
 from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
-from defuse_core.progress import Progress, silent
-from defuse_core.protocols import Annotators, Compute
+from defuse_core.protocols import Annotators, Compute, Progress, silent
 from defuse_core.results import RunResult, is_complete
 from defuse_core.runs import IMAGES, Run, has_made_something
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
@@ -112,7 +111,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         annotators: Who labels the scenarios. Default: the reference models of the run. People:
             `lambda run, compute: services.labeling.LabelStudioAnnotators(run, services.settings.read_settings())`,
             with review.annotators: label-studio in `settings`.
-        progress: Called with what is done so far; see progress.py.
+        progress: Called with what is done so far; see protocols.py.
 
     Raises:
         DataError: The images or labels are not as described.

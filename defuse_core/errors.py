@@ -54,8 +54,9 @@ def without_credentials(text: str, address: str | None = None) -> str:
 
 
 def first_few(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names in one line, with an ellipsis for the others."""
-    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
+    """Return the first names in one line, with the number of the others."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def count_of(number: float, noun: str) -> str:

@@ -1,4 +1,7 @@
-"""Files in folders: written whole or not at all, locked, and errors of the file system in one line."""
+"""Files and folders: written whole or not at all, locked, and errors of the file system in one line.
+
+First those of a store, then those that people name by an option of a command.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,25 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import InputError, StoreError
 
-UNFINISHED = ".unfinished"  # suffix of a file that is being written
+UNFINISHED = ".unfinished"  # suffix of what is being written
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+OWN_FILES = (  # whose folder Defuse reads again: what it is, and files that it has
+    ("run", ("run.yaml", "settings.json")),
+    ("run", ("run.yaml", "manifest.json")),  # whose settings.json was damaged and deleted
+    ("suite", ("suite.json", "suite.safetensors")),
+    ("registry", ("changes/000001.json",)),
+)
 
 
 def is_folder(path: Path) -> bool:
@@ -88,3 +99,119 @@ def synced_temporary(target: Path, data: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turn an error of the file system into an InputError that names the option and its path.
+
+    Raises InputError for a path inside a run, a suite or a registry, where it could replace one of their files.
+    """
+    expect_no_own_folder(option, path)
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.filename and Path(error.filename) != path and UNFINISHED not in str(error.filename):
+            reason = f"{error.filename}: {reason}"
+        raise InputError(f"{option} {path}: cannot be written ({reason}); choose another place") from error
+
+
+def expect_no_own_folder(option: str, path: Path) -> None:
+    """Raise InputError for a path inside a run, a suite or a registry."""
+    for folder in Path(os.path.realpath(path)).parents:
+        for kind, names in OWN_FILES:
+            if all(os.path.lexists(folder / name) for name in names):
+                raise InputError(
+                    f"{option} {path}: is inside the {kind} {folder}, which it could damage; choose another place"
+                )
+
+
+def expect_writable(option: str, path: Path) -> None:
+    """Raise InputError for a file that cannot be written, before the work whose result it gets."""
+    with writing(option, path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def expect_new_file(option: str, path: Path) -> None:
+    """Raise InputError for a file that exists."""
+    with writing(option, path):
+        exists = path.is_file()
+    if exists:
+        raise InputError(f"{option} {path}: exists; choose another file, or replace it with --force")
+
+
+def replace_file(option: str, path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what was there."""
+    # without its own name, which may have the greatest length
+    temporary = path.with_name(f".{secrets.token_hex(3)}{UNFINISHED}")
+    with writing(option, path):
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def expect_new_folder(option: str, folder: Path) -> None:
+    """Raise InputError for a folder that is not empty, or is none."""
+    with writing(option, folder):
+        if folder.exists() and (
+            not folder.is_dir() or not all(path.match(f".*{UNFINISHED}") for path in folder.iterdir())
+        ):
+            raise InputError(
+                f"{option} {folder}: expected an empty or new folder, found files; choose another one"
+            )
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Yield whether this process alone holds the folder inside, until it is killed at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what a command that was killed was writing."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _held(folder) as is_abandoned:
+        if is_abandoned:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def filling(option: str, folder: Path) -> Iterator[Path]:
+    """Yield a new folder, whose content is moved to `folder` at the end, and deleted after an error.
+
+    It is inside `folder`, which may be the working directory or the root of a volume, so that the same command can be
+    given again. Raises InputError where the file system refuses something, and where another command was faster.
+    """
+    unfinished = folder / f".{secrets.token_hex(3)}{UNFINISHED}"
+    moved: list[Path] = []
+    with writing(option, folder), contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob(f".*{UNFINISHED}"):
+                _remove_abandoned(path)
+            unfinished.mkdir()
+            held.enter_context(_held(unfinished))
+            yield unfinished
+            expect_new_folder(option, folder)
+            for path in sorted(unfinished.iterdir()):
+                moved.append(path.rename(folder / path.name))
+        except BaseException:
+            for path in moved:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)

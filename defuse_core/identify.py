@@ -36,7 +36,7 @@ from defuse_core.models import (
     predict,
     to_tensor,
 )
-from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Progress, silent
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound

@@ -1,19 +1,51 @@
-"""What the method needs from outside: a place to compute, and annotators. Each has two implementations."""
+"""What the method needs from outside: a place to compute, annotators, and a display of progress."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.progress import Progress
 from defuse_core.store import Store
 
 T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """How a step reports its progress, of which the display computes the rate and the time left.
+
+    `progress("fitting the β-VAE", 3, 10, "epochs")`: 3 of 10 epochs are done.
+    Tasks that share an activity report what each of them has done, and the total of all.
+    """
+
+    def __call__(self, what: str, done: int, total: int, unit: str) -> None: ...
+
+
+def silent(what: str, done: int, total: int, unit: str) -> None:
+    """A Progress that shows nothing."""
+
+
+class ProgressSum:
+    """Adds up what the tasks that share an activity have done, and reports the sum."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.done: dict[str, dict[int, int]] = {}  # activity -> task -> what it has done
+
+    def of(self, task: int) -> Progress:
+        """Return the `Progress` of one task."""
+        return partial(self.update, task)
+
+    def update(self, task: int, what: str, done: int, total: int, unit: str) -> None:
+        """Report what all tasks have done of `what`, now that `task` has done `done`."""
+        done_by_task = self.done.setdefault(what, {})
+        done_by_task[task] = done
+        self.progress(what, sum(done_by_task.values()), total, unit)
 
 
 class Partitions(Protocol):

@@ -38,8 +38,7 @@ from defuse_core.models import (
     to_device,
     weights_of,
 )
-from defuse_core.progress import Progress
-from defuse_core.protocols import Call, Compute
+from defuse_core.protocols import Call, Compute, Progress
 from defuse_core.review.undecided import why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store

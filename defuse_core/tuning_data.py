@@ -28,8 +28,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
 from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_classifier, load_vae, predict
-from defuse_core.progress import Progress
-from defuse_core.protocols import Compute
+from defuse_core.protocols import Compute, Progress
 from defuse_core.review.sample import in_tasks
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run

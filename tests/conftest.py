@@ -41,8 +41,7 @@ from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.local import LocalCompute
-from defuse_core.progress import silent
-from defuse_core.protocols import Compute
+from defuse_core.protocols import Compute, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train

@@ -205,14 +205,16 @@ class RunFile(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         self._expect_stages_that_fit()
-        if (self.classifier.architecture == "custom") != (self.classifier.import_path is not None):
-            raise ValueError(
-                "classifier.import_path goes with classifier.architecture: custom, and only with it"
-            )
-        if (self.classifier.architecture == "timm") != (self.classifier.timm_model is not None):
-            raise ValueError(
-                "classifier.timm_model goes with classifier.architecture: timm, and only with it"
-            )
+        for name, field, architecture in (
+            ("classifier", "import_path", "custom"),
+            ("classifier", "timm_model", "timm"),
+            ("vae", "import_path", "custom"),
+        ):
+            section = getattr(self, name)
+            if (section.architecture == architecture) != (getattr(section, field) is not None):
+                raise ValueError(
+                    f"{name}.{field} goes with {name}.architecture: {architecture}, and only with it"
+                )
         if self.classifier.architecture in {"program", "transformers"} and self.classifier.weights is None:
             raise ValueError(
                 f"classifier.architecture: {self.classifier.architecture} needs classifier.weights, its file or folder"
@@ -225,8 +227,6 @@ class RunFile(Section):
             raise ValueError(
                 "classifier.epochs = 0 uses a pretrained classifier, so classifier.weights must name its file"
             )
-        if (self.vae.architecture == "custom") != (self.vae.import_path is not None):
-            raise ValueError("vae.import_path goes with vae.architecture: custom, and only with it")
         if self.vae.epochs == 0 and self.vae.weights is None and self.vae.architecture != "custom":
             raise ValueError("vae.epochs = 0 uses a pretrained β-VAE, so vae.weights must name its file")
         if self.data.name not in WITHOUT_ROOT and self.data.root is None:

@@ -24,7 +24,7 @@ from defuse_core.data.images import (
     fit_pixels,
     reading,
 )
-from defuse_core.data.splits import halves, hold_out, sample, with_validation
+from defuse_core.data.splits import divided, halves, hold_out
 from defuse_core.errors import DataError
 from defuse_core.seeds import generator
 
@@ -47,9 +47,7 @@ def _digits(channels: int, size: int) -> Images:
 def open_mnist(data: DataSection, seed: int) -> Splits:
     """Return MNIST: 28x28 pixels, padded with black where image_size is 32 (Appendix B.2), else resized."""
     root = data_root(data)
-    train, test = _mnist(root, True, data), _mnist(root, False, data)
-    train, validation = with_validation(train, data.validation_share, seed)
-    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
+    return divided(Splits(_mnist(root, True, data), None, _mnist(root, False, data), DIGITS), data, seed)
 
 
 def _mnist(root: Path, train: bool, data: DataSection) -> Images:
@@ -75,11 +73,17 @@ def open_svhn(data: DataSection, seed: int) -> Splits:
     With data.validation_share, validation is that share of the training images, and the test part is the whole set.
     """
     root = data_root(data)
-    train, validation = with_validation(_svhn(root, "train", data), data.validation_share, seed)
-    test = _svhn(root, "test", data)
-    if validation is None:
-        validation, test = halves(test, seed)
-    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
+    splits = Splits(_svhn(root, "train", data), None, _svhn(root, "test", data), DIGITS)
+    return _divided_with_halves(splits, data, seed)
+
+
+def _divided_with_halves(splits: Splits, data: DataSection, seed: int) -> Splits:
+    """Return a data set whose test set is halved into validation and test, unless validation_share is set."""
+    if not data.validation_share:
+        assert splits.test is not None
+        validation, test = halves(splits.test, seed)
+        splits = replace(splits, validation=validation, test=test)
+    return divided(splits, data, seed)
 
 
 def _svhn(root: Path, split: str, data: DataSection) -> Images:
@@ -124,8 +128,7 @@ def _read_only(pixels: U8, labels: U8) -> Images:
 def _divided(images: Images, test_share: float, data: DataSection, seed: int) -> Splits:
     """Return the splits of a data set that comes without a test set."""
     train, test = hold_out(images, test_share, generator(seed, "split", "test"))
-    train, validation = with_validation(train, data.validation_share, seed)
-    return Splits(sample(train, data.train_images, seed), validation, test, DIGITS)
+    return divided(Splits(train, None, test, DIGITS), data, seed)
 
 
 def _rows(package: str, path: str) -> U8:
@@ -200,13 +203,8 @@ def open_signs(data: DataSection, seed: int) -> Splits:
     files = sorted((base / "GTSRB" / "Training").glob("*/*.ppm"))
     train = _pictures(files, [_class_of(file) for file in files], data, base)
     _, tracks = np.unique([track_of(file) for file in files], return_inverse=True)
-    train, validation = with_validation(
-        replace(train, tracks=tracks.astype(np.int64)), data.validation_share, seed
-    )
-    test = _official_test(base, data)
-    if validation is None:
-        validation, test = halves(test, seed)
-    return Splits(sample(train, data.train_images, seed), validation, test, SIGNS)
+    train = replace(train, tracks=tracks.astype(np.int64))
+    return _divided_with_halves(Splits(train, None, _official_test(base, data), SIGNS), data, seed)
 
 
 def track_of(file: Path) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from defuse_core.config import DataSection
 from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
-from defuse_core.data.splits import sample, with_validation
+from defuse_core.data.splits import divided
 from defuse_core.errors import DataError, count_of, first_few
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
@@ -23,11 +23,9 @@ def open_folder(data: DataSection, seed: int) -> Splits:
     root = data_root(data)
     classes = folder_classes(root / "train")
     parts = {name: _part(root / name, classes, data) for name in ("train", "validation", "test")}
-    train, validation = parts["train"], parts["validation"]
+    train = parts["train"]
     assert train is not None  # folder_classes raises where its folder is missing
-    if validation is None:
-        train, validation = with_validation(train, data.validation_share, seed)
-    return Splits(sample(train, data.train_images, seed), validation, parts["test"], classes)
+    return divided(Splits(train, parts["validation"], parts["test"], classes), data, seed)
 
 
 def folder_classes(part: Path) -> tuple[str, ...]:

@@ -11,13 +11,12 @@ import numpy.typing as npt
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
-from defuse_core.data.splits import sample, with_validation
+from defuse_core.data.splits import divided
 from defuse_core.errors import DataError, first_few
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
 CHUNK = 4096  # images checked at once, to bound the memory
-PIXEL_ROWS = 2**16  # a row number is two pixels, since float32 holds only 2^24 numbers exactly
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -45,9 +44,7 @@ def splits_of(arrays: Arrays, data: DataSection, seed: int, where: str) -> Split
     splits = Splits(train, validation, test, classes)
     for part, images in splits.parts().items():
         expect_labels(images.labels, len(classes), f"{where}: {part}_labels")
-    if validation is None:
-        train, validation = with_validation(train, data.validation_share, seed)
-    return Splits(sample(train, data.train_images, seed), validation, test, classes)
+    return divided(splits, data, seed)
 
 
 def npz_classes(file: Path) -> tuple[str, ...] | None:
@@ -64,20 +61,14 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
     arrays = read_arrays(data_root(data))
 
     def numbered(part: str) -> Images:
+        """Return an image for each label, whose pixels are the bytes of its row number."""
         labels = arrays[f"{part}_labels"].astype(np.int64)
-        rows = np.stack(np.divmod(np.arange(len(labels)), PIXEL_ROWS), axis=1)
-        return Images(rows.astype(np.float32)[:, None, None, :], labels)
+        return Images(np.arange(len(labels), dtype=np.int64).view(np.uint8).reshape(-1, 1, 1, 8), labels)
 
-    train, validation = numbered("train"), None
-    if "validation_labels" in arrays:
-        validation = numbered("validation")
-    else:
-        train, validation = with_validation(train, data.validation_share, seed)
-    parts = {"train": sample(train, data.train_images, seed), "validation": validation}
+    validation = numbered("validation") if "validation_labels" in arrays else None
+    splits = divided(Splits(numbered("train"), validation, None, ()), data, seed)
     return {
-        part: images.pixels[:].reshape(-1, 2).astype(np.int64) @ np.array([PIXEL_ROWS, 1])
-        for part, images in parts.items()
-        if images is not None
+        part: images.pixels[:].reshape(-1, 8).view(np.int64)[:, 0] for part, images in splits.parts().items()
     }
 
 

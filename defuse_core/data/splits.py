@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from defuse_core.artifacts import F64, I64
-from defuse_core.data.images import Images
+from defuse_core.config import DataSection
+from defuse_core.data.images import Images, Splits
 from defuse_core.errors import DataError, count_of
 from defuse_core.seeds import generator
 
@@ -55,6 +58,16 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
 def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Images | None]:
     """Return (train, validation): `share` of the training images held out, or None where it is 0."""
     return hold_out(train, share, generator(seed, "split", "validation")) if share else (train, None)
+
+
+def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
+    """Return a data set as `data` divides it: validation_share is held out where there is no validation part, and
+    train_images are drawn of the others.
+    """
+    train, validation = splits.train, splits.validation
+    if validation is None:
+        train, validation = with_validation(train, data.validation_share, seed)
+    return replace(splits, train=sample(train, data.train_images, seed), validation=validation)
 
 
 def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tuple[I64, I64]:

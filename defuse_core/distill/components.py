@@ -38,7 +38,7 @@ from defuse_core.distill.mixture import (
 )
 from defuse_core.distill.sources import Sources, count_sources, without_undivided
 from defuse_core.identify import subsample_psi
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 

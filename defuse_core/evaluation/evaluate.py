@@ -33,7 +33,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.tuning_data import held_out_images

@@ -52,7 +52,7 @@ from defuse_core.models import (
     load_vae,
     predict,
 )
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import majority
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (

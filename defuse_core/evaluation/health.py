@@ -40,7 +40,7 @@ from defuse_core.models import (
     predict,
     to_tensor,
 )
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.review.undecided import why_guessing
 from defuse_core.runs import Run
 from defuse_core.seeds import generator

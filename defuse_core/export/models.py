@@ -20,7 +20,7 @@ from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection
 from defuse_core.data import reopen_splits
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, one_line
-from defuse_core.export.writing import expect_writable, replace_file, writing
+from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import as_logits, plain_section, to_range
 from defuse_core.models.programs import SOURCE

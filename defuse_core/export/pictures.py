@@ -25,7 +25,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
-from defuse_core.export.writing import expect_new_folder, filling
+from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images, tuning_images

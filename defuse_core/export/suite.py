@@ -33,7 +33,7 @@ from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError
 from defuse_core.export.models import why_not_corrected
 from defuse_core.export.pictures import load_finished
-from defuse_core.export.writing import expect_new_folder, filling
+from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,
     build_classifier,

@@ -9,6 +9,7 @@ from defuse_core.models.architectures import (
     expect_own_weights,
     import_module,
 )
+from defuse_core.models.checks import check_outputs, expect_trainable
 from defuse_core.models.inference import (
     Decoder,
     accuracy,
@@ -18,20 +19,20 @@ from defuse_core.models.inference import (
     decoder_of,
     encode_images,
     expect_rows,
+    load_classifier,
+    load_pretrained,
+    load_vae,
     logits_of,
     map_batches,
     predict,
     predict_logits,
     predict_probabilities,
-    to_device,
-    to_tensor,
+    read_weights,
+    set_weights,
+    weights_of,
 )
-from defuse_core.models.probe import (
-    check_outputs,
-    expect_trainable,
-    log_classifier,
-    probe_classifier,
-)
+from defuse_core.models.layout import to_device, to_tensor
+from defuse_core.models.probe import log_classifier, probe_classifier
 from defuse_core.models.programs import (
     SelfContainedClassifier,
     copy_for_inference,
@@ -39,11 +40,3 @@ from defuse_core.models.programs import (
     program_of,
 )
 from defuse_core.models.vae import Vae, build_vae, expect_autoencoder, kl_to_prior
-from defuse_core.models.weights import (
-    load_classifier,
-    load_pretrained,
-    load_vae,
-    read_weights,
-    set_weights,
-    weights_of,
-)

@@ -149,12 +149,12 @@ def failure_line(classifier: nn.Module, images: Tensor, error: Exception, otherw
     return f"the classifier fails on images of shape {tuple(images.shape)}: {reason_of(error)}; {remedy}"
 
 
-def reason_of(error: Exception, limit: int = 300) -> str:
+def reason_of(error: Exception) -> str:
     """Return an error's message in one line; of TorchScript's, which quotes the code twice, the last line alone."""
     text = str(error).strip()
     if "TorchScript interpreter" in text or "Traceback of TorchScript" in text:
         text = text.splitlines()[-1]
-    return one_line(text, limit)
+    return one_line(text, 300)
 
 
 def _other_floats(classifier: nn.Module) -> str | None:

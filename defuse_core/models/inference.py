@@ -1,103 +1,161 @@
-"""Apply classifiers and β-VAEs to images and codes in batches, on this process's device."""
+"""Load weights into classifiers and β-VAEs, and apply these in batches, on this process's device.
+
+Weights are arrays, from files, from modules and into them; nothing is unpickled.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F32, I64, Anchors
-from defuse_core.config import DataSection, RunFile
+from defuse_core.artifacts import F32, I64, Anchors, Weights
+from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.device import device
 from defuse_core.errors import ModelError
-from defuse_core.models.vae import Vae
+from defuse_core.models.architectures import ResNet18, build_classifier
+from defuse_core.models.layout import to_device, to_tensor
+from defuse_core.models.programs import SelfContainedClassifier, program_kind, read_file
+from defuse_core.models.vae import Vae, build_vae
 
+log = logging.getLogger("defuse")
+# Keys of training checkpoints, in order of preference.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 NOT_A_NUMBER = -1  # in place of an answer
 
 
-def to_device(module: nn.Module, data: DataSection | None = None) -> nn.Module:
-    """Move `module` to this process's device, in the memory layout in which convolutions are fastest.
+def read_weights(path: Path) -> Weights:
+    """Return the state dict in a .safetensors file, or in a .pt file read with torch's weights-only loader.
 
-    With `data`, which has the size of its images, a network of a user's own is settled as by settle_layout.
+    A state dict below `state_dict` or `model`, and names that begin with `module.`, are found and logged.
     """
-    if device().type == "cpu":
-        for part in module.modules():
-            if isinstance(part, nn.Conv2d) and _overruns(part):
-                part.register_forward_pre_hook(_crop_for_training)
-    module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if data is not None:
-        blank = np.zeros((2, data.channels, data.image_size, data.image_size), np.float32)
-        settle_layout(module, to_tensor(blank))
-    return module
+    tensors = _unwrap(_read_tree(path), path)
+    return {
+        name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items())
+    }
 
 
-def settle_layout(network: nn.Module, images: Tensor) -> None:
-    """Move a classifier or β-VAE back to torch's default layout where its code takes no other; else change nothing.
-
-    Such code is x.view(n, -1) after a convolution. It is looked for with `images`, two or more in the layout of
-    to_device. Any other failure is left to the checks, which name it.
-    """
-    training, entry = network.training, "encode" if isinstance(network, Vae) else "forward"
-    network.eval()
+def _read_tree(path: Path) -> Any:
+    data = read_file(path)
+    if path.suffix == ".safetensors":
+        try:
+            return load_safetensors(data)
+        except SafetensorError as error:
+            raise _no_state_dict(path) from error
+    if program_kind(data) is not None:
+        raise ModelError(
+            f"{path}: expected a state dict, found a network with its code (TorchScript or torch.export); set "
+            "classifier.architecture: program"
+        )
     try:
-        with torch.no_grad():
-            if isinstance(network, Vae):
-                network.decode(network.encode(images)[0])
-            else:
-                network(images)
-    except (Exception, SystemExit) as error:
-        if "view size is not compatible" in str(error):
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            setattr(network, entry, partial(_of_contiguous, getattr(network, entry)))
-    finally:
-        network.train(training)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # on what is no such file, torch's loader raises a dozen kinds of errors
+        if "Unsupported global" in str(error):
+            raise ModelError(
+                f"{path}: expected a state dict of tensors, found pickled Python objects, which are never loaded; save "
+                "torch.save(model.state_dict(), file), or the network with torch.jit.save or torch.export.save"
+            ) from error
+        raise _no_state_dict(path) from error
 
 
-def _of_contiguous(function: Callable[..., Any], images: Tensor, *others: Any, **named: Any) -> Any:
-    return function(images.contiguous(), *others, **named)
+def _unwrap(tree: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(tree, Mapping) and (key := _wrapper(tree)):
+        log.info("%s: the state dict is read from its entry %r", path, key)
+        tree = tree[key]
+    if (
+        not isinstance(tree, Mapping)
+        or not tree
+        or not all(isinstance(value, Tensor) for value in tree.values())
+    ):
+        raise _no_state_dict(path)
+    tensors = dict(tree)
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            log.info("%s: names are read without their prefix %r", path, prefix)
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
-def _overruns(convolution: nn.Conv2d) -> bool:
-    """Whether oneDNN's weight gradient of this convolution can write past the end of its memory on this CPU.
+def _wrapper(tree: Mapping[str, Any]) -> str | None:
+    return next((key for key in WRAPPERS if isinstance(tree.get(key), Mapping)), None)
 
-    That of a 1x1 convolution with a stride does in the layout of to_device, where there are fewer channels than numbers
-    in a vector register, and the stride divides the image (github.com/uxlfoundation/oneDNN/issues/6035). With one
-    channel, or several groups, torch takes another way.
+
+def _no_state_dict(path: Path) -> ModelError:
+    return ModelError(f"{path}: expected a state dict of tensors in safetensors or weights-only form")
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """Return a copy of the module's state as numpy arrays."""
+    return {
+        name: tensor.detach().cpu().contiguous().numpy().copy()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
+    """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
+    expected = module.state_dict()
+    for name, tensor in expected.items():
+        # files of torch before 0.4.1 lack these counts
+        if name not in weights and name.endswith("num_batches_tracked"):
+            weights = weights | {name: np.zeros((), np.int64)}
+        if name not in weights:
+            raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
+        if tuple(weights[name].shape) != tuple(tensor.shape):
+            raise ModelError(
+                f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
+            )
+        if not np.isfinite(weights[name]).all():
+            raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
+    extra = sorted(weights.keys() - expected.keys())
+    if extra:
+        raise ModelError(f"{where}: unexpected {extra[0]}; are these weights of another architecture?")
+    module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+
+
+def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
+    """Load the weights file at `path` into `module`, if one is given; `trained_on` allows a new last layer.
+
+    A self-contained classifier has its weights already.
     """
-    block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    return (
-        convolution.kernel_size == (1, 1)
-        and max(convolution.stride) > 1
-        and convolution.padding in ((0, 0), "valid")
-        and convolution.groups == 1
-        and 1 < convolution.in_channels < block
-    )
+    if path is not None and not isinstance(module, SelfContainedClassifier):
+        weights = read_weights(path)
+        if isinstance(module, ResNet18):
+            weights = module.with_own_names(weights, new_head=trained_on)
+        set_weights(module, weights, str(path))
 
 
-def _crop_for_training(convolution: nn.Conv2d, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return images (..., channels, H, W) without a last row and column that the stride passes over anyway.
-
-    The stride then no longer divides the image, and oneDNN computes the gradient in another, correct way.
-    """
-    if not torch.is_grad_enabled() or not arguments:  # answers stay as they are, to the last bit
-        return arguments
-    images, *others = arguments
-    height, width = (
-        side - (stride > 1 and side % stride == 0)
-        for side, stride in zip(images.shape[-2:], convolution.stride, strict=True)
-    )
-    return images[..., :height, :width], *others
+def load_classifier(
+    spec: RunFile, weights: Weights, classes: int, where: str = "the run's classifier"
+) -> nn.Module:
+    """Return the classifier with `weights`, on this process's device, ready to predict."""
+    plain = spec.with_fields("classifier", imagenet=False)
+    return _ready(build_classifier(plain, classes, weights), spec, weights, where)
 
 
-def to_tensor(images: F32) -> Tensor:
-    """Move (n, channels, H, W) pixels to this process's device, in the memory layout of to_device."""
-    return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
+def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
+    """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
+    vae = build_vae(spec)
+    _ready(vae, spec, weights, where)
+    return vae
+
+
+def _ready(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
+    to_device(module, spec.data).eval()
+    set_weights(module, weights, where)
+    return module
 
 
 def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]

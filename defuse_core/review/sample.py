@@ -28,8 +28,7 @@ from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draws, stacked, wide_draws
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
-from defuse_core.progress import Progress
-from defuse_core.protocols import Call, Compute
+from defuse_core.protocols import Call, Compute, Progress
 from defuse_core.review.verdicts import majority, outcomes, tally
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (

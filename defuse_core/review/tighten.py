@@ -20,8 +20,7 @@ from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
 from defuse_core.intervals import wilson_lower
-from defuse_core.progress import Progress
-from defuse_core.protocols import Compute
+from defuse_core.protocols import Compute, Progress
 from defuse_core.review.sample import Examiner, in_tasks
 from defuse_core.review.verdicts import most_common
 from defuse_core.seeds import generator

@@ -20,8 +20,8 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.probe import CallError
-from defuse_core.progress import Progress
+from defuse_core.models.checks import CallError, ProbabilitiesFound
+from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
 VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
@@ -86,8 +86,8 @@ def _with_outputs(
     """Return the sized classifier, with outputs: probabilities where it returns those."""
     try:
         return _sized(facts, own, asked, progress)
-    except ModelError as error:
-        if own is None or "found probabilities" not in str(error):
+    except ProbabilitiesFound:
+        if own is None:
             raise
     return _sized(facts, own | {"outputs": "probabilities"}, asked, progress)
 
@@ -107,9 +107,9 @@ def _sized(
         images = open_splits(spec.data, spec.seed).train
         try:
             check_outputs(classifier, spec.classifier, images, len(facts.classes))
+        except ProbabilitiesFound:
+            raise
         except ModelError as error:
-            if "found probabilities" in str(error):
-                raise
             errors.append(error)
             continue
         expect_trainable(classifier, images)

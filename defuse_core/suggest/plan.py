@@ -28,7 +28,7 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
-from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Progress, silent
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 
@@ -189,6 +189,7 @@ def _measured(
     to_device(vae)
     reference = to_device(ReferenceCnn(spec.data.image_size, spec.data.channels, channels, 100))
     batch = to_tensor(sample.batch(np.arange(TRIAL_BATCH) % len(sample)))
+    labels = torch.zeros(TRIAL_BATCH, dtype=torch.long, device=device())
     codes = np.zeros((TRIAL_BATCH, spec.vae.latent_dim), np.float32)
 
     def decode() -> None:
@@ -197,10 +198,8 @@ def _measured(
     works: dict[str, Callable[[], None]] = {
         "vae": _step(vae, lambda: vae.decode(vae.encode(batch)[0]).sum()),
         "decode": decode,
-        "classifier": _step(
-            classifier, lambda: F.cross_entropy(classifier.train()(batch), _zeros(len(batch)))
-        ),
-        "reference": _step(reference, lambda: F.cross_entropy(reference(batch), _zeros(len(batch)))),
+        "classifier": _step(classifier, lambda: F.cross_entropy(classifier.train()(batch), labels)),
+        "reference": _step(reference, lambda: F.cross_entropy(reference(batch), labels)),
     }
     rates = {}
     for done, (name, work) in enumerate(works.items(), start=1):
@@ -219,10 +218,6 @@ def _step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], N
         optimizer.step()
 
     return step
-
-
-def _zeros(count: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.long, device=device())
 
 
 def _rate(work: Callable[[], None]) -> float:

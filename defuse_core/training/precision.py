@@ -30,8 +30,7 @@ from defuse_core.models import (
     to_device,
     to_tensor,
 )
-from defuse_core.progress import Progress
-from defuse_core.protocols import Compute
+from defuse_core.protocols import Compute, Progress
 from defuse_core.runs import Run
 from defuse_core.seeds import torch_seed
 from defuse_core.training.reference_models import build_reference

@@ -24,7 +24,7 @@ from defuse_core.models import (
     load_pretrained,
     to_device,
 )
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training.augment import augment

@@ -23,14 +23,13 @@ from scipy.special import expit, log_softmax
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights
-from defuse_core.artifacts.scenarios import rows_of
+from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights, rows_of
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.intervals import auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.seeds import torch_seed
 from defuse_core.watch.scenario_regions import (
     ScenarioRegions,

@@ -49,7 +49,7 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     defuse export digits --to model.onnx --scenarios pictures/
     """
     from defuse_core.export import export_model, export_scenarios
-    from defuse_core.export.writing import expect_new_file
+    from defuse_core.files import expect_new_file
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")

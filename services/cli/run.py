@@ -88,7 +88,7 @@ def init(
     defuse init parts/ --classifier parts.pt2 --minutes 60
     """
     from defuse_core.config import load_run_file
-    from defuse_core.export.writing import expect_new_file, expect_writable, writing
+    from defuse_core.files import expect_new_file, expect_writable, writing
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
     from services.console import ProgressDisplay
 
@@ -108,7 +108,7 @@ def init(
 
 
 def _print_plan(plan: Plan, path: Path) -> None:
-    from defuse_core.suggest.write import describe_accuracy
+    from defuse_core.suggest import describe_accuracy
 
     facts, vae = plan.facts, plan.tree["vae"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
@@ -285,7 +285,7 @@ def _computes_here(where: str, address: str | None) -> bool:
 def _compute(
     where: str, address: str | None, run: Run, display: ProgressDisplay, profile: str | None
 ) -> AbstractContextManager[Compute]:
-    from defuse_core.profiling import Profile
+    from defuse_core.local import Profile
 
     traced = Profile(profile, run.store)
     if where == "local":

@@ -121,7 +121,7 @@ def check_suite(
     Raises InputError where the suite asks nothing.
     """
     from defuse_core.export.suite import load_suite
-    from defuse_core.export.writing import expect_no_own_folder
+    from defuse_core.files import expect_no_own_folder
 
     if (run is None) == (classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
@@ -216,7 +216,7 @@ def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult
     """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
     from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-    from defuse_core.export.writing import writing
+    from defuse_core.files import writing
 
     tests = TestSuite(f"defuse {loaded.description.run}")
     for result in results:

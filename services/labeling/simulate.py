@@ -19,8 +19,7 @@ import numpy as np
 
 from defuse_core.artifacts import I64, Gallery, Votes
 from defuse_core.errors import InputError, RunBusyError, ServiceError
-from defuse_core.progress import Progress
-from defuse_core.protocols import Compute
+from defuse_core.protocols import Compute, Progress
 from defuse_core.runs import Run
 from defuse_core.training.precision import settle_precision
 from defuse_core.training.reference_models import ReferenceAnnotators

@@ -33,7 +33,7 @@ from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.lambda_choice import SMALLER_LAMBDAS
-from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Progress, silent
 from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now

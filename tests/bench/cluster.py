@@ -27,7 +27,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.data import open_splits
 from defuse_core.local import LocalCompute
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 

@@ -21,7 +21,7 @@ from defuse_core.config import Arithmetic, RunFile, load_run_file
 from defuse_core.device import cpu_threads
 from defuse_core.identify import Identifier, draw_noise, encode_posterior
 from defuse_core.models import decoder_at
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore

@@ -48,7 +48,7 @@ from defuse_core.identify import (
     shard_fingerprint,
     subsample_psi,
 )
-from defuse_core.progress import Progress
+from defuse_core.protocols import Progress
 from defuse_core.store import FolderStore
 from tests.cluster.fakes import Tally, Unless
 from tests.sample_components import FIT

@@ -17,7 +17,7 @@ import ray
 from defuse_core.artifacts import I64, Models
 from defuse_core.config import RunFile
 from defuse_core.errors import RunBusyError, StoreError
-from defuse_core.progress import Progress, silent
+from defuse_core.protocols import Progress, silent
 from defuse_core.store import FolderStore, Store
 from defuse_core.train import train_part
 from defuse_core.training.data_parallel import is_first_worker

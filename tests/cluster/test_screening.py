@@ -12,7 +12,7 @@ from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.codec import encode
 from defuse_core.distill.components import distill
 from defuse_core.local import LocalCompute
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_gallery
 from defuse_core.review.tighten import tighten
 from defuse_core.store import FolderStore

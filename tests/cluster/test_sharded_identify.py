@@ -28,7 +28,7 @@ from defuse_core.distill.components import distill
 from defuse_core.errors import ComputeError, DataError, InputError, RunBusyError
 from defuse_core.identify import finished_shards, gather_shards, shard_fingerprint, shard_key
 from defuse_core.models import build_classifier, build_vae, weights_of
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.store import FolderStore, Store
 from tests.cluster.checks import (
     Lines,

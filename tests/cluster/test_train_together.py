@@ -12,7 +12,7 @@ from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError, RunFileError
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
 from tests.cluster.checks import Lines, noted

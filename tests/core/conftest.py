@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Models
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from tests.conftest import tiny
 

@@ -34,7 +34,7 @@ from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import _controls, load_findings, run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_corrections, with_used_anchors
 from defuse_core.runs import Run
 from defuse_core.seeds import generator

@@ -13,8 +13,7 @@ from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
 from defuse_core.lambda_choice import best_rows, collect_sweep
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
-from defuse_core.progress import silent
-from defuse_core.protocols import SweepRequest
+from defuse_core.protocols import SweepRequest, silent
 from defuse_core.store import FolderStore
 from defuse_core.training.augment import random_affine
 from defuse_core.training.loop import cycle, train_step

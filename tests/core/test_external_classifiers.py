@@ -19,7 +19,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.models import load_classifier, predict, read_weights, weights_of
 from defuse_core.models.programs import load_program, open_transformers
 from defuse_core.pipeline import run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train

@@ -13,7 +13,7 @@ from defuse_core.config import RunFile
 from defuse_core.correct import fine_tune, score
 from defuse_core.lambda_choice import best_rows, collect_sweep
 from defuse_core.models import accuracy, load_classifier
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.tuning_data import load_clean_images, load_fine_tuning_data
 from tests.conftest import tiny
 

@@ -24,7 +24,7 @@ from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import load_findings, run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.review.sample import in_tasks
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore

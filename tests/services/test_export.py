@@ -24,9 +24,9 @@ from defuse_core.export import export_model, export_scenarios, pictures
 from defuse_core.export.models import corrected_classifier, plain_weights
 from defuse_core.export.pictures import folder_names
 from defuse_core.export.suite import load_suite, save_suite
-from defuse_core.export.writing import filling
+from defuse_core.files import filling
 from defuse_core.models import build_classifier, weights_of
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train

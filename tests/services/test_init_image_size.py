@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from defuse_core.data import Images
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import DataError
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
 from defuse_core.suggest.image_size import _accuracy, fit_image_size
 from defuse_core.suggest.plan import Speeds

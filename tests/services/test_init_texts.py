@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
-from defuse_core.suggest.write import _comment, _commented
+from defuse_core.suggest import _comment, _commented
 from tests.e2e.test_cli import call, one_line
 
 

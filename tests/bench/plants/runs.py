@@ -40,7 +40,7 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.pipeline import run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.report.build import seen_in_training_images
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import ReachedStep, Run

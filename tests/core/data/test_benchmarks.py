@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from defuse_core.data import PictureFiles, open_splits
 from defuse_core.data.benchmarks import SIGNS
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.tuning_data import load_clean_images
 from tests.conftest import tiny
 

@@ -25,7 +25,7 @@ from defuse_core.distill.components import (
 from defuse_core.distill.mixture import FittedMixture
 from defuse_core.distill.sources import Sources
 from defuse_core.identify import save_shard
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from tests.conftest import recommended, tiny
 from tests.sample_components import sample_failures

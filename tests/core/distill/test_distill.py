@@ -9,7 +9,7 @@ from defuse_core.distill.components import fit_all, fit_cells
 from defuse_core.distill.draws import gaussian_codes
 from defuse_core.distill.sources import Sources, certain_error, certain_error_of, count_sources
 from defuse_core.intervals import exact_lower
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from tests.sample_components import sample_failures
 
 

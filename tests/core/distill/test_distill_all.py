@@ -26,7 +26,7 @@ from defuse_core.errors import RunFileError
 from defuse_core.identify import save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import _scenarios
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
 from tests.sample_components import sample_failures

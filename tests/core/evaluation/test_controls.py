@@ -26,7 +26,7 @@ from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import spread_of

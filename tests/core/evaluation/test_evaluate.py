@@ -25,7 +25,7 @@ from defuse_core.evaluation.evaluate import (
 )
 from defuse_core.identify import gather_shards, save_shard
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from tests.sample_components import sample_failures, sample_scenarios

@@ -34,7 +34,7 @@ from defuse_core.evaluation.evidence import (
 )
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card

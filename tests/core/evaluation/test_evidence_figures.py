@@ -16,7 +16,7 @@ from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, model_probabilities
 from defuse_core.tuning_data import held_out_images

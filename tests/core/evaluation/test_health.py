@@ -24,7 +24,7 @@ from defuse_core.evaluation.health import (
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import run_defuse
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore

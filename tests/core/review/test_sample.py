@@ -17,7 +17,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.local import LocalCompute
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.review import sample
 from defuse_core.review.sample import (
     filter_corrections,

@@ -9,7 +9,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Gallery, Scena
 from defuse_core.distill.draws import Draws, distances_from
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.review.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.training.reference_models import load_reference_models, model_probabilities, votes_of_models

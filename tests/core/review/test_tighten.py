@@ -7,8 +7,7 @@ from scipy import stats
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Anchors, ComponentFailures, Scenarios
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.local import LocalCompute
-from defuse_core.progress import silent
-from defuse_core.protocols import Call
+from defuse_core.protocols import Call, silent
 from defuse_core.review.tighten import TAUS, find_taus, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import tiny

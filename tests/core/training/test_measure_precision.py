@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from defuse_core.errors import DataError
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.training import precision
 from tests.conftest import tiny
 

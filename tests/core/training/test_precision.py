@@ -17,11 +17,9 @@ from defuse_core.data.images import PictureFiles
 from defuse_core.device import autocast
 from defuse_core.errors import ModelError
 from defuse_core.identify import Identifier
-from defuse_core.local import LocalCompute
+from defuse_core.local import LocalCompute, Profile
 from defuse_core.models import accuracy, load_classifier, to_tensor
-from defuse_core.profiling import Profile
-from defuse_core.progress import silent
-from defuse_core.protocols import Call
+from defuse_core.protocols import Call, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training import batches, loop, precision

@@ -9,7 +9,7 @@ from defuse_core.data import Images, Splits, open_splits
 from defuse_core.errors import DataError, ModelError
 from defuse_core.local import LocalCompute
 from defuse_core.models import ReferenceCnn, ResidualNet, ResNet18, predict_probabilities
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (

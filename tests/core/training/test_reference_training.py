@@ -15,7 +15,7 @@ from defuse_core.data import open_splits
 from defuse_core.errors import ModelError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training import reference_models as module

@@ -19,7 +19,7 @@ from defuse_core.models import (
     to_device,
     to_tensor,
 )
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import _expect_validation, train, train_side_by_side

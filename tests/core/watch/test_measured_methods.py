@@ -14,7 +14,7 @@ from defuse_core.codec import encode
 from defuse_core.config import ServeSection
 from defuse_core.data import Images, open_splits
 from defuse_core.models import load_classifier, load_vae, predict
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.watch import failure_detector, scenario_regions
 from defuse_core.watch.failure_detector import (
     METHODS,

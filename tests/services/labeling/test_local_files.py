@@ -14,7 +14,7 @@ import pytest
 from label_studio_live import digits_gallery, review_run
 
 from defuse_core.errors import InputError, ServiceError
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from services.labeling.local_server import (
     VERSIONS,
     Installation,

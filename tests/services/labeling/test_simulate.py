@@ -12,7 +12,7 @@ from defuse_core.artifacts import MeasuredPrecision, ReferenceSet, Votes
 from defuse_core.codec import encode
 from defuse_core.errors import InputError, RunBusyError
 from defuse_core.local import LocalCompute
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling.simulate import _answer_queue, _votes_of_models, simulate

@@ -20,7 +20,7 @@ from synthetic_runs import (
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Splits, open_splits
-from defuse_core.progress import silent
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
