@@ -45,7 +45,6 @@ from defuse_core.models import (
     load_program,
     map_batches,
     program_of,
-    to_tensor,
 )
 from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
@@ -391,8 +390,8 @@ def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Images) ->
 
 
 def _logits(net: nn.Module, images: Images, rows: slice) -> Tensor:
-    batch = to_tensor(images.batch(rows))
+    batch = torch.from_numpy(images.batch(rows)).to(device())  # in the layout that the user's code may expect
     try:
-        return find_logits(net(batch))[0]
+        return find_logits(net(batch))[0].float()
     except Exception as error:
         raise classifier_failure(net, batch, error) from error

@@ -113,7 +113,7 @@ def discoveries(p_values: F64, false_discovery_rate: float) -> Bool:
 
     if not len(p_values):
         return np.zeros(0, np.bool_)
-    found: Bool = false_discovery_control(p_values) <= false_discovery_rate
+    found: Bool = false_discovery_control(p_values) <= false_discovery_rate + ROUNDING
     return found
 
 

@@ -9,6 +9,7 @@ from defuse_core.models.architectures import (
     expect_own_weights,
     import_module,
 )
+from defuse_core.models.checks import check_outputs, expect_trainable
 from defuse_core.models.inference import (
     Decoder,
     accuracy,
@@ -28,16 +29,10 @@ from defuse_core.models.inference import (
     predict_probabilities,
     read_weights,
     set_weights,
-    to_device,
-    to_tensor,
     weights_of,
 )
-from defuse_core.models.probe import (
-    check_outputs,
-    expect_trainable,
-    log_classifier,
-    probe_classifier,
-)
+from defuse_core.models.layout import to_device, to_tensor
+from defuse_core.models.probe import log_classifier, probe_classifier
 from defuse_core.models.programs import (
     SelfContainedClassifier,
     copy_for_inference,

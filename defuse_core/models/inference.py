@@ -24,6 +24,7 @@ from defuse_core.data import Images
 from defuse_core.device import device
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import ResNet18, build_classifier
+from defuse_core.models.layout import to_device, to_tensor
 from defuse_core.models.programs import SelfContainedClassifier, program_kind, read_file
 from defuse_core.models.vae import Vae, build_vae
 
@@ -141,65 +142,20 @@ def load_classifier(
 ) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
     plain = spec.with_fields("classifier", imagenet=False)
-    return _ready(build_classifier(plain, classes, weights), weights, where)
+    return _ready(build_classifier(plain, classes, weights), spec, weights, where)
 
 
 def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
     """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
     vae = build_vae(spec)
-    _ready(vae, weights, where)
+    _ready(vae, spec, weights, where)
     return vae
 
 
-def _ready(module: nn.Module, weights: Weights, where: str) -> nn.Module:
+def _ready(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
+    to_device(module, spec.data).eval()
     set_weights(module, weights, where)
-    return to_device(module).eval()
-
-
-def to_device(module: nn.Module) -> nn.Module:
-    """Move `module` to this process's device, in the memory layout in which convolutions are fastest."""
-    if device().type == "cpu":
-        for part in module.modules():
-            if isinstance(part, nn.Conv2d) and _overruns(part):
-                part.register_forward_pre_hook(_crop_for_training)
-    return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _overruns(convolution: nn.Conv2d) -> bool:
-    """Whether oneDNN's weight gradient of this convolution can write past the end of its memory on this CPU.
-
-    That of a 1x1 convolution with a stride does in the layout of to_device, where there are fewer channels than numbers
-    in a vector register, and the stride divides the image (github.com/uxlfoundation/oneDNN/issues/6035). With one
-    channel, or several groups, torch takes another way.
-    """
-    block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    return (
-        convolution.kernel_size == (1, 1)
-        and max(convolution.stride) > 1
-        and convolution.padding in ((0, 0), "valid")
-        and convolution.groups == 1
-        and 1 < convolution.in_channels < block
-    )
-
-
-def _crop_for_training(convolution: nn.Conv2d, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return images (..., channels, H, W) without a last row and column that the stride passes over anyway.
-
-    The stride then no longer divides the image, and oneDNN computes the gradient in another, correct way.
-    """
-    if not torch.is_grad_enabled() or not arguments:  # answers stay as they are, to the last bit
-        return arguments
-    images, *others = arguments
-    height, width = (
-        side - (stride > 1 and side % stride == 0)
-        for side, stride in zip(images.shape[-2:], convolution.stride, strict=True)
-    )
-    return images[..., :height, :width], *others
-
-
-def to_tensor(images: F32) -> Tensor:
-    """Move (n, channels, H, W) pixels to this process's device, in the memory layout of to_device."""
-    return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -208,7 +164,7 @@ def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int
     Raises ModelError where the function returns more or fewer rows than it was given.
     """
     parts = []
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode marks what a network keeps, which then fails in its fine-tuning
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             parts.append(function(rows).cpu().numpy())

@@ -135,7 +135,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     """
     net = copy_for_inference(module)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # what it keeps from this call is traced below, with gradients
             net(images)
     except Exception as error:
         raise classifier_failure(net, images, error) from error

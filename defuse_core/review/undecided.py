@@ -95,8 +95,11 @@ def guesses(balanced_accuracy: float, classes: int) -> bool:
     """Whether a classifier is hardly better than one that does not look at the images, which are of `classes` classes.
 
     `balanced_accuracy`, on images unseen before, is the mean over the classes of the share that is right: at most
-    1/classes for all answers that do not depend on the image, such as the most frequent class.
+    1/classes for all answers that do not depend on the image, such as the most frequent class. Images of one class
+    tell nothing: False.
     """
+    if classes < 2:
+        return False
     chance = 1 / classes
     return balanced_accuracy < 2 * chance and balanced_accuracy - chance < LEAST_SKILL * (1 - chance)
 

@@ -383,8 +383,9 @@ def load_reference_models(
     models = []
     for number, weights in enumerate(found.models):
         model = build_reference(spec, section, classes)
+        to_device(model, spec.data).eval()
         set_weights(model, weights, f"model {number + 1} of the set")
-        models.append(to_device(model).eval())
+        models.append(model)
     return models
 
 

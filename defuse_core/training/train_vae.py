@@ -73,7 +73,8 @@ def train_vae(
     """
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
-    trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
+    to_device(vae, spec.data)
+    trained = vae if head is None else nn.ModuleDict({"vae": vae, "head": to_device(head)})
     optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for guide in guides:

@@ -242,7 +242,7 @@ def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
     found = (models.classes, data.image_size, data.channels)
     if found != (asked.classes, asked.image_size, asked.channels):
         raise InputError(f"run {name}: its classes or images are not those of the suite (run {asked.run})")
-    return to_device(classifier)
+    return to_device(classifier, data)
 
 
 def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:

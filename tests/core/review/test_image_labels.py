@@ -7,6 +7,7 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
 from defuse_core.config.base import fewest_units
+from defuse_core.intervals import significantly_over
 from defuse_core.review.consensus import crowdlab_consensus
 from defuse_core.review.verdicts import (
     decide_verdicts,
@@ -95,7 +96,16 @@ def test_only_a_lower_bound_has_a_rate_and_only_models_decide_twice():
 
 @pytest.mark.parametrize(("rho", "max_false"), [(0.0, 0.05), (0.1, 0.5), (0.5, 0.05), (0.9, 0.05)])
 def test_the_fewest_units_are_the_first_number_of_which_all_fail_by_chance_rarely_enough(rho, max_false):
-    assert fewest_units(rho, max_false) == next(n for n in range(1, 99) if rho**n <= max_false)
+    assert fewest_units(rho, max_false) == next(n for n in range(1, 99) if rho**n <= max_false * (1 + 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("rho", "max_false"), [(0.2, 0.04), (0.1, 0.01), (0.1, 0.0001), (0.2, 0.0016), (0.5, 0.05)]
+)
+def test_the_fewest_units_are_accepted_where_all_fail_and_one_fewer_is_not(rho, max_false):
+    units = np.array([fewest_units(rho, max_false)])
+    assert significantly_over(units, units, rho, max_false).all()
+    assert not significantly_over(units - 1, units - 1, rho, max_false).any()
 
 
 def test_an_annotator_who_never_chose_a_class_changes_no_label():

@@ -19,8 +19,8 @@ from defuse_core.artifacts import (
 )
 from defuse_core.distill.sources import UNDIVIDED
 from defuse_core.report.build import build_report
-from defuse_core.report.notices import caveats, headline
-from defuse_core.review.undecided import why_undecided
+from defuse_core.report.notices import caveats, hardly_better_than_guessing, headline
+from defuse_core.review.undecided import why_guessing, why_undecided
 from tests.sample_components import FIT
 
 COUNT = 4
@@ -379,3 +379,17 @@ def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
     known = {"models": models, "references": None, "psi": None, "scenarios": None}
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
     assert text is not None and "on 2.5% on average over their 40 classes" in text
+
+
+def test_images_of_a_single_class_do_not_tell_a_guess(tmp_path):
+    found, _ = sample_findings(COUNT, 0)
+    right = np.full(len(found.models.classes), np.nan)
+    right[1] = 0.98
+    models = dataclasses.replace(fit(found.models), class_accuracy={"test": right})
+    assert why_guessing(models) is None
+    report = report_of(sample_findings(COUNT, 1), tmp_path)
+    seen = [
+        row.model_copy(update={"images": 50 if row is report.per_class[1] else 0}) for row in report.per_class
+    ]
+    shares = report.run.model_copy(update={"balanced_accuracy": {"test": 0.98}})
+    assert hardly_better_than_guessing(report.model_copy(update={"run": shares, "per_class": seen})) is None
