@@ -34,6 +34,10 @@ from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure
 
+OTHER_WAY = (
+    "name its factory and its weights in settings instead "
+    "(classifier.architecture: custom, import_path, weights)"
+)
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
@@ -119,9 +123,12 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
 
 
 def copy_for_inference(module: nn.Module) -> nn.Module:
-    """Return a copy of the module on the CPU in eval mode."""
+    """Return a copy of the module on the CPU in eval mode. Raises ModelError where it holds what cannot be copied."""
     if not isinstance(module, torch.jit.ScriptModule):
-        return copy.deepcopy(module).cpu().eval()
+        try:
+            return copy.deepcopy(module).cpu().eval()
+        except Exception as error:  # of any object that the module holds
+            raise ModelError(f"the classifier cannot be copied ({one_line(error)}); {OTHER_WAY}") from error
     out = io.BytesIO()
     torch.jit.save(module, out)
     return _load_script(out.getvalue()).eval()
@@ -150,8 +157,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=shapes, strict=False), out)
     except Exception as error:  # torch's exporter raises a dozen kinds of errors
         raise ModelError(
-            f"torch.export cannot follow the classifier's code ({one_line(error)}); name its factory and its "
-            "weights in settings instead (classifier.architecture: custom, import_path, weights)"
+            f"torch.export cannot follow the classifier's code ({one_line(error)}); {OTHER_WAY}"
         ) from error
     return out.getvalue()
 
