@@ -60,6 +60,8 @@ def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
         remedy = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
     elif found[:1] != (images,):
         remedy = "let it return one row for each image, in batches of any size"
+    elif found[1:2] == (classes,) and logits.numel() == images * classes:
+        remedy = "return logits.flatten(1)"
     else:
         remedy = f"the data set has {classes} classes, so let it return {classes} logits for each image"
     raise ModelError(
@@ -74,9 +76,11 @@ def expect_trainable(classifier: nn.Module, images: Images) -> None:
     """
     parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     if not parameters:
+        remedy = "call requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
+        if not list(classifier.parameters()):
+            remedy = "it has none at all; save it without torch.jit.freeze, which makes constants of them"
         raise ModelError(
-            "the classifier: expected parameters to fine-tune, found none that requires a gradient; call "
-            "requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
+            f"the classifier: expected parameters to fine-tune, found none that requires a gradient; {remedy}"
         )
     batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
     if _has_gradient(classifier.eval(), batch, parameters):

@@ -169,9 +169,17 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
         ),
         (
             lambda root: save_picture(root / "train/fox/0.png", noise(1, SIZE, SIZE, 3)[0]),
-            "validation: expected the class folders of train, but fox is only in train",
+            "validation: expected the class folders of train, but fox is only in train; add it, empty if there are",
         ),
         (lambda root: (root / "train").rename(root / "training"), "train: expected a folder"),
+        (
+            lambda root: shutil.rmtree(root / "test/dog"),
+            "test: expected the class folders of train, but dog is only in train; add it, empty",
+        ),
+        (
+            lambda root: [shutil.rmtree(root / "test" / name) for name in ("cat", "dog")],
+            "as in train, found none; sort the images into such folders, or rename this one if their classes are",
+        ),
         (
             lambda root: [f.unlink() for f in (root / "train/cat").iterdir()],
             "train/cat: expected images of this class",
