@@ -36,7 +36,7 @@ class CallError(ModelError):
     """The classifier's code fails on images; those of another size may be what it takes."""
 
 
-class ProbabilitiesFound(ModelError):  # noqa: N818 - what it is, and no fault of the classifier
+class ProbabilitiesError(ModelError):
     """The classifier returns probabilities, and classifier.outputs does not say so."""
 
 
@@ -167,7 +167,7 @@ def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tenso
     sums = values.sum(dim=1)
     probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":
-        raise ProbabilitiesFound(
+        raise ProbabilitiesError(
             "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
             "probabilities, or return what its softmax is given"
         )

@@ -28,16 +28,7 @@ from defuse_core.models import (
 from defuse_core.protocols import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.training.augment import augment
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.data_parallel import (
-    MinibatchPart,
-    averaged,
-    drawn_normal,
-    seed_dropout,
-    worker_minibatches,
-)
-from defuse_core.training.loop import (
+from defuse_core.training import (
     Adam,
     Losses,
     Optimizer,
@@ -46,6 +37,15 @@ from defuse_core.training.loop import (
     minibatches,
     set_learning_rate,
     train_step,
+)
+from defuse_core.training.augment import augment
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.data_parallel import (
+    MinibatchPart,
+    averaged,
+    drawn_normal,
+    seed_dropout,
+    worker_minibatches,
 )
 
 log = logging.getLogger("defuse")

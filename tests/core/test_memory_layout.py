@@ -28,10 +28,10 @@ from defuse_core.models import (
 )
 from defuse_core.pipeline import run_defuse
 from defuse_core.runs import Run
-from defuse_core.stacked import _why_not_stacked
 from defuse_core.store import FolderStore
 from defuse_core.training.precision import measure_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.trials import _why_not_stacked
 from tests.conftest import recommended, tiny
 
 HERE = "tests.core.test_memory_layout"
