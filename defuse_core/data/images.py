@@ -217,6 +217,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def unit(self) -> I64:
+        """(N,) the track of each image, or its row where images have no tracks."""
+        return np.arange(len(self)) if self.tracks is None else self.tracks
+
     def batch(self, rows: slice | I64 = slice(None)) -> F32:
         """Return some images, or all, (n, channels, H, W) in [0, 1], as a new, contiguous and writable array."""
         raw = self.pixels[rows]
