@@ -37,7 +37,7 @@ from cluster.resources import (
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import ResourcesSection, RunFile
-from defuse_core.correct import finished_trials, nothing_to_tune
+from defuse_core.correct import collect_sweep, nothing_to_tune
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
     finished_shards,
@@ -46,11 +46,11 @@ from defuse_core.identify import (
     shard_count,
     shard_fingerprint,
 )
-from defuse_core.lambda_choice import collect_sweep
 from defuse_core.local import UNTRACED, Profile
 from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
+from defuse_core.trials import finished_trials
 from defuse_core.tuning_data import decode_scenario_images, load_clean_images
 
 if TYPE_CHECKING:

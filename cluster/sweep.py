@@ -20,12 +20,19 @@ from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
-from defuse_core.correct import finished_trials, is_trial_failure, trial_key
 from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.local import UNTRACED, Profile
 from defuse_core.protocols import Progress, SweepRequest
-from defuse_core.stacked import names_of, run_stack, stacks_of, trace_name
 from defuse_core.store import SHARED_STORE, Store
+from defuse_core.trials import (
+    finished_trials,
+    is_trial_failure,
+    names_of,
+    run_stack,
+    stacks_of,
+    trace_name,
+    trial_key,
+)
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")

@@ -1,10 +1,13 @@
-"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ."""
+"""§3.2.3: fine-tune f on L(D) + λ·CE(D_f), once per λ; and the rule of choice (section `correct`).
+
+The rule says which epoch of each λ, and then which λ, corrects the classifier.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -12,28 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import (
-    I64,
-    Bool,
-    Corrections,
-    Models,
-    SweepRow,
-    Trial,
-    Weights,
-)
-from defuse_core.codec import decode, encode
-from defuse_core.config import RunFile
+from defuse_core.artifacts import I64, Bool, Corrections, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
+from defuse_core.config import CorrectSection, RunFile
 from defuse_core.data import Images, Splits
-from defuse_core.device import autocast, cpu_threads, is_out_of_memory
-from defuse_core.errors import DamagedError, DefuseError, ModelError, StoreError
-from defuse_core.intervals import certain_loss
-from defuse_core.lambda_choice import after_epoch, may_be_picked
+from defuse_core.device import autocast, cpu_threads
+from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.intervals import ROUNDING, certain_loss
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
-from defuse_core.store import Store
-from defuse_core.training.augment import random_affine
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.loop import (
+from defuse_core.training import (
     Adam,
     Losses,
     Optimizer,
@@ -44,10 +34,14 @@ from defuse_core.training.loop import (
     set_learning_rate,
     train_step,
 )
+from defuse_core.training.augment import random_affine
+from defuse_core.training.batches import DeviceImages
 from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
+EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
+SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
 
 
 class TuningSteps:
@@ -210,76 +204,150 @@ def _units_of_each(images: Images, classes: int) -> I64:
     return np.bincount(labels, minlength=classes)
 
 
-def trial_key(lam: float) -> str:
-    """Return the key of a trial in the store of its sweep."""
-    return f"lam-{lam!r}.safetensors"
-
-
-def run_trial(
-    spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
-) -> Iterator[Trial]:
-    """Yield the trial of one λ after each epoch, once `store` holds it; continues the one that is stored there.
-
-    Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
-    """
-    stored = read_trial(store, lam)
-    if stored is not None and stored.done:
-        yield stored
-        return
-    for trial in fine_tune(spec, models, tuning, lam, stored):
-        write_trial(store, trial)
-        yield trial
-
-
-def write_trial(store: Store, trial: Trial) -> None:
-    """Store the trial, unless the store holds as many epochs of its λ or more."""
-    unless = partial(_has_epochs, trial.lam, len(trial.rows))
-    store.write(trial_key(trial.lam), encode(trial), unless=unless)
-
-
-def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
-    """Return the trials in `store` that are done, by λ."""
-    stored = {lam: read_trial(store, lam) for lam in spec.correct.lambdas}
-    return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
-
-
-def read_trial(store: Store, lam: float) -> Trial | None:
-    """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
-    key = trial_key(lam)
-    if not store.exists(key):
-        return None
-    data = store.read(key)
-    try:
-        return _decode_trial(lam, data, f"{store.address}/{key}")
-    except StoreError as error:
-        log.warning("correct: %s", error)
-        return None
-
-
-def _decode_trial(lam: float, data: bytes, where: str) -> Trial:
-    remedy = "the trial begins again"
-    trial = decode(Trial, data, where, remedy)
-    if trial.lam != lam:
-        raise DamagedError(
-            f"{where}: expected the trial of λ = {lam:g}, found that of λ = {trial.lam:g}; {remedy}"
-        )
-    return trial
-
-
-def _has_epochs(lam: float, epochs: int, data: bytes) -> bool:
-    """Whether `data` is the trial of λ after so many epochs or more."""
-    try:
-        return len(_decode_trial(lam, data, trial_key(lam)).rows) >= epochs
-    except StoreError:
-        return False
-
-
 def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
     """Return whether D_f is empty: no scenario was accepted, or no reviewed image is misclassified."""
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
-def is_trial_failure(error: BaseException) -> bool:
-    """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
-    machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error)
-    return isinstance(error, ModelError) or not machines
+def may_be_picked(section: CorrectSection, epoch: int) -> bool:
+    """Whether the rule of choice may pick the epoch, or section `correct` asks what each epoch loses."""
+    last_alone = section.schedule == "one_cycle" or section.choose_by == "last"
+    return epoch == section.epochs or not last_alone or section.stop_at_loss is not None
+
+
+def after_epoch(
+    spec: RunFile, models: Models, trial: Trial, row: SweepRow, weights: Weights, moments: Weights
+) -> Trial:
+    """Return the trial with one more epoch, which `row` scores and after which the rest is the state of training."""
+    rows, best, best_epoch = (*trial.rows, row), trial.best, trial.best_epoch
+    if row.is_scored and (
+        not best_epoch or _rank(spec, models, row) > _rank(spec, models, rows[best_epoch - 1])
+    ):
+        best, best_epoch = weights, row.epoch
+    epochs, hopeless = spec.correct.epochs, _is_hopeless(spec, models, row)
+    if hopeless and row.epoch < epochs:
+        log.info("correct: λ = %g is given up after epoch %d of %d", trial.lam, row.epoch, epochs)
+    done = hopeless or row.epoch == epochs
+    state = ({}, {}) if done else (weights, moments)
+    return Trial(trial.lam, rows, *state, best, best_epoch, done)
+
+
+def collect_sweep(
+    spec: RunFile,
+    models: Models,
+    trials: Sequence[Trial],
+    failures: Mapping[float, DefuseError] | None = None,
+    *,
+    comparison: str = "",
+) -> Sweep:
+    """Return the sweep with the weights that the rule of choice picks over all λ; the smaller λ of equals.
+
+    Nothing is picked where no λ keeps the clean accuracy within correct.max_loss and max_class_loss (choose_by tune).
+    `comparison` is what the trials are, such as the baseline, where the correction is only compared with them.
+    `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
+    failed, unless they are a comparison, which is left out then.
+    """
+    failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
+    whose = f" of {comparison}" if comparison else ""
+    for each in failed:
+        log.warning("correct: the trial%s with λ = %g failed for good: %s", whose, each.lam, each.cause)
+    if failures and not trials and not comparison:
+        kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
+        raise kind(f"correct: every trial{whose} failed; λ = {failed[0].lam:g}: {failed[0].cause}")
+    for trial in trials:
+        if not trial.done:
+            raise ComputeError(
+                f"correct: expected a finished trial with λ = {trial.lam:g}, found {len(trial.rows)} of "
+                f"{spec.correct.epochs} epochs; run again to continue it"
+            )
+    ordered = sorted(trials, key=lambda trial: trial.lam)
+    rows = tuple(row for trial in ordered for row in trial.rows)
+    if not ordered:
+        return Sweep(rows, None, {}, failed)
+    best = _best_trial(spec, models, ordered)
+    chosen = best.rows[best.best_epoch - 1]
+    if not _is_allowed(spec, models, chosen):
+        log.warning(
+            "correct: %s, since every λ loses more than correct.max_loss = %g of the clean accuracy, or more than %g "
+            "of that of a class (correct.max_class_loss)%s",
+            f"{comparison} has no result" if comparison else "NOTHING IS CHOSEN",
+            spec.correct.max_loss,
+            spec.correct.class_loss_allowed,
+            "" if comparison else f"; {SMALLER_LAMBDAS}",
+        )
+        return Sweep(rows, None, {}, failed)
+    return Sweep(rows, chosen, best.best, failed)
+
+
+def best_rows(spec: RunFile, models: Models, rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """Return for each λ, ascending, the row of the epoch that the rule of choice picks; the earlier of equals."""
+    by_lam: dict[float, list[SweepRow]] = {}
+    for row in rows:
+        if row.is_scored:
+            by_lam.setdefault(row.lam, []).append(row)
+    return [max(by_lam[lam], key=lambda row: _rank(spec, models, row)) for lam in sorted(by_lam)]
+
+
+def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
+    """Return what the rule of choice maximises over the epochs of a λ. Held-out scenario and test images play no part.
+
+    choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
+    An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
+    """
+    if spec.correct.choose_by == "last":
+        return (row.epoch,)
+    epoch = row.epoch if spec.correct.schedule == "one_cycle" else 0
+    if spec.correct.choose_by != "tune":
+        return (epoch, getattr(row, spec.correct.choose_by))
+    if not _is_allowed(spec, models, row):
+        return (epoch, 0.0, _clean(row), _tune(row))
+    return (epoch, 1.0, round(_tune(row), 2), _clean(row), _tune(row))
+
+
+def _best_trial(spec: RunFile, models: Models, trials: Sequence[Trial]) -> Trial:
+    """Return the trial that the rule of choice picks by the best epoch of each; the first of equals.
+
+    choose_by tune: of the λ whose tune accuracy is within EQUAL_TUNE of the highest, the one of highest clean accuracy.
+    """
+
+    def best_row(trial: Trial) -> SweepRow:
+        return trial.rows[trial.best_epoch - 1]
+
+    allowed = [trial for trial in trials if _is_allowed(spec, models, best_row(trial))]
+    if spec.correct.choose_by != "tune" or not allowed:
+        return max(trials, key=lambda trial: _rank(spec, models, best_row(trial)))
+    enough = max(_tune(best_row(trial)) for trial in allowed) - EQUAL_TUNE - ROUNDING
+    as_good = [trial for trial in allowed if _tune(best_row(trial)) >= enough]
+    return max(as_good, key=lambda trial: (_clean(best_row(trial)), _tune(best_row(trial))))
+
+
+def _clean(row: SweepRow) -> float:
+    """Return the accuracy on images that no scenario is drawn from: validation, or train without one."""
+    found = row.train if row.validation is None else row.validation
+    assert found is not None  # the row is scored
+    return found
+
+
+def _tune(row: SweepRow) -> float:
+    assert row.tune is not None  # the row is scored
+    return row.tune
+
+
+def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
+    """Whether the rule of choice may pick the row: choose_by tune bounds the loss, over all classes and of each."""
+    if spec.correct.choose_by != "tune":
+        return True
+    of_a_class = row.class_loss > spec.correct.class_loss_allowed + ROUNDING
+    return not (of_a_class or _loses_more(models, row, spec.correct.max_loss))
+
+
+def _is_hopeless(spec: RunFile, models: Models, row: SweepRow) -> bool:
+    """Whether λ is given up after the epoch of the row. Other trials play no part, so that results stay the same."""
+    limit = spec.correct.stop_at_loss
+    return limit is not None and _loses_more(models, row, limit)
+
+
+def _loses_more(models: Models, row: SweepRow, limit: float) -> bool:
+    """Whether more clean accuracy is lost (validation, or train without one) than `limit`, a fraction of 1."""
+    split = "train" if row.validation is None else "validation"
+    return models.accuracy[split] - _clean(row) > limit + ROUNDING

@@ -22,14 +22,13 @@ from torch.profiler import ProfilerActivity
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import is_trial_failure, nothing_to_tune
+from defuse_core.correct import collect_sweep, nothing_to_tune
 from defuse_core.device import is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
-from defuse_core.lambda_choice import collect_sweep
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
-from defuse_core.stacked import names_of, run_stack, stacks_of, trace_name
 from defuse_core.store import Store
+from defuse_core.trials import is_trial_failure, names_of, run_stack, stacks_of, trace_name
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 
 log = logging.getLogger("defuse")

@@ -116,10 +116,8 @@ def sample(train: Images, limit: int | None, seed: int) -> Images:
     if limit is None or limit >= len(train):
         return train
     rng = generator(seed, "split", "sample")
-    if train.tracks is None:
-        return train.take(np.sort(mixed_order(train.labels, rng)[:limit]))
     _, first, track, frames = np.unique(
-        train.tracks, return_index=True, return_inverse=True, return_counts=True
+        train.unit, return_index=True, return_inverse=True, return_counts=True
     )
     order = mixed_order(train.labels[first], rng)
     fitting = max(1, int(np.searchsorted(np.cumsum(frames[order]), limit, side="right")))

@@ -1,6 +1,6 @@
 """The models of a run: architectures, weights, and inference in batches."""
 
-from defuse_core.models.adapters import EXTERNAL, classifier_failure
+from defuse_core.models.adapters import EXTERNAL, classifier_failure, expect_full_precision
 from defuse_core.models.architectures import (
     ReferenceCnn,
     ResidualNet,
@@ -28,6 +28,7 @@ from defuse_core.models.inference import (
     predict_logits,
     predict_probabilities,
     read_weights,
+    ready,
     set_weights,
     weights_of,
 )

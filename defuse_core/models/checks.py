@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,30 @@ from defuse_core.config import ClassifierSection
 from defuse_core.data import Images
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import ModelError
-from defuse_core.models.adapters import EXTERNAL, failure_line, find_logits, raw_output, reason_of
+from defuse_core.models.adapters import (
+    EXTERNAL,
+    expect_full_precision,
+    failure_line,
+    find_logits,
+    raw_output,
+    reason_of,
+)
 from defuse_core.models.layout import settle_layout, to_tensor
 from defuse_core.models.vae import gradients_of
 
 log = logging.getLogger("defuse")
 BATCH = 8  # images of the check of outputs
+SAME_IN_TRAINING = (
+    "let its forward take images alone and return the logits in train mode as in eval mode, or give the network by "
+    "torch.export.save, which keeps it in eval mode"
+)
 
 
 class CallError(ModelError):
     """The classifier's code fails on images; those of another size may be what it takes."""
 
 
-class ProbabilitiesFound(ModelError):  # noqa: N818 - what it is, and no fault of the classifier
+class ProbabilitiesError(ModelError):
     """The classifier returns probabilities, and classifier.outputs does not say so."""
 
 
@@ -46,9 +58,8 @@ def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Ima
         whole = _call(classifier, batch)
         _expect_shape(whole, len(batch), classes)
         _expect_finite(whole)
-        if section.architecture in EXTERNAL:
-            _expect_kind(classifier, section, batch)
-        _expect_batch_independence(classifier, batch, whole)
+        given = _expect_kind(classifier, section, batch) if section.architecture in EXTERNAL else whole.dtype
+        _expect_batch_independence(classifier, batch, whole, given)
 
 
 def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
@@ -72,8 +83,10 @@ def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
 def expect_trainable(classifier: nn.Module, images: Images) -> None:
     """Raise ModelError for a classifier without a parameter that fine-tuning may change and its logits depend on.
 
+    Also for one that fails in train mode or returns something else there, and for weights that are not of float32.
     Expects one that passed `check_outputs`. Leaves it in eval mode, as it was.
     """
+    expect_full_precision(classifier, "the classifier", trained=True)
     parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
     if not parameters:
         remedy = "call requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
@@ -83,30 +96,50 @@ def expect_trainable(classifier: nn.Module, images: Images) -> None:
             f"the classifier: expected parameters to fine-tune, found none that requires a gradient; {remedy}"
         )
     batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
-    if _has_gradient(classifier.eval(), batch, parameters):
-        return
     state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     try:  # its code may switch gradients off in eval mode alone
-        if _has_gradient(classifier.train(), batch, parameters):
-            return
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # dropout draws
+            evaluated = _logits_with_gradient(classifier.eval(), batch, parameters)
+            trained = _logits_with_gradient(classifier.train(), batch, parameters)
     finally:
         classifier.eval().load_state_dict(state)  # statistics of batch normalisation
-    raise ModelError(
-        "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
-        "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
-    )
-
-
-def _has_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether the logits depend on a parameter. Raises ModelError where they cannot be computed with gradients."""
-    try:
-        gradients = gradients_of(classifier(batch), parameters)
-    except Exception as error:
+    if trained.shape != evaluated.shape:
         raise ModelError(
-            f"the classifier cannot be fine-tuned, since its forward or backward pass fails where gradients are "
-            f"computed: {reason_of(error)}; change its forward"
+            f"the classifier: expected logits of shape {evaluated.shape} in train mode, too, in which it is "
+            f"fine-tuned, found {trained.shape}; {SAME_IN_TRAINING}"
+        )
+    if not (evaluated.reaches_parameter or trained.reaches_parameter):
+        raise ModelError(
+            "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
+            "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
+        )
+
+
+class _Logits(NamedTuple):
+    """What is asked of the logits that are computed with gradients."""
+
+    shape: tuple[int, ...]
+    reaches_parameter: bool
+
+
+def _logits_with_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> _Logits:
+    """Return what is asked of the logits. Raises ModelError where they cannot be computed with gradients."""
+    try:
+        logits = classifier(batch)
+        gradients = gradients_of(logits, parameters)
+    except SystemExit as error:  # a worker of Ray would end by it
+        raise ModelError(
+            f"the classifier exits (SystemExit: {error}) when it is trained; remove that"
         ) from error
-    return any(gradient is not None for gradient in gradients)
+    except Exception as error:
+        where, remedy = "where gradients are computed", "change its forward"
+        if classifier.training:
+            where, remedy = "in train mode, in which it is fine-tuned", SAME_IN_TRAINING
+        raise ModelError(
+            f"the classifier cannot be fine-tuned, since its forward or backward pass fails {where}: "
+            f"{reason_of(error)}; {remedy}"
+        ) from error
+    return _Logits(tuple(logits.shape), any(gradient is not None for gradient in gradients))
 
 
 def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
@@ -127,15 +160,18 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
     return logits
 
 
-def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> None:
-    """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
+def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> torch.dtype:
+    """Return the type of the numbers that the network returns. Logs where the logits were found.
+
+    Raises ModelError where probabilities come as logits, or the reverse.
+    """
     values, where = find_logits(raw_output(classifier, batch, section.input_range))
     if where != "a tensor":
         log.info("the classifier returns more than logits; used: %s", where)
     sums = values.sum(dim=1)
     probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
     if probabilities and section.outputs == "logits":
-        raise ProbabilitiesFound(
+        raise ProbabilitiesError(
             "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
             "probabilities, or return what its softmax is given"
         )
@@ -144,6 +180,7 @@ def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tenso
             f"classifier.outputs: probabilities: expected rows that sum to 1, found sums from {sums.min():.4g} to "
             f"{sums.max():.4g}; set classifier.outputs: logits"
         )
+    return values.dtype
 
 
 def _expect_finite(logits: Tensor) -> None:
@@ -155,9 +192,14 @@ def _expect_finite(logits: Tensor) -> None:
         )
 
 
-def _expect_batch_independence(classifier: nn.Module, batch: Tensor, whole: Tensor) -> None:
-    """Raise ModelError where a logit depends on the call, or on the other images of the batch."""
-    tolerance = 1e-3 * float(whole.abs().max()) + 1e-4
+def _expect_batch_independence(
+    classifier: nn.Module, batch: Tensor, whole: Tensor, given: torch.dtype
+) -> None:
+    """Raise ModelError where a logit depends on the call, or on the other images of the batch.
+
+    `given` is the type of the numbers that the network returns: those of bfloat16 are rounded to 8 bits.
+    """
+    tolerance = max(1e-3, 2 * torch.finfo(given).eps) * float(whole.abs().max()) + 1e-4
     if (_call(classifier, batch) - whole).abs().max() > tolerance:
         raise ModelError(
             "the classifier: expected equal logits for equal images, found others at the second call; dropout or other "

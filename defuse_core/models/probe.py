@@ -105,16 +105,14 @@ def probe_classifier(
         reached[needed] = max(by_range[needed], constant)
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
-    order = other.order
-    if section.class_order is not None:  # the logits were reordered already
-        order = np.array(section.class_order)[order]
+    given = section.class_order or range(len(classes))  # the logits were reordered by it already
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
         constant=constant,
         best_is_certain=_clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE),
         needed_range=needed,
-        class_order=tuple(int(index) for index in order) if other.is_clearly_better else None,
+        class_order=tuple(given[index] for index in other.order) if other.is_clearly_better else None,
         order_is_certain=other.is_certain,
         reordered=other.right,
         names=names,

@@ -23,13 +23,13 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import RunFile
+from defuse_core.correct import best_rows
 from defuse_core.distill.sources import certain_error_of
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
-from defuse_core.lambda_choice import best_rows
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence
 from defuse_core.report.schema import (
     VERSION,

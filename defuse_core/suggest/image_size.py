@@ -20,7 +20,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.checks import CallError, ProbabilitiesFound
+from defuse_core.models.checks import CallError, ProbabilitiesError
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -86,7 +86,7 @@ def _with_outputs(
     """Return the sized classifier, with outputs: probabilities where it returns those."""
     try:
         return _sized(facts, own, asked, progress)
-    except ProbabilitiesFound:
+    except ProbabilitiesError:
         if own is None:
             raise
     return _sized(facts, own | {"outputs": "probabilities"}, asked, progress)
@@ -107,7 +107,7 @@ def _sized(
         images = open_splits(spec.data, spec.seed).train
         try:
             check_outputs(classifier, spec.classifier, images, len(facts.classes))
-        except ProbabilitiesFound:
+        except ProbabilitiesError:
             raise
         except ModelError as error:
             errors.append(error)

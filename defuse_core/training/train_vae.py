@@ -20,6 +20,7 @@ from defuse_core.models import (
     Vae,
     build_vae,
     expect_autoencoder,
+    expect_full_precision,
     kl_to_prior,
     load_pretrained,
     to_device,
@@ -27,16 +28,7 @@ from defuse_core.models import (
 from defuse_core.protocols import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.training.augment import augment
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.data_parallel import (
-    MinibatchPart,
-    averaged,
-    drawn_normal,
-    seed_dropout,
-    worker_minibatches,
-)
-from defuse_core.training.loop import (
+from defuse_core.training import (
     Adam,
     Losses,
     Optimizer,
@@ -45,6 +37,15 @@ from defuse_core.training.loop import (
     minibatches,
     set_learning_rate,
     train_step,
+)
+from defuse_core.training.augment import augment
+from defuse_core.training.batches import DeviceImages
+from defuse_core.training.data_parallel import (
+    MinibatchPart,
+    averaged,
+    drawn_normal,
+    seed_dropout,
+    worker_minibatches,
 )
 
 log = logging.getLogger("defuse")
@@ -55,6 +56,7 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
     load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
+    expect_full_precision(vae, "the β-VAE", trained=spec.vae.epochs > 0)
     expect_autoencoder(vae.eval(), torch.from_numpy(train.batch(slice(0, 2))), spec.vae.latent_dim)
     return vae.train()
 

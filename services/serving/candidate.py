@@ -28,11 +28,11 @@ from defuse_core.artifacts import (
 )
 from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
+from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
-from defuse_core.lambda_choice import SMALLER_LAMBDAS
 from defuse_core.protocols import Progress, silent
 from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors

@@ -29,11 +29,11 @@ from defuse_core.config import Arithmetic, RunFile, load_run_file
 from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, cpu_threads, device
 from defuse_core.models import build_classifier, build_vae, to_device, to_tensor, weights_of
-from defuse_core.stacked import run_stack
 from defuse_core.store import FolderStore
-from defuse_core.training.loop import Adam, train_step
+from defuse_core.training import Adam, train_step
 from defuse_core.training.reference_models import build_reference
 from defuse_core.training.train_vae import vae_terms
+from defuse_core.trials import run_stack
 from defuse_core.tuning_data import FineTuningData, ScenarioImages
 from tests.sample_components import FIT
 

@@ -15,7 +15,7 @@ LATE = (  # what few processes call
 )
 STEP = """
 import torch
-from defuse_core.training.loop import Adam
+from defuse_core.training import Adam
 parameter = torch.nn.Parameter(torch.ones(1))
 optimizer = Adam([parameter], 0.1)
 parameter.sum().backward()

@@ -16,12 +16,12 @@ from cluster.sweep import _failure
 from defuse_core.artifacts import Corrections, FailedTrial, Models, Sweep, Trial
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
-from defuse_core.correct import run_trial, trial_key
+from defuse_core.correct import collect_sweep
 from defuse_core.errors import ComputeError, InputError, RunBusyError, StoreError
-from defuse_core.lambda_choice import collect_sweep
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import SweepRequest, silent
 from defuse_core.store import FolderStore
+from defuse_core.trials import run_trial, trial_key
 from defuse_core.tuning_data import load_fine_tuning_data
 from tests.cluster.checks import (
     Lines,

@@ -8,15 +8,15 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.codec import encode
-from defuse_core.correct import fine_tune, nothing_to_tune, run_trial, trial_key
+from defuse_core.correct import best_rows, collect_sweep, fine_tune, nothing_to_tune
 from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
-from defuse_core.lambda_choice import best_rows, collect_sweep
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
 from defuse_core.protocols import SweepRequest, silent
 from defuse_core.store import FolderStore
+from defuse_core.training import cycle, train_step
 from defuse_core.training.augment import random_affine
-from defuse_core.training.loop import cycle, train_step
+from defuse_core.trials import run_trial, trial_key
 from defuse_core.tuning_data import load_fine_tuning_data, reviewed_failures
 from tests.conftest import tiny
 from tests.own_classifiers import trained
@@ -61,7 +61,7 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
     def gone(*asked):
         raise DataError("a.png: this image has gone")
 
-    monkeypatch.setattr("defuse_core.stacked.run_trial", gone)
+    monkeypatch.setattr("defuse_core.trials.run_trial", gone)
     with pytest.raises(DataError, match=r"a\.png"):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
@@ -81,7 +81,7 @@ def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
     def full(*asked):
         raise error
 
-    monkeypatch.setattr("defuse_core.stacked.run_trial", full)
+    monkeypatch.setattr("defuse_core.trials.run_trial", full)
     with pytest.raises(ComputeError, match=r"λ = 0\.001: out of memory .* run again to continue, or"):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 

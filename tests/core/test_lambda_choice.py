@@ -10,8 +10,7 @@ import torch
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import fine_tune, score
-from defuse_core.lambda_choice import best_rows, collect_sweep
+from defuse_core.correct import best_rows, collect_sweep, fine_tune, score
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.protocols import silent
 from defuse_core.tuning_data import load_clean_images, load_fine_tuning_data

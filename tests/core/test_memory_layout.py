@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from defuse_core.progress import silent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.data import open_splits
 from defuse_core.errors import ModelError
 from defuse_core.export.models import corrected_classifier, export_model
+from defuse_core.export.suite import save_suite
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_classifier,
@@ -25,12 +27,11 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.pipeline import run_defuse
-from defuse_core.progress import silent
 from defuse_core.runs import Run
-from defuse_core.stacked import _why_not_stacked
 from defuse_core.store import FolderStore
 from defuse_core.training.precision import measure_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.trials import _why_not_stacked
 from tests.conftest import recommended, tiny
 
 HERE = "tests.core.test_memory_layout"
@@ -126,6 +127,8 @@ def test_a_run_of_networks_with_views_is_computed_to_its_end_and_exported(tmp_pa
     assert _why_not_stacked(spec, models, images) is None
     done = export_model(run, tmp_path / "net.pt2")
     assert done.same_answers == done.images
+    suite = save_suite(run, tmp_path / "suite")
+    assert all(result.passed for result in suite.check(to_device(corrected, spec.data)))
     again = grey()
     set_weights(again, weights_of(corrected), "the test")
     with torch.no_grad():

@@ -16,7 +16,6 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import STEPS
-from defuse_core.correct import run_trial, trial_key
 from defuse_core.errors import InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
@@ -27,6 +26,7 @@ from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train_side_by_side
 from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.trials import run_trial, trial_key
 from tests.conftest import FIGURES, recommended, tiny, trained_run
 
 
@@ -77,7 +77,7 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
         tuned.extend([lam] if not store.exists(trial_key(lam)) else [])
         yield from run_trial(spec, models, tuning, lam, store)
 
-    monkeypatch.setattr("defuse_core.stacked.run_trial", counting)
+    monkeypatch.setattr("defuse_core.trials.run_trial", counting)
     run, _ = whole_run(tmp_path, tiny(correct={"lambdas": lambdas}))
     assert tuned == [3.0]
     assert {row.lam for row in run.load(Sweep).rows} == set(lambdas)

@@ -14,7 +14,7 @@ from torch import nn
 from defuse_core.artifacts import Models, SweepRow, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, changed_field
-from defuse_core.correct import fine_tune, run_trial, trial_key
+from defuse_core.correct import fine_tune
 from defuse_core.data import Splits
 from defuse_core.errors import ModelError
 from defuse_core.local import LocalCompute
@@ -27,8 +27,8 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.protocols import SweepRequest
-from defuse_core.stacked import Stack, run_stack, stacks_of
 from defuse_core.store import FolderStore, Store
+from defuse_core.trials import Stack, run_stack, run_trial, stacks_of, trial_key
 from defuse_core.tuning_data import FineTuningData
 from tests.conftest import tiny
 from tests.own_classifiers import (
@@ -275,7 +275,7 @@ def test_lambdas_of_unequal_epochs_are_not_stacked_together(tiny_models, tuning,
 
     spec, store = stacking(), FolderStore(tmp_path)
     next(run_trial(spec, tiny_models, tuning, 1.0, store))
-    monkeypatch.setattr("defuse_core.stacked.Stack", Noting)
+    monkeypatch.setattr("defuse_core.trials.Stack", Noting)
     made = together(spec, tiny_models, tuning, LAMBDAS, store)
     assert sizes == [2, 2]  # the look whether it can be stacked, and λ = 0.01 with 10
     alone = separate(spec, tiny_models, tuning, LAMBDAS)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
-from defuse_core.correct import trial_key
 from defuse_core.evaluation.controls import (
     PLAIN_NAMES,
     PLAIN_TRAININGS,
@@ -34,6 +33,7 @@ from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, SETTINGS, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.trials import trial_key
 from services.cli.tables import _left_out
 from tests.conftest import tiny
 from tests.sample_components import sample_failures

@@ -13,8 +13,7 @@ from defuse_core.artifacts import Checkpoint, ClassifierEpoch
 from defuse_core.codec import decode
 from defuse_core.errors import ComputeError, ModelError, RunBusyError
 from defuse_core.store import FolderStore
-from defuse_core.training import loop
-from defuse_core.training.loop import (
+from defuse_core.training import (
     Adam,
     Losses,
     Training,
@@ -30,7 +29,7 @@ KEY = "training/net.safetensors"
 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> FolderStore:
-    monkeypatch.setattr(loop, "CHECKPOINT_EVERY_S", -1.0)  # after each epoch
+    monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", -1.0)  # after each epoch
     return FolderStore(tmp_path)
 
 
@@ -109,7 +108,7 @@ def test_a_checkpoint_is_saved_some_seconds_after_the_last_one_and_after_the_las
     tmp_path, monkeypatch
 ):
     now, store, kept = [0.0], FolderStore(tmp_path), []
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("defuse_core.training.time.monotonic", lambda: now[0])
     started = training(store)
     ends = iter((10.0, 21.0, 22.0, 41.0, 42.0, 43.0))
     for epoch in started.epochs(6):

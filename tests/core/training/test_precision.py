@@ -22,9 +22,8 @@ from defuse_core.models import accuracy, load_classifier, to_tensor
 from defuse_core.protocols import Call, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.training import batches, loop, precision
+from defuse_core.training import CHECK_LOSS_EVERY, Losses, batches, precision
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.loop import Losses
 from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import reference_models
 from tests.conftest import made_in_a_run, tiny
@@ -290,7 +289,7 @@ def test_a_loss_that_is_not_finite_is_noticed_before_the_epoch_ends():
     assert losses.mean() == (1.5, [4.0])
     losses.add(torch.tensor(torch.inf), torch.tensor(0.0))
     with pytest.raises(ModelError, match="training f diverged: its loss became inf"):
-        for _ in range(loop.CHECK_LOSS_EVERY):
+        for _ in range(CHECK_LOSS_EVERY):
             losses.add(torch.tensor(1.0), torch.tensor(1.0))
 
 

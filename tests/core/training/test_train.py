@@ -23,7 +23,7 @@ from defuse_core.protocols import silent
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import _expect_validation, train, train_side_by_side
-from defuse_core.training.loop import minibatches, set_learning_rate
+from defuse_core.training import minibatches, set_learning_rate
 from defuse_core.training.reference_models import (
     load_reference_models,
     mean_probabilities,
@@ -112,7 +112,7 @@ def test_the_class_head_learns_the_classes_from_the_codes_and_is_not_kept(convol
 def test_an_interrupted_training_resumes_within_its_schedule_and_with_its_class_head(
     convolutional, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("defuse_core.training.loop.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", 0.0)
 
     def kill(doing: str, done: int, total: int, unit: str) -> None:
         if doing == "training the β-VAE" and done >= 1000:
@@ -188,7 +188,7 @@ class WithDropout(LinearAutoencoder):
 
 
 def test_an_interrupted_training_of_a_vae_with_dropout_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("defuse_core.training.loop.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", 0.0)
 
     def kill(doing: str, done: int, total: int, unit: str) -> None:
         if doing == "training the β-VAE" and done >= 700:
@@ -207,7 +207,7 @@ def test_an_interrupted_training_of_a_vae_with_dropout_resumes_to_the_same_weigh
 def test_a_training_interrupted_in_each_part_resumes_to_the_same_weights_bit_for_bit(
     tmp_path, monkeypatch, tiny_spec, tiny_models
 ):
-    monkeypatch.setattr("defuse_core.training.loop.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", 0.0)
     classifier, vae = "training the classifier", "training the β-VAE"
 
     def trained(until: dict[str, int]) -> tuple[Models | None, dict[str, int]]:

@@ -1,9 +1,13 @@
-"""correct.stack: several λ fine-tuned as one training, with stacked weights (torch.func)."""
+"""The trials of a sweep over λ: stored after each epoch, and computed one by one or in stacks.
+
+A stack (correct.stack) is several λ fine-tuned as one training, with stacked weights (torch.func).
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -13,78 +17,28 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from defuse_core.artifacts import F64, Models, Trial, Weights
+from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
     TuningSteps,
+    after_epoch,
     changes_weights,
-    is_trial_failure,
+    fine_tune,
     new_trial,
-    read_trial,
     require_progress,
-    run_trial,
     score,
-    write_trial,
 )
 from defuse_core.data import Images
 from defuse_core.device import autocast, cpu_threads, device, is_out_of_memory
-from defuse_core.errors import ANOTHER_NAME, ModelError, one_line
-from defuse_core.lambda_choice import after_epoch
+from defuse_core.errors import ANOTHER_NAME, DamagedError, DefuseError, ModelError, StoreError, one_line
 from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
 from defuse_core.store import Store
-from defuse_core.training.loop import (
-    Adam,
-    Optimizer,
-    load_optimizer_state,
-    optimizer_state,
-    train_step,
-)
+from defuse_core.training import Adam, Optimizer, load_optimizer_state, optimizer_state, train_step
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
 PROBED = 4  # images of which a stack has to give the same logits as its classifiers one by one
 Group = dict[float, Trial]  # by λ, all after equally many epochs
-
-
-class Stack:
-    """n classifiers of one architecture, computed at once: parameters and buffers are stacked, (n, ...)."""
-
-    def __init__(self, template: nn.Module, weights: Sequence[Weights]) -> None:
-        """`template` is a classifier on this process's device. Its own weights are overwritten."""
-        self.template = template
-        self._own = dict(template.named_parameters()) | dict(_buffers(template))
-        states = []
-        for each in weights:
-            set_weights(template, each, "a trial of the run")
-            states.append({name: tensor.detach().clone() for name, tensor in self._own.items()})
-        stacked = {name: torch.stack([state[name] for state in states]) for name in self._own}
-        self.parameters = {
-            name: stacked.pop(name).requires_grad_(own.requires_grad)
-            for name, own in template.named_parameters()
-        }
-        self.buffers = stacked
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (n, B, C), in the mode of the template. What is drawn, as in dropout, is the same."""
-        images = images.contiguous()  # in the layout of to_device, vmap computes some layers one by one
-
-        def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            found: Tensor = functional_call(self.template, (parameters, buffers), (images,))
-            return found
-
-        found: Tensor = vmap(of_one, randomness="same")(self.parameters, self.buffers)
-        return found
-
-    def classifier(self, index: int) -> nn.Module:
-        """Return the template in eval mode with the weights of one classifier, until it is asked for another."""
-        with torch.no_grad():
-            for name, stacked in chain(self.parameters.items(), self.buffers.items()):
-                self._own[name].copy_(stacked[index])
-        return self.template.eval()
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers with their names, without the file that a SelfContainedClassifier carries along."""
-    return ((name, buffer) for name, buffer in module.named_buffers() if buffer.dtype != torch.uint8)
 
 
 def stacks_of(section: CorrectSection) -> list[tuple[float, ...]]:
@@ -159,6 +113,118 @@ def _run_together(
             group = {lam: trial for lam, trial in made.items() if not trial.done}
         alone += group
     return alone
+
+
+def trial_key(lam: float) -> str:
+    """Return the key of a trial in the store of its sweep."""
+    return f"lam-{lam!r}.safetensors"
+
+
+def run_trial(
+    spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
+) -> Iterator[Trial]:
+    """Yield the trial of one λ after each epoch, once `store` holds it; continues the one that is stored there.
+
+    Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
+    """
+    stored = read_trial(store, lam)
+    if stored is not None and stored.done:
+        yield stored
+        return
+    for trial in fine_tune(spec, models, tuning, lam, stored):
+        write_trial(store, trial)
+        yield trial
+
+
+def write_trial(store: Store, trial: Trial) -> None:
+    """Store the trial, unless the store holds as many epochs of its λ or more."""
+    unless = partial(_has_epochs, trial.lam, len(trial.rows))
+    store.write(trial_key(trial.lam), encode(trial), unless=unless)
+
+
+def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
+    """Return the trials in `store` that are done, by λ."""
+    stored = {lam: read_trial(store, lam) for lam in spec.correct.lambdas}
+    return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
+
+
+def read_trial(store: Store, lam: float) -> Trial | None:
+    """Return the stored trial of λ; None where there is none, and where it is damaged, which is logged."""
+    key = trial_key(lam)
+    if not store.exists(key):
+        return None
+    data = store.read(key)
+    try:
+        return _decode_trial(lam, data, f"{store.address}/{key}")
+    except StoreError as error:
+        log.warning("correct: %s", error)
+        return None
+
+
+def _decode_trial(lam: float, data: bytes, where: str) -> Trial:
+    remedy = "the trial begins again"
+    trial = decode(Trial, data, where, remedy)
+    if trial.lam != lam:
+        raise DamagedError(
+            f"{where}: expected the trial of λ = {lam:g}, found that of λ = {trial.lam:g}; {remedy}"
+        )
+    return trial
+
+
+def _has_epochs(lam: float, epochs: int, data: bytes) -> bool:
+    """Whether `data` is the trial of λ after so many epochs or more."""
+    try:
+        return len(_decode_trial(lam, data, trial_key(lam)).rows) >= epochs
+    except StoreError:
+        return False
+
+
+def is_trial_failure(error: BaseException) -> bool:
+    """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
+    machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error)
+    return isinstance(error, ModelError) or not machines
+
+
+class Stack:
+    """n classifiers of one architecture, computed at once: parameters and buffers are stacked, (n, ...)."""
+
+    def __init__(self, template: nn.Module, weights: Sequence[Weights]) -> None:
+        """`template` is a classifier on this process's device. Its own weights are overwritten."""
+        self.template = template
+        self._own = dict(template.named_parameters()) | dict(_buffers(template))
+        states = []
+        for each in weights:
+            set_weights(template, each, "a trial of the run")
+            states.append({name: tensor.detach().clone() for name, tensor in self._own.items()})
+        stacked = {name: torch.stack([state[name] for state in states]) for name in self._own}
+        self.parameters = {
+            name: stacked.pop(name).requires_grad_(own.requires_grad)
+            for name, own in template.named_parameters()
+        }
+        self.buffers = stacked
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (n, B, C), in the mode of the template. What is drawn, as in dropout, is the same."""
+        images = images.contiguous()  # in the layout of to_device, vmap computes some layers one by one
+
+        def of_one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(self.template, (parameters, buffers), (images,))
+            return found
+
+        found: Tensor = vmap(of_one, randomness="same")(self.parameters, self.buffers)
+        return found
+
+    def classifier(self, index: int) -> nn.Module:
+        """Return the template in eval mode with the weights of one classifier, until it is asked for another."""
+        with torch.no_grad():
+            for name, stacked in chain(self.parameters.items(), self.buffers.items()):
+                self._own[name].copy_(stacked[index])
+        return self.template.eval()
+
+
+def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers with their names, without the file that a SelfContainedClassifier carries along."""
+    return ((name, buffer) for name, buffer in module.named_buffers() if buffer.dtype != torch.uint8)
 
 
 def _fine_tune(spec: RunFile, models: Models, tuning: FineTuningData, group: Group) -> Iterator[Group]:
