@@ -37,7 +37,7 @@ from defuse_core.data import Images, open_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.data.npz import Arrays, image_shape, splits_of
 from defuse_core.device import device
-from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError
+from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     classifier_failure,
@@ -45,7 +45,6 @@ from defuse_core.models import (
     load_program,
     map_batches,
     program_of,
-    to_tensor,
 )
 from defuse_core.models.adapters import find_logits
 from defuse_core.pipeline import run_defuse
@@ -63,8 +62,7 @@ TRACED_IMAGES = 8  # that a classifier is traced on
 COMPARED_IMAGES, COMPARED_AT_ONCE = 1_000, 100  # evenly spaced, that two classifiers are compared on
 # training seeds torch's global generator and draws from it, and torch.export has globals
 _ONE_AT_A_TIME = threading.RLock()
-# Fields of a classifier that is not trained by the run.
-PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")
+PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
 
 LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
@@ -193,13 +191,18 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
             continue
         if not isinstance(part, tuple | list) or len(part) != 2:
             raise DataError(f"{name}: expected (images, labels), found {type(part).__name__}")
-        images, arrays[f"{name}_labels"] = (_array(values) for values in part)
+        try:
+            images, arrays[f"{name}_labels"] = (_array(values) for values in part)
+        except ValueError as error:  # a list of several shapes
+            raise DataError(f"{name}: expected images of one size and labels; {one_line(error)}") from error
         floats = images.dtype.kind == "f"
         arrays[f"{name}_images"] = images.astype(np.float32, copy=False) if floats else images
     if arrays and "train_images" not in arrays:
         raise DataError(
             "train: expected (images, labels), found none; validation and test alone do not suffice"
         )
+    if isinstance(classes, str | Mapping):
+        raise DataError(f"classes: expected a list of names, found {type(classes).__name__}")
     if arrays and classes is not None:
         arrays["classes"] = np.array([str(name) for name in classes])
     return arrays
@@ -225,8 +228,7 @@ class _Given:
             )
         self.store, self.classifier, self.arrays = store, classifier, arrays
         self.settings, self.is_run_file = _tree(settings), not isinstance(settings, Mapping | None)
-        # settings change a plan, or the recorded run
-        self.is_over_plan = bool(arrays) and not self.is_run_file
+        self.is_over_plan = bool(arrays) and not self.is_run_file  # settings change a plan, or a recorded run
         self.begun = has_made_something(store)
 
     def run_file(self, recorded: RunFile | None, minutes: float, progress: Progress) -> RunFile:
@@ -311,8 +313,7 @@ class _Given:
         plan = plan_run(facts, own, minutes, progress)
         for warning in plan.warnings:
             log.warning("%s", warning)
-        if "channels" not in self.settings.get("data", {}):
-            # which the classifier may need otherwise
+        if "channels" not in self.settings.get("data", {}):  # the classifier may need others
             sections["data"]["channels"] = plan.tree["data"]["channels"]
         return plan.tree
 
@@ -391,8 +392,8 @@ def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Images) ->
 
 
 def _logits(net: nn.Module, images: Images, rows: slice) -> Tensor:
-    batch = to_tensor(images.batch(rows))
+    batch = torch.from_numpy(images.batch(rows)).to(device())  # in the layout that the user's code may expect
     try:
-        return find_logits(net(batch))[0]
+        return find_logits(net(batch))[0].float()
     except Exception as error:
         raise classifier_failure(net, batch, error) from error

@@ -32,16 +32,17 @@ def cpu_threads(count: int) -> Iterator[None]:
     Another number of threads adds in another order and so rounds differently. Each step therefore fixes its number,
     whatever the machine has.
     """
-    before = torch.get_num_threads()
+    before, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     torch.set_num_threads(count)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds the inputs of convolutions to 10 bits
+    # torch's default rounds the inputs of convolutions to 10 bits (TF32)
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
     _keep_freed_memory()
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = flags
 
 
 def autocast(arithmetic: str) -> AbstractContextManager[object]:

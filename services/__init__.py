@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-STOPPED, CONTINUES = "stopped", "; the same command continues from here"
 # Ray would turn an exception that names its signal into a KeyboardInterrupt
 _received: list[signal.Signals] = []
 
@@ -34,7 +33,7 @@ def stopped_exit_code() -> int:
 
 def stopped_line() -> str:
     """Return what is said of a command that a signal ended: only a run is continued by the same command."""
-    return STOPPED + (CONTINUES if sys.argv[1:2] == ["run"] else "")
+    return "stopped" + ("; the same command continues from here" if sys.argv[1:2] == ["run"] else "")
 
 
 def main() -> None:

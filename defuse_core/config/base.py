@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,9 +87,14 @@ def _whole_above_one(gpus: float) -> float:
 
 
 def _given(path: object) -> object:
-    """Refuse an empty path, which Path takes for the current folder."""
+    """Refuse an empty path, which Path takes for the current folder, and what YAML takes for a number or a date."""
     if path == "":
         raise ValueError("expected a path, found an empty one; write . for the current folder")
+    if isinstance(path, int | float | date) and not isinstance(path, bool):
+        kind = "date" if isinstance(path, date) else "number"
+        raise ValueError(
+            f"expected a path, found the {kind} {path}; put the name in quotes, with --set in two: 'a.b=\"...\"'"
+        )
     return path
 
 

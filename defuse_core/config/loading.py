@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import re
 import shlex
@@ -105,10 +106,16 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
 
 
 def _meant(field: str, section: type[BaseModel]) -> str:
-    """Return which field beside one that does not exist is spelt much like it."""
+    """Return which field is spelt much like one that does not exist, or how its dotted name is written."""
     parts = (each.name.split(".") for each in _fields(section, ""))
     # a, a.b and a.b.c of a.b.c
     known = dict.fromkeys(name for names in parts for name in itertools.accumulate(names, "{}.{}".format))
+    if field in known:
+        *sections, last = field.split(".")
+        fields = functools.reduce(
+            lambda inner, name: f"{name}: {{{inner}}}", reversed(sections), f"{last}: ..."
+        )
+        return f"; write it in its section: {{{fields}}}, without a dot"
     beside = [name for name in known if name.rpartition(".")[0] == field.rpartition(".")[0]]
     close = difflib.get_close_matches(field, beside, 1, 0.7)
     return f"; did you mean {close[0]}?" if close else ""

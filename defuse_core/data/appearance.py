@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from itertools import combinations
 from pathlib import Path
@@ -13,7 +14,7 @@ from defuse_core.data.images import FINGERPRINT_IMAGES, Images, PictureFiles, Sp
 
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
-ORIENTATION, UPRIGHT = ExifTags.Base.Orientation, 1
+TURNED = range(2, 9)  # EXIF orientations that are not upright; 0 is unknown
 UNREAD = {  # what files can have -> why it matters
     "transparency": "transparency, which is dropped: the colours below it are used; flatten the files where it is what "
     "shows the object",
@@ -54,15 +55,22 @@ def _unread(files: PictureFiles, looked_at: str) -> list[str]:
 
 def _unread_in(path: str) -> set[str]:
     """Return which of UNREAD a file has. Pillow itself turns a TIFF by its orientation."""
+    looks = {"orientation": _is_turned, "frames": _has_frames, "transparency": _is_partly_transparent}
     found = set()
     with Image.open(path) as picture:
-        if picture.format != "TIFF" and picture.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
-            found.add("orientation")
-        if getattr(picture, "n_frames", 1) > 1:
-            found.add("frames")
-        if _is_partly_transparent(picture):
-            found.add("transparency")
+        for what, look in looks.items():
+            with contextlib.suppress(Exception):  # on a damaged part, which reading the pixels does not need
+                if look(picture):
+                    found.add(what)
     return found
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    return picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in TURNED
+
+
+def _has_frames(picture: Image.Image) -> bool:
+    return getattr(picture, "n_frames", 1) > 1
 
 
 def _is_partly_transparent(picture: Image.Image) -> bool:

@@ -30,6 +30,15 @@ def open_folder(data: DataSection, seed: int) -> Splits:
 
 def folder_classes(part: Path) -> tuple[str, ...]:
     """Return the names of the class folders. Raises DataError if there are fewer than two."""
+    names = _class_folders(part)
+    if len(names) < 2:
+        raise DataError(
+            f"{part}: expected a folder of images per class, two classes or more, found {len(names)}"
+        )
+    return names
+
+
+def _class_folders(part: Path) -> tuple[str, ...]:
     if not part.is_dir():
         raise DataError(
             f"{part}: expected a folder with one folder of images per class; make it or check data.root"
@@ -38,22 +47,23 @@ def folder_classes(part: Path) -> tuple[str, ...]:
         sorted(entry.name for entry in part.iterdir() if entry.is_dir() and not _hidden(entry.name))
     )
     expect_class_names(names, part)
-    if len(names) < 2:
-        raise DataError(
-            f"{part}: expected a folder of images per class, two classes or more, found {len(names)}"
-        )
     return names
 
 
 def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | None:
     if not part.exists():
         return None
-    found = folder_classes(part)
-    if odd := sorted(set(found) ^ set(classes)):
-        only = part.name if odd[0] in found else "train"
+    found = _class_folders(part)
+    if not found:
         raise DataError(
-            f"{part}: expected the class folders of train, but {odd[0]} is only in {only}; add or remove it"
+            f"{part}: expected a folder of images per class, as in train, found none; sort the images into such "
+            "folders, or rename this one if their classes are not known"
         )
+    if odd := sorted(set(found) ^ set(classes)):
+        where = f"{part.name}; add or remove it"
+        if odd[0] in classes:
+            where = "train; add it, empty if there are no images of this class, or remove it"
+        raise DataError(f"{part}: expected the class folders of train, but {odd[0]} is only in {where}")
     files = [FilePaths.pack(_image_files(part / name), f"{part}{os.sep}") for name in classes]
     if part.name == "train" and (
         empty := [n for n, images in zip(classes, files, strict=True) if not images]

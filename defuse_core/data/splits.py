@@ -52,6 +52,8 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
             "and each part needs at least one; add images or change the share"
         )
     order = mixed_order(images.labels, rng)
+    is_only_one = np.bincount(images.labels)[images.labels] == 1  # of its class, which is kept
+    order = order[np.argsort(is_only_one[order], kind="stable")]
     return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
 
 

@@ -1,6 +1,6 @@
 """The models of a run: architectures, weights, and inference in batches."""
 
-from defuse_core.models.adapters import EXTERNAL, classifier_failure
+from defuse_core.models.adapters import EXTERNAL, classifier_failure, expect_full_precision
 from defuse_core.models.architectures import (
     ReferenceCnn,
     ResidualNet,
@@ -9,6 +9,7 @@ from defuse_core.models.architectures import (
     expect_own_weights,
     import_module,
 )
+from defuse_core.models.checks import check_outputs, expect_trainable
 from defuse_core.models.inference import (
     Decoder,
     accuracy,
@@ -27,17 +28,12 @@ from defuse_core.models.inference import (
     predict_logits,
     predict_probabilities,
     read_weights,
+    ready,
     set_weights,
-    to_device,
-    to_tensor,
     weights_of,
 )
-from defuse_core.models.probe import (
-    check_outputs,
-    expect_trainable,
-    log_classifier,
-    probe_classifier,
-)
+from defuse_core.models.layout import to_device, to_tensor
+from defuse_core.models.probe import log_classifier, probe_classifier
 from defuse_core.models.programs import (
     SelfContainedClassifier,
     copy_for_inference,

@@ -99,7 +99,7 @@ def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> objec
 
 def as_logits(returned: Any, outputs: str, order: Sequence[int] | None) -> Tensor:
     """Return logits (n, C), in the order of the data set's classes, of whatever a classifier returned."""
-    logits = find_logits(returned)[0]
+    logits = find_logits(returned)[0].float()  # which autocast in a network leaves in bfloat16
     if outputs == "probabilities":
         logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
     return logits if order is None else logits[:, list(order)]
@@ -155,6 +155,15 @@ def reason_of(error: Exception) -> str:
     if "TorchScript interpreter" in text or "Traceback of TorchScript" in text:
         text = text.splitlines()[-1]
     return one_line(text, 300)
+
+
+def expect_full_precision(network: nn.Module, what: str, trained: bool) -> None:
+    """Raise ModelError for weights that cannot be stored (bfloat16) or, where they are `trained`, are of 16 bits."""
+    for tensor in (*network.parameters(), *network.state_dict().values()):
+        small = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+        if small and (tensor.dtype != torch.float16 or (trained and tensor.requires_grad)):
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"{what} has weights of {found}, expected float32: convert it with .float()")
 
 
 def _other_floats(classifier: nn.Module) -> str | None:

@@ -24,6 +24,7 @@ from defuse_core.data import Images
 from defuse_core.device import device
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import ResNet18, build_classifier
+from defuse_core.models.layout import to_device, to_tensor
 from defuse_core.models.programs import SelfContainedClassifier, program_kind, read_file
 from defuse_core.models.vae import Vae, build_vae
 
@@ -37,7 +38,7 @@ NOT_A_NUMBER = -1  # in place of an answer
 def read_weights(path: Path) -> Weights:
     """Return the state dict in a .safetensors file, or in a .pt file read with torch's weights-only loader.
 
-    A state dict below `state_dict` or `model`, and names that begin with `module.`, are found and logged.
+    A state dict below `state_dict` or `model` is found and logged.
     """
     tensors = _unwrap(_read_tree(path), path)
     return {
@@ -79,12 +80,7 @@ def _unwrap(tree: Any, path: Path) -> dict[str, Tensor]:
         or not all(isinstance(value, Tensor) for value in tree.values())
     ):
         raise _no_state_dict(path)
-    tensors = dict(tree)
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            log.info("%s: names are read without their prefix %r", path, prefix)
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    return dict(tree)
 
 
 def _wrapper(tree: Mapping[str, Any]) -> str | None:
@@ -105,7 +101,7 @@ def weights_of(module: nn.Module) -> Weights:
 
 def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     """Load `weights` into `module`. Raises ModelError, naming `where` and the first tensor that does not fit."""
-    expected = module.state_dict()
+    expected, parameters = module.state_dict(), dict(module.named_parameters())
     for name, tensor in expected.items():
         # files of torch before 0.4.1 lack these counts
         if name not in weights and name.endswith("num_batches_tracked"):
@@ -116,12 +112,19 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
             raise ModelError(
                 f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
             )
-        if not np.isfinite(weights[name]).all():
+        learned = name in parameters or name.endswith(("running_mean", "running_var"))
+        if not np.isfinite(weights[name]).all() and (learned or not _as_built(weights[name], tensor)):
             raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
     extra = sorted(weights.keys() - expected.keys())
     if extra:
         raise ModelError(f"{where}: unexpected {extra[0]}; are these weights of another architecture?")
     module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+
+
+def _as_built(array: np.ndarray, tensor: Tensor) -> bool:  # type: ignore[type-arg]
+    """Whether NaN and infinity in an array are those of the module itself, such as -inf in a mask."""
+    odd = ~np.isfinite(array)
+    return np.array_equal(array[odd], tensor.cpu().numpy()[odd], equal_nan=True)
 
 
 def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
@@ -130,10 +133,30 @@ def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> N
     A self-contained classifier has its weights already.
     """
     if path is not None and not isinstance(module, SelfContainedClassifier):
-        weights = read_weights(path)
+        weights = _named_as(module, read_weights(path), path)
         if isinstance(module, ResNet18):
             weights = module.with_own_names(weights, new_head=trained_on)
         set_weights(module, weights, str(path))
+
+
+def _named_as(module: nn.Module, weights: Weights, path: Path) -> Weights:
+    """Return the weights with the prefixes of DataParallel and torch.compile that the module's own names have."""
+    own, given = _shared_prefix([*module.state_dict()]), _shared_prefix([*weights])
+    if own == given:
+        return weights
+    if given:
+        log.info("%s: names are read without their prefix %r", path, given)
+    return {own + name.removeprefix(given): array for name, array in weights.items()}
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """Return what all the names begin with of PREFIXES, one after the other, such as `_orig_mod.module.`."""
+    shared = ""
+    while names and (
+        more := [prefix for prefix in PREFIXES if all(name.startswith(shared + prefix) for name in names)]
+    ):
+        shared += more[0]
+    return shared
 
 
 def load_classifier(
@@ -141,65 +164,21 @@ def load_classifier(
 ) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
     plain = spec.with_fields("classifier", imagenet=False)
-    return _ready(build_classifier(plain, classes, weights), weights, where)
+    return ready(build_classifier(plain, classes, weights), spec, weights, where)
 
 
 def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
     """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
     vae = build_vae(spec)
-    _ready(vae, weights, where)
+    ready(vae, spec, weights, where)
     return vae
 
 
-def _ready(module: nn.Module, weights: Weights, where: str) -> nn.Module:
+def ready(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
+    """Return the module that was just built with `weights`, on this process's device, in eval mode."""
+    to_device(module, spec.data).eval()
     set_weights(module, weights, where)
-    return to_device(module).eval()
-
-
-def to_device(module: nn.Module) -> nn.Module:
-    """Move `module` to this process's device, in the memory layout in which convolutions are fastest."""
-    if device().type == "cpu":
-        for part in module.modules():
-            if isinstance(part, nn.Conv2d) and _overruns(part):
-                part.register_forward_pre_hook(_crop_for_training)
-    return module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _overruns(convolution: nn.Conv2d) -> bool:
-    """Whether oneDNN's weight gradient of this convolution can write past the end of its memory on this CPU.
-
-    That of a 1x1 convolution with a stride does in the layout of to_device, where there are fewer channels than numbers
-    in a vector register, and the stride divides the image (github.com/uxlfoundation/oneDNN/issues/6035). With one
-    channel, or several groups, torch takes another way.
-    """
-    block = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
-    return (
-        convolution.kernel_size == (1, 1)
-        and max(convolution.stride) > 1
-        and convolution.padding in ((0, 0), "valid")
-        and convolution.groups == 1
-        and 1 < convolution.in_channels < block
-    )
-
-
-def _crop_for_training(convolution: nn.Conv2d, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return images (..., channels, H, W) without a last row and column that the stride passes over anyway.
-
-    The stride then no longer divides the image, and oneDNN computes the gradient in another, correct way.
-    """
-    if not torch.is_grad_enabled() or not arguments:  # answers stay as they are, to the last bit
-        return arguments
-    images, *others = arguments
-    height, width = (
-        side - (stride > 1 and side % stride == 0)
-        for side, stride in zip(images.shape[-2:], convolution.stride, strict=True)
-    )
-    return images[..., :height, :width], *others
-
-
-def to_tensor(images: F32) -> Tensor:
-    """Move (n, channels, H, W) pixels to this process's device, in the memory layout of to_device."""
-    return torch.from_numpy(images).to(device()).contiguous(memory_format=torch.channels_last)
+    return module
 
 
 def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -208,7 +187,7 @@ def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int
     Raises ModelError where the function returns more or fewer rows than it was given.
     """
     parts = []
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode marks what a network keeps, which then fails in its fine-tuning
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             parts.append(function(rows).cpu().numpy())
@@ -271,7 +250,7 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     if not len(source):
         return np.zeros((0, 1), np.float32)
     logits = logits_of(classifier, source)
-    return map_batches(lambda rows: logits(rows).softmax(1), len(source), batch_size)
+    return map_batches(lambda rows: logits(rows).float().softmax(1), len(source), batch_size)
 
 
 def predict_logits(classifier: nn.Module, images: Images | F32) -> F32:

@@ -1,4 +1,4 @@
-"""Checks of a classifier before anything is trained: its outputs, the inputs it expects, the order of its classes."""
+"""What a sample of images shows about a classifier: the inputs that it expects, and the order of its classes."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import ModelError, first_few
+from defuse_core.errors import first_few
 from defuse_core.models.adapters import (
     EXTERNAL,
     INPUT_RANGES,
     as_logits,
-    failure_line,
-    find_logits,
     raw_output,
-    reason_of,
 )
-from defuse_core.models.inference import map_batches, to_tensor
+from defuse_core.models.inference import map_batches
+from defuse_core.models.layout import to_tensor
 from defuse_core.models.programs import class_names_of
-from defuse_core.models.vae import gradients_of
 
 log = logging.getLogger("defuse")
-BATCH = 8  # images of the check of outputs
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
 CLEARLY_BETTER, BETTER_RANGE = 0.05, 0.02  # in accuracy: another order of the classes, another input range
 # accuracy from which another input range is likely the right one, and how much more than in the given one
@@ -38,153 +33,6 @@ LIKE_SIGMOID = (
     "its logits all lie in [0, 1], as after a sigmoid; if it ends in one, return what its sigmoid is given"
 )
 SIGNIFICANT = 3.0  # standard errors of the share of images gained less that of images lost
-
-
-class CallError(ModelError):
-    """The classifier's code fails on images; those of another size may be what it takes."""
-
-
-class ProbabilitiesError(ModelError):
-    """The classifier returns probabilities, and classifier.outputs does not say so."""
-
-
-def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
-    """Raise ModelError unless the classifier returns one finite logit per class, whatever else is in the batch.
-
-    Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says.
-    """
-    batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
-    first = batch[:2].clone()
-    classifier.eval()
-    with torch.inference_mode():
-        _expect_shape(_call(classifier, first), len(first), classes)
-        if not torch.equal(first, batch[:2]):
-            raise ModelError(
-                "the classifier changes the images that it is given, which are used again; let its forward compute new "
-                "ones (x = 2 * x, not x.mul_(2)), or begin with x = x.clone()"
-            )
-        whole = _call(classifier, batch)
-        _expect_shape(whole, len(batch), classes)
-        _expect_finite(whole)
-        if section.architecture in EXTERNAL:
-            _expect_kind(classifier, section, batch)
-        _expect_batch_independence(classifier, batch, whole)
-
-
-def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
-    """Raise ModelError unless the logits have the shape (images, classes)."""
-    found = tuple(logits.shape)
-    if found == (images, classes):
-        return
-    if classes == 2 and logits.numel() == images:
-        remedy = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
-    elif found[:1] != (images,):
-        remedy = "let it return one row for each image, in batches of any size"
-    else:
-        remedy = f"the data set has {classes} classes, so let it return {classes} logits for each image"
-    raise ModelError(
-        f"the classifier: expected logits of shape {(images, classes)} (images, classes), found {found}; {remedy}"
-    )
-
-
-def expect_trainable(classifier: nn.Module, images: Images) -> None:
-    """Raise ModelError for a classifier without a parameter that fine-tuning may change and its logits depend on.
-
-    Expects one that passed `check_outputs`. Leaves it in eval mode, as it was.
-    """
-    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise ModelError(
-            "the classifier: expected parameters to fine-tune, found none that requires a gradient; call "
-            "requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
-        )
-    batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
-    if _has_gradient(classifier.eval(), batch, parameters):
-        return
-    state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
-    try:  # its code may switch gradients off in eval mode alone
-        if _has_gradient(classifier.train(), batch, parameters):
-            return
-    finally:
-        classifier.eval().load_state_dict(state)  # statistics of batch normalisation
-    raise ModelError(
-        "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
-        "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
-    )
-
-
-def _has_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Whether the logits depend on a parameter. Raises ModelError where they cannot be computed with gradients."""
-    try:
-        gradients = gradients_of(classifier(batch), parameters)
-    except Exception as error:
-        raise ModelError(
-            f"the classifier cannot be fine-tuned, since its forward or backward pass fails where gradients are "
-            f"computed: {reason_of(error)}; change its forward"
-        ) from error
-    return any(gradient is not None for gradient in gradients)
-
-
-def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
-    """Return the logits of a batch. Raises ModelError, with the reason that the classifier gave, where it fails."""
-    try:
-        logits: Tensor = classifier(batch)
-    except ModelError:
-        raise
-    except SystemExit as error:  # a worker of Ray would end by it
-        raise ModelError(
-            f"the classifier exits (SystemExit: {error}) when it is called; remove that"
-        ) from error
-    except Exception as error:
-        remedy = "check data.image_size and data.channels, and that the network accepts batches of any size"
-        raise CallError(failure_line(classifier, batch, error, remedy)) from error
-    if not isinstance(logits, Tensor):
-        raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")
-    return logits
-
-
-def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> None:
-    """Raise ModelError where probabilities come as logits, or the reverse. Logs where the logits were found."""
-    values, where = find_logits(raw_output(classifier, batch, section.input_range))
-    if where != "a tensor":
-        log.info("the classifier returns more than logits; used: %s", where)
-    sums = values.sum(dim=1)
-    probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
-    if probabilities and section.outputs == "logits":
-        raise ProbabilitiesError(
-            "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
-            "probabilities, or return what its softmax is given"
-        )
-    if not probabilities and section.outputs == "probabilities":
-        raise ModelError(
-            f"classifier.outputs: probabilities: expected rows that sum to 1, found sums from {sums.min():.4g} to "
-            f"{sums.max():.4g}; set classifier.outputs: logits"
-        )
-
-
-def _expect_finite(logits: Tensor) -> None:
-    bad = ~torch.isfinite(logits).all(dim=1)
-    if bad.any():
-        raise ModelError(
-            f"the classifier: expected finite logits, found NaN or infinity for {int(bad.sum())} of {len(logits)} "
-            "training images; check its weights and classifier.input_range"
-        )
-
-
-def _expect_batch_independence(classifier: nn.Module, batch: Tensor, whole: Tensor) -> None:
-    """Raise ModelError where a logit depends on the call, or on the other images of the batch."""
-    tolerance = 1e-3 * float(whole.abs().max()) + 1e-4
-    if (_call(classifier, batch) - whole).abs().max() > tolerance:
-        raise ModelError(
-            "the classifier: expected equal logits for equal images, found others at the second call; dropout or other "
-            "noise stays on in eval mode, so switch it off there"
-        )
-    parts = torch.cat([_call(classifier, batch[:1]), _call(classifier, batch[1:])])
-    if (parts - whole).abs().max() > tolerance:
-        raise ModelError(
-            "the classifier: expected logits that depend on the image alone, found others when the batch changes; "
-            "batch statistics are used in eval mode, so export or return it in eval mode"
-        )
 
 
 @dataclass(frozen=True)

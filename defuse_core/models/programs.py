@@ -34,13 +34,20 @@ from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure
 
+OTHER_WAY = (
+    "name its factory and its weights in settings instead "
+    "(classifier.architecture: custom, import_path, weights)"
+)
+LARGEST_BATCH = (
+    512  # images that a classifier gets at once where nothing is set: two times correct.batch_size
+)
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
     r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
 )
 OPERATORS = re.compile(
-    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_set_grad_enabled"
+    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
     r"|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)"
 )
@@ -119,9 +126,12 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
 
 
 def copy_for_inference(module: nn.Module) -> nn.Module:
-    """Return a copy of the module on the CPU in eval mode."""
+    """Return a copy of the module on the CPU in eval mode. Raises ModelError where it holds what cannot be copied."""
     if not isinstance(module, torch.jit.ScriptModule):
-        return copy.deepcopy(module).cpu().eval()
+        try:
+            return copy.deepcopy(module).cpu().eval()
+        except Exception as error:  # of any object that the module holds
+            raise ModelError(f"the classifier cannot be copied ({one_line(error)}); {OTHER_WAY}") from error
     out = io.BytesIO()
     torch.jit.save(module, out)
     return _load_script(out.getvalue()).eval()
@@ -135,7 +145,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     """
     net = copy_for_inference(module)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # what it keeps from this call is traced below, with gradients
             net(images)
     except Exception as error:
         raise classifier_failure(net, images, error) from error
@@ -150,8 +160,7 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=shapes, strict=False), out)
     except Exception as error:  # torch's exporter raises a dozen kinds of errors
         raise ModelError(
-            f"torch.export cannot follow the classifier's code ({one_line(error)}); name its factory and its "
-            "weights in settings instead (classifier.architecture: custom, import_path, weights)"
+            f"torch.export cannot follow the classifier's code ({one_line(error)}); {OTHER_WAY}"
         ) from error
     return out.getvalue()
 
@@ -185,13 +194,21 @@ def _load_exported(data: bytes, where: str) -> nn.Module:
 
 
 def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None:
-    """Raise ModelError for a program of batches of one size: what torch.export is not told of is fixed."""
+    """Raise ModelError for a program of batches of one size, to which torch.export fixes them, or of few images."""
     first = program.graph_signature.user_inputs[:1]
     shapes = [tuple(node.meta["val"].shape) for node in program.graph.nodes if node.name in first]
-    if shapes and shapes[0] and isinstance(shapes[0][0], int):
+    if not shapes or not shapes[0]:
+        return
+    if isinstance(shapes[0][0], int):
         raise ModelError(
             f"{where}: exported for batches of {count_of(shapes[0][0], 'image')}, expected any number; export it with "
             "an example of two images and dynamic_shapes=({0: torch.export.Dim('batch')},)"
+        )
+    bounds = program.range_constraints.get(shapes[0][0].node.expr)
+    if bounds is not None and bounds.upper < LARGEST_BATCH:
+        raise ModelError(
+            f"{where}: exported for batches of at most {count_of(int(bounds.upper), 'image')}, expected any number; "
+            "export it with dynamic_shapes=({0: torch.export.Dim('batch')},), without max"
         )
 
 

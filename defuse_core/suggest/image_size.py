@@ -20,7 +20,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.probe import CallError, ProbabilitiesError
+from defuse_core.models.checks import CallError, ProbabilitiesError
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 

@@ -153,8 +153,8 @@ def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None
     images = to_tensor(torch.rand(shape).numpy())
     labels = torch.randint(0, classes, (STEP_IMAGES,), device=device())
     plain = spec.with_fields("classifier", imagenet=False)
-    classifier, vae = to_device(build_classifier(plain, classes)), build_vae(spec)
-    to_device(vae)
+    classifier, vae = to_device(build_classifier(plain, classes), spec.data), build_vae(spec)
+    to_device(vae, spec.data)
 
     def training(model: nn.Module) -> Callable[[Arithmetic], None]:
         def step(arithmetic: Arithmetic) -> None:
@@ -180,7 +180,7 @@ def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None
     sets = {"reference": spec.review.reference, "judges": spec.judges}
     for kind, section in sets.items():
         if section.count and section.epochs:
-            steps[kind] = training(to_device(build_reference(spec, section, classes)))
+            steps[kind] = training(to_device(build_reference(spec, section, classes), spec.data))
     return steps
 
 

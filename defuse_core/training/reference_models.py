@@ -42,10 +42,11 @@ from defuse_core.models import (
     ResNet18,
     accuracy,
     check_outputs,
+    expect_full_precision,
     import_module,
     load_pretrained,
     predict_probabilities,
-    set_weights,
+    ready,
     to_device,
     weights_of,
 )
@@ -316,7 +317,7 @@ def train_reference(
     load_pretrained(model, section.weights, section.epochs > 0)
     to_device(model)
     if section.import_path is not None:
-        _check_own_model(model, name, section.import_path, train, classes)
+        _check_own_model(model, name, section, train, classes)
     if section.epochs == 0:
         return model.eval()
     model.train()
@@ -342,13 +343,15 @@ def train_reference(
     return model.eval()
 
 
-def _check_own_model(model: nn.Module, name: SetName, import_path: str, images: Images, classes: int) -> None:
-    """Raise ModelError for a user's model that does not return one logit per class."""
+def _check_own_model(
+    model: nn.Module, name: SetName, section: ClassifierSet, images: Images, classes: int
+) -> None:
+    """Raise ModelError for a user's model that does not return one logit per class, or has weights of 16 bits."""
+    own = ClassifierSection(architecture="custom", import_path=section.import_path)
     where = "judges.import_path" if name == "judges" else "review.reference.import_path"
     try:
-        check_outputs(
-            model, ClassifierSection(architecture="custom", import_path=import_path), images, classes
-        )
+        expect_full_precision(model, "the model", trained=section.epochs > 0)
+        check_outputs(model, own, images, classes)
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from error
 
@@ -380,12 +383,10 @@ def load_reference_models(
     spec: RunFile, section: ClassifierSet, found: ReferenceSet, classes: int
 ) -> list[nn.Module]:
     """Return the models of a set, on this process's device, ready to predict."""
-    models = []
-    for number, weights in enumerate(found.models):
-        model = build_reference(spec, section, classes)
-        set_weights(model, weights, f"model {number + 1} of the set")
-        models.append(to_device(model).eval())
-    return models
+    return [
+        ready(build_reference(spec, section, classes), spec, weights, f"model {number} of the set")
+        for number, weights in enumerate(found.models, start=1)
+    ]
 
 
 def model_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:

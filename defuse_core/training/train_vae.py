@@ -20,6 +20,7 @@ from defuse_core.models import (
     Vae,
     build_vae,
     expect_autoencoder,
+    expect_full_precision,
     kl_to_prior,
     load_pretrained,
     to_device,
@@ -55,6 +56,7 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
     load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
+    expect_full_precision(vae, "the β-VAE", trained=spec.vae.epochs > 0)
     expect_autoencoder(vae.eval(), torch.from_numpy(train.batch(slice(0, 2))), spec.vae.latent_dim)
     return vae.train()
 
@@ -73,7 +75,8 @@ def train_vae(
     """
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
-    trained = to_device(vae if head is None else nn.ModuleDict({"vae": vae, "head": head}))
+    to_device(vae, spec.data)
+    trained = vae if head is None else nn.ModuleDict({"vae": vae, "head": to_device(head)})
     optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
     for guide in guides:

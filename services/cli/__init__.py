@@ -19,12 +19,11 @@ import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from services import stopped_exit_code, stopped_line, stopping_on_sigterm
-from services.cli.export import compare, delete, export
 from services.cli.jobs import jobs, submit
+from services.cli.results import compare, export, suite
 from services.cli.review import label_studio, review
-from services.cli.run import fields, init, report, run, status
+from services.cli.run import delete, fields, init, report, run, status
 from services.cli.serve import check, promote, rollback, serve
-from services.cli.suite import suite
 from services.settings import is_on, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe

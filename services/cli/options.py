@@ -24,9 +24,16 @@ EMPTY = "expected a value, found an empty one; is the variable set?"  # it is no
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the value of an option or argument. Raises BadParameter for an empty one."""
+    """Return the text of an option or argument. Raises BadParameter for an empty one, and for control characters.
+
+    These would act on the terminal of whoever reads the text later.
+    """
     if value == "":
         raise click.BadParameter(EMPTY, context, parameter)
+    if value is not None and has_control_characters(value):
+        raise click.BadParameter(
+            f"expected text on one line without control characters, found {value!r}", context, parameter
+        )
     return value
 
 
@@ -42,20 +49,6 @@ class GivenPath(click.Path):
         if value == "":
             self.fail(EMPTY, param, ctx)
         return super().convert(value, param, ctx)
-
-
-def printable(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the value of an option. Raises BadParameter for control characters, which act on others' terminals."""
-    if value is not None and has_control_characters(value):
-        raise click.BadParameter(
-            f"expected text on one line without control characters, found {value!r}", context, parameter
-        )
-    return value
-
-
-def given_printable(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Return the value of an option. Raises BadParameter for an empty one, and as `printable`."""
-    return printable(context, parameter, given(context, parameter, value))
 
 
 store_option = click.option(
@@ -152,8 +145,11 @@ CLASSIFIER_HELP = (
 )
 
 
-def classifier_fields(text: str, weights: Path | None) -> dict[str, Any]:
-    """Return section `classifier` of a run file for --classifier and --weights. Raises InputError."""
+def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] | None:
+    """Return section `classifier` of a run file for --classifier and --weights; None without any. Raises InputError."""
+    if text is None:
+        _expect_none(weights, "(none)", "give --classifier too")
+        return None
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
@@ -179,14 +175,6 @@ def classifier_fields(text: str, weights: Path | None) -> dict[str, Any]:
         )
     section: dict[str, Any] = {"architecture": "custom", "import_path": text}
     return section | ({"weights": _existing(weights)} if weights is not None else {})
-
-
-def classifier_choice(text: str | None, weights: Path | None) -> dict[str, Any] | None:
-    """Return section `classifier` for the classifier that `defuse init` looks at, or None. Raises InputError."""
-    if text is None:
-        _expect_none(weights, "(none)", "give --classifier too")
-        return None
-    return classifier_fields(text, weights)
 
 
 def _existing(path: Path) -> str:

@@ -10,7 +10,8 @@ import click
 
 from defuse_core.errors import InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import json_option, print_json, printable, store_option
+from services.cli.console import ProgressDisplay, Terminal
+from services.cli.options import given, json_option, print_json, store_option
 from services.cli.review_tables import (
     print_by_majority,
     print_closed,
@@ -20,7 +21,6 @@ from services.cli.review_tables import (
     summarize_result,
     summarize_status,
 )
-from services.console import ProgressDisplay, Terminal
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -176,10 +176,8 @@ def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChan
     "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, callback=printable, help="The reason, which the report shows.")
-@click.option(
-    "--author", callback=printable, help="The person who decides. [default: the user of this machine]"
-)
+@click.option("--reason", required=True, callback=given, help="The reason, which the report shows.")
+@click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
 @click.option("--redo", is_flag=True, help="Delete the verdicts and corrections that exist already.")
 def set_(
     name: str,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from defuse_core.errors import count_of
-from services.tables import print_table
+from services.cli.tables import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes

@@ -1,10 +1,13 @@
-"""`defuse init`, `fields`, `run`, `status` and `report`: from images to a run file, and from it to a report."""
+"""The life of a run: `defuse init`, `fields`, `run`, `status`, `report` and `delete`."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import shlex
+import shutil
+import sys
+import textwrap
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +16,13 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.config import STEPS
-from defuse_core.errors import InputError, count_of
+from defuse_core.errors import DamagedError, InputError, count_of
+from defuse_core.store import checked_name
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     address_option,
-    classifier_choice,
+    classifier_fields,
     given,
     json_option,
     name_option,
@@ -36,8 +40,9 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.protocols import Annotators, Compute
     from defuse_core.runs import Run
+    from defuse_core.store import Store
     from defuse_core.suggest import Plan
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
 
 
 def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -64,11 +69,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
     type=click.IntRange(8, 512),
     help="Height and width that pictures are resized to; what your classifier was trained on. [default: from both]",
 )
-@click.option(
-    "--out",
-    type=GivenPath(),
-    help="Run file to write. [default: the name of IMAGES, with .yaml]",
-)
+@click.option("--out", type=GivenPath(), help="Run file to write. [default: the name of IMAGES, with .yaml]")
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")
 def init(
     images: Path,
@@ -90,7 +91,7 @@ def init(
     from defuse_core.config import load_run_file
     from defuse_core.files import expect_new_file, expect_writable, writing
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
 
     path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
     if not force:
@@ -98,7 +99,7 @@ def init(
     if not path.parent.is_dir():
         raise InputError(f"{path}: its folder does not exist; create it, or choose another file with --out")
     expect_writable("--out", path)
-    choice = classifier_choice(classifier, weights)
+    choice = classifier_fields(classifier, weights)
     with ProgressDisplay() as display:
         plan = plan_run(inspect_data(images.absolute()), choice, minutes, display, image_size)
     with writing("--out", path):
@@ -139,9 +140,6 @@ def fields(section: str | None) -> None:
     defuse fields vae
     defuse fields review.reference
     """
-    import shutil
-    import textwrap
-
     from defuse_core.config.loading import describe_fields
 
     columns = min(104, max(24, shutil.get_terminal_size((104, 24)).columns))  # 104 where it is no terminal
@@ -201,9 +199,9 @@ def run(
     from defuse_core.data import check_class_names, expect_root
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
+    from services.cli.tables import print_report
     from services.storage import open_store
-    from services.tables import print_report
     from services.tracking import MlflowTracking, expect_mlflow
 
     if profile is not None and STEPS.index(profile) > STEPS.index(until):
@@ -243,7 +241,13 @@ def status(name: str | None, store: str, as_json: bool) -> None:
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
     continues it.
     """
-    from services.status_tables import print_runs, print_status, step_states, summarize_run, summarize_runs
+    from services.cli.status_tables import (
+        print_runs,
+        print_status,
+        step_states,
+        summarize_run,
+        summarize_runs,
+    )
     from services.storage import open_store
 
     if name is None and as_json:
@@ -265,7 +269,7 @@ def status(name: str | None, store: str, as_json: bool) -> None:
 def report(name: str, store: str, as_json: bool) -> None:
     """Show the report of the run called NAME, and write its page again. With --json: what report.json holds."""
     from defuse_core.pipeline import rewrite_report
-    from services.tables import print_report
+    from services.cli.tables import print_report
 
     opened = open_run(name, store)
     found = rewrite_report(opened)
@@ -275,6 +279,39 @@ def report(name: str, store: str, as_json: bool) -> None:
     print_report(found, opened.spec.correct)
     if opened.store.exists("report.html"):
         click.echo(f"\nreport: {opened.store.address}/report.html")
+
+
+@click.command(short_help="Delete a run with everything that it stored.")
+@click.argument("run")
+@store_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(run: str, store: str, yes: bool) -> None:
+    """Delete RUN with everything that it stored, and the inputs that were sampled while it was served.
+
+    Its project in Label Studio stays.
+
+    Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
+    """
+    from services.serving.traffic import delete_traffic
+    from services.storage import open_store
+
+    opened = open_store(store)
+    found = opened.within(checked_name(run))
+    if not found.exists("run.yaml"):  # one that cannot be read is deleted, too
+        raise InputError(f"no run called {run} in {opened.address}; `defuse status` lists the runs")
+    folder = Path(found.address)  # of a bucket: nothing that exists here
+    if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here
+        raise InputError(f"{folder} is a link to {folder.resolve()}; delete that run in its own store")
+    _expect_unregistered(opened, run)
+    with found.lock():
+        keys = found.list()
+        if not yes and not _confirmed(f"delete {count_of(len(keys), 'file')} in {found.address}?"):
+            click.echo("defuse: nothing was deleted", err=True)
+            raise click.exceptions.Exit(130)
+        _expect_unregistered(opened, run)  # it may have been promoted since, while the prompt waited
+        sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
+        found.delete_all()
+    click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
 
 
 def _computes_here(where: str, address: str | None) -> bool:
@@ -316,3 +353,30 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
     from defuse_core.training.reference_models import ReferenceAnnotators
 
     return ReferenceAnnotators(run, compute)
+
+
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; Ctrl-C, the end of the input and a closed input (`<&-`) are a no."""
+    try:
+        return sys.stdin is not None and click.confirm(question)
+    except click.Abort:
+        return False
+
+
+def _expect_unregistered(store: Store, run: str) -> None:
+    """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
+    from defuse_core.artifacts import Gallery
+    from defuse_core.runs import Run
+    from services.serving.registry import Registry
+    from services.serving.traffic import components_digest
+
+    named = {number: info for number, info in Registry(store).state().versions.items() if info.run == run}
+    components = None  # the run has none, or they cannot be read
+    with contextlib.suppress(InputError, DamagedError):
+        if named and (gallery := Run.open(store, run).load(Gallery)) is not None:
+            components = components_digest(gallery)
+    if versions := [n for n, info in named.items() if components in (None, info.components_digest)]:
+        raise InputError(
+            f"run {run}: version {versions[-1]} in the registry was made from it, and it is that version's record; "
+            "keep it"
+        )

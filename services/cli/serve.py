@@ -16,16 +16,14 @@ from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
     given,
-    given_printable,
     json_option,
     open_run,
     print_json,
-    printable,
     section_overrides,
     store_option,
 )
+from services.cli.results import check_suite, expect_no_suite_options, suite_options
 from services.cli.review import local_user
-from services.cli.suite import check_suite, expect_no_suite_options, suite_options
 from services.settings import read_settings, serve_token
 
 if TYPE_CHECKING:
@@ -38,11 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 
 by_option = click.option(
-    "--by", callback=given_printable, help="Author of the change. [default: the user of this machine]"
+    "--by", callback=given, help="Author of the change. [default: the user of this machine]"
 )
-why_option = click.option(
-    "--why", default="", callback=printable, help="Reason for the change, stored in the registry."
-)
+why_option = click.option("--why", callback=given, help="Reason for the change, stored in the registry.")
 
 
 @click.command(short_help="Check the corrected classifier of a run, or any on a suite.")
@@ -117,13 +113,19 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
 @click.option(
     "--force",
     metavar="REASON",
-    callback=given_printable,
+    callback=given,
     help="Promote although checks fail, for this reason.",
 )
 @by_option
 @why_option
 def promote(
-    run: str | None, store: str, canary: str | None, shadow: bool, force: str | None, by: str | None, why: str
+    run: str | None,
+    store: str,
+    canary: str | None,
+    shadow: bool,
+    force: str | None,
+    by: str | None,
+    why: str | None,
 ) -> None:
     """Put the corrected classifier of RUN into production if `defuse check` passes. Without RUN, show all versions.
 
@@ -145,7 +147,7 @@ def promote(
     if canary and shadow:
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
-    request = PromotionRequest(by or local_user("--by"), why, force, share, shadow)
+    request = PromotionRequest(by or local_user("--by"), why or "", force, share, shadow)
     opened = open_run(run, store)
     candidate = _candidate(opened)
     with _protected_from_deletion(opened):
@@ -164,14 +166,14 @@ def promote(
 @store_option
 @by_option
 @why_option
-def rollback(store: str, by: str | None, why: str) -> None:
+def rollback(store: str, by: str | None, why: str | None) -> None:
     """End a canary or shadow; without one, put the previous version back into production."""
     from services.serving.model import verify_candidate
 
     author, registry = by or local_user("--by"), _registry(store)
     if not registry.state().sequence:
         raise InputError(_no_registry(registry))
-    state = registry.roll_back(author, why, verify_candidate)
+    state = registry.roll_back(author, why or "", verify_candidate)
     click.echo(f"{state.action}; {state.production_text}")
 
 
@@ -267,7 +269,7 @@ def _require_existing(run: Run) -> None:
 
 
 def _candidate(run: Run) -> Candidate:
-    from services.console import ProgressDisplay
+    from services.cli.console import ProgressDisplay
     from services.serving.candidate import prepare_candidate
 
     with ProgressDisplay() as display:  # a promotion copies the candidate to the registry

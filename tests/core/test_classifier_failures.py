@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from defuse_core.errors import ModelError
-from defuse_core.models.adapters import classifier_failure, failure_line
+from defuse_core.models import check_outputs, expect_trainable
+from defuse_core.models.adapters import adapt, classifier_failure, failure_line
 from defuse_core.models.architectures import import_module
-from defuse_core.models.programs import program_of
+from defuse_core.models.programs import load_program, program_of
+from tests.conftest import tiny
+from tests.own_classifiers import digits, trained
 
 IMAGES = torch.zeros(2, 1, 8, 8)
 
@@ -86,3 +89,19 @@ def test_an_error_of_torchscript_is_its_last_line():
 def test_the_remedy_is_the_callers_where_no_cause_is_found():
     line = failure_line(net(), torch.zeros(2, 3, 8, 8), ValueError("my  own\nwords"), "look at it")
     assert line == "the classifier fails on images of shape (2, 3, 8, 8): my own words; look at it"
+
+
+def test_a_frozen_script_is_told_to_be_saved_without_freezing(tmp_path: Path):
+    torch.jit.freeze(torch.jit.script(trained().eval())).save(tmp_path / "net.pt")
+    frozen = load_program((tmp_path / "net.pt").read_bytes(), "net.pt")
+    with pytest.raises(ModelError, match=r"it has none at all; save it without torch\.jit\.freeze"):
+        expect_trainable(adapt(frozen, tiny().classifier, 10), digits())
+
+
+def test_logits_of_a_map_of_one_pixel_are_to_be_flattened():
+    section = tiny(
+        classifier={"architecture": "custom", "import_path": "tests.own_classifiers:trained"}
+    ).classifier
+    convolutional = nn.Sequential(nn.Conv2d(1, 10, 16))
+    with pytest.raises(ModelError, match=r"found \(\d+, 10, 1, 1\); return logits\.flatten\(1\)$"):
+        check_outputs(adapt(convolutional, section, 10), section, digits(), 10)

@@ -232,6 +232,11 @@ def test_every_field_has_a_description():
         ('"\x1b[2J".a=1', r"'?\\x1b\[2J.*: unknown field"),
         ("data.root=''", "data.root: expected a path, found an empty one; write [.] for the current folder"),
         ("classifier.weights=''", "classifier.weights: expected a path, found an empty one"),
+        ("data.root=2024", "data.root: expected a path, found the number 2024; put the name in quotes"),
+        (
+            "data.root=2024-01-31",
+            "data.root: expected a path, found the date 2024-01-31; put the name in quotes",
+        ),
         ("data.root=~nobody-of-this-name/x", "data.root: .*home of an existing user"),
     ],
 )
@@ -351,3 +356,10 @@ def test_what_changes_no_result_is_no_drift(change):
 def test_numbers_without_a_dot_before_the_exponent_are_numbers():
     spec = parse_run_file(TINY | {"correct": {"lambdas": ["1e-10", 1]}}, "here")
     assert spec.correct.lambdas == (1e-10, 1.0)
+
+
+@pytest.mark.parametrize("tree", [{"review.reference.epochs": 3}, {"review": {"reference.epochs": 3}}])
+def test_a_field_that_is_written_with_dots_is_shown_in_its_section(tree):
+    meant = r"review.reference.epochs: unknown field; write it in its section: {review: {reference: {epochs: ...}}}"
+    with pytest.raises(RunFileError, match=meant):
+        parse_run_file(TINY | tree, "settings")

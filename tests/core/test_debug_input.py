@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def test_images_are_taken_in_the_forms_that_people_have(form, tmp_path):
     assert 0.5 < rows.max() <= 1
 
 
+def holding_a_lock() -> nn.Module:
+    net = biased()
+    net.lock = threading.Lock()  # type: ignore[assignment]
+    return net
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "floats to 255": (
         {"train": (np.full((20, 16, 16), 9.0), np.arange(20) % 2)},
@@ -134,6 +141,18 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a class named twice": ({"classes": ["a", "b", "a"]}, DataError, "^debug: classes: .* found 'a' 2 times;"),
     "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"train: expected \(images, labels\), found ndarray"),
+    "several sizes": (
+        {"train": ([np.zeros((16, 16), np.uint8), np.zeros((16, 12), np.uint8)], [0, 1])},
+        DataError,
+        "^train: expected images of one size",
+    ),
+    "classes as a dict": ({"classes": {"b": 1, "a": 0}}, DataError, "^classes: expected a list .* found dict"),
+    "classes as text": ({"classes": "0123456789"}, DataError, "^classes: expected a list of names, found str"),
+    "no copy": (
+        {"classifier": holding_a_lock()},
+        ModelError,
+        "cannot be copied .*lock.*; name its factory and its weights in settings instead",
+    ),
     "no train": ({"train": None}, DataError, "train: expected"),
     "nothing": ({"train": None, "test": None, "settings": None}, DataError, "found neither"),
     "colours": (

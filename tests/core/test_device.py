@@ -18,6 +18,20 @@ def test_f32_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not torch.backends.cudnn.allow_tf32
 
 
+def test_what_computes_reproducibly_leaves_the_callers_convolutions_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudnn = torch.backends.cudnn
+    chosen = {"deterministic": False, "benchmark": True, "allow_tf32": True}
+    for name, value in chosen.items():
+        monkeypatch.setattr(cudnn, name, value)
+    with cpu_threads(1):
+        with cpu_threads(2):
+            pass
+        assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
+    assert {name: getattr(cudnn, name) for name in chosen} == chosen
+
+
 def resident_bytes() -> int:
     return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 

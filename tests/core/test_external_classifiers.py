@@ -16,7 +16,14 @@ from torch import nn
 from defuse_core.config import RunFile
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.local import LocalCompute
-from defuse_core.models import load_classifier, predict, read_weights, weights_of
+from defuse_core.models import (
+    load_classifier,
+    load_pretrained,
+    predict,
+    read_weights,
+    set_weights,
+    weights_of,
+)
 from defuse_core.models.programs import load_program, open_transformers
 from defuse_core.pipeline import run_defuse
 from defuse_core.protocols import silent
@@ -25,7 +32,7 @@ from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import tiny
-from tests.own_classifiers import digits, trained
+from tests.own_classifiers import digits, plain, trained
 
 
 def save_script(path: Path) -> Path:
@@ -70,6 +77,20 @@ def test_a_program_of_batches_of_one_size_is_refused_with_what_to_export(tmp_pat
         ModelError, match=r"net\.pt2: exported for batches of 1 image, .*\{0: torch\.export\.Dim"
     ):
         load_program((tmp_path / "net.pt2").read_bytes(), "net.pt2")
+
+
+@pytest.mark.parametrize("most", [4, 32, None])
+def test_a_program_of_batches_up_to_a_size_is_refused_with_what_to_export(most, tmp_path):
+    shapes = ({0: torch.export.Dim("batch", min=2, max=most)},)
+    program = torch.export.export(trained(), (torch.rand(2, 1, 16, 16),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "net.pt2")
+    data = (tmp_path / "net.pt2").read_bytes()
+    if most is None:
+        assert load_program(data, "net.pt2")(torch.rand(600, 1, 16, 16)).shape == (600, 10)
+        return
+    line = rf"net\.pt2: exported for batches of at most {most} images, .*Dim\('batch'\)\}},\), without max"
+    with pytest.raises(ModelError, match=line):
+        load_program(data, "net.pt2")
 
 
 @pytest.mark.parametrize("name", SAVERS)
@@ -200,10 +221,51 @@ def test_checkpoints_of_training_scripts_are_read_and_logged(key, prefix, tmp_pa
     caplog.set_level("INFO")
     state = {f"{prefix}{name}": tensor for name, tensor in trained().state_dict().items()}
     torch.save({"epoch": 3, key: state}, tmp_path / "checkpoint.pt")
-    found = read_weights(tmp_path / "checkpoint.pt")
-    assert found.keys() == trained().state_dict().keys()
+    net = plain()
+    load_pretrained(net, tmp_path / "checkpoint.pt", trained_on=False)
+    torch.testing.assert_close(dict(net.state_dict()), dict(trained().state_dict()))
     assert f"is read from its entry '{key}'" in caplog.text
     assert ("without their prefix" in caplog.text) == bool(prefix)
+
+
+class Normalising(nn.Module):
+    """A network that calls a part of itself `module`, as wrappers of torch do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = trained()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.module((images - 0.5) / 0.5)
+        return logits
+
+
+@pytest.mark.parametrize("build", [plain, Normalising, lambda: nn.DataParallel(plain())])
+@pytest.mark.parametrize("change", ["none", "data-parallel", "compiled-data-parallel", "bare"])
+def test_the_weights_of_a_network_are_its_own_whatever_wrapped_it_in_training(build, change, tmp_path):
+    net, again = build(), build()
+    own = net.state_dict()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    prefix = {"data-parallel": "module.", "compiled-data-parallel": "_orig_mod.module."}.get(change, "")
+    names = {name: name.removeprefix("module.") if change == "bare" else prefix + name for name in own}
+    torch.save({names[name]: tensor for name, tensor in own.items()}, tmp_path / "net.pt")
+    load_pretrained(again, tmp_path / "net.pt", trained_on=False)
+    torch.testing.assert_close(dict(again.state_dict()), dict(own), rtol=0, atol=0)
+
+
+def test_a_mask_of_infinities_is_no_broken_weight():
+    class Masking(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+    weights = weights_of(Masking())
+    set_weights(Masking(), weights, "net.pt")
+    for name, value in (("weight", weights["mask"]), ("mask", np.full((2, 2), np.nan, np.float32))):
+        with pytest.raises(ModelError, match=f"net.pt: {name}: expected finite numbers"):
+            set_weights(Masking(), weights | {name: value}, "net.pt")
 
 
 @pytest.mark.parametrize(

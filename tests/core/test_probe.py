@@ -12,7 +12,7 @@ from torch import nn
 from defuse_core.config import ClassifierSection
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.errors import ModelError
-from defuse_core.models import accuracy, check_outputs, expect_trainable, log_classifier, probe_classifier
+from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
 from defuse_core.models.probe import (
     BETTER_RANGE,
@@ -22,10 +22,9 @@ from defuse_core.models.probe import (
     fitting_order,
     warnings_of,
 )
-from defuse_core.models.programs import load_program, program_of
 from defuse_core.suggest.plan import _probe_warnings, _set_probed
 from tests.conftest import tiny
-from tests.own_classifiers import IMAGENET, ChangingItsInput, Returning, digits, trained
+from tests.own_classifiers import IMAGENET, digits, trained
 
 CUSTOM = {"architecture": "custom", "import_path": "tests.own_classifiers:plain"}
 
@@ -297,94 +296,3 @@ def test_a_single_answer_for_everything_is_warned_of(splits, caplog):
     check_outputs(net, section(), digits(), 10)
     log_classifier(tiny(classifier={**CUSTOM}), net, splits, {"train": 0.1})
     assert "gives one answer for all of 300 training images" in caplog.text
-
-
-class Switching(nn.Module):
-    """Computes gradients in some modes alone."""
-
-    def __init__(self, training: bool, evaluated: bool) -> None:
-        super().__init__()
-        self.by_mode = {True: training, False: evaluated}
-        self.net = nn.Sequential(nn.BatchNorm2d(1), trained())
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.set_grad_enabled(self.by_mode[self.training]):
-            return self.net(images)
-
-
-class Unlinked(nn.Module):
-    """Computes with its weights as numpy has them, which inference mode allows and gradients do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = trained()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.net(images).numpy())
-
-
-class Detaching(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = trained()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.net(images).detach()
-
-
-def as_program(net: nn.Module) -> nn.Module:
-    return load_program(program_of(net, torch.rand(2, 1, 16, 16)), "net")
-
-
-UNREACHED = [
-    lambda: Switching(False, False),
-    lambda: as_program(Detaching()),
-    lambda: as_program(torch.jit.script(Detaching())),
-]
-
-
-@pytest.mark.parametrize("build", UNREACHED)
-def test_a_classifier_whose_logits_reach_no_parameter_is_refused(build):
-    adapted = adapt(build(), section(), 10)
-    check_outputs(adapted, section(), digits(), 10)
-    with pytest.raises(ModelError, match="expected a gradient from its logits .* remove torch.no_grad"):
-        expect_trainable(adapted, digits())
-
-
-def test_a_classifier_that_fails_where_gradients_are_computed_is_refused_with_its_reason():
-    adapted = adapt(Unlinked(), section(), 10)
-    check_outputs(adapted, section(), digits(), 10)
-    with pytest.raises(ModelError, match="cannot be fine-tuned, .* Can't call numpy"):
-        expect_trainable(adapted, digits())
-
-
-@pytest.mark.parametrize("evaluated", [False, True])
-def test_gradients_in_one_mode_are_enough_and_the_check_leaves_no_trace(evaluated):
-    net = adapt(Switching(not evaluated, evaluated), section(), 10)
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    expect_trainable(net, digits())
-    assert not net.training
-    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("build", [trained, lambda: torch.jit.script(trained())])
-def test_programs_are_trainable(build):
-    expect_trainable(adapt(as_program(build()), section(), 10), digits())
-
-
-def test_a_classifier_that_changes_its_input_is_told_so_and_the_images_stay():
-    images = digits()
-    before = images.batch(slice(0, 8)).copy()
-    with pytest.raises(ModelError, match="changes the images that it is given, .* begin with x = x.clone"):
-        check_outputs(adapt(ChangingItsInput(), section(), 10), section(), images, 10)
-    np.testing.assert_array_equal(images.batch(slice(0, 8)), before)
-    scaled = section(input_range="-1..1")  # what it changes then is a copy
-    check_outputs(adapt(ChangingItsInput(), scaled, 10), scaled, images, 10)
-
-
-@pytest.mark.parametrize("rows", [4, 8])
-def test_fewer_rows_than_images_are_an_error_that_says_so(rows):
-    net = adapt(Returning(lambda logits: logits[:rows]), section(), 10)
-    with pytest.raises(ModelError, match="let it return one"):
-        check_outputs(net, section(), digits(), 10)
-        probe_classifier(net, section(), digits(), list("0123456789"))

@@ -40,7 +40,7 @@ REFUSED = [  # what is wrong, section classifier, the line
     ("no module", own("not_a_module"), "expected an nn.Module, found int"),
     ("a factory that exits", own("that_exits"), 'below `if __name__ == "__main__":`'),
     ("a network that exits", own("that_exits_when_called"), "the classifier exits (SystemExit: 0)"),
-    ("a network that exits late", own("ThatExitsInTraining"), "own_classifiers.py, line"),
+    ("a network that exits late", own("ThatExitsInTraining"), "exits (SystemExit: 0) when it is trained"),
     ("a dict without logits", own("with_odd_dict"), "found a dict with a, b; wrap it"),
     ("a text", own("with_text"), "the first of a tuple, found str"),
     ("NaN", own("with_nan"), "expected finite logits, found NaN or infinity for 8 of 8 training images"),

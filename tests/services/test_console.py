@@ -7,9 +7,10 @@ import logging
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from services import console
-from services.console import ProgressDisplay
+from services.cli import console
+from services.cli.console import ProgressDisplay
 
 
 class Screen(io.StringIO):
@@ -91,3 +92,14 @@ def test_a_file_and_a_terminal_without_cursor_get_lines_whatever_colours_are_ask
         display("finding failures", 50, 1000, "images")
     assert shown.getvalue().strip() == ""
     assert caplog.messages == ["finding failures", "finding failures: 50 of 1000 images, 50/min, 1140 s left"]
+
+
+def test_a_name_that_rich_knows_as_an_emoji_is_printed_as_it_is(capsys):
+    screen = console.Terminal(markup=False)
+    table = Table()
+    table.add_column("label")
+    table.add_row(":100: or a:cat:b")
+    screen.print(table)
+    screen.print("accepted as a:cat:b")
+    out = capsys.readouterr().out
+    assert ":100: or a:cat:b" in out and "accepted as a:cat:b" in out

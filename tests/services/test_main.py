@@ -154,6 +154,12 @@ def test_an_empty_path_is_not_taken_for_the_current_folder(monkeypatch, capsys):
             path.type.convert("", path, None)
 
 
+def test_text_with_control_characters_is_refused(monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "status", "--store", "a\x1b[2J")
+    assert code == 2
+    assert r"'--store': expected text on one line without control characters, found 'a\x1b[2J'" in err
+
+
 def test_the_help_of_export_says_which_pictures_are_missing(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "export", "--help")
     assert code == 0

@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
 
-from services.tables import TEXT_WIDTH, print_paragraph, print_report
+from services.cli.tables import TEXT_WIDTH, print_report, print_text
 
 
 @pytest.mark.parametrize("width", [60, 100, 300])
 def test_a_paragraph_is_never_wider_than_one_can_read(width: int):
     console = Console(width=width, file=io.StringIO())
-    print_paragraph(console, "The classifier is hardly better than guessing. " * 20, "")
+    print_text(console, "The classifier is hardly better than guessing. " * 20, "")
     longest = max(map(len, console.file.getvalue().splitlines()))
     assert min(width, TEXT_WIDTH) - 12 < longest <= min(width, TEXT_WIDTH)
 

@@ -43,7 +43,7 @@ def test_the_result_of_a_run_until_a_step_is_printed_once_its_bars_are_gone(fini
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr("services.console.Terminal", lambda **_: Console(file=sys.stdout))
+    monkeypatch.setattr("services.cli.console.Terminal", lambda **_: Console(file=sys.stdout))
     code, out, _ = call(monkeypatch, capsys, *finished, "--until", "train")
     assert code == 0
     assert out.index("\x1b[?25h") < out.index("tiny: done until train")  # the cursor is shown again

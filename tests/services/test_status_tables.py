@@ -18,7 +18,7 @@ from defuse_core.report import Report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.status_tables import (
+from services.cli.status_tables import (
     RunSummary,
     print_runs,
     print_status,
@@ -201,5 +201,6 @@ def test_a_run_or_report_that_cannot_be_read_is_a_summary_with_the_problem(tmp_p
     (tmp_path / "broken" / "run.yaml").write_text("seed: [")
     (tmp_path / "other").mkdir()
     broken, unread = summarize_runs(FolderStore(tmp_path))
-    assert broken == RunSummary("broken", problem=broken.problem) and "run.yaml" in str(broken.problem)
+    assert broken == RunSummary("broken", state="unreadable run.yaml", problem=broken.problem)
+    assert "run.yaml" in str(broken.problem)
     assert unread.accuracy is None and "report.json is another version's" in str(unread.problem)

@@ -20,8 +20,8 @@ from defuse_core.report.build import build_report
 from defuse_core.report.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.status_tables import ARTEFACTS, StepState, print_runs, print_status, step_states
-from services.tables import print_report
+from services.cli.status_tables import ARTEFACTS, StepState, print_runs, print_status, step_states
+from services.cli.tables import print_report
 from tests.no_access import refuse_access
 
 LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")

@@ -224,3 +224,22 @@ def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_
     assert read == {"train0", "test0", "test1"}
     monkeypatch.setattr(Path, "read_bytes", refused)
     assert shared_images(Splits(train, None, test, ("a", "b"))) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_a_damaged_exif_block_is_not_odd_and_stops_nothing(tmp_path: Path, suffix: str):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    for path in root.rglob("*.png"):
+        picture = Image.open(path).copy()
+        path.unlink()
+        picture.save(path.with_suffix(f".{suffix}"), exif=b"nonsense")
+    assert lines(root) == []
+
+
+def test_an_orientation_that_is_not_known_is_not_turned(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    for path in root.rglob("*.png"):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 0
+        Image.open(path).save(path, exif=exif)
+    assert lines(root) == []

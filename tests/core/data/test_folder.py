@@ -41,14 +41,17 @@ def test_a_folder_without_validation_has_a_share_of_its_training_images_held_out
     assert kept.counts()["train"] == 10
 
 
-def test_a_class_whose_only_image_is_held_out_is_named_in_a_warning(
+def test_a_class_that_the_sample_of_training_images_lacks_is_named_in_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     root = write_folder(tmp_path, ("train",))
     save_picture(root / "train" / "fox" / "0.png", noise(1, SIZE, SIZE, 3)[0])
     warned = {}
     for seed in range(20):
-        data = section("folder", root, validation_share=0.3)
+        assert (
+            2 in open_splits(section("folder", root, validation_share=0.3), seed).train.labels
+        )  # is not held out
+        data = section("folder", root, validation_share=0.3, train_images=4)
         splits = open_splits(data, seed)
         caplog.clear()
         log_parts(data, splits)
@@ -169,9 +172,17 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
         ),
         (
             lambda root: save_picture(root / "train/fox/0.png", noise(1, SIZE, SIZE, 3)[0]),
-            "validation: expected the class folders of train, but fox is only in train",
+            "validation: expected the class folders of train, but fox is only in train; add it, empty if there are",
         ),
         (lambda root: (root / "train").rename(root / "training"), "train: expected a folder"),
+        (
+            lambda root: shutil.rmtree(root / "test/dog"),
+            "test: expected the class folders of train, but dog is only in train; add it, empty",
+        ),
+        (
+            lambda root: [shutil.rmtree(root / "test" / name) for name in ("cat", "dog")],
+            "as in train, found none; sort the images into such folders, or rename this one if their classes are",
+        ),
         (
             lambda root: [f.unlink() for f in (root / "train/cat").iterdir()],
             "train/cat: expected images of this class",

@@ -109,6 +109,13 @@ def test_what_is_held_out_and_what_is_kept_are_the_images_in_order_with_each_cla
     assert 1 <= held.labels.sum() <= 3
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_only_image_of_a_class_is_kept(seed: int):
+    images = Images(numbered(40).pixels, np.repeat([0, 1], [39, 1]))
+    kept, held = hold_out(images, 0.15, generator(seed, "test"))
+    assert len(held) == 6 and 39 in ids(kept)
+
+
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_share_that_leaves_a_part_without_an_image_is_refused(share: float):
     found = rf"{share} of 10 images is {round(10 * share)}, and each part needs at least one"

@@ -37,7 +37,7 @@ from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, SETTINGS
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import trial_key
-from services.tables import _left_out
+from services.cli.tables import _left_out
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings

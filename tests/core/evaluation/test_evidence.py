@@ -40,7 +40,7 @@ from defuse_core.report.notices import caveats
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
-from services.tables import print_report
+from services.cli.tables import print_report
 
 
 def corrections(count: int) -> Corrections:

@@ -276,7 +276,7 @@ def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp
         run(promote, "--store", str(tmp_path), *options)
 
 
-@pytest.mark.parametrize("option", ["--canary", "--force", "--by"])
+@pytest.mark.parametrize("option", ["--canary", "--force", "--by", "--why"])
 def test_promote_with_the_value_of_an_unset_variable_is_refused(option, tmp_path):
     with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
         run(promote, "first", "--store", str(tmp_path), option, "")

@@ -1,10 +1,12 @@
-"""`defuse suite save` and `defuse check --suite`: failure scenarios as a regression suite."""
+"""What finished runs found, used elsewhere: `defuse export`, `suite save`, `check --suite` and `compare`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import click
 
@@ -14,6 +16,7 @@ from services.cli.options import (
     GivenPath,
     classifier_fields,
     given,
+    json_option,
     open_run,
     print_json,
     section_overrides,
@@ -26,39 +29,57 @@ if TYPE_CHECKING:
     from defuse_core.export.suite import Suite, SuiteResult
 
 
-def suite_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `defuse check --suite` to a command."""
-    for option in reversed(
-        [
-            click.option("--suite", type=GivenPath(), help="Folder of a suite to check against."),
-            click.option(
-                "--classifier",
-                callback=given,
-                help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
-            ),
-            click.option("--weights", type=GivenPath(), help="With --classifier: its state dict."),
-            click.option(
-                "--set",
-                "overrides",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
-            ),
-            click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write."),
-        ]
-    ):
-        command = option(command)
-    return command
+@click.command(short_help="Write the corrected classifier, or the scenarios' pictures.")
+@click.argument("run")
+@store_option
+@click.option(
+    "--to",
+    "model",
+    type=GivenPath(),
+    help="File for the corrected classifier: .safetensors (weights), .pt2 (torch.export) or .onnx.",
+)
+@click.option(
+    "--scenarios",
+    "folder",
+    type=GivenPath(),
+    help="New folder for the pictures of the failure scenarios: train/CLASS/*.png (reviewed, and drawn to tune on), "
+    "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv, whose column class_index has the "
+    "classifier's class numbers. torchvision's ImageFolder numbers the folders. Failures that are tuned on though "
+    "nobody reviewed them (correct.unreviewed) are not among the pictures.",
+)
+@click.option("--force", is_flag=True, help="Replace the file of --to if it exists.")
+def export(run: str, store: str, model: Path | None, folder: Path | None, force: bool) -> None:
+    """Write the corrected classifier of RUN, or the pictures of its failure scenarios, for other tools.
 
+    The written classifier is compared with the run's own on 1,000 images. A .safetensors file has the names of the
+    network itself, and input_range, outputs, classes and class_order in its metadata; .pt2 and .onnx map images in
+    [0, 1] to logits.
 
-def expect_no_suite_options(
-    classifier: str | None, weights: Path | None, overrides: tuple[str, ...], junit: Path | None
-) -> None:
-    """Raise UsageError for an option of `defuse check --suite` that is given without --suite."""
-    options = {"--classifier": classifier, "--weights": weights, "--set": overrides, "--junit": junit}
-    for option, value in options.items():
-        if value:
-            raise click.UsageError(f"{option} needs --suite FOLDER")
+    \b
+    defuse export digits --to model.safetensors
+    defuse export digits --to model.onnx --scenarios pictures/
+    """
+    from defuse_core.export import export_model
+    from defuse_core.export.pictures import export_scenarios
+    from defuse_core.files import expect_new_file
+
+    if model is None and folder is None:
+        raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
+    opened = open_run(run, store)
+    if model is not None:
+        if not force:
+            expect_new_file("--to", model)
+        done = export_model(opened, model)
+        click.echo(
+            f"{done.path}: the same answer as the run's classifier on {done.same_answers:,} of "
+            f"{count_of(done.images, f'{done.source} image')}; logits differ by at most {done.difference:.2g}"
+        )
+    if folder is not None:
+        count = export_scenarios(opened, folder)
+        click.echo(
+            f"{folder}: {count_of(count, 'picture')}, with labels.csv; its column class_index has the classifier's "
+            "class numbers (ImageFolder numbers the folders)"
+        )
 
 
 @click.group()
@@ -105,6 +126,41 @@ def save(run: str, store: str, out: Path) -> None:
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
 
 
+def suite_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `defuse check --suite` to a command."""
+    for option in reversed(
+        [
+            click.option("--suite", type=GivenPath(), help="Folder of a suite to check against."),
+            click.option(
+                "--classifier",
+                callback=given,
+                help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
+            ),
+            click.option("--weights", type=GivenPath(), help="With --classifier: its state dict."),
+            click.option(
+                "--set",
+                "overrides",
+                multiple=True,
+                metavar="KEY=VALUE",
+                help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
+            ),
+            click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def expect_no_suite_options(
+    classifier: str | None, weights: Path | None, overrides: tuple[str, ...], junit: Path | None
+) -> None:
+    """Raise UsageError for an option of `defuse check --suite` that is given without --suite."""
+    options = {"--classifier": classifier, "--weights": weights, "--set": overrides, "--junit": junit}
+    for option, value in options.items():
+        if value:
+            raise click.UsageError(f"{option} needs --suite FOLDER")
+
+
 def check_suite(
     suite: Path,
     run: str | None,
@@ -130,7 +186,9 @@ def check_suite(
     if junit is not None:
         expect_no_own_folder("--junit", junit)
     loaded = load_suite(suite)
-    section = _section(classifier, weights, overrides)
+    section = classifier_fields(classifier, weights)
+    if section is not None:
+        section = section_overrides("classifier", overrides, {"classifier": section})
     net = loaded.classifier(section) if section else _corrected(loaded, run, store)
     results = loaded.check(net)
     name = classifier or f"run {run}"
@@ -175,16 +233,6 @@ def _measured(result: SuiteResult) -> str:
     return f"{result.accuracy:.1%}, {asked}"
 
 
-def _section(
-    classifier: str | None, weights: Path | None, overrides: tuple[str, ...]
-) -> dict[str, Any] | None:
-    """Return section `classifier` for --classifier, --weights and --set; None for the classifier of a run."""
-    if classifier is None:
-        return None
-    tree: dict[str, Any] = {"classifier": classifier_fields(classifier, weights)}
-    return section_overrides("classifier", overrides, tree)
-
-
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
     from defuse_core.export import corrected_classifier
     from defuse_core.models import to_device
@@ -195,7 +243,7 @@ def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
     found = (models.classes, data.image_size, data.channels)
     if found != (asked.classes, asked.image_size, asked.channels):
         raise InputError(f"run {name}: its classes or images are not those of the suite (run {asked.run})")
-    return to_device(classifier)
+    return to_device(classifier, data)
 
 
 def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
@@ -214,26 +262,55 @@ def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
 
 def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> InputError | None:
     """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
-    from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
-
     from defuse_core.files import writing
 
-    tests = TestSuite(f"defuse {loaded.description.run}")
+    run, asked = loaded.description.run, _count_asked(results)
+    failed = sum(not result.passed for result in results)
+    page = ElementTree.Element("testsuites")
+    counts = {"tests": str(len(results)), "failures": str(failed), "skipped": str(len(results) - asked)}
+    tests = ElementTree.SubElement(page, "testsuite", counts, name=f"defuse {run}", errors="0")
     for result in results:
-        case = TestCase(result.scenario.name, classname=f"defuse.{loaded.description.run}")
         line = f"{name}: {_measured(result)}"
+        case = ElementTree.SubElement(tests, "testcase", name=result.scenario.name, classname=f"defuse.{run}")
         if not result.passed:
-            case.result = [Failure(line)]
+            ElementTree.SubElement(case, "failure", message=line)
         elif not result.is_asked:
-            case.result = [Skipped(line)]
-        case.system_out = line
-        tests.add_testcase(case)
-    xml = JUnitXml()
-    xml.add_testsuite(tests)
+            ElementTree.SubElement(case, "skipped", message=line)
+        ElementTree.SubElement(case, "system-out").text = line
+    ElementTree.indent(page)
     try:
         with writing("--junit", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            xml.write(str(path), pretty=True)
+            ElementTree.ElementTree(page).write(path, encoding="utf-8", xml_declaration=True)
     except InputError as error:
         return error
     return None
+
+
+@click.command(short_help="Show what became of a run's scenarios in a later run.")
+@click.argument("run_a", metavar="A")
+@click.argument("run_b", metavar="B")
+@store_option
+@json_option
+def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
+    """Show what became of the failure scenarios of run A in the later run B, and which ones B found.
+
+    Those of A are persisting, fixed or back again ("was right" where A's own classifier passes, too), by the classifier
+    that B debugged. Those that only B found are new where the classifier that A debugged passes, and otherwise found
+    now. Broken by B: the classifier that B debugged passes, but B's correction fails there. Broken by A: the same of A,
+    for a scenario that only B found. Accuracies are those of each run's classifier before and after its correction, on
+    the scenario's held-out pictures.
+
+    \b
+    defuse compare parts-v1 parts-v2
+    """
+    from defuse_core.export.compare import compare_runs
+    from services.cli.tables import print_comparison
+
+    rows = compare_runs(open_run(run_a, store), open_run(run_b, store))
+    if as_json:
+        print_json({"a": run_a, "b": run_b, "scenarios": [dataclasses.asdict(row) for row in rows]})
+    elif not rows:
+        click.echo(f"neither {run_a} nor {run_b} accepted a failure scenario")
+    else:
+        print_comparison(run_a, run_b, rows)

@@ -27,7 +27,7 @@ from defuse_core.report.formatting import (
     unbroken,
 )
 from defuse_core.report.notices import caveats, headline
-from services.console import Terminal
+from services.cli.console import Terminal
 
 if TYPE_CHECKING:
     from defuse_core.config import CorrectSection
@@ -52,9 +52,9 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
     `correct` is that of the run file.
     """
     console = console or Terminal()
-    print_paragraph(console, headline(report), "bold")
+    print_text(console, headline(report), "bold")
     for warning in caveats(report, correct):
-        print_paragraph(console, warning, "yellow")
+        print_text(console, warning, "yellow")
     console.print()
     print_table(console, accuracy_table(report))
     if report.evidence is not None:
@@ -63,17 +63,12 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
         _print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
     print_table(console, _agreement_table(report))
     for line in _lines(report):
-        print_paragraph(console, line, "dim")
+        print_text(console, line, "dim")
 
 
-def print_paragraph(console: Console, text: str, style: str) -> None:
-    """Print text as `print_text` does, in lines of at most TEXT_WIDTH columns."""
-    print_text(console, text, style, TEXT_WIDTH)
-
-
-def print_text(console: Console, text: str, style: str, widest: int | None = None) -> None:
-    """Print text in lines that do not break before a percent sign."""
-    lines = textwrap.wrap(unbroken(text), min(console.width, widest or console.width))
+def print_text(console: Console, text: str, style: str, widest: int = TEXT_WIDTH) -> None:
+    """Print text in lines of at most `widest` columns, which do not break before a percent sign."""
+    lines = textwrap.wrap(unbroken(text), min(console.width, widest))
     console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
 
 
@@ -159,7 +154,8 @@ def print_comparison(
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
     _print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
-    print_text(console, ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state]), "")
+    shown = ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state])
+    print_text(console, shown, "", console.width)
 
 
 def _states() -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class Terminal(Console):
     """What a command prints its tables on."""
 
     def __init__(self, *, stderr: bool = False, markup: bool = True) -> None:
-        super().__init__(stderr=stderr, markup=markup)
+        super().__init__(stderr=stderr, markup=markup, emoji=False)  # `:cat:` in a class name is text
         if self.width < 1:  # COLUMNS=0, as in some editors and containers
             self.width = WIDTH
 

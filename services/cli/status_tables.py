@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from defuse_core.report.formatting import NONE, date_time, duration, percent, si
 from defuse_core.report.notices import headline
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.console import Terminal
-from services.tables import accuracy_table, add_row, new_table, print_paragraph, print_table, print_text
+from services.cli.console import Terminal
+from services.cli.tables import accuracy_table, add_row, new_table, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -61,12 +61,17 @@ class RunSummary:
     run: str
     data: str | None = None
     step: str | None = None  # the first that is not done
-    state: str | None = None  # of that step, as in StepState; "done" after the last one
+    # of that step, as in StepState; "done" after the last one; "unreadable" or "unreadable run.yaml"
+    state: str | None = None
     seconds: float | None = None  # of all steps so far
     made: str | None = None  # time of the last artefact, 2026-01-31T12:00:00Z
     accepted: int | None = None  # failure scenarios
     accuracy: dict[str, Any] | None = None  # as in report.json: before, baseline and defuse
     problem: str | None = None  # why the run or its report cannot be read
+
+    @property
+    def is_unreadable(self) -> bool:
+        return self.state is not None and self.state.startswith("unreadable")
 
 
 def step_states(run: Run) -> list[StepState]:
@@ -83,8 +88,9 @@ def _step_state(
     names = ARTEFACTS[step]
     made = [name for name in names if f"{name}.safetensors" in keys]
     # an entry stays when an added λ deletes its file
-    stored = [entry for name, entry in entries.items() if f"{name}.safetensors" in keys]
-    known = [entry for entry in stored if entry["step"] == step]
+    known = [
+        entry for name, entry in entries.items() if f"{name}.safetensors" in keys and entry["step"] == step
+    ]
     is_done = len(made) == len(names) and (step != "report" or "report.json" in keys)
     detail = "" if is_done else _detail(run, step, keys)
     if is_done:
@@ -154,24 +160,19 @@ def _shards(run: Run) -> int:
 
 def summarize_runs(store: Store) -> list[RunSummary]:
     """Return the summary of each run in a store, also of those that cannot be read."""
-    return [
-        RunSummary(name, problem=str(found)) if isinstance(found, DefuseError) else found
-        for name, found in _summaries(store)
-    ]
+    return [found for name in store.folders() if (found := _summary(store, name)) is not None]
 
 
-def _summaries(store: Store) -> Iterator[tuple[str, RunSummary | DefuseError]]:
-    """Yield the name of each run in a store with its summary, or with the error where it cannot be read."""
-    for name in store.folders():
-        found: RunSummary | DefuseError
-        try:
-            if not store.exists(f"{name}/run.yaml"):
-                continue
-            run = Run.open(store, name)
-            found = summarize_run(run, step_states(run))
-        except DefuseError as error:
-            found = error
-        yield name, found
+def _summary(store: Store, name: str) -> RunSummary | None:
+    """Return the summary of a folder in a store; None where it is no run."""
+    try:
+        if not store.exists(f"{name}/run.yaml"):
+            return None
+        run = Run.open(store, name)
+        return summarize_run(run, step_states(run))
+    except DefuseError as error:
+        state = "unreadable run.yaml" if isinstance(error, RunFileError) else "unreadable"
+        return RunSummary(name, state=state, problem=str(error))
 
 
 def summarize_run(run: Run, states: list[StepState]) -> RunSummary:
@@ -216,11 +217,11 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
-        print_paragraph(console, headline(report), "bold")
+        print_text(console, headline(report), "bold")
         console.print()
         print_table(console, accuracy_table(report))
     elif run.store.exists("report.json"):
-        print_text(console, _unread_report(run), "yellow")
+        print_text(console, _unread_report(run), "yellow", console.width)
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 
@@ -235,7 +236,7 @@ def _print_health(console: Console, run: Run, models: Models) -> None:
         f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
         "collapsed."
     )
-    print_paragraph(console, text, "" if health.verdict == "fit" else "yellow")
+    print_text(console, text, "" if health.verdict == "fit" else "yellow")
 
 
 def _stored_report(run: Run) -> Report | None:
@@ -266,39 +267,26 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
     table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
-    problems, notes = [], []
-    for name, found in _summaries(store):
-        if isinstance(found, DefuseError):
-            problems.append(str(found))
-            shown = "unreadable run.yaml" if isinstance(found, RunFileError) else "unreadable"
-            row: tuple[str | Text, ...] = name, NONE, Text(shown, style="red"), NONE, NONE, NONE, NONE
-        else:
-            row = _run_row(found)
-            notes += [] if found.problem is None else [found.problem]
-        add_row(table, *row[: len(table.columns)])
-    if not table.row_count:
+    runs = summarize_runs(store)
+    if not runs:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
+    for run in runs:
+        add_row(table, *_run_row(run)[: len(table.columns)])
     print_table(console, table)
-    for note in notes:
-        print_text(console, note, "yellow")
-    for problem in problems:
-        print_text(console, problem, "red")
+    for run in sorted(runs, key=lambda run: run.is_unreadable):
+        if run.problem is not None:
+            print_text(console, run.problem, "red" if run.is_unreadable else "yellow", console.width)
 
 
 def _run_row(run: RunSummary) -> tuple[str | Text, ...]:
     """Return the cells of a run in the list."""
-    shown = (
-        Text("done", style="green") if run.step is None else Text(f"{run.step}, {run.state}", style="yellow")
-    )
-    return (
-        run.run,
-        run.data or NONE,
-        shown,
-        *_outcome(run),
-        date_time(run.made or ""),
-        duration(run.seconds or 0),
-    )
+    if run.step is not None:
+        state = Text(f"{run.step}, {run.state}", style="yellow")
+    else:
+        state = Text(run.state or "", style="red" if run.is_unreadable else "green")
+    seconds = NONE if run.seconds is None else duration(run.seconds)
+    return run.run, run.data or NONE, state, *_outcome(run), date_time(run.made or ""), seconds
 
 
 def _outcome(run: RunSummary) -> tuple[str, str]:

@@ -1,0 +1,213 @@
+"""Checks of a classifier before anything is trained: what it returns, and whether it can be fine-tuned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from defuse_core.config import ClassifierSection
+from defuse_core.data import Images
+from defuse_core.data.images import evenly_spaced
+from defuse_core.errors import ModelError
+from defuse_core.models.adapters import (
+    EXTERNAL,
+    expect_full_precision,
+    failure_line,
+    find_logits,
+    raw_output,
+    reason_of,
+)
+from defuse_core.models.layout import settle_layout, to_tensor
+from defuse_core.models.vae import gradients_of
+
+log = logging.getLogger("defuse")
+BATCH = 8  # images of the check of outputs
+SAME_IN_TRAINING = (
+    "let its forward take images alone and return the logits in train mode as in eval mode, or give the network by "
+    "torch.export.save, which keeps it in eval mode"
+)
+
+
+class CallError(ModelError):
+    """The classifier's code fails on images; those of another size may be what it takes."""
+
+
+class ProbabilitiesError(ModelError):
+    """The classifier returns probabilities, and classifier.outputs does not say so."""
+
+
+def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
+    """Raise ModelError unless the classifier returns one finite logit per class, whatever else is in the batch.
+
+    Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says.
+    """
+    batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
+    first = batch[:2].clone()
+    settle_layout(classifier.eval(), first.clone())
+    with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too
+        _expect_shape(_call(classifier, first), len(first), classes)
+        if not torch.equal(first, batch[:2]):
+            raise ModelError(
+                "the classifier changes the images that it is given, which are used again; let its forward compute new "
+                "ones (x = 2 * x, not x.mul_(2)), or begin with x = x.clone()"
+            )
+        whole = _call(classifier, batch)
+        _expect_shape(whole, len(batch), classes)
+        _expect_finite(whole)
+        given = _expect_kind(classifier, section, batch) if section.architecture in EXTERNAL else whole.dtype
+        _expect_batch_independence(classifier, batch, whole, given)
+
+
+def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
+    """Raise ModelError unless the logits have the shape (images, classes)."""
+    found = tuple(logits.shape)
+    if found == (images, classes):
+        return
+    if classes == 2 and logits.numel() == images:
+        remedy = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+    elif found[:1] != (images,):
+        remedy = "let it return one row for each image, in batches of any size"
+    elif found[1:2] == (classes,) and logits.numel() == images * classes:
+        remedy = "return logits.flatten(1)"
+    else:
+        remedy = f"the data set has {classes} classes, so let it return {classes} logits for each image"
+    raise ModelError(
+        f"the classifier: expected logits of shape {(images, classes)} (images, classes), found {found}; {remedy}"
+    )
+
+
+def expect_trainable(classifier: nn.Module, images: Images) -> None:
+    """Raise ModelError for a classifier without a parameter that fine-tuning may change and its logits depend on.
+
+    Also for one that fails in train mode or returns something else there, and for weights that are not of float32.
+    Expects one that passed `check_outputs`. Leaves it in eval mode, as it was.
+    """
+    expect_full_precision(classifier, "the classifier", trained=True)
+    parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    if not parameters:
+        remedy = "call requires_grad_(True) on those to fine-tune before it is saved or given to Defuse"
+        if not list(classifier.parameters()):
+            remedy = "it has none at all; save it without torch.jit.freeze, which makes constants of them"
+        raise ModelError(
+            f"the classifier: expected parameters to fine-tune, found none that requires a gradient; {remedy}"
+        )
+    batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
+    state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    try:  # its code may switch gradients off in eval mode alone
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # dropout draws
+            evaluated = _logits_with_gradient(classifier.eval(), batch, parameters)
+            trained = _logits_with_gradient(classifier.train(), batch, parameters)
+    finally:
+        classifier.eval().load_state_dict(state)  # statistics of batch normalisation
+    if trained.shape != evaluated.shape:
+        raise ModelError(
+            f"the classifier: expected logits of shape {evaluated.shape} in train mode, too, in which it is "
+            f"fine-tuned, found {trained.shape}; {SAME_IN_TRAINING}"
+        )
+    if not (evaluated.reaches_parameter or trained.reaches_parameter):
+        raise ModelError(
+            "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
+            "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
+        )
+
+
+class _Logits(NamedTuple):
+    """What is asked of the logits that are computed with gradients."""
+
+    shape: tuple[int, ...]
+    reaches_parameter: bool
+
+
+def _logits_with_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> _Logits:
+    """Return what is asked of the logits. Raises ModelError where they cannot be computed with gradients."""
+    try:
+        logits = classifier(batch)
+        gradients = gradients_of(logits, parameters)
+    except SystemExit as error:  # a worker of Ray would end by it
+        raise ModelError(
+            f"the classifier exits (SystemExit: {error}) when it is trained; remove that"
+        ) from error
+    except Exception as error:
+        where, remedy = "where gradients are computed", "change its forward"
+        if classifier.training:
+            where, remedy = "in train mode, in which it is fine-tuned", SAME_IN_TRAINING
+        raise ModelError(
+            f"the classifier cannot be fine-tuned, since its forward or backward pass fails {where}: "
+            f"{reason_of(error)}; {remedy}"
+        ) from error
+    return _Logits(tuple(logits.shape), any(gradient is not None for gradient in gradients))
+
+
+def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
+    """Return the logits of a batch. Raises ModelError, with the reason that the classifier gave, where it fails."""
+    try:
+        logits: Tensor = classifier(batch)
+    except ModelError:
+        raise
+    except SystemExit as error:  # a worker of Ray would end by it
+        raise ModelError(
+            f"the classifier exits (SystemExit: {error}) when it is called; remove that"
+        ) from error
+    except Exception as error:
+        remedy = "check data.image_size and data.channels, and that the network accepts batches of any size"
+        raise CallError(failure_line(classifier, batch, error, remedy)) from error
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")
+    return logits
+
+
+def _expect_kind(classifier: nn.Module, section: ClassifierSection, batch: Tensor) -> torch.dtype:
+    """Return the type of the numbers that the network returns. Logs where the logits were found.
+
+    Raises ModelError where probabilities come as logits, or the reverse.
+    """
+    values, where = find_logits(raw_output(classifier, batch, section.input_range))
+    if where != "a tensor":
+        log.info("the classifier returns more than logits; used: %s", where)
+    sums = values.sum(dim=1)
+    probabilities = bool((values >= 0).all() and (values <= 1).all() and (sums - 1).abs().max() < 1e-3)
+    if probabilities and section.outputs == "logits":
+        raise ProbabilitiesError(
+            "the classifier: expected logits, found probabilities (each row sums to 1); set classifier.outputs: "
+            "probabilities, or return what its softmax is given"
+        )
+    if not probabilities and section.outputs == "probabilities":
+        raise ModelError(
+            f"classifier.outputs: probabilities: expected rows that sum to 1, found sums from {sums.min():.4g} to "
+            f"{sums.max():.4g}; set classifier.outputs: logits"
+        )
+    return values.dtype
+
+
+def _expect_finite(logits: Tensor) -> None:
+    bad = ~torch.isfinite(logits).all(dim=1)
+    if bad.any():
+        raise ModelError(
+            f"the classifier: expected finite logits, found NaN or infinity for {int(bad.sum())} of {len(logits)} "
+            "training images; check its weights and classifier.input_range"
+        )
+
+
+def _expect_batch_independence(
+    classifier: nn.Module, batch: Tensor, whole: Tensor, given: torch.dtype
+) -> None:
+    """Raise ModelError where a logit depends on the call, or on the other images of the batch.
+
+    `given` is the type of the numbers that the network returns: those of bfloat16 are rounded to 8 bits.
+    """
+    tolerance = max(1e-3, 2 * torch.finfo(given).eps) * float(whole.abs().max()) + 1e-4
+    if (_call(classifier, batch) - whole).abs().max() > tolerance:
+        raise ModelError(
+            "the classifier: expected equal logits for equal images, found others at the second call; dropout or other "
+            "noise stays on in eval mode, so switch it off there"
+        )
+    parts = torch.cat([_call(classifier, batch[:1]), _call(classifier, batch[1:])])
+    if (parts - whole).abs().max() > tolerance:
+        raise ModelError(
+            "the classifier: expected logits that depend on the image alone, found others when the batch changes; "
+            "batch statistics are used in eval mode, so export or return it in eval mode"
+        )
