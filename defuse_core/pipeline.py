@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, StoreError
-from defuse_core.evaluation.evaluate import (
+from defuse_core.evaluation import (
     PLAIN_NAMES,
     Controls,
     Findings,
@@ -62,7 +62,7 @@ from defuse_core.training.reference_models import (
     training_calls,
 )
 from defuse_core.tuning_data import choose_unreviewed, reviewed_failures
-from defuse_core.watch.failure_detector import FailureWatch, watch_run
+from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.distill.draws import distances_from
 from defuse_core.errors import DefuseError, InputError, ModelError, count_of
-from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.export import corrected_classifier, plain_weights
@@ -40,7 +40,7 @@ from defuse_core.report.notices import headline
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import Run
 from defuse_core.store import GONE
-from defuse_core.watch.failure_detector import FailureWatch
+from defuse_core.watch import FailureWatch
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import autocast, cpu_threads, device_name
 from defuse_core.errors import RunFileError
-from defuse_core.evaluation.evaluate import class_accuracy
+from defuse_core.evaluation import class_accuracy
 from defuse_core.evaluation.health import (
     STRIP_KEY,
     health_after_training,

@@ -1,1 +1,265 @@
-"""What a run is worth: accuracies, evidence by independent judges, descriptions, the health of the β-VAE."""
+"""The figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2; and the controls of evidence.
+
+Controls are corrections that the chosen one is held against: plain further training (λ = 0), and tuning without a fold.
+Components were accepted since the classifier before is wrong there, so that nearly every other model is better than it
+on them. Plain further training shows what they owe to the scenarios. What one such training does on a scenario depends
+on the order of its minibatches, so that there are P of them, and the correction is held against each, on the same
+pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    Anchors,
+    Bool,
+    Corrections,
+    Evaluation,
+    Gallery,
+    Models,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Sweep,
+    Verdicts,
+    Votes,
+    Weights,
+)
+from defuse_core.config import RunFile
+from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.splits import random_rows
+from defuse_core.device import cpu_threads
+from defuse_core.distill.draws import in_region
+from defuse_core.distill.mixture import responsibilities
+from defuse_core.identify import subsample_psi
+from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.progress import Progress
+from defuse_core.review.verdicts import most_common_errors
+from defuse_core.seeds import generator, torch_seed
+from defuse_core.store import Store
+from defuse_core.tuning_data import held_out_images
+
+MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
+MIN_CODES = 4  # for a perplexity of 1
+ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
+TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
+# Names in a run of the trainings with λ = 0; the place of each is the repetition that it is. One training alone is no
+# measure: another order of the minibatches may turn half of a scenario's images.
+PLAIN_NAMES = ("plain", "plain_1", "plain_2")
+PLAIN_TRAININGS = len(PLAIN_NAMES)
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Everything that a run found, for its report."""
+
+    models: Models
+    psi: Psi
+    scenarios: Scenarios
+    gallery: Gallery
+    votes: Votes
+    verdicts: Verdicts
+    fixes: Corrections
+    baseline: Sweep
+    sweep: Sweep
+    references: ReferenceSet | None = None  # the reference models, where any step used them
+    judges: ReferenceSet | None = None  # None with judges.count 0
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What one classifier scores; nan where there is nothing to score on."""
+
+    overall: F64  # (3,) validation, test, scenario
+    per_class: F64  # (C,)
+    scenario: F64  # (A,)
+
+
+def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
+    """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
+    on_disk = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
+    classes = len(found.models.classes)
+    before = found.models.classifier
+    all_weights = (before, found.baseline.weights, found.sweep.weights or before)
+    with cpu_threads(spec.resources.train_threads):
+        held_out = held_out_images(load_vae(spec, found.models.vae), found.fixes)
+        scores = []
+        for done, weights in enumerate(all_weights):
+            progress("scoring the classifiers", done, len(all_weights), "classifiers")
+            scores.append(_score(spec, weights, splits, held_out, found))
+        corrected = load_classifier(spec, all_weights[-1], classes)
+        after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
+        progress("drawing the latent space", 0, 1, "pictures")
+        points, kind, component = latent_map(spec, found, splits.train, store)
+    tested = np.zeros(0, np.int64) if splits.test is None else splits.test.labels
+    return Evaluation(
+        accuracy=np.stack([score.overall for score in scores]),
+        per_class=np.stack([score.per_class for score in scores]),
+        per_class_images=np.bincount(tested, minlength=classes).astype(np.int64),
+        scenario=np.stack([score.scenario for score in scores]),
+        gallery_after=after.reshape(found.gallery.predicted.shape),
+        points=points,
+        point_kind=kind,
+        point_component=component,
+    )
+
+
+def _score(spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings) -> Scores:
+    classes, scenarios = len(found.models.classes), len(found.fixes.labels)
+    if not weights:
+        return Scores(np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan))
+    classifier = load_classifier(spec, weights, classes)
+    right = [_right(classifier, images) for images in (splits.validation, splits.test, held_out)]
+    overall = [float(hits.mean()) if len(hits) else math.nan for hits in right]
+    per_class: F64 = np.full(classes, np.nan)
+    if splits.test is not None:
+        per_class = class_accuracy(right[1], splits.test.labels, classes)
+    scenario = right[2].reshape(scenarios, -1).mean(axis=1) if scenarios else np.zeros(0)
+    return Scores(np.array(overall), per_class, scenario)
+
+
+def _right(classifier: nn.Module, images: Images | None) -> F64:
+    """Return 1 for each image that the classifier gets right, else 0; nothing for no images."""
+    if images is None or not len(images):
+        return np.zeros(0)
+    right: F64 = (predict(classifier, images) == images.labels).astype(np.float64)
+    return right
+
+
+def class_accuracy(right: Bool | F64, labels: I64, classes: int) -> F64:
+    """Return the accuracy within each class, (C,); nan for a class without images."""
+    counts = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        shares: F64 = np.bincount(labels, right, minlength=classes) / counts
+    return shares
+
+
+def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> tuple[F32, I64, I64]:
+    """Return t-SNE points (P, 2), their kind and component (P,), as Evaluation holds them (Figure 2, B.5).
+
+    For a training image the component is its class.
+    """
+    rng = generator(spec.seed, "report", "sample")
+    scenarios, accepted = found.scenarios, found.verdicts.accepted
+    rows = random_rows(len(train), spec.report.tsne_images, rng)
+    codes = encode_images(load_vae(spec, found.models.vae), train.take(rows))
+    failures = subsample_psi(spec, found.psi, store).codes
+    shares = shares_of_mixture(scenarios, failures)
+    if len(accepted):
+        near = (shares[:, accepted] > MIN_RESPONSIBILITY).any(axis=1)
+        failures, shares = failures[near], shares[near]
+    chosen = random_rows(len(failures), spec.report.tsne_failures, rng)
+    failures, shares = failures[chosen], shares[chosen]
+    owner = shares.argmax(axis=1) if len(scenarios) else np.full(len(failures), -1)
+    means = np.where(np.isin(np.arange(len(scenarios)), accepted), ACCEPTED, REJECTED)
+    points = embed(spec, np.concatenate([codes, failures, scenarios.means.astype(np.float32)]))
+    kind = np.concatenate([np.full(len(codes), TRAINING), np.full(len(failures), FAILURE), means])
+    component = np.concatenate([train.labels[rows], owner, np.arange(len(scenarios))])
+    return points, kind.astype(np.int64), component.astype(np.int64)
+
+
+def shares_of_mixture(scenarios: Scenarios, codes: F32) -> F64:
+    """Return the probability that (n, Z) codes belong to each component of `scenarios`, (n, S).
+
+    Components that were dropped have their share, too, so that a row may sum to less than 1.
+    """
+    found = responsibilities(
+        codes,
+        np.concatenate([scenarios.weights, scenarios.all_weights]),
+        np.concatenate([scenarios.means, scenarios.all_means]),
+        np.concatenate([scenarios.covariances, scenarios.all_covariances]),
+    )
+    own, mixture = found[:, : len(scenarios)], found[:, len(scenarios) :]
+    shares: F64 = own / mixture.sum(axis=1, keepdims=True)
+    return shares
+
+
+def embed(spec: RunFile, codes: F32) -> F32:
+    """Return t-SNE of (P, Z) codes, (P, 2), by Barnes and Hut's approximation: some 45 s for 10,000 codes.
+
+    On one thread, because sums in another order give another picture. Zeros where there are too few codes for one.
+    """
+    if len(codes) < MIN_CODES:
+        return np.zeros((len(codes), 2), np.float32)
+    from sklearn.manifold import TSNE  # late: its import takes a second
+
+    perplexity = min(spec.report.perplexity, (len(codes) - 1) / 3)
+    seed = torch_seed(spec.seed, "report", "t-SNE") % 2**32
+    with threadpool_limits(limits=1):
+        init = "pca" if codes.shape[1] > 1 else "random"
+        tsne = TSNE(perplexity=perplexity, angle=ANGLE, init=init, random_state=seed, n_jobs=1)
+        points: F32 = tsne.fit_transform(codes).astype(np.float32)
+        return points
+
+
+@dataclass(frozen=True, eq=False)
+class Controls:
+    """Corrections that only evidence needs."""
+
+    plain: tuple[Sweep, ...]  # P of λ = 0, which differ in their random numbers alone; never empty
+    folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
+
+
+def control_spec(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
+    """Return the run file of a control with this λ, for as many epochs as the chosen correction."""
+    epochs = sweep.chosen.epoch if sweep.chosen else spec.correct.epochs
+    return spec.with_fields("correct", lambdas=(lam,), epochs=epochs, choose_by="last", stop_at_loss=None)
+
+
+def folds(fixes: Corrections, sweep: Sweep) -> Sequence[int]:
+    """Return the numbers of the folds: none with fewer than two accepted scenarios, or without a correction."""
+    return (0, 1) if len(fixes.labels) > 1 and sweep.chosen is not None else ()
+
+
+def fold_of(fixes: Corrections) -> I64:
+    """Return which of the two folds each accepted scenario belongs to, (A,)."""
+    return np.arange(len(fixes.labels)) % 2
+
+
+def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
+    """Return the accepted scenarios whose label and most common wrong answer one of the other fold has, too, (A,)."""
+    confusions = np.stack([fixes.labels, errors], axis=1)  # (A, 2)
+    alike = (confusions[:, None] == confusions).all(axis=2)  # (A, A)
+    fold = fold_of(fixes)
+    found: Bool = (alike & (fold[:, None] != fold)).any(axis=1)
+    return found
+
+
+def without_fold(found: Findings, fold: int) -> Corrections:
+    """Return the corrections of all scenarios outside `fold`, without the unreviewed failures near one of it.
+
+    Near are codes in its region or with its confusion, and the others of the source images, or tracks, of these codes.
+    """
+    fixes, left_out = found.fixes, fold_of(found.fixes) == fold
+    kept = fixes.take(np.flatnonzero(~left_out))
+    codes = fixes.unreviewed
+    if codes is None:
+        return kept
+    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
+    near = np.zeros(len(codes), np.bool_)
+    for row in np.flatnonzero(left_out):
+        near |= in_region(found.scenarios, int(fixes.scenario[row]), codes.codes)
+        near |= (codes.truth == fixes.labels[row]) & (codes.predicted == errors[row])
+    return replace(kept, unreviewed=codes.take(~np.isin(codes.unit, codes.unit[near])))
+
+
+def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
+    """Return a number for each of `count` pictures, (count,); those with the same one are no independent evidence.
+
+    It is that of the track that a picture is anchored at, of the image where images have no tracks, and its own with
+    plain decoding. `anchor` holds indices into `anchors`.
+    """
+    if anchors is None or anchor is None:
+        return np.arange(count)
+    return anchors.unit[anchor.reshape(-1)]

@@ -24,7 +24,7 @@ from defuse_core.data import Images, Splits
 from defuse_core.data.images import to_levels
 from defuse_core.data.splits import random_rows
 from defuse_core.distill.draws import distances_from
-from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation import Findings
 from defuse_core.intervals import SIGNIFICANT, binomial_tail, discoveries, hypergeometric_tail
 from defuse_core.models import Vae, decoder_at, encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_error

@@ -12,9 +12,9 @@ from defuse_core.report.schema import Report, parse_report
 from defuse_core.runs import Run
 
 if TYPE_CHECKING:
-    from defuse_core.evaluation.evaluate import Findings
+    from defuse_core.evaluation import Findings
     from defuse_core.evaluation.evidence import Evidence
-    from defuse_core.watch.failure_detector import FailureWatch
+    from defuse_core.watch import FailureWatch
 
 
 def write_report(

@@ -24,8 +24,8 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.distill.sources import certain_error
+from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
-from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import BEFORE, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
@@ -59,7 +59,7 @@ from defuse_core.review.consensus import count_not_majority
 from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import is_misclassified, most_common_error
 from defuse_core.runs import Run
-from defuse_core.watch.failure_detector import FailureWatch
+from defuse_core.watch import FailureWatch
 
 
 def build_report(

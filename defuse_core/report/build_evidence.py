@@ -9,7 +9,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.evaluation.evaluate import Findings, has_same_confusion_in_other_fold
+from defuse_core.evaluation import Findings, has_same_confusion_in_other_fold
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
 from defuse_core.intervals import (
     SIGNIFICANT,
@@ -37,7 +37,7 @@ from defuse_core.report.evidence_schema import (
     WiderDraws,
 )
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.watch.failure_detector import FailureWatch
+from defuse_core.watch import FailureWatch
 
 ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
 REGION = "scenario distance"

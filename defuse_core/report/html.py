@@ -19,8 +19,8 @@ from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import CorrectSection, RunFile, dump_run_file
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import count_of
+from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
-from defuse_core.evaluation.evaluate import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting, notices

@@ -17,7 +17,7 @@ from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import count_of
-from defuse_core.evaluation.evaluate import PLAIN_TRAININGS
+from defuse_core.evaluation import PLAIN_TRAININGS
 from defuse_core.models import (
     ReferenceCnn,
     build_vae,

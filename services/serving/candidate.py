@@ -39,7 +39,7 @@ from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
-from defuse_core.watch.failure_detector import FailureWatch, watch_classifier
+from defuse_core.watch import FailureWatch, watch_classifier
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_accuracy
 from services.serving.traffic import components_digest
 

@@ -16,7 +16,7 @@ from defuse_core.device import device
 from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier, load_vae
 from defuse_core.report.evidence_schema import WatchFigures
-from defuse_core.watch.failure_detector import FailureDetector
+from defuse_core.watch import FailureDetector
 from defuse_core.watch.scenario_regions import Watch
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec

@@ -27,7 +27,7 @@ from defuse_core.distill.draws import (
     wide_draws,
 )
 from defuse_core.errors import VaeHealthError
-from defuse_core.evaluation.evaluate import PLAIN_TRAININGS
+from defuse_core.evaluation import PLAIN_TRAININGS
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint

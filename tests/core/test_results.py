@@ -16,7 +16,7 @@ from defuse_core.artifacts import Gallery, Models, Scenarios, Sweep
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
-from defuse_core.evaluation.evaluate import Findings
+from defuse_core.evaluation import Findings
 from defuse_core.models import (
     build_classifier,
     encode_images,

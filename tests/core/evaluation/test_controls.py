@@ -9,7 +9,7 @@ import pytest
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
 from defuse_core.correct import trial_key
-from defuse_core.evaluation.evaluate import (
+from defuse_core.evaluation import (
     PLAIN_NAMES,
     PLAIN_TRAININGS,
     Controls,

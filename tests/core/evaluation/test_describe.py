@@ -11,8 +11,8 @@ from scipy import ndimage
 
 from defuse_core.artifacts import F32, Corrections
 from defuse_core.data import open_splits
+from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import MEASUREMENTS, describe_scenarios, deviation_words, measure
-from defuse_core.evaluation.evaluate import Findings
 from defuse_core.models import decode_codes, encode_images, load_vae
 from tests.sample_findings import sample_findings
 

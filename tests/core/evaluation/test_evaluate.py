@@ -12,7 +12,7 @@ from defuse_core.artifacts import Corrections, Models, Psi, Scenarios, Shard, Sw
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
-from defuse_core.evaluation.evaluate import (
+from defuse_core.evaluation import (
     ACCEPTED,
     FAILURE,
     REJECTED,

@@ -13,7 +13,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
-from defuse_core.evaluation.evaluate import (
+from defuse_core.evaluation import (
     PLAIN_NAMES,
     PLAIN_TRAININGS,
     Controls,

@@ -11,7 +11,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
-from defuse_core.evaluation.evaluate import Controls, Findings
+from defuse_core.evaluation import Controls, Findings
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict

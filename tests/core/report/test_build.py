@@ -18,7 +18,7 @@ from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.watch.failure_detector import METHODS
+from defuse_core.watch import METHODS
 
 
 def test_agreement_is_the_mean_over_labelled_images_with_its_standard_error(tmp_path: Path):

@@ -16,8 +16,7 @@ from defuse_core.data import Images, open_splits
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.progress import silent
 from defuse_core.report.build_evidence import calibration_error, watch_figures
-from defuse_core.watch import failure_detector, scenario_regions
-from defuse_core.watch.failure_detector import (
+from defuse_core.watch import (
     METHODS,
     Answers,
     FailureWatch,
@@ -26,6 +25,7 @@ from defuse_core.watch.failure_detector import (
     _problem,
     fit_temperature,
     measure_detector,
+    scenario_regions,
     watch_classifier,
     watch_run,
 )
@@ -207,7 +207,7 @@ def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tin
     regions = fit_regions(vae, Corrections(np.array([0]), np.array([3]), single, single), codes)
     given = (classifier, vae, tracked, regions, class_gaussians(codes, labels, 10))
     whole = _answers(*given)
-    monkeypatch.setattr(failure_detector, "BATCH", 7)
+    monkeypatch.setattr("defuse_core.watch.BATCH", 7)
     batched = _answers(*given)
     assert len(whole.logits) == 23
     for name, array in vars(whole).items():

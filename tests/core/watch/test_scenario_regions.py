@@ -10,7 +10,7 @@ from defuse_core.artifacts import Corrections
 from defuse_core.data import open_splits
 from defuse_core.export.compare import share_inside
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
-from defuse_core.watch.failure_detector import _answers
+from defuse_core.watch import _answers
 from defuse_core.watch.scenario_regions import (
     class_gaussians,
     fit_regions,
