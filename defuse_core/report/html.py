@@ -131,7 +131,7 @@ def scenario_card(
 ) -> ScenarioCard:
     """Return what the page shows of one component."""
     count = found.gallery.images.shape[1]
-    tiles = tuple(_tile(row, place, found, evaluation) for place in range(count))
+    tiles = tuple(_reviewed_tile(row, place, found, evaluation) for place in range(count))
     if evidence is None or row.evidence is None:
         return ScenarioCard(row, tiles, ())
     column = int(np.flatnonzero(found.fixes.scenario == row.number)[0])
@@ -150,20 +150,12 @@ def _real_tiles(classes: tuple[str, ...], real: NearestReal, column: int) -> tup
         real.images[column], real.labels[column], real.predicted[column], strict=True
     ):
         badge = Badge(formatting.answer_text(classes, answer), "right" if answer == label else "wrong")
-        tiles.append(
-            ImageTile(
-                address=data_address(pixels.astype(np.float32) / 255),
-                description=f"real image of {classes[label]}; classifier before: {classes[answer]}",
-                pixelated=max(pixels.shape[1:]) <= PIXEL_ART,
-                before=badge,
-                after=None,
-                own_label=None,
-            )
-        )
+        description = f"real image of {classes[label]}; classifier before: {classes[answer]}"
+        tiles.append(_image_tile(pixels.astype(np.float32) / 255, description, badge))
     return tuple({tile.address: tile for tile in tiles}.values())
 
 
-def _tile(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> ImageTile:
+def _reviewed_tile(row: Scenario, place: int, found: Findings, evaluation: Evaluation) -> ImageTile:
     classes, image = found.models.classes, found.gallery.images[row.number, place]
     label = int(found.verdicts.image_labels[row.number, place])
     before = int(found.gallery.predicted[row.number, place])
@@ -176,14 +168,21 @@ def _tile(row: Scenario, place: int, found: Findings, evaluation: Evaluation) ->
         return Badge(formatting.answer_text(classes, answer), kind)
 
     differs = row.label is not None and not unlabelled and classes[label] != row.label
-    return ImageTile(
-        address=data_address(image),
-        description=f"annotators: {named}; classifier before: {classes[before]}, after: {classes[after]}",
-        pixelated=max(image.shape[1:]) <= PIXEL_ART,
-        before=badge(before),
-        after=badge(after),
-        own_label=formatting.answer_text(classes, label) if differs else None,
+    return _image_tile(
+        image,
+        f"annotators: {named}; classifier before: {classes[before]}, after: {classes[after]}",
+        badge(before),
+        badge(after),
+        formatting.answer_text(classes, label) if differs else None,
     )
+
+
+def _image_tile(
+    image: F32, description: str, before: Badge, after: Badge | None = None, own_label: str | None = None
+) -> ImageTile:
+    """Return the tile of an image (channels, H, W) in [0, 1]."""
+    pixelated = max(image.shape[1:]) <= PIXEL_ART
+    return ImageTile(data_address(image), description, pixelated, before, after, own_label)
 
 
 def render_run(report: Report | None, correct: CorrectSection, headline: str, page: str) -> str:
@@ -214,13 +213,11 @@ def render_scenarios(cards: Sequence[ScenarioCard], classes: tuple[str, ...]) ->
 def render_real(images: F32, labels: Sequence[str], answers: Sequence[str], title: str) -> str:
     """Return real images (n, channels, H, W) as a row in a notebook, each with its class and the answer before."""
     tiles = [
-        ImageTile(
-            address=data_address(image),
-            description=f"image of {label}; classifier before: {answer}",
-            pixelated=max(image.shape[1:]) <= PIXEL_ART,
-            before=Badge(label, ""),
-            after=Badge(answer, "right" if answer == label else "wrong"),
-            own_label=None,
+        _image_tile(
+            image,
+            f"image of {label}; classifier before: {answer}",
+            Badge(label, ""),
+            Badge(answer, "right" if answer == label else "wrong"),
         )
         for image, label, answer in zip(images, labels, answers, strict=True)
     ]
