@@ -43,15 +43,6 @@ class FittedMixture:
 
 
 @dataclass(frozen=True, eq=False)
-class Prior:
-    concentration: float  # of the stick-breaking weights
-    mean: F64  # (Z,)
-    covariance: F64  # (Z, Z)
-    mean_precision: float
-    degrees_of_freedom: float
-
-
-@dataclass(frozen=True, eq=False)
 class Statistics:
     """Sums over all rows under one set of responsibilities; means and covariances follow from them."""
 
@@ -76,8 +67,10 @@ class Posterior:
 class VariationalFit:
     """A fit under way: whoever holds the codes returns their sums under `coefficients`, and `step` takes them."""
 
-    def __init__(self, start: Posterior, prior: Prior, center: F64, *, max_iterations: int, tolerance: float):
-        """`center` (Z,) is subtracted from every code, so that sums of squares keep their digits."""
+    def __init__(self, start: Posterior, prior: F64, center: F64, *, max_iterations: int, tolerance: float):
+        """`prior` is that of `maximise`. `center` (Z,) is subtracted from every code, so that sums of squares keep
+        their digits.
+        """
         self.posterior, self.prior, self.center = start, prior, center
         self.max_iterations, self.tolerance = max_iterations, tolerance
         self.bound, self.change, self.iteration = -math.inf, math.inf, 0
@@ -128,24 +121,13 @@ def fit_dirichlet_process_mixture(
 
     center = codes.mean(axis=0)  # sums of squares about the mean keep their digits
     rows = _Rows.of(torch.from_numpy(codes - center).to(device()))
-    prior = default_prior(components, sample_covariance(codes))
+    prior = prior_covariance(sample_covariance(codes))
     labels = KMeans(n_clusters=components, n_init=1, random_state=seed).fit(codes).labels_
     start = maximise(prior, _hard_statistics(rows, labels.astype(np.int64), components))
     fit = VariationalFit(start, prior, center, max_iterations=max_iterations, tolerance=tolerance)
     while not fit.done:
         fit.step(_expect(rows, fit.coefficients()))
     return fit.fitted()
-
-
-def default_prior(components: int, covariance: F64) -> Prior:
-    """Return scikit-learn's default prior for codes of mean 0 and this (Z, Z) covariance, which is regularised here."""
-    return Prior(
-        concentration=1 / components,
-        mean=np.zeros(len(covariance)),
-        covariance=prior_covariance(covariance),
-        mean_precision=1.0,
-        degrees_of_freedom=float(len(covariance)),
-    )
 
 
 def prior_covariance(covariance: F64) -> F64:
@@ -304,24 +286,25 @@ def _quadratic_coefficients(roots: F64, means: F64, constants: F64) -> F64:
     return np.ascontiguousarray(np.concatenate([constant[:, None], linear, quadratic], axis=1).T)
 
 
-def maximise(prior: Prior, statistics: Statistics) -> Posterior:
-    """The M step: return the posterior that the statistics amount to under `prior`."""
+def maximise(prior: F64, statistics: Statistics) -> Posterior:
+    """The M step: return the posterior that the statistics of K components amount to.
+
+    The prior is scikit-learn's default for codes of mean 0: that mean with precision 1, the (Z, Z) covariance `prior`
+    with Z degrees of freedom, and concentration 1/K of the stick-breaking weights.
+    """
     count = statistics.count
     averages = statistics.first / count[:, None]
     scatter = statistics.second / count[:, None, None] - averages[:, :, None] * averages[:, None, :]
-    scatter += REGULARISATION * np.eye(len(prior.mean))
-    mean_precision = prior.mean_precision + count
-    means = (prior.mean_precision * prior.mean + count[:, None] * averages) / mean_precision[:, None]
-    degrees = prior.degrees_of_freedom + count
-    shift = averages - prior.mean
-    pull = (count * prior.mean_precision / mean_precision)[:, None, None]
-    covariances = (
-        prior.covariance + count[:, None, None] * scatter + pull * shift[:, :, None] * shift[:, None, :]
-    )
+    scatter += REGULARISATION * np.eye(len(prior))
+    mean_precision = 1.0 + count
+    means = count[:, None] * averages / mean_precision[:, None]
+    degrees = len(prior) + count
+    pull = (count / mean_precision)[:, None, None]
+    covariances = prior + count[:, None, None] * scatter + pull * averages[:, :, None] * averages[:, None, :]
     covariances /= degrees[:, None, None]
     behind = np.append(np.cumsum(count[::-1])[-2::-1], 0.0)  # what all later sticks hold
     return Posterior(
-        sticks=(1 + count, prior.concentration + behind),
+        sticks=(1 + count, 1 / len(count) + behind),
         mean_precision=mean_precision,
         means=means,
         degrees_of_freedom=degrees,

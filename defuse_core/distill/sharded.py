@@ -35,11 +35,11 @@ from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
     covariance_of,
-    default_prior,
     maximise,
     mixture_coefficients,
     one_component,
     partial_sums,
+    prior_covariance,
     summed_statistics,
 )
 from defuse_core.distill.sources import Sources, count_sources
@@ -194,7 +194,7 @@ def _fit(
     first = _summed(parts, centers, tables)
     fits = {}
     for cell, table in tables.items():
-        prior = default_prior(table.shape[1], covariance_of(spreads[cell]))
+        prior = prior_covariance(covariance_of(spreads[cell]))
         with cpu_threads(1):
             posterior = maximise(prior, summed_statistics(first[cell], table))
         limits = spec.distill.max_iterations, spec.distill.tolerance
