@@ -74,19 +74,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     if spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
     settle_precision(run, compute)
-    guide = reference_models(run, compute) if spec.vae.guide_weight else None
-    models = run.once(
-        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, training_calls(run))
-    )
-    anchored = spec.vae.decode == "anchored"
-    if run.until != "train" and not anchored:
-        expect_healthy(spec, models)
-    references = reference_models(run, compute) if references_take_part(spec) else None
-    if anchored and references is not None:
-        measure = partial(compute.task, "train", measure_moved, spec, models, references)
-        models = replace(models, health=run.once("train", Health, measure))
-    if run.until != "train" and anchored:
-        expect_healthy(spec, models)
+    models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
@@ -122,6 +110,28 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     controls = _controls(run, compute, found)
     evaluation, watch, evidence = _evaluations(run, compute, found, controls)
     return write_report(run, found, evaluation, evidence, watch)
+
+
+def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
+    """Return what is trained, once `expect_healthy` accepts the β-VAE, and the reference models if they take part.
+
+    With vae.decode: anchored its health is what the reference models answer on moved images.
+    """
+    spec, store = run.spec, run.store
+    guide = reference_models(run, compute) if spec.vae.guide_weight else None
+    models = run.once(
+        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, training_calls(run))
+    )
+    anchored = spec.vae.decode == "anchored"
+    if run.until != "train" and not anchored:
+        expect_healthy(spec, models)
+    references = reference_models(run, compute) if references_take_part(spec) else None
+    if anchored and references is not None:
+        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        models = replace(models, health=run.once("train", Health, measure))
+    if run.until != "train" and anchored:
+        expect_healthy(spec, models)
+    return models, references
 
 
 def _evaluations(
