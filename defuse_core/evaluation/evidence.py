@@ -12,21 +12,12 @@ J = 3 numbers of a share (share, low, high).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import krippendorff
 import numpy as np
 from torch import nn
 
-from defuse_core.artifacts import (
-    F32,
-    F64,
-    I64,
-    NONE_OF_THE_ABOVE,
-    Bool,
-    Sweep,
-    Votes,
-)
+from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Bool, Sweep, Votes
 from defuse_core.config import RunFile
 from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
@@ -49,13 +40,7 @@ from defuse_core.intervals import (
     pairs_of,
     share_of_units,
 )
-from defuse_core.models import (
-    decoder_at,
-    decoder_of,
-    load_classifier,
-    load_vae,
-    predict,
-)
+from defuse_core.models import decoder_at, decoder_of, load_classifier, load_vae, predict
 from defuse_core.progress import Progress
 from defuse_core.review.verdicts import majority
 from defuse_core.seeds import generator
@@ -157,6 +142,7 @@ class _Evidence:
         self.held_out = held_out.batch()  # (A·n, channels, H, W)
         self.own = self.labels(self.held_out)  # (A·n,)
         self.units = units_of(found.fixes.anchors, found.fixes.test_anchor, len(self.own))  # (A·n,)
+        self.shape = found.fixes.test.shape[:2]  # (A, n)
 
     def _chosen(self, sweep: Sweep) -> nn.Module | None:
         """Return the classifier that a sweep chose; None where it chose none."""
@@ -173,51 +159,44 @@ class _Evidence:
     def gather(self) -> Evidence:
         """Return all figures."""
         found, fixes = self.found, self.found.fixes
-        accepted = len(fixes.labels)
-        per_scenario = fixes.test.shape[1]
-        share = partial(_share, per_scenario=per_scenario, units=self.units)
         self.progress("asking the judges", 0, 4, "figures")
         answers = self._all_answers(self.held_out)
         right, plain = _right(answers, self.own)  # (B, A·n), (P, A·n)
-        scenario_labels = np.repeat(fixes.labels, per_scenario)
+        scenario_labels = np.repeat(fixes.labels, self.shape[1])
         one, plain_one = _right(answers, scenario_labels)
         # an image that judges disagree on shows no label
         shows = (self.own == scenario_labels).astype(np.float64)
+        scenario_purity = self._of_each(shows)
         self.progress("asking the judges", 1, 4, "figures")
-        fold_right = self._fold_right(per_scenario)
+        fold_right = self._fold_right()
         left_out = np.where(np.isnan(fold_right), np.nan, [right[BEFORE], fold_right, right[PLAIN], *plain])
         wider = self._wider()
         self.progress("asking the judges", 2, 4, "figures")
-        fresh, truth, fresh_units = self._real_failures()
+        fresh, truth, fresh_units = self._failing_draws()
         fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
         self.progress("asking the judges", 3, 4, "figures")
         real_images = self.splits.validation or self.splits.test or self.splits.train
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, real_images)
-        by_scenario = right.reshape(len(CLASSIFIERS), accepted, per_scenario)
-        units = self.units.reshape(accepted, per_scenario)
-        plain_by_scenario = plain.reshape(len(plain), accepted, per_scenario)
-        others = np.concatenate([by_scenario[[BEFORE]], plain_by_scenario])
-        pairs_with_before, *rows = [pairs_by_scenario(by_scenario[DEFUSE], other, units) for other in others]
-        pairs = np.stack(rows)
+        pairs, pairs_with_before = self._pairs(right, plain)
         has_test = self.splits.test is not None
         assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,
             before_test=found.models.accuracy.get("test" if has_test else "validation", float("nan")),
             labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
-            purity=share(shows),
-            own_label=np.stack([share(row) for row in right]),
-            one_label=np.stack([share(row) for row in one]),
-            left_out=np.stack([share(row) for row in left_out[:3]]),
+            purity=self._share(shows),
+            own_label=np.stack([self._share(row) for row in right]),
+            one_label=np.stack([self._share(row) for row in one]),
+            left_out=np.stack([self._share(row) for row in left_out[:3]]),
             wider=wider,
             real_failures=np.stack([_known_share(row, fresh_units) for row in fresh_right]),
             real_failure_images=len(truth),
-            scenario_purity=_nanmean(shows.reshape(accepted, per_scenario)),
-            scenario_own_label=_nanmean(by_scenario).T,
-            scenario_left_out=_nanmean(fold_right.reshape(accepted, per_scenario)),
-            confirmed=is_confirmed(pairs, _nanmean(by_scenario[DEFUSE])),
+            scenario_purity=scenario_purity,
+            scenario_own_label=self._of_each(right).T,
+            scenario_left_out=self._of_each(fold_right),
+            confirmed=is_confirmed(pairs, self._of_each(right[DEFUSE])),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
-            at_fault=tuple(map(_at_fault, _nanmean(shows.reshape(accepted, per_scenario)))),
+            at_fault=tuple(map(_at_fault, scenario_purity)),
             real=real,
             mcnemar=np.stack([self._mcnemar(self.plain[0]), self._mcnemar(self.corrected)]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
@@ -229,22 +208,37 @@ class _Evidence:
             worse=is_worse(pairs),
             plain_each=np.array(
                 [
-                    *([share(row)[0] for row in rows] for rows in (plain, plain_one, left_out[3:])),
+                    *([self._share(row)[0] for row in rows] for rows in (plain, plain_one, left_out[3:])),
                     [_known_share(row, fresh_units)[0] for row in fresh_plain],
                 ]
             ),
-            scenario_plain=_nanmean(plain_by_scenario),
+            scenario_plain=self._of_each(plain),
             pairs_with_before=pairs_with_before,
         )
+
+    def _share(self, hits: F64) -> F64:
+        """Return the `_share` of hits on held-out images, (A·n,)."""
+        return _share(hits, self.shape[1], self.units)
+
+    def _of_each(self, hits: F64) -> F64:
+        """Return the mean over the held-out images of each scenario, nan left out: (..., A·n) -> (..., A)."""
+        return _nanmean(hits.reshape(*hits.shape[:-1], *self.shape))
+
+    def _pairs(self, right: F64, plain: F64) -> tuple[I64, I64]:
+        """Return Evidence.pairs, (P, A, 3), and pairs_with_before, (A, 3), of (B, A·n) and (P, A·n) hits."""
+        others = np.concatenate([right[[BEFORE]], plain]).reshape(1 + len(plain), *self.shape)
+        defuse, units = right[DEFUSE].reshape(self.shape), self.units.reshape(self.shape)
+        with_before, *pairs = [pairs_by_scenario(defuse, other, units) for other in others]
+        return np.stack(pairs), with_before
 
     def _all_answers(self, images: F32) -> F64:
         """Return the answers of before, baseline, defuse and each plain training, (3 + P, n); nan without one."""
         classifiers = (self.before, self.baseline, self.defuse, *self.plain)
         return np.stack([_answers(classifier, images) for classifier in classifiers])
 
-    def _fold_right(self, per_scenario: int) -> F64:
+    def _fold_right(self) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
-        fold = np.repeat(fold_of(self.found.fixes), per_scenario)
+        fold = np.repeat(fold_of(self.found.fixes), self.shape[1])
         right: F64 = np.full(len(self.own), np.nan)
         for number, classifier in enumerate(self.folds):
             rows = np.flatnonzero(fold == number)
@@ -273,7 +267,7 @@ class _Evidence:
             table[row] = [_share(right[place], WIDER_IMAGES, units) for place in (BEFORE, DEFUSE, PLAIN)]
         return table
 
-    def _real_failures(self) -> tuple[F32, I64, I64]:
+    def _failing_draws(self) -> tuple[F32, I64, I64]:
         """Return failing draws around test images in which the judges still see the image's class, classes and tracks.
 
         At most one draw an image, the first, so that they are independent. No step has seen these images or draws.
