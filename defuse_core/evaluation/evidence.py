@@ -23,12 +23,7 @@ from defuse_core.data import Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
-from defuse_core.evaluation import (
-    Controls,
-    Findings,
-    fold_of,
-    units_of,
-)
+from defuse_core.evaluation import Controls, Findings, fold_of, units_of
 from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import (

@@ -19,13 +19,7 @@ from defuse_core.evaluation import (
     without_fold,
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
-from defuse_core.intervals import (
-    is_better,
-    is_confirmed,
-    is_worse,
-    least_favourable,
-    pairs_of,
-)
+from defuse_core.intervals import is_better, is_confirmed, is_worse, least_favourable, pairs_of
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.progress import silent
