@@ -292,8 +292,8 @@ def _counts_of(shard: Shard) -> Psi:
     )
 
 
-def _decode_shard(data: bytes, where: str, expected: tuple[int, str], remedy: str) -> Shard:
-    shard, (index, fingerprint) = decode(Shard, data, where, remedy), expected
+def _decode_shard(data: bytes, where: str, index: int, fingerprint: str, remedy: str) -> Shard:
+    shard = decode(Shard, data, where, remedy)
     if shard.index != index:
         raise DamagedError(f"{where}: expected shard {index}, found shard {shard.index}; {remedy}")
     if shard.fingerprint != fingerprint:
@@ -308,7 +308,7 @@ def finished_shards(store: Store, fingerprint: str) -> dict[int, Psi]:
     for key, data in zip(keys, map_ahead(store.read, keys), strict=True):
         index = int(key[4:10])
         try:
-            shard = _decode_shard(data, f"{store.address}/{key}", (index, fingerprint), remedy)
+            shard = _decode_shard(data, f"{store.address}/{key}", index, fingerprint, remedy)
             counts[index] = _counts_of(shard)
         except StoreError as error:
             log.warning("identify: %s", error)
@@ -363,4 +363,4 @@ def shard_of_psi(store: Store, fingerprint: str, index: int) -> Shard:
         raise DamagedError(
             f"{where}: expected a shard of psi.safetensors, found no such file; {remedy}"
         ) from error
-    return _decode_shard(data, where, (index, fingerprint), remedy)
+    return _decode_shard(data, where, index, fingerprint, remedy)

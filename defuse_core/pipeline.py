@@ -87,7 +87,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         lambda: _corrections(run, compute, models, references, psi, scenarios, verdicts),
     )
     reviewed = reviewed_failures(gallery, verdicts)
-    _sweeps(
+    sweeps = _sweeps(
         run,
         compute,
         "correct",
@@ -95,15 +95,25 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
         sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
     )
-    judges(run, compute)
-    found = _findings(run)
+    found = Findings(
+        models,
+        psi,
+        scenarios,
+        gallery,
+        votes,
+        verdicts,
+        fixes,
+        **sweeps,
+        references=run.load(ReferenceSet, "references"),
+        judges=judges(run, compute),
+    )
     controls = _controls(run, compute, found)
     evaluation, watch, evidence = _evaluations(run, compute, found, controls)
     return write_report(run, found, evaluation, evidence, watch)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
-    """Return what is trained, and the reference models if they take part. Stops before a β-VAE that shows no failures.
+    """Return what is trained, once `expect_healthy` accepts the β-VAE, and the reference models if they take part.
 
     With vae.decode: anchored its health is what the reference models answer on moved images.
     """
@@ -278,12 +288,7 @@ def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, Fail
 
     Raises InputError where the run is not finished.
     """
-    return _findings(run), run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)
-
-
-def _findings(run: Run) -> Findings:
-    """Return what is stored of a run whose sweeps are made."""
-    return Findings(
+    found = Findings(
         with_measured_health(run, run.require(Models)),
         run.require(Psi),
         run.require(Scenarios),
@@ -296,3 +301,4 @@ def _findings(run: Run) -> Findings:
         references=run.load(ReferenceSet, "references"),
         judges=run.load(ReferenceSet, "judges"),
     )
+    return found, run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)

@@ -25,24 +25,13 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config import RunFile, parse_run_file
-from defuse_core.evaluation import (
-    ACCEPTED,
-    FAILURE,
-    REJECTED,
-    TRAINING,
-    Findings,
-)
+from defuse_core.evaluation import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
 from defuse_core.report import Report
 from defuse_core.report.build import build_report
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.watch import (
-    METHODS,
-    FailureDetector,
-    FailureWatch,
-    MeasuredDetector,
-)
+from defuse_core.watch import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from tests.conftest import PAPER_LAMBDAS
 from tests.sample_components import FIT, sample_scenarios
 

@@ -228,7 +228,7 @@ class _Evidence:
 
     def _pairs(self, right: F64, plain: F64) -> tuple[I64, I64]:
         """Return Evidence.pairs, (P, A, 3), and pairs_with_before, (A, 3), of (B, A·n) and (P, A·n) hits."""
-        others = np.concatenate([right[[BEFORE]], plain]).reshape(-1, *self.shape)
+        others = np.concatenate([right[[BEFORE]], plain]).reshape(1 + len(plain), *self.shape)
         defuse, units = right[DEFUSE].reshape(self.shape), self.units.reshape(self.shape)
         with_before, *pairs = [pairs_by_scenario(defuse, other, units) for other in others]
         return np.stack(pairs), with_before

@@ -16,12 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Evaluation
-from defuse_core.evaluation import (
-    ACCEPTED,
-    FAILURE,
-    TRAINING,
-    Findings,
-)
+from defuse_core.evaluation import ACCEPTED, FAILURE, TRAINING, Findings
 from defuse_core.report.charts import (
     INK,
     LINE,

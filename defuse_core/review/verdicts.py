@@ -162,44 +162,6 @@ def decide(
     return labels, reasons
 
 
-@dataclass(frozen=True, eq=False)
-class _ReviewedImages:
-    """The votes on every image, and the label that each has."""
-
-    counts: I64  # (S, R, C) annotators that chose each class
-    labels: I64  # (S, R)
-
-    @property
-    def labelled(self) -> Bool:
-        """(S, R) whether an image has a label."""
-        labelled: Bool = self.labels != NONE_OF_THE_ABOVE
-        return labelled
-
-    def wrong(self, predicted: I64, more: MoreImages | None) -> tuple[I64, I64]:
-        """Return how many labelled images of each component are misclassified, (S,), and how many there are, (S,)."""
-        hits, total = is_misclassified(predicted, self.labels).sum(axis=1), self.labelled.sum(axis=1)
-        return (hits, total) if more is None else (hits + more.misclassified, total + more.labelled)
-
-    def agreement(self) -> F64:
-        """Return the share of each image's votes for the class that most chose, or for one of several in a tie, (S, R).
-
-        nan for an image with a single vote, which agrees with nothing but itself, and for one without votes.
-        """
-        votes = self.counts.sum(axis=-1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            shares: F64 = self.counts.max(axis=-1) / votes
-        return np.where(votes > 1, shares, np.nan)
-
-    def voted(self) -> I64:
-        """Return the label that most images of each component have, (S,), or NONE_OF_THE_ABOVE for a tie."""
-        return majority((self.labels[..., None] == np.arange(self.counts.shape[-1])).sum(axis=1))
-
-    def purity(self, leading: I64) -> F64:
-        """Return the share of each component's images with its label of `leading`, (S,)."""
-        purity: F64 = (self.labelled & (self.labels == leading[:, None])).mean(axis=1)
-        return purity
-
-
 def decide_verdicts(
     gallery: Gallery,
     votes: Votes,
@@ -223,17 +185,21 @@ def decide_verdicts(
     """
     scenarios, per_scenario = gallery.predicted.shape
     counts = tally(votes, (scenarios, per_scenario), len(gallery.classes))
-    images = _ReviewedImages(counts, majority(counts) if image_labels is None else image_labels)
-    hits, total = images.wrong(gallery.predicted, more)
-    voted = images.voted()
+    if image_labels is None:
+        image_labels = majority(counts)
+    labelled = image_labels != NONE_OF_THE_ABOVE
+    hits, total = is_misclassified(gallery.predicted, image_labels).sum(axis=1), labelled.sum(axis=1)
+    if more is not None:
+        hits, total = hits + more.misclassified, total + more.labelled
     with np.errstate(invalid="ignore", divide="ignore"):
         misclassified = hits / total
-    units = count_units(gallery, images.labels, more, rho)
-    tested = (hits, total) if units is None else (units.failing, units.total)
+    units = count_units(gallery, image_labels, more, rho)
+    tested: tuple[I64, I64] = (hits, total) if units is None else (units.failing, units.total)
     fails = misclassified > rho if max_false is None else significantly_over(*tested, rho, max_false)
     shares = Shares(misclassified, total, rho, max_false, units)
-    reviewed = images.labelled.sum(axis=1) > 0
-    labels, reasons = decide(fails, voted, reviewed, shares, gallery.classes)
+    # the label that most images of each component have
+    voted = majority((image_labels[..., None] == np.arange(len(gallery.classes))).sum(axis=1))
+    labels, reasons = decide(fails, voted, labelled.any(axis=1), shares, gallery.classes)
     overridden = np.isin(np.arange(scenarios), [override.scenario for override in overrides])
     by_vote = (labels != NONE_OF_THE_ABOVE) & ~overridden
     false = probability_not_over(*tested, rho)[by_vote]
@@ -242,10 +208,10 @@ def decide_verdicts(
     return Verdicts(
         labels=labels,
         misclassified=misclassified,
-        purity=images.purity(leading),
-        image_labels=images.labels,
-        agreement=images.agreement(),
-        ties=int((~images.labelled & (counts.sum(axis=-1) > 0)).sum()),
+        purity=(labelled & (image_labels == leading[:, None])).mean(axis=1),
+        image_labels=image_labels,
+        agreement=_agreement(counts),
+        ties=int((~labelled & (counts.sum(axis=-1) > 0)).sum()),
         no_class_chosen=int((counts.sum(axis=-1) == 0).sum()),
         reasons=tuple(reasons),
         overrides=tuple(overrides),
@@ -265,6 +231,17 @@ def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     high = wilson(hits, total, 0.9)[1]
     unsure: Bool = (verdicts.labels == NONE_OF_THE_ABOVE) & (high > rho)
     return unsure
+
+
+def _agreement(counts: I64) -> F64:
+    """Return the share of each image's votes for the class that most chose, or for one of several in a tie, (S, R).
+
+    nan for an image with a single vote, which agrees with nothing but itself, and for one without votes.
+    """
+    votes = counts.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares: F64 = counts.max(axis=-1) / votes
+    return np.where(votes > 1, shares, np.nan)
 
 
 def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:

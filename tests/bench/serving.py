@@ -43,12 +43,7 @@ from defuse_core.codec import array_digest
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.store import FolderStore
-from defuse_core.watch import (
-    METHODS,
-    FailureDetector,
-    FailureWatch,
-    MeasuredDetector,
-)
+from defuse_core.watch import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from services.serving.candidate import Candidate, CorrectionSummary
 from services.serving.registry import PromotionRequest, Registry
 from tests.ports import free_port

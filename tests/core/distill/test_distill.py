@@ -7,11 +7,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.config import DistillSection
 from defuse_core.distill.components import fit_mixtures
 from defuse_core.distill.draws import gaussian_codes
-from defuse_core.distill.sources import (
-    Sources,
-    certain_error,
-    count_sources,
-)
+from defuse_core.distill.sources import Sources, certain_error, count_sources
 from defuse_core.intervals import exact_lower
 from defuse_core.protocols import silent
 from tests.sample_components import sample_failures
@@ -35,8 +31,12 @@ def failures(codes: np.ndarray, truth=0, predicted=1, source=None) -> Failures:
     return sample_failures(codes, rows if source is None else source, labels + truth, labels + predicted)
 
 
+def fit(found: Failures, distill: DistillSection, seed: int = 0) -> Scenarios:
+    return fit_mixtures(found, distill, seed, silent).scenarios()
+
+
 def fit_codes(codes: np.ndarray, distill: DistillSection, seed: int) -> Scenarios:
-    return fit_mixtures(failures(codes), distill, seed, silent).scenarios()
+    return fit(failures(codes), distill, seed)
 
 
 def test_planted_clusters_are_recovered_heaviest_first():
@@ -102,21 +102,14 @@ def test_too_few_codes_give_no_scenario(count):
 def test_a_component_says_how_many_training_images_its_codes_come_from():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
-    found = fit_mixtures(
-        failures(codes, source=source), section(max_components=5, min_weight=0.05), seed=0, progress=silent
-    ).scenarios()
+    found = fit(failures(codes, source=source), section(max_components=5, min_weight=0.05))
     assert found.support.tolist() == [60, 40]
 
 
 def test_a_component_of_too_few_training_images_is_dropped_and_listed():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     source = np.concatenate([np.arange(300), np.repeat([300, 301], 100)])
-    found = fit_mixtures(
-        failures(codes, source=source),
-        section(max_components=5, min_weight=0.05, min_support=3),
-        seed=0,
-        progress=silent,
-    ).scenarios()
+    found = fit(failures(codes, source=source), section(max_components=5, min_weight=0.05, min_support=3))
     assert len(found) == 1
     (dropped,) = found.dropped
     assert (dropped.support, dropped.source) == (2, NONE_OF_THE_ABOVE)
@@ -133,9 +126,7 @@ def test_a_component_says_which_share_of_its_source_images_is_misclassified():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     source = np.repeat(np.arange(100), 5)  # 60 images in the first cluster, 40 in the second
     known = with_wrong_sources(failures(codes, source=source), range(50, 80))
-    found = fit_mixtures(
-        known, section(max_components=5, min_weight=0.05), seed=0, progress=silent
-    ).scenarios()
+    found = fit(known, section(max_components=5, min_weight=0.05))
     np.testing.assert_allclose(found.source_error, [10 / 60, 20 / 40])
 
 
@@ -143,9 +134,7 @@ def test_a_component_says_which_share_of_its_source_images_is_misclassified():
 def test_components_whose_source_images_are_misclassified_come_first_where_asked_for(order, first):
     codes, centres = planted(np.random.default_rng(0), sizes=(300, 200))
     known = with_wrong_sources(failures(codes), range(400, 500))
-    found = fit_mixtures(
-        known, section(max_components=5, min_weight=0.05, order=order), seed=0, progress=silent
-    ).scenarios()
+    found = fit(known, section(max_components=5, min_weight=0.05, order=order))
     np.testing.assert_allclose(found.means[0], centres[first], atol=0.5)
 
 
@@ -160,9 +149,7 @@ def test_few_wrong_source_images_do_not_put_a_component_before_one_with_many():
     codes, centres = planted(np.random.default_rng(0), sizes=(300, 200))
     source = np.concatenate([np.arange(300), 300 + np.arange(200) % 2])  # two images in the second cluster
     known = with_wrong_sources(failures(codes, source=source), range(60, 302))
-    found = fit_mixtures(
-        known, section(max_components=5, min_weight=0.05, order="source-error"), seed=0, progress=silent
-    ).scenarios()
+    found = fit(known, section(max_components=5, min_weight=0.05, order="source-error"))
     np.testing.assert_allclose(found.source_error, [0.8, 1.0])
     np.testing.assert_allclose(found.means, centres[:2], atol=0.5)
 
@@ -175,11 +162,11 @@ def test_frames_of_one_track_count_once_in_the_certainty_of_the_source_error():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     known = with_wrong_sources(failures(codes), range(300, 360))  # of the second cluster
     distill = section(max_components=5, min_weight=0.05, order="source-error", min_support=200)
-    by_image = fit_mixtures(known, distill, seed=0, progress=silent).scenarios()
+    by_image = fit(known, distill)
     assert by_image.source_tracks is None and certain_error_of(by_image)[0] > 0.2
     # the wrong ones are of two tracks of 30, the others of ten of 14
     track = np.concatenate([np.arange(300), np.repeat([300, 301], 30), np.repeat(np.arange(302, 312), 14)])
-    found = fit_mixtures(replace(known, source_track=track), distill, seed=0, progress=silent).scenarios()
+    found = fit(replace(known, source_track=track), distill)
     assert (found.support.tolist(), found.source_tracks.tolist()) == ([200, 300], [12, 300])
     np.testing.assert_array_equal(found.source_error, by_image.source_error)
     np.testing.assert_array_equal(found.wrong_tracks, [2, 0])
@@ -204,9 +191,7 @@ def test_one_mixture_per_cell_keeps_overlapping_classes_apart():
     rng = np.random.default_rng(0)
     codes = rng.standard_normal((900, 3)).astype(np.float32)  # all in one place
     two_cells = Failures.concatenate([failures(codes[:600], 4, 9), failures(codes[600:], 7, 2)])
-    found = fit_mixtures(
-        two_cells, section(by="cell", max_components=3, min_weight=0.05), 0, silent
-    ).scenarios()
+    found = fit(two_cells, section(by="cell", max_components=3, min_weight=0.05))
     cells = {tuple(cell) for cell in found.cells.tolist()}
     assert cells == {(4, 9), (7, 2)}
     weights = [found.weights[(found.cells == cell).all(axis=1)].sum() for cell in ((4, 9), (7, 2))]
@@ -216,9 +201,7 @@ def test_one_mixture_per_cell_keeps_overlapping_classes_apart():
 def test_a_cell_too_small_for_a_component_is_listed():
     codes, _ = planted(np.random.default_rng(0), sizes=(500,))
     rare = failures(codes[:4], truth=3, predicted=5)
-    found = fit_mixtures(
-        Failures.concatenate([failures(codes), rare]), section(by="cell"), 0, silent
-    ).scenarios()
+    found = fit(Failures.concatenate([failures(codes), rare]), section(by="cell"))
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (3, 5, 4)
     assert dropped.weight == pytest.approx(4 / 504)
@@ -228,7 +211,7 @@ def test_a_cell_too_small_for_a_component_is_listed():
 def test_a_cell_of_exactly_the_least_weight_is_listed():
     codes, _ = planted(np.random.default_rng(0), sizes=(40,))
     cells = Failures.concatenate([failures(codes[:20]), failures(codes[20:], truth=3, predicted=5)])
-    found = fit_mixtures(cells, section(by="cell", min_weight=0.5), 0, silent).scenarios()
+    found = fit(cells, section(by="cell", min_weight=0.5))
     assert [(dropped.weight, dropped.small) for dropped in found.dropped] == [(0.5, True)] * 2
 
 
@@ -246,12 +229,12 @@ def test_cells_share_the_components_by_their_weight_and_the_slowest_fit_is_that_
 def test_a_single_code_is_dropped_and_told_in_both_ways():
     one = failures(np.zeros((1, 3), np.float32))
     for by in ("all", "cell"):
-        found = fit_mixtures(one, section(by=by), 0, silent).scenarios()
+        found = fit(one, section(by=by))
         assert [dropped.reason for dropped in found.dropped] == ["a single code is no cluster"]
 
 
 def test_without_any_code_there_is_no_cell():
-    found = fit_mixtures(failures(np.zeros((0, 3), np.float32)), section(by="cell"), 0, silent).scenarios()
+    found = fit(failures(np.zeros((0, 3), np.float32)), section(by="cell"))
     assert (len(found), found.means.shape, found.dropped) == (0, (0, 3), ())
 
 

@@ -12,12 +12,7 @@ from scipy import special, stats
 from defuse_core.artifacts import I64
 from defuse_core.config import ServeSection
 from defuse_core.report.build_evidence import watch_figures
-from defuse_core.watch import (
-    METHODS,
-    FailureWatch,
-    _standard_error,
-    answer_scores,
-)
+from defuse_core.watch import METHODS, FailureWatch, _standard_error, answer_scores
 
 
 def two_methods(gain: float, deviation: float, tracks: I64 | None = None) -> FailureWatch:

@@ -12,13 +12,7 @@ from sklearn.metrics import roc_auc_score
 from defuse_core.codec import decode, encode
 from defuse_core.config import ServeSection
 from defuse_core.report.build_evidence import calibration_error, watch_figures
-from defuse_core.watch import (
-    METHODS,
-    Answers,
-    FailureWatch,
-    _measure,
-    answer_scores,
-)
+from defuse_core.watch import METHODS, Answers, FailureWatch, _measure, answer_scores
 from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis
 from tests.conftest import tiny
 
