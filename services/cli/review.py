@@ -96,7 +96,7 @@ def status(name: str, store: str, as_json: bool) -> None:
         if as_json:
             print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
         return
-    from services.labeling import LabelStudioAnnotators
+    from services.labeling.annotators import LabelStudioAnnotators, store_traffic_verdicts
 
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
@@ -110,7 +110,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     summary = replace(summary, label_at=label_at, invitation=invitation)
     if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
         votes = found.final_votes(state)
-        verdicts = _store_traffic_verdicts(opened, votes)
+        verdicts = store_traffic_verdicts(opened, votes)
         summary = summarize_result(name, gallery, votes, verdicts, None, None)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
     if as_json:
@@ -128,29 +128,20 @@ def _expect_people(run: Run) -> None:
 
 def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) -> Verdicts:
     """Return the verdicts that `defuse run` will make from people's stored votes; of traffic, store them."""
-    from defuse_core.review.consensus import crowdlab_consensus
+    from defuse_core.review.consensus import review_consensus, review_verdicts
     from defuse_core.review.overrides import read_overrides
-    from defuse_core.review.verdicts import decide_verdicts
     from defuse_core.training.reference_models import Prelabels
-
-    if "/" in run.name:
-        return _store_traffic_verdicts(run, votes)
-    review, labels = run.spec.review, None
-    if review.consensus == "crowdlab":
-        if (stored := run.load(Prelabels)) is None:
-            print_by_majority(console)
-        else:
-            labels = crowdlab_consensus(votes, stored.probabilities.mean(axis=0)).labels
-    rate = review.false_discovery_rate
-    decided = read_overrides(run.store)
-    return decide_verdicts(gallery, votes, review.rho, decided, max_false=rate, image_labels=labels)
-
-
-def _store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
     from services.labeling.annotators import store_traffic_verdicts
 
-    with review.store.lock():
-        return store_traffic_verdicts(review, votes)
+    if "/" in run.name:
+        return store_traffic_verdicts(run, votes)
+    review, stored = run.spec.review, None
+    if review.consensus == "crowdlab":
+        stored = run.load(Prelabels)
+        if stored is None:
+            print_by_majority(console)
+    consensus = review_consensus(review, votes, None if stored is None else stored.probabilities)
+    return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 
 def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChanges | None, str | None]:

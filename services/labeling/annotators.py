@@ -18,9 +18,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if
 from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
-from defuse_core.review.consensus import stops_when_sure
+from defuse_core.review.consensus import review_verdicts, stops_when_sure
 from defuse_core.review.overrides import read_overrides
-from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.training.reference_models import Prelabels, ask_models_once
@@ -270,5 +269,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
 
 def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
     """Store the votes of a review of traffic, once all answers are in, and the verdicts that follow from them."""
-    stored, gallery = review.once("review", Votes, lambda: votes), review.require(Gallery)
-    return review.once("review", Verdicts, lambda: decide_verdicts(gallery, stored, review.spec.review.rho))
+    section, gallery = review.spec.review, review.require(Gallery)
+    with review.store.lock():
+        stored = review.once("review", Votes, lambda: votes)
+        return review.once("review", Verdicts, lambda: review_verdicts(section, gallery, stored))

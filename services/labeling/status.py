@@ -22,8 +22,14 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
-from defuse_core.review.consensus import Consensus, count_not_majority, crowdlab_consensus, stops_when_sure
-from defuse_core.review.verdicts import decide_verdicts, tally
+from defuse_core.review.consensus import (
+    Consensus,
+    count_not_majority,
+    review_consensus,
+    review_verdicts,
+    stops_when_sure,
+)
+from defuse_core.review.verdicts import tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
@@ -145,12 +151,8 @@ class ReviewStatus:
 
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
-        review = self.tasks.review
-        rate = review.false_discovery_rate
-        labels = None if self.consensus is None else self.consensus.labels
-        return decide_verdicts(
-            self.tasks.gallery, self.votes, review.rho, self.overrides, max_false=rate, image_labels=labels
-        )
+        review, gallery = self.tasks.review, self.tasks.gallery
+        return review_verdicts(review, gallery, self.votes, self.overrides, consensus=self.consensus)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""
@@ -213,11 +215,10 @@ def review_status(
     shape, votes = tasks.gallery.predicted.shape, _votes(pulled, tasks, names)
     given = np.zeros(shape, np.int64)
     np.add.at(given, (votes.scenario, votes.image), 1)
-    review, consensus = tasks.review, None
-    sure: Bool = np.zeros(shape, bool)
-    if review.consensus == "crowdlab" and probabilities is not None:
-        consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
-        sure = consensus.sure(review.certainty) & stops_when_sure(review)
+    review, sure = tasks.review, np.zeros(shape, bool)
+    consensus = review_consensus(review, votes, probabilities)
+    if consensus is not None and stops_when_sure(review):
+        sure = consensus.sure(review.certainty)
     missing = np.where(sure, 0, review.answers_per_task - given)
     final: Bool = np.zeros(len(tasks.gallery), bool)
     if review.stop_early and review.accept == "share" and review.consensus == "majority":
