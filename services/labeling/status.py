@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import NotRequired, TypedDict
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -39,30 +38,6 @@ log = logging.getLogger("defuse")
 
 FORBIDDEN = -(10**9)  # weight of a label that an image cannot end with
 FILL = 10**6  # weight of filling a slot of the class that is to win, over anything else
-
-
-class DiscardedNote(TypedDict):
-    """An annotation that did not count, as the report lists it."""
-
-    scenario: int
-    image: int | None  # None: the page of the whole scenario
-    annotator: str  # pseudonym, or name
-    annotation: int
-    why: str
-
-
-class ReviewNotes(TypedDict):
-    """What the report says about the review beside its votes."""
-
-    project: int
-    form: str
-    answers_wanted: int
-    answers_given: int
-    answers_saved: int
-    decided_early: list[int]
-    skips: int
-    discarded_answers: list[DiscardedNote]
-    prelabel: NotRequired[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,29 +151,29 @@ class ReviewStatus:
     def final_votes(self, state: ProjectState) -> Votes:
         """Return the votes with the notes that the report shows."""
         review = self.tasks.review
-        notes = ReviewNotes(
-            project=state.number,
-            form=review.form,
-            answers_wanted=self.requested,
-            answers_given=self.given,
-            answers_saved=self.saved,
-            decided_early=np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
-            skips=len(self.pulled.skips),
-            discarded_answers=[self._note(discarded) for discarded in self.pulled.discarded],
-        )
+        notes: dict[str, object] = {
+            "project": state.number,
+            "form": review.form,
+            "answers_wanted": self.requested,
+            "answers_given": self.given,
+            "answers_saved": self.saved,
+            "decided_early": np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
+            "skips": len(self.pulled.skips),
+            "discarded_answers": [
+                {
+                    "scenario": discarded.subject.scenario,
+                    "image": discarded.subject.image,  # None: the page of the whole scenario
+                    "annotator": self.name_of(discarded),
+                    "annotation": discarded.annotation,
+                    "why": discarded.reason,
+                }
+                for discarded in self.pulled.discarded
+            ],
+        }
         if review.prelabel:
             notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"
         answered_by = "reference models" if state.simulated else "people"
-        return replace(self.votes, answered_by=answered_by, notes=dict(notes))
-
-    def _note(self, discarded: DiscardedAnnotation) -> DiscardedNote:
-        return DiscardedNote(
-            scenario=discarded.subject.scenario,
-            image=discarded.subject.image,
-            annotator=self.name_of(discarded),
-            annotation=discarded.annotation,
-            why=discarded.reason,
-        )
+        return replace(self.votes, answered_by=answered_by, notes=notes)
 
 
 def review_status(
