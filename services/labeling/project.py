@@ -349,7 +349,7 @@ class ReviewProject:
 
         The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
         """
-        place = self.tasks.pictures.first_in_bucket(self.tasks.gallery)
+        place = self.tasks.first_in_bucket()
         if place is None:
             return None
         store = self.run.store

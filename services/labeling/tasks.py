@@ -78,38 +78,6 @@ class Prelabel:
         return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
 
 
-class Pictures:
-    """Where the pictures of one run are: each task names its pictures by the addresses that `address` returns."""
-
-    def __init__(self, store: Store, inline_kb: int) -> None:
-        self.store, self.inline_kb = store, inline_kb
-
-    def address(self, image: F32, key: str) -> str:
-        """Return a data: address with the picture itself, or, if it is large, its address in the run's S3 store.
-
-        Raises InputError for a large picture of a run that is not in S3.
-        """
-        data = png(image)
-        if len(data) <= self.inline_kb * 1024:
-            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        if not self.store.address.startswith("s3://"):
-            raise InputError(
-                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.inline_kb}: raise it, or "
-                "keep the run in S3 (--store s3://bucket/prefix), which larger pictures are shown from"
-            )
-        self.store.write(f"{PICTURES_FOLDER}/{key}.png", data)
-        return f"{self.store.address}/{PICTURES_FOLDER}/{key}.png"
-
-    def first_in_bucket(self, gallery: Gallery) -> tuple[int, int] | None:
-        """Return scenario and image of the first picture that is too large to be inline; None if none is."""
-        limit = self.inline_kb * 1024
-        scenarios, images, *shape = gallery.images.shape
-        if int(np.prod(shape)) + shape[-2] + PNG_OVERHEAD_BYTES <= limit:
-            return None  # not even uncompressed
-        places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
-        return next((place for place in places if len(png(gallery.images[place])) > limit), None)
-
-
 class ReviewTasks:
     """All T tasks of a review, numbered scenario by scenario and created one at a time.
 
@@ -117,8 +85,7 @@ class ReviewTasks:
     """
 
     def __init__(self, gallery: Gallery, review: ReviewSection, store: Store) -> None:
-        self.gallery, self.review = gallery, review
-        self.pictures = Pictures(store, review.inline_kb)
+        self.gallery, self.review, self.store = gallery, review, store
         self.names = choice_names(gallery.classes)
         self.whole_pages = review.form == "scenario"
         self.per_scenario = 1 if self.whole_pages else gallery.predicted.shape[1]
@@ -172,8 +139,30 @@ class ReviewTasks:
         return PageData(page="Pictures", samples=samples)
 
     def picture(self, scenario: int, image: int) -> str:
-        """Return the address of a picture, which is written to the run's bucket if it is large."""
-        return self.pictures.address(self.gallery.images[scenario, image], TaskSubject(scenario, image).key)
+        """Return a data: address with the picture itself, or, if it is large, its address in the run's S3 store.
+
+        Raises InputError for a large picture of a run that is not in S3.
+        """
+        data = png(self.gallery.images[scenario, image])
+        if len(data) <= self.review.inline_kb * 1024:
+            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        if not self.store.address.startswith("s3://"):
+            raise InputError(
+                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.review.inline_kb}: raise it, "
+                "or keep the run in S3 (--store s3://bucket/prefix), which larger pictures are shown from"
+            )
+        key = f"{PICTURES_FOLDER}/{TaskSubject(scenario, image).key}.png"
+        self.store.write(key, data)
+        return f"{self.store.address}/{key}"
+
+    def first_in_bucket(self) -> tuple[int, int] | None:
+        """Return scenario and image of the first picture that is too large to be inline; None if none is."""
+        limit = self.review.inline_kb * 1024
+        scenarios, images, *shape = self.gallery.images.shape
+        if int(np.prod(shape)) + shape[-2] + PNG_OVERHEAD_BYTES <= limit:
+            return None  # not even uncompressed
+        places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
+        return next((place for place in places if len(png(self.gallery.images[place])) > limit), None)
 
 
 def digest(key: str, data: Mapping[str, object], secret: str) -> str:
