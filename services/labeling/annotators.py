@@ -98,14 +98,13 @@ class LabelStudioAnnotators:
 
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
         """Create or complete the run's project, and return its state."""
-        review, prelabels = self.run.spec.review, None
-        if review.prelabel:
-            found, least = self._probabilities(gallery), review.reference.min_confidence
-            prelabels = prelabels_by_task(found, least, review.form == "scenario")
+        tasks, prelabels = self._tasks(gallery), None
+        if self.run.spec.review.prelabel:
+            prelabels = prelabels_by_task(tasks, self._probabilities(gallery))
         project = ReviewProject(
             self.client,
             self.run,
-            self._tasks(gallery),
+            tasks,
             access=self.settings.label_studio_s3,
             prelabels=prelabels,
             repair=repair,

@@ -20,13 +20,19 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import read_annotations, read_authors
-from services.labeling.api_types import BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.labeling.api_types import (
+    BucketStorage,
+    PreselectedAnswer,
+    Project,
+    ProjectSettings,
+    Task,
+    TaskImport,
+)
 from services.labeling.client import BlockedAddressError, LabelStudioClient
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import (
     PRELABEL_MODEL,
-    Prelabel,
     PresentTasks,
     ReviewTasks,
     batches,
@@ -57,7 +63,7 @@ class ReviewProject:
         tasks: ReviewTasks,
         *,
         access: BucketAccess | None = None,
-        prelabels: Mapping[int, Prelabel] | None = None,
+        prelabels: Mapping[int, PreselectedAnswer] | None = None,
         repair: bool = False,
     ) -> None:
         """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario.

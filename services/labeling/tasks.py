@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -64,20 +64,6 @@ class TaskSubject:
         return f"s{self.scenario:03d}" + ("" if self.image is None else f"-i{self.image:02d}")
 
 
-@dataclass(frozen=True)
-class Prelabel:
-    """The answer that is preselected in a task, and the confidence of the reference models in it."""
-
-    answer: int  # class, or NONE_OF_THE_ABOVE
-    confidence: float  # mean probability of their best class, in [0, 1]
-    target: str  # the object in the labelling interface: image, or page
-
-    def prediction(self, names: Sequence[str]) -> PreselectedAnswer:
-        """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
-        result = choice_result(LABEL, self.target, names[self.answer])
-        return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
-
-
 class ReviewTasks:
     """All T tasks of a review, numbered scenario by scenario and created one at a time.
 
@@ -112,7 +98,7 @@ class ReviewTasks:
         index = int(found[1]) * self.per_scenario + int(found[2] or 0)
         return index if index < len(self) and self.subject(index).key == key else None
 
-    def task(self, index: int, prelabel: Prelabel | None = None, *, secret: str) -> TaskImport:
+    def task(self, index: int, prelabel: PreselectedAnswer | None = None, *, secret: str) -> TaskImport:
         """Return the task as Label Studio imports it, with a preselected answer if there is one.
 
         `secret` is that of the run's ProjectState.
@@ -126,7 +112,7 @@ class ReviewTasks:
         meta = TaskMeta(sample_key=subject.key, digest=digest(subject.key, data, secret))
         task = TaskImport(data=data, meta=meta)
         if prelabel is not None:
-            task["predictions"] = [prelabel.prediction(self.names)]
+            task["predictions"] = [prelabel]
         return task
 
     def _page(self, subject: TaskSubject) -> PageData:
@@ -194,20 +180,22 @@ def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:
         yield batch
 
 
-def prelabels_by_task(probabilities: F32, min_confidence: float, whole_pages: bool) -> dict[int, Prelabel]:
-    """Return a prelabel per task index, the least certain first.
+def prelabels_by_task(tasks: ReviewTasks, probabilities: F32) -> dict[int, PreselectedAnswer]:
+    """Return the answer that is preselected in each task, by its index, the least certain first.
 
-    That is the order in which annotators get the tasks.
+    That is the order in which annotators get the tasks. `probabilities` (W, S, R, C) are those of the reference models.
     """
     mean = probabilities.mean(axis=0)  # (S, R, C)
-    if whole_pages:
+    if tasks.whole_pages:
         mean = mean.mean(axis=1, keepdims=True)  # (S, 1, C)
     best, confidence = mean.argmax(axis=2), mean.max(axis=2)
-    prelabels = {}
+    least, target = tasks.review.reference.min_confidence, "page" if tasks.whole_pages else "image"
+    prelabels: dict[int, PreselectedAnswer] = {}
     for index in np.argsort(confidence, axis=None, kind="stable").tolist():
         certainty = float(confidence.flat[index])
-        answer = int(best.flat[index]) if certainty >= min_confidence else NONE_OF_THE_ABOVE
-        prelabels[index] = Prelabel(answer, certainty, "page" if whole_pages else "image")
+        answer = int(best.flat[index]) if certainty >= least else NONE_OF_THE_ABOVE
+        result = choice_result(LABEL, target, tasks.names[answer])
+        prelabels[index] = {"model_version": PRELABEL_MODEL, "score": certainty, "result": [result]}
     return prelabels
 
 
