@@ -26,7 +26,7 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling.changes import AnswerChanges
+    from services.labeling.annotators import AnswerChanges
 
 
 @click.group()
@@ -149,8 +149,7 @@ def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChan
     if run.spec.review.annotators != "label-studio":
         return None, None
     try:
-        from services.labeling import LabelStudioAnnotators
-        from services.labeling.changes import answer_changes
+        from services.labeling.annotators import LabelStudioAnnotators, answer_changes
 
         annotators = LabelStudioAnnotators(run, read_settings())
         status, _ = annotators.status(gallery)

@@ -17,7 +17,7 @@ from services.tables import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
-    from services.labeling.changes import AnswerChanges
+    from services.labeling.annotators import AnswerChanges
     from services.labeling.status import ReviewStatus
     from services.labeling.tasks import TaskSubject
 

@@ -3,15 +3,19 @@
 Reviews of inputs that a server received, and that were in a failure scenario of its run, are reviews of their own:
 
     <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
+
+People can still answer once the votes are stored: `answer_changes` counts what they gave, changed and deleted since.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, wait_exponential
 
@@ -35,8 +39,8 @@ from services.settings import Settings
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
 
-
 log = logging.getLogger("defuse")
+Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -272,3 +276,43 @@ def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
     with review.store.lock():
         stored = review.once("review", Votes, lambda: votes)
         return review.once("review", Verdicts, lambda: review_verdicts(section, gallery, stored))
+
+
+@dataclass(frozen=True)
+class AnswerChanges:
+    """How many answers were added, changed and deleted after the votes were stored."""
+
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+
+    def __str__(self) -> str:
+        counts = {"given": self.added, "changed": self.changed, "deleted": self.deleted}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChanges:
+    """Return how the answers of `now` differ from those of `before`, by task and annotator.
+
+    With review.real_names an account that was renamed or deleted since then has another name: equal answers to a task
+    under a name that was not there before and under one that is not there any more are then the same ones.
+    """
+    old, new = _by_task(tasks, before), _by_task(tasks, now)
+    changed = sum(new[key] != answers for key, answers in old.items() if key in new)
+    added = Counter(new[key] for key in new.keys() - old.keys())
+    deleted = Counter(old[key] for key in old.keys() - new.keys())
+    if tasks.review.real_names:
+        added, deleted = added - deleted, deleted - added
+    return AnswerChanges(added.total(), changed, deleted.total())
+
+
+def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
+    """Return the answers by task and annotator's name."""
+    images = tasks.gallery.predicted.shape[1]
+    position = votes.scenario * images + votes.image
+    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    columns = (position.tolist(), votes.annotator.tolist(), votes.answer.tolist())
+    for row, annotator, answer in zip(*columns, strict=True):
+        task = row // (images // tasks.per_scenario)
+        found.setdefault((task, votes.annotators[annotator]), []).append((row, answer))
+    return {key: tuple(sorted(answers)) for key, answers in found.items()}

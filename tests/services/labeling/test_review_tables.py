@@ -24,8 +24,8 @@ from services.cli.review_tables import (
     summarize_result,
 )
 from services.labeling.annotations import read_annotations
+from services.labeling.annotators import AnswerChanges
 from services.labeling.api_types import Task
-from services.labeling.changes import AnswerChanges
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 
