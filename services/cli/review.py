@@ -50,7 +50,7 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 
     Inputs from traffic get a review of their own, called RUN/traffic-1, which every command here accepts as RUN.
     """
-    from services.labeling import LabelStudioAnnotators
+    from services.labeling.annotators import LabelStudioAnnotators
 
     if from_traffic:
         name = _open_traffic_review(name, store)
@@ -131,9 +131,10 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
     from defuse_core.review.consensus import review_consensus, review_verdicts
     from defuse_core.review.overrides import read_overrides
     from defuse_core.training.reference_models import Prelabels
-    from services.labeling.annotators import store_traffic_verdicts
 
     if "/" in run.name:
+        from services.labeling.annotators import store_traffic_verdicts  # needs Label Studio's client
+
         return store_traffic_verdicts(run, votes)
     review, stored = run.spec.review, None
     if review.consensus == "crowdlab":
@@ -292,7 +293,7 @@ def simulate(name: str, store: str) -> None:
     Use it to try out a whole review without people; the votes are those of models.
     """
     from defuse_core.local import LocalCompute
-    from services.labeling import LabelStudioAnnotators
+    from services.labeling.annotators import LabelStudioAnnotators
     from services.labeling.local_server import running_server
     from services.labeling.simulate import simulate as simulate_annotators
 

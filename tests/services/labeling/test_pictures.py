@@ -21,7 +21,7 @@ from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling import LabelStudioAnnotators
+from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.tasks import ReviewTasks, bucket_storage, png
 from services.settings import BucketAccess
 from services.storage import open_store
