@@ -40,14 +40,6 @@ _templates = Environment(
 
 
 @dataclass(frozen=True)
-class LabelChoice:
-    """One choice of the interface, with the key that selects it if there is one."""
-
-    name: str
-    key: str | None
-
-
-@dataclass(frozen=True)
 class Element:
     """One element of a labelling configuration."""
 
@@ -95,7 +87,7 @@ def label_config(form: Form, classes: Sequence[str]) -> str:
     keys = hotkeys(names)
     # A plain key would also change the label of the page while the list of a single picture is open.
     prefix = "shift+" if form == "scenario" else ""
-    choices = [LabelChoice(name, prefix + keys[name] if name in keys else None) for name in names]
+    choices = [{"name": name, "key": prefix + keys[name] if name in keys else None} for name in names]
     return _templates.get_template(f"{form}.xml").render(
         choices=choices, many=len(names) > MANY, none_of_the_above=NONE
     )
