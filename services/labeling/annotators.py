@@ -228,7 +228,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
 
     Raises InputError if no scenario has as many such inputs as run.spec.review.images, or if they are not of this run.
     """
-    from services.serving.traffic import read_traffic
+    from services.serving.traffic import new_inputs, read_traffic, traffic_gallery
 
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
@@ -239,20 +239,20 @@ def open_traffic_review(store: Store, run: Run) -> Run:
         for scenario in review.require(Gallery).images
         for image in scenario
     }
-    traffic, wanted = read_traffic(store, run.name, run.require(Gallery)), run.spec.review.images
-    new = traffic.without(shown)
-    gallery = new.gallery(wanted)
-    if not len(gallery):
+    drawn, wanted = run.require(Gallery), run.spec.review.images
+    traffic = read_traffic(store, run.name, drawn)
+    new = new_inputs(traffic, shown)
+    newest = {scenario: inputs[-wanted:] for scenario, inputs in new.items() if len(inputs) >= wanted}
+    if not newest:
         raise InputError(
             f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
         )
-    met = len(set(new.scenario.tolist()))
-    if met > len(gallery):
+    if len(new) > len(newest):
         log.info(
             "review: left out %d of %d scenarios, which have fewer than %d inputs that no review has shown",
-            met - len(gallery),
-            met,
+            len(new) - len(newest),
+            len(new),
             wanted,
         )
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
@@ -266,7 +266,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
     )
     number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
-    review.once("draw", Gallery, lambda: gallery)
+    review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
     return review
 
 
