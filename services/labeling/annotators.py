@@ -17,8 +17,6 @@ from functools import cached_property
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, TypeAlias
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, wait_exponential
-
 from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
@@ -68,7 +66,6 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
-    is_out = False  # whether the server did not answer it
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -155,27 +152,21 @@ class LabelStudioAnnotators:
 
         A server that cannot be reached for a while is waited for.
         """
-        sleep(max(self.first_pause_s, self.pull_s * PAUSE_PER_PULL))
-        growing = wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5)
-        polling = Retrying(
-            retry=retry_if_exception_type(ServiceError)
-            | retry_if_result(lambda found: found[0].given == given and found[0].outstanding),
-            wait=lambda attempt: max(growing(attempt), self.pull_s * PAUSE_PER_PULL),
-            before_sleep=self._log_outage,
-            sleep=sleep,
-        )
-        found = polling(self._pull, gallery, state)
-        self.is_out = False
-        return found
-
-    def _log_outage(self, attempt: RetryCallState) -> None:
-        """Log that the server did not answer, and that it does again."""
-        failure = None if attempt.outcome is None else attempt.outcome.exception()
-        if failure is not None:
-            log.warning("review: %s", failure)
-        elif self.is_out:
-            log.info("review: Label Studio answers again")
-        self.is_out = failure is not None
+        pause_s, is_out = self.first_pause_s, False
+        while True:
+            sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
+            pause_s = min(pause_s * 1.5, self.longest_pause_s)
+            try:
+                status, state = self._pull(gallery, state)
+            except ServiceError as failure:
+                log.warning("review: %s", failure)
+                is_out = True
+                continue
+            if is_out:
+                log.info("review: Label Studio answers again")
+                is_out = False
+            if status.given != given or not status.outstanding:
+                return status, state
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
         decided, skips = int(status.decided.sum()), len(status.blocking_skips())
