@@ -12,7 +12,7 @@ import gc
 import json
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -193,8 +193,22 @@ class LabelStudioClient:
     def connect_bucket(self, project: int, storage: BucketStorage) -> None:
         """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.
 
-        Raises BlockedAddressError if the server's protection against forged requests blocks the bucket's address.
+        Where the server blocks the bucket's address, it is connected at the one that the server's operator trusts.
         """
+        try:
+            self._connect_bucket(project, storage)
+        except BlockedAddressError:
+            try:
+                self._connect_bucket(project, replace(storage, s3endpoint=None))
+            except (ServiceError, InputError):
+                endpoint = storage.s3endpoint
+                raise InputError(
+                    f"Label Studio at {self.address} blocks the bucket's address {endpoint}, which is on a private or "
+                    f"loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
+                    f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
+                ) from None
+
+    def _connect_bucket(self, project: int, storage: BucketStorage) -> None:
         storages = self._sdk.import_storage.s3
         with translated_errors(self.address):
             known = storages.list(project=project, request_options=REPEAT)

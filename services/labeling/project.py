@@ -28,7 +28,7 @@ from services.labeling.api_types import (
     Task,
     TaskImport,
 )
-from services.labeling.client import BlockedAddressError, LabelStudioClient
+from services.labeling.client import LabelStudioClient
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import (
@@ -371,22 +371,7 @@ class ReviewProject:
         """Let Label Studio show the pictures in the run's bucket. Raises InputError if it cannot."""
         for attempt in _attempts():
             with attempt:
-                try:
-                    self.client.connect_bucket(self.state.number, storage)
-                except BlockedAddressError:
-                    self._connect_trusted_bucket(storage)
-
-    def _connect_trusted_bucket(self, storage: BucketStorage) -> None:
-        """Connect the bucket at the address that Label Studio's operator trusts, which users' addresses are not."""
-        try:
-            self.client.connect_bucket(self.state.number, replace(storage, s3endpoint=None))
-        except (ServiceError, InputError):
-            endpoint = storage.s3endpoint
-            raise InputError(
-                f"Label Studio at {self.client.address} blocks the bucket's address {endpoint}, which is on a private "
-                "or loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
-                f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
-            ) from None
+                self.client.connect_bucket(self.state.number, storage)
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)
