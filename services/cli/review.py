@@ -65,6 +65,8 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
         state = annotators.push(gallery, repair)
     click.echo(f"label at {annotators.client.labeling_url(state.number)}")
     click.echo(f"annotators get an account at {annotators.client.invitation()}")
+    if opened.store.exists("votes.safetensors"):
+        click.echo(f"voting is closed: answers count only after `defuse review reopen {name}`")
     if from_traffic:
         click.echo(f"`defuse review status {name}` shows the answers")
 
@@ -204,16 +206,35 @@ def set_(
 @review.command()
 @click.argument("name", metavar="RUN")
 @store_option
-def reopen(name: str, store: str) -> None:
+@click.option(
+    "--discard", is_flag=True, help="Delete the votes also where Label Studio has lost answers of them."
+)
+def reopen(name: str, store: str, discard: bool) -> None:
     """Take answers into RUN that people gave after its votes were stored.
 
-    Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers.
+    Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers that Label
+    Studio has then.
     """
+    from defuse_core.artifacts import Votes
     from defuse_core.review.overrides import reopen_vote
 
-    opened, _ = _open(name, store)
+    opened, gallery = _open(name, store)
+    votes = opened.load(Votes)
+    if votes is not None and not discard:
+        _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened)
     click.echo(f"the vote of {name} is open again; `{_following(name)}` takes in all answers")
+
+
+def _expect_no_answer_lost(run: Run, gallery: Gallery, votes: Votes) -> None:
+    """Raise InputError where Label Studio lacks answers that only the stored votes hold, or may lack them."""
+    changes, unknown = _later_answers(run, gallery, votes)
+    if unknown is None and changes is not None and changes.deleted:
+        unknown = f"{count_of(changes.deleted, 'answer')} of the votes were deleted in Label Studio"
+    if unknown is not None:
+        raise InputError(
+            f"the votes of {run.name} may be the only copy of answers, which --discard gives up: {unknown}"
+        )
 
 
 def local_user(option: str) -> str:

@@ -19,7 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
-from services.labeling.annotations import read_annotations, read_authors
+from services.labeling.annotations import read_authors
 from services.labeling.api_types import (
     BucketStorage,
     PreselectedAnswer,
@@ -31,6 +31,7 @@ from services.labeling.api_types import (
 from services.labeling.client import LabelStudioClient
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
+from services.labeling.status import delete_skips
 from services.labeling.tasks import (
     PRELABEL_MODEL,
     PresentTasks,
@@ -73,6 +74,7 @@ class ReviewProject:
         self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
         self.access, self.prelabels = access or BucketAccess(), prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
+        self.is_closed = run.store.exists("votes.safetensors")
         self.repair_command = f"`defuse review push {run.name} --repair`"
 
     def push(self) -> ProjectState:
@@ -81,7 +83,15 @@ class ReviewProject:
         self._update_state(lambda known: known)  # stores the mark, before a project bears it
         project = self.find()
         if project is None:
+            if self.is_closed:
+                raise InputError(
+                    f"the votes of run {self.run.name} are stored, and {self.client.address} has no project with their "
+                    f"answers; `defuse review reopen {self.run.name} --discard` deletes the votes, to ask people again"
+                )
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
+                log.warning(
+                    "project %d is gone from %s; creating another", self.state.project, self.client.address
+                )
                 self._update_state(
                     lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
                 )
@@ -96,7 +106,7 @@ class ReviewProject:
             self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
-            self._delete_skips_and_unreadable_answers()
+            delete_skips(self.client, number, self.tasks, read_authors(self.run.store))
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -153,13 +163,15 @@ class ReviewProject:
             )
             return project
         if self.repair:
-            log.warning("project %d is gone from %s; creating another", state.project, self.client.address)
             return None
+        another = f"{self.repair_command} creates another"
+        if self.is_closed:
+            another = f"the stored votes of run {self.run.name} hold the answers that it had"
         if project is None:
             cause = f"was deleted from {self.client.address}, its answers with it"
             if state.address != self.client.address:
                 cause = f"is not at {self.client.address} but {state.address}; correct LABEL_STUDIO_URL"
-            raise InputError(f"project {state.project} {cause}; {self.repair_command} creates another")
+            raise InputError(f"project {state.project} {cause}; {another}")
         raise InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
@@ -260,19 +272,6 @@ class ReviewProject:
             if index is not None and task.digest == self._task(index)["meta"]["digest"]:
                 return True
         return False
-
-    def _delete_skips_and_unreadable_answers(self) -> None:
-        """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again."""
-        tasks, authors = self.client.tasks(self.state.number), read_authors(self.run.store)
-        pulled = read_annotations(tasks, self.tasks, authors)
-        given = np.bincount(pulled.answers["task"], minlength=len(self.tasks))
-        lacking = given < self.tasks.review.answers_per_task
-        unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
-        for skip in (*pulled.skips, *unreadable):
-            self.client.delete_annotation(skip.annotation)
-        if unreadable:
-            deleted = count_of(len(unreadable), "unreadable answer")
-            log.warning("project %d: deleted %s to tasks that lack answers", self.state.number, deleted)
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
