@@ -229,7 +229,7 @@ def _expect_free(port: int) -> None:
 def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     # Label Studio blocks private addresses that only users name
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get("LABEL_STUDIO_S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL")
     return (kept | {"LABEL_STUDIO_S3_ENDPOINT": endpoint} if endpoint else kept) | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(installation.data),
         "LABEL_STUDIO_HOST": address,
