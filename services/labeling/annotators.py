@@ -290,11 +290,13 @@ def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChang
     """
     old, new = _by_task(tasks, before), _by_task(tasks, now)
     changed = sum(new[key] != answers for key, answers in old.items() if key in new)
-    added = Counter(new[key] for key in new.keys() - old.keys())
-    deleted = Counter(old[key] for key in old.keys() - new.keys())
+    added, deleted, renamed = new.keys() - old.keys(), old.keys() - new.keys(), 0
     if tasks.review.real_names:
-        added, deleted = added - deleted, deleted - added
-    return AnswerChanges(added.total(), changed, deleted.total())
+        names_before, names_now = {name for _, name in old}, {name for _, name in new}
+        came = Counter(new[key] for key in added if key[1] not in names_before)
+        gone = Counter(old[key] for key in deleted if key[1] not in names_now)
+        renamed = (came & gone).total()
+    return AnswerChanges(len(added) - renamed, changed, len(deleted) - renamed)
 
 
 def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
