@@ -19,7 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
-from services.labeling.annotations import read_authors
+from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.api_types import (
     BucketStorage,
     PreselectedAnswer,
@@ -92,8 +92,12 @@ class ReviewProject:
                 log.warning(
                     "project %d is gone from %s; creating another", self.state.project, self.client.address
                 )
+                self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
+                same = self.state.address == self.client.address  # else user ids are of other people
                 self._update_state(
-                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
+                    lambda known: ProjectState(
+                        new_mark(), known.gallery, new_secret(), people=known.people if same else {}
+                    )
                 )
             project = self.create()
         number = project.id

@@ -15,6 +15,7 @@ from proxy import LOSE, Reply
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.project import ReviewProject
 from services.labeling.simulate import AnnotatorAccount
@@ -48,6 +49,19 @@ def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
     review.api._sdk.projects.delete(id=first.number)
     second = review.annotators.push(review.gallery, repair=True)
     assert second.mark != first.mark and second.people == {"70": 1, "50": 2}
+
+
+def test_a_project_on_another_server_begins_without_the_annotators_and_authors_of_the_lost_one(
+    make_review, proxy
+):
+    """There the ids of users and of annotations are those of others."""
+    review = make_review()
+    first, store = review.annotators.push(review.gallery), review.run.store
+    update_state(store, first, lambda known: known.with_annotators([70]))
+    store.write(AUTHORS_KEY, b'{"70": [1]}')
+    review.api._sdk.projects.delete(id=first.number)
+    second = review.through(proxy.address).push(review.gallery, repair=True)
+    assert second.address == proxy.address and second.people == {} and read_authors(store) == {}
 
 
 def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(make_review, server):
