@@ -159,6 +159,13 @@ class LabelStudioClient:
             yield task
         return len(items)
 
+    def update_task(self, number: int, task: TaskImport) -> None:
+        """Replace what a task shows; its answers stay. Safe to repeat."""
+        with translated_errors(self.address), missing_allowed():
+            self._sdk.tasks.update(
+                id=str(number), data=task["data"], meta=task["meta"], request_options=REPEAT
+            )
+
     def delete_task(self, number: int) -> None:
         """Delete a task; one that does not exist any more is no error."""
         with translated_errors(self.address), missing_allowed():

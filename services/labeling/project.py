@@ -218,9 +218,13 @@ class ReviewProject:
             raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
 
     def drop_duplicates(self) -> PresentTasks:
-        """Return the tasks in the project, after duplicates that nobody answered are deleted."""
+        """Return the tasks in the project, after duplicates that nobody answered are deleted.
+
+        Tasks that show pictures from where the run was before show them from where it is now.
+        """
         present = PresentTasks.none(len(self.tasks))
         dropped: dict[int, str] = {}  # deleted later: a deletion while listing would shift the pages
+        moved: dict[int, int] = {}
         unknown = 0
         for task in self.client.tasks(self.state.number, with_data=True):
             index = self.tasks.index_of(task.key)
@@ -232,6 +236,12 @@ class ReviewProject:
                 dropped[task.id] = str(task.key)
             elif duplicate := present.add(index, task):
                 dropped[duplicate] = str(task.key)
+            if index is not None and task.id not in dropped and self.tasks.shows_moved_pictures(task):
+                moved[task.id] = index
+        for number, index in moved.items():
+            self.client.update_task(number, self._task(index))
+        if moved:
+            log.info("review: %s now show their pictures where the run is", count_of(len(moved), "task"))
         for duplicate, key in dropped.items():
             self.client.delete_task(duplicate)
             log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)

@@ -141,6 +141,13 @@ class ReviewTasks:
         self.store.write(key, data)
         return f"{self.store.address}/{key}"
 
+    def shows_moved_pictures(self, task: Task) -> bool:
+        """Whether a task shows pictures from where the run was in S3 before it was moved to where it is there now."""
+        if not self.store.address.startswith("s3://"):
+            return False
+        shown = re.findall(rf'"(s3://[^"]+)/{PICTURES_FOLDER}/', json.dumps(task.data, ensure_ascii=False))
+        return any(address != self.store.address for address in shown)
+
     def first_in_bucket(self) -> tuple[int, int] | None:
         """Return scenario and image of the first picture that is too large to be inline; None if none is."""
         limit = self.review.inline_kb * 1024

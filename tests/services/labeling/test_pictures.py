@@ -182,6 +182,31 @@ def test_a_run_that_was_copied_out_of_the_bucket_continues_with_its_project(
     assert "the bucket that the run was pushed from" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_tasks_of_a_run_that_was_moved_in_the_bucket_show_its_pictures_there_and_keep_their_answers(
+    access, bucket, server, accounts, form
+):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, access, inline_kb=1, form=form)
+    number, before = annotators.push(gallery).number, annotators.run
+    task = accounts[0].next_task(number)
+    accounts[0].answer(task.id, "image" if form == "image" else "page", "8")
+    store = open_store("s3://bucket/moved")
+    for key in before.store.list():
+        store.within(before.name).write(key, before.store.read(key))
+    before.store.delete_all()
+    run = Run.open(store, before.name)
+    after = LabelStudioAnnotators(run, replace(settings_for(server), label_studio_s3=access))
+    assert after.push(gallery).number == number
+    shown = [json.dumps(task.data) for task in after.client.tasks(number, with_data=True)]
+    assert len(shown) == (12 if form == "image" else 4)
+    assert all(f'"{run.store.address}/pictures/' in text and "/runs/" not in text for text in shown)
+    assert after.status(gallery)[0].given == 1
+    shown = accounts[0].next_task(number).data
+    address = shown["image"] if form == "image" else shown["samples"][0]["image"]
+    wait_until(lambda: accounts[0].http.get(address, follow_redirects=True).status_code == 200)
+
+
 def test_pictures_within_the_bound_are_inline(bucket, server):
     gallery = digits_gallery()
     annotators = review_of(bucket, server, gallery, BucketAccess())
