@@ -41,6 +41,10 @@ class BlockedAddressError(InputError):
     """Label Studio does not connect to private or loopback addresses that a user names."""
 
 
+class RejectedRequestError(ServiceError):
+    """Label Studio found the request invalid (400)."""
+
+
 class LabelStudioClient:
     """A Label Studio server.
 
@@ -364,7 +368,8 @@ def _status_error(address: str, status: int, body: Any) -> DefuseError:
         )
     else:
         problem = f"did not accept the request ({status}): {_detail(body)}"
-    return ServiceError(f"Label Studio at {address} {problem}")
+    kind = RejectedRequestError if status == 400 else ServiceError
+    return kind(f"Label Studio at {address} {problem}")
 
 
 def is_json(body: Any) -> bool:

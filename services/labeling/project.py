@@ -19,7 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
-from services.labeling.annotations import AUTHORS_KEY, read_authors
+from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
 from services.labeling.api_types import (
     BucketStorage,
     PreselectedAnswer,
@@ -28,10 +28,9 @@ from services.labeling.api_types import (
     Task,
     TaskImport,
 )
-from services.labeling.client import LabelStudioClient
+from services.labeling.client import LabelStudioClient, RejectedRequestError
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
-from services.labeling.status import delete_skips
 from services.labeling.tasks import (
     PRELABEL_MODEL,
     PresentTasks,
@@ -49,6 +48,7 @@ log = logging.getLogger("defuse")
 
 ATTEMPTS = 4
 PAUSE_S = 1.0
+PAGE = ("label_config", "expert_instruction", "show_instruction")  # settings of the labelling page
 
 
 class ReviewProject:
@@ -94,10 +94,9 @@ class ReviewProject:
                 )
                 self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
                 same = self.state.address == self.client.address  # else user ids are of other people
+                people = self.state.people if same else {}
                 self._update_state(
-                    lambda known: ProjectState(
-                        new_mark(), known.gallery, new_secret(), people=known.people if same else {}
-                    )
+                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=people)
                 )
             project = self.create()
         number = project.id
@@ -107,7 +106,9 @@ class ReviewProject:
         )
         self._check_settings(project)
         if storage is not None:
-            self._connect_bucket(storage)
+            for attempt in _attempts():
+                with attempt:
+                    self.client.connect_bucket(number, storage)
         self.import_missing()
         if self.repair:
             delete_skips(self.client, number, self.tasks, read_authors(self.run.store))
@@ -281,11 +282,8 @@ class ReviewProject:
         """Whether the project bears no other run's mark and has a task of this review."""
         if re.search(r"defuse-[0-9a-f]{16}", project.settings.description):
             return False
-        for task in self.client.tasks(project.id):
-            index = self.tasks.index_of(task.key)
-            if index is not None and task.digest == self._task(index)["meta"]["digest"]:
-                return True
-        return False
+        found = ((self.tasks.index_of(task.key), task) for task in self.client.tasks(project.id))
+        return any(i is not None and task.digest == self._task(i)["meta"]["digest"] for i, task in found)
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
@@ -315,12 +313,18 @@ class ReviewProject:
     def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
         """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""
         wanted = self.settings()
-        self.client.update_project(
-            project.id,
-            label_config=wanted.label_config,
-            expert_instruction=wanted.expert_instruction,
-            show_instruction=True,
-        )
+        page = {name: getattr(wanted, name) for name in PAGE}
+        try:
+            self.client.update_project(project.id, **page)
+        except RejectedRequestError:
+            delete_unreadable(self.client, project.id, self.tasks)
+            try:
+                self.client.update_project(project.id, **page)
+            except RejectedRequestError as error:
+                raise InputError(
+                    f"project {project.id}: its labelling page cannot be put back while there are answers or drafts in "
+                    f"what was added to it; delete these in Label Studio ({error})"
+                ) from error
         log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
         restored = self.client.project(project.id)
         stored = restored.settings.expert_instruction if restored else ""
@@ -379,12 +383,6 @@ class ReviewProject:
             return None
         self.tasks.picture(*place)  # raises InputError for a run that is not in S3
         return bucket_storage(cast("S3Store", store), f"Pictures of {self.run.name}", self.access)
-
-    def _connect_bucket(self, storage: BucketStorage) -> None:
-        """Let Label Studio show the pictures in the run's bucket. Raises InputError if it cannot."""
-        for attempt in _attempts():
-            with attempt:
-                self.client.connect_bucket(self.state.number, storage)
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)

@@ -21,7 +21,6 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
-from defuse_core.errors import count_of
 from defuse_core.review.consensus import (
     Consensus,
     count_not_majority,
@@ -30,14 +29,7 @@ from defuse_core.review.consensus import (
     stops_when_sure,
 )
 from defuse_core.review.verdicts import tally
-from services.labeling.annotations import (
-    Authors,
-    DiscardedAnnotation,
-    PulledAnnotations,
-    QueuedTask,
-    SkippedTask,
-    read_annotations,
-)
+from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
 from services.labeling.tasks import ReviewTasks
@@ -264,19 +256,6 @@ def _queue_target(status: ReviewStatus, queued: QueuedTask, duplicate: bool) -> 
     first = status.tasks.first_answers - int(status.given_per_task[queued.index])
     # Label Studio counts annotations that are discarded here, so the overlap grows by them.
     return queued.submitted + (min(first, wanted) if first > 0 else wanted), False
-
-
-def delete_skips(client: LabelStudioClient, project: int, tasks: ReviewTasks, authors: Authors) -> None:
-    """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again."""
-    pulled = read_annotations(client.tasks(project), tasks, authors)
-    given = np.bincount(pulled.answers["task"], minlength=len(tasks))
-    lacking = given < tasks.review.answers_per_task
-    unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
-    for skip in (*pulled.skips, *unreadable):
-        client.delete_annotation(skip.annotation)
-    if unreadable:
-        deleted = count_of(len(unreadable), "unreadable answer")
-        log.warning("project %d: deleted %s to tasks that lack answers", project, deleted)
 
 
 def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> bool:
