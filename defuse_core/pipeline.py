@@ -40,7 +40,7 @@ from defuse_core.identify import SAMPLE_CODES
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
-from defuse_core.review.consensus import crowdlab_consensus, expect_cleanlab
+from defuse_core.review.consensus import expect_cleanlab, review_consensus, review_verdicts
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
     filter_corrections,
@@ -50,7 +50,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.verdicts import decide_verdicts, doubtful
+from defuse_core.review.verdicts import doubtful
 from defuse_core.runs import Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import settle_precision
@@ -229,11 +229,10 @@ def _verdicts(
     run: Run, compute: Compute, models: Models, scenarios: Scenarios, gallery: Gallery, votes: Votes
 ) -> Verdicts:
     """Decide on every component; where reference models annotate and doubt remains, again on more images."""
-    review, labels = run.spec.review, None
-    if review.consensus == "crowdlab":
-        labels = crowdlab_consensus(votes, ask_models_once(run, compute, gallery).mean(axis=0)).labels
-    rate = review.false_discovery_rate
-    decide = partial(decide_verdicts, gallery, votes, review.rho, max_false=rate, image_labels=labels)
+    review = run.spec.review
+    asked = ask_models_once(run, compute, gallery) if review.consensus == "crowdlab" else None
+    consensus = review_consensus(review, votes, asked)
+    decide = partial(review_verdicts, review, gallery, votes, consensus=consensus)
     first = decide(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
     if not review.decides_twice or not unsure.any():

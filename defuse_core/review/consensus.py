@@ -1,17 +1,32 @@
-"""CROWDLAB: the label of each image by its votes and by models that did not vote, and how sure it is."""
+"""The rule of section `review`: the label of each image by its votes, and the verdicts that follow.
+
+The label is the majority of the votes, or CROWDLAB's, from the votes and from models that did not vote.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Bool, Votes
+from defuse_core.artifacts import (
+    F32,
+    F64,
+    I64,
+    NONE_OF_THE_ABOVE,
+    Bool,
+    Gallery,
+    MoreImages,
+    Override,
+    Verdicts,
+    Votes,
+)
 from defuse_core.config import ReviewSection
 from defuse_core.errors import RunFileError
-from defuse_core.review.verdicts import majority, tally
+from defuse_core.review.verdicts import decide_verdicts, majority, tally
 
 LEAST_ANSWERS = 2  # for a label that CROWDLAB chooses, so that the models and a single person never decide
 
@@ -28,6 +43,37 @@ class Consensus:
         """Return where at least LEAST_ANSWERS chose the label and its quality is at least `certainty`, (S, R)."""
         sure: Bool = (self.chosen >= LEAST_ANSWERS) & (self.quality >= certainty)
         return sure
+
+
+def review_consensus(review: ReviewSection, votes: Votes, probabilities: F32 | None) -> Consensus | None:
+    """Return CROWDLAB's consensus; None where the section asks for the majority, or without probabilities.
+
+    `probabilities` (W, S, R, C) are those of the run's reference models.
+    """
+    if review.consensus != "crowdlab" or probabilities is None:
+        return None
+    return crowdlab_consensus(votes, probabilities.mean(axis=0))
+
+
+def review_verdicts(
+    review: ReviewSection,
+    gallery: Gallery,
+    votes: Votes,
+    overrides: Sequence[Override] = (),
+    *,
+    consensus: Consensus | None = None,
+    more: MoreImages | None = None,
+) -> Verdicts:
+    """Return the verdicts by the section's rule; without a `consensus` an image's label is the majority."""
+    return decide_verdicts(
+        gallery,
+        votes,
+        review.rho,
+        overrides,
+        max_false=review.false_discovery_rate,
+        more=more,
+        image_labels=None if consensus is None else consensus.labels,
+    )
 
 
 def stops_when_sure(review: ReviewSection) -> bool:

@@ -26,7 +26,7 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling.changes import AnswerChanges
+    from services.labeling.annotators import AnswerChanges
 
 
 @click.group()
@@ -50,7 +50,7 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 
     Inputs from traffic get a review of their own, called RUN/traffic-1, which every command here accepts as RUN.
     """
-    from services.labeling import LabelStudioAnnotators
+    from services.labeling.annotators import LabelStudioAnnotators
 
     if from_traffic:
         name = _open_traffic_review(name, store)
@@ -65,6 +65,8 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
         state = annotators.push(gallery, repair)
     click.echo(f"label at {annotators.client.labeling_url(state.number)}")
     click.echo(f"annotators get an account at {annotators.client.invitation()}")
+    if opened.store.exists("votes.safetensors"):
+        click.echo(f"voting is closed: answers count only after `defuse review reopen {name}`")
     if from_traffic:
         click.echo(f"`defuse review status {name}` shows the answers")
 
@@ -96,7 +98,7 @@ def status(name: str, store: str, as_json: bool) -> None:
         if as_json:
             print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
         return
-    from services.labeling import LabelStudioAnnotators
+    from services.labeling.annotators import LabelStudioAnnotators, store_traffic_verdicts
 
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
@@ -110,7 +112,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     summary = replace(summary, label_at=label_at, invitation=invitation)
     if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
         votes = found.final_votes(state)
-        verdicts = _store_traffic_verdicts(opened, votes)
+        verdicts = store_traffic_verdicts(opened, votes)
         summary = summarize_result(name, gallery, votes, verdicts, None, None)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
     if as_json:
@@ -128,29 +130,21 @@ def _expect_people(run: Run) -> None:
 
 def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) -> Verdicts:
     """Return the verdicts that `defuse run` will make from people's stored votes; of traffic, store them."""
-    from defuse_core.review.consensus import crowdlab_consensus
+    from defuse_core.review.consensus import review_consensus, review_verdicts
     from defuse_core.review.overrides import read_overrides
-    from defuse_core.review.verdicts import decide_verdicts
     from defuse_core.training.reference_models import Prelabels
 
     if "/" in run.name:
-        return _store_traffic_verdicts(run, votes)
-    review, labels = run.spec.review, None
+        from services.labeling.annotators import store_traffic_verdicts  # needs Label Studio's client
+
+        return store_traffic_verdicts(run, votes)
+    review, stored = run.spec.review, None
     if review.consensus == "crowdlab":
-        if (stored := run.load(Prelabels)) is None:
+        stored = run.load(Prelabels)
+        if stored is None:
             print_by_majority(console)
-        else:
-            labels = crowdlab_consensus(votes, stored.probabilities.mean(axis=0)).labels
-    rate = review.false_discovery_rate
-    decided = read_overrides(run.store)
-    return decide_verdicts(gallery, votes, review.rho, decided, max_false=rate, image_labels=labels)
-
-
-def _store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
-    from services.labeling.annotators import store_traffic_verdicts
-
-    with review.store.lock():
-        return store_traffic_verdicts(review, votes)
+    consensus = review_consensus(review, votes, None if stored is None else stored.probabilities)
+    return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 
 def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChanges | None, str | None]:
@@ -158,8 +152,7 @@ def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChan
     if run.spec.review.annotators != "label-studio":
         return None, None
     try:
-        from services.labeling import LabelStudioAnnotators
-        from services.labeling.changes import answer_changes
+        from services.labeling.annotators import LabelStudioAnnotators, answer_changes
 
         annotators = LabelStudioAnnotators(run, read_settings())
         status, _ = annotators.status(gallery)
@@ -211,16 +204,35 @@ def set_(
 @review.command()
 @click.argument("name", metavar="RUN")
 @store_option
-def reopen(name: str, store: str) -> None:
+@click.option(
+    "--discard", is_flag=True, help="Delete the votes also where Label Studio has lost answers of them."
+)
+def reopen(name: str, store: str, discard: bool) -> None:
     """Take answers into RUN that people gave after its votes were stored.
 
-    Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers.
+    Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers that Label
+    Studio has then.
     """
+    from defuse_core.artifacts import Votes
     from defuse_core.review.overrides import reopen_vote
 
-    opened, _ = _open(name, store)
+    opened, gallery = _open(name, store)
+    votes = opened.load(Votes)
+    if votes is not None and not discard:
+        _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened)
     click.echo(f"the vote of {name} is open again; `{_following(name)}` takes in all answers")
+
+
+def _expect_no_answer_lost(run: Run, gallery: Gallery, votes: Votes) -> None:
+    """Raise InputError where Label Studio lacks answers that only the stored votes hold, or may lack them."""
+    changes, unknown = _later_answers(run, gallery, votes)
+    if unknown is None and changes is not None and changes.deleted:
+        unknown = f"{count_of(changes.deleted, 'answer')} of the votes were deleted in Label Studio"
+    if unknown is not None:
+        raise InputError(
+            f"the votes of {run.name} may be the only copy of answers, which --discard gives up: {unknown}"
+        )
 
 
 def local_user(option: str) -> str:
@@ -300,7 +312,7 @@ def simulate(name: str, store: str) -> None:
     Use it to try out a whole review without people; the votes are those of models.
     """
     from defuse_core.local import LocalCompute
-    from services.labeling import LabelStudioAnnotators
+    from services.labeling.annotators import LabelStudioAnnotators
     from services.labeling.local_server import running_server
     from services.labeling.simulate import simulate as simulate_annotators
 

@@ -17,7 +17,7 @@ from services.cli.tables import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
-    from services.labeling.changes import AnswerChanges
+    from services.labeling.annotators import AnswerChanges
     from services.labeling.status import ReviewStatus
     from services.labeling.tasks import TaskSubject
 
@@ -260,9 +260,9 @@ def print_closed(name: str, changes: AnswerChanges | None, unknown: str | None, 
         console.print(f"Whether answers came since then is not known: {unknown}", soft_wrap=True)
     if changes is not None and str(changes):
         lost = ", and loses those that were deleted" if changes.deleted else ""
+        command = f"defuse review reopen {name}{' --discard' if changes.deleted else ''}"
         console.print(
-            f"{changes} since then, not counted; `defuse review reopen {name}` takes the answers as they are "
-            f"now{lost}.",
+            f"{changes} since then, not counted; `{command}` takes the answers as they are now{lost}.",
             soft_wrap=True,
         )
 

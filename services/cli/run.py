@@ -347,7 +347,7 @@ def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
     if run.spec.review.annotators == "label-studio":
-        from services.labeling import LabelStudioAnnotators
+        from services.labeling.annotators import LabelStudioAnnotators
 
         return LabelStudioAnnotators(run, read_settings(), compute, wait=wait)
     from defuse_core.training.reference_models import ReferenceAnnotators

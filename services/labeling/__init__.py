@@ -1,5 +1,1 @@
 """Review by people in Label Studio: pushing images, pulling answers, and a server to try it out."""
-
-from services.labeling.annotators import LabelStudioAnnotators
-
-__all__ = ["LabelStudioAnnotators"]

@@ -7,21 +7,27 @@ It also forgets who gave an annotation when that account is deleted, so the auth
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import I64
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, count_of
 from defuse_core.store import Store
 from services.labeling.api_types import RESULT_ROW, Annotation, Task
 from services.labeling.interface import LABEL, answers_by_name
 from services.labeling.tasks import ReviewTasks, TaskSubject
+
+if TYPE_CHECKING:
+    from services.labeling.client import LabelStudioClient
+
+log = logging.getLogger("defuse")
 
 AUTHORS_KEY = "annotation_authors.json"  # in the run's store: user id -> ids of annotations
 UNKNOWN = 0  # the user id of annotators whose account was deleted before their answers were first pulled
@@ -149,6 +155,32 @@ def store_authors(store: Store, known: Authors, pulled: PulledAnnotations) -> No
         for annotation, user in sorted(authors.items()):
             by_user.setdefault(user, []).append(annotation)
         store.write(AUTHORS_KEY, json.dumps(by_user).encode())
+
+
+def delete_skips(client: LabelStudioClient, project: int, tasks: ReviewTasks, authors: Authors) -> None:
+    """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again."""
+    pulled = read_annotations(client.tasks(project), tasks, authors)
+    given = np.bincount(pulled.answers["task"], minlength=len(tasks))
+    lacking = given < tasks.review.answers_per_task
+    unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
+    for skip in (*pulled.skips, *unreadable):
+        client.delete_annotation(skip.annotation)
+    if unreadable:
+        deleted = count_of(len(unreadable), "unreadable answer")
+        log.warning("project %d: deleted %s to tasks that lack answers", project, deleted)
+
+
+def delete_unreadable(client: LabelStudioClient, project: int, tasks: ReviewTasks) -> None:
+    """Delete all unreadable answers: Label Studio keeps the controls and choices that they name on its page."""
+    reader = AnnotationReader(tasks, {})
+    for _ in reader.read(client.tasks(project)):
+        pass  # what is readable stays
+    for discarded in reader.pulled.discarded:
+        client.delete_annotation(discarded.annotation)
+    if reader.pulled.discarded:
+        log.warning(
+            "project %d: deleted %d answers under an edited page", project, len(reader.pulled.discarded)
+        )
 
 
 def select_counted(table: AnswerTable, wanted: int) -> tuple[I64, I64, I64]:

@@ -3,24 +3,25 @@
 Reviews of inputs that a server received, and that were in a failure scenario of its run, are reviews of their own:
 
     <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
+
+People can still answer once the votes are stored: `answer_changes` counts what they gave, changed and deleted since.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
-
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, retry_if_result, wait_exponential
+from typing import TYPE_CHECKING, TypeAlias
 
 from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError
-from defuse_core.review.consensus import stops_when_sure
+from defuse_core.review.consensus import review_verdicts, stops_when_sure
 from defuse_core.review.overrides import read_overrides
-from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.training.reference_models import Prelabels, ask_models_once
@@ -36,8 +37,8 @@ from services.settings import Settings
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
 
-
 log = logging.getLogger("defuse")
+Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -65,7 +66,6 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
-    is_out = False  # whether the server did not answer it
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -99,14 +99,13 @@ class LabelStudioAnnotators:
 
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
         """Create or complete the run's project, and return its state."""
-        review, prelabels = self.run.spec.review, None
-        if review.prelabel:
-            found, least = self._probabilities(gallery), review.reference.min_confidence
-            prelabels = prelabels_by_task(found, least, review.form == "scenario")
+        tasks, prelabels = self._tasks(gallery), None
+        if self.run.spec.review.prelabel:
+            prelabels = prelabels_by_task(tasks, self._probabilities(gallery))
         project = ReviewProject(
             self.client,
             self.run,
-            self._tasks(gallery),
+            tasks,
             access=self.settings.label_studio_s3,
             prelabels=prelabels,
             repair=repair,
@@ -153,27 +152,21 @@ class LabelStudioAnnotators:
 
         A server that cannot be reached for a while is waited for.
         """
-        sleep(max(self.first_pause_s, self.pull_s * PAUSE_PER_PULL))
-        growing = wait_exponential(self.first_pause_s * 1.5, self.longest_pause_s, exp_base=1.5)
-        polling = Retrying(
-            retry=retry_if_exception_type(ServiceError)
-            | retry_if_result(lambda found: found[0].given == given and found[0].outstanding),
-            wait=lambda attempt: max(growing(attempt), self.pull_s * PAUSE_PER_PULL),
-            before_sleep=self._log_outage,
-            sleep=sleep,
-        )
-        found = polling(self._pull, gallery, state)
-        self.is_out = False
-        return found
-
-    def _log_outage(self, attempt: RetryCallState) -> None:
-        """Log that the server did not answer, and that it does again."""
-        failure = None if attempt.outcome is None else attempt.outcome.exception()
-        if failure is not None:
-            log.warning("review: %s", failure)
-        elif self.is_out:
-            log.info("review: Label Studio answers again")
-        self.is_out = failure is not None
+        pause_s, is_out = self.first_pause_s, False
+        while True:
+            sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
+            pause_s = min(pause_s * 1.5, self.longest_pause_s)
+            try:
+                status, state = self._pull(gallery, state)
+            except ServiceError as failure:
+                log.warning("review: %s", failure)
+                is_out = True
+                continue
+            if is_out:
+                log.info("review: Label Studio answers again")
+                is_out = False
+            if status.given != given or not status.outstanding:
+                return status, state
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
         decided, skips = int(status.decided.sum()), len(status.blocking_skips())
@@ -226,7 +219,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
 
     Raises InputError if no scenario has as many such inputs as run.spec.review.images, or if they are not of this run.
     """
-    from services.serving.traffic import read_traffic
+    from services.serving.traffic import new_inputs, read_traffic, traffic_gallery
 
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
@@ -237,20 +230,20 @@ def open_traffic_review(store: Store, run: Run) -> Run:
         for scenario in review.require(Gallery).images
         for image in scenario
     }
-    traffic, wanted = read_traffic(store, run.name, run.require(Gallery)), run.spec.review.images
-    new = traffic.without(shown)
-    gallery = new.gallery(wanted)
-    if not len(gallery):
+    drawn, wanted = run.require(Gallery), run.spec.review.images
+    traffic = read_traffic(store, run.name, drawn)
+    new = new_inputs(traffic, shown)
+    newest = {scenario: inputs[-wanted:] for scenario, inputs in new.items() if len(inputs) >= wanted}
+    if not newest:
         raise InputError(
             f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
             "serve it with a larger `serve.reservoir`, or wait for more traffic"
         )
-    met = len(set(new.scenario.tolist()))
-    if met > len(gallery):
+    if len(new) > len(newest):
         log.info(
             "review: left out %d of %d scenarios, which have fewer than %d inputs that no review has shown",
-            met - len(gallery),
-            met,
+            len(new) - len(newest),
+            len(new),
             wanted,
         )
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
@@ -264,11 +257,55 @@ def open_traffic_review(store: Store, run: Run) -> Run:
     )
     number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
-    review.once("draw", Gallery, lambda: gallery)
+    review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
     return review
 
 
 def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
     """Store the votes of a review of traffic, once all answers are in, and the verdicts that follow from them."""
-    stored, gallery = review.once("review", Votes, lambda: votes), review.require(Gallery)
-    return review.once("review", Verdicts, lambda: decide_verdicts(gallery, stored, review.spec.review.rho))
+    section, gallery = review.spec.review, review.require(Gallery)
+    with review.store.lock():
+        stored = review.once("review", Votes, lambda: votes)
+        return review.once("review", Verdicts, lambda: review_verdicts(section, gallery, stored))
+
+
+@dataclass(frozen=True)
+class AnswerChanges:
+    """How many answers were added, changed and deleted after the votes were stored."""
+
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+
+    def __str__(self) -> str:
+        counts = {"given": self.added, "changed": self.changed, "deleted": self.deleted}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChanges:
+    """Return how the answers of `now` differ from those of `before`, by task and annotator.
+
+    With review.real_names an account that was renamed or deleted since then has another name: equal answers to a task
+    under a name that was not there before and under one that is not there any more are then the same ones.
+    """
+    old, new = _by_task(tasks, before), _by_task(tasks, now)
+    changed = sum(new[key] != answers for key, answers in old.items() if key in new)
+    added, deleted, renamed = new.keys() - old.keys(), old.keys() - new.keys(), 0
+    if tasks.review.real_names:
+        names_before, names_now = {name for _, name in old}, {name for _, name in new}
+        came = Counter(new[key] for key in added if key[1] not in names_before)
+        gone = Counter(old[key] for key in deleted if key[1] not in names_now)
+        renamed = (came & gone).total()
+    return AnswerChanges(len(added) - renamed, changed, len(deleted) - renamed)
+
+
+def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
+    """Return the answers by task and annotator's name."""
+    images = tasks.gallery.predicted.shape[1]
+    position = votes.scenario * images + votes.image
+    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    columns = (position.tolist(), votes.annotator.tolist(), votes.answer.tolist())
+    for row, annotator, answer in zip(*columns, strict=True):
+        task = row // (images // tasks.per_scenario)
+        found.setdefault((task, votes.annotators[annotator]), []).append((row, answer))
+    return {key: tuple(sorted(answers)) for key, answers in found.items()}

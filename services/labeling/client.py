@@ -12,7 +12,7 @@ import gc
 import json
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +39,10 @@ PAGES_PER_COLLECTION = 4
 
 class BlockedAddressError(InputError):
     """Label Studio does not connect to private or loopback addresses that a user names."""
+
+
+class RejectedRequestError(ServiceError):
+    """Label Studio found the request invalid (400)."""
 
 
 class LabelStudioClient:
@@ -159,6 +163,13 @@ class LabelStudioClient:
             yield task
         return len(items)
 
+    def update_task(self, number: int, task: TaskImport) -> None:
+        """Replace what a task shows; its answers stay. Safe to repeat."""
+        with translated_errors(self.address), missing_allowed():
+            self._sdk.tasks.update(
+                id=str(number), data=task["data"], meta=task["meta"], request_options=REPEAT
+            )
+
     def delete_task(self, number: int) -> None:
         """Delete a task; one that does not exist any more is no error."""
         with translated_errors(self.address), missing_allowed():
@@ -193,8 +204,22 @@ class LabelStudioClient:
     def connect_bucket(self, project: int, storage: BucketStorage) -> None:
         """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.
 
-        Raises BlockedAddressError if the server's protection against forged requests blocks the bucket's address.
+        Where the server blocks the bucket's address, it is connected at the one that the server's operator trusts.
         """
+        try:
+            self._connect_bucket(project, storage)
+        except BlockedAddressError:
+            try:
+                self._connect_bucket(project, replace(storage, s3endpoint=None))
+            except (ServiceError, InputError):
+                endpoint = storage.s3endpoint
+                raise InputError(
+                    f"Label Studio at {self.address} blocks the bucket's address {endpoint}, which is on a private or "
+                    f"loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
+                    f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
+                ) from None
+
+    def _connect_bucket(self, project: int, storage: BucketStorage) -> None:
         storages = self._sdk.import_storage.s3
         with translated_errors(self.address):
             known = storages.list(project=project, request_options=REPEAT)
@@ -343,7 +368,8 @@ def _status_error(address: str, status: int, body: Any) -> DefuseError:
         )
     else:
         problem = f"did not accept the request ({status}): {_detail(body)}"
-    return ServiceError(f"Label Studio at {address} {problem}")
+    kind = RejectedRequestError if status == 400 else ServiceError
+    return kind(f"Label Studio at {address} {problem}")
 
 
 def is_json(body: Any) -> bool:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from time import monotonic, sleep
 
 from pydantic import TypeAdapter, ValidationError
-from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
 
 from defuse_core.errors import InputError, ServiceError
 
@@ -229,7 +229,7 @@ def _expect_free(port: int) -> None:
 def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
     # Label Studio blocks private addresses that only users name
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = os.environ.get("LABEL_STUDIO_S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL")
     return (kept | {"LABEL_STUDIO_S3_ENDPOINT": endpoint} if endpoint else kept) | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(installation.data),
         "LABEL_STUDIO_HOST": address,
@@ -268,13 +268,12 @@ def _wait_until_healthy(
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Poll until the condition holds; False if it does not within `timeout_s`."""
-    polling = Retrying(
-        retry=retry_if_result(lambda holds: not holds), stop=stop_after_delay(timeout_s), wait=wait_fixed(0.2)
-    )
-    try:
-        return polling(condition)
-    except RetryError:
-        return False
+    end = monotonic() + timeout_s
+    while not condition():
+        if monotonic() >= end:
+            return False
+        sleep(0.2)
+    return True
 
 
 def _port_in_use(port: int) -> bool:

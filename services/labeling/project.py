@@ -19,14 +19,20 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
-from services.labeling.annotations import read_annotations, read_authors
-from services.labeling.api_types import BucketStorage, Project, ProjectSettings, Task, TaskImport
-from services.labeling.client import BlockedAddressError, LabelStudioClient
+from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
+from services.labeling.api_types import (
+    BucketStorage,
+    PreselectedAnswer,
+    Project,
+    ProjectSettings,
+    Task,
+    TaskImport,
+)
+from services.labeling.client import LabelStudioClient, RejectedRequestError
 from services.labeling.interface import instructions, interface_edit, label_config
 from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
 from services.labeling.tasks import (
     PRELABEL_MODEL,
-    Prelabel,
     PresentTasks,
     ReviewTasks,
     batches,
@@ -42,6 +48,7 @@ log = logging.getLogger("defuse")
 
 ATTEMPTS = 4
 PAUSE_S = 1.0
+PAGE = ("label_config", "expert_instruction", "show_instruction")  # settings of the labelling page
 
 
 class ReviewProject:
@@ -57,7 +64,7 @@ class ReviewProject:
         tasks: ReviewTasks,
         *,
         access: BucketAccess | None = None,
-        prelabels: Mapping[int, Prelabel] | None = None,
+        prelabels: Mapping[int, PreselectedAnswer] | None = None,
         repair: bool = False,
     ) -> None:
         """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario.
@@ -67,6 +74,7 @@ class ReviewProject:
         self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
         self.access, self.prelabels = access or BucketAccess(), prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
+        self.is_closed = run.store.exists("votes.safetensors")
         self.repair_command = f"`defuse review push {run.name} --repair`"
 
     def push(self) -> ProjectState:
@@ -75,9 +83,20 @@ class ReviewProject:
         self._update_state(lambda known: known)  # stores the mark, before a project bears it
         project = self.find()
         if project is None:
+            if self.is_closed:
+                raise InputError(
+                    f"the votes of run {self.run.name} are stored, and {self.client.address} has no project with their "
+                    f"answers; `defuse review reopen {self.run.name} --discard` deletes the votes, to ask people again"
+                )
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
+                log.warning(
+                    "project %d is gone from %s; creating another", self.state.project, self.client.address
+                )
+                self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
+                same = self.state.address == self.client.address  # else user ids are of other people
+                people = self.state.people if same else {}
                 self._update_state(
-                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
+                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=people)
                 )
             project = self.create()
         number = project.id
@@ -87,10 +106,12 @@ class ReviewProject:
         )
         self._check_settings(project)
         if storage is not None:
-            self._connect_bucket(storage)
+            for attempt in _attempts():
+                with attempt:
+                    self.client.connect_bucket(number, storage)
         self.import_missing()
         if self.repair:
-            self._delete_skips_and_unreadable_answers()
+            delete_skips(self.client, number, self.tasks, read_authors(self.run.store))
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -147,13 +168,15 @@ class ReviewProject:
             )
             return project
         if self.repair:
-            log.warning("project %d is gone from %s; creating another", state.project, self.client.address)
             return None
+        another = f"{self.repair_command} creates another"
+        if self.is_closed:
+            another = f"the stored votes of run {self.run.name} hold the answers that it had"
         if project is None:
             cause = f"was deleted from {self.client.address}, its answers with it"
             if state.address != self.client.address:
                 cause = f"is not at {self.client.address} but {state.address}; correct LABEL_STUDIO_URL"
-            raise InputError(f"project {state.project} {cause}; {self.repair_command} creates another")
+            raise InputError(f"project {state.project} {cause}; {another}")
         raise InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
@@ -196,9 +219,13 @@ class ReviewProject:
             raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
 
     def drop_duplicates(self) -> PresentTasks:
-        """Return the tasks in the project, after duplicates that nobody answered are deleted."""
+        """Return the tasks in the project, after duplicates that nobody answered are deleted.
+
+        Tasks that show pictures from where the run was before show them from where it is now.
+        """
         present = PresentTasks.none(len(self.tasks))
         dropped: dict[int, str] = {}  # deleted later: a deletion while listing would shift the pages
+        moved: dict[int, int] = {}
         unknown = 0
         for task in self.client.tasks(self.state.number, with_data=True):
             index = self.tasks.index_of(task.key)
@@ -210,6 +237,12 @@ class ReviewProject:
                 dropped[task.id] = str(task.key)
             elif duplicate := present.add(index, task):
                 dropped[duplicate] = str(task.key)
+            if index is not None and task.id not in dropped and self.tasks.shows_moved_pictures(task):
+                moved[task.id] = index
+        for number, index in moved.items():
+            self.client.update_task(number, self._task(index))
+        if moved:
+            log.info("review: %s now show their pictures where the run is", count_of(len(moved), "task"))
         for duplicate, key in dropped.items():
             self.client.delete_task(duplicate)
             log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
@@ -249,24 +282,8 @@ class ReviewProject:
         """Whether the project bears no other run's mark and has a task of this review."""
         if re.search(r"defuse-[0-9a-f]{16}", project.settings.description):
             return False
-        for task in self.client.tasks(project.id):
-            index = self.tasks.index_of(task.key)
-            if index is not None and task.digest == self._task(index)["meta"]["digest"]:
-                return True
-        return False
-
-    def _delete_skips_and_unreadable_answers(self) -> None:
-        """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again."""
-        tasks, authors = self.client.tasks(self.state.number), read_authors(self.run.store)
-        pulled = read_annotations(tasks, self.tasks, authors)
-        given = np.bincount(pulled.answers["task"], minlength=len(self.tasks))
-        lacking = given < self.tasks.review.answers_per_task
-        unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
-        for skip in (*pulled.skips, *unreadable):
-            self.client.delete_annotation(skip.annotation)
-        if unreadable:
-            deleted = count_of(len(unreadable), "unreadable answer")
-            log.warning("project %d: deleted %s to tasks that lack answers", self.state.number, deleted)
+        found = ((self.tasks.index_of(task.key), task) for task in self.client.tasks(project.id))
+        return any(i is not None and task.digest == self._task(i)["meta"]["digest"] for i, task in found)
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
@@ -296,12 +313,18 @@ class ReviewProject:
     def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
         """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""
         wanted = self.settings()
-        self.client.update_project(
-            project.id,
-            label_config=wanted.label_config,
-            expert_instruction=wanted.expert_instruction,
-            show_instruction=True,
-        )
+        page = {name: getattr(wanted, name) for name in PAGE}
+        try:
+            self.client.update_project(project.id, **page)
+        except RejectedRequestError:
+            delete_unreadable(self.client, project.id, self.tasks)
+            try:
+                self.client.update_project(project.id, **page)
+            except RejectedRequestError as error:
+                raise InputError(
+                    f"project {project.id}: its labelling page cannot be put back while there are answers or drafts in "
+                    f"what was added to it; delete these in Label Studio ({error})"
+                ) from error
         log.warning("project %d: put the labelling page back (%s)", project.id, "; ".join(edits))
         restored = self.client.project(project.id)
         stored = restored.settings.expert_instruction if restored else ""
@@ -349,7 +372,7 @@ class ReviewProject:
 
         The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
         """
-        place = self.tasks.pictures.first_in_bucket(self.tasks.gallery)
+        place = self.tasks.first_in_bucket()
         if place is None:
             return None
         store = self.run.store
@@ -360,27 +383,6 @@ class ReviewProject:
             return None
         self.tasks.picture(*place)  # raises InputError for a run that is not in S3
         return bucket_storage(cast("S3Store", store), f"Pictures of {self.run.name}", self.access)
-
-    def _connect_bucket(self, storage: BucketStorage) -> None:
-        """Let Label Studio show the pictures in the run's bucket. Raises InputError if it cannot."""
-        for attempt in _attempts():
-            with attempt:
-                try:
-                    self.client.connect_bucket(self.state.number, storage)
-                except BlockedAddressError:
-                    self._connect_trusted_bucket(storage)
-
-    def _connect_trusted_bucket(self, storage: BucketStorage) -> None:
-        """Connect the bucket at the address that Label Studio's operator trusts, which users' addresses are not."""
-        try:
-            self.client.connect_bucket(self.state.number, replace(storage, s3endpoint=None))
-        except (ServiceError, InputError):
-            endpoint = storage.s3endpoint
-            raise InputError(
-                f"Label Studio at {self.client.address} blocks the bucket's address {endpoint}, which is on a private "
-                "or loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
-                f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
-            ) from None
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)

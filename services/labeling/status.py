@@ -16,14 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import NotRequired, TypedDict
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
-from defuse_core.review.consensus import Consensus, count_not_majority, crowdlab_consensus, stops_when_sure
-from defuse_core.review.verdicts import decide_verdicts, tally
+from defuse_core.review.consensus import (
+    Consensus,
+    count_not_majority,
+    review_consensus,
+    review_verdicts,
+    stops_when_sure,
+)
+from defuse_core.review.verdicts import tally
 from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
@@ -33,30 +38,6 @@ log = logging.getLogger("defuse")
 
 FORBIDDEN = -(10**9)  # weight of a label that an image cannot end with
 FILL = 10**6  # weight of filling a slot of the class that is to win, over anything else
-
-
-class DiscardedNote(TypedDict):
-    """An annotation that did not count, as the report lists it."""
-
-    scenario: int
-    image: int | None  # None: the page of the whole scenario
-    annotator: str  # pseudonym, or name
-    annotation: int
-    why: str
-
-
-class ReviewNotes(TypedDict):
-    """What the report says about the review beside its votes."""
-
-    project: int
-    form: str
-    answers_wanted: int
-    answers_given: int
-    answers_saved: int
-    decided_early: list[int]
-    skips: int
-    discarded_answers: list[DiscardedNote]
-    prelabel: NotRequired[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,12 +126,8 @@ class ReviewStatus:
 
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
-        review = self.tasks.review
-        rate = review.false_discovery_rate
-        labels = None if self.consensus is None else self.consensus.labels
-        return decide_verdicts(
-            self.tasks.gallery, self.votes, review.rho, self.overrides, max_false=rate, image_labels=labels
-        )
+        review, gallery = self.tasks.review, self.tasks.gallery
+        return review_verdicts(review, gallery, self.votes, self.overrides, consensus=self.consensus)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""
@@ -174,29 +151,29 @@ class ReviewStatus:
     def final_votes(self, state: ProjectState) -> Votes:
         """Return the votes with the notes that the report shows."""
         review = self.tasks.review
-        notes = ReviewNotes(
-            project=state.number,
-            form=review.form,
-            answers_wanted=self.requested,
-            answers_given=self.given,
-            answers_saved=self.saved,
-            decided_early=np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
-            skips=len(self.pulled.skips),
-            discarded_answers=[self._note(discarded) for discarded in self.pulled.discarded],
-        )
+        notes: dict[str, object] = {
+            "project": state.number,
+            "form": review.form,
+            "answers_wanted": self.requested,
+            "answers_given": self.given,
+            "answers_saved": self.saved,
+            "decided_early": np.flatnonzero(self.final & (self.missing.sum(axis=1) > 0)).tolist(),
+            "skips": len(self.pulled.skips),
+            "discarded_answers": [
+                {
+                    "scenario": discarded.subject.scenario,
+                    "image": discarded.subject.image,  # None: the page of the whole scenario
+                    "annotator": self.name_of(discarded),
+                    "annotation": discarded.annotation,
+                    "why": discarded.reason,
+                }
+                for discarded in self.pulled.discarded
+            ],
+        }
         if review.prelabel:
             notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"
         answered_by = "reference models" if state.simulated else "people"
-        return replace(self.votes, answered_by=answered_by, notes=dict(notes))
-
-    def _note(self, discarded: DiscardedAnnotation) -> DiscardedNote:
-        return DiscardedNote(
-            scenario=discarded.subject.scenario,
-            image=discarded.subject.image,
-            annotator=self.name_of(discarded),
-            annotation=discarded.annotation,
-            why=discarded.reason,
-        )
+        return replace(self.votes, answered_by=answered_by, notes=notes)
 
 
 def review_status(
@@ -213,11 +190,10 @@ def review_status(
     shape, votes = tasks.gallery.predicted.shape, _votes(pulled, tasks, names)
     given = np.zeros(shape, np.int64)
     np.add.at(given, (votes.scenario, votes.image), 1)
-    review, consensus = tasks.review, None
-    sure: Bool = np.zeros(shape, bool)
-    if review.consensus == "crowdlab" and probabilities is not None:
-        consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
-        sure = consensus.sure(review.certainty) & stops_when_sure(review)
+    review, sure = tasks.review, np.zeros(shape, bool)
+    consensus = review_consensus(review, votes, probabilities)
+    if consensus is not None and stops_when_sure(review):
+        sure = consensus.sure(review.certainty)
     missing = np.where(sure, 0, review.answers_per_task - given)
     final: Bool = np.zeros(len(tasks.gallery), bool)
     if review.stop_early and review.accept == "share" and review.consensus == "majority":

@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -64,52 +64,6 @@ class TaskSubject:
         return f"s{self.scenario:03d}" + ("" if self.image is None else f"-i{self.image:02d}")
 
 
-@dataclass(frozen=True)
-class Prelabel:
-    """The answer that is preselected in a task, and the confidence of the reference models in it."""
-
-    answer: int  # class, or NONE_OF_THE_ABOVE
-    confidence: float  # mean probability of their best class, in [0, 1]
-    target: str  # the object in the labelling interface: image, or page
-
-    def prediction(self, names: Sequence[str]) -> PreselectedAnswer:
-        """Return it as a prediction of Label Studio. `names` are those of the choices, none-of-the-above last."""
-        result = choice_result(LABEL, self.target, names[self.answer])
-        return {"model_version": PRELABEL_MODEL, "score": self.confidence, "result": [result]}
-
-
-class Pictures:
-    """Where the pictures of one run are: each task names its pictures by the addresses that `address` returns."""
-
-    def __init__(self, store: Store, inline_kb: int) -> None:
-        self.store, self.inline_kb = store, inline_kb
-
-    def address(self, image: F32, key: str) -> str:
-        """Return a data: address with the picture itself, or, if it is large, its address in the run's S3 store.
-
-        Raises InputError for a large picture of a run that is not in S3.
-        """
-        data = png(image)
-        if len(data) <= self.inline_kb * 1024:
-            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        if not self.store.address.startswith("s3://"):
-            raise InputError(
-                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.inline_kb}: raise it, or "
-                "keep the run in S3 (--store s3://bucket/prefix), which larger pictures are shown from"
-            )
-        self.store.write(f"{PICTURES_FOLDER}/{key}.png", data)
-        return f"{self.store.address}/{PICTURES_FOLDER}/{key}.png"
-
-    def first_in_bucket(self, gallery: Gallery) -> tuple[int, int] | None:
-        """Return scenario and image of the first picture that is too large to be inline; None if none is."""
-        limit = self.inline_kb * 1024
-        scenarios, images, *shape = gallery.images.shape
-        if int(np.prod(shape)) + shape[-2] + PNG_OVERHEAD_BYTES <= limit:
-            return None  # not even uncompressed
-        places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
-        return next((place for place in places if len(png(gallery.images[place])) > limit), None)
-
-
 class ReviewTasks:
     """All T tasks of a review, numbered scenario by scenario and created one at a time.
 
@@ -117,8 +71,7 @@ class ReviewTasks:
     """
 
     def __init__(self, gallery: Gallery, review: ReviewSection, store: Store) -> None:
-        self.gallery, self.review = gallery, review
-        self.pictures = Pictures(store, review.inline_kb)
+        self.gallery, self.review, self.store = gallery, review, store
         self.names = choice_names(gallery.classes)
         self.whole_pages = review.form == "scenario"
         self.per_scenario = 1 if self.whole_pages else gallery.predicted.shape[1]
@@ -145,7 +98,7 @@ class ReviewTasks:
         index = int(found[1]) * self.per_scenario + int(found[2] or 0)
         return index if index < len(self) and self.subject(index).key == key else None
 
-    def task(self, index: int, prelabel: Prelabel | None = None, *, secret: str) -> TaskImport:
+    def task(self, index: int, prelabel: PreselectedAnswer | None = None, *, secret: str) -> TaskImport:
         """Return the task as Label Studio imports it, with a preselected answer if there is one.
 
         `secret` is that of the run's ProjectState.
@@ -159,7 +112,7 @@ class ReviewTasks:
         meta = TaskMeta(sample_key=subject.key, digest=digest(subject.key, data, secret))
         task = TaskImport(data=data, meta=meta)
         if prelabel is not None:
-            task["predictions"] = [prelabel.prediction(self.names)]
+            task["predictions"] = [prelabel]
         return task
 
     def _page(self, subject: TaskSubject) -> PageData:
@@ -172,8 +125,37 @@ class ReviewTasks:
         return PageData(page="Pictures", samples=samples)
 
     def picture(self, scenario: int, image: int) -> str:
-        """Return the address of a picture, which is written to the run's bucket if it is large."""
-        return self.pictures.address(self.gallery.images[scenario, image], TaskSubject(scenario, image).key)
+        """Return a data: address with the picture itself, or, if it is large, its address in the run's S3 store.
+
+        Raises InputError for a large picture of a run that is not in S3.
+        """
+        data = png(self.gallery.images[scenario, image])
+        if len(data) <= self.review.inline_kb * 1024:
+            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        if not self.store.address.startswith("s3://"):
+            raise InputError(
+                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.review.inline_kb}: raise it, "
+                "or keep the run in S3 (--store s3://bucket/prefix), which larger pictures are shown from"
+            )
+        key = f"{PICTURES_FOLDER}/{TaskSubject(scenario, image).key}.png"
+        self.store.write(key, data)
+        return f"{self.store.address}/{key}"
+
+    def shows_moved_pictures(self, task: Task) -> bool:
+        """Whether a task shows pictures from where the run was in S3 before it was moved to where it is there now."""
+        if not self.store.address.startswith("s3://"):
+            return False
+        shown = re.findall(rf'"(s3://[^"]+)/{PICTURES_FOLDER}/', json.dumps(task.data, ensure_ascii=False))
+        return any(address != self.store.address for address in shown)
+
+    def first_in_bucket(self) -> tuple[int, int] | None:
+        """Return scenario and image of the first picture that is too large to be inline; None if none is."""
+        limit = self.review.inline_kb * 1024
+        scenarios, images, *shape = self.gallery.images.shape
+        if int(np.prod(shape)) + shape[-2] + PNG_OVERHEAD_BYTES <= limit:
+            return None  # not even uncompressed
+        places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
+        return next((place for place in places if len(png(self.gallery.images[place])) > limit), None)
 
 
 def digest(key: str, data: Mapping[str, object], secret: str) -> str:
@@ -205,20 +187,22 @@ def batches(tasks: Iterable[TaskImport]) -> Iterator[list[TaskImport]]:
         yield batch
 
 
-def prelabels_by_task(probabilities: F32, min_confidence: float, whole_pages: bool) -> dict[int, Prelabel]:
-    """Return a prelabel per task index, the least certain first.
+def prelabels_by_task(tasks: ReviewTasks, probabilities: F32) -> dict[int, PreselectedAnswer]:
+    """Return the answer that is preselected in each task, by its index, the least certain first.
 
-    That is the order in which annotators get the tasks.
+    That is the order in which annotators get the tasks. `probabilities` (W, S, R, C) are those of the reference models.
     """
     mean = probabilities.mean(axis=0)  # (S, R, C)
-    if whole_pages:
+    if tasks.whole_pages:
         mean = mean.mean(axis=1, keepdims=True)  # (S, 1, C)
     best, confidence = mean.argmax(axis=2), mean.max(axis=2)
-    prelabels = {}
+    least, target = tasks.review.reference.min_confidence, "page" if tasks.whole_pages else "image"
+    prelabels: dict[int, PreselectedAnswer] = {}
     for index in np.argsort(confidence, axis=None, kind="stable").tolist():
         certainty = float(confidence.flat[index])
-        answer = int(best.flat[index]) if certainty >= min_confidence else NONE_OF_THE_ABOVE
-        prelabels[index] = Prelabel(answer, certainty, "page" if whole_pages else "image")
+        answer = int(best.flat[index]) if certainty >= least else NONE_OF_THE_ABOVE
+        result = choice_result(LABEL, target, tasks.names[answer])
+        prelabels[index] = {"model_version": PRELABEL_MODEL, "score": certainty, "result": [result]}
     return prelabels
 
 

@@ -16,19 +16,13 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import (
-    F32,
-    F64,
-    I64,
-    NO_SCENARIO,
-    Gallery,
-)
+from defuse_core.artifacts import F32, NO_SCENARIO, Gallery
 from defuse_core.codec import array_digest, decode, encode
 from defuse_core.errors import DefuseError, InputError, StoreError
 from defuse_core.store import FolderStore, Store
@@ -57,55 +51,11 @@ def components_digest(gallery: Gallery) -> str:
     return array_digest({"codes": gallery.codes, "images": gallery.images})
 
 
-@dataclass(frozen=True, eq=False)
-class Traffic:
-    """All sampled inputs of one run, M of them, oldest first."""
+def read_traffic(store: Store, run: str, drawn: Gallery) -> list[SampledInput]:
+    """Return the sampled inputs of `run`, oldest first.
 
-    images: F32  # (M, channels, H, W) in [0, 1]
-    scenario: I64  # (M,) index among the run's components, or NO_SCENARIO
-    predicted: I64  # (M,) answer of the version that received the input
-    failure: F64  # (M,) probability that this answer is wrong; nan where the version could not tell
-    classes: tuple[str, ...]  # (C,)
-
-    def __len__(self) -> int:
-        return len(self.scenario)
-
-    def without(self, shown: Collection[bytes]) -> Traffic:
-        """Return the inputs whose pixels are not in `shown`, without duplicates."""
-        rows, known = [], set(shown)
-        for row, image in enumerate(self.images):
-            pixels = image.tobytes()
-            if pixels not in known:
-                known.add(pixels)
-                rows.append(row)
-        return Traffic(
-            self.images[rows],
-            self.scenario[rows],
-            self.predicted[rows],
-            self.failure[rows],
-            self.classes,
-        )
-
-    def gallery(self, images: int) -> Gallery:
-        """Return the newest `images` inputs of every scenario, and of none, that has at least so many.
-
-        The codes of this Gallery are empty, (S, R, 0): its images were not drawn from a component.
-        """
-        full = [s for s in np.unique(self.scenario) if (self.scenario == s).sum() >= images]
-        rows = np.array([np.flatnonzero(self.scenario == s)[-images:] for s in full], np.int64).reshape(
-            -1, images
-        )
-        codes = np.zeros((*rows.shape, 0), np.float32)
-        numbers = tuple(int(scenario) for scenario in full)
-        return Gallery(
-            self.images[rows], codes, self.predicted[rows], self.classes, numbers, self.failure[rows]
-        )
-
-
-def read_traffic(store: Store, run: str, drawn: Gallery) -> Traffic:
-    """Return the sampled inputs of `run`; `store` is the one that holds the runs, `drawn` the run's own images.
-
-    Leaves out, with a warning, inputs that another run of this name received. Raises InputError where none are left.
+    `store` holds the runs, `drawn` are the run's own images. Leaves out, with a warning, inputs that another
+    run of this name received. Raises InputError where none are left.
     """
     folder = store.within("traffic").within(run)
     found, remedy = list[SampledInput](), f"delete {folder.address} to start a new sample"
@@ -119,14 +69,7 @@ def read_traffic(store: Store, run: str, drawn: Gallery) -> Traffic:
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
     found = _received_for(components_digest(drawn), found, folder.address)
-    found.sort(key=lambda sampled: sampled.when)
-    return Traffic(
-        images=np.stack([sampled.image for sampled in found]),
-        scenario=np.array([sampled.scenario for sampled in found], np.int64),
-        predicted=np.array([sampled.predicted for sampled in found], np.int64),
-        failure=np.array([math.nan if sampled.failure is None else sampled.failure for sampled in found]),
-        classes=drawn.classes,
-    )
+    return sorted(found, key=lambda sampled: sampled.when)
 
 
 def _received_for(components: str, found: list[SampledInput], address: str) -> list[SampledInput]:
@@ -144,6 +87,35 @@ def _received_for(components: str, found: list[SampledInput], address: str) -> l
             len(found),
         )
     return own
+
+
+def new_inputs(traffic: Iterable[SampledInput], shown: Collection[bytes]) -> dict[int, list[SampledInput]]:
+    """Return the inputs of each scenario whose pixels are not in `shown`, without duplicates, in the given order."""
+    known, new = set(shown), dict[int, list[SampledInput]]()
+    for sampled in traffic:
+        pixels = sampled.image.tobytes()
+        if pixels not in known:
+            known.add(pixels)
+            new.setdefault(sampled.scenario, []).append(sampled)
+    return new
+
+
+def traffic_gallery(inputs: Mapping[int, Sequence[SampledInput]], classes: tuple[str, ...]) -> Gallery:
+    """Return a gallery of as many inputs of each scenario, in the scenarios' order.
+
+    Its codes are empty, (S, R, 0): its images were not drawn from a component.
+    """
+    numbers = tuple(sorted(inputs))
+    rows = [inputs[number] for number in numbers]
+    predicted = np.array([[sampled.predicted for sampled in row] for row in rows], np.int64)  # (S, R)
+    return Gallery(
+        images=np.array([[sampled.image for sampled in row] for row in rows]),
+        codes=np.zeros((*predicted.shape, 0), np.float32),
+        predicted=predicted,
+        classes=classes,
+        numbers=numbers,
+        failure=np.array([[sampled.failure for sampled in row] for row in rows], np.float64),  # nan for None
+    )
 
 
 def delete_traffic(store: Store, run: str) -> int:

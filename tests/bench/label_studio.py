@@ -27,7 +27,7 @@ from label_studio_live import annotator_accounts, live_server, review_run, setti
 from sklearn.datasets import load_digits
 
 from defuse_core.artifacts import Gallery
-from services.labeling import LabelStudioAnnotators
+from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import choice_result
 from services.labeling.project import ReviewProject
 from services.labeling.state import read_state, write_state

@@ -31,7 +31,7 @@ from defuse_core.config import dump_run_file
 from defuse_core.errors import LabelsPending
 from defuse_core.store import FolderStore
 from services.cli import defuse
-from services.labeling import LabelStudioAnnotators
+from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.local_server import LocalServer
 from services.labeling.simulate import AnnotatorAccount
 from tests.conftest import MakeOnce, tiny, trained_run

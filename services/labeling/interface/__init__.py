@@ -25,7 +25,13 @@ Form = Literal["image", "scenario"]
 NONE = "None of the above"
 LABEL = "label"  # the control that takes the label of a picture, or of a page
 MANY = 16  # choices from which on they are drawn small
-KEYS = "1234567890qwertyuiopasdfghjklzxcvbm"  # n is for none of the above
+DIGITS, LETTERS = "1234567890", "qwertyuiopasdfghjklzxcvbm"  # n is for none of the above
+# Held with a key. On a page a plain key would also change its label while the list of a single picture is open.
+MODIFIERS = {
+    "image": ("", "shift+", "alt+shift+"),
+    "scenario": ("shift+", "alt+shift+", "ctrl+alt+shift+"),
+}
+NO_KEY = "ctrl+alt+shift+f19"  # Label Studio gives a free plain key to each choice without one
 # Styles are no layout: they can hide a class, or show another name on its button.
 LAYOUT_TAGS = {"View"}
 LAYOUT_ATTRIBUTES = {"size", "zoom", "showInline"}
@@ -37,14 +43,6 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-
-
-@dataclass(frozen=True)
-class LabelChoice:
-    """One choice of the interface, with the key that selects it if there is one."""
-
-    name: str
-    key: str | None
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,8 @@ class InterfaceEdit:
 def label_config(form: Form, classes: Sequence[str]) -> str:
     """Return the labelling interface as Label Studio's XML."""
     names = choice_names(classes)
-    keys = hotkeys(names)
-    # A plain key would also change the label of the page while the list of a single picture is open.
-    prefix = "shift+" if form == "scenario" else ""
-    choices = [LabelChoice(name, prefix + keys[name] if name in keys else None) for name in names]
     return _templates.get_template(f"{form}.xml").render(
-        choices=choices, many=len(names) > MANY, none_of_the_above=NONE
+        keys=hotkeys(names, form), no_key=NO_KEY, many=len(names) > MANY, none_of_the_above=NONE
     )
 
 
@@ -105,7 +99,7 @@ def instructions(form: Form, classes: Sequence[str]) -> str:
     """Return the instructions for annotators as HTML, with an example that uses the classes."""
     names = choice_names(classes)
     return _templates.get_template(f"instructions_{form}.html").render(
-        keys=_keys_in_words(names),
+        keys=_keys_in_words(names, form),
         first=names[0],
         second=names[min(1, len(names) - 2)],
         none_of_the_above=NONE,
@@ -130,27 +124,30 @@ def answers_by_name(classes: Sequence[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)} | {none: NONE_OF_THE_ABOVE}
 
 
-def hotkeys(names: Sequence[str]) -> dict[str, str]:
-    """Return a key per choice: a digit's own key if all classes are digits, else the keyboard's keys in order.
+def hotkeys(names: Sequence[str], form: Form = "image") -> dict[str, str]:
+    """Return a key per choice: a digit's own key, and the keyboard's others in order, first with fewest modifiers.
 
-    Choices after the last key have none.
+    Where numbers are among the classes, the others are letters: no number's key is a digit of another one.
     """
-    digits = [name for name in names[:-1] if len(name) == 1 and name in "0123456789"]
-    if len(digits) == len(names) - 1:
-        keys = {name: name for name in digits}
-    else:
-        keys = dict(zip(names[:-1], KEYS, strict=False))
-    return keys | {names[-1]: "n"}
+    *classes, none = names
+    digits = "" if any(name.isdecimal() for name in classes) else DIGITS
+    others = iter([modifier + key for modifier in MODIFIERS[form] for key in digits + LETTERS])
+    first = MODIFIERS[form][0]
+    keys = {
+        name: first + name if len(name) == 1 and name in DIGITS else next(others, NO_KEY) for name in classes
+    }
+    return keys | {none: f"{first}n"}
 
 
-def _keys_in_words(names: Sequence[str]) -> str:
+def _keys_in_words(names: Sequence[str], form: Form) -> str:
     """Return which key chooses which class, for the instructions."""
     keys = {name: key for name, key in hotkeys(names).items() if name != names[-1]}
+    hold = "hold Shift and press " if form == "scenario" else ""
     if all(name == key for name, key in keys.items()):
-        return f"{', '.join(keys.values())} for the digit of that name"
+        return f"{hold}{', '.join(keys.values())} for the digit of that name"
     if len(keys) > MANY:
-        return "the key that is shown in small letters after the name"
-    return ", ".join(f"{key} for “{name}”" for name, key in keys.items())
+        return "what is shown in small letters after the name"
+    return hold + ", ".join(f"{key} for “{name}”" for name, key in keys.items())
 
 
 def interface_edit(pushed: str, found: str) -> InterfaceEdit | None:

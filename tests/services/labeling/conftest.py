@@ -21,7 +21,8 @@ from proxy import Proxy, proxy_to
 
 from defuse_core.artifacts import Gallery
 from defuse_core.runs import Run
-from services.labeling import LabelStudioAnnotators, project
+from services.labeling import project
+from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import Task
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import LocalServer

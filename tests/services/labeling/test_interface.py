@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from services.labeling.interface import (
+    NO_KEY,
     NONE,
     answers_by_name,
     choice_names,
@@ -38,6 +39,24 @@ def test_digits_answer_to_their_own_keys_and_others_to_the_keyboard_in_order():
     keys = hotkeys(choice_names(SIGNS))
     assert keys[SIGNS[0]] == "1" and keys[SIGNS[10]] == "q" and keys[NONE] == "n"
     assert len(set(keys.values())) == len(keys)
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+@pytest.mark.parametrize("count", [1, 35, 36, 43, 105])
+@pytest.mark.parametrize("name", ["sign {}", "{}"])
+def test_every_choice_has_a_key_of_its_own_which_label_studio_would_otherwise_choose(form, count, name):
+    """On a page Label Studio's choice would be a plain key, which others take with Shift for another class."""
+    (control,) = (
+        found
+        for found in ElementTree.fromstring(label_config(form, [name.format(n) for n in range(count)])).iter(
+            "Choices"
+        )
+        if found.get("name") == "label"
+    )
+    keys = [choice.get("hotkey") for choice in control]
+    given = [key for key in keys if key != NO_KEY]
+    assert None not in keys and len(set(given)) == len(given) >= min(count + 1, 76)
+    assert (min(len(key) for key in keys) == 1) == (form == "image")
 
 
 def test_classes_that_look_alike_or_like_none_of_the_above_are_told_apart():
@@ -136,8 +155,11 @@ def test_of_many_edits_the_first_three_are_described():
     assert edit is not None and edit.description.count("hotkey is") == 3
 
 
-def test_keys_are_the_keyboards_where_a_class_has_more_than_one_digit():
-    assert hotkeys(("12", "3", NONE)) == {"12": "1", "3": "2", NONE: "n"}
+def test_no_number_is_chosen_by_the_key_of_another_one():
+    assert hotkeys(("12", "3", NONE)) == {"12": "q", "3": "3", NONE: "n"}
+    for names in (range(43), sorted(map(str, range(12))), ("7", "cat", "10")):
+        for name, key in hotkeys((*map(str, names), NONE)).items():
+            assert not key.isdecimal() or key == name
 
 
 def test_a_page_takes_its_label_with_shift_so_that_keys_in_a_list_do_not_change_it():
@@ -163,14 +185,16 @@ def test_instructions_tell_each_key_up_to_sixteen_classes_and_need_no_second_cla
     told = instructions("image", [f"sign {n}" for n in range(16)])
     assert "y for “sign 15”" in told
     assert "shown in small letters" in instructions("image", [f"sign {n}" for n in range(17)])
-    assert "1 for “1”, 2 for “cat”" in instructions("image", ("1", "cat"))
+    assert "1 for “1”, q for “cat”" in instructions("image", ("1", "cat"))
     assert "the classifier's answer is “cat”" in instructions("scenario", ("cat",))
 
 
 def test_instructions_name_the_keys_and_point_to_them_where_there_are_many():
     assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 for the digit of that name" in instructions("image", DIGITS)
     assert "hold Shift and press 1 for “cat”, 2 for “dog”" in instructions("scenario", ("cat", "dog"))
-    assert "shown in small letters after the name" in instructions("image", SIGNS)
+    for form in ("image", "scenario"):
+        assert "what is shown in small letters after the name. " in instructions(form, SIGNS)
+    assert "hold Shift and press 0, 1, 2" in instructions("scenario", DIGITS)
 
 
 def test_every_template_is_part_of_the_installed_package():

@@ -23,8 +23,7 @@ from proxy import Reply
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling import LabelStudioAnnotators
-from services.labeling.annotators import connect
+from services.labeling.annotators import LabelStudioAnnotators, connect
 from services.labeling.client import LabelStudioClient
 from services.settings import read_settings
 from tests.ports import free_port
@@ -174,6 +173,12 @@ def test_without_the_client_library_it_is_said_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "services.labeling.client")
     with pytest.raises(InputError, match=r"pip install 'defuse\[label-studio\]'"):
         importlib.import_module("services.labeling.client")
+
+
+def test_a_local_server_needs_no_client_library():
+    code = "import sys; sys.modules['label_studio_sdk'] = None; import services.labeling.local_server"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("public", ["labels.example.org", "https://ana:secret@labels.example.org"])

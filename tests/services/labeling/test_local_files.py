@@ -56,12 +56,16 @@ def test_the_login_is_readable_by_its_user_alone_and_another_file_is_no_server(h
 
 def test_the_server_gets_the_address_of_the_bucket_and_no_credentials(home, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    for name in ("AWS_ENDPOINT_URL", "LABEL_STUDIO_S3_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
     without = _environment(home, SERVER.address, "password", "token")
     assert "hush" not in without.values() and "LABEL_STUDIO_S3_ENDPOINT" not in without
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://10.0.0.1:9000")
     found = _environment(home, SERVER.address, "password", "token")
     assert found == without | {"LABEL_STUDIO_S3_ENDPOINT": "http://10.0.0.1:9000"}
+    monkeypatch.setenv("LABEL_STUDIO_S3_ENDPOINT", "http://10.0.0.1:9001")  # of the pictures alone
+    found = _environment(home, SERVER.address, "password", "token")
+    assert found == without | {"LABEL_STUDIO_S3_ENDPOINT": "http://10.0.0.1:9001"}
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False)])

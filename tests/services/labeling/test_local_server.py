@@ -16,7 +16,7 @@ from label_studio_live import digits_gallery, live_home, review_run, settings_fo
 
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
-from services.labeling import LabelStudioAnnotators
+from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import choice_result
 from services.labeling.local_server import (
     Installation,

@@ -17,11 +17,12 @@ from label_studio_live import digits_gallery, pictures_address, review_run, sett
 from PIL import Image
 from s3_servers import one_loader, rclone_server
 
+from defuse_core.config import ReviewSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling import LabelStudioAnnotators
-from services.labeling.tasks import Pictures, bucket_storage, png
+from services.labeling.annotators import LabelStudioAnnotators
+from services.labeling.tasks import ReviewTasks, bucket_storage, png
 from services.settings import BucketAccess
 from services.storage import open_store
 from tests.ports import free_port
@@ -181,6 +182,31 @@ def test_a_run_that_was_copied_out_of_the_bucket_continues_with_its_project(
     assert "the bucket that the run was pushed from" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_tasks_of_a_run_that_was_moved_in_the_bucket_show_its_pictures_there_and_keep_their_answers(
+    access, bucket, server, accounts, form
+):
+    gallery = digits_gallery(size=96)
+    annotators = review_of(bucket, server, gallery, access, inline_kb=1, form=form)
+    number, before = annotators.push(gallery).number, annotators.run
+    task = accounts[0].next_task(number)
+    accounts[0].answer(task.id, "image" if form == "image" else "page", "8")
+    store = open_store("s3://bucket/moved")
+    for key in before.store.list():
+        store.within(before.name).write(key, before.store.read(key))
+    before.store.delete_all()
+    run = Run.open(store, before.name)
+    after = LabelStudioAnnotators(run, replace(settings_for(server), label_studio_s3=access))
+    assert after.push(gallery).number == number
+    shown = [json.dumps(task.data) for task in after.client.tasks(number, with_data=True)]
+    assert len(shown) == (12 if form == "image" else 4)
+    assert all(f'"{run.store.address}/pictures/' in text and "/runs/" not in text for text in shown)
+    assert after.status(gallery)[0].given == 1
+    shown = accounts[0].next_task(number).data
+    address = shown["image"] if form == "image" else shown["samples"][0]["image"]
+    wait_until(lambda: accounts[0].http.get(address, follow_redirects=True).status_code == 200)
+
+
 def test_pictures_within_the_bound_are_inline(bucket, server):
     gallery = digits_gallery()
     annotators = review_of(bucket, server, gallery, BucketAccess())
@@ -193,21 +219,23 @@ def test_pictures_within_the_bound_are_inline(bucket, server):
 def test_the_first_picture_that_is_too_large_is_found_by_its_file(tmp_path, channels, size):
     images = np.zeros((2, 3, channels, size, size), np.float32)
     gallery = replace(digits_gallery(labels=(8, 3)), images=images)
-    pictures = Pictures(FolderStore(tmp_path), inline_kb=1)
-    assert pictures.first_in_bucket(gallery) is None  # blank, so that their files are small
+    tasks, roomy = (
+        ReviewTasks(gallery, ReviewSection(inline_kb=size), FolderStore(tmp_path)) for size in (1, 64)
+    )
+    assert tasks.first_in_bucket() is None  # blank, so that their files are small
     images[1, 1:] = np.random.default_rng(0).random(images[1, 1:].shape)
-    assert pictures.first_in_bucket(gallery) == (1, 1)
-    assert Pictures(FolderStore(tmp_path), inline_kb=64).first_in_bucket(gallery) is None
+    assert tasks.first_in_bucket() == (1, 1)
+    assert roomy.first_in_bucket() is None
 
 
 def test_a_picture_of_exactly_the_bound_is_inline(tmp_path):
     noise = np.random.default_rng(0).random((1, 48, 48), np.float32)
     covered = (np.where(np.arange(48 * 48).reshape(1, 48, 48) < n, noise, 0) for n in range(700, 1200))
     image = next(image for image in covered if len(png(image)) == 1024)
-    pictures = Pictures(FolderStore(tmp_path), inline_kb=1)
-    assert base64.b64decode(pictures.address(image, "s000-i00").partition(",")[2]) == png(image)
     gallery = replace(digits_gallery(labels=(8,), images=1), images=image[None, None])
-    assert pictures.first_in_bucket(gallery) is None
+    tasks = ReviewTasks(gallery, ReviewSection(inline_kb=1), FolderStore(tmp_path))
+    assert base64.b64decode(tasks.picture(0, 0).partition(",")[2]) == png(image)
+    assert tasks.first_in_bucket() is None
 
 
 def test_compose_serves_label_studio_the_same_way_as_these_tests():

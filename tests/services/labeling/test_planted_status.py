@@ -14,8 +14,8 @@ from rich.console import Console
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
+from services.labeling.annotators import AnswerChanges, answer_changes
 from services.labeling.api_types import choice_result
-from services.labeling.changes import AnswerChanges, answer_changes
 from services.labeling.state import ProjectState
 from services.labeling.status import ReviewStatus, review_status, update_queue
 
@@ -161,7 +161,13 @@ def test_an_account_that_is_renamed_or_deleted_after_the_votes_changes_no_answer
         """Of annotators 1 and 2 to tasks 0 and 1."""
         found = [
             task_of(
-                tasks, task, *(annotation(10 * task + n, n, choice, target=target) for n, choice in given)
+                tasks,
+                task,
+                *(
+                    annotation(10 * task + n, n, choice, target=target)
+                    for n, choice in given
+                    if choice != "-"
+                ),
             )
             for task, given in enumerate(enumerate(pair, start=1) for pair in choices)
         ]
@@ -172,6 +178,10 @@ def test_an_account_that_is_renamed_or_deleted_after_the_votes_changes_no_answer
     assert answer_changes(tasks, stored, votes(later, "83", "88")) == AnswerChanges()
     assert answer_changes(tasks, stored, votes(later, "83", "81")) == AnswerChanges(added=1, deleted=1)
     assert answer_changes(tasks, stored, votes(later, "83", "8")) == AnswerChanges(deleted=1)
+    # the same answer of another person, who is there before and after, is none of those
+    same = {1: "Ana", 2: "Ben"}
+    before, after = votes(same, "8", "88"), votes(same, "-8", "88")
+    assert answer_changes(tasks, before, after) == AnswerChanges(added=1, deleted=1)
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])

@@ -15,7 +15,9 @@ from proxy import LOSE, Reply
 from defuse_core.errors import InputError, ServiceError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.annotators import LabelStudioAnnotators
+from services.labeling.api_types import choice_result
 from services.labeling.project import ReviewProject
 from services.labeling.simulate import AnnotatorAccount
 from services.labeling.state import update_state, write_state
@@ -48,6 +50,19 @@ def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
     review.api._sdk.projects.delete(id=first.number)
     second = review.annotators.push(review.gallery, repair=True)
     assert second.mark != first.mark and second.people == {"70": 1, "50": 2}
+
+
+def test_a_project_on_another_server_begins_without_the_annotators_and_authors_of_the_lost_one(
+    make_review, proxy
+):
+    """There the ids of users and of annotations are those of others."""
+    review = make_review()
+    first, store = review.annotators.push(review.gallery), review.run.store
+    update_state(store, first, lambda known: known.with_annotators([70]))
+    store.write(AUTHORS_KEY, b'{"70": [1]}')
+    review.api._sdk.projects.delete(id=first.number)
+    second = review.through(proxy.address).push(review.gallery, repair=True)
+    assert second.address == proxy.address and second.people == {} and read_authors(store) == {}
 
 
 def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(make_review, server):
@@ -155,3 +170,44 @@ def test_a_project_without_a_mark_is_taken_over_only_with_this_runs_own_tasks(ma
     write_state(other.run.store, replace(other.state, project=number))
     assert other.annotators.push(other.gallery, repair=True).number != number
     assert review.annotators.push(review.gallery, repair=True).number == number
+
+
+@pytest.mark.parametrize(
+    "old, new, answer",
+    [
+        (
+            '<Choices name="label"',
+            '<Choices name="quality" toName="image"><Choice value="good"/></Choices><Choices name="label"',
+            choice_result("quality", "image", "good"),
+        ),
+        ('<Choice value="7"', '<Choice value="seven"', choice_result("label", "image", "seven")),
+    ],
+)
+def test_a_page_on_which_people_answered_what_was_added_is_put_back_without_these_answers(
+    make_review, accounts, old, new, answer, caplog
+):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    pushed = review.api.project(number).settings.label_config
+    first, second = list(review.tasks().values())[:2]
+    kept = accounts[0].answer(first.id, "image", "8")
+    review.api.update_project(number, label_config=pushed.replace(old, new))
+    accounts[1].submit(second.id, [answer])
+    review.annotators.push(review.gallery, repair=True)
+    assert review.api.project(number).settings.label_config == pushed
+    left = [annotation.id for task in review.tasks().values() for annotation in task.annotations]
+    assert left == [kept]
+    assert review.annotators.status(review.gallery)[0].given == 1
+
+
+def test_a_page_that_label_studio_keeps_for_a_draft_is_named_with_the_remedy(make_review, accounts):
+    review = make_review(answers_per_task=1)
+    number = review.annotators.push(review.gallery).number
+    pushed = review.api.project(number).settings.label_config
+    added = '<Choices name="quality" toName="image"><Choice value="good"/></Choices><Choices name="label"'
+    review.api.update_project(number, label_config=pushed.replace('<Choices name="label"', added))
+    draft = {"result": [choice_result("quality", "image", "good")]}
+    task = next(iter(review.tasks().values())).id
+    accounts[0].http.post(f"/api/tasks/{task}/drafts", json=draft).raise_for_status()
+    with pytest.raises(InputError, match=r"cannot be put back while there are answers or drafts .*\(400\)"):
+        review.annotators.push(review.gallery, repair=True)

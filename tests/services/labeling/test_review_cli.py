@@ -213,6 +213,33 @@ def close_vote(review, accounts):
     review.run.once("review", Verdicts, lambda: decide_verdicts(review.gallery, votes, 0.5))
 
 
+@pytest.mark.parametrize("loss", ["the project", "an answer"])
+def test_votes_are_not_reopened_where_label_studio_has_lost_their_answers(cli, make_review, accounts, loss):
+    review = make_review(gallery=digits_gallery(images=1), answers_per_task=1)
+    close_vote(review, accounts[:1])
+    name, number = review.run.name, review.state.number
+    if loss == "the project":
+        review.api._sdk.projects.delete(id=number)
+        gone = rf"--discard gives up: project {number} was deleted from .*the stored votes of run {name} hold"
+        with pytest.raises(InputError, match=f"`defuse review reopen {name} --discard` deletes the votes"):
+            cli("review", "push", name, "--repair")
+        assert review.state.number == number
+    else:
+        assert f"only after `defuse review reopen {name}`" in cli("review", "push", name).output
+        review.api.delete_annotation(review.tasks()["s000-i00"].annotations[0].id)
+        gone = "1 answer of the votes were deleted in Label Studio"
+        assert f"`defuse review reopen {name} --discard`" in " ".join(
+            cli("review", "status", name).output.split()
+        )
+    with pytest.raises(InputError, match=gone):
+        cli("review", "reopen", name)
+    assert review.run.load(Votes) is not None and review.run.load(Verdicts) is not None
+    assert "is open again" in cli("review", "reopen", name, "--discard").output
+    assert review.run.load(Votes) is None
+    cli("review", "push", name, "--repair")
+    assert (review.state.number != number) == (loss == "the project")
+
+
 def test_a_closed_review_puts_no_task_back_into_the_queue(cli, make_review, accounts):
     review = make_review(gallery=digits_gallery(images=1), answers_per_task=3, stop_early=True)
     close_vote(review, accounts[:2])

@@ -24,8 +24,8 @@ from services.cli.review_tables import (
     summarize_result,
 )
 from services.labeling.annotations import read_annotations
+from services.labeling.annotators import AnswerChanges
 from services.labeling.api_types import Task
-from services.labeling.changes import AnswerChanges
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 
@@ -163,14 +163,17 @@ def test_answers_of_people_with_one_name_are_added_and_a_page_is_one_answer(form
 
 def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> None:
     closed = "Voting is closed: the votes of mine are stored."
-    since = " since then, not counted; `defuse review reopen mine` takes the answers as they are now"
+    since = " since then, not counted; `defuse review reopen mine{}` takes the answers as they are now"
     given, lost = AnswerChanges(added=2), AnswerChanges(added=2, deleted=1)
     unknown = "Whether answers came since then is not known: no server"
     assert shown(lambda console: print_closed("mine", AnswerChanges(), None, console)) == [closed]
-    assert shown(lambda console: print_closed("mine", given, None, console)) == [closed, f"2 given{since}."]
+    assert shown(lambda console: print_closed("mine", given, None, console)) == [
+        closed,
+        f"2 given{since.format('')}.",
+    ]
     assert shown(lambda console: print_closed("mine", lost, None, console)) == [
         closed,
-        f"2 given, 1 deleted{since}, and loses those that were deleted.",
+        f"2 given, 1 deleted{since.format(' --discard')}, and loses those that were deleted.",
     ]
     assert shown(lambda console: print_closed("mine", None, "no server", console)) == [
         closed,

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from label_studio_live import digits_gallery
 from planted_review import answered_tasks, blank_review
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE
+from defuse_core.config import ReviewSection
+from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import Prelabels
-from services.labeling.tasks import Prelabel, digest, is_edited, prelabels_by_task
+from services.labeling.tasks import ReviewTasks, digest, is_edited, prelabels_by_task
 
 TRUTH = (8, 3, 0, 1)
 
@@ -27,37 +29,65 @@ def probabilities(confidence):
 CONFIDENCE = np.array([[0.9, 0.8, 0.7], [0.95, 0.2, 0.96], [0.6, 0.99, 0.98], [0.91, 0.92, 0.93]], np.float32)
 
 
-def test_suggestions_come_least_certain_first_and_none_of_the_above_below_the_bound():
-    found = prelabels_by_task(probabilities(CONFIDENCE), 0.5, whole_pages=False)
+def tasks_of(folder, gallery, min_confidence=0.5, **review):
+    section = ReviewSection(reference={"min_confidence": min_confidence}, **review)
+    return ReviewTasks(gallery, section, FolderStore(folder))
+
+
+def selected(prelabels):
+    """The choice and the confidence of each suggestion, by task."""
+    return {
+        index: (*(result["value"]["choices"][0] for result in one["result"]), one["score"])
+        for index, one in prelabels.items()
+    }
+
+
+def test_suggestions_come_least_certain_first_and_none_of_the_above_below_the_bound(tmp_path):
+    tasks = tasks_of(tmp_path, digits_gallery())
+    found = selected(prelabels_by_task(tasks, probabilities(CONFIDENCE)))
     assert list(found)[:3] == [4, 6, 2]  # of three images in a scenario
-    assert found[4].answer == NONE_OF_THE_ABOVE
-    assert found[2].answer == 8 and found[2].confidence == pytest.approx(0.7)
+    assert found[4][0] == "None of the above"
+    assert found[2] == ("8", pytest.approx(0.7))
 
 
-def test_a_page_gets_one_suggestion_over_its_images():
-    found = prelabels_by_task(probabilities(CONFIDENCE), 0.5, whole_pages=True)
+def test_a_page_gets_one_suggestion_over_its_images(tmp_path):
+    tasks = tasks_of(tmp_path, digits_gallery(), form="scenario")
+    found = selected(prelabels_by_task(tasks, probabilities(CONFIDENCE)))
     assert list(found) == [1, 0, 2, 3]
-    assert [suggestion.answer for suggestion in found.values()] == [3, 8, 0, 1]
-    assert found[0].confidence == pytest.approx(0.8)
+    assert [choice for choice, _ in found.values()] == ["3", "8", "0", "1"]
+    assert found[0][1] == pytest.approx(0.8)
 
 
-def test_models_that_disagree_are_averaged_and_the_bound_itself_is_enough():
+def test_models_that_disagree_are_averaged_and_the_bound_itself_is_enough(tmp_path):
     table = np.zeros((2, 1, 2, 3), np.float32)
     table[:, 0, 0] = [[0.75, 0.25, 0.0], [0.0, 0.75, 0.25]]
     table[:, 0, 1] = [[0.0, 0.25, 0.75], [0.0, 0.25, 0.75]]
-    found = prelabels_by_task(table, 0.5, whole_pages=False)
-    assert found == {0: Prelabel(1, 0.5, "image"), 1: Prelabel(2, 0.75, "image")}
-    assert prelabels_by_task(table, 0.4, whole_pages=True) == {0: Prelabel(2, 0.4375, "page")}
+    gallery = replace(digits_gallery(labels=(8,), images=2), classes=("a", "b", "c"))
+    images, pages = tasks_of(tmp_path, gallery), tasks_of(tmp_path, gallery, 0.4, form="scenario")
+    assert selected(prelabels_by_task(images, table)) == {0: ("b", 0.5), 1: ("c", 0.75)}
+    assert selected(prelabels_by_task(pages, table)) == {0: ("c", 0.4375)}
 
 
-@pytest.mark.parametrize(("answer", "choice"), [(0, "a"), (1, "b"), (NONE_OF_THE_ABOVE, "none")])
-def test_a_suggestion_selects_the_choice_of_its_answer(answer, choice):
-    (result,) = Prelabel(answer, 0.9, "page").prediction(("a", "b", "none"))["result"]
-    assert result == {
-        "from_name": "label",
-        "to_name": "page",
-        "type": "choices",
-        "value": {"choices": [choice]},
+@pytest.mark.parametrize(
+    ("shares", "choice"), [((0.75, 0.25), "a"), ((0.25, 0.75), "b"), ((0.5, 0.5), "None of the above")]
+)
+@pytest.mark.parametrize(("form", "target"), [("image", "image"), ("scenario", "page")])
+def test_a_suggestion_selects_the_choice_of_its_answer(tmp_path, shares, choice, form, target):
+    gallery = replace(digits_gallery(labels=(8,), images=1), classes=("a", "b"))
+    tasks = tasks_of(tmp_path, gallery, 0.75, form=form)
+    assert prelabels_by_task(tasks, np.float32([[[shares]]])) == {
+        0: {
+            "model_version": "reference models",
+            "score": max(shares),
+            "result": [
+                {
+                    "from_name": "label",
+                    "to_name": target,
+                    "type": "choices",
+                    "value": {"choices": [choice]},
+                }
+            ],
+        }
     }
 
 

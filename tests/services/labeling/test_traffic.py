@@ -7,6 +7,7 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from label_studio_live import digits_gallery, review_run
@@ -162,8 +163,11 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, account
 def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     meet(served, tmp_path, 1, 1)
-    review = open_traffic_review(FolderStore(tmp_path), served)
-    assert review.require(Gallery).numbers == (2,)
+    gallery = open_traffic_review(FolderStore(tmp_path), served).require(Gallery)
+    assert gallery.numbers == (2,) and gallery.predicted.tolist() == [[6, 6, 6]]
+    np.testing.assert_array_equal(
+        gallery.images, digits_gallery(images=10).images[2:3, 1:4]
+    )  # the newest of four
     assert "left out 2 of 3 scenarios, which have fewer than 3 inputs" in caplog.text
 
 

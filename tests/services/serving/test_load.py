@@ -245,7 +245,7 @@ def test_inputs_inside_a_scenario_are_stored_up_to_the_limit(serving, own_store,
         if not own_store.list("traffic/first"):
             return []
         drawn = Run.open(own_store, "first").require(Gallery)
-        return read_traffic(own_store, "first", drawn).scenario.tolist()
+        return [sampled.scenario for sampled in read_traffic(own_store, "first", drawn)]
 
     wait_until(lambda: {stored_scenarios().count(scenario) for scenario in (0, 1)} == {3}, stored_scenarios)
     time.sleep(1)  # for more than that

@@ -17,7 +17,9 @@ from services.serving.traffic import (
     SampledInput,
     components_digest,
     delete_traffic,
+    new_inputs,
     read_traffic,
+    traffic_gallery,
 )
 
 
@@ -56,9 +58,10 @@ def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):
         while reservoir._pending:
             time.sleep(0.001)
     traffic = read_traffic(store, "mnist", DRAWN)
-    assert len(traffic) == 5 and set(traffic.scenario) == {3} and traffic.classes == DRAWN.classes
-    assert traffic.images.mean(axis=(1, 2, 3)).max() > 0.1  # not just the first five
-    assert (np.diff(traffic.images.mean(axis=(1, 2, 3))) > 0).all()  # oldest first
+    levels = [sampled.image.mean() for sampled in traffic]
+    assert len(traffic) == 5 and {sampled.scenario for sampled in traffic} == {3}
+    assert max(levels) > 0.1  # not just the first five
+    assert (np.diff(levels) > 0).all()  # oldest first
 
 
 def test_a_smaller_reservoir_deletes_what_a_larger_one_stored_above_it(tmp_path):
@@ -121,24 +124,13 @@ def test_flagged_inputs_outside_all_scenarios_are_a_group_of_their_own(tmp_path)
     for number in range(3):
         image = np.full((1, 2, 2), number / 10, np.float32)
         reservoir.offer("mnist", sampled_input(image, NO_SCENARIO, number, 0.25 * (1 + number)))
-        reservoir.offer("mnist", sampled_input(image, 2, number))
+        reservoir.offer("mnist", sampled_input(1 - image, 2, number))
     reservoir._thread.shutdown()
-    gallery = read_traffic(FolderStore(tmp_path), "mnist", DRAWN).gallery(3)
-    assert gallery.numbers == (NO_SCENARIO, 2)
+    gallery = traffic_gallery(
+        new_inputs(read_traffic(FolderStore(tmp_path), "mnist", DRAWN), ()), DRAWN.classes
+    )
+    assert gallery.numbers == (NO_SCENARIO, 2) and gallery.classes == DRAWN.classes
     np.testing.assert_allclose(gallery.failure, [[0.25, 0.5, 0.75], [np.nan] * 3])
-
-
-def test_traffic_gives_a_gallery_of_the_newest_inputs_of_full_scenarios(tmp_path):
-    reservoir = Reservoir(FolderStore(tmp_path), 10)
-    for scenario, count in ((2, 4), (5, 1)):
-        for number in range(count):
-            image = np.full((1, 2, 2), number / 10, np.float32)
-            reservoir.offer("mnist", sampled_input(image, scenario, number))
-    reservoir._thread.shutdown()
-    gallery = read_traffic(FolderStore(tmp_path), "mnist", DRAWN).gallery(3)
-    assert gallery.numbers == (2,)
-    assert gallery.predicted.tolist() == [[1, 2, 3]]
-    assert gallery.images.shape == (1, 3, 1, 2, 2)
 
 
 def test_inputs_that_were_shown_and_duplicates_are_left_out(tmp_path):
@@ -148,11 +140,12 @@ def test_inputs_that_were_shown_and_duplicates_are_left_out(tmp_path):
         sampled = replace(sampled_input(image, slot, slot + 1, slot / 10), when=100.0 + slot)
         store.write(f"traffic/mnist/{slot:03d}/0000.safetensors", encode(sampled))
     traffic = read_traffic(store, "mnist", DRAWN)
-    assert traffic.predicted.tolist() == [1, 2, 3, 4, 5]
-    left = traffic.without({np.full((1, 2, 2), 0.2, np.float32).tobytes()})
-    assert left.images[:, 0, 0, 0].tolist() == pytest.approx([0.1, 0.3])
-    assert (left.scenario.tolist(), left.predicted.tolist()) == ([0, 3], [1, 4])
-    assert (left.failure.tolist(), left.classes) == ([0, 0.3], DRAWN.classes)
+    assert [sampled.predicted for sampled in traffic] == [1, 2, 3, 4, 5]
+    left = new_inputs(traffic, {np.full((1, 2, 2), 0.2, np.float32).tobytes()})
+    gallery = traffic_gallery(left, DRAWN.classes)
+    assert gallery.images[:, 0, 0, 0, 0].tolist() == pytest.approx([0.1, 0.3])
+    assert (gallery.numbers, gallery.predicted.tolist()) == ((0, 3), [[1], [4]])
+    assert (gallery.failure.tolist(), gallery.classes) == ([[0], [0.3]], DRAWN.classes)
 
 
 def test_an_input_that_is_replaced_while_the_sample_is_read_is_left_out(tmp_path, monkeypatch):
