@@ -108,8 +108,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         minutes: Time that a new run is planned for, on this machine. A run file has its own sizes.
         compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
         annotators: Who labels the scenarios. Default: the reference models of the run. People:
-            `lambda run, compute: services.labeling.LabelStudioAnnotators(run, services.settings.read_settings())`,
-            with review.annotators: label-studio in `settings`.
+            `lambda run, compute: LabelStudioAnnotators(run, read_settings())`, of services.labeling.annotators and
+            services.settings, with review.annotators: label-studio in `settings`.
         progress: Called with what is done so far; see protocols.py.
 
     Raises:
@@ -178,8 +178,8 @@ def _expect_module(classifier: object) -> None:
 def _expect_annotators(run: Run, annotators: object) -> None:
     if run.spec.review.annotators == "label-studio" and annotators is ReferenceAnnotators:
         raise InputError(
-            "review.annotators: label-studio: give annotators too (services.labeling.LabelStudioAnnotators), or set "
-            "review.annotators: reference-models"
+            "review.annotators: label-studio: give annotators too (LabelStudioAnnotators of "
+            "services.labeling.annotators), or set review.annotators: reference-models"
         )
 
 

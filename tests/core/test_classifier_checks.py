@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from defuse_core.progress import silent
 from torch import Tensor, nn
 
 from defuse_core.config import ClassifierSection
@@ -22,6 +21,7 @@ from defuse_core.models import (
 )
 from defuse_core.models.adapters import adapt
 from defuse_core.models.programs import load_program, program_of
+from defuse_core.protocols import silent
 from defuse_core.train import initial_classifier
 from defuse_core.training.reference_models import train_reference
 from defuse_core.training.train_vae import initial_vae

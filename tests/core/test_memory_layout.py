@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from defuse_core.progress import silent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.pipeline import run_defuse
+from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.precision import measure_precision
