@@ -124,7 +124,7 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
 def _as_built(array: np.ndarray, tensor: Tensor) -> bool:  # type: ignore[type-arg]
     """Whether NaN and infinity in an array are those of the module itself, such as -inf in a mask."""
     odd = ~np.isfinite(array)
-    return np.array_equal(array[odd], tensor.cpu().numpy()[odd], equal_nan=True)
+    return np.array_equal(array[odd], tensor.float().cpu().numpy()[odd], equal_nan=True)
 
 
 def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:
