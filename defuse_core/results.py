@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
+import torch
 from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
@@ -111,6 +112,8 @@ class RunResult:
             return stored
         net = copy_for_inference(like)
         set_weights(net, plain_weights(stored), "corrected")
+        if isinstance(net, torch.jit.ScriptModule):
+            net = nn.Sequential(net)  # which takes the hooks of `adapt`
         return adapt(net, plain_section(self.run.spec.classifier), len(models.classes))
 
     def __repr__(self) -> str:

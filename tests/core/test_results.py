@@ -164,6 +164,10 @@ def test_a_module_with_the_corrected_weights_answers_as_the_stored_network(field
     ):
         result.corrected(found)
     assert result.corrected(like) is not like  # which is as it was
+    if not is_resnet:
+        scripted = result.corrected(torch.jit.script(like))
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(shown), found(shown))
 
 
 def test_images_that_the_data_set_lacks_are_said(with_models):
