@@ -26,6 +26,12 @@ def test_a_share_by_definition_has_no_interval():
     assert interval(Share(value=None, low=None, high=None)) == "–"
 
 
+def test_no_share_below_one_is_rounded_to_it_without_a_digit_more():
+    assert interval(Share(value=0.9989, low=0.9973, high=1.0), 0) == "99.9 % (99.7–100.0)"
+    assert interval(Share(value=1.0, low=0.92, high=1.0), 0) == "100 % (92–100)"
+    assert interval(Share(value=0.0, low=0.0, high=0.004), 0) == "0.0 % (0.0–0.4)"
+
+
 @pytest.mark.parametrize(
     ("lam", "text"),
     [(0.0, "0"), (1e-10, "10⁻¹⁰"), (2.5e-7, "2.5·10⁻⁷"), (0.001, "0.001"), (20.0, "20"), (1000.0, "1000")],
