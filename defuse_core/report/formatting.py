@@ -131,8 +131,8 @@ def date_time(iso: str) -> str:
 
 
 def unbroken(text: str) -> str:
-    """Return the text with no line break possible between a number and its percent sign."""
-    return re.sub(r"(\d) %", "\\1\u00a0%", text)
+    """Return the text with no line break possible between a number and its percent sign, and in p = 0.05."""
+    return re.sub(r"\bp = (?=\d)", "p\u00a0=\u00a0", re.sub(r"(\d) %", "\\1\u00a0%", text))
 
 
 def text_of(value: object) -> str:

@@ -32,6 +32,7 @@ IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
 PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
+PARTS = ("train", "validation", "test")
 DISCARDED = "discarded_answers"  # note of the annotators that the page shows as a table
 SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
 
@@ -97,7 +98,9 @@ def render_page(
         },
         discarded_answers=notes.get(DISCARDED, []),
         shown_answers=SHOWN_ANSWERS,
-        image_counts=", ".join(f"{count:,} {split}" for split, count in report.run.images.items()),
+        image_counts=", ".join(
+            f"{report.run.images[part]:,} {part}" for part in PARTS if part in report.run.images
+        ),
         max_per_image=spec.identify.max_per_image,
         told=told,
         seen=seen,

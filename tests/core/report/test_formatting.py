@@ -17,6 +17,7 @@ from defuse_core.report.formatting import (
     lam_text,
     size,
     text_of,
+    unbroken,
 )
 from tests.conftest import ROOT
 
@@ -38,6 +39,10 @@ def test_no_share_below_one_is_rounded_to_it_without_a_digit_more():
 )
 def test_lambda_is_written_as_people_write_it(lam: float, text: str):
     assert lam_text(lam) == text
+
+
+def test_no_line_breaks_inside_a_percentage_or_a_p_value():
+    assert unbroken("+5 −0, p = 0.062; 98.5 % of them") == "+5 −0, p\u00a0=\u00a00.062; 98.5\u00a0% of them"
 
 
 def test_neighbouring_lambdas_share_one_range():
