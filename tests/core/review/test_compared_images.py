@@ -37,3 +37,13 @@ def test_reference_models_are_not_worse_on_images_that_the_classifier_alone_has_
     known = {"references": references, "psi": found.psi, "scenarios": None}
     text = why_undecided(spec, found.gallery, found.verdicts, models=models, **known)
     assert (text is None) is (epochs == 0)  # else: the reference models are right on fewer validation images
+
+
+def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
+    found, _ = sample_findings(4, 0)
+    references = ReferenceSet(({},), 1000, np.array([0.943]), np.array([0.943]))
+    for images, told in ((50, False), (200, True)):  # one standard error is 3.3 points, and 1.6
+        models = dataclasses.replace(found.models, health=FIT, images={"test": images})
+        known = {"models": models, "references": references, "psi": found.psi, "scenarios": None}
+        text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+        assert (text is not None) is told

@@ -341,15 +341,6 @@ def test_a_beta_vae_is_not_blamed_by_reference_models_that_are_worse_than_the_cl
     assert text is not None and text.startswith(blamed)
 
 
-def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
-    found, _ = sample_findings(COUNT, 0)
-    for images, told in ((50, False), (200, True)):  # one standard error is 3.3 points, and 1.6
-        models = dataclasses.replace(fit(found.models), images={"test": images})
-        known = {"models": models, "references": references(0.943), "psi": found.psi, "scenarios": None}
-        text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
-        assert (text is not None) is told
-
-
 def test_people_who_reject_all_decide_nothing_of_what_worse_reference_models_left_out() -> None:
     found, _ = without_labels(rejected_by_people=COUNT)
     known = {"models": fit(found.models), "psi": found.psi, "scenarios": None}
