@@ -268,8 +268,8 @@ def collect_sweep(
     chosen = best.rows[best.best_epoch - 1]
     if not _is_allowed(spec, models, chosen):
         log.warning(
-            "correct: %s, since every λ loses more than correct.max_loss = %g of the clean accuracy, or more than %g "
-            "of that of a class (correct.max_class_loss)%s",
+            "correct: %s, since every λ loses more than correct.max_loss = %g of the clean accuracy, or certainly "
+            "more than %g of that of a class (correct.max_class_loss)%s",
             f"{comparison} has no result" if comparison else "NOTHING IS CHOSEN",
             spec.correct.max_loss,
             spec.correct.class_loss_allowed,

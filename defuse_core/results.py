@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import torch
 from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
@@ -47,8 +46,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_OF = {"train": "training image", "validation": "validation image"}
-# Of to_frame.
-COLUMNS = ("accepted", "label", "mistaken_for", "name", "purity", "support", "before", "after", "confirmed")
+SHARES = ("before", "after", "judged_before", "judged_plain", "judged_after")  # of to_frame, as COLUMNS
+COLUMNS = ("accepted", "label", "mistaken_for", "name", "purity", "support", *SHARES, "confirmed")
 
 
 class RunResult:
@@ -112,8 +111,6 @@ class RunResult:
             return stored
         net = copy_for_inference(like)
         set_weights(net, plain_weights(stored), "corrected")
-        if isinstance(net, torch.jit.ScriptModule):
-            net = nn.Sequential(net)  # which takes the hooks of `adapt`
         return adapt(net, plain_section(self.run.spec.classifier), len(models.classes))
 
     def __repr__(self) -> str:
@@ -131,7 +128,7 @@ class RunResult:
         if not self.run.store.exists("report.json"):
             return "not finished" if self.run.exists() else GONE
         try:
-            return headline(self.report)
+            return headline(self.report, self.run.spec.correct)
         except DefuseError as error:
             return str(error)
 
@@ -222,8 +219,7 @@ class RealImages:
     """Files of the images, where the data set is a folder."""
     distances: F64
     """(n,) Mahalanobis distances of their codes to the scenario's component."""
-    part: str
-    """train or validation."""
+    part: str  # train or validation
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -293,16 +289,31 @@ class ScenarioView:
         return self.row.defuse
 
     @property
-    def confirmed(self) -> bool | None:
-        """Whether it is mostly right on held-out images, and significantly more often than each plain training.
+    def judged_before(self) -> float | None:
+        """As `before`, by the label that most judges give each image; None without judges, and where rejected."""
+        return None if self.row.evidence is None else self.row.evidence.before
 
-        By the judges' labels: None without judges, without a correction, and with too few images to tell.
+    @property
+    def judged_plain(self) -> float | None:
+        """The same after plain further training (λ = 0), which has seen no scenario; the mean of several."""
+        return None if self.row.evidence is None else self.row.evidence.plain
+
+    @property
+    def judged_after(self) -> float | None:
+        """The same for the corrected classifier; None, too, where nothing was corrected."""
+        return None if self.row.evidence is None else self.row.evidence.defuse
+
+    @property
+    def confirmed(self) -> bool | None:
+        """Whether it is mostly right on held-out images, and more often than plain further training may be.
+
+        By the judges' labels. None without judges, without a correction, and with too few images to tell.
         """
         return None if self.row.evidence is None else self.row.evidence.confirmed
 
     @property
     def worse(self) -> bool | None:
-        """Whether each plain training is significantly more often right there than it; None likewise."""
+        """Whether it is less often right there than plain further training would be, likewise."""
         return None if self.row.evidence is None else self.row.evidence.worse
 
     @property

@@ -60,4 +60,7 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         plain_each=np.stack([shares[PLAIN, :1]] * 2, axis=1).repeat(4, axis=0),
         scenario_plain=np.stack([own_label[:, PLAIN]] * 2),
         pairs_with_before=with_before,
+        plain_clean=np.array([[0.98, 0.984], [0.982, 0.986]]),
+        test_pairs=np.array([[500, 9, 6], [500, 8, 6]]),
+        real_failure_pairs_with_baseline=np.array([200, 30, 25]),
     )

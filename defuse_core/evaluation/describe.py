@@ -33,6 +33,7 @@ from defuse_core.seeds import generator
 COMPARED_IMAGES = 2000  # real images whose decodings a scenario is compared with
 LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named
 MOST_WORDS = 3
+SAME = 0.95  # correlation within the class from which on two measurements are one, such as light and contrast on black
 MEASUREMENTS = (  # word for a low value, word for a high value
     ("dark", "bright"),
     ("low contrast", "high contrast"),
@@ -93,15 +94,22 @@ def _stroke_width(figure: F64) -> float:
 
 
 def deviation_words(images: F32, compared: F32) -> str:
-    """Return what sets `images` apart from `compared`, the largest deviation first; empty where nothing does."""
+    """Return what sets `images` apart from `compared`, the largest deviation first; empty where nothing does.
+
+    A measurement that deviates as it has to with one already named, by SAME, is not named again.
+    """
     if not len(images) or len(compared) < 2:
         return ""
     others = measure(compared)
     spread = np.maximum(others.std(axis=0), VISIBLE)
     scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / spread
-    order = np.argsort(-np.abs(scores), kind="stable")[:MOST_WORDS]
-    words = [MEASUREMENTS[m][int(scores[m] > 0)] for m in order if abs(scores[m]) >= LEAST_DEVIATION]
-    return ", ".join(words)
+    with np.errstate(invalid="ignore"):  # a measurement may be constant over the class
+        alike = np.corrcoef(others.T) * np.sign(np.outer(scores, scores)) > SAME
+    named: list[int] = []
+    for m in np.argsort(-np.abs(scores).round(6), kind="stable"):  # of equal ones always the first
+        if abs(scores[m]) >= LEAST_DEVIATION and not alike[m, named].any():
+            named.append(m)
+    return ", ".join(MEASUREMENTS[m][int(scores[m] > 0)] for m in named[:MOST_WORDS])
 
 
 def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Splits) -> tuple[str, ...]:
@@ -148,7 +156,7 @@ class NearestReal:
     error_of_all: float  # on all real images
     # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR, among all scenarios
     seen: Bool
-    testable: Bool  # (A,) False where the label has too few errors, or images, for `seen`
+    testable: Bool  # (A,) False where the label has no errors, or too few of them or of images, for `seen`
     error_of_label: F64  # (A,) on all real images of the label, or on all of their tracks
 
 
@@ -207,6 +215,8 @@ def _outcomes(wrong: Bool, tracks: I64 | None) -> Bool:
 def _error_nearby(wrong: Bool) -> tuple[float, float, bool]:
     """Return the error on the nearest of n images or tracks, its p-value, and whether any error could be significant.
 
+    Of a class without any error none could: it has no real failure that could be near.
+
     `wrong` (n,) is in order of distance. Against the error of all n the test is hypergeometric, since the nearest are a
     part of all. It says nothing where a class fails as a whole, so that an error over LEAST_REAL_ERROR is enough, too.
     """
@@ -215,15 +225,14 @@ def _error_nearby(wrong: Bool) -> tuple[float, float, bool]:
     if not len(tested):
         return float("nan"), 1.0, False
     hits, of_all = int(tested.sum()), int(wrong.sum())
-    most = of_all or len(tested)  # without any error, whether there are images enough
 
-    def p_value(hits: int, of_all: int) -> float:
+    def p_value(hits: int) -> float:
         over_all = hypergeometric_tail(hits, len(tested), of_all, count)
         over_least = float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR))
         return min(1.0, 2 * min(over_all, over_least))  # Bonferroni: either of two tests is enough
 
-    testable = p_value(min(most, len(tested)), most) < SIGNIFICANT
-    return float(tested.mean()), p_value(hits, of_all), testable
+    testable = of_all > 0 and p_value(min(of_all, len(tested))) < SIGNIFICANT
+    return float(tested.mean()), p_value(hits), testable
 
 
 def _seen(p_values: F64, testable: Bool) -> Bool:

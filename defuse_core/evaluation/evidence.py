@@ -12,23 +12,18 @@ J = 3 numbers of a share (share, low, high).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-import krippendorff
 import numpy as np
 from torch import nn
 
-from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Bool, Sweep, Votes
+from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Bool, Sweep
 from defuse_core.config import RunFile
-from defuse_core.data import Splits, reopen_splits
+from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import anchors_of, stacked, wide_draws
-from defuse_core.evaluation import (
-    Controls,
-    Findings,
-    fold_of,
-    units_of,
-)
+from defuse_core.evaluation import Controls, Findings, fold_of, units_of
 from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import (
@@ -44,7 +39,8 @@ from defuse_core.intervals import (
 )
 from defuse_core.models import decoder_at, decoder_of, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
-from defuse_core.review.verdicts import majority
+from defuse_core.review.undecided import compared_images
+from defuse_core.review.verdicts import krippendorff_alpha, majority
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (
     load_reference_models,
@@ -55,7 +51,8 @@ from defuse_core.training.reference_models import (
 from defuse_core.tuning_data import held_out_images
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
-BEFORE, _, PLAIN, DEFUSE = range(len(CLASSIFIERS))
+BEFORE, BASELINE, PLAIN, DEFUSE = range(len(CLASSIFIERS))
+CLEAN = ("validation", "test")
 IN_EACH = ("own_label", "one_label", "left_out", "real_failures")  # figures of each plain training
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
 WIDER_IMAGES = 64  # per scenario and factor
@@ -73,7 +70,7 @@ class Evidence:
     """
 
     judges: F64  # (W,) test accuracy of each judge (validation where there is no test set)
-    before_test: float  # the classifier's own, on the same images as the judges'
+    before_test: float  # the classifier's own, on the same images; nan where it may have been trained on them
     labelled: float  # share of the held-out images on which most judges agree
     purity: F64  # (J,) share of held-out images of accepted scenarios that show its label; a tie shows none
     own_label: F64  # (B, J) accuracy on held-out images by the judges' own label of each
@@ -102,6 +99,10 @@ class Evidence:
     scenario_plain: F64  # (P, A) own-label accuracy after each plain training
     # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
     pairs_with_before: I64
+    plain_clean: F64  # (2, P) validation and test accuracy after each plain training
+    test_pairs: I64  # (P, 3) as in `pairs`, of test images
+    # (3,) as in `pairs`, of the failing draws from test images, with the baseline in the place of a plain training
+    real_failure_pairs_with_baseline: I64
 
     @property
     def units(self) -> I64:
@@ -137,6 +138,7 @@ class _Evidence:
             [self._chosen(sweep) for sweep in sweeps] for sweeps in (controls.plain, controls.folds)
         )
         self.defuse = self.before if self.corrected is None else self.corrected
+        self.plain_rows = [sweep.chosen for sweep in controls.plain]
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
         held_out = held_out_images(self.vae, found.fixes)
@@ -176,15 +178,17 @@ class _Evidence:
         fresh, truth, fresh_units = self._failing_draws()
         fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
         self.progress("asking the judges", 3, 4, "figures")
-        real_images = self.splits.validation or self.splits.test or self.splits.train
-        real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, real_images)
+        real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, self._real_images())
         pairs, pairs_with_before = self._pairs(right, plain)
+        tested, tested_plain = self._on_test_images()
+        corrected = tested[DEFUSE] if self.corrected else np.full_like(tested[DEFUSE], np.nan)
         defuse, scenario_plain = self._of_each(right[DEFUSE]), self._of_each(plain)
-        has_test = self.splits.test is not None
+        has_test, rho = self.splits.test is not None, self.spec.review.rho
+        compared = compared_images(found.models.accuracy, self.spec.validation_from_training)
         assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,
-            before_test=found.models.accuracy.get("test" if has_test else "validation", float("nan")),
+            before_test=float("nan") if compared is None else found.models.accuracy[compared],
             labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
             purity=self._share(shows),
             own_label=np.stack([self._share(row) for row in right]),
@@ -198,9 +202,9 @@ class _Evidence:
             scenario_left_out=self._of_each(fold_right),
             confirmed=is_confirmed(pairs, defuse, scenario_plain),
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
-            at_fault=tuple(map(_at_fault, scenario_purity)),
+            at_fault=tuple(map(partial(_at_fault, rho), scenario_purity, self._of_each(right[BEFORE]))),
             real=real,
-            mcnemar=np.stack([self._mcnemar(self.plain[0]), self._mcnemar(self.corrected)]),
+            mcnemar=np.stack([_mcnemar(tested[BEFORE], after) for after in (tested_plain[0], corrected)]),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth, fresh_units),
             pairs=pairs,
@@ -216,7 +220,21 @@ class _Evidence:
             ),
             scenario_plain=scenario_plain,
             pairs_with_before=pairs_with_before,
+            plain_clean=np.array(
+                [[getattr(row, part, None) for row in self.plain_rows] for part in CLEAN], float
+            ),
+            test_pairs=np.stack([pairs_of(corrected, row, np.arange(len(row))) for row in tested_plain]),
+            real_failure_pairs_with_baseline=pairs_of(
+                fresh_right[DEFUSE], fresh_right[BASELINE], fresh_units
+            ),
         )
+
+    def _real_images(self) -> Images:
+        """Return images that the classifier has not seen where there are any: validation if it is none of its training,
+        test, or else what there is."""
+        validation, test, train = self.splits.validation, self.splits.test, self.splits.train
+        first, second = (test, validation) if self.spec.validation_from_training else (validation, test)
+        return first or second or train
 
     def _share(self, hits: F64) -> F64:
         """Return the `_share` of hits on held-out images, (A·n,)."""
@@ -233,7 +251,7 @@ class _Evidence:
         with_before, *pairs = [pairs_by_scenario(defuse, other, units) for other in others]
         return np.stack(pairs), with_before
 
-    def _all_answers(self, images: F32) -> F64:
+    def _all_answers(self, images: F32 | Images) -> F64:
         """Return the answers of before, baseline, defuse and each plain training, (3 + P, n); nan without one."""
         classifiers = (self.before, self.baseline, self.defuse, *self.plain)
         return np.stack([_answers(classifier, images) for classifier in classifiers])
@@ -305,20 +323,26 @@ class _Evidence:
         seen = sees_class(mean_probabilities(models, images), truth, spec.identify.min_probability)
         return _known_share(seen.astype(np.float64), units)
 
-    def _mcnemar(self, classifier: nn.Module | None) -> F64:
-        """Return images that became right, that became wrong, and McNemar's exact p-value, on the test set, (3,).
-
-        nan without a classifier or test images.
-        """
+    def _on_test_images(self) -> tuple[F64, F64]:
+        """Return the `_right` of all test images, (B, N) and (P, N); of none where there are none."""
         test = self.splits.test
-        if classifier is None or test is None:
-            return np.full(3, np.nan)
-        before, after = (predict(net, test) == test.labels for net in (self.before, classifier))
-        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-        return np.array([gained, lost, mcnemar(gained, lost)])
+        if test is None:
+            return _right(self._all_answers(self.held_out[:0]), self.own[:0])
+        return _right(self._all_answers(test), test.labels)
 
 
-def _answers(classifier: nn.Module | None, images: F32) -> F64:
+def _mcnemar(before: F64, after: F64) -> F64:
+    """Return images that became right, that became wrong, and McNemar's exact p-value, (3,), of hits (N,).
+
+    nan without images or without a classifier, whose hits are nan.
+    """
+    if not np.isfinite(after).any():
+        return np.full(3, np.nan)
+    gained, lost = int((after > before).sum()), int((after < before).sum())
+    return np.array([gained, lost, mcnemar(gained, lost)])
+
+
+def _answers(classifier: nn.Module | None, images: F32 | Images) -> F64:
     """Return the classifier's answer for each image, (n,); nan without a classifier."""
     if classifier is None or not len(images):
         return np.full(len(images), np.nan)
@@ -360,21 +384,12 @@ def _nanmean(table: F64) -> F64:
     return means
 
 
-def _at_fault(purity: float) -> str:
-    """Return whose fault a scenario is: the β-VAE's where most of its pictures do not show the label."""
+def _at_fault(rho: float, purity: float, before: float) -> str:
+    """Return whose fault a scenario is: the β-VAE's where most of its pictures do not show the label.
+
+    The classifier's only where it fails: where it is wrong on over `rho` of the pictures, by their own labels.
+    """
     low, high = AT_FAULT_PURITY
-    if purity >= high:
-        return "classifier"
-    return "β-VAE" if purity < low else "unclear"
-
-
-def krippendorff_alpha(votes: Votes, images: int) -> float:
-    """Return Krippendorff's α of the reviewers' answers (nominal); nan where fewer than two answered any image."""
-    units, people = votes.scenario * images + votes.image, len(votes.annotators)
-    if not len(units) or people < 2:
-        return float("nan")
-    table: F64 = np.full((people, int(units.max()) + 1), np.nan)
-    table[votes.annotator, units] = votes.answer
-    if len(np.unique(votes.answer)) < 2 or not (np.isfinite(table).sum(axis=0) > 1).any():
-        return float("nan")
-    return float(krippendorff.alpha(table, level_of_measurement="nominal"))
+    if purity < low:
+        return "β-VAE"
+    return "classifier" if purity >= high and 1 - before > rho else "unclear"

@@ -36,7 +36,12 @@ def plain_section(section: ClassifierSection) -> ClassifierSection:
 
 
 def adapt(module: nn.Module, section: ClassifierSection, classes: int) -> nn.Module:
-    """Return `module` itself, from now on called with pixels in [0, 1] and returning logits (n, C)."""
+    """Return `module` itself, from now on called with pixels in [0, 1] and returning logits (n, C).
+
+    A TorchScript module takes no hooks: it is returned in a module around it.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        module = nn.Sequential(module)
     order = section.class_order
     if order is not None:
         _expect_order(order, classes)

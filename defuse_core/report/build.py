@@ -27,7 +27,7 @@ from defuse_core.correct import best_rows
 from defuse_core.distill.sources import certain_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
-from defuse_core.evaluation.evidence import BEFORE, Evidence
+from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence, watch_figures
@@ -75,7 +75,7 @@ def build_report(
         version=VERSION,
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
-        accuracy=_accuracies(evaluation.accuracy),
+        accuracy=_accuracies(evaluation.accuracy, evidence),
         scenarios=_scenarios(run.spec, found, evaluation, evidence),
         agreement=_agreement(run.spec, verdicts),
         tradeoff=_tradeoff(run.spec, models, found.sweep),
@@ -143,14 +143,18 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         classes=len(found.models.classes),
         images=dict(found.models.images),
         balanced_accuracy=dict(found.models.balanced_accuracy),
-        validation_from_training=spec.classifier.epochs == 0 and spec.data.validation_share > 0,
+        validation_from_training=spec.validation_from_training,
         data_fingerprint=found.models.data_fingerprint,
     )
 
 
-def _accuracies(table: F64) -> Accuracies:
+def _accuracies(table: F64, evidence: Evidence | None) -> Accuracies:
     rows = [Accuracy(validation=defined(v), test=defined(t), scenario=defined(s)) for v, t, s in table]
-    return Accuracies(before=rows[0], baseline=rows[1], defuse=rows[2])
+    plain = None
+    if evidence is not None:
+        validation, test = map(_mean, evidence.plain_clean)
+        plain = Accuracy(validation=validation, test=test, scenario=defined(evidence.one_label[PLAIN, 0]))
+    return Accuracies(before=rows[0], baseline=rows[1], plain=plain, defuse=rows[2])
 
 
 def _scenarios(

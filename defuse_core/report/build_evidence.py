@@ -21,6 +21,7 @@ from defuse_core.intervals import (
     share_of_units,
 )
 from defuse_core.report.evidence_schema import (
+    AgainstBaseline,
     AgainstPlain,
     DetectionFigures,
     EvidenceFigures,
@@ -41,6 +42,7 @@ from defuse_core.watch import FailureWatch
 
 ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
 REGION = "scenario distance"
+UNKNOWN = Share(value=None, low=None, high=None)
 
 
 def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
@@ -50,6 +52,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     fixes = found.fixes
     errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
     known = has_same_confusion_in_other_fold(fixes, errors)
+    corrected = found.sweep.chosen is not None
     return EvidenceFigures(
         judges=Judges(
             count=len(evidence.judges),
@@ -59,21 +62,25 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
             labelled=defined(evidence.labelled),
         ),
         purity=share_of(evidence.purity),
-        own_label=_four(evidence, "own_label"),
-        one_label=_four(evidence, "one_label"),
+        own_label=_four(evidence, "own_label", corrected),
+        one_label=_four(evidence, "one_label", corrected),
         left_out=_left_out_shares(evidence),
         left_out_known_confusion=_left_out(evidence, known),
         left_out_new_confusion=_left_out(evidence, ~known),
         wider=tuple(
             WiderDraws(
-                factor=factor, **dict(zip(("before", "defuse", "plain"), map(share_of, row), strict=True))
+                factor=factor,
+                before=share_of(before),
+                defuse=share_of(defuse) if corrected else UNKNOWN,
+                plain=share_of(plain),
             )
-            for factor, row in zip(WIDER, evidence.wider, strict=True)
+            for factor, (before, defuse, plain) in zip(WIDER, evidence.wider, strict=True)
         ),
-        real_failures=_real_failures(evidence),
+        real_failures=_real_failures(evidence, corrected),
         real_failure_images=evidence.real_failure_images,
         screen_recall=share_of(evidence.screen_recall),
         against_plain=_against_plain(found, evidence),
+        against_baseline=_against_baseline(found, evidence),
         mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
         mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
         krippendorff=defined(evidence.krippendorff),
@@ -91,25 +98,36 @@ def _plain_each(evidence: Evidence, figure: str) -> tuple[float | None, ...]:
     return _values(evidence.plain_each[IN_EACH.index(figure)])
 
 
-def _real_failures(evidence: Evidence) -> FourShares:
-    shares = _four(evidence, "real_failures")
+def _real_failures(evidence: Evidence, corrected: bool) -> FourShares:
+    shares = _four(evidence, "real_failures", corrected)
     value = shares.before.value
     return shares.model_copy(update={"before": Share(value=value, low=None, high=None)})
 
 
 def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
     if found.sweep.chosen is None or not np.isfinite(evidence.own_label[PLAIN, 0]):
-        return AgainstPlain(scenarios=None, left_out=None, real_failures=None)
+        return AgainstPlain(scenarios=None, left_out=None, real_failures=None, test=None)
     return AgainstPlain(
-        scenarios=_scenario_pairs(evidence, evidence.scenario_own_label[:, DEFUSE]),
-        left_out=_scenario_pairs(evidence, evidence.scenario_left_out),
+        scenarios=_scenario_pairs(evidence.scenario_own_label[:, DEFUSE], evidence.scenario_plain),
+        left_out=_scenario_pairs(evidence.scenario_left_out, evidence.scenario_plain),
         real_failures=_pairs(evidence.real_failure_pairs),
+        test=_pairs(evidence.test_pairs),
     )
 
 
-def _scenario_pairs(evidence: Evidence, right: F64) -> Pairs | None:
-    """Return how many scenarios of (A,) accuracies, nan left out, are more and less often right than after plain."""
-    rows = [pairs_of(right, plain, np.arange(len(right))) for plain in evidence.scenario_plain]
+def _against_baseline(found: Findings, evidence: Evidence) -> AgainstBaseline:
+    if found.sweep.chosen is None:
+        return AgainstBaseline(scenarios=None, real_failures=None)
+    _, baseline, _, defuse = evidence.scenario_own_label.T
+    return AgainstBaseline(
+        scenarios=_scenario_pairs(defuse, baseline[None]),
+        real_failures=_pairs(evidence.real_failure_pairs_with_baseline[None]),
+    )
+
+
+def _scenario_pairs(right: F64, others: F64) -> Pairs | None:
+    """Return how many scenarios of (A,) accuracies, nan left out, are more and less often right than (P, A) others."""
+    rows = [pairs_of(right, other, np.arange(len(right))) for other in others]
     return _pairs(np.stack(rows))
 
 
@@ -140,7 +158,7 @@ def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
         before=before,
         plain=plain,
         defuse=float(right[which].mean()),
-        against_plain=_scenario_pairs(evidence, np.where(which, right, np.nan)),
+        against_plain=_scenario_pairs(np.where(which, right, np.nan), evidence.scenario_plain),
     )
 
 
@@ -161,7 +179,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         before=right["before"],
         baseline=right["baseline"],
         plain=right["plain"],
-        defuse=right["defuse"],
+        defuse=None if found.sweep.chosen is None else right["defuse"],
         left_out=defined(evidence.scenario_left_out[column]),
         confirmed=confirmed,
         worse=worse,
@@ -188,8 +206,7 @@ def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = Tru
     threshold = None if problem else watch.threshold(best, settings)
     validation = _detection(best.validation, watch.validation_wrong, watch.validation_tracks, threshold)
     if validation is not None and settings.failure_threshold is None:
-        unknown = share_of(np.full(3, np.nan))
-        validation = validation.model_copy(update={"precision": unknown, "recall": unknown})
+        validation = validation.model_copy(update={"precision": UNKNOWN, "recall": UNKNOWN})
     test = _detection(best.test, watch.test_wrong, watch.test_tracks, threshold)
     method = best.detector.method
     return WatchFigures(
@@ -280,9 +297,13 @@ def _values(values: F64) -> tuple[float | None, ...]:
     return tuple(defined(value) for value in values.tolist())
 
 
-def _four(evidence: Evidence, figure: Literal["own_label", "one_label", "real_failures"]) -> FourShares:
+def _four(
+    evidence: Evidence, figure: Literal["own_label", "one_label", "real_failures"], corrected: bool
+) -> FourShares:
     table: F64 = getattr(evidence, figure)
     shares = {name: share_of(row) for name, row in zip(CLASSIFIERS, table, strict=True)}
+    if not corrected:
+        shares["defuse"] = UNKNOWN
     return FourShares(**shares, plain_each=_plain_each(evidence, figure))
 
 

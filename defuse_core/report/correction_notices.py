@@ -95,13 +95,13 @@ def unconfirmed(report: Report) -> str | None:
     others = {str(number): found.defuse for number, found in tested if not (found.confirmed or found.worse)}
     wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
     equal = [number for number in others if number not in wrong]
-    than = "than after plain further training (λ = 0), which has not seen the scenarios, on: "
+    than = "than plain further training (λ = 0) may be, which has not seen the scenarios, on: "
     claims = []
     if worse:
-        claims.append(f"significantly less often right {than}{', '.join(worse)}")
+        claims.append(f"certainly less often right {than}{', '.join(worse)}")
         than = "on: "
     if equal:
-        claims.append(f"not significantly more often right {than}{', '.join(equal)}")
+        claims.append(f"not certainly more often right {than}{', '.join(equal)}")
     if wrong:
         claims.append(f"right on at most half of the images of: {', '.join(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
@@ -117,58 +117,94 @@ def no_better_than_plain_training(report: Report) -> str | None:
     evidence = report.evidence
     if evidence is None or report.chosen is None:
         return None
-    compared = [each for each in _against_plain(evidence, report.scenarios.accepted) if each.may_be_equal]
+    count = len(evidence.own_label.plain_each)
+    other = _Other(
+        "plain further training",
+        "It is the same fine-tuning without scenarios (λ = 0)",
+        f"plain further training{f', the mean of {count}' if count > 1 else ''}",
+        f"the least favourable of the {count} plain trainings" if count > 1 else "it",
+    )
+    return _no_better(other, _against_plain(evidence, report.scenarios.accepted))
+
+
+def no_better_than_baseline(report: Report) -> str | None:
+    """Return on what tuning on the reviewed failures alone does as much or more; None where it does less."""
+    evidence, votes = report.evidence, report.votes
+    if evidence is None or report.chosen is None:
+        return None
+    failures = count_of(round((votes.misclassified or 0.0) * votes.labelled), "reviewed failure")
+    other = _Other(
+        f"tuning on the {failures} alone",
+        "It is the paper's baseline",
+        "tuning on the reviewed failures alone",
+        "it",
+    )
+    against, own, real = evidence.against_baseline, evidence.own_label, evidence.real_failures
+    accepted, scenarios, draws = report.scenarios.accepted, against.scenarios, against.real_failures
+    compared = []
+    if scenarios is not None:
+        shares = own.defuse.value, own.baseline.value
+        compared.append(_Compared("the scenarios", "scenario", accepted, *shares, scenarios))
+    if draws is not None:
+        compared.append(_Compared(TEST_DRAWS, "draw", None, real.defuse.value, real.baseline.value, draws))
+    return _no_better(other, compared)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """What the correction is compared with, in words."""
+
+    name: str
+    meaning: str
+    figures: str  # after "after"
+    pairs: str  # after "compared with"
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One kind of images on which the correction is compared with another fine-tuning."""
+
+    name: str
+    pair: str  # what one pair is
+    possible: int | None  # pairs that there can be, where these are few
+    after: float | None
+    other: float | None
+    pairs: Pairs
+
+    @property
+    def too_few(self) -> bool:
+        return self.possible is not None and not can_be_significant(self.possible)
+
+    def figures(self, other: _Other) -> str:
+        """Return both accuracies and the pairs, as two sentences."""
+        name = self.name.removeprefix("the ")
+        better, worse = count_of(self.pairs.better, self.pair), self.pairs.worse
+        return (
+            f"{name[0].upper()}{name[1:]}: {percent(self.after)} after the correction, {percent(self.other)} after "
+            f"{other.figures}. Compared with {other.pairs}: better on {better}, worse on {worse}, "
+            f"p = {self.pairs.p_value:.2g}."
+        )
+
+
+def _no_better(other: _Other, compared: list[_Compared]) -> str | None:
+    """Return on what the other fine-tuning does as much or more; None where it does less on all."""
+    compared = [each for each in compared if may_be_equal(each.pairs)]
     worse = [each.name for each in compared if each.pairs.worse_than_each]
     untold = [each.name for each in compared if each.too_few and not each.pairs.worse_than_each]
     equal = [each.name for each in compared if each.name not in (*worse, *untold)]
     claims = [f"does more for {_listed(worse)}"] if worse else []
     if equal:
         claims.append(f"may do as much for {_listed(equal)}")
-    notices = [f"Plain further training {', and '.join(claims)}."] if claims else []
+    name = f"{other.name[0].upper()}{other.name[1:]}"
+    notices = [f"{name} {', and '.join(claims)}."] if claims else []
     if untold:
         notices.append(
-            f"There are too few of {_listed(untold)} to tell whether plain further training does as much for them."
+            f"There are too few of {_listed(untold)} to tell whether {other.name} does as much for them."
         )
     if not notices:
         return None
-    count = len(evidence.own_label.plain_each)
-    figures = " ".join(each.figures(count) for each in compared)
-    return (
-        f"{' '.join(notices)} It is the same fine-tuning without scenarios (λ = 0); accuracies are by "
-        f"the judges' labels. {figures}"
-    )
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """One kind of images on which the correction is compared with plain further training."""
-
-    name: str
-    pair: str  # what one pair is
-    possible: int | None  # pairs that there can be, where these are few
-    after: float | None
-    plain: float | None
-    pairs: Pairs
-
-    @property
-    def may_be_equal(self) -> bool:
-        return not (self.pairs.p_value < SIGNIFICANT and self.pairs.better > self.pairs.worse)
-
-    @property
-    def too_few(self) -> bool:
-        return self.possible is not None and not can_be_significant(self.possible)
-
-    def figures(self, trainings: int) -> str:
-        """Return both accuracies and the pairs, as two sentences."""
-        name = self.name.removeprefix("the ")
-        best = f"the best of the {trainings} plain trainings" if trainings > 1 else "it"
-        mean = f", the mean of {trainings}" if trainings > 1 else ""
-        better, worse = count_of(self.pairs.better, self.pair), self.pairs.worse
-        return (
-            f"{name[0].upper()}{name[1:]}: {percent(self.after)} after the correction, {percent(self.plain)} after "
-            f"plain further training{mean}. Compared with {best}: better on {better}, worse on {worse}, "
-            f"p = {self.pairs.p_value:.2g}."
-        )
+    figures = " ".join(each.figures(other) for each in compared)
+    return f"{' '.join(notices)} {other.meaning}; accuracies are by the judges' labels. {figures}"
 
 
 def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:
@@ -197,6 +233,11 @@ def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:
 
 def _listed(names: list[str]) -> str:
     return " and ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
+
+
+def may_be_equal(pairs: Pairs) -> bool:
+    """Whether the correction is not significantly more often better."""
+    return not (pairs.p_value < SIGNIFICANT and pairs.better > pairs.worse)
 
 
 def can_be_significant(pairs: int) -> bool:

@@ -32,6 +32,7 @@ class FourShares(FigureModel):
     plain: Share
     """Further training without the scenarios: λ = 0, for as many epochs. The mean of several, see `plain_each`."""
     defuse: Share
+    """Null three times where nothing was corrected."""
     plain_each: tuple[float | None, ...]
     """After each plain training; they differ in their random numbers alone."""
 
@@ -64,7 +65,8 @@ class Judges(FigureModel):
     reference_models: tuple[float | None, ...]
     """Of each reference model, likewise; empty where none took part."""
     classifier: float | None
-    """Of the classifier before, on images of the same kind."""
+    """Of the classifier before, on the same images. Null where it may have been trained on them
+    (run.validation_from_training), since they compare nothing then."""
     labelled: float | None
     """Share of the held-out images on which most judges agree. Only these have an own label."""
 
@@ -78,17 +80,17 @@ class McNemar(FigureModel):
 
 
 class Pairs(FigureModel):
-    """The correction against plain further training, pair by pair."""
+    """The correction against plain further training, or against the baseline, pair by pair."""
 
     better: int
     """Pairs in which the correction is more often right."""
     worse: int
-    """Pairs in which plain further training is. All others are equal."""
+    """Pairs in which the other one is. All others are equal."""
     p_value: float
     """Of the exact sign test, two-sided."""
     worse_than_each: bool
-    """Whether the correction is significantly more often worse than each plain training; the other numbers are of the
-    one that is least favourable to it."""
+    """Whether the correction is significantly more often worse than each plain training, or than the baseline; the
+    other numbers are of the plain training that is least favourable to it."""
 
 
 class LeftOutScenarios(FigureModel):
@@ -113,6 +115,15 @@ class AgainstPlain(FigureModel):
     """The same for corrections that were not tuned on the scenario."""
     real_failures: Pairs | None
     """A pair is a failing draw from a test image, as of real_failures, or those of a track."""
+    test: Pairs | None
+    """A pair is a test image, by its own class."""
+
+
+class AgainstBaseline(FigureModel):
+    """Likewise, against fine-tuning on the reviewed failures alone. Null, too, where that has no result."""
+
+    scenarios: Pairs | None
+    real_failures: Pairs | None
 
 
 class EvidenceFigures(FigureModel):
@@ -127,7 +138,8 @@ class EvidenceFigures(FigureModel):
     one_label: FourShares
     """Accuracy on the same images by the scenario's label, the paper's figure."""
     left_out: LeftOutShares
-    """Accuracy by own label on scenarios that were left out of the tuning (two folds)."""
+    """Accuracy by own label on scenarios that were left out of the tuning (two folds), with the λ of the run, which was
+    chosen with them; no draw in their regions is tuned on."""
     left_out_known_confusion: LeftOutScenarios
     """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
     left_out_new_confusion: LeftOutScenarios
@@ -142,6 +154,7 @@ class EvidenceFigures(FigureModel):
     """Of these failing draws, the share in which the reference models see the class, too: those that identify.screen
     would keep. Null three times without a screen."""
     against_plain: AgainstPlain
+    against_baseline: AgainstBaseline
     mcnemar_plain: McNemar | None
     """Of the first plain training."""
     mcnemar_defuse: McNemar | None
@@ -159,15 +172,19 @@ class ScenarioEvidence(FigureModel):
     baseline: float | None
     plain: float | None
     defuse: float | None
-    """Accuracy by own label; `plain` is the mean over the plain trainings."""
+    """Accuracy by own label; `plain` is the mean over the plain trainings, `defuse` null where nothing was
+    corrected."""
     left_out: float | None
-    """The same for a classifier that was not tuned on this scenario."""
+    """The same for a classifier that was not tuned on this scenario, with the λ of the run."""
     confirmed: bool | None
-    """Whether the correction is right on over half of the images, and significantly more often than each plain
-    training, by own label (sign tests over `independent_images`, one-sided, at a false discovery rate of 5 % over the
-    scenarios). Null where nothing was corrected, and where there are too few of these to tell."""
+    """Whether, by own label, the correction is right on over half of the images; significantly more often than each
+    plain training (sign tests over `independent_images`, one-sided, at a false discovery rate of 5 % over the
+    scenarios, which counts pictures, for these trainings); and beyond what 95 of 100 further plain trainings would
+    reach (Student's t bound over `plain_each`). Of the scenarios that further training alone may fix, about one in
+    twenty is confirmed by chance. Null where nothing was corrected, and where there are too few images to tell."""
     worse: bool | None
-    """Whether each plain training is right significantly more often than the correction, likewise."""
+    """Whether each plain training is right significantly more often than the correction, and 95 of 100 further ones
+    would be, likewise."""
     worse_than_before: bool | None
     """Whether the classifier before is right significantly more often than the correction, likewise."""
     plain_each: tuple[float | None, ...]
@@ -189,9 +206,9 @@ class ScenarioEvidence(FigureModel):
     seen_in_real_data: bool | None
     """Whether real_error is significantly larger than real_error_of_class, or than 20 %, at a false discovery rate of
     5 % over the accepted scenarios. False does not say that the errors are equal. Null where no error of the nearest
-    ones could be: the class has too few images or errors. It is of the real images nearest to the scenario, and
-    seen_in_training_images of those that its codes come from: either can be true alone. The page says "seen in real
-    data" where this one is true, else "seen in training images" where that one is."""
+    ones could be: the class has no errors, or too few of them or of images. It is of the real images nearest to the
+    scenario, and seen_in_training_images of those that its codes come from: either can be true alone. The page says
+    "seen in real data" where this one is true, else "seen in training images" where that one is."""
 
 
 class DetectionFigures(FigureModel):

@@ -27,15 +27,27 @@ def spread(mean: Mean) -> str:
 
 
 def interval(share: Share, digits: int = 1) -> str:
-    """Return a share with its 95 % interval: 98.5 % (97.2–99.1); alone where it is no measurement."""
+    """Return a share with its 95 % interval: 98.5 % (97.2–99.1); alone where it is no measurement.
+
+    With a digit more where one of the three would be rounded to 0 or 100 %.
+    """
     if share.value is None or share.low is None or share.high is None:
         return percent(share.value, digits)
+    digits = _digits(digits, share.value, share.low, share.high)
     return f"{percent(share.value, digits)} ({range_text(share.low, share.high, digits)})"
+
+
+def _digits(digits: int, *shares: float) -> int:
+    """Return the digits, or one more where a share would be rounded to 0 or 100 %."""
+    return digits + any(0 < share < 1 and round(share, digits + 2) in (0, 1) for share in shares)
 
 
 def range_text(low: float | None, high: float | None, digits: int = 1) -> str:
     """Return the ends of an interval in percent, without the sign: 4.7–11.3; empty where there is none."""
-    return "" if low is None or high is None else f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
+    if low is None or high is None:
+        return ""
+    digits = _digits(digits, low, high)
+    return f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
 
 
 def spread_of(values: Sequence[float | None], digits: int = 1) -> str:
@@ -119,8 +131,8 @@ def date_time(iso: str) -> str:
 
 
 def unbroken(text: str) -> str:
-    """Return the text with no line break possible between a number and its percent sign."""
-    return re.sub(r"(\d) %", "\\1\u00a0%", text)
+    """Return the text with no line break possible between a number and its percent sign, and in p = 0.05."""
+    return re.sub(r"\bp = (?=\d)", "p\u00a0=\u00a0", re.sub(r"(\d) %", "\\1\u00a0%", text))
 
 
 def text_of(value: object) -> str:
@@ -143,5 +155,5 @@ def answer_text(classes: tuple[str, ...], answer: int) -> str:
 
 
 def pairs_text(pairs: Pairs | None) -> str:
-    """Return how many pairs are better and worse than with plain further training: +54 −82, p = 0.02."""
+    """Return on how many pairs the correction is better and worse: +54 −82, p = 0.02."""
     return NONE if pairs is None else f"+{pairs.better} −{pairs.worse}, p = {pairs.p_value:.2g}"

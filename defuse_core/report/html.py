@@ -25,12 +25,14 @@ from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting, notices
 from defuse_core.report.charts import svg
+from defuse_core.report.correction_notices import may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
 PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
+PARTS = ("train", "validation", "test")
 DISCARDED = "discarded_answers"  # note of the annotators that the page shows as a table
 SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
 
@@ -76,10 +78,11 @@ def render_page(
     cards = [scenario_card(row, found, evaluation, evidence) for row in report.scenarios.list]
     classes = found.models.classes
     notes = report.votes.notes
+    told, seen = _seen_in_real_images(report)
     page = environment().get_template("report.html.j2")
     text = page.render(
         report=report,
-        headline=notices.headline(report),
+        headline=notices.headline(report, spec.correct),
         caveats=notices.caveats(report, spec.correct),
         judges_are_good=notices.worse_judges(report) is None,
         pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
@@ -95,8 +98,15 @@ def render_page(
         },
         discarded_answers=notes.get(DISCARDED, []),
         shown_answers=SHOWN_ANSWERS,
-        image_counts=", ".join(f"{count:,} {split}" for split, count in report.run.images.items()),
+        image_counts=", ".join(
+            f"{report.run.images[part]:,} {part}" for part in PARTS if part in report.run.images
+        ),
         max_per_image=spec.identify.max_per_image,
+        told=told,
+        seen=seen,
+        class_images="validation images alone"
+        if spec.vae.decode == "anchored"
+        else "training and validation images together",
         rho=spec.review.rho,
         correct=spec.correct,
         widen=spec.correct.tuning_factor,
@@ -117,9 +127,21 @@ def environment() -> Environment:
     )
     made.filters["percent"] = formatting.percent
     made.globals.update(
-        inspect.getmembers(formatting, inspect.isfunction), count_of=count_of, SIGNIFICANT=SIGNIFICANT
+        inspect.getmembers(formatting, inspect.isfunction),
+        count_of=count_of,
+        may_be_equal=may_be_equal,
+        SIGNIFICANT=SIGNIFICANT,
     )
     return made
+
+
+def _seen_in_real_images(report: Report) -> tuple[int, int]:
+    """Return of how many accepted scenarios real images, the nearest ones or the sources, can tell whether they show
+    the failure, and how many of these are certainly seen; 0 and 0 without judges."""
+    rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
+    known = [in_training or found.seen_in_real_data for in_training, found in rows]
+    told = [seen for seen in known if seen is not None]
+    return len(told), sum(told)
 
 
 def _change(row: ClassAccuracy) -> float:
@@ -186,16 +208,24 @@ def _image_tile(
 
 
 def render_run(report: Report | None, correct: CorrectSection, headline: str, page: str) -> str:
-    """Return a run in a notebook: headline, caveats, accuracies before and after; the headline alone without report."""
-    rows = []
+    """Return a run in a notebook: headline, caveats, accuracies; the headline alone without report.
+
+    Those are before the correction, after plain further training, where it was measured, and after the correction.
+    """
+    rows = list[tuple[str, float | None, float | None, float | None]]()
     if report is not None:
-        before, after = report.accuracy.before, report.accuracy.defuse
+        before, plain, after = report.accuracy.before, report.accuracy.plain, report.accuracy.defuse
+        if report.evidence is not None and notices.worse_judges(report) is None:
+            own = report.evidence.own_label
+            rows.append(
+                ("scenario images, image by image", own.before.value, own.plain.value, own.defuse.value)
+            )
         for name, field in (
-            ("scenario images", "scenario"),
+            ("scenario images, by their one label", "scenario"),
             ("validation images", "validation"),
             ("test images", "test"),
         ):
-            rows.append((name, getattr(before, field), getattr(after, field)))
+            rows.append((name, getattr(before, field), getattr(plain, field, None), getattr(after, field)))
     caveats = [] if report is None else notices.caveats(report, correct)
     return _notebook_html("run", report=report, headline=headline, page=page, rows=rows, caveats=caveats)
 

@@ -7,6 +7,7 @@ from defuse_core.errors import count_of
 from defuse_core.report.correction_notices import (
     another_lambda_fixes_more,
     costs_a_class,
+    no_better_than_baseline,
     no_better_than_plain_training,
     unconfirmed,
 )
@@ -16,8 +17,8 @@ from defuse_core.report.schema import Report
 from defuse_core.review.undecided import GUESSING_REMEDY, are_worse, guesses, unseen_images
 
 
-def headline(report: Report) -> str:
-    """Return the result of the run in one or two sentences."""
+def headline(report: Report, correct: CorrectSection) -> str:
+    """Return the result of the run in one or two sentences; `correct` is that of the run file."""
     components, accepted = report.scenarios.components, report.scenarios.accepted
     if report.scenarios.undecided is not None:
         return f"Could not tell: {report.scenarios.undecided}."
@@ -35,35 +36,60 @@ def headline(report: Report) -> str:
             f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss and "
             "max_class_loss allow."
         )
-    return f"{result} {_effect(report)}"
+    return f"{result} {_effect(report, correct)}"
 
 
-def _effect(report: Report) -> str:
+def _effect(report: Report, correct: CorrectSection) -> str:
     before, after = report.accuracy.before, report.accuracy.defuse
     them = "its" if report.scenarios.accepted == 1 else "their"
     own = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
-    judged, plain = "the scenario's one label", None
+    judged, others = "the scenario's one label", list[str]()
     was_right, is_right = before.scenario, after.scenario
     if own is not None and own.before.value is not None:
-        judged, plain = "the judges' label of each", own.plain.value
+        judged = "the judges' label of each"
         was_right, is_right = own.before.value, own.defuse.value
+        others = [f"{percent(own.plain.value)} after plain further training"]
+        if own.baseline.value is not None:
+            others.append(f"{percent(own.baseline.value)} after tuning on the reviewed failures alone")
     text = f"Accuracy on {them} held-out images, by {judged}: {percent(was_right)} before, {percent(is_right)} after"
-    if plain is not None:
-        text += f" ({percent(plain)} after plain further training)"
-    clean = (("Test", before.test, after.test), ("Validation", before.validation, after.validation))
-    for split, was, now in clean:
-        if was is not None and now is not None:
-            return f"{text}. {split} set: {percent(was, 2)} before, {percent(now, 2)} after."
-    return f"{text}."
+    if others:
+        text += f" ({', '.join(others)})"
+    part = "test" if before.test is not None else "validation"
+    was, now = getattr(before, part), getattr(after, part)
+    if was is None or now is None:
+        return f"{text}."
+    plain = None if report.accuracy.plain is None else getattr(report.accuracy.plain, part)
+    notes = [] if plain is None else [f"{percent(plain, 2)} after plain further training"]
+    if part == "validation" and correct.choose_by in ("tune", "validation"):
+        notes.append("not independent: λ was chosen on these images")
+    told = f" ({'; '.join(notes)})" if notes else ""
+    return f"{text}. {part.capitalize()} set: {percent(was, 2)} before, {percent(now, 2)} after{told}."
+
+
+def nobody_judged(report: Report) -> str | None:
+    """Return what is not known of a correction without judges; None with judges, or where nothing was corrected."""
+    if report.evidence is not None or report.chosen is None:
+        return None
+    return (
+        "Nobody judged the correction. Its accuracy on the scenarios is by their one label, which it was tuned to "
+        "give, and what plain further training (λ = 0) reaches there is not known. Judges (judges.count in the run "
+        "file) label every held-out image, and plain further training is then shown beside the correction."
+    )
 
 
 def purity_warning(report: Report) -> str | None:
-    """Return what a low purity means for the accuracy on the scenarios, or None where purity is not low."""
-    purity = report.scenarios.purity
+    """Return what a low purity means for the accuracy on the scenarios, or None where purity is not low.
+
+    It is the lower one of what the reviewers and, unless they are worse than the classifier, the judges see.
+    """
+    purity, by, images = report.scenarios.purity, "", "images reviewed in"
+    judged = None if report.evidence is None or worse_judges(report) else report.evidence.purity.value
+    if judged is not None and (purity is None or judged < purity):
+        purity, by, images = judged, " by the judges", "held-out images of"
     if purity is None or not is_low(purity):
         return None
     return (
-        f"Purity is {percent(purity, 0)}. Of the images reviewed in the failure scenarios, "
+        f"Purity{by} is {percent(purity, 0)}. Of the {images} the failure scenarios, "
         f"{percent(1 - purity, 0)} show another class than their scenario's label, or no clear class. "
         "Scenario accuracy counts the scenario's one label as right for all of them, "
         f"so on mixed images a high accuracy is not yet a fix. {_by_own_label(report)}"
@@ -103,6 +129,17 @@ def worse_judges(report: Report) -> str | None:
         f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where both differ the judges "
         "may be wrong, so no figure by own label, no purity by the judges, no confirmed scenario and no verdict on "
         "what is at fault can be relied on; train better judges (section judges of the run file)."
+    )
+
+
+def uncompared_models(report: Report) -> str | None:
+    """Return that no image shows whether judges are as good as the classifier; None where some do, or nobody judged."""
+    if report.evidence is None or not report.run.validation_from_training or "test" in report.run.images:
+        return None
+    return (
+        "Nothing shows whether judges and reference models know as much as the classifier. There are no test images, "
+        "and the classifier may have been trained on the validation images (data.validation_share), which the other "
+        "models never saw. Give test images (a folder named test)."
     )
 
 
@@ -171,22 +208,6 @@ def known_validation_images(report: Report) -> str | None:
     )
 
 
-def baseline_does_more(report: Report) -> str | None:
-    """Return that tuning on the reviewed failures alone (the baseline) fixes more; None where that is uncertain."""
-    if report.evidence is None or report.chosen is None or worse_judges(report):
-        return None
-    own = report.evidence.own_label
-    low, high = own.baseline.low, own.defuse.high
-    if low is None or high is None or low <= high:
-        return None
-    return (
-        "The baseline does more. By the judges' label of each held-out image the classifier is right on "
-        f"{percent(own.baseline.value)} of them after fine-tuning on the reviewed failures alone, and "
-        f"on {percent(own.defuse.value)} after the correction. Larger correct.lambdas or more correct.epochs may do "
-        "as much."
-    )
-
-
 def unfit_vae(report: Report) -> str | None:
     """Return what a poor or blind β-VAE means for the result; None where it is fit, or only worse models say so."""
     health = report.vae.health
@@ -251,18 +272,19 @@ def caveats(report: Report, correct: CorrectSection) -> list[str]:
 
     `correct` is that of the run file, whose limits chose λ.
     """
+    judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
     notices = (
         hardly_better_than_guessing(report),
         unfit_vae(report),
         known_validation_images(report),
         worse_references(report),
         worse_judges(report),
+        uncompared_models(report),
         made_worse(report),
         costs_a_class(report, correct),
         another_lambda_fixes_more(report, correct),
-        unconfirmed(report),
-        no_better_than_plain_training(report),
-        baseline_does_more(report),
+        *([] if worse_judges(report) else [notice(report) for notice in judged]),
+        nobody_judged(report),
         answered_by_models(report),
         prelabelled(report),
         not_the_majority(report),

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
-VERSION: Final = 8  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 9  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class Accuracy(FigureModel):
@@ -27,6 +27,8 @@ class Accuracies(FigureModel):
     before: Accuracy
     baseline: Accuracy
     """Fine-tuned on the reviewed, misclassified images: the paper's "unrestricted adversarial examples"."""
+    plain: Accuracy | None
+    """Further training without any scenario (λ = 0), the mean of several; null without judges."""
     defuse: Accuracy
 
 
@@ -279,7 +281,7 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[8]
+    version: Literal[9]
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""

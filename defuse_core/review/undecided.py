@@ -56,7 +56,8 @@ def why_undecided(
     if len(verdicts.accepted):
         return None
     used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    cause = why_guessing(models) or _fault_of_vae_or_screen(models, references if used else None, psi)
+    worse = _worse_references(spec, models, references if used else None)
+    cause = why_guessing(models) or _fault_of_vae_or_screen(models, worse, psi)
     if cause is None and scenarios is not None:
         cause = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
         if cause is None and psi is not None:
@@ -90,8 +91,17 @@ def are_worse(models: Sequence[float | None], classifier: float | None, images: 
 
 
 def unseen_images(accuracy: Mapping[str, float]) -> str | None:
-    """Return the images that classifiers are compared on, which none was trained on: test, validation, or None."""
+    """Return the images that show best what a classifier knows: test, validation, or None."""
     return next((part for part in ("test", "validation") if part in accuracy), None)
+
+
+def compared_images(accuracy: Mapping[str, float], validation_from_training: bool) -> str | None:
+    """Return the images that the classifier and other models are compared on, which none was trained on, or None.
+
+    Validation images that may be of the classifier's own training (RunFile.validation_from_training) are none.
+    """
+    part = unseen_images(accuracy)
+    return None if part == "validation" and validation_from_training else part
 
 
 def guesses(balanced_accuracy: float, classes: int) -> bool:
@@ -121,9 +131,9 @@ def why_guessing(models: Models) -> str | None:
     )
 
 
-def _worse_references(models: Models, references: ReferenceSet | None) -> str | None:
+def _worse_references(spec: RunFile, models: Models, references: ReferenceSet | None) -> str | None:
     """Return that the reference models know less than the classifier, so that they cannot tell where it fails."""
-    part = unseen_images(models.accuracy)
+    part = compared_images(models.accuracy, spec.validation_from_training)
     if references is None or part is None:
         return None
     known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]
@@ -136,9 +146,9 @@ def _worse_references(models: Models, references: ReferenceSet | None) -> str | 
     )
 
 
-def _fault_of_vae_or_screen(models: Models, references: ReferenceSet | None, psi: Psi | None) -> str | None:
-    """Return why the β-VAE shows no failures, or why the screen kept few of them."""
-    health, worse = models.health, _worse_references(models, references)
+def _fault_of_vae_or_screen(models: Models, worse: str | None, psi: Psi | None) -> str | None:
+    """Return why the β-VAE shows no failures, or why the screen kept few of them; `worse` is of `_worse_references`."""
+    health = models.health
     collapsed = 2 * health.collapsed >= health.dimensions
     if health.verdict != "fit" and (collapsed or worse is None or health.judged_by == "classifier"):
         why = (

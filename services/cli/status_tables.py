@@ -217,7 +217,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
-        print_text(console, headline(report), "bold")
+        print_text(console, headline(report, run.spec.correct), "bold")
         console.print()
         print_table(console, accuracy_table(report))
     elif run.store.exists("report.json"):

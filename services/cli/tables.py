@@ -52,7 +52,7 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
     `correct` is that of the run file.
     """
     console = console or Terminal()
-    print_text(console, headline(report), "bold")
+    print_text(console, headline(report, correct), "bold")
     for warning in caveats(report, correct):
         print_text(console, warning, "yellow")
     console.print()
@@ -92,6 +92,8 @@ def print_table(console: Console, table: Table) -> None:
     """Print a table; where rich would cut its cells, those of each row below each other, with their headings."""
     if _needed_width(console, table) <= console.width:
         console.print(table)
+        if table.caption:
+            console.print()  # a table without one ends with a blank line
         return
     if table.title:
         console.print(Text(str(table.title), style="bold"))
@@ -118,9 +120,14 @@ def _needed_width(console: Console, table: Table) -> int:
 
 def accuracy_table(report: Report) -> Table:
     """Return the accuracies before and after, on each part and on the scenario images."""
-    table = new_table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "Scenario images"))
+    table = new_table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "By one label"))
+    table.caption = "By one label: on the scenarios' held-out images, each under its scenario's label."
+    table.caption_justify = "left"
     accuracy = report.accuracy
-    rows = (("Before", accuracy.before), ("Failures alone", accuracy.baseline), ("Defuse", accuracy.defuse))
+    rows = [("Before", accuracy.before), ("Failures alone", accuracy.baseline)]
+    if accuracy.plain is not None:
+        rows.append(("Plain (λ = 0)", accuracy.plain))
+    rows.append(("Defuse", accuracy.defuse))
     corrected = report.scenarios.accepted if report.chosen else 0
     for name, row in rows:
         number = str(corrected) if name == "Defuse" else NONE
@@ -189,9 +196,7 @@ def _print_fitting(
     for count in range(len(dropped) + 1):
         table = make(console.width, [name for name in columns if name not in dropped[:count]])
         if _needed_width(console, table) <= console.width:
-            console.print(table)
-            if table.caption:
-                console.print()  # a table without one ends with a blank line
+            print_table(console, table)
             return
     print_table(console, make(UNBOUNDED, columns))
 
@@ -200,11 +205,12 @@ def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table
     """Return the accepted scenarios."""
     table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
+    table.caption = "Before, Defuse: on held-out images, by the scenario's one label."
+    table.caption_justify = "left"
     if "Seen" in columns:
-        table.caption = (
-            "Seen: the classifier is certainly wrong on over a fifth of the training images behind it."
+        table.caption += (
+            "\nSeen: the classifier is certainly wrong on over a fifth of the training images behind it."
         )
-        table.caption_justify = "left"
     for row in report.scenarios.list:
         if row.accepted:
             cells: dict[str, str | Text] = {
@@ -251,10 +257,14 @@ def _lines(report: Report) -> list[str]:
         f"squared error {vae.reconstruction:.4f} per pixel.",
         *_verdicts(report),
         *_left_out(report),
+        *_baseline(report),
     ]
     if report.chosen is not None:
-        moved = change(report.accuracy.before.test, report.accuracy.defuse.test)
+        before, plain = report.accuracy.before.test, report.accuracy.plain
+        moved = change(before, report.accuracy.defuse.test)
         cost = f"; {moved} points on the test set" if moved else ""
+        if moved and plain is not None and plain.test is not None:
+            cost += f", plain further training {change(before, plain.test)}"
         lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
         rest = ""
@@ -296,6 +306,21 @@ def _left_out(report: Report) -> list[str]:
     return [f"Left out of the tuning: {'; '.join(parts)}."]
 
 
+def _baseline(report: Report) -> list[str]:
+    """Return what tuning on the reviewed failures alone does by own label, as a line; none where not compared."""
+    if report.evidence is None or report.evidence.against_baseline.scenarios is None:
+        return []
+    against, own, real = (
+        report.evidence.against_baseline,
+        report.evidence.own_label.baseline,
+        report.evidence.real_failures.baseline,
+    )
+    parts = [f"scenario images {percent(own.value)} (Defuse {pairs_text(against.scenarios)})"]
+    if against.real_failures is not None:
+        parts.append(f"failing test draws {percent(real.value)} (Defuse {pairs_text(against.real_failures)})")
+    return [f"Tuned on the reviewed failures alone, by own label: {'; '.join(parts)}."]
+
+
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
@@ -305,6 +330,8 @@ def _verdicts(report: Report) -> list[str]:
         parts.append(f"{percent(false)} {expected}")
         if judged is not None:
             parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false")
+    if report.evidence is not None and report.evidence.purity.value is not None:
+        parts.append(f"purity by the judges {percent(report.evidence.purity.value)}")
     if agreement is not None:
         parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
     if unreviewed := report.scenarios.unreviewed_images:

@@ -55,3 +55,16 @@ def test_a_notebook_is_kept_small_and_without_the_paths_of_a_machine(path: Path)
     assert len(text) < 400_000
     assert "/tmp/" not in text
     assert "/home/" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_with_the_words_of_todays_templates(path: Path) -> None:
+    outputs = (output for cell in read(path).cells for output in cell.get("outputs", []))
+    shown = " ".join("".join(output.get("data", {}).get("text/html", "") for output in outputs).split())
+    folder = ROOT / "defuse_core" / "report" / "templates"
+    run, scenarios = (
+        (folder / f"{name}.html.j2").read_text("utf-8") for name in ("notebook_run", "notebook")
+    )
+    legend = scenarios.partition("Below each image:")[2].partition("\n{% for")[0]
+    assert "✗" in legend and " ".join(legend.split()) in shown
+    assert run.partition("<thead>")[2].partition("</thead>")[0] in shown

@@ -113,7 +113,7 @@ def test_a_terminal_too_narrow_for_a_table_shows_all_its_figures_below_each_othe
     assert max(map(len, text_of(console).splitlines())) <= width
     shown = " ".join(text_of(console).split())
     for row in (report.accuracy.before, report.accuracy.baseline, report.accuracy.defuse):
-        figures = f"Validation: {percent(row.validation, 2)} Test: {percent(row.test, 2)} Scenario images: "
+        figures = f"Validation: {percent(row.validation, 2)} Test: {percent(row.test, 2)} By one label: "
         assert figures + percent(row.scenario) in shown
     assert "left-out scenarios Before: 35 % (30–40) Plain: 90 % (85–95) Defuse: 100 % (95–100)" in shown
     assert "Rejected candidates Images: 10 Agreement: 100.0 ± 0.0 %" in shown
@@ -187,7 +187,10 @@ def test_a_report_says_how_many_scenarios_the_judges_see_as_false(tmp_path: Path
     console, sample = terminal(200), with_verdicts(sample_findings(3, 2), false_share=0.031)
     judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
     print_report(build_report(a_run(tmp_path), *sample, judged), SAMPLE_CORRECT, console)
-    assert "if the labels are right; the judges see 1 of 2 as false." in " ".join(text_of(console).split())
+    assert (
+        "if the labels are right; the judges see 1 of 2 as false; purity by the judges 90.0 %."
+        in " ".join(text_of(console).split())
+    )
 
 
 def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):

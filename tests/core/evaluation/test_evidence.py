@@ -27,7 +27,6 @@ from defuse_core.evaluation.evidence import (
     _at_fault,
     _known_share,
     gather_evidence,
-    krippendorff_alpha,
 )
 from defuse_core.intervals import is_better, is_testable, pairs_of
 from defuse_core.local import LocalCompute
@@ -37,6 +36,7 @@ from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
 from defuse_core.report.notices import caveats
+from defuse_core.review.verdicts import krippendorff_alpha
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -147,11 +147,14 @@ def test_an_interval_leaves_out_images_without_a_label() -> None:
     assert np.isnan(_known_share(np.full(4, np.nan), np.arange(4))).all()
 
 
-@pytest.mark.parametrize(("purity", "culprit"), [(0.9, "classifier"), (0.5, "unclear"), (0.49, "β-VAE")])
-def test_the_classifier_is_at_fault_only_where_the_pictures_show_the_label(
-    purity: float, culprit: str
+@pytest.mark.parametrize(
+    ("purity", "before", "culprit"),
+    [(0.9, 0.1, "classifier"), (0.5, 0.1, "unclear"), (0.49, 0.1, "β-VAE"), (1.0, 0.95, "unclear")],
+)
+def test_the_classifier_is_at_fault_only_where_it_fails_on_pictures_that_show_the_label(
+    purity: float, before: float, culprit: str
 ) -> None:
-    assert _at_fault(purity) == culprit
+    assert _at_fault(0.5, purity, before) == culprit
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +276,7 @@ def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real
     assert {row.evidence.seen_in_real_data for row in accepted} == {None}
     page = " ".join(other.store.read("report.html").decode().split())
     generated = sum(not row.seen_in_training_images for row in accepted)
-    assert page.count("real images cannot tell") == generated and "not seen in real data:" not in page
+    assert page.count("real images cannot tell") == generated and "not certainly seen" not in page
 
 
 def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_their_class(finished, tmp_path):
@@ -293,7 +296,7 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
     write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
     page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())
     nearest = "seen in real data: error 57 % on the nearest real images,"
-    assert page.count(f"not {nearest} not significantly more often than on its class (33 %)") == 1
+    assert page.count(f"not certainly {nearest} not significantly more than on its class (33 %)") == 1
     assert page.count(f"{nearest} 33 % on its class") == scenarios - 1
 
 
@@ -309,7 +312,7 @@ def test_a_notebook_does_not_call_a_correction_that_is_not_confirmed_equal_to_pl
         update={"evidence": row.evidence.model_copy(update={"confirmed": False, "worse": False})}
     )
     shown = render_scenarios([ScenarioCard(unconfirmed, (), ())], found.models.classes)
-    told = "not confirmed by the judges: not significantly more often right than plain further training"
+    told = "not confirmed by the judges: not certainly more often right than plain further training may be"
     assert told in " ".join(shown.replace("\xa0", " ").split())
 
 
@@ -344,6 +347,7 @@ def test_where_nothing_was_corrected_the_classifier_stays_and_is_not_tested_agai
     assert np.isfinite(made.own_label[0]).all()
     assert made.own_label[3].tolist() == made.own_label[0].tolist()
     assert np.isfinite(made.mcnemar[0]).all() and np.isnan(made.mcnemar[1]).all()
+    assert made.test_pairs.tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -372,6 +376,10 @@ def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_
     assert {row.evidence.confirmed for row in accepted} == {None}
     assert not any("not confirmed" in text for text in caveats(report, other.spec.correct))
     assert "not confirmed" not in other.store.read("report.html").decode()
+    figures = report.evidence  # defuse is the classifier before, whose 0 % on failing draws is by definition
+    shares = (figures.own_label, figures.one_label, figures.real_failures, *figures.wider)
+    assert {each.defuse.value for each in shares} == {None} and figures.own_label.before.value is not None
+    assert {row.evidence.defuse for row in accepted} == {None}
     cards = [scenario_card(row, found, evaluation, evidence) for row in accepted]
     assert "confirmed" not in render_scenarios(cards, found.models.classes)
 

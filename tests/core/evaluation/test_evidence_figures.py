@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep, SweepRow
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
@@ -185,3 +185,32 @@ def test_what_became_right_and_wrong_on_the_test_set_is_counted_for_the_first_pl
     before, after = (setting.answers(setting.shifted(by), test) == test.labels for by in (0, 2))
     assert evidence.mcnemar[0, :2].tolist() == [(after & ~before).sum(), (before & ~after).sum()]
     assert evidence.mcnemar[1].tolist() == [0, 0, 1]
+
+
+def test_on_test_images_the_correction_is_compared_with_each_plain_training(setting, evidence):
+    test = open_splits(setting.spec.data, setting.spec.seed).test
+    right = {by: setting.answers(setting.shifted(by), test) == test.labels for by in (0, 1, 2)}
+    pairs = [[len(test), (right[0] & ~right[by]).sum(), (right[by] & ~right[0]).sum()] for by in (2, 0, 1)]
+    assert evidence.test_pairs.tolist() == pairs and pairs[1][1:] == [0, 0]
+    draws, _, better_plain = evidence.real_failure_pairs[
+        2
+    ]  # of the plain training that answers as the baseline
+    assert evidence.real_failure_pairs_with_baseline.tolist() == [draws, 0, better_plain]
+    assert np.isnan(evidence.plain_clean).all()  # these have no row
+    rows = [SweepRow(0.0, 1, 0.1, 0.9, share, share + 0.01, 0.9, 0.9) for share in (0.8, 0.9)]
+    plain = tuple(dataclasses.replace(setting.shifted(1), chosen=row) for row in rows)
+    made = gather_evidence(setting.spec, setting.found, Controls(plain, ()), progress=silent)
+    np.testing.assert_allclose(made.plain_clean, [[0.8, 0.9], [0.81, 0.91]])
+
+
+def test_validation_images_that_the_classifier_may_know_compare_nothing(setting, evidence, monkeypatch):
+    accuracy, splits = setting.models.accuracy, open_splits(setting.spec.data, setting.spec.seed)
+    assert not setting.spec.validation_from_training and evidence.before_test == accuracy["test"]
+    monkeypatch.setattr(RunFile, "validation_from_training", True)
+    untested = {part: share for part, share in accuracy.items() if part != "test"}
+    found = dataclasses.replace(setting.found, models=dataclasses.replace(setting.models, accuracy=untested))
+    made = gather_evidence(setting.spec, found, Controls((setting.shifted(1),), ()), progress=silent)
+    assert np.isnan(made.before_test)
+    for each, images in ((evidence, splits.validation), (made, splits.test)):  # what it has not seen
+        wrong = (setting.answers(setting.shifted(0), images) != images.labels).mean()
+        assert each.real.error_of_all == pytest.approx(wrong)

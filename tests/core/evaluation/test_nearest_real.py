@@ -78,10 +78,14 @@ def test_the_p_value_is_twice_the_smaller_of_two_tests(near, far, images):
 
 @pytest.mark.parametrize(
     ("near", "images", "testable"),
-    [(1, 30, False), (1, 3, False), (0, 5, False), (0, 100, True), (0, 0, False)],
+    [(1, 30, False), (1, 3, False), (0, 5, False), (0, 100, False), (0, 0, False)],
 )
 def test_no_error_of_the_nearest_can_be_significant_with_few_errors_or_images(near, images, testable):
     assert judged(in_order(near, 0, images))[1:] == (False, testable)
+
+
+def test_a_class_with_more_errors_can_tell_more() -> None:
+    assert [judged(in_order(0, errors, 80))[2] for errors in range(5)] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("images", "tested"), [(1, 1), (3, 1), (8, 2), (199, 49), (200, 50), (1000, 50)])

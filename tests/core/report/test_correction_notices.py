@@ -17,6 +17,7 @@ from defuse_core.report.correction_notices import (
     unconfirmed,
 )
 from defuse_core.report.evidence_schema import (
+    AgainstBaseline,
     AgainstPlain,
     EvidenceFigures,
     FourShares,
@@ -141,7 +142,8 @@ def judged(report, own=None, left_out=None, real=None):
         left_out=LeftOutShares(before=share, plain=share, defuse=share, plain_each=()),
         left_out_known_confusion=LeftOutScenarios(count=0),
         left_out_new_confusion=LeftOutScenarios(count=0),
-        against_plain=AgainstPlain(**pairs),
+        against_plain=AgainstPlain(**pairs, test=None),
+        against_baseline=AgainstBaseline(scenarios=None, real_failures=None),
     )
     return report.model_copy(update={"evidence": evidence})
 
@@ -206,13 +208,13 @@ def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Pa
     )
 
 
-def test_the_notice_compares_with_the_best_of_several_plain_trainings(tmp_path: Path):
+def test_the_notice_compares_with_the_least_favourable_of_several_plain_trainings(tmp_path: Path):
     report = judged(report_of(sample_findings(12, 12), tmp_path), own=(5, 0))
     own = report.evidence.own_label.model_copy(update={"plain_each": (0.8, 0.84, 0.88)})
     evidence = report.evidence.model_copy(update={"own_label": own})
     assert (no_better_than_plain_training(report.model_copy(update={"evidence": evidence})) or "").endswith(
         "Scenarios: 84.0 % after the correction, 84.0 % after plain further training, the mean of 3. "
-        "Compared with the best of the 3 plain trainings: better on 5 scenarios, worse on 0, p = 0.062."
+        "Compared with the least favourable of the 3 plain trainings: better on 5 scenarios, worse on 0, p = 0.062."
     )
 
 

@@ -17,6 +17,7 @@ from defuse_core.report.formatting import (
     lam_text,
     size,
     text_of,
+    unbroken,
 )
 from tests.conftest import ROOT
 
@@ -26,12 +27,22 @@ def test_a_share_by_definition_has_no_interval():
     assert interval(Share(value=None, low=None, high=None)) == "–"
 
 
+def test_no_share_below_one_is_rounded_to_it_without_a_digit_more():
+    assert interval(Share(value=0.9989, low=0.9973, high=1.0), 0) == "99.9 % (99.7–100.0)"
+    assert interval(Share(value=1.0, low=0.92, high=1.0), 0) == "100 % (92–100)"
+    assert interval(Share(value=0.0, low=0.0, high=0.004), 0) == "0.0 % (0.0–0.4)"
+
+
 @pytest.mark.parametrize(
     ("lam", "text"),
     [(0.0, "0"), (1e-10, "10⁻¹⁰"), (2.5e-7, "2.5·10⁻⁷"), (0.001, "0.001"), (20.0, "20"), (1000.0, "1000")],
 )
 def test_lambda_is_written_as_people_write_it(lam: float, text: str):
     assert lam_text(lam) == text
+
+
+def test_no_line_breaks_inside_a_percentage_or_a_p_value():
+    assert unbroken("+5 −0, p = 0.062; 98.5 % of them") == "+5 −0, p\u00a0=\u00a00.062; 98.5\u00a0% of them"
 
 
 def test_neighbouring_lambdas_share_one_range():

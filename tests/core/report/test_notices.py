@@ -13,14 +13,20 @@ from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_r
 from defuse_core.artifacts import Health, ReferenceSet
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
+from defuse_core.report.correction_notices import (
+    no_better_than_baseline,
+    no_better_than_plain_training,
+    unconfirmed,
+)
 from defuse_core.report.notices import (
     answered_by_models,
-    baseline_does_more,
     caveats,
     headline,
     known_validation_images,
     made_worse,
+    nobody_judged,
     purity_warning,
+    uncompared_models,
     worse_judges,
     worse_references,
 )
@@ -31,7 +37,7 @@ def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
     found, evaluation = sample_findings(40, 12)
     table = np.array([[np.nan, 0.9897, 0.148], [np.nan, 0.98, 0.5], [np.nan, 0.9905, 0.996]])
     report = report_of((found, dataclasses.replace(evaluation, accuracy=table)), tmp_path)
-    assert headline(report) == (
+    assert headline(report, SAMPLE_CORRECT) == (
         "12 of 40 candidate scenarios are failure scenarios. Accuracy on their held-out images, by the scenario's one "
         "label: 14.8 % before, 99.6 % after. Test set: 98.97 % before, 99.05 % after."
     )
@@ -49,8 +55,10 @@ def test_the_headline_counts_scenarios_alike_whether_or_not_they_were_corrected(
     tmp_path: Path, components: int, accepted: int, text: str
 ):
     report = report_of(sample_findings(components, accepted), tmp_path)
-    assert headline(report).startswith(f"{text} Accuracy on ")
-    assert headline(report.model_copy(update={"chosen": None})).startswith(f"{text} Nothing was corrected:")
+    assert headline(report, SAMPLE_CORRECT).startswith(f"{text} Accuracy on ")
+    assert headline(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT).startswith(
+        f"{text} Nothing was corrected:"
+    )
 
 
 def with_health(sample, verdict: str):
@@ -64,21 +72,21 @@ def test_a_beta_vae_that_is_not_fit_gives_a_warning_and_never_the_answer_that_no
     tmp_path: Path, verdict: str
 ):
     report = report_of(with_health(sample_findings(4, 0), verdict), tmp_path)
-    assert headline(report).startswith(f"Could not tell: the β-VAE is {verdict} (")
+    assert headline(report, SAMPLE_CORRECT).startswith(f"Could not tell: the β-VAE is {verdict} (")
     assert f"The β-VAE is {verdict}." in " ".join(caveats(report, SAMPLE_CORRECT))
 
 
 def test_a_screen_that_keeps_no_failing_draw_could_not_tell(tmp_path: Path):
     found, evaluation = sample_findings(4, 0)
     psi = dataclasses.replace(found.psi, codes=found.psi.codes * 0, failing=800)
-    told = headline(report_of((dataclasses.replace(found, psi=psi), evaluation), tmp_path))
+    told = headline(report_of((dataclasses.replace(found, psi=psi), evaluation), tmp_path), SAMPLE_CORRECT)
     assert told.startswith("Could not tell: the reference models see")
     assert "in none of 800 failing draws" in told
 
 
 def test_a_fit_beta_vae_gives_no_warning_and_a_plain_answer(tmp_path: Path):
     report = report_of(with_health(sample_findings(4, 0), "fit"), tmp_path)
-    assert headline(report).startswith("None of the 4 candidate scenarios")
+    assert headline(report, SAMPLE_CORRECT).startswith("None of the 4 candidate scenarios")
     assert "β-VAE" not in " ".join(caveats(report, SAMPLE_CORRECT))
 
 
@@ -136,9 +144,10 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
     report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
     judged = (
-        "by the judges' label of each: 10.0 % before, 90.0 % after (70.0 % after plain further training)."
+        "by the judges' label of each: 10.0 % before, 90.0 % after (70.0 % after plain further training, 60.0 % after "
+        "tuning on the reviewed failures alone)."
     )
-    assert (judged in headline(report)) is not worse
+    assert (judged in headline(report, SAMPLE_CORRECT)) is not worse
     text = worse_judges(report)
     assert (text is not None) is worse and (text in caveats(report, SAMPLE_CORRECT)) is worse
     page = run.store.read("report.html").decode()
@@ -186,7 +195,7 @@ def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
     )
     told = report.scenarios.model_copy(update={"undecided": "the classifier is hardly better than guessing"})
     undecided = report.model_copy(update={"scenarios": told})
-    assert "guessing" in headline(undecided)
+    assert "guessing" in headline(undecided, SAMPLE_CORRECT)
     assert not any("guessing" in text for text in caveats(undecided, SAMPLE_CORRECT))
 
 
@@ -211,13 +220,104 @@ def test_validation_images_that_the_classifier_knows_are_told(
     assert text is None or "gets 100.0 % of them right and 88.0 % of the test images" in text
 
 
-@pytest.mark.parametrize(("baseline", "told"), [(0.9, True), (0.7, False)])
-def test_a_baseline_that_does_more_than_the_correction_is_told(tmp_path: Path, baseline: float, told: bool):
-    own = np.array([[0.1, baseline, 0.5, 0.6]] * 2)
-    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(own))
-    text = baseline_does_more(report)
-    assert (text is not None) is told and (text in caveats(report, SAMPLE_CORRECT)) is told
-    assert text is None or "right on 90.0 % of them after fine-tuning on the reviewed failures alone" in text
-    assert baseline_does_more(report.model_copy(update={"chosen": None})) is None
-    worse = sample_evidence(own, judges=0.4)
-    assert baseline_does_more(build_report(sample_run(tmp_path), *sample_findings(), worse)) is None
+OWN = np.array([[0.1, 0.6, 0.7, 0.9]] * 2)  # before, baseline, plain, defuse
+
+
+def test_without_judges_it_is_told_that_nothing_independent_was_measured(tmp_path: Path):
+    alone = report_of(sample_findings(), tmp_path)
+    text = nobody_judged(alone) or ""
+    assert text.startswith("Nobody judged the correction.") and text in caveats(alone, SAMPLE_CORRECT)
+    assert nobody_judged(alone.model_copy(update={"chosen": None})) is None
+    assert nobody_judged(build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))) is None
+
+
+@pytest.mark.parametrize(("judged", "told"), [(0.5, True), (0.85, False)])
+def test_a_low_purity_by_the_judges_is_told_where_the_reviewers_see_none(
+    tmp_path: Path, judged: float, told: bool
+):
+    sample = with_verdicts(sample_findings(2, 2), purity=np.array([0.95, 0.95]))
+    evidence = dataclasses.replace(sample_evidence(OWN), purity=np.array([judged, 0.4, 0.9]))
+    text = purity_warning(build_report(sample_run(tmp_path), *sample, evidence))
+    assert (text is not None) is told
+    assert text is None or text.startswith(
+        "Purity by the judges is 50 %. Of the held-out images of the failure"
+    )
+
+
+def known_validation(report):
+    """The report of a run without test images, whose classifier may know the validation images."""
+    images = {"train": 1000, "validation": 200}
+    run = report.run.model_copy(update={"validation_from_training": True, "images": images})
+    return report.model_copy(update={"run": run})
+
+
+def test_models_that_cannot_be_compared_with_the_classifier_are_not_called_worse(tmp_path: Path):
+    compared = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN, judges=0.9))
+    assert worse_judges(compared) is not None and uncompared_models(compared) is None
+    unknown = sample_evidence(OWN, judges=0.9, before=float("nan"))
+    report = known_validation(build_report(sample_run(tmp_path), *sample_findings(), unknown))
+    assert worse_judges(report) is None and worse_references(report) is None
+    text = uncompared_models(report) or ""
+    assert text.startswith(
+        "Nothing shows whether judges and reference models know as much as the classifier."
+    )
+    assert text in caveats(report, SAMPLE_CORRECT) and text.endswith("(a folder named test).")
+
+
+def test_the_headline_has_what_plain_training_reaches_on_the_test_set(tmp_path: Path):
+    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))
+    assert headline(report, SAMPLE_CORRECT).endswith(
+        "Test set: 98.30 % before, 98.60 % after (98.40 % after plain further training)."
+    )
+
+
+@pytest.mark.parametrize(("choose_by", "told"), [("tune", True), ("validation", True), ("train", False)])
+def test_the_headline_says_of_validation_images_whether_they_chose_lambda(
+    tmp_path: Path, choose_by: str, told: bool
+):
+    found, evaluation = sample_findings()
+    evaluation.accuracy[:, 1] = np.nan
+    text = headline(
+        report_of((found, evaluation), tmp_path), SAMPLE_CORRECT.model_copy(update={"choose_by": choose_by})
+    )
+    assert "Validation set: 98.50 % before, 98.80 % after" in text
+    assert text.endswith(" (not independent: λ was chosen on these images).") is told
+
+
+def test_a_baseline_that_does_as_much_as_the_correction_is_told(tmp_path: Path):
+    def told(baseline: float, defuse: float, scenarios: int = 6) -> str | None:
+        evidence = sample_evidence(np.array([[0.1, baseline, 0.5, defuse]] * scenarios))
+        evidence.real_failure_pairs_with_baseline[:] = [200, 60, 2]
+        report = build_report(sample_run(tmp_path), *sample_findings(scenarios, scenarios), evidence)
+        text = no_better_than_baseline(report)
+        assert text is None or text in caveats(report, SAMPLE_CORRECT)
+        assert no_better_than_baseline(report.model_copy(update={"chosen": None})) is None
+        return text
+
+    assert told(0.7, 0.9) is None  # better on all six
+    equal = told(0.9, 0.9) or ""
+    assert (
+        equal.startswith("Tuning on the ")
+        and " reviewed failures alone may do as much for the scenarios." in equal
+    )
+    assert "90.0 % after the correction, 90.0 % after tuning on the reviewed failures alone." in equal
+    assert "alone does more for the scenarios." in (told(0.9, 0.6) or "")
+    assert (told(0.9, 0.9, 2) or "").startswith(
+        "There are too few of the scenarios to tell whether tuning on"
+    )
+
+
+def test_what_unreliable_judges_say_is_in_no_other_notice(tmp_path: Path):
+    def notices(judges: float) -> list[str]:
+        evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 0.9]] * 6), judges=judges)
+        report = build_report(sample_run(tmp_path), *sample_findings(6, 6), evidence)
+        assert (
+            unconfirmed(report) and no_better_than_plain_training(report) and no_better_than_baseline(report)
+        )
+        return caveats(report, SAMPLE_CORRECT)
+
+    def of_judges(texts: list[str]) -> list[str]:
+        return [text for text in texts if "confirmed on" in text or "may do as much" in text]
+
+    assert len(of_judges(notices(0.99))) == 3
+    assert of_judges(notices(0.4)) == [] and any("The judges are worse" in text for text in notices(0.4))

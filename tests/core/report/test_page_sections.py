@@ -78,3 +78,19 @@ def test_an_artefact_that_took_no_time_since_it_was_made_with_another_has_an_emp
     text = words_of(run.store.read("report.html"))
     assert '<td class="n">1 min 01 s</td>' in text and text.count('<td class="n"></td>') >= 2
     assert "0.0 s" not in text
+
+
+def test_the_title_of_the_page_is_the_first_sentence_of_the_headline(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(4, 2))
+    page = words_of(run.store.read("report.html"))
+    assert (
+        "<h1>2 of 4 candidate scenarios are failure scenarios.</h1> <p>Accuracy on their held-out images"
+        in page
+    )
+
+
+def test_the_parts_of_the_data_are_in_the_order_of_their_use(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings())
+    assert "1,000 train, 200 validation, 500 test" in words_of(run.store.read("report.html"))

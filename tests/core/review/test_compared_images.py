@@ -1,0 +1,49 @@
+"""On which images the classifier is compared with other models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import ReferenceSet
+from defuse_core.review.undecided import compared_images, why_undecided
+from tests.sample_components import FIT
+from tests.sample_findings import sample_findings, sample_spec
+
+
+@pytest.mark.parametrize(
+    ("parts", "known", "part"),
+    [
+        (("train", "validation", "test"), True, "test"),
+        (("train", "validation", "test"), False, "test"),
+        (("train", "validation"), False, "validation"),
+        (("train", "validation"), True, None),
+        (("train",), False, None),
+    ],
+)
+def test_images_that_the_classifier_may_know_compare_nothing(parts, known: bool, part: str | None) -> None:
+    assert compared_images(dict.fromkeys(parts, 0.9), known) == part
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_reference_models_are_not_worse_on_images_that_the_classifier_alone_has_seen(epochs: int) -> None:
+    found, _ = sample_findings(4, 0)
+    models = dataclasses.replace(found.models, health=FIT, accuracy={"train": 1.0, "validation": 0.995})
+    references = ReferenceSet(({},), 1000, np.array([0.9]), np.array([np.nan]))
+    spec = sample_spec()
+    spec = spec.model_copy(update={"classifier": spec.classifier.model_copy(update={"epochs": epochs})})
+    known = {"references": references, "psi": found.psi, "scenarios": None}
+    text = why_undecided(spec, found.gallery, found.verdicts, models=models, **known)
+    assert (text is None) is (epochs == 0)  # else: the reference models are right on fewer validation images
+
+
+def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
+    found, _ = sample_findings(4, 0)
+    references = ReferenceSet(({},), 1000, np.array([0.943]), np.array([0.943]))
+    for images, told in ((50, False), (200, True)):  # one standard error is 3.3 points, and 1.6
+        models = dataclasses.replace(found.models, health=FIT, images={"test": images})
+        known = {"models": models, "references": references, "psi": found.psi, "scenarios": None}
+        text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+        assert (text is not None) is told
