@@ -253,6 +253,19 @@ def test_misclassified_images_in_which_the_reference_models_see_another_class_ar
     assert not np.isin(np.arange(10), misled(tiny_models, references).shard(0).failures.source).any()
 
 
+def test_misclassified_images_in_which_the_reference_models_see_the_class_are_kept(tiny_models, references):
+    last = [name for name in tiny_models.classifier if name.endswith(("weight", "bias"))][-2:]
+    swapped = dict(tiny_models.classifier)
+    for name in last:  # 3 is answered 8, and 8 is answered 3
+        swapped[name] = swapped[name].copy()
+        swapped[name][[3, 8]] = swapped[name][[8, 3]]
+    models = replace(tiny_models, classifier=swapped)
+    draws = Identifier(tiny(), models, references).shard(0).failures
+    found = Identifier(tiny(identify={"originals": "misclassified"}), models, references).shard(0).failures
+    originals = found.take(np.arange(len(draws), len(found)))
+    assert set(originals.truth.tolist()) & {3, 8} and originals.source_wrong.all()
+
+
 @pytest.mark.parametrize("draws", [1, 500, 100_000])
 @pytest.mark.parametrize("images", [1, 31, 32, 33, 60_000, 10_000_000])
 def test_shards_cover_every_block_once_and_cost_minutes_at_most(images, draws):

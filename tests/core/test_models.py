@@ -152,7 +152,9 @@ def test_weight_files_are_read_in_both_safe_forms(tmp_path, tiny_spec):
     save_file(state, tmp_path / "a.safetensors")
     torch.save(state, tmp_path / "a.pt")
     for name in ("a.safetensors", "a.pt"):
-        assert read_weights(tmp_path / name).keys() == state.keys()
+        found = read_weights(tmp_path / name)
+        assert found.keys() == state.keys()
+        assert all(np.array_equal(found[key], tensor.numpy()) for key, tensor in state.items())
 
 
 class Unpickled:
@@ -181,7 +183,9 @@ def test_a_state_dict_of_parameters_or_without_counts_of_batches_is_loaded(tmp_p
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     older = {name: nn.Parameter(t) for name, t in module.state_dict().items() if "num_batches" not in name}
     torch.save(older, tmp_path / "older.pt")
-    set_weights(module, read_weights(tmp_path / "older.pt"), "older.pt")
+    other = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    set_weights(other, read_weights(tmp_path / "older.pt"), "older.pt")
+    assert torch.equal(other[0].weight, module[0].weight) and other[1].num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("size", [8, 9, 12, 15, 16, 32])

@@ -37,6 +37,14 @@ def test_the_time_left_of_a_resumed_step_follows_from_what_this_command_has_done
     assert caplog.messages[-1] == "finding failures: 950 of 1000 images, 50/min, 60 s left"
 
 
+def test_a_log_gets_a_line_every_15_seconds_at_most(clock, caplog):
+    display = ProgressDisplay(Console(file=io.StringIO()))
+    for second in range(1, 62):
+        clock[0] += 1
+        display("finding failures", second, 100, "images")
+    assert [line.split()[2] for line in caplog.messages] == ["1", "16", "31", "46", "61"]
+
+
 def test_a_second_sweep_has_a_rate_of_its_own(clock, caplog):
     display = ProgressDisplay(Console(file=io.StringIO()))
     for trial in (1, 2, 3):

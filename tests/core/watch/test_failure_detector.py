@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from defuse_core.codec import decode, encode
 from defuse_core.config import ServeSection
+from defuse_core.intervals import auroc
 from defuse_core.report.build_evidence import calibration_error, watch_figures
 from defuse_core.watch import METHODS, Answers, FailureWatch, _measure, answer_scores
 from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis
@@ -68,6 +69,16 @@ def test_the_threshold_flags_the_wanted_share_of_the_wrong_answers_on_validation
         figures = watch_figures(confused, ServeSection(failure_recall=recall))
         flagged = confused.best().validation[confused.validation_wrong] >= figures.threshold
         assert flagged.mean() == pytest.approx(recall, abs=0.01)
+
+
+@pytest.mark.parametrize(("shift", "found"), [(0.35, False), (0.7, True)])
+def test_a_detector_is_none_whose_area_may_be_below_six_tenths(confused, shift, found):
+    wrong = np.arange(1000) < 300
+    scores = np.random.default_rng(0).normal(shift * wrong)
+    some = dataclasses.replace(confused, validation_wrong=wrong, validation_tracks=None)
+    low = auroc(scores, wrong)[1]
+    assert low > 0.5 and bool(low >= 0.6) is found
+    assert (some.objection(dataclasses.replace(confused.best(), validation=scores)) == "") is found
 
 
 def test_what_the_threshold_was_chosen_to_reach_is_no_measurement_in_figures_and_sentence(confused):

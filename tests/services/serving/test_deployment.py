@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import threading
 from typing import Any
 
@@ -87,11 +88,15 @@ def test_a_sampled_input_does_not_keep_the_images_of_its_request(own_store, pict
     assert offered and not any(np.shares_memory(sampled.image, pixels) for sampled in offered)
 
 
-async def post(replica: ClassifierDeployment, body: bytes, content_type: str = "image/png") -> httpx.Response:
+async def post(
+    replica: ClassifierDeployment, body: bytes, content_type: str = "image/png", **headers: str
+) -> httpx.Response:
     """Send one request to the replica's application, without a server."""
     transport = httpx.ASGITransport(build_api(replica), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
-        return await client.post("/v1/predict", content=body, headers={"Content-Type": content_type})
+        return await client.post(
+            "/v1/predict", content=body, headers={"Content-Type": content_type, **headers}
+        )
 
 
 @pytest.mark.parametrize(
@@ -293,3 +298,39 @@ def test_a_registry_that_stays_lost_is_logged_once_and_the_version_goes_on_answe
     assert asyncio.run(answer_after_polls()).json()["version"] == "1"
     (line,) = [record.getMessage() for record in caplog.records if "registry" in record.getMessage()]
     assert "the current one stays active" in line and "the registry is gone; restore it" in line
+
+
+def test_a_canary_gets_the_requests_of_a_key_and_without_one_those_of_a_body(own_store, pictures):
+    put(own_store, "first")
+    second = prepare_candidate(Run.open(own_store, "second"))[1]
+    promote(Registry(own_store), second, PromotionRequest("ana", "", canary=0.5))
+    replica, keys = new_replica(own_store), [f"user-{n}" for n in range(12)]
+
+    def expected(key: bytes) -> str:
+        return "1" if replica.active.canary_for(key) is None else "2"
+
+    async def versions() -> tuple[list[str], list[str]]:
+        by_key = [await post(replica, pictures[0], **{"X-Request-Key": key}) for key in keys]
+        by_body = [await post(replica, picture) for picture in pictures[:12]]
+        return [reply.json()["version"] for reply in by_key], [reply.json()["version"] for reply in by_body]
+
+    by_key, by_body = asyncio.run(versions())
+    assert by_key == [expected(key.encode()) for key in keys] and set(by_key) == {"1", "2"}
+    assert by_body == [expected(hashlib.sha256(picture).digest()) for picture in pictures[:12]]
+    assert set(by_body) == {"1", "2"}
+
+
+def test_images_and_the_errors_that_are_expected_of_them_are_counted(own_store, pictures, monkeypatch):
+    put(own_store, "first")
+    replica, counted = new_replica(own_store), {}
+    for name in ("images", "expected_errors"):
+        monkeypatch.setattr(
+            getattr(replica.metrics, name),
+            "inc",
+            lambda value, tags, name=name: counted.update({name: (value, tags)}),
+        )
+    pixels = decode_body("image/png", pictures[:7], replica.current().in_production.input_spec)
+    answer = asyncio.run(replica.predict(replica.active, pixels, b""))
+    expected = sum(one.failure_probability for one in answer.predictions)
+    assert counted["images"] == (7, {"version": "1"})
+    assert counted["expected_errors"] == (pytest.approx(expected, abs=1e-4), {"version": "1"})

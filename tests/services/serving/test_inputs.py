@@ -190,6 +190,9 @@ def request(header: str | None) -> Request:
         ("application/json; charset=utf-8", "application/json"),
         ("multipart/form-data; boundary=x", "multipart/form-data"),
         ("application/octet-stream", "application/octet-stream"),
+        ("image/jpeg", "image/jpeg"),
+        ("image/bmp", "image/bmp"),
+        ("image/webp", "image/webp"),
     ],
 )
 def test_the_content_type_is_read_without_its_parameters_in_any_case(header, found):

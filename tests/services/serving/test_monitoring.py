@@ -121,9 +121,11 @@ def test_the_pages_of_several_nodes_become_one_page_with_one_header_per_metric()
 
 
 def test_a_page_that_is_cut_within_a_line_is_left_out():
-    whole = '# TYPE ray_defuse_images_total counter\nray_defuse_images_total{n="1"} 1.0\n'
-    for end in range(len(whole)):
-        assert 'n="1"} 1.0' in merge_pages([whole[:end], whole])
+    page = '# TYPE ray_defuse_images_total counter\nray_defuse_images_total{n="0"} 1.0\n'
+    line = 'ray_defuse_images_total{n="1"}'
+    whole = f"{page}{line} 1.0\n"
+    for end in range(1, len(line) + 2):  # within the value, what is left may be a number
+        assert merge_pages([whole[: len(page) + end], whole]) == merge_pages([whole])
 
 
 def test_nodes_are_not_asked_through_an_http_proxy(monkeypatch):

@@ -14,7 +14,8 @@ from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.watch.scenario_regions import Watch, mahalanobis
 from services.serving.candidate import prepare_candidate
-from services.serving.model import LoadedModel
+from services.serving.model import LoadedModel, ModelInfo
+from services.serving.registry_state import EMPTY
 
 
 def test_distances_are_mahalanobis_distances_from_each_component(candidate, good_spec, pixels):
@@ -41,6 +42,10 @@ def test_the_configured_share_of_training_images_is_inside_a_scenario(candidate,
 def test_nearly_all_held_out_images_of_a_scenario_are_inside_it(candidate):
     recall = [np.interp(0.02, candidate.levels, recall) for recall in candidate.recall]
     assert min(recall) > 0.9
+    half = replace(candidate, recall=candidate.recall / 2)
+    served = LoadedModel(half, ServeSection(watch_share=0.02))
+    shown = [row.watched_recall for row in ModelInfo.of(served, EMPTY, None, None).scenarios]
+    np.testing.assert_allclose(shown, np.array(recall) / 2)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,22 @@ def test_any_other_answer_is_only_in_the_region_of_a_scenario(candidate):
     found = matches_for(candidate, 5)
     assert found.explanation == found.scenarios[0].name == "in the region of scenario 0"
     assert not found.scenarios[0].explains
+
+
+def test_the_nearest_scenario_that_explains_the_answer_explains_the_alarm(candidate):
+    other = replace(candidate, labels=np.array([5, 8]), most_common_error=np.array([6, 3]))
+    served = LoadedModel(other, ServeSection())
+    given = replace(
+        served.predict(np.zeros((1, 1, 16, 16), np.float32)),
+        probabilities=np.eye(10, dtype=np.float32)[[8]],
+        distances=np.array([[0.0, 1e6]], np.float32),
+        inside=np.ones((1, 2), np.bool_),
+        failure=np.array([0.9]),
+        flagged=np.array([True]),
+    )
+    found = served.predictions(given)[0]
+    assert [match.explains for match in found.scenarios or []] == [False, True]  # the nearest first
+    assert found.explanation == "8 read as 3 (scenario 1)"
 
 
 def test_a_scenario_without_a_wrong_answer_is_not_called_read_as_itself(candidate):

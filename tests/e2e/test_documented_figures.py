@@ -1,0 +1,49 @@
+"""The figures that the READMEs promise are those of the code."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cluster import connection, resources
+from defuse_core import identify, training, watch
+from defuse_core.config import ServeSection
+from defuse_core.training import precision
+from services.cli import console
+from services.serving import active_versions, batching, inputs, limits
+from services.storage import lease
+from tests.conftest import ROOT
+
+SERVE = ServeSection()
+FIGURES = [
+    ("services/serving", r"`serve\.min_compared` images \((\d+)\)", SERVE.min_compared),
+    ("services/serving", r"`serve\.watch_share` \(([\d.]+) %\)", 100 * SERVE.watch_share),
+    ("services/serving", r"`serve\.failure_recall` \(([\d.]+)\)", SERVE.failure_recall),
+    ("services/serving", r"`max_body_mb` \((\d+) x", SERVE.max_ongoing),
+    ("services/serving", r"`max_body_mb` \(\d+ x (\d+) MB\)", SERVE.max_body_mb),
+    ("services/serving", r"fewer than (\d+) wrong answers", watch.MIN_ANSWERS),
+    ("services/serving", r"bound of the AUROC is below ([\d.]+)", watch.CHANCE),
+    ("services/serving", r"with a probability of (\d+) % at most", 100 * active_versions.WRONGLY_ENDED),
+    ("services/serving", r"A shadow computes for at most a (fifth) of the time", batching.SHADOW_TIME_SHARE),
+    ("services/serving", r"(\d+) scans of a JPEG", inputs.MAX_JPEG_SCANS),
+    ("services/serving", r"\| (\d+) s, \d+ connections per address", limits.HEADER_TIMEOUT_S),
+    ("services/serving", r"\| \d+ s, (\d+) connections per address", limits.MAX_HEADERS_PER_ADDRESS),
+    ("services/serving", r"while (\d+) such bodies are arriving", limits.MANY_SLOW_UPLOADS),
+    ("cluster", r"rewritten every (\d+) s", lease.BEAT_S),
+    ("cluster", r"free after (\d+) s without a change", lease.LEASE_S),
+    ("cluster", r"no cluster answers is given up after (\d+) s", connection.CONNECT_WITHIN_S),
+    ("cluster", r"the first one is waited for \((\d+) minutes\)", resources.NODES_JOIN_WITHIN_S / 60),
+    ("cluster", r"at most (\d+) s and the current epoch are lost", training.CHECKPOINT_EVERY_S),
+    ("cluster", r"A shard is at most 2\^(\d+) decodings", identify.SHARD_DECODINGS.bit_length() - 1),
+    ("cluster", r"it becomes a line every (\d+) s", console.LINE_EVERY_S),
+    ("defuse_core", r"largest error of that margin on (\d+) inputs", precision.SAMPLE),
+]
+
+
+@pytest.mark.parametrize(("folder", "words", "value"), FIGURES, ids=[words for _, words, _ in FIGURES])
+def test_a_figure_of_a_readme_is_that_of_the_code(folder: str, words: str, value: float) -> None:
+    text = " ".join((ROOT / folder / "README.md").read_text(encoding="utf-8").split())
+    found = re.search(words, text)
+    assert found is not None
+    assert (0.2 if found[1] == "fifth" else float(found[1])) == pytest.approx(value)
