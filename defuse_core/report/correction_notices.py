@@ -8,7 +8,7 @@ from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of
 from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs
-from defuse_core.report.formatting import lam_text, percent
+from defuse_core.report.formatting import lam_text, numbers_text, percent
 from defuse_core.report.schema import Report, TradeOff
 
 TEST_DRAWS = "failing draws from test images"
@@ -91,19 +91,19 @@ def unconfirmed(report: Report) -> str | None:
     rows = [number for number, found in tested if not found.confirmed]
     if not rows:
         return None
-    worse = [str(number) for number, found in tested if found.worse]
-    others = {str(number): found.defuse for number, found in tested if not (found.confirmed or found.worse)}
+    worse = [number for number, found in tested if found.worse]
+    others = {number: found.defuse for number, found in tested if not (found.confirmed or found.worse)}
     wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
     equal = [number for number in others if number not in wrong]
     than = "than plain further training (λ = 0) may be, which has not seen the scenarios, on: "
     claims = []
     if worse:
-        claims.append(f"certainly less often right {than}{', '.join(worse)}")
+        claims.append(f"certainly less often right {than}{numbers_text(worse)}")
         than = "on: "
     if equal:
-        claims.append(f"not certainly more often right {than}{', '.join(equal)}")
+        claims.append(f"not certainly more often right {than}{numbers_text(equal)}")
     if wrong:
-        claims.append(f"right on at most half of the images of: {', '.join(wrong)}")
+        claims.append(f"right on at most half of the images of: {numbers_text(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
     if worse:
         title += f", and worse than plain further training on {len(worse)}"

@@ -104,6 +104,17 @@ def lam_ranges(lams: Sequence[float], members: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
+def numbers_text(numbers: Sequence[int]) -> str:
+    """Return ascending numbers; three or more neighbours form a range: `0–10, 12, 13`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def duration(seconds: float) -> str:
     """Return a time in the units that fit it: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
     if seconds < 9.95:

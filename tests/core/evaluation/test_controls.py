@@ -31,7 +31,7 @@ from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
-from defuse_core.report.formatting import spread_of
+from defuse_core.report.formatting import numbers_text, spread_of
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, SETTINGS, Run
 from defuse_core.store import FolderStore
@@ -283,9 +283,9 @@ def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finis
         rows.append(row.model_copy(update={"evidence": told}))
     changed = report.scenarios.model_copy(update={"list": rows})
     text = unconfirmed(report.model_copy(update={"scenarios": changed}))
-    worse = [str(number) for number, column in place.items() if made.worse[column]]
+    worse = [number for number, column in place.items() if made.worse[column]]
     assert f", and worse than plain further training on {len(worse)}. " in text
-    assert f"has not seen the scenarios, on: {', '.join(worse)}" in text
+    assert f"has not seen the scenarios, on: {numbers_text(worse)}" in text
 
 
 def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:

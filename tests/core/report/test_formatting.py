@@ -15,6 +15,7 @@ from defuse_core.report.formatting import (
     interval,
     lam_ranges,
     lam_text,
+    numbers_text,
     size,
     text_of,
     unbroken,
@@ -48,6 +49,7 @@ def test_no_line_breaks_inside_a_percentage_or_a_p_value():
 def test_neighbouring_lambdas_share_one_range():
     assert lam_ranges([0.1, 1, 2, 5, 10], [0, 1, 2, 4]) == "0.1 – 2, 10"
     assert lam_ranges([0.1, 1, 2, 5, 10], [0, 1, 3]) == "0.1, 1, 5"
+    assert numbers_text([0, 1, 2, 4, 5, 7]) == "0–2, 4, 5, 7"
 
 
 def test_quantities_are_written_as_people_write_them():
