@@ -30,7 +30,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import InputError, StoreError, percent
 from defuse_core.export import why_not_corrected
 from defuse_core.export.pictures import load_finished
 from defuse_core.files import expect_new_folder, filling
@@ -193,8 +193,8 @@ class Suite:
         if best is None:
             return ""
         return (
-            f"; it is right on {probe.by_range[best]:.0%} of the pictures in the input range {best} and on "
-            f"{probe.by_range[given]:.0%} in {given}, so it may need --set classifier.input_range={best}"
+            f"; it is right on {percent(probe.by_range[best], 0)} of the pictures in the input range {best} and on "
+            f"{percent(probe.by_range[given], 0)} in {given}, so it may need --set classifier.input_range={best}"
         )
 
     def _images(self) -> Images:

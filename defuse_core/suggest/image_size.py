@@ -11,7 +11,7 @@ from torch import nn
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import InputError, ModelError
+from defuse_core.errors import InputError, ModelError, percent
 from defuse_core.models import (
     build_classifier,
     check_outputs,
@@ -182,7 +182,7 @@ def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int
         return []
     line = f"the classifier gets {size}x{size} pixels, but the pictures have {facts.width}x{facts.height}"
     if len(accuracies) > 1:
-        by_size = ", ".join(f"{right:.0%} at {side}" for side, right in sorted(accuracies.items()))
+        by_size = ", ".join(f"{percent(right, 0)} at {side}" for side, right in sorted(accuracies.items()))
         line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
     return [f"{line}; if it was trained on another size, give that with --image-size"]
 

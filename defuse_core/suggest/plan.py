@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.evaluation import PLAIN_TRAININGS
 from defuse_core.models import (
     ReferenceCnn,
@@ -135,8 +135,8 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
     if best == given:
         return []
     right = (
-        f"right on {probe.by_range[best]:.1%} of {probe.images} training images with pixels in the range {best}, on "
-        f"{probe.by_range[given]:.1%} with {given}"
+        f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
+        f"on {percent(probe.by_range[given])} with {given}"
     )
     if probe.needed_range == given:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
@@ -148,7 +148,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
-    right = f"right on {probe.reordered:.1%} of training images that the order was not fitted to"
+    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
     wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
     if not (wrong and probe.order_is_certain):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
@@ -175,8 +175,8 @@ def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
         )
     elif right < MOSTLY:
         lines.append(
-            f"the classifier is right on only {right:.0%} of {probe.images} training images, in every input range and "
-            "order of the classes; check its weights and what it expects"
+            f"the classifier is right on only {percent(right, 0)} of {probe.images} training images, in every input "
+            "range and order of the classes; check its weights and what it expects"
         )
     return lines
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, count_of
+from defuse_core.errors import CheckFailed, InputError, count_of, percent
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
@@ -110,17 +110,17 @@ def save(run: str, store: str, out: Path) -> None:
     for scenario in scenarios:
         if limit <= scenario.before < scenario.least:
             click.echo(
-                f"{scenario.name}: {scenario.least:.1%} is asked, since the classifier before has "
-                f"{scenario.before:.1%}, not under {limit:.1%} (check.min_each_scenario)"
+                f"{scenario.name}: {percent(scenario.least)} is asked, since the classifier before has "
+                f"{percent(scenario.before)}, not under {percent(limit)} (check.min_each_scenario)"
             )
         elif 0 < scenario.least < limit:
             click.echo(
-                f"{scenario.name}: only {scenario.least:.1%} is asked, which the correction reaches, not {limit:.1%} "
-                "(check.min_each_scenario)"
+                f"{scenario.name}: only {percent(scenario.least)} is asked, which the correction reaches, not "
+                f"{percent(limit)} (check.min_each_scenario)"
             )
         elif not scenario.least:
             click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
-                       f"({scenario.before:.1%} before, {scenario.after:.1%} after)")  # fmt: skip
+                       f"({percent(scenario.before)} before, {percent(scenario.after)} after)")  # fmt: skip
     pictures = count_of(scenarios[0].pictures, "picture")
     click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
@@ -223,14 +223,14 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
         scenario = result.scenario
         verdict = ("ok" if result.passed else "FAILED") if result.is_asked else "–"
         click.echo(
-            f"{verdict:<6} {scenario.name}: {_measured(result)} ({run}: {scenario.before:.1%} before, "
-            f"{scenario.after:.1%} after)"
+            f"{verdict:<6} {scenario.name}: {_measured(result)} ({run}: {percent(scenario.before)} before, "
+            f"{percent(scenario.after)} after)"
         )
 
 
 def _measured(result: SuiteResult) -> str:
-    asked = f"at least {result.scenario.least:.1%} is asked" if result.is_asked else "nothing is asked"
-    return f"{result.accuracy:.1%}, {asked}"
+    asked = f"at least {percent(result.scenario.least)} is asked" if result.is_asked else "nothing is asked"
+    return f"{percent(result.accuracy)}, {asked}"
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:

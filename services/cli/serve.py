@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, StoreError, escape_control_characters
+from defuse_core.errors import NONE, CheckFailed, InputError, StoreError, escape_control_characters, percent
 from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
@@ -305,7 +305,7 @@ def _show(registry: Registry) -> None:
         return
     forced_now = state.since is not None and bool(state.since.failed_checks)
     for number, info in state.versions.items():
-        roles = {state.production: "production", state.canary: f"canary {100 * state.share:g}%"}
+        roles = {state.production: "production", state.canary: f"canary {percent(state.share, None)}"}
         role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
@@ -338,7 +338,7 @@ def _watch_in_short(info: VersionInfo) -> str:
 
 def _print_watch(figures: WatchFigures) -> None:
     """Print how well failing inputs are found on real images."""
-    from defuse_core.report.formatting import NONE, interval, score
+    from defuse_core.report.formatting import interval, score
 
     click.echo(figures.verdict)
     for name, found in (("validation", figures.validation), ("test", figures.test)):

@@ -14,15 +14,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from defuse_core.errors import count_of
+from defuse_core.errors import NONE, count_of, percent
 from defuse_core.report.formatting import (
-    NONE,
     change,
     interval,
     is_low,
     lam_text,
     pairs_text,
-    percent,
     spread,
     unbroken,
 )
@@ -60,7 +58,7 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
     if report.evidence is not None:
         print_table(console, _evidence_table(report.evidence))
     if report.scenarios.accepted:
-        _print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
+        print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
     print_table(console, _agreement_table(report))
     for line in _lines(report):
         print_text(console, line, "dim")
@@ -95,7 +93,9 @@ def print_table(console: Console, table: Table) -> None:
         return
     if table.title:
         console.print(Text(str(table.title), style="bold"))
-    for cells in zip(*(column.cells for column in table.columns), strict=True):
+    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
+        if number:
+            console.print()
         for place, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
             heading = f"{column.header}: " if column.header else ""
             console.print(Text.assemble("  " if place else "", heading, cast(str | Text, cell)))
@@ -111,7 +111,11 @@ def _needed_width(console: Console, table: Table) -> int:
     for column in table.columns:
         if not column.no_wrap:
             cells = [Measurement.get(console, unbounded, cell) for cell in (column.header, *column.cells)]
-            word = FOLDED if column.overflow == "fold" else max(cell.minimum for cell in cells)
+            word = (
+                max(FOLDED, column.min_width or 0)
+                if column.overflow == "fold"
+                else max(cell.minimum for cell in cells)
+            )
             width -= max(0, max(cell.maximum for cell in cells) - word)
     return width
 
@@ -152,7 +156,7 @@ def print_comparison(
     """Print the scenarios of two runs side by side, and how many there are of each state that occurs."""
     console = console or Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
-    _print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
+    print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
     shown = ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state])
     print_text(console, shown, "", console.width)
@@ -176,7 +180,7 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
     return table
 
 
-def _print_fitting(
+def print_fitting(
     make: Callable[[int, Sequence[str]], Table],
     columns: Sequence[str],
     dropped: Sequence[str],

@@ -11,11 +11,10 @@ from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, We
 from defuse_core.config import CheckSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, percent
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import load_classifier, load_vae, predict
-from defuse_core.report.formatting import percent
 from defuse_core.review.undecided import are_worse
 from defuse_core.tuning_data import held_out_images
 

@@ -109,7 +109,7 @@ def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_
     )
     assert note.replace("60 training", "51 training") in printed  # 15 % are held out
     assert "% at 64" in printed
-    assert "100% at 128" in printed
+    assert "100 % at 128" in printed
 
 
 @pytest.mark.parametrize("classes", [50, 200])

@@ -19,7 +19,7 @@ from defuse_core.artifacts import Corrections, Models, Sweep, Weights
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, percent
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -294,7 +294,7 @@ def test_saving_says_where_less_than_the_limit_is_asked(
     make_run(store, "half", spec, tiny_models, open_splits(spec.data, spec.seed), half)
     page, out = saved(store, "half", tmp_path / "half", monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
-    assert "8 read as 3 (scenario 1): only 50.0% is asked, which the correction reaches, not 90.0%" in out
+    assert "8 read as 3 (scenario 1): only 50.0 % is asked, which the correction reaches, not 90.0 %" in out
     assert "3 read as 8" not in out
 
 
@@ -308,7 +308,7 @@ def test_saving_says_where_the_classifier_before_is_over_the_limit(
     page, out = saved(store, "half-before", tmp_path / "half-before", monkeypatch, capsys)
     eights = page["scenarios"][1]
     assert eights["before"] < eights["least"] < eights["after"]
-    assert f"(scenario 1): {eights['least']:.1%} is asked, since the classifier before has" in out
+    assert f"(scenario 1): {percent(eights['least'])} is asked, since the classifier before has" in out
 
 
 def test_a_failing_classifier_that_expects_other_pixels_is_told_so(

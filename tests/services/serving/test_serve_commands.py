@@ -199,7 +199,7 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     store = ("--store", own_store.address, "--by", "ana")
     lines = run(promote, "first", *store, "--why", "first of all").splitlines()
     assert lines[0] == "version 1 to production"
-    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5%\n")
+    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5 %\n")
     assert run(promote, "second", *store).startswith("version 2 to production\n")
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
     shown = run(promote, "--store", own_store.address).splitlines()
