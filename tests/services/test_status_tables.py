@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,46 @@ def test_runs_without_scenarios_or_test_images_show_a_dash_and_no_arrow(tmp_path
     untested = report.model_copy(update={"accuracy": accuracy})
     run.store.write("report.json", untested.model_dump_json(by_alias=True).encode())
     row = next(line for line in list_of(tmp_path, 80).splitlines() if line.split()[:1] == ["sample"])
-    assert row.split() == ["sample", "digits", "done", "0", "–"]
+    assert row.split()[:5] == ["sample", "digits", "done", "0", "–"] and "→" not in row
+
+
+@pytest.mark.parametrize(
+    ("width", "headings"),
+    [
+        (120, ["Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time"]),
+        (88, ["Run", "Data", "At", "Scenarios", "Test", "Time"]),
+        (80, ["Run", "Data", "At", "Scenarios", "Test"]),
+        (62, ["Run", "At", "Scenarios", "Test"]),
+        (50, ["Run", "At", "Scenarios"]),
+    ],
+)
+def test_a_narrow_list_of_runs_drops_columns_before_rows_become_records(
+    width: int, headings: list[str], tmp_path: Path
+) -> None:
+    for name in ("mnist-laptop", "signs-laptop"):
+        finish(run := a_run(tmp_path, name), *ALL)
+        reported(run)
+    lines = [re.split(r" {2,}", line.strip()) for line in list_of(tmp_path, width).splitlines()]
+    assert headings in lines
+    rows = [line for line in lines if line[0] in {"mnist-laptop", "signs-laptop"}]
+    assert [len(row) for row in rows] == [len(headings)] * 2
+
+
+def test_runs_as_records_have_all_values_and_a_blank_line_between_them(tmp_path: Path) -> None:
+    finish(a_run(tmp_path, "first"), "models")
+    finish(a_run(tmp_path, "second"), "models")
+    first, second = list_of(tmp_path, 36).strip().split("\n\n")
+    assert [part.split(": ")[0].strip() for part in first.splitlines()] == [
+        "Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time"
+    ]  # fmt: skip
+    assert second.startswith("Run: second\n")
+
+
+def test_a_finished_run_has_a_time_in_all(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    reported(run)
+    assert status_of(run, 300).splitlines()[-1] == f"10 min 00 s in all · {run.store.address}"
 
 
 def test_a_long_name_of_a_run_is_folded_in_its_column_and_texts_begin_below_their_headings(
