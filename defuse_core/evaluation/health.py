@@ -174,12 +174,12 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
     """Log the verdict with its figures in one line: a warning unless the β-VAE is fit."""
     log.log(
         logging.INFO if health.verdict == "fit" else logging.WARNING,
-        "the β-VAE is %s: %s %.1f %% of %d training images right and %.1f %% of %s "
+        "the β-VAE is %s: %s %.1f %% of %s training images right and %.1f %% of %s "
         "(the most frequent answer on them: %s, %.0f %%); %d of %d latent dimensions collapsed",
         health.verdict,
         judge_gets(health),
         100 * health.originals_right,
-        health.images,
+        f"{health.images:,}",
         100 * health.reconstructions_right,
         pictures_judged(health),
         classes[health.most_common_answer],

@@ -248,8 +248,10 @@ def status(name: str | None, store: str, as_json: bool) -> None:
         summarize_run,
         summarize_runs,
     )
-    from services.storage import open_store
+    from services.storage import open_store, store_folder
 
+    if name is None and not (store.startswith("s3://") or store_folder(store).exists()):
+        raise InputError(f"no folder {store_folder(store)}; give --store, or start a run")
     if name is None and as_json:
         print_json({"runs": [asdict(summary) for summary in summarize_runs(open_store(store))]})
     elif name is None:
@@ -292,13 +294,14 @@ def delete(run: str, store: str, yes: bool) -> None:
 
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """
+    from defuse_core.runs import no_such_run
     from services.serving.traffic import delete_traffic
     from services.storage import open_store
 
     opened = open_store(store)
     found = opened.within(checked_name(run))
     if not found.exists("run.yaml"):  # one that cannot be read is deleted, too
-        raise InputError(f"no run called {run} in {opened.address}; `defuse status` lists the runs")
+        raise no_such_run(opened, run)
     folder = Path(found.address)  # of a bucket: nothing that exists here
     if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here
         raise InputError(f"{folder} is a link to {folder.resolve()}; delete that run in its own store")

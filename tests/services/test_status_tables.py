@@ -15,10 +15,12 @@ from sample_findings import sample_findings
 
 from defuse_core.artifacts import Checkpoint, ClassifierEpoch, Health
 from defuse_core.codec import encode
+from defuse_core.errors import InputError
 from defuse_core.report import Report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.run import status
 from services.cli.status_tables import (
     RunSummary,
     print_runs,
@@ -244,3 +246,9 @@ def test_a_run_or_report_that_cannot_be_read_is_a_summary_with_the_problem(tmp_p
     assert broken == RunSummary("broken", state="unreadable run.yaml", problem=broken.problem)
     assert "run.yaml" in str(broken.problem)
     assert unread.accuracy is None and "report.json is another version's" in str(unread.problem)
+
+
+def test_a_store_whose_folder_does_not_exist_is_refused(tmp_path: Path) -> None:
+    for words in ([], ["--json"]):
+        with pytest.raises(InputError, match=f"no folder {tmp_path}/other; give --store, or start a run"):
+            status.main([*words, "--store", f"{tmp_path}/other"], standalone_mode=False)
