@@ -41,6 +41,8 @@ from defuse_core.store import GONE, Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+CONTINUES = "the `defuse run` command that began it, or in Python the same call, continues it"
+UNFINISHED = f"is not finished; {CONTINUES}"
 SHOWN_S = 0.05  # the log does not name what was made sooner
 REMEDY = "delete it and run again with the run file that this run was started with"
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
@@ -262,7 +264,7 @@ class Run:
         """Return the stored artefact of `kind`. Raises InputError where it has not been made yet."""
         artefact = self.load(kind, key)
         if artefact is None:
-            raise self.lacks(f"is not finished; `defuse status {self.name}` shows how far it is")
+            raise self.lacks(UNFINISHED)
         return artefact
 
     def exists(self) -> bool:

@@ -123,8 +123,8 @@ def _expect_people(run: Run) -> None:
     """Raise InputError for a run that asks no people."""
     if run.spec.review.annotators != "label-studio":
         raise InputError(
-            f"run {run.name} asks reference models, which answer within `defuse run`; `defuse status {run.name}` "
-            "shows how far it is"
+            f"run {run.name} asks reference models, which answer within `defuse run`; to ask people, start another "
+            "run with --set review.annotators=label-studio"
         )
 
 
@@ -354,13 +354,11 @@ def _checked_name(name: str) -> str:
 def _open(name: str, store: str) -> tuple[Run, Gallery]:
     """Return the run and the images that people review. Raises InputError if there are none yet."""
     from defuse_core.artifacts import Gallery
-    from defuse_core.runs import Run
+    from defuse_core.runs import CONTINUES, Run
     from services.storage import open_store
 
     opened = Run.open(open_store(store), _checked_name(name))
     gallery = opened.load(Gallery)
     if gallery is None:
-        raise InputError(
-            f"run {name} has no images to review yet; `defuse status {name}` shows how far it is"
-        )
+        raise opened.lacks(f"has no images to review yet; {CONTINUES}")
     return opened, gallery

@@ -17,7 +17,7 @@ from defuse_core.config import STEPS
 from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of, percent
 from defuse_core.report.formatting import date_time, duration, size
 from defuse_core.report.notices import headline
-from defuse_core.runs import Run
+from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import Store
 from services.cli.console import Terminal
 from services.cli.tables import accuracy_table, add_row, new_table, print_fitting, print_table, print_text
@@ -212,10 +212,10 @@ def print_status(run: Run, console: Console | None = None) -> None:
             "Size": NONE if state.bytes is None else size(state.bytes),
         }
         add_row(table, *(cells[name] for name in columns))
+    is_finished = all(state.state == "done" for state in states)
     known = [state.seconds for state in states if state.seconds is not None]
-    until_now = "in all" if all(state.state == "done" for state in states) else "so far"
     spent = (
-        f"{duration(sum(known))} {until_now} · " if known else ""
+        f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
     )  # the first step has no time until its end
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     print_table(console, table)
@@ -227,6 +227,8 @@ def print_status(run: Run, console: Console | None = None) -> None:
         print_table(console, accuracy_table(report))
     elif run.store.exists("report.json"):
         print_text(console, _unread_report(run), "yellow", console.width)
+    if not is_finished and "under way" not in {state.state for state in states}:
+        print_text(console, f"The run {UNFINISHED}.", "")
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 

@@ -327,7 +327,7 @@ def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monke
         monkeypatch, capsys, "export", "begun", "--store", tmp_path, "--to", tmp_path / "m.pt2"
     )
     assert code == 2
-    assert "run begun has no corrected classifier yet" in one_line(err)
+    assert "run begun is not finished; the `defuse run` command that began it" in one_line(err)
 
 
 def test_no_output_replaces_a_file_of_a_run_a_suite_or_the_registry(own_store, tmp_path, monkeypatch, capsys):

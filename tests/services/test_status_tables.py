@@ -139,6 +139,19 @@ def test_status_has_no_time_before_any_step_is_done(tmp_path: Path) -> None:
     assert status_of(run, 300).splitlines()[-1] == run.store.address
 
 
+def test_status_of_an_unfinished_run_says_what_continues_it_unless_that_works_on_it(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, "models")
+    told = "The run is not finished; the `defuse run` command that began it"
+    assert told in status_of(run)
+    run.store.write("psi/000000.safetensors", b"")
+    with run.store.lock():
+        assert told not in status_of(run)
+    finish(run, *ALL)
+    reported(run)
+    assert told not in status_of(run)
+
+
 def test_status_of_a_finished_run_shows_the_accuracies_of_its_report(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     finish(run, *ALL)

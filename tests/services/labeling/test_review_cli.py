@@ -106,7 +106,8 @@ def test_a_run_that_asks_models_is_not_pushed(cli, make_review):
 def test_a_run_that_asks_models_is_not_sent_to_label_studio(cli, make_review, command):
     review = make_review(annotators="reference-models")
     with pytest.raises(
-        InputError, match=f"answer within `defuse run`; `defuse status {review.run.name}` shows"
+        InputError,
+        match=f"{review.run.name} asks .* answer within `defuse run`; to ask people, start another run",
     ):
         cli(*command, review.run.name)
 

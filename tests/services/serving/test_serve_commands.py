@@ -145,7 +145,7 @@ def test_check_of_an_unfinished_run_names_the_command_that_shows_what_is_missing
 ):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(
-        InputError, match="run begun is not finished; `defuse status begun` shows how far it is"
+        InputError, match="run begun is not finished; the `defuse run` command that began it, or in Python"
     ):
         run(check, "begun", "--store", str(tmp_path))
 
@@ -165,7 +165,8 @@ def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     for options in ((), ("--address", "127.0.0.1:1")):
         with pytest.raises(
-            InputError, match="run begun is not finished; `defuse status begun` shows how far it is"
+            InputError,
+            match="run begun is not finished; the `defuse run` command that began it, or in Python",
         ):
             run(serve, "begun", "--store", str(tmp_path), *options)
 
