@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from defuse_core.runs import Run
 
 
+MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
 EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
 
 
@@ -91,6 +94,14 @@ json_option = click.option(
 def print_json(page: dict[str, Any]) -> None:
     """Print the result of a command that was given --json."""
     click.echo(json.dumps(page), file=click.get_current_context().meta[STDOUT])
+
+
+def echo_marked(mark: str, text: str) -> None:
+    """Print a line of a check behind its mark; a narrow terminal gets it in several, which break between words."""
+    lines = [text]
+    if sys.stdout.isatty():
+        lines = textwrap.wrap(text, max(24, shutil.get_terminal_size().columns - MARK_WIDTH))
+    click.echo(f"{mark:<{MARK_WIDTH - 1}} " + f"\n{'':{MARK_WIDTH}}".join(lines))
 
 
 def run_name(name: str | None, runfile: Path) -> str:

@@ -15,6 +15,7 @@ from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     classifier_fields,
+    echo_marked,
     given,
     json_option,
     open_run,
@@ -222,14 +223,12 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
     for result in results:
         scenario = result.scenario
         verdict = ("ok" if result.passed else "FAILED") if result.is_asked else "–"
-        click.echo(
-            f"{verdict:<6} {scenario.name}: {_measured(result)} ({run}: {percent(scenario.before)} before, "
-            f"{percent(scenario.after)} after)"
-        )
+        before, after = percent(scenario.before), percent(scenario.after)
+        echo_marked(verdict, f"{scenario.name}: {_measured(result)} ({run}: {before} before, {after} after)")
 
 
 def _measured(result: SuiteResult) -> str:
-    asked = f"at least {percent(result.scenario.least)} is asked" if result.is_asked else "nothing is asked"
+    asked = f"expected at least {percent(result.scenario.least)}" if result.is_asked else "nothing is asked"
     return f"{percent(result.accuracy)}, {asked}"
 
 

@@ -15,6 +15,7 @@ from defuse_core.errors import NONE, CheckFailed, InputError, StoreError, escape
 from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
+    echo_marked,
     given,
     json_option,
     open_run,
@@ -83,13 +84,14 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
         raise
     failed, annotators = candidate.failed_checks(), candidate.summary.annotators
     if as_json:
-        checks = [asdict(result) for result in candidate.checks]
+        checks = [{**asdict(result), "at": result.at} for result in candidate.checks]
         page = {"run": run, "passed": not failed, "annotators": annotators, "checks": checks, "reason": None}
         print_json(page)
     else:
         for result in candidate.checks:
-            click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
-        click.echo(f"       its failure scenarios were labelled by {annotators}")
+            echo_marked("ok" if result.passed else "FAILED", result.line)
+        if annotators != "people":
+            echo_marked("note", f"{annotators}, not people, labelled the failure scenarios")
         if not failed:
             click.echo(f"{len(candidate.checks)} of {len(candidate.checks)} checks passed")
     if failed:
