@@ -51,7 +51,7 @@ SCALE = 2.0  # identify.scale
 ANCHORED_PURITY = 0.7
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
-TOO_LONG = 1.5  # times the minutes asked for, from which a plan is worth a warning
+TOO_LONG = 1.5  # times the minutes asked for, or those planned, from which the other is worth a word
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Plan:
     """A run file as a tree, what was found, and what a person should know."""
 
     tree: dict[str, Any]
-    minutes: float  # that the run takes here: as asked for, or what it cannot do with less than
+    minutes: float  # that the run takes here: as asked for, what it cannot do with less than, or the most it can use
     facts: DataFacts
     speeds: Speeds
     probe: ClassifierProbe | None  # of a classifier of the user's own with weights
@@ -291,6 +291,8 @@ def _set_sizes(
             f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give --minutes "
             "more, or set data.train_images or a smaller data.image_size"
         )
+    if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
+        return max(1, round(planned)), warnings
     return minutes, warnings
 
 

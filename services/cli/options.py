@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -176,16 +177,36 @@ def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] 
     if path.is_dir():
         _expect_none(weights, text, "its weights are in the folder")
         return {"architecture": "transformers", "weights": str(path.absolute())}
+    if path.suffix == ".py":
+        module = path.stem if path.is_absolute() else ".".join(path.with_suffix("").parts)
+        raise InputError(
+            f"--classifier {text}: a Python file; name the function in it that returns the network: --classifier "
+            f"{module}:build"
+        )
+    if path.suffix == ".safetensors":
+        raise InputError(
+            f"--classifier {text}: holds weights only; add the code: --classifier package.module:factory "
+            f"--weights {text}"
+        )
     if path.is_file() or path.suffix in {".pt", ".pt2", ".torchscript", ".pth", ".safetensors"}:
         _expect_none(weights, text, "the file holds its own")
         return {"architecture": "program", "weights": _existing(path)}
     if ":" not in text:
         raise InputError(
             f"--classifier {text}: expected package.module:factory, a file, a folder of Hugging Face's, or timm:NAME; "
-            "found no such file"
+            f"found no such file{_meant(text)}"
         )
     section: dict[str, Any] = {"architecture": "custom", "import_path": text}
     return section | ({"weights": _existing(weights)} if weights is not None else {})
+
+
+def _meant(text: str) -> str:
+    """Return which function is meant by the name of a module, or one without a colon: nets:build for nets.build."""
+    module, _, factory = text.rpartition(".")
+    with contextlib.suppress(ValueError):  # a name that no module can have
+        if importlib.util.find_spec(text.partition(".")[0]) is not None:
+            return f"; did you mean {f'{module}:{factory}' if module else f'{text}:build'}?"
+    return ""
 
 
 def _existing(path: Path) -> str:

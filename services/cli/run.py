@@ -105,10 +105,11 @@ def init(
     with writing("--out", path):
         path.write_text(write_run_file(plan), encoding="utf-8")
     load_run_file(path)
-    _print_plan(plan, path)
+    _print_plan(plan, path, minutes)
 
 
-def _print_plan(plan: Plan, path: Path) -> None:
+def _print_plan(plan: Plan, path: Path, asked: float) -> None:
+    """Print what was found and written; `asked` are the minutes asked for."""
     from defuse_core.suggest import describe_accuracy
 
     facts, vae = plan.facts, plan.tree["vae"]
@@ -128,7 +129,8 @@ def _print_plan(plan: Plan, path: Path) -> None:
         click.echo(f"note        {warning}")
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
-    click.echo(f"wrote {path}, for about {count_of(plan.minutes, 'minute')}; next: {following}")
+    enough = "; more time would bring nothing for so few images" if plan.minutes < asked else ""
+    click.echo(f"wrote {path}, for about {count_of(plan.minutes, 'minute')}{enough}; next: {following}")
 
 
 @click.command(short_help="List the fields of the run file with their meaning.")

@@ -81,8 +81,8 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     assert "decode" not in vae  # plain, the default
     assert load_run_file(Path("digits.yaml")).classifier.architecture == "cnn"
     text = Path("digits.yaml").read_text()
-    assert text.startswith("# Written by `defuse init` for about 10 minutes")
-    assert "# Q, draws per image" in text
+    assert text.startswith("# Written by `defuse init` for about 3 minutes")
+    assert "# Perturbed decodings tried per training image, Q" in text
 
 
 def test_comments_explain_the_value_that_is_written(pictures, tmp_path, monkeypatch, capsys):
@@ -161,7 +161,7 @@ def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_
     )
     assert "input_range" not in tree["classifier"]
     assert re.search(
-        r"note +the classifier is right on 99.\d% of 204 .* set classifier.input_range: imagenet if", out
+        r"note +the classifier is right on 99.\d % of 204 .* set classifier.input_range: imagenet if", out
     )
 
 
