@@ -164,7 +164,9 @@ class Suite:
         classifier = build_classifier(spec, classes)
         load_pretrained(classifier, spec.classifier.weights, trained_on=False)
         to_device(classifier).eval()
-        check_outputs(classifier, spec.classifier, self._images(), classes)
+        side, colours = self.description.image_size, "grey" if self.description.channels == 1 else "colour"
+        remedy = f"the suite's pictures are {side}x{side}, {colours}: give a classifier that takes these"
+        check_outputs(classifier, spec.classifier, self._images(), classes, remedy)
         if spec.classifier.import_path is not None and spec.classifier.weights is None:
             expect_own_weights(spec.classifier.import_path)
         return classifier

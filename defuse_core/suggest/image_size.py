@@ -20,7 +20,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.checks import CallError, ProbabilitiesError
+from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -106,7 +106,7 @@ def _sized(
         spec = _run_file(_sections(facts, own, size))
         images = open_splits(spec.data, spec.seed).train
         try:
-            check_outputs(classifier, spec.classifier, images, len(facts.classes))
+            check_outputs(classifier, spec.classifier, images, len(facts.classes), _remedy(facts, asked))
         except ProbabilitiesError:
             raise
         except ModelError as error:
@@ -124,6 +124,18 @@ def _sized(
     notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
+
+
+def _remedy(facts: DataFacts, asked: int | None) -> str:
+    """Return what to do where the classifier fails on images of one size."""
+    if asked is not None and facts.name != "npz":
+        return f"leave --image-size {asked} out, or give the size that it was trained on"
+    of_file = (
+        ", and that the pictures in the file are as those that it was trained on"
+        if facts.name == "npz"
+        else ""
+    )
+    return f"check {ANY_SIZE}{of_file}"
 
 
 def _sizes_to_try(facts: DataFacts, own: bool) -> list[int]:

@@ -28,6 +28,7 @@ from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run, perturb_weights, swap_classes
 
 NET = "tests.services.test_suite:the_tiny_cnn"
+OF_48 = "tests.services.test_init_image_size:of_48"
 EASY = {
     "check": {"min_scenario_accuracy": 0.5, "min_each_scenario": 0.5}
 }  # the tiny classifier is not very good
@@ -349,6 +350,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
             ["check", "--suite", "suite/suite.json", "--classifier", NET],
             "--suite suite/suite.json: expected a folder written by `defuse suite save`; cannot read",
         ),
+        (["check", "--suite", "suite", "--classifier", OF_48], "grey: give a classifier that takes these"),
         (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
         (
             ["check", "--suite", "odd", "--classifier", NET],
