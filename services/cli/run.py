@@ -138,6 +138,8 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
 def fields(section: str | None) -> None:
     """List every field of the run file, or of SECTION, with its values, its default and its meaning.
 
+    Sections: data, classifier, vae, identify, distill, review, judges, correct, report, resources, check, serve.
+
     \b
     defuse fields vae
     defuse fields review.reference
@@ -145,7 +147,12 @@ def fields(section: str | None) -> None:
     from defuse_core.config.loading import describe_fields
 
     columns = min(104, max(24, shutil.get_terminal_size((104, 24)).columns))  # 104 where it is no terminal
+    shown = ""
     for field in describe_fields(section):
+        at, dot, _ = field.name.partition(".")
+        if section is None and dot and at != shown:
+            shown = at
+            click.echo(click.style(f"\n{at}", bold=True))
         click.echo(f"{field.name}: {field.values} [{field.default}]")
         click.echo(textwrap.indent("\n".join(textwrap.wrap(field.meaning, columns - 4)), "    "))
 

@@ -313,7 +313,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "--out notes.npz: exists; choose another file"),
         (["flat", "--out", "empty", "--force"], "--out empty: cannot be written (Is a directory); choose"),
-        (["small.npz"], "small.npz: image_size: Input should be greater than or equal to 8, found 6; resize"),
+        (["small.npz"], "small.npz: image_size: expected greater than or equal to 8, found 6; resize"),
         (["flat", "--classifier", "nothing"], "expected package.module:factory, a file, a folder"),
         (
             ["flat", "--classifier", "timm:resnet18"],

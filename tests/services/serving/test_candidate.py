@@ -158,7 +158,7 @@ def test_a_setting_that_is_none_is_an_error_that_names_the_field():
     assert with_settings(ServeSection(timeout_s=3.0), {"max_images": 5}) == ServeSection(
         timeout_s=3.0, max_images=5
     )
-    with pytest.raises(InputError, match=r"^serve\.timeout_s: Input should be greater than 0, found -1"):
+    with pytest.raises(InputError, match=r"^serve\.timeout_s: expected greater than 0, found -1"):
         with_settings(ServeSection(), {"timeout_s": -1})
 
 
