@@ -55,7 +55,9 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     be written, ModelError where the answers differ.
     """
     if path.suffix not in SUFFIXES:
-        raise InputError(f"--to {path}: expected a file that ends in {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"--to {path}: expected a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
     models, classifier = corrected_classifier(run)
     section, example = run.spec.classifier, _example(run)
     with writing("--to", path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,13 @@ def given(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(
             f"expected text on one line without control characters, found {value!r}", context, parameter
         )
+    return value
+
+
+def number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
+    if math.isnan(value):
+        raise click.BadParameter("expected a number, found nan", context, parameter)
     return value
 
 

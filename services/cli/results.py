@@ -93,7 +93,7 @@ def suite() -> None:
     """
 
 
-@suite.command()
+@suite.command(short_help="Write the accepted scenarios as a suite.")
 @click.argument("run")
 @store_option
 @click.option("--out", type=GivenPath(), required=True, help="New folder to write.")
@@ -102,6 +102,9 @@ def save(run: str, store: str, out: Path) -> None:
 
     The least accuracy of each scenario is in OUT/suite.json, and may be edited there; with 0 nothing is asked.
     A suite in which nothing is asked of any scenario passes no check.
+
+    \b
+    defuse suite save digits --out suite/
     """
     from defuse_core.export.suite import save_suite
 

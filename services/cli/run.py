@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shlex
 import shutil
 import sys
@@ -26,6 +25,7 @@ from services.cli.options import (
     given,
     json_option,
     name_option,
+    number,
     open_run,
     print_json,
     run_name,
@@ -45,13 +45,6 @@ if TYPE_CHECKING:
     from services.cli.console import ProgressDisplay
 
 
-def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
-    if math.isnan(value):
-        raise click.BadParameter("expected a number, found nan", context, parameter)
-    return value
-
-
 @click.command(short_help="Look at images and a classifier, and write a run file.")
 @click.argument("images", type=GivenPath())
 @click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
@@ -61,7 +54,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
     type=click.FloatRange(1, 10_000),
     default=30.0,
     show_default=True,
-    callback=_number,
+    callback=number,
     help="Time for the run on this machine.",
 )
 @click.option(
@@ -82,7 +75,8 @@ def init(
 ) -> None:
     """Look at IMAGES and a classifier, measure for some seconds, and write a commented run file.
 
-    IMAGES is a folder with train/CLASS/*.png (and validation/ and test/ likewise), or an .npz file.
+    IMAGES is a folder with train/CLASS/*.png (or .jpg, .tif, .webp, .bmp, .ppm; validation/ and test/ likewise), or an
+    .npz file.
 
     \b
     defuse init parts/ --classifier my_nets:build --weights parts.safetensors
@@ -93,6 +87,10 @@ def init(
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
     from services.cli.console import ProgressDisplay
 
+    if images.suffix in {".yaml", ".yml"}:
+        raise InputError(
+            f"{images} is no folder of images and no .npz file; did you mean `defuse run {images}`?"
+        )
     path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
     if not force:
         expect_new_file("--out", path)
@@ -241,14 +239,18 @@ def run(
 
 
 @click.command(short_help="Show how far a run is, or list the runs.")
-@click.argument("name", required=False)
+@click.argument("name", metavar="[RUN]", required=False)
 @store_option
 @json_option
 def status(name: str | None, store: str, as_json: bool) -> None:
-    """Show how far the run called NAME is, or list the runs.
+    """Show how far RUN is, or list the runs.
 
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
     continues it.
+
+    \b
+    defuse status
+    defuse status digits
     """
     from services.cli.status_tables import (
         print_runs,
@@ -274,11 +276,15 @@ def status(name: str | None, store: str, as_json: bool) -> None:
 
 
 @click.command(short_help="Show the report of a run, and write its page again.")
-@click.argument("name")
+@click.argument("name", metavar="RUN")
 @store_option
 @json_option
 def report(name: str, store: str, as_json: bool) -> None:
-    """Show the report of the run called NAME, and write its page again. With --json: what report.json holds."""
+    """Show the report of RUN, and write its page again. With --json: what report.json holds.
+
+    \b
+    defuse report digits
+    """
     from defuse_core.pipeline import rewrite_report
     from services.cli.tables import print_report
 

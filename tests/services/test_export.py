@@ -298,7 +298,7 @@ def test_a_file_that_exists_is_replaced_with_force_alone(store, tmp_path, monkey
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--to", "model.bin"], "expected a file that ends in .safetensors, .pt2, .onnx"),
+        (["--to", "model.bin"], "expected a file that ends in .safetensors, .pt2 or .onnx"),
         (["--scenarios", "."], "expected an empty or new folder, found files"),
         ([], "give --to FILE, --scenarios FOLDER, or both"),
         (["--to", "file/model.pt2"], "--to file/model.pt2: cannot be written (file: File exists); choose"),

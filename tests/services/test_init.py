@@ -310,6 +310,7 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["project"], "found no train/, but images below docs/; give a folder of this layout"),
         (["empty"], "expected train/ with a folder of images per class"),
         (["notes.npz"], "expected an .npz file of plain arrays"),
+        (["mine.yaml"], "is no folder of images and no .npz file; did you mean `defuse run "),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "--out notes.npz: exists; choose another file"),
         (["flat", "--out", "empty", "--force"], "--out empty: cannot be written (Is a directory); choose"),
@@ -327,7 +328,8 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
 def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("notes.npz").write_text("notes")
+    for name in ("notes.npz", "mine.yaml"):
+        Path(name).write_text("notes")
     np.savez("small.npz", train_images=np.zeros((20, 6, 6), np.uint8), train_labels=np.arange(20) % 2)
     for name in (
         "flat/cat",
