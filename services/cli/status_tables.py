@@ -20,7 +20,7 @@ from defuse_core.report.notices import headline
 from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import Store
 from services.cli.console import Terminal
-from services.cli.tables import accuracy_table, add_row, new_table, print_fitting, print_table, print_text
+from services.cli.tables import add_row, new_table, print_accuracy, print_fitting, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -224,7 +224,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if report := _stored_report(run):
         print_text(console, headline(report), "bold")
         console.print()
-        print_table(console, accuracy_table(report))
+        print_accuracy(report, console)
     elif run.store.exists("report.json"):
         print_text(console, _unread_report(run), "yellow", console.width)
     if not is_finished and "under way" not in {state.state for state in states}:
