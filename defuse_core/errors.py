@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 ANOTHER_NAME = "another name (--name, or name= in Python)"  # of a run, in messages
 OTHER_FORMAT_REMEDY = f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
+NONE = "–"  # in place of a number that does not exist
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
 
@@ -63,6 +64,13 @@ def count_of(number: float, noun: str) -> str:
     """Return `1 image`, `2 images`, `12,345 images`, `1.5 minutes`. The plural of the noun ends in s."""
     text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
+
+
+def percent(value: float | None, digits: int | None = 1) -> str:
+    """Return a fraction of 1 as a percentage: 98.97 %; with `digits` None as short as it is: 5 %, 12.5 %."""
+    if value is None:
+        return NONE
+    return f"{100 * value:g} %" if digits is None else f"{100 * value:.{digits}f} %"
 
 
 def one_line(error: Exception | str, limit: int = 200) -> str:

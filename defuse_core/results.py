@@ -38,7 +38,7 @@ from defuse_core.report.build import build_report
 from defuse_core.report.html import render_real, render_run, render_scenarios, scenario_card
 from defuse_core.report.notices import headline
 from defuse_core.report.schema import Scenario
-from defuse_core.runs import Run
+from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import GONE
 from defuse_core.watch import FailureWatch
 
@@ -72,7 +72,7 @@ class RunResult:
         try:
             text = self.run.store.read("report.json")
         except FileNotFoundError as error:
-            raise self.run.lacks("is not finished; the same call or command continues it") from error
+            raise self.run.lacks(UNFINISHED) from error
         try:
             return parse_report(text, f"{self.run.store.address}/report.json")
         except InputError:

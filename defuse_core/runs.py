@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import logging
@@ -27,11 +28,22 @@ from defuse_core.config import (
     parse_run_file,
     parse_yaml,
 )
-from defuse_core.errors import ANOTHER_NAME, DamagedError, InputError, RunFileError, RunMismatchError
+from defuse_core.errors import (
+    ANOTHER_NAME,
+    DamagedError,
+    InputError,
+    RunFileError,
+    RunMismatchError,
+    StoreError,
+    first_few,
+)
 from defuse_core.store import GONE, Store
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
+CONTINUES = "the `defuse run` command that began it, or in Python the same call, continues it"
+UNFINISHED = f"is not finished; {CONTINUES}"
+SHOWN_S = 0.05  # the log does not name what was made sooner
 REMEDY = "delete it and run again with the run file that this run was started with"
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
@@ -85,6 +97,17 @@ def _digest_of(path: Path) -> str:
 
 def _damaged(store: Store, name: str) -> str:
     return f"{store.address}/{name}/run.yaml: expected what Defuse wrote there"
+
+
+def no_such_run(store: Store, name: str) -> InputError:
+    """Return the error of a name that no run in the store has, with the names that there are, a like one first."""
+    runs = list[str]()
+    with contextlib.suppress(StoreError):  # a store that gives a run need not list them
+        runs = [found for found in store.folders() if store.exists(f"{found}/run.yaml")]
+    like = difflib.get_close_matches(name, runs, n=1)
+    known = [*like, *(found for found in runs if found not in like)]
+    has = f"which has {first_few(known)}" if known else "which has no runs; choose another one with --store"
+    return InputError(f"no run called {name} in {store.address}, {has}")
 
 
 class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
@@ -187,9 +210,7 @@ class Run:
         try:
             text = store.within(name).read("run.yaml")
         except FileNotFoundError as error:
-            raise InputError(
-                f"no run called {name} in {store.address}; `defuse status` lists the runs"
-            ) from error
+            raise no_such_run(store, name) from error
         try:
             tree = parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
@@ -224,7 +245,8 @@ class Run:
         self.made_s += seconds
         self._note(step, key, seconds, data, _manifest_fields(artefact))
         self.store.write(f"{key}.safetensors", data)
-        log.info("%s: %s made in %.1f s", step, key, time.time() - started)
+        if (total := time.time() - started) >= SHOWN_S:
+            log.info("%s: %s made in %.1f s", step, key, total)
         for listener in self.listeners:
             listener()
         return readable
@@ -242,7 +264,7 @@ class Run:
         """Return the stored artefact of `kind`. Raises InputError where it has not been made yet."""
         artefact = self.load(kind, key)
         if artefact is None:
-            raise self.lacks(f"is not finished; `defuse status {self.name}` shows how far it is")
+            raise self.lacks(UNFINISHED)
         return artefact
 
     def exists(self) -> bool:

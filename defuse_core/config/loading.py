@@ -99,7 +99,7 @@ def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
         return f"{field}: unknown field{_meant(field, section)}"
     message = _message(first).removeprefix("Value error, ")
     for other in others:  # the field has a union of types
-        message += " or " + _message(other).removeprefix("Input should be ")
+        message += " or " + _message(other).removeprefix("expected ")
     found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field + ': ' if field else ''}{message}{found}{more}"
@@ -122,11 +122,11 @@ def _meant(field: str, section: type[BaseModel]) -> str:
 
 
 def _message(detail: ErrorDetails) -> str:
-    """Return pydantic's message in the words of YAML."""
+    """Return pydantic's message in the words of Defuse and YAML."""
     return {
-        "tuple_type": "Input should be a list",
-        "model_type": "Input should be a section with fields",
-    }.get(detail["type"], detail["msg"])
+        "tuple_type": "expected a list",
+        "model_type": "expected a section with fields",
+    }.get(detail["type"], detail["msg"].replace("Input should be ", "expected "))
 
 
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
@@ -258,9 +258,19 @@ def describe_fields(section: str | None = None) -> list[FieldDescription]:
         return found
     wanted = [field for field in found if field.name == section or field.name.startswith(f"{section}.")]
     if not wanted:
-        names = ", ".join(dict.fromkeys(field.name.partition(".")[0] for field in found))
-        raise InputError(f"fields {section}: the run file has no such section or field; it has {names}")
+        raise InputError(
+            f"fields {section}: no such section or field{_meant(section, RunFile) or _beside(section)}"
+        )
     return wanted
+
+
+def _beside(name: str) -> str:
+    """Return what there is where a section or field was looked for that does not exist."""
+    parts, at = [field.name.split(".") for field in _fields(RunFile, "")], name.split(".")[:-1]
+    while at and not any(names[: len(at)] == at for names in parts):
+        at.pop()
+    beside = dict.fromkeys(names[len(at)] for names in parts if names[: len(at)] == at)
+    return f"; {'.'.join(at) or 'the run file'} has {', '.join(beside)}"
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDescription]:

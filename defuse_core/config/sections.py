@@ -78,7 +78,7 @@ class ClassifierSection(Section):
     epochs: int = Field(5, ge=0)
     """0 uses `weights` unchanged. Paper: 5 for MNIST, 20 for signs, 10 for SVHN."""
     batch_size: int = Field(64, ge=2)
-    """Images. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
+    """Images per step. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
     keep: Literal["last", "best_validation"] = "last"
     """Which epoch's weights are kept. Paper: last for MNIST, best_validation otherwise."""
 
@@ -99,7 +99,7 @@ class VaeSection(Section):
     """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
     loads its own."""
     latent_dim: int = Field(10, ge=1, le=512)
-    """Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
+    """Dimensions of the latent code, Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
     """4x4 stride-2 convolutions of the encoder (convolutional: and of the decoder). Paper: 3 for MNIST and SVHN,
     4 for signs."""
@@ -115,9 +115,9 @@ class VaeSection(Section):
     epochs: int = Field(800, ge=0)
     """0 uses `weights` (or a custom module) unchanged. Paper: 800 for MNIST and signs, 400 for SVHN."""
     batch_size: int = Field(2048, ge=2)
-    """Images. Paper: 2048."""
+    """Images per step. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Adam. Paper: 0.001."""
+    """Adam's step size. Paper: 0.001."""
     schedule: Schedule = "constant"
     """Of the learning rate. one_cycle: linear growth over a tenth of the steps, then a half cosine to 0. Paper:
     constant."""
@@ -139,7 +139,7 @@ class IdentifySection(Section):
     """Algorithm 1: perturb training images in latent space, keep what f gets wrong."""
 
     draws: int = Field(500, ge=1)
-    """Q, draws per image. Paper: 500 for MNIST, 100 otherwise."""
+    """Perturbed decodings tried per training image, Q. Paper: 500 for MNIST, 100 otherwise."""
     noise: Literal["posterior", "beta"] = "posterior"
     """posterior is Gaussian with the encoder's own standard deviation σ(x), and mean 0; beta is Beta(a, b) per latent
     dimension. Paper: beta."""
@@ -184,8 +184,8 @@ class DistillSection(Section):
     min_support: int = Field(5, ge=1)
     """Components with codes of fewer training images (of a track, each) are dropped. Paper: 1, which drops none."""
     order: Literal["weight", "source-error"] = "weight"
-    """Order of the scenarios. source-error puts first the components whose source images, the training images that
-    their codes come from, f gets wrong most certainly (lower 95 % bound, by tracks): these are real. Paper: weight."""
+    """Which scenarios come first: source-error, those whose training images the classifier gets wrong most
+    certainly (lower 95 % bound, by tracks): real images, which the codes come from, show these. Paper: weight."""
     engine: Literal["torch", "scikit-learn"] = "torch"
     """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
     and equal to rounding. Paper: scikit-learn."""
@@ -220,7 +220,7 @@ class ClassifierSet(Section):
     epochs: int = Field(6, ge=0)
     """Passes over the training images. 0 uses a pretrained model: `weights`, or what import_path returns."""
     batch_size: int = Field(128, ge=2)
-    """Images."""
+    """Images per step."""
     train_images: int | None = Field(None, ge=1)
     """Train them on only so many training images, drawn by seed."""
 
@@ -335,13 +335,13 @@ class CorrectSection(Section):
     filter: Literal["reference-models", "none"] = "reference-models"
     """reference-models tunes only on draws in which the reference models see the scenario's label. Paper: none."""
     lambdas: tuple[float, ...] = Field((0.01, 0.1, 1.0, 10.0), min_length=1)
-    """λ, one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
+    """Weights of the scenarios, λ, to try; one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
     epochs: int = Field(3, ge=1)
     """Epochs each. Paper: 3 for MNIST, 5 otherwise."""
     batch_size: int = Field(256, ge=2)
-    """Images of D per step, and as many of D_f. Paper: 256; 2048 for SVHN."""
+    """Training images per step, D, and as many images of scenarios, D_f. Paper: 256; 2048 for SVHN."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Adam. Paper: 0.001."""
+    """Adam's step size. Paper: 0.001."""
     schedule: Schedule = "one_cycle"
     """one_cycle: as vae.schedule, over all epochs; the last epoch is the one to choose. Paper: constant."""
     augment: bool = True

@@ -72,11 +72,11 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
             change = f"{scenarios.last_change:.3g} nats, tolerance {spec.distill.tolerance:g}"
             state += f" (its bound changed by {change})"
     log.info(
-        "kept %d of %d components with weight over %g, from %d codes; the fit %s after %d iterations",
+        "kept %d of %d components with weight over %g, from %s codes; the fit %s after %d iterations",
         len(scenarios),
         len(scenarios.all_weights),
         spec.distill.min_weight,
-        scenarios.codes_used,
+        f"{scenarios.codes_used:,}",
         state,
         scenarios.iterations,
     )

@@ -27,7 +27,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced, to_levels
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ANOTHER_NAME, VaeHealthError
+from defuse_core.errors import ANOTHER_NAME, VaeHealthError, percent
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import (
     Vae,
@@ -174,12 +174,12 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
     """Log the verdict with its figures in one line: a warning unless the β-VAE is fit."""
     log.log(
         logging.INFO if health.verdict == "fit" else logging.WARNING,
-        "the β-VAE is %s: %s %.1f %% of %d training images right and %.1f %% of %s "
+        "the β-VAE is %s: %s %.1f %% of %s training images right and %.1f %% of %s "
         "(the most frequent answer on them: %s, %.0f %%); %d of %d latent dimensions collapsed",
         health.verdict,
         judge_gets(health),
         100 * health.originals_right,
-        health.images,
+        f"{health.images:,}",
         100 * health.reconstructions_right,
         pictures_judged(health),
         classes[health.most_common_answer],
@@ -205,8 +205,8 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
     if VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
-        f"the β-VAE is {health.verdict}: {judge_gets(health)} {health.originals_right:.1%} of the training images "
-        f"right but {health.reconstructions_right:.1%} of {pictures_judged(health)}, and {health.collapsed} of "
+        f"the β-VAE is {health.verdict}: {judge_gets(health)} {percent(health.originals_right)} of the training images "
+        f"right but {percent(health.reconstructions_right)} of {pictures_judged(health)}, and {health.collapsed} of "
         f"{health.dimensions} latent dimensions collapsed ({STRIP_KEY} in the run shows both); "
         f"{why_guessing(models) or _remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
     )

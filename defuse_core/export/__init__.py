@@ -24,7 +24,7 @@ from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import as_logits, plain_section, to_range
 from defuse_core.models.programs import SOURCE
-from defuse_core.runs import Run
+from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
 COMPARED_IMAGES = 1000
@@ -55,7 +55,9 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     be written, ModelError where the answers differ.
     """
     if path.suffix not in SUFFIXES:
-        raise InputError(f"--to {path}: expected a file that ends in {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"--to {path}: expected a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
     models, classifier = corrected_classifier(run)
     section, example = run.spec.classifier, _example(run)
     with writing("--to", path):
@@ -78,7 +80,7 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
     """Return what the run trained, and its corrected classifier in eval mode. Raises InputError where there is none."""
     models, sweep = run.load(Models), run.load(Sweep)
     if models is None or sweep is None:
-        raise InputError(f"run {run.name} has no corrected classifier yet; finish it with `defuse run`")
+        raise run.lacks(UNFINISHED)
     if not sweep.weights:
         raise InputError(
             f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"

@@ -30,7 +30,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import InputError, StoreError, percent
 from defuse_core.export import why_not_corrected
 from defuse_core.export.pictures import load_finished
 from defuse_core.files import expect_new_folder, filling
@@ -164,7 +164,9 @@ class Suite:
         classifier = build_classifier(spec, classes)
         load_pretrained(classifier, spec.classifier.weights, trained_on=False)
         to_device(classifier).eval()
-        check_outputs(classifier, spec.classifier, self._images(), classes)
+        side, colours = self.description.image_size, "grey" if self.description.channels == 1 else "colour"
+        remedy = f"the suite's pictures are {side}x{side}, {colours}: give a classifier that takes these"
+        check_outputs(classifier, spec.classifier, self._images(), classes, remedy)
         if spec.classifier.import_path is not None and spec.classifier.weights is None:
             expect_own_weights(spec.classifier.import_path)
         return classifier
@@ -193,8 +195,8 @@ class Suite:
         if best is None:
             return ""
         return (
-            f"; it is right on {probe.by_range[best]:.0%} of the pictures in the input range {best} and on "
-            f"{probe.by_range[given]:.0%} in {given}, so it may need --set classifier.input_range={best}"
+            f"; it is right on {percent(probe.by_range[best], 0)} of the pictures in the input range {best} and on "
+            f"{percent(probe.by_range[given], 0)} in {given}, so it may need --set classifier.input_range={best}"
         )
 
     def _images(self) -> Images:

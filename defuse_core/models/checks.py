@@ -32,6 +32,9 @@ SAME_IN_TRAINING = (
 )
 
 
+ANY_SIZE = "that the network accepts batches of any size"
+
+
 class CallError(ModelError):
     """The classifier's code fails on images; those of another size may be what it takes."""
 
@@ -40,22 +43,29 @@ class ProbabilitiesError(ModelError):
     """The classifier returns probabilities, and classifier.outputs does not say so."""
 
 
-def check_outputs(classifier: nn.Module, section: ClassifierSection, images: Images, classes: int) -> None:
+def check_outputs(
+    classifier: nn.Module,
+    section: ClassifierSection,
+    images: Images,
+    classes: int,
+    remedy: str = f"check data.image_size and data.channels, and {ANY_SIZE}",
+) -> None:
     """Raise ModelError unless the classifier returns one finite logit per class, whatever else is in the batch.
 
-    Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says.
+    Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says. `remedy` is
+    what to do where it takes no images of this shape.
     """
     batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
     first = batch[:2].clone()
     settle_layout(classifier.eval(), first.clone())
     with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too
-        _expect_shape(_call(classifier, first), len(first), classes)
+        _expect_shape(_call(classifier, first, remedy), len(first), classes)
         if not torch.equal(first, batch[:2]):
             raise ModelError(
                 "the classifier changes the images that it is given, which are used again; let its forward compute new "
                 "ones (x = 2 * x, not x.mul_(2)), or begin with x = x.clone()"
             )
-        whole = _call(classifier, batch)
+        whole = _call(classifier, batch, remedy)
         _expect_shape(whole, len(batch), classes)
         _expect_finite(whole)
         given = _expect_kind(classifier, section, batch) if section.architecture in EXTERNAL else whole.dtype
@@ -142,7 +152,7 @@ def _logits_with_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequ
     return _Logits(tuple(logits.shape), any(gradient is not None for gradient in gradients))
 
 
-def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
+def _call(classifier: nn.Module, batch: Tensor, remedy: str = f"check {ANY_SIZE}") -> Tensor:
     """Return the logits of a batch. Raises ModelError, with the reason that the classifier gave, where it fails."""
     try:
         logits: Tensor = classifier(batch)
@@ -153,7 +163,6 @@ def _call(classifier: nn.Module, batch: Tensor) -> Tensor:
             f"the classifier exits (SystemExit: {error}) when it is called; remove that"
         ) from error
     except Exception as error:
-        remedy = "check data.image_size and data.channels, and that the network accepts batches of any size"
         raise CallError(failure_line(classifier, batch, error, remedy)) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")

@@ -13,7 +13,7 @@ from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import first_few
+from defuse_core.errors import first_few, percent
 from defuse_core.models.adapters import (
     EXTERNAL,
     INPUT_RANGES,
@@ -201,12 +201,12 @@ def log_classifier(
     section = spec.classifier
     probe = probe_classifier(classifier, section, splits.train, splits.classes)
     right = ", ".join(
-        f"{share:.1%} of {len(splits.parts()[part]):,} {part}" for part, share in accuracies.items()
+        f"{percent(share)} of {len(splits.parts()[part]):,} {part}" for part, share in accuracies.items()
     )
     log.info("classifier: right on %s images", right)
     log.info("classes, in the order of the logits: %s", _listed(splits.classes))
     if section.architecture in EXTERNAL:
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in probe.by_range.items())
+        shares = ", ".join(f"{name} {percent(share)}" for name, share in probe.by_range.items())
         log.info("classifier: accuracy by input range on %d training images: %s", probe.images, shares)
     for warning in warnings_of(probe, section, splits.classes, accuracies["train"]):
         log.warning("classifier: %s", warning)
@@ -221,14 +221,14 @@ def warnings_of(
     best = probe.best_range(section.input_range)
     if best != section.input_range:
         lines.append(
-            f"it is right on {probe.by_range[best]:.1%} of {probe.images} training images with pixels in the range "
-            f"{best}, on {probe.by_range[section.input_range]:.1%} with {section.input_range}; set "
+            f"it is right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the "
+            f"range {best}, on {percent(probe.by_range[section.input_range])} with {section.input_range}; set "
             f"classifier.input_range: {best} if it was trained on that"
         )
     if probe.class_order is not None:
         lines.append(
-            f"it seems to number the classes otherwise ({probe.reordered:.1%} right in another order); if it does, "
-            f"set classifier.class_order: {list(probe.class_order)}"
+            f"it seems to number the classes otherwise ({percent(probe.reordered)} right in another order); if it "
+            f"does, set classifier.class_order: {list(probe.class_order)}"
         )
     elif probe.names is not None and set(probe.names) != set(classes):
         lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")
@@ -238,8 +238,8 @@ def warnings_of(
         lines.append(f"it gives one answer for all of {probe.images} training images")
     if accuracy < 0.5:
         lines.append(
-            f"it is right on only {accuracy:.0%} of the training images; does it number the classes in this order? "
-            f"{', '.join(classes)}"
+            f"it is right on only {percent(accuracy, 0)} of the training images; does it number the classes in this "
+            f"order? {', '.join(classes)}"
         )
     return lines
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs
-from defuse_core.report.formatting import lam_text, numbers_text, percent
+from defuse_core.report.formatting import lam_text, numbers_text
 from defuse_core.report.schema import Report, TradeOff
 
 TEST_DRAWS = "failing draws from test images"

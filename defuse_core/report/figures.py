@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Evaluation
+from defuse_core.errors import percent
 from defuse_core.evaluation import ACCEPTED, FAILURE, TRAINING, Findings
 from defuse_core.report.charts import (
     INK,
@@ -34,7 +35,7 @@ from defuse_core.report.charts import (
     hide_axes,
     new_figure,
 )
-from defuse_core.report.formatting import answer_text, names_are_short, percent
+from defuse_core.report.formatting import answer_text, names_are_short
 from defuse_core.report.schema import Report, Scenario
 
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from defuse_core.errors import NONE, percent
 from defuse_core.report.evidence_schema import Pairs, Share
 from defuse_core.report.schema import Mean
 
@@ -12,12 +13,6 @@ from defuse_core.report.schema import Mean
 LOW_PURITY = 0.8
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number
-NONE = "–"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction of 1 as a percentage: 98.97 %."""
-    return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
 def spread(mean: Mean) -> str:

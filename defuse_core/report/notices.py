@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.report.correction_notices import (
     another_lambda_fixes_more,
     costs_a_class,
@@ -12,7 +12,7 @@ from defuse_core.report.correction_notices import (
     unconfirmed,
 )
 from defuse_core.report.evidence_schema import Judges
-from defuse_core.report.formatting import is_low, percent
+from defuse_core.report.formatting import is_low
 from defuse_core.report.schema import Report
 from defuse_core.review.undecided import GUESSING_REMEDY, are_worse, guesses, unseen_images
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import Gallery, Override, Verdicts
 from defuse_core.errors import DamagedError, InputError, first_few
-from defuse_core.runs import FROM_VERDICTS, Run, utc_now
+from defuse_core.runs import CONTINUES, FROM_VERDICTS, Run, utc_now
 from defuse_core.store import Store
 
 OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
@@ -52,9 +52,7 @@ def override_verdict(
     """
     gallery = run.load(Gallery)
     if gallery is None:
-        raise InputError(
-            f"run {run.name} has no scenarios yet; `defuse status {run.name}` shows how far it is"
-        )
+        raise run.lacks(f"has no scenarios yet; {CONTINUES}")
     if not 0 <= scenario < len(gallery):
         raise InputError(f"scenario {scenario}: run {run.name} has scenarios 0 to {len(gallery) - 1}")
     if not reason.strip():

@@ -19,6 +19,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
+from defuse_core.errors import percent
 from defuse_core.intervals import wilson_lower
 from defuse_core.protocols import Compute, Progress
 from defuse_core.review.sample import Examiner, in_tasks
@@ -78,7 +79,7 @@ def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) ->
     ]
     kept = np.array([number for number, (tau, _) in enumerate(found) if tau is not None], np.int64)
     taus = np.array([tau for tau, _ in found if tau is not None], np.float64)
-    log.info("%d of %d components are pure and misclassified at some tau", len(kept), len(scenarios))
+    log.info("%d of %d components are pure and misclassified at some τ", len(kept), len(scenarios))
     return scenarios.take(kept, taus=taus, dropped=(*scenarios.dropped, *dropped))
 
 
@@ -116,7 +117,8 @@ class _Outcome:
         else:
             found = f"f is wrong on {self.wrong} of {self.labelled} labelled draws"
             bound, least = self.failing, max(review.failing, review.rho)
-        return f"at τ = {TAUS[-1]:g} {found}: at least {bound:.0%} (95% confidence), and {least:.0%} are asked for"
+        known = f"at least {percent(bound, 0)} (95 % confidence)"
+        return f"at τ = {TAUS[-1]:g} {found}: {known}, and {percent(least, 0)} are asked for"
 
 
 def _bound(hits: int, total: int) -> float:

@@ -21,7 +21,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.draws import UNDIVIDED
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.intervals import ONE_SIDED
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
@@ -126,8 +126,9 @@ def why_guessing(models: Models) -> str | None:
     if not guesses(models.balanced_accuracy[part], classes):
         return None
     return (
-        f"the classifier is hardly better than guessing (right on {models.accuracy[part]:.1%} of the {part} images, "
-        f"and on {models.balanced_accuracy[part]:.1%} on average over their {classes} classes); {GUESSING_REMEDY}"
+        f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of the {part} "
+        f"images, and on {percent(models.balanced_accuracy[part])} on average over their {classes} classes); "
+        f"{GUESSING_REMEDY}"
     )
 
 
@@ -141,7 +142,7 @@ def _worse_references(spec: RunFile, models: Models, references: ReferenceSet | 
         return None
     return (
         f"the reference models, which tell failures from unclear pictures, are right on fewer {part} images (at best "
-        f"{max(known):.1%}) than the classifier ({models.accuracy[part]:.1%}); train better ones (section "
+        f"{percent(max(known))}) than the classifier ({percent(models.accuracy[part])}); train better ones (section "
         "review.reference)"
     )
 
@@ -158,8 +159,8 @@ def _fault_of_vae_or_screen(models: Models, worse: str | None, psi: Psi | None) 
         if not collapsed:
             pictures = "images moved by the noise" if health.anchored else "reconstructions"
             why = (
-                f"{health.kept_right:.0%} of the right answers are kept on {pictures}), so its pictures show no "
-                "failures; improve section vae of the run file"
+                f"{percent(health.kept_right, 0)} of the right answers are kept on {pictures}), so its pictures show "
+                "no failures; improve section vae of the run file"
             )
         return f"the β-VAE is {health.verdict} ({why}"
     if worse is not None:
@@ -183,7 +184,10 @@ def _low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
     where = f"{len(cells)} cells (class, answer)" if cells else "components"
     if cells and components.any():
         where += ", or in components,"
-    return f"{low:.0%} of the codes of Ψ are in {where} of at most {least:g} of them each; lower distill.min_weight"
+    return (
+        f"{percent(low, 0)} of the codes of Ψ are in {where} of at most {least:g} of them each; lower "
+        "distill.min_weight"
+    )
 
 
 def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
@@ -193,9 +197,9 @@ def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
     if psi is None or weight <= MOST_LOW_WEIGHT or support <= MANY_FAILING * psi.images:
         return None
     return (
-        f"{weight:.0%} of the codes of Ψ, of up to {support / psi.images:.0%} of the training images, are in "
-        f"{len(small)} components or cells (class, answer) of too few codes or images each; try more training images "
-        "(data.train_images), more identify.draws, or a smaller distill.min_support"
+        f"{percent(weight, 0)} of the codes of Ψ, of up to {percent(support / psi.images, 0)} of the training images, "
+        f"are in {len(small)} components or cells (class, answer) of too few codes or images each; try more training "
+        "images (data.train_images), more identify.draws, or a smaller distill.min_support"
     )
 
 
@@ -213,9 +217,9 @@ def _too_few_units(
         return None
     of = f"{few} of {count_of(len(gallery), 'candidate scenario')}"
     return (
-        f"{of} fail{'s' if few == 1 else ''} in over {review.rho:.0%} (review.rho), but show{'s' if few == 1 else ''} "
-        f"fewer than the {count_of(needed, noun)} that certainty takes; review more images of each (review.images), "
-        "or give identification more photographs"
+        f"{of} fail{'s' if few == 1 else ''} in over {percent(review.rho, 0)} (review.rho), but "
+        f"show{'s' if few == 1 else ''} fewer than the {count_of(needed, noun)} that certainty takes; review more "
+        "images of each (review.images), or give identification more photographs"
     )
 
 

@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
     Votes,
 )
 from defuse_core.config.base import fewest_units
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.intervals import probability_not_over, significantly_over, wilson
 
 
@@ -124,20 +124,21 @@ class Shares:
         count = int(self.labelled[component])
         images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
         if self.units is None:
-            return f"{share:.0%} of {images} {verb} misclassified"
+            return f"{percent(share, 0)} of {images} {verb} misclassified"
         failing, total = int(self.units.failing[component]), int(self.units.total[component])
         of = count_of(total, self.units.name)
-        at = "" if failing == total else f", over {self.rho:.0%} at {failing} of them"
-        return f"{share:.0%} of {images} of {of} {verb} misclassified{at}"
+        at = "" if failing == total else f", over {percent(self.rho, 0)} at {failing} of them"
+        return f"{percent(share, 0)} of {images} of {of} {verb} misclassified{at}"
 
     def why_not(self, component: int) -> str:
         """Return the requirement that one component does not meet."""
+        short = f"not over {percent(self.rho, 0)}"
         if self.max_false is None:
-            return f"not over {self.rho:.0%}"
+            return short
         needed = fewest_units(self.rho, self.max_false)
         if self.units is None or self.units.total[component] >= needed:
-            return f"not over {self.rho:.0%} with certainty"
-        return f"not over {self.rho:.0%} with certainty, for which at least {needed} {self.units.name}s are needed"
+            return f"{short} with certainty"
+        return f"{short} with certainty, for which at least {needed} {self.units.name}s are needed"
 
 
 def decide(

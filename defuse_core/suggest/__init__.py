@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
-from defuse_core.errors import count_of, first_few
+from defuse_core.errors import count_of, first_few, percent
 from defuse_core.suggest.image_size import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data, quoted
 from defuse_core.suggest.plan import Plan, plan_run
@@ -61,8 +61,8 @@ def describe_accuracy(plan: Plan) -> str:
     used = plan.tree["classifier"].get("input_range", "0..1")
     shares = sorted(plan.probe.by_range.items(), key=lambda item: item[0] != used)
     (first, share), *others = shares
-    text = f"{share:.1%} of {plan.probe.images} training images with inputs in {first}"
-    return ", ".join([f"{text} (used)", *(f"{share:.1%} in {name}" for name, share in others)])
+    text = f"{percent(share)} of {plan.probe.images} training images with inputs in {first}"
+    return ", ".join([f"{text} (used)", *(f"{percent(share)} in {name}" for name, share in others)])
 
 
 def _fields(

@@ -11,7 +11,7 @@ from torch import nn
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.errors import InputError, ModelError
+from defuse_core.errors import InputError, ModelError, percent
 from defuse_core.models import (
     build_classifier,
     check_outputs,
@@ -20,7 +20,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.checks import CallError, ProbabilitiesError
+from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -106,7 +106,7 @@ def _sized(
         spec = _run_file(_sections(facts, own, size))
         images = open_splits(spec.data, spec.seed).train
         try:
-            check_outputs(classifier, spec.classifier, images, len(facts.classes))
+            check_outputs(classifier, spec.classifier, images, len(facts.classes), _remedy(facts, asked))
         except ProbabilitiesError:
             raise
         except ModelError as error:
@@ -124,6 +124,18 @@ def _sized(
     notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
+
+
+def _remedy(facts: DataFacts, asked: int | None) -> str:
+    """Return what to do where the classifier fails on images of one size."""
+    if asked is not None and facts.name != "npz":
+        return f"leave --image-size {asked} out, or give the size that it was trained on"
+    of_file = (
+        ", and that the pictures in the file are as those that it was trained on"
+        if facts.name == "npz"
+        else ""
+    )
+    return f"check {ANY_SIZE}{of_file}"
 
 
 def _sizes_to_try(facts: DataFacts, own: bool) -> list[int]:
@@ -182,7 +194,7 @@ def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int
         return []
     line = f"the classifier gets {size}x{size} pixels, but the pictures have {facts.width}x{facts.height}"
     if len(accuracies) > 1:
-        by_size = ", ".join(f"{right:.0%} at {side}" for side, right in sorted(accuracies.items()))
+        by_size = ", ".join(f"{percent(right, 0)} at {side}" for side, right in sorted(accuracies.items()))
         line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
     return [f"{line}; if it was trained on another size, give that with --image-size"]
 

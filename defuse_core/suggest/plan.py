@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.evaluation import PLAIN_TRAININGS
 from defuse_core.models import (
     ReferenceCnn,
@@ -51,7 +51,7 @@ SCALE = 2.0  # identify.scale
 ANCHORED_PURITY = 0.7
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
-TOO_LONG = 1.5  # times the minutes asked for, from which a plan is worth a warning
+TOO_LONG = 1.5  # times the minutes asked for, or those planned, from which the other is worth a word
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Plan:
     """A run file as a tree, what was found, and what a person should know."""
 
     tree: dict[str, Any]
-    minutes: float  # that the run takes here: as asked for, or what it cannot do with less than
+    minutes: float  # that the run takes here: as asked for, what it cannot do with less than, or the most it can use
     facts: DataFacts
     speeds: Speeds
     probe: ClassifierProbe | None  # of a classifier of the user's own with weights
@@ -135,8 +135,8 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
     if best == given:
         return []
     right = (
-        f"right on {probe.by_range[best]:.1%} of {probe.images} training images with pixels in the range {best}, on "
-        f"{probe.by_range[given]:.1%} with {given}"
+        f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
+        f"on {percent(probe.by_range[given])} with {given}"
     )
     if probe.needed_range == given:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
@@ -148,7 +148,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
-    right = f"right on {probe.reordered:.1%} of training images that the order was not fitted to"
+    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
     wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
     if not (wrong and probe.order_is_certain):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
@@ -175,8 +175,8 @@ def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
         )
     elif right < MOSTLY:
         lines.append(
-            f"the classifier is right on only {right:.0%} of {probe.images} training images, in every input range and "
-            "order of the classes; check its weights and what it expects"
+            f"the classifier is right on only {percent(right, 0)} of {probe.images} training images, in every input "
+            "range and order of the classes; check its weights and what it expects"
         )
     return lines
 
@@ -291,6 +291,8 @@ def _set_sizes(
             f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give --minutes "
             "more, or set data.train_images or a smaller data.image_size"
         )
+    if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
+        return max(1, round(planned)), warnings
     return minutes, warnings
 
 

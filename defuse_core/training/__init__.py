@@ -18,7 +18,7 @@ from torch.optim.adam import adam
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, VaeSection
-from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError
+from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError, percent
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import SHARED_STORE, Store
 from defuse_core.training.data_parallel import is_first_worker, mean_over_workers, require_same_on_all_workers
@@ -175,7 +175,10 @@ def load_optimizer_state(optimizer: Optimizer, moments: Weights) -> None:
 def format_row(row: ClassifierEpoch | VaeEpoch) -> str:
     """Return an epoch's figures for the log."""
     figures = {name: value for name, value in asdict(row).items() if name != "epoch" and value is not None}
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    return ", ".join(
+        f"{name} {percent(value) if name == 'validation' else f'{value:.4g}'}"
+        for name, value in figures.items()
+    )
 
 
 class Training:

@@ -29,6 +29,15 @@ from services.settings import is_on, share_cores
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 
 
+GROUPS: dict[str, tuple[click.Command, ...]] = {  # of the help
+    "A run": (init, fields, run, status, report, delete),
+    "People": (review, label_studio),
+    "What a run found": (check, export, suite, compare),
+    "Serving": (promote, serve, rollback),
+    "A cluster": (submit, jobs),
+}
+
+
 class CommandLine(click.Group):
     """All commands. Where nobody reads what one prints, it ends as SIGPIPE would end it.
 
@@ -39,6 +48,15 @@ class CommandLine(click.Group):
     def make_context(self, *args: Any, **settings: Any) -> click.Context:
         with _ending_with_its_reader():  # --help and --version print here
             return super().make_context(*args, **settings)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                short = formatter.width - width - 6
+                formatter.write_dl(
+                    [(f"{command.name:<{width}}", command.get_short_help_str(short)) for command in commands]
+                )
 
     def invoke(self, ctx: click.Context) -> Any:
         with _ending_with_its_reader():
@@ -66,25 +84,7 @@ def defuse() -> None:
     """
 
 
-for command in (
-    init,
-    fields,
-    run,
-    status,
-    report,
-    export,
-    delete,
-    review,
-    label_studio,
-    submit,
-    jobs,
-    check,
-    suite,
-    compare,
-    promote,
-    rollback,
-    serve,
-):
+for command in (command for commands in GROUPS.values() for command in commands):
     defuse.add_command(command)
 
 

@@ -93,9 +93,12 @@ class ProgressDisplay:
         if self.is_live:
             self._bar(what, done, total, unit, rate)
         elif now - self.last_line >= LINE_EVERY_S and done:
+            from defuse_core.report.formatting import duration  # late: pydantic takes a while
+
             self.last_line = now
-            left = f"{elapsed / made * (total - done):.0f} s left" if elapsed > 1 and made else ""
-            log.info("%s: %s", what, ", ".join(filter(None, [f"{done} of {total} {unit}", rate, left])))
+            is_known = elapsed > 1 and made and done < total
+            left = f"{duration(elapsed / made * (total - done))} left" if is_known else ""
+            log.info("%s: %s", what, ", ".join(filter(None, [f"{done:,} of {total:,} {unit}", rate, left])))
 
     def _bar(self, what: str, done: int, total: int, unit: str, rate: str) -> None:
         if what not in self.shown:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import math
 import os
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from defuse_core.runs import Run
 
 
+MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
 EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
 
 
@@ -34,6 +39,13 @@ def given(context: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(
             f"expected text on one line without control characters, found {value!r}", context, parameter
         )
+    return value
+
+
+def number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
+    if math.isnan(value):
+        raise click.BadParameter("expected a number, found nan", context, parameter)
     return value
 
 
@@ -91,6 +103,14 @@ json_option = click.option(
 def print_json(page: dict[str, Any]) -> None:
     """Print the result of a command that was given --json."""
     click.echo(json.dumps(page), file=click.get_current_context().meta[STDOUT])
+
+
+def echo_marked(mark: str, text: str) -> None:
+    """Print a line of a check behind its mark; a narrow terminal gets it in several, which break between words."""
+    lines = [text]
+    if sys.stdout.isatty():
+        lines = textwrap.wrap(text, max(24, shutil.get_terminal_size().columns - MARK_WIDTH))
+    click.echo(f"{mark:<{MARK_WIDTH - 1}} " + f"\n{'':{MARK_WIDTH}}".join(lines))
 
 
 def run_name(name: str | None, runfile: Path) -> str:
@@ -165,16 +185,36 @@ def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] 
     if path.is_dir():
         _expect_none(weights, text, "its weights are in the folder")
         return {"architecture": "transformers", "weights": str(path.absolute())}
+    if path.suffix == ".py":
+        module = path.stem if path.is_absolute() else ".".join(path.with_suffix("").parts)
+        raise InputError(
+            f"--classifier {text}: a Python file; name the function in it that returns the network: --classifier "
+            f"{module}:build"
+        )
+    if path.suffix == ".safetensors":
+        raise InputError(
+            f"--classifier {text}: holds weights only; add the code: --classifier package.module:factory "
+            f"--weights {text}"
+        )
     if path.is_file() or path.suffix in {".pt", ".pt2", ".torchscript", ".pth", ".safetensors"}:
         _expect_none(weights, text, "the file holds its own")
         return {"architecture": "program", "weights": _existing(path)}
     if ":" not in text:
         raise InputError(
             f"--classifier {text}: expected package.module:factory, a file, a folder of Hugging Face's, or timm:NAME; "
-            "found no such file"
+            f"found no such file{_meant(text)}"
         )
     section: dict[str, Any] = {"architecture": "custom", "import_path": text}
     return section | ({"weights": _existing(weights)} if weights is not None else {})
+
+
+def _meant(text: str) -> str:
+    """Return which function is meant by the name of a module, or one without a colon: nets:build for nets.build."""
+    module, _, factory = text.rpartition(".")
+    with contextlib.suppress(ValueError):  # a name that no module can have
+        if importlib.util.find_spec(text.partition(".")[0]) is not None:
+            return f"; did you mean {f'{module}:{factory}' if module else f'{text}:build'}?"
+    return ""
 
 
 def _existing(path: Path) -> str:

@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, count_of
+from defuse_core.errors import CheckFailed, InputError, count_of, percent
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     classifier_fields,
+    echo_marked,
     given,
     json_option,
     open_run,
@@ -92,7 +93,7 @@ def suite() -> None:
     """
 
 
-@suite.command()
+@suite.command(short_help="Write the accepted scenarios as a suite.")
 @click.argument("run")
 @store_option
 @click.option("--out", type=GivenPath(), required=True, help="New folder to write.")
@@ -101,6 +102,9 @@ def save(run: str, store: str, out: Path) -> None:
 
     The least accuracy of each scenario is in OUT/suite.json, and may be edited there; with 0 nothing is asked.
     A suite in which nothing is asked of any scenario passes no check.
+
+    \b
+    defuse suite save digits --out suite/
     """
     from defuse_core.export.suite import save_suite
 
@@ -110,17 +114,17 @@ def save(run: str, store: str, out: Path) -> None:
     for scenario in scenarios:
         if limit <= scenario.before < scenario.least:
             click.echo(
-                f"{scenario.name}: {scenario.least:.1%} is asked, since the classifier before has "
-                f"{scenario.before:.1%}, not under {limit:.1%} (check.min_each_scenario)"
+                f"{scenario.name}: {percent(scenario.least)} is asked, since the classifier before has "
+                f"{percent(scenario.before)}, not under {percent(limit)} (check.min_each_scenario)"
             )
         elif 0 < scenario.least < limit:
             click.echo(
-                f"{scenario.name}: only {scenario.least:.1%} is asked, which the correction reaches, not {limit:.1%} "
-                "(check.min_each_scenario)"
+                f"{scenario.name}: only {percent(scenario.least)} is asked, which the correction reaches, not "
+                f"{percent(limit)} (check.min_each_scenario)"
             )
         elif not scenario.least:
             click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
-                       f"({scenario.before:.1%} before, {scenario.after:.1%} after)")  # fmt: skip
+                       f"({percent(scenario.before)} before, {percent(scenario.after)} after)")  # fmt: skip
     pictures = count_of(scenarios[0].pictures, "picture")
     click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
@@ -222,15 +226,13 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
     for result in results:
         scenario = result.scenario
         verdict = ("ok" if result.passed else "FAILED") if result.is_asked else "–"
-        click.echo(
-            f"{verdict:<6} {scenario.name}: {_measured(result)} ({run}: {scenario.before:.1%} before, "
-            f"{scenario.after:.1%} after)"
-        )
+        before, after = percent(scenario.before), percent(scenario.after)
+        echo_marked(verdict, f"{scenario.name}: {_measured(result)} ({run}: {before} before, {after} after)")
 
 
 def _measured(result: SuiteResult) -> str:
-    asked = f"at least {result.scenario.least:.1%} is asked" if result.is_asked else "nothing is asked"
-    return f"{result.accuracy:.1%}, {asked}"
+    asked = f"expected at least {percent(result.scenario.least)}" if result.is_asked else "nothing is asked"
+    return f"{percent(result.accuracy)}, {asked}"
 
 
 def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:

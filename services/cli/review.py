@@ -38,7 +38,7 @@ def review() -> None:
     """
 
 
-@review.command()
+@review.command(short_help="Send the images to Label Studio.")
 @click.argument("name", metavar="RUN")
 @store_option
 @click.option("--repair", is_flag=True, help="Put back what someone deleted or edited in Label Studio.")
@@ -71,7 +71,7 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
         click.echo(f"`defuse review status {name}` shows the answers")
 
 
-@review.command()
+@review.command(short_help="Show answers, and where to label.")
 @click.argument("name", metavar="RUN")
 @store_option
 @json_option
@@ -123,8 +123,8 @@ def _expect_people(run: Run) -> None:
     """Raise InputError for a run that asks no people."""
     if run.spec.review.annotators != "label-studio":
         raise InputError(
-            f"run {run.name} asks reference models, which answer within `defuse run`; `defuse status {run.name}` "
-            "shows how far it is"
+            f"run {run.name} asks reference models, which answer within `defuse run`; to ask people, start another "
+            "run with --set review.annotators=label-studio"
         )
 
 
@@ -201,7 +201,7 @@ def set_(
     click.echo(f"{decision}; `defuse run` continues with it")
 
 
-@review.command()
+@review.command(short_help="Take late answers into a run.")
 @click.argument("name", metavar="RUN")
 @store_option
 @click.option(
@@ -257,7 +257,7 @@ def _print_progress(line: str) -> None:
     click.echo(line, err=True)
 
 
-@label_studio.command()
+@label_studio.command(short_help="Install the server (about 1 GB).")
 def install() -> None:
     """Install the server in an environment of its own below the user's cache (about 1 GB, a minute)."""
     from services.labeling.local_server import install as install_server
@@ -266,7 +266,7 @@ def install() -> None:
     click.echo(f"Label Studio is installed in {installation.env}")
 
 
-@label_studio.command()
+@label_studio.command(short_help="Start the server.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port on loopback."
 )
@@ -303,7 +303,7 @@ def server_status() -> None:
     click.echo(f"log in as {server.username} with password {server.password}")
 
 
-@label_studio.command()
+@label_studio.command(short_help="Let models answer in place of people.")
 @click.argument("name", metavar="RUN")
 @store_option
 def simulate(name: str, store: str) -> None:
@@ -354,13 +354,11 @@ def _checked_name(name: str) -> str:
 def _open(name: str, store: str) -> tuple[Run, Gallery]:
     """Return the run and the images that people review. Raises InputError if there are none yet."""
     from defuse_core.artifacts import Gallery
-    from defuse_core.runs import Run
+    from defuse_core.runs import CONTINUES, Run
     from services.storage import open_store
 
     opened = Run.open(open_store(store), _checked_name(name))
     gallery = opened.load(Gallery)
     if gallery is None:
-        raise InputError(
-            f"run {name} has no images to review yet; `defuse status {name}` shows how far it is"
-        )
+        raise opened.lacks(f"has no images to review yet; {CONTINUES}")
     return opened, gallery

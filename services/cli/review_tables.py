@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from services.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _mean_agreement(verdicts: Verdicts) -> float | None:
 def _print_agreement(title: str, verdicts: Verdicts, console: Console) -> None:
     """Print the mean agreement; nothing where no image has two votes."""
     if (mean := _mean_agreement(verdicts)) is not None:
-        console.print(f"{title}: {mean:.1%} of an image's votes are for its most chosen label.")
+        console.print(f"{title}: {percent(mean)} of an image's votes are for its most chosen label.")
 
 
 def _scenario_table(status: ReviewStatus) -> Table:
@@ -208,7 +208,7 @@ def _scenario_cells(gallery: Gallery, scenario: int, *beside: str) -> list[str]:
     cells = ["none" if number is None else str(number), *beside]
     if gallery.failure is not None:
         share = float(gallery.failure[scenario].mean())
-        cells.append("unknown" if math.isnan(share) else f"{share:.0%}")
+        cells.append("unknown" if math.isnan(share) else f"{percent(share, 0)}")
     return cells
 
 

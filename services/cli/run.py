@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shlex
 import shutil
 import sys
@@ -26,6 +25,7 @@ from services.cli.options import (
     given,
     json_option,
     name_option,
+    number,
     open_run,
     print_json,
     run_name,
@@ -45,13 +45,6 @@ if TYPE_CHECKING:
     from services.cli.console import ProgressDisplay
 
 
-def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
-    if math.isnan(value):
-        raise click.BadParameter("expected a number, found nan", context, parameter)
-    return value
-
-
 @click.command(short_help="Look at images and a classifier, and write a run file.")
 @click.argument("images", type=GivenPath())
 @click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
@@ -61,7 +54,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
     type=click.FloatRange(1, 10_000),
     default=30.0,
     show_default=True,
-    callback=_number,
+    callback=number,
     help="Time for the run on this machine.",
 )
 @click.option(
@@ -82,7 +75,8 @@ def init(
 ) -> None:
     """Look at IMAGES and a classifier, measure for some seconds, and write a commented run file.
 
-    IMAGES is a folder with train/CLASS/*.png (and validation/ and test/ likewise), or an .npz file.
+    IMAGES is a folder with train/CLASS/*.png (or .jpg, .tif, .webp, .bmp, .ppm; validation/ and test/ likewise), or an
+    .npz file.
 
     \b
     defuse init parts/ --classifier my_nets:build --weights parts.safetensors
@@ -93,6 +87,10 @@ def init(
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
     from services.cli.console import ProgressDisplay
 
+    if images.suffix in {".yaml", ".yml"}:
+        raise InputError(
+            f"{images} is no folder of images and no .npz file; did you mean `defuse run {images}`?"
+        )
     path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
     if not force:
         expect_new_file("--out", path)
@@ -105,10 +103,11 @@ def init(
     with writing("--out", path):
         path.write_text(write_run_file(plan), encoding="utf-8")
     load_run_file(path)
-    _print_plan(plan, path)
+    _print_plan(plan, path, minutes)
 
 
-def _print_plan(plan: Plan, path: Path) -> None:
+def _print_plan(plan: Plan, path: Path, asked: float) -> None:
+    """Print what was found and written; `asked` are the minutes asked for."""
     from defuse_core.suggest import describe_accuracy
 
     facts, vae = plan.facts, plan.tree["vae"]
@@ -128,13 +127,16 @@ def _print_plan(plan: Plan, path: Path) -> None:
         click.echo(f"note        {warning}")
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
-    click.echo(f"wrote {path}, for about {count_of(plan.minutes, 'minute')}; next: {following}")
+    enough = "; more time would bring nothing for so few images" if plan.minutes < asked else ""
+    click.echo(f"wrote {path}, for about {count_of(plan.minutes, 'minute')}{enough}; next: {following}")
 
 
 @click.command(short_help="List the fields of the run file with their meaning.")
 @click.argument("section", required=False)
 def fields(section: str | None) -> None:
     """List every field of the run file, or of SECTION, with its values, its default and its meaning.
+
+    Sections: data, classifier, vae, identify, distill, review, judges, correct, report, resources, check, serve.
 
     \b
     defuse fields vae
@@ -143,7 +145,12 @@ def fields(section: str | None) -> None:
     from defuse_core.config.loading import describe_fields
 
     columns = min(104, max(24, shutil.get_terminal_size((104, 24)).columns))  # 104 where it is no terminal
+    shown = ""
     for field in describe_fields(section):
+        at, dot, _ = field.name.partition(".")
+        if section is None and dot and at != shown:
+            shown = at
+            click.echo(click.style(f"\n{at}", bold=True))
         click.echo(f"{field.name}: {field.values} [{field.default}]")
         click.echo(textwrap.indent("\n".join(textwrap.wrap(field.meaning, columns - 4)), "    "))
 
@@ -232,14 +239,18 @@ def run(
 
 
 @click.command(short_help="Show how far a run is, or list the runs.")
-@click.argument("name", required=False)
+@click.argument("name", metavar="[RUN]", required=False)
 @store_option
 @json_option
 def status(name: str | None, store: str, as_json: bool) -> None:
-    """Show how far the run called NAME is, or list the runs.
+    """Show how far RUN is, or list the runs.
 
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
     continues it.
+
+    \b
+    defuse status
+    defuse status digits
     """
     from services.cli.status_tables import (
         print_runs,
@@ -248,8 +259,10 @@ def status(name: str | None, store: str, as_json: bool) -> None:
         summarize_run,
         summarize_runs,
     )
-    from services.storage import open_store
+    from services.storage import open_store, store_folder
 
+    if name is None and not (store.startswith("s3://") or store_folder(store).exists()):
+        raise InputError(f"no folder {store_folder(store)}; give --store, or start a run")
     if name is None and as_json:
         print_json({"runs": [asdict(summary) for summary in summarize_runs(open_store(store))]})
     elif name is None:
@@ -263,11 +276,15 @@ def status(name: str | None, store: str, as_json: bool) -> None:
 
 
 @click.command(short_help="Show the report of a run, and write its page again.")
-@click.argument("name")
+@click.argument("name", metavar="RUN")
 @store_option
 @json_option
 def report(name: str, store: str, as_json: bool) -> None:
-    """Show the report of the run called NAME, and write its page again. With --json: what report.json holds."""
+    """Show the report of RUN, and write its page again. With --json: what report.json holds.
+
+    \b
+    defuse report digits
+    """
     from defuse_core.pipeline import rewrite_report
     from services.cli.tables import print_report
 
@@ -292,13 +309,14 @@ def delete(run: str, store: str, yes: bool) -> None:
 
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """
+    from defuse_core.runs import no_such_run
     from services.serving.traffic import delete_traffic
     from services.storage import open_store
 
     opened = open_store(store)
     found = opened.within(checked_name(run))
     if not found.exists("run.yaml"):  # one that cannot be read is deleted, too
-        raise InputError(f"no run called {run} in {opened.address}; `defuse status` lists the runs")
+        raise no_such_run(opened, run)
     folder = Path(found.address)  # of a bucket: nothing that exists here
     if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here
         raise InputError(f"{folder} is a link to {folder.resolve()}; delete that run in its own store")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, StoreError, escape_control_characters
+from defuse_core.errors import NONE, CheckFailed, InputError, StoreError, escape_control_characters, percent
 from defuse_core.store import checked_name
 from services.cli.options import (
     address_option,
+    echo_marked,
     given,
     json_option,
     open_run,
@@ -83,13 +84,14 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
         raise
     failed, annotators = candidate.failed_checks(), candidate.summary.annotators
     if as_json:
-        checks = [asdict(result) for result in candidate.checks]
+        checks = [{**asdict(result), "at": result.at} for result in candidate.checks]
         page = {"run": run, "passed": not failed, "annotators": annotators, "checks": checks, "reason": None}
         print_json(page)
     else:
         for result in candidate.checks:
-            click.echo(f"{'ok    ' if result.passed else 'FAILED'} {result.line}")
-        click.echo(f"       its failure scenarios were labelled by {annotators}")
+            echo_marked("ok" if result.passed else "FAILED", result.line)
+        if annotators != "people":
+            echo_marked("note", f"{annotators}, not people, labelled the failure scenarios")
         if not failed:
             click.echo(f"{len(candidate.checks)} of {len(candidate.checks)} checks passed")
     if failed:
@@ -305,7 +307,7 @@ def _show(registry: Registry) -> None:
         return
     forced_now = state.since is not None and bool(state.since.failed_checks)
     for number, info in state.versions.items():
-        roles = {state.production: "production", state.canary: f"canary {100 * state.share:g}%"}
+        roles = {state.production: "production", state.canary: f"canary {percent(state.share, None)}"}
         role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
@@ -338,7 +340,7 @@ def _watch_in_short(info: VersionInfo) -> str:
 
 def _print_watch(figures: WatchFigures) -> None:
     """Print how well failing inputs are found on real images."""
-    from defuse_core.report.formatting import NONE, interval, score
+    from defuse_core.report.formatting import interval, score
 
     click.echo(figures.verdict)
     for name, found in (("validation", figures.validation), ("test", figures.test)):

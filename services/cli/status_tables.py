@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +14,20 @@ from rich.text import Text
 
 from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
-from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError, count_of
-from defuse_core.report.formatting import NONE, date_time, duration, percent, size
+from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of, percent
+from defuse_core.report.formatting import date_time, duration, size
 from defuse_core.report.notices import headline
-from defuse_core.runs import Run
+from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import Store
 from services.cli.console import Terminal
-from services.cli.tables import accuracy_table, add_row, new_table, print_table, print_text
+from services.cli.tables import add_row, new_table, print_accuracy, print_fitting, print_table, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
 
-WIDE = 110  # columns from which the list of runs also shows when and how long
+NAME_WIDTH = 20  # columns of a run's name that the list shows in one line
+RUN_COLUMNS = ("Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time")
+DROPPED_OF_RUNS = ("Last made (UTC)", "Time", "Data", "Test")  # of the list of runs, in turn, until it fits
 STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
 # columns of the terminal from which `defuse status RUN` shows these
 STATUS_WIDTHS = {"Made (UTC)": 66, "Size": 46, "Time": 36}
@@ -210,8 +212,11 @@ def print_status(run: Run, console: Console | None = None) -> None:
             "Size": NONE if state.bytes is None else size(state.bytes),
         }
         add_row(table, *(cells[name] for name in columns))
+    is_finished = all(state.state == "done" for state in states)
     known = [state.seconds for state in states if state.seconds is not None]
-    spent = f"{duration(sum(known))} so far · " if known else ""  # the first step has no time until its end
+    spent = (
+        f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
+    )  # the first step has no time until its end
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     print_table(console, table)
     if models := run.load(Models):
@@ -219,9 +224,11 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if report := _stored_report(run):
         print_text(console, headline(report, run.spec.correct), "bold")
         console.print()
-        print_table(console, accuracy_table(report))
+        print_accuracy(report, console)
     elif run.store.exists("report.json"):
         print_text(console, _unread_report(run), "yellow", console.width)
+    if not is_finished and "under way" not in {state.state for state in states}:
+        print_text(console, f"The run {UNFINISHED}.", "")
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 
@@ -264,19 +271,24 @@ def _state_text(state: StepState) -> Text:
 def print_runs(store: Store, console: Console | None = None) -> None:
     """Print the runs in a store, with the current step of each."""
     console = console or Terminal()
-    made = ("Last made (UTC)", "Time") if console.width >= WIDE else ()
-    table = new_table(None, ("Run", "Data", "At", "Scenarios", "Test", *made), texts=3)
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     runs = summarize_runs(store)
     if not runs:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
-    for run in runs:
-        add_row(table, *_run_row(run)[: len(table.columns)])
-    print_table(console, table)
+    print_fitting(functools.partial(_runs_table, runs), RUN_COLUMNS, DROPPED_OF_RUNS, console)
     for run in sorted(runs, key=lambda run: run.is_unreadable):
         if run.problem is not None:
             print_text(console, run.problem, "red" if run.is_unreadable else "yellow", console.width)
+
+
+def _runs_table(runs: Sequence[RunSummary], _: int, columns: Sequence[str]) -> Table:
+    table = new_table(None, columns, texts=sum(name in columns for name in RUN_COLUMNS[:3]))
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
+    table.columns[0].min_width = min(NAME_WIDTH, max(len(run.run) for run in runs))
+    for run in runs:
+        cells = dict(zip(RUN_COLUMNS, _run_row(run), strict=True))
+        add_row(table, *(cells[name] for name in columns))
+    return table
 
 
 def _run_row(run: RunSummary) -> tuple[str | Text, ...]:

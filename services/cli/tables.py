@@ -14,15 +14,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from defuse_core.errors import count_of
+from defuse_core.errors import NONE, count_of, percent
 from defuse_core.report.formatting import (
-    NONE,
     change,
     interval,
     is_low,
     lam_text,
     pairs_text,
-    percent,
     spread,
     unbroken,
 )
@@ -33,9 +31,10 @@ if TYPE_CHECKING:
     from defuse_core.config import CorrectSection
     from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
-    from defuse_core.report.evidence_schema import EvidenceFigures
+    from defuse_core.report.evidence_schema import EvidenceFigures, Share
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
+ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "By one label")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 # in turn, until the table fits; accuracies decide the state, so they are the last
 DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
@@ -56,11 +55,11 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
     for warning in caveats(report, correct):
         print_text(console, warning, "yellow")
     console.print()
-    print_table(console, accuracy_table(report))
+    print_accuracy(report, console)
     if report.evidence is not None:
-        print_table(console, _evidence_table(report.evidence))
+        _print_evidence(report.evidence, console)
     if report.scenarios.accepted:
-        _print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
+        print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
     print_table(console, _agreement_table(report))
     for line in _lines(report):
         print_text(console, line, "dim")
@@ -97,7 +96,9 @@ def print_table(console: Console, table: Table) -> None:
         return
     if table.title:
         console.print(Text(str(table.title), style="bold"))
-    for cells in zip(*(column.cells for column in table.columns), strict=True):
+    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
+        if number:
+            console.print()
         for place, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
             heading = f"{column.header}: " if column.header else ""
             console.print(Text.assemble("  " if place else "", heading, cast(str | Text, cell)))
@@ -113,14 +114,22 @@ def _needed_width(console: Console, table: Table) -> int:
     for column in table.columns:
         if not column.no_wrap:
             cells = [Measurement.get(console, unbounded, cell) for cell in (column.header, *column.cells)]
-            word = FOLDED if column.overflow == "fold" else max(cell.minimum for cell in cells)
+            word = (
+                max(FOLDED, column.min_width or 0)
+                if column.overflow == "fold"
+                else max(cell.minimum for cell in cells)
+            )
             width -= max(0, max(cell.maximum for cell in cells) - word)
     return width
 
 
-def accuracy_table(report: Report) -> Table:
-    """Return the accuracies before and after, on each part and on the scenario images."""
-    table = new_table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "By one label"))
+def print_accuracy(report: Report, console: Console) -> None:
+    """Print the accuracies before and after, on each part and on the scenario images."""
+    print_fitting(functools.partial(_accuracy_table, report), ACCURACY_COLUMNS, ("Scenarios",), console)
+
+
+def _accuracy_table(report: Report, _: int, columns: Sequence[str]) -> Table:
+    table = new_table("Accuracy (Figure 4)", columns)
     table.caption = "By one label: on the scenarios' held-out images, each under its scenario's label."
     table.caption_justify = "left"
     accuracy = report.accuracy
@@ -132,16 +141,27 @@ def accuracy_table(report: Report) -> Table:
     for name, row in rows:
         number = str(corrected) if name == "Defuse" else NONE
         shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
-        add_row(table, name, number, *shares)
+        cells = dict(zip(ACCURACY_COLUMNS, (name, number, *shares), strict=True))
+        add_row(table, *(cells[column] for column in columns))
     return table
 
 
-def _evidence_table(evidence: EvidenceFigures) -> Table:
-    """Return the accuracies that independent models confirm, each with its 95 % interval."""
+def _print_evidence(evidence: EvidenceFigures, console: Console) -> None:
+    """Print the accuracies that independent models confirm, each with its 95 % interval if that fits."""
+    whole, short = (_evidence_table(evidence, text) for text in (interval, _without_interval))
+    fitting = [table for table in (whole, short) if _needed_width(console, table) <= console.width]
+    print_table(console, next(iter(fitting), whole))
+
+
+def _without_interval(share: Share, digits: int) -> str:
+    return percent(share.value, digits)
+
+
+def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]) -> Table:
     count = len(evidence.own_label.plain_each)
     plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
-    title = f"Evidence of {count_of(evidence.judges.count, 'judge')} (plain: {plain})"
-    table = new_table(title, ("By own label", "Before", "Plain", "Defuse"))
+    title = f"Evidence by own label of {count_of(evidence.judges.count, 'judge')} (plain: {plain})"
+    table = new_table(title, ("", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (
         ("scenario images", own.before, own.plain, own.defuse),
@@ -149,7 +169,7 @@ def _evidence_table(evidence: EvidenceFigures) -> Table:
         (f"{evidence.real_failure_images:,} failing test draws", real.before, real.plain, real.defuse),
     )
     for name, *shares in rows:
-        add_row(table, name, *(interval(share, 0) for share in shares))
+        add_row(table, name, *(text(share, 0) for share in shares))
     return table
 
 
@@ -159,7 +179,7 @@ def print_comparison(
     """Print the scenarios of two runs side by side, and how many there are of each state that occurs."""
     console = console or Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
-    _print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
+    print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
     shown = ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state])
     print_text(console, shown, "", console.width)
@@ -183,7 +203,7 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
     return table
 
 
-def _print_fitting(
+def print_fitting(
     make: Callable[[int, Sequence[str]], Table],
     columns: Sequence[str],
     dropped: Sequence[str],

@@ -17,7 +17,7 @@ from scipy import special
 from defuse_core.artifacts import Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, StoreError
+from defuse_core.errors import DefuseError, StoreError, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, select_device
@@ -80,7 +80,7 @@ class CanaryStatistics:
         if is_above(limits.max_errors, self.errors, self.answered):
             return (
                 f"{self.errors} of {self.answered} images failed or took longer than {limits.max_canary_s:g} s, the "
-                f"limit is {limits.max_errors:.1%}"
+                f"limit is {percent(limits.max_errors)}"
             )
         differed = self.compared - self.agreed
         if self.compared >= limits.min_compared and is_above(
@@ -88,7 +88,7 @@ class CanaryStatistics:
         ):
             return (
                 f"{self.agreed} of {self.compared} answers agreed with production, expected at least "
-                f"{limits.min_agreement:.1%}"
+                f"{percent(limits.min_agreement)}"
             )
         return None
 

@@ -11,13 +11,14 @@ from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, We
 from defuse_core.config import CheckSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, percent
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import load_classifier, load_vae, predict
-from defuse_core.report.formatting import percent
 from defuse_core.review.undecided import are_worse
 from defuse_core.tuning_data import held_out_images
+
+AT_MOST = {"clean accuracy", "every class", "regressions"}  # checks of a loss; the others are of a gain
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class Check:
     # the accuracy, gain, loss or share that the line tells, as a fraction of 1; a loss below 0 is a gain
     found: float | None = None
     limit: float | None = None  # what the line compares it with; None where no single figure decides
+
+    @property
+    def at(self) -> str | None:
+        """Whether `found` may be `limit` at "least" or at "most"; an improvement is more than 0. None without limit."""
+        if self.limit is None:
+            return None
+        return "most" if self.name in AT_MOST else "least"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +90,7 @@ class CandidateReport:
     def _clean_accuracy(self, most: float) -> Check:
         before, after = float(self.right_before.mean()), float(self.right_after.mean())
         line = f"clean accuracy: {percent(before, 2)} to {percent(after, 2)} on {self.split} images, "
-        line += f"a loss of {100 * most:.2f} points is allowed"
+        line += f"expected a loss of at most {100 * most:.2f} points"
         if self.dependence:
             line += f" (not independent: {self.dependence})"
         return Check("clean accuracy", before - after <= most + ROUNDING, line, before - after, most)
@@ -95,7 +103,7 @@ class CandidateReport:
         worst = int(np.where(measured, loss, -np.inf).argmax())
         line = (
             f"every class: class {self.classes[worst]} lost {100 * max(0.0, loss[worst]):.2f} points, "
-            f"a loss of {100 * most:.2f} points is allowed"
+            f"expected at most {100 * most:.2f} points"
         )
         if not measured.all():
             unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
@@ -105,7 +113,7 @@ class CandidateReport:
     def _regressions(self, most: float) -> Check:
         found = float((self.right_before & ~self.right_after).mean())
         line = f"regressions: {percent(found, 2)} of clean images were right and are wrong now, "
-        line += f"at most {percent(most, 2)} is allowed"
+        line += f"expected at most {percent(most, 2)}"
         return Check("regressions", found <= most + ROUNDING, line, found, most)
 
 

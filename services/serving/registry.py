@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
+from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError, percent
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
@@ -49,7 +49,7 @@ class PromotionRequest:
         """The role, as the action of a change tells it."""
         if self.shadow:
             return "as shadow"
-        return "to production" if self.canary is None else f"as canary for {100 * self.canary:g}%"
+        return "to production" if self.canary is None else f"as canary for {percent(self.canary, None)}"
 
     def require_other_in_production(self, state: RegistryState, number: int | None) -> None:
         """Raise InputError for a canary or shadow unless production is another version than `number`.

@@ -29,7 +29,7 @@ from tests.conftest import tiny
 from tests.own_classifiers import ChangingItsInput, Net, Returning, digits, trained
 
 CUSTOM = {"architecture": "custom", "import_path": "tests.own_classifiers:plain"}
-HERE = "tests.core.test_checks"
+HERE = "tests.core.test_classifier_checks"
 
 
 def section(**fields: object) -> ClassifierSection:

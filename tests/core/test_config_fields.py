@@ -64,15 +64,19 @@ def test_one_field_or_section_is_described_alone_and_a_part_of_a_name_is_none():
     assert [field.name for field in describe_fields("vae.beta")] == ["vae.beta"]
     nested = describe_fields("review.reference")
     assert nested and all(field.name.startswith("review.reference.") for field in nested)
-    with pytest.raises(InputError, match=r"fields re: .* it has seed, data, classifier, vae"):
+    with pytest.raises(InputError, match=r"fields re: .*; the run file has seed, data, classifier, vae"):
         describe_fields("re")
+    with pytest.raises(InputError, match=r"fields vae.bet: .*; did you mean vae.beta\?"):
+        describe_fields("vae.bet")
+    with pytest.raises(InputError, match=r"fields vae.nothing: .*; vae has architecture, .*, beta, "):
+        describe_fields("vae.nothing")
 
 
 @pytest.mark.parametrize(
     ("fields", "begin", "end"),
     [
         ({"review": {"rho": 2}, "serve": {"max_errors": 3}}, "review.rho: ", ", found 2 (and 1 more)"),
-        ({"review": {"rho": 2}}, "review.rho: Input should be less than 1, ", "found 2"),
+        ({"review": {"rho": 2}}, "review.rho: expected less than 1, ", "found 2"),
         ({"identify": {"drawz": 1}}, "identify.drawz: ", "unknown field; did you mean identify.draws?"),
         ({"resources": {"workers": 0}}, "resources.workers: ", "or equal to 1 or 'auto', found 0"),
         ({"data": {"image_size": 20}}, "vae.hidden = 64 must be ", "vae.decoder_stages = 2 times)"),

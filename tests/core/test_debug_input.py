@@ -237,6 +237,6 @@ def test_where_nothing_was_corrected_an_error_says_so(tmp_path, tiny_spec, tiny_
     make_run(FolderStore(tmp_path), "digits", tiny_spec, tiny_models, splits, {})
     with pytest.raises(InputError, match=r"corrected nothing \(every λ costs more clean accuracy"):
         defuse.open(tmp_path / "digits").corrected()
-    with pytest.raises(InputError, match="no corrected classifier yet"):
+    with pytest.raises(InputError, match="is not finished"):
         (tmp_path / "digits" / "sweep.safetensors").unlink()
         defuse.open(tmp_path / "digits").corrected()

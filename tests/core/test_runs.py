@@ -272,8 +272,16 @@ def test_weights_that_are_mended_after_the_precision_was_measured_are_the_runs(t
 
 
 def test_opening_a_run_that_is_not_there_says_so(tmp_path):
-    with pytest.raises(InputError, match="no run called b"):
-        Run.open(FolderStore(tmp_path), "b")
+    store = FolderStore(tmp_path)
+    with pytest.raises(InputError, match="no run called b in .*, which has no runs; choose .* with --store"):
+        Run.open(store, "b")
+    for name in ("ash", "bee", "cat", "demo", "elk", "fox"):
+        Run.start(store, name, tiny())
+    (tmp_path / "demno").mkdir()
+    with pytest.raises(
+        InputError, match="no run called demno in .*, which has demo, ash, bee, cat, elk and 1 more"
+    ):
+        Run.open(store, "demno")
 
 
 def test_a_damaged_artefact_is_named_and_not_used(tmp_path):

@@ -34,7 +34,7 @@ def test_the_time_left_of_a_resumed_step_follows_from_what_this_command_has_done
     display("finding failures", 900, 1000, "images")  # 900 were there from before
     clock[0] += 60
     display("finding failures", 950, 1000, "images")
-    assert caplog.messages[-1] == "finding failures: 950 of 1000 images, 50/min, 60 s left"
+    assert caplog.messages[-1] == "finding failures: 950 of 1,000 images, 50/min, 1 min 00 s left"
 
 
 def test_a_log_gets_a_line_every_15_seconds_at_most(clock, caplog):
@@ -53,7 +53,7 @@ def test_a_second_sweep_has_a_rate_of_its_own(clock, caplog):
     display("fine-tuning over λ", 1, 3, "trials")
     clock[0] += 60
     display("fine-tuning over λ", 2, 3, "trials")
-    assert caplog.messages[-1] == "fine-tuning over λ: 2 of 3 trials, 1/min, 60 s left"
+    assert caplog.messages[-1] == "fine-tuning over λ: 2 of 3 trials, 1/min, 1 min 00 s left"
 
 
 def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
@@ -99,7 +99,10 @@ def test_a_file_and_a_terminal_without_cursor_get_lines_whatever_colours_are_ask
         clock[0] += 60
         display("finding failures", 50, 1000, "images")
     assert shown.getvalue().strip() == ""
-    assert caplog.messages == ["finding failures", "finding failures: 50 of 1000 images, 50/min, 1140 s left"]
+    assert caplog.messages == [
+        "finding failures",
+        "finding failures: 50 of 1,000 images, 50/min, 19 min 00 s left",
+    ]
 
 
 def test_a_name_that_rich_knows_as_an_emoji_is_printed_as_it_is(capsys):

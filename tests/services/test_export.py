@@ -298,7 +298,7 @@ def test_a_file_that_exists_is_replaced_with_force_alone(store, tmp_path, monkey
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--to", "model.bin"], "expected a file that ends in .safetensors, .pt2, .onnx"),
+        (["--to", "model.bin"], "expected a file that ends in .safetensors, .pt2 or .onnx"),
         (["--scenarios", "."], "expected an empty or new folder, found files"),
         ([], "give --to FILE, --scenarios FOLDER, or both"),
         (["--to", "file/model.pt2"], "--to file/model.pt2: cannot be written (file: File exists); choose"),
@@ -327,7 +327,7 @@ def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monke
         monkeypatch, capsys, "export", "begun", "--store", tmp_path, "--to", tmp_path / "m.pt2"
     )
     assert code == 2
-    assert "run begun has no corrected classifier yet" in one_line(err)
+    assert "run begun is not finished; the `defuse run` command that began it" in one_line(err)
 
 
 def test_no_output_replaces_a_file_of_a_run_a_suite_or_the_registry(own_store, tmp_path, monkeypatch, capsys):

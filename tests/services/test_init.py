@@ -81,8 +81,8 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     assert "decode" not in vae  # plain, the default
     assert load_run_file(Path("digits.yaml")).classifier.architecture == "cnn"
     text = Path("digits.yaml").read_text()
-    assert text.startswith("# Written by `defuse init` for about 10 minutes")
-    assert "# Q, draws per image" in text
+    assert text.startswith("# Written by `defuse init` for about 3 minutes")
+    assert "# Perturbed decodings tried per training image, Q" in text
 
 
 def test_comments_explain_the_value_that_is_written(pictures, tmp_path, monkeypatch, capsys):
@@ -161,7 +161,7 @@ def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_
     )
     assert "input_range" not in tree["classifier"]
     assert re.search(
-        r"note +the classifier is right on 99.\d% of 204 .* set classifier.input_range: imagenet if", out
+        r"note +the classifier is right on 99.\d % of 204 .* set classifier.input_range: imagenet if", out
     )
 
 
@@ -310,10 +310,11 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
         (["project"], "found no train/, but images below docs/; give a folder of this layout"),
         (["empty"], "expected train/ with a folder of images per class"),
         (["notes.npz"], "expected an .npz file of plain arrays"),
+        (["mine.yaml"], "is no folder of images and no .npz file; did you mean `defuse run "),
         (["flat", "--out", "gone/flat.yaml"], "gone/flat.yaml: its folder does not exist; create it, or"),
         (["flat", "--out", "notes.npz"], "--out notes.npz: exists; choose another file"),
         (["flat", "--out", "empty", "--force"], "--out empty: cannot be written (Is a directory); choose"),
-        (["small.npz"], "small.npz: image_size: Input should be greater than or equal to 8, found 6; resize"),
+        (["small.npz"], "small.npz: image_size: expected greater than or equal to 8, found 6; resize"),
         (["flat", "--classifier", "nothing"], "expected package.module:factory, a file, a folder"),
         (
             ["flat", "--classifier", "timm:resnet18"],
@@ -327,7 +328,8 @@ def test_the_suggested_size_follows_the_pictures_and_stays_affordable(width, hei
 def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    Path("notes.npz").write_text("notes")
+    for name in ("notes.npz", "mine.yaml"):
+        Path(name).write_text("notes")
     np.savez("small.npz", train_images=np.zeros((20, 6, 6), np.uint8), train_labels=np.arange(20) % 2)
     for name in (
         "flat/cat",

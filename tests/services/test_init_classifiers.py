@@ -71,3 +71,23 @@ def test_the_sigmoid_of_a_classifier_that_the_run_trains_is_noted(monkeypatch, c
     code, out, _ = call(monkeypatch, capsys, "init", "digits.npz", "--classifier", f"{HERE}:RolledSigmoid")
     assert code == 0
     assert out.count("return what its sigmoid is given") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["own/nets.py", "--weights", "digits.npz"],
+            "name the function in it that returns the network: --classifier own.nets:build",
+        ),
+        (["json.loads"], "found no such file; did you mean json:loads?"),
+        (["json"], "found no such file; did you mean json:build?"),
+        (
+            ["own.safetensors"],
+            "add the code: --classifier package.module:factory --weights own.safetensors",
+        ),
+    ],
+)
+def test_a_classifier_that_is_named_by_half_is_answered_with_the_whole(options, told, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "init", "digits.npz", "--classifier", *options)
+    assert code == 2 and one_line(err).endswith(told)

@@ -109,7 +109,7 @@ def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_
     )
     assert note.replace("60 training", "51 training") in printed  # 15 % are held out
     assert "% at 64" in printed
-    assert "100% at 128" in printed
+    assert "100 % at 128" in printed
 
 
 @pytest.mark.parametrize("classes", [50, 200])
@@ -148,6 +148,15 @@ def test_a_classifier_of_grey_pictures_gets_colour_ones_in_grey(monkeypatch, cap
 def test_a_size_can_be_asked_for(monkeypatch, capsys):
     code, data, printed = suggested(monkeypatch, capsys, 60, 40, "of_48", "--image-size", 48)
     assert (code, data.get("image_size")) == (0, 48), printed
+
+
+def test_an_asked_size_that_the_classifier_does_not_take_is_refused_in_the_words_of_the_option(
+    monkeypatch, capsys
+):
+    code, _, printed = suggested(monkeypatch, capsys, 60, 40, "of_48", "--image-size", 32)
+    assert code == 2
+    assert one_line(printed).endswith("leave --image-size 32 out, or give the size that it was trained on")
+    assert "data.image_size" not in printed
 
 
 def test_the_refusal_of_a_classifier_that_takes_no_tried_size_names_the_option(monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
 from defuse_core.suggest import _comment, _commented
@@ -59,7 +61,11 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     assert code == 0
     assert "vae.latent_dim: integer ≥ 1, ≤ 512 [10]" in out
     assert "identify" not in out
-    assert "data.train_images: integer ≥ 1 | null [null]" in call(monkeypatch, capsys, "fields")[1]
+    every = call(monkeypatch, capsys, "fields")[1]
+    assert "data.train_images: integer ≥ 1 | null [null]" in every
+    headings = [line for line in every.splitlines() if re.fullmatch("[a-z]+", line)]
+    told = call(monkeypatch, capsys, "fields", "--help")[1]
+    assert f"Sections: {', '.join(headings)}." in " ".join(told.split())
     code, _, err = call(monkeypatch, capsys, "fields", "vea")
     assert code == 2
-    assert "no such section or field; it has seed, data, classifier" in one_line(err)
+    assert "no such section or field; the run file has seed, data, classifier" in one_line(err)

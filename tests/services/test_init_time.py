@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from defuse_core.data import Images, Splits
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
+from tests.e2e.test_cli import call
+from tests.own_classifiers import digits
 
 
 @pytest.mark.parametrize("seconds", [60, 200, 600])
@@ -65,3 +69,23 @@ def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_
     assert reference.get("channels") == (16 if few else None)
     assert judges == ({"share": 0.0, **reference} if few else reference)
     assert not few or "train_images" not in reference
+
+
+@pytest.mark.parametrize(
+    ("speed", "told"),
+    [
+        (5e4, ", for about 1 minute; more time would bring nothing for so few images; next: defuse run"),
+        (300.0, ", for about 10 minutes; next: defuse run"),
+    ],
+)
+def test_the_time_of_a_run_that_cannot_use_the_minutes_is_what_it_needs(
+    speed: float, told: str, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: speed)
+    monkeypatch.chdir(tmp_path)
+    images = digits()
+    np.savez("digits.npz", train_images=images.pixels[:, 0], train_labels=images.labels)
+    code, out, _ = call(monkeypatch, capsys, "init", "digits.npz", "--minutes", 10)
+    assert code == 0 and told in out
+    written = Path("digits.yaml").read_text().splitlines()[0]
+    assert f"Written by `defuse init`{told.partition(';')[0].lstrip(',')} on" in written

@@ -14,7 +14,7 @@ import click
 import pytest
 
 import services
-from services.cli import defuse
+from services.cli import GROUPS, defuse
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
 
@@ -169,7 +169,15 @@ def test_the_help_of_export_says_which_pictures_are_missing(monkeypatch, capsys)
 def test_no_line_of_the_list_of_commands_is_cut_on_a_terminal_of_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = call(monkeypatch, capsys, "--help")
-    commands = out.partition("Commands:")[2].splitlines()[1:]
-    assert len(commands) > 15 and not [
+    commands = [line for line in out.partition("A run:")[2].splitlines() if line.startswith("  ")]
+    for group in ("review", "label-studio", "suite", "jobs"):
+        _, out, _ = call(monkeypatch, capsys, group, "--help")
+        commands += out.partition("Commands:")[2].splitlines()[1:]
+    assert len(commands) > 15 + 10 and not [
         line for line in commands if line.endswith("...") or line.startswith("   ")
     ]
+
+
+def test_every_command_is_in_one_group_of_the_help():
+    grouped = [command for commands in GROUPS.values() for command in commands]
+    assert len(grouped) == len(defuse.commands) and {*grouped} == {*defuse.commands.values()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from sample_findings import sample_findings
 
 from defuse_core.artifacts import Checkpoint, ClassifierEpoch, Health
 from defuse_core.codec import encode
+from defuse_core.errors import InputError
 from defuse_core.report import Report
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.run import status
 from services.cli.status_tables import (
     RunSummary,
     print_runs,
@@ -136,6 +139,19 @@ def test_status_has_no_time_before_any_step_is_done(tmp_path: Path) -> None:
     assert status_of(run, 300).splitlines()[-1] == run.store.address
 
 
+def test_status_of_an_unfinished_run_says_what_continues_it_unless_that_works_on_it(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, "models")
+    told = "The run is not finished; the `defuse run` command that began it"
+    assert told in status_of(run)
+    run.store.write("psi/000000.safetensors", b"")
+    with run.store.lock():
+        assert told not in status_of(run)
+    finish(run, *ALL)
+    reported(run)
+    assert told not in status_of(run)
+
+
 def test_status_of_a_finished_run_shows_the_accuracies_of_its_report(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     finish(run, *ALL)
@@ -153,7 +169,46 @@ def test_runs_without_scenarios_or_test_images_show_a_dash_and_no_arrow(tmp_path
     untested = report.model_copy(update={"accuracy": accuracy})
     run.store.write("report.json", untested.model_dump_json(by_alias=True).encode())
     row = next(line for line in list_of(tmp_path, 80).splitlines() if line.split()[:1] == ["sample"])
-    assert row.split() == ["sample", "digits", "done", "0", "–"]
+    assert row.split()[:5] == ["sample", "digits", "done", "0", "–"] and "→" not in row
+
+
+@pytest.mark.parametrize(
+    ("width", "headings"),
+    [
+        (120, ["Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time"]),
+        (88, ["Run", "Data", "At", "Scenarios", "Test", "Time"]),
+        (80, ["Run", "Data", "At", "Scenarios", "Test"]),
+        (62, ["Run", "At", "Scenarios", "Test"]),
+        (50, ["Run", "At", "Scenarios"]),
+    ],
+)
+def test_a_narrow_list_of_runs_drops_columns_before_rows_become_records(
+    width: int, headings: list[str], tmp_path: Path
+) -> None:
+    for name in ("mnist-laptop", "signs-laptop"):
+        finish(run := a_run(tmp_path, name), *ALL)
+        reported(run)
+    lines = [re.split(r" {2,}", line.strip()) for line in list_of(tmp_path, width).splitlines()]
+    assert headings in lines
+    rows = [line for line in lines if line[0] in {"mnist-laptop", "signs-laptop"}]
+    assert [len(row) for row in rows] == [len(headings)] * 2
+
+
+def test_runs_as_records_have_all_values_and_a_blank_line_between_them(tmp_path: Path) -> None:
+    finish(a_run(tmp_path, "first"), "models")
+    finish(a_run(tmp_path, "second"), "models")
+    first, second = list_of(tmp_path, 36).strip().split("\n\n")
+    assert [part.split(": ")[0].strip() for part in first.splitlines()] == [
+        "Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time"
+    ]  # fmt: skip
+    assert second.startswith("Run: second\n")
+
+
+def test_a_finished_run_has_a_time_in_all(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *ALL)
+    reported(run)
+    assert status_of(run, 300).splitlines()[-1] == f"10 min 00 s in all · {run.store.address}"
 
 
 def test_a_long_name_of_a_run_is_folded_in_its_column_and_texts_begin_below_their_headings(
@@ -204,3 +259,9 @@ def test_a_run_or_report_that_cannot_be_read_is_a_summary_with_the_problem(tmp_p
     assert broken == RunSummary("broken", state="unreadable run.yaml", problem=broken.problem)
     assert "run.yaml" in str(broken.problem)
     assert unread.accuracy is None and "report.json is another version's" in str(unread.problem)
+
+
+def test_a_store_whose_folder_does_not_exist_is_refused(tmp_path: Path) -> None:
+    for words in ([], ["--json"]):
+        with pytest.raises(InputError, match=f"no folder {tmp_path}/other; give --store, or start a run"):
+            status.main([*words, "--store", f"{tmp_path}/other"], standalone_mode=False)

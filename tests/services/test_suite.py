@@ -19,7 +19,7 @@ from defuse_core.artifacts import Corrections, Models, Sweep, Weights
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, percent
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -28,6 +28,7 @@ from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run, perturb_weights, swap_classes
 
 NET = "tests.services.test_suite:the_tiny_cnn"
+OF_48 = "tests.services.test_init_image_size:of_48"
 EASY = {
     "check": {"min_scenario_accuracy": 0.5, "min_each_scenario": 0.5}
 }  # the tiny classifier is not very good
@@ -294,7 +295,7 @@ def test_saving_says_where_less_than_the_limit_is_asked(
     make_run(store, "half", spec, tiny_models, open_splits(spec.data, spec.seed), half)
     page, out = saved(store, "half", tmp_path / "half", monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
-    assert "8 read as 3 (scenario 1): only 50.0% is asked, which the correction reaches, not 90.0%" in out
+    assert "8 read as 3 (scenario 1): only 50.0 % is asked, which the correction reaches, not 90.0 %" in out
     assert "3 read as 8" not in out
 
 
@@ -308,7 +309,7 @@ def test_saving_says_where_the_classifier_before_is_over_the_limit(
     page, out = saved(store, "half-before", tmp_path / "half-before", monkeypatch, capsys)
     eights = page["scenarios"][1]
     assert eights["before"] < eights["least"] < eights["after"]
-    assert f"(scenario 1): {eights['least']:.1%} is asked, since the classifier before has" in out
+    assert f"(scenario 1): {percent(eights['least'])} is asked, since the classifier before has" in out
 
 
 def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
@@ -349,6 +350,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
             ["check", "--suite", "suite/suite.json", "--classifier", NET],
             "--suite suite/suite.json: expected a folder written by `defuse suite save`; cannot read",
         ),
+        (["check", "--suite", "suite", "--classifier", OF_48], "grey: give a classifier that takes these"),
         (["check", "--suite", "edited", "--classifier", NET], "scenarios.0.least: Input should be less than"),
         (
             ["check", "--suite", "odd", "--classifier", NET],

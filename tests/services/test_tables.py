@@ -16,8 +16,8 @@ from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_s
 
 from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
+from defuse_core.errors import percent
 from defuse_core.report.build import build_report
-from defuse_core.report.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.status_tables import ARTEFACTS, StepState, print_runs, print_status, step_states

@@ -147,7 +147,7 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
         log_scenarios(spec, found)
         log_scenarios(spec, replace(found, last_change=None, dropped=()))
         log_scenarios(spec, replace(found, converged=True, dropped=()))
-    kept = "kept 2 of 6 components with weight over 0.1, from 1000 codes; the fit"
+    kept = "kept 2 of 6 components with weight over 0.1, from 1,000 codes; the fit"
     assert [record.getMessage() for record in caplog.records] == [
         f"{kept} had NOT converged (its bound changed by 0.5 nats, tolerance 0.001) after 40 iterations",
         "dropped 1 components or cells with too few codes or images, which hold 30 % of the codes",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from defuse_core.errors import count_of
+from defuse_core.errors import count_of, percent
 from defuse_core.report.evidence_schema import Share
 from defuse_core.report.formatting import (
     change,
@@ -32,6 +32,23 @@ def test_no_share_below_one_is_rounded_to_it_without_a_digit_more():
     assert interval(Share(value=0.9989, low=0.9973, high=1.0), 0) == "99.9 % (99.7–100.0)"
     assert interval(Share(value=1.0, low=0.92, high=1.0), 0) == "100 % (92–100)"
     assert interval(Share(value=0.0, low=0.0, high=0.004), 0) == "0.0 % (0.0–0.4)"
+
+
+def test_a_percentage_has_a_space_and_as_many_digits_as_asked_for():
+    assert [percent(0.125, digits) for digits in (0, 1, 2)] == ["12 %", "12.5 %", "12.50 %"]
+    assert [percent(share, None) for share in (0.05, 0.125)] == ["5 %", "12.5 %"]
+    assert percent(None) == "–"
+
+
+def test_no_source_writes_a_percentage_in_another_way():
+    packages = ("defuse_core", "cluster", "services")
+    sources = [
+        file for name in packages for file in (ROOT / name).rglob("*") if file.suffix in {".py", ".j2"}
+    ]
+    other = re.compile(r":[^{}\s:]*%\}")
+    assert other.search("{0.5:.1%}") and other.search("{0.5:>6.0%}")
+    assert len(sources) > 100
+    assert [file for file in sources if other.search(file.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_given_labels_of_images_replace_the_majority_and_are_stored():
 
 
 def test_the_reason_counts_a_single_labelled_image_in_the_singular():
-    assert "0% of 1 labelled image is misclassified" in judge([[[8, NO]]], [[8, 8]]).reasons[0]
+    assert "0 % of 1 labelled image is misclassified" in judge([[[8, NO]]], [[8, 8]]).reasons[0]
 
 
 def test_a_component_without_a_label_is_in_doubt():

@@ -71,8 +71,8 @@ def with_units(failing: list[int], total: list[int], **changes):
 @pytest.mark.parametrize(
     ("failing", "total", "found"),
     [
-        ([0, 3, 1], [9, 3, 9], "1 of 3 candidate scenarios fails in over 50%"),
-        ([4, 3, 1], [4, 3, 9], "2 of 3 candidate scenarios fail in over 50%"),
+        ([0, 3, 1], [9, 3, 9], "1 of 3 candidate scenarios fails in over 50 %"),
+        ([4, 3, 1], [4, 3, 9], "2 of 3 candidate scenarios fail in over 50 %"),
         ([0, 1, 1], [9, 3, 9], None),  # few, but most are right
         ([5, 6, 0], [9, 11, 9], None),  # over rho, not certainly: enough to decide
         ([5, 0, 0], [6, 9, 9], None),  # just enough photographs
@@ -156,7 +156,7 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
         report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path), SAMPLE_CORRECT
     )
     assert text.startswith(
-        "Could not tell: 60% of the codes of Ψ are in 100 cells (class, answer) of at most 0.01"
+        "Could not tell: 60 % of the codes of Ψ are in 100 cells (class, answer) of at most 0.01"
     )
     assert "lower distill.min_weight" in text
     for support, told in ((5, True), (4, False)):
@@ -186,11 +186,11 @@ def test_failures_in_components_of_little_weight_are_undecided_as_those_in_cells
     found, evaluation = sample_findings(0, 0)
     cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 50
     for weights, dropped_cells, words in (
-        (np.full(120, 0.005), (), "60% of the codes of Ψ are in components of at most 0.01"),
+        (np.full(120, 0.005), (), "60 % of the codes of Ψ are in components of at most 0.01"),
         (
             np.full(60, 0.005),
             cells,
-            "60% of the codes of Ψ are in 50 cells (class, answer), or in components, of at most",
+            "60 % of the codes of Ψ are in 50 cells (class, answer), or in components, of at most",
         ),
         (np.full(90, 0.005), (), None),  # 45 %
         (np.full(2, 0.3), (), None),  # over distill.min_weight
@@ -228,7 +228,7 @@ def test_failures_of_many_images_each_in_a_component_too_small_for_a_scenario_ar
     text = headline(report_of((found, evaluation), tmp_path), SAMPLE_CORRECT)
     assert (
         text.startswith(
-            "Could not tell: 60% of the codes of Ψ, of up to 5% of the training images, are in 100 components"
+            "Could not tell: 60 % of the codes of Ψ, of up to 5 % of the training images, are in 100 components"
         )
         is told
     )
@@ -259,11 +259,11 @@ def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, ancho
 @pytest.mark.parametrize(
     ("verdict", "anchored", "words"),
     [
-        ("poor", False, "the β-VAE is poor (60% of the right answers are kept on reconstructions)"),
+        ("poor", False, "the β-VAE is poor (60 % of the right answers are kept on reconstructions)"),
         (
             "blind",
             True,
-            "the β-VAE is blind (60% of the right answers are kept on images moved by the noise)",
+            "the β-VAE is blind (60 % of the right answers are kept on images moved by the noise)",
         ),
         ("fit", False, None),
     ],
@@ -311,7 +311,7 @@ def test_reference_models_that_are_worse_than_the_classifier_cannot_tell_where_i
         "scenarios": None,
     }
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
-    told = "right on fewer test images (at best 90.0%) than the classifier (98.3%); train better ones"
+    told = "right on fewer test images (at best 90.0 %) than the classifier (98.3 %); train better ones"
     assert (told in (text or "")) is worse
     unused = sample_spec().with_fields("identify", screen="none")
     unused = unused.with_fields("review", annotators="label-studio", tau=0.25)
@@ -352,10 +352,14 @@ def test_people_who_reject_all_decide_nothing_of_what_worse_reference_models_lef
 @pytest.mark.parametrize(
     ("balanced", "classes", "told"),
     [
-        ({"train": 1.0, "validation": 0.9, "test": 0.11}, 10, "on 11.0% on average over their 10 classes"),
-        ({"train": 1.0, "validation": 0.18}, 10, "validation images, and on 18.0% on average over their 10 "),
+        ({"train": 1.0, "validation": 0.9, "test": 0.11}, 10, "on 11.0 % on average over their 10 classes"),
+        (
+            {"train": 1.0, "validation": 0.18},
+            10,
+            "validation images, and on 18.0 % on average over their 10 ",
+        ),
         ({"train": 1.0, "validation": 0.1, "test": 0.2}, 10, None),
-        ({"test": 0.54}, 2, "of the test images, and on 54.0% on average over their 2 classes"),
+        ({"test": 0.54}, 2, "of the test images, and on 54.0 % on average over their 2 classes"),
         ({"test": 0.56}, 2, None),
         ({"test": 0.05}, 1000, None),
         ({"train": 0.1}, 10, None),
@@ -383,7 +387,7 @@ def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
     )
     known = {"models": models, "references": None, "psi": None, "scenarios": None}
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
-    assert text is not None and "on 2.5% on average over their 40 classes" in text
+    assert text is not None and "on 2.5 % on average over their 40 classes" in text
 
 
 def test_images_of_a_single_class_do_not_tell_a_guess(tmp_path):

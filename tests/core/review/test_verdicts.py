@@ -123,7 +123,7 @@ def test_where_only_further_images_have_labels_the_reason_says_so():
     verdict = verdicts([[NO, NO]], predicted=[1, 1], max_false=0.05, more=more)
     assert verdict.labels[0] == NO
     assert verdict.reasons[0].endswith(
-        "97% of 38 labelled images are misclassified, but no reviewed image has a label"
+        "97 % of 38 labelled images are misclassified, but no reviewed image has a label"
     )
 
 
@@ -147,7 +147,7 @@ def test_six_of_ten_wrong_are_accepted_by_the_paper_and_are_in_doubt_by_the_lowe
     assert verdicts(answers, predicted).labels[0] == 8
     careful = verdicts(answers, predicted, max_false=0.05)
     assert careful.labels[0] == NO
-    assert "60% of 10 labelled images are misclassified, not over 50% with certainty" in careful.reasons[0]
+    assert "60 % of 10 labelled images are misclassified, not over 50 % with certainty" in careful.reasons[0]
     assert doubtful(careful, 0.5).tolist() == [True]
 
 
@@ -210,14 +210,14 @@ def test_pictures_of_one_photograph_are_one_piece_of_evidence():
     alone = verdicts(answers, predicted, source=one, max_false=0.025)
     assert alone.labels[0] == NO
     assert alone.reasons[0] == (
-        "rejected: 100% of 10 labelled images of 1 photograph are misclassified, not over 50% with certainty, "
+        "rejected: 100 % of 10 labelled images of 1 photograph are misclassified, not over 50 % with certainty, "
         "for which at least 6 photographs are needed"
     )
     assert (alone.units[0], alone.failing_units[0]) == (1, 1)
     assert doubtful(alone, 0.5).tolist() == [True]
     accepted = verdicts(answers, predicted, source=six, max_false=0.025)
     assert accepted.reasons == (
-        "accepted as 8: 100% of 10 labelled images of 6 photographs are misclassified",
+        "accepted as 8: 100 % of 10 labelled images of 6 photographs are misclassified",
     )
     assert accepted.false_share == pytest.approx(0.5**7)
     tracks = verdicts(answers, predicted, source=six, track=[1, 1, 1, 2, 2, 2, 1, 1, 1, 2], max_false=0.025)
@@ -231,7 +231,7 @@ def test_a_photograph_fails_where_over_rho_of_its_labelled_pictures_are_misclass
     verdict = verdicts(answers, [1, 1, 8, 8, 1, 1], source=[1, 1, 1, 2, 3, 4], max_false=0.4)
     assert (verdict.units[0], verdict.failing_units[0]) == (3, 2)
     assert verdict.reasons[0].startswith(
-        "rejected: 60% of 5 labelled images of 3 photographs are misclassified, over 50% at 2 of them, not over"
+        "rejected: 60 % of 5 labelled images of 3 photographs are misclassified, over 50 % at 2 of them, not over"
     )
 
 
@@ -242,7 +242,7 @@ def test_a_photograph_with_half_of_its_pictures_misclassified_does_not_fail():
 
 def test_where_there_are_photographs_enough_the_reason_asks_for_no_more():
     verdict = verdicts([[8] * 6], [1] * 5 + [8], source=[1, 2, 3, 4, 5, 6], max_false=0.025)
-    assert verdict.reasons[0].endswith("over 50% at 5 of them, not over 50% with certainty")
+    assert verdict.reasons[0].endswith("over 50 % at 5 of them, not over 50 % with certainty")
 
 
 def test_more_images_count_by_the_photographs_that_they_add():
@@ -254,7 +254,7 @@ def test_more_images_count_by_the_photographs_that_they_add():
     )
     verdict = verdicts(answers, predicted, source=[1, 1, 2, 3], max_false=0.025, more=more)
     assert (verdict.units[0], verdict.failing_units[0]) == (7, 7)
-    assert "89% of 9 labelled images of 7 photographs" in verdict.reasons[0]
+    assert "89 % of 9 labelled images of 7 photographs" in verdict.reasons[0]
     assert verdict.labels[0] == 8
 
 

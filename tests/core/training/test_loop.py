@@ -139,7 +139,7 @@ def test_a_longer_training_on_other_images_and_a_damaged_checkpoint_are_replaced
 
 def test_the_log_has_the_figures_of_an_epoch_that_were_measured():
     assert format_row(ClassifierEpoch(3, 0.12345)) == "loss 0.1235"
-    assert format_row(ClassifierEpoch(3, 0.5, 0.75)) == "loss 0.5, validation 0.75"
+    assert format_row(ClassifierEpoch(3, 0.5, 0.75)) == "loss 0.5, validation 75.0 %"
 
 
 def test_a_single_image_is_a_minibatch():

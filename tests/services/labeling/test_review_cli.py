@@ -56,8 +56,8 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
     assert "6 of 36 answers are in; 27 are still wanted." in shown
     assert "3 more are not needed" in shown
     assert "annotator-1: 3" in shown and "annotator-2: 3" in shown and "annotator-3: 0" in shown
-    assert "Agreement so far: 100.0%" in shown
-    assert "0 3 accepted as 8: 100% of 3 labelled images are misclassified" in shown
+    assert "Agreement so far: 100.0 %" in shown
+    assert "0 3 accepted as 8: 100 % of 3 labelled images are misclassified" in shown
     assert "Not counted: annotator-3 on scenario 3, image 0: no label was chosen" in shown
     assert link.removeprefix("label at ") in shown and invitation.split(" at ")[1] in shown
     found = json.loads(cli("review", "status", name, "--json").stdout)
@@ -76,7 +76,7 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
         "changes": {},
         "problem": None,
     }
-    reason = "accepted as 8: 100% of 3 labelled images are misclassified"
+    reason = "accepted as 8: 100 % of 3 labelled images are misclassified"
     assert first | {"reason": first["reason"][: len(reason)]} == {
         "scenario": 0,
         "accepted": True,
@@ -106,7 +106,8 @@ def test_a_run_that_asks_models_is_not_pushed(cli, make_review):
 def test_a_run_that_asks_models_is_not_sent_to_label_studio(cli, make_review, command):
     review = make_review(annotators="reference-models")
     with pytest.raises(
-        InputError, match=f"answer within `defuse run`; `defuse status {review.run.name}` shows"
+        InputError,
+        match=f"{review.run.name} asks .* answer within `defuse run`; to ask people, start another run",
     ):
         cli(*command, review.run.name)
 

@@ -94,7 +94,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     assert f"all answers are in, and stored in {review.store.address}" in concluded.stderr
     found = json.loads(concluded.stdout)
     assert (found["closed"], found["given"], found["label_at"]) == (True, 3, None)
-    assert found["scenarios"][0]["reason"] == "accepted as 0: 100% of 3 labelled images are misclassified"
+    assert found["scenarios"][0]["reason"] == "accepted as 0: 100 % of 3 labelled images are misclassified"
     votes, verdicts = review.load(Votes), review.load(Verdicts)
     assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]
     assert verdicts is not None and verdicts.labels.tolist() == [0]
@@ -104,7 +104,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     monkeypatch.setenv("LABEL_STUDIO_URL", f"http://127.0.0.1:{free_port()}")
     shown = " ".join(cli("status", name).output.split())
     assert "3 votes of people stored. annotator-1: 3" in shown
-    assert "2 unknown accepted as 0: 100% of 3 labelled images are misclassified" in shown
+    assert "2 unknown accepted as 0: 100 % of 3 labelled images are misclassified" in shown
     assert "Whether answers came since then is not known: Label Studio at http://127.0.0.1" in shown
     assert review.load(Verdicts) is not None
 
@@ -132,7 +132,7 @@ def test_status_shows_how_many_inputs_the_server_expects_to_be_wrong(cli, tmp_pa
     cli("push", run.name, "--from-traffic")
     shown = " ".join(cli("status", f"{run.name}/traffic-1").output.split())
     assert "scenario answers missing expected wrong state" in shown
-    assert "2 3 42% open" in shown and "none 3 90% open" in shown
+    assert "2 3 42 % open" in shown and "none 3 90 % open" in shown
 
 
 def test_the_same_review_goes_on_until_it_is_concluded(cli, served, tmp_path):

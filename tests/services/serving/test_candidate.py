@@ -158,7 +158,7 @@ def test_a_setting_that_is_none_is_an_error_that_names_the_field():
     assert with_settings(ServeSection(timeout_s=3.0), {"max_images": 5}) == ServeSection(
         timeout_s=3.0, max_images=5
     )
-    with pytest.raises(InputError, match=r"^serve\.timeout_s: Input should be greater than 0, found -1"):
+    with pytest.raises(InputError, match=r"^serve\.timeout_s: expected greater than 0, found -1"):
         with_settings(ServeSection(), {"timeout_s": -1})
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_accepted_nothing_could_not_tell_where_its_cells_weigh_little
     with pytest.raises(NothingCorrected, match="no failure scenario was accepted"):
         prepare_candidate(finished(tmp_path / "nothing"))
     cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100
-    with pytest.raises(CheckFailed, match=r"could not tell .* 60% of the codes of Ψ are in 100 cells"):
+    with pytest.raises(CheckFailed, match=r"could not tell .* 60 % of the codes of Ψ are in 100 cells"):
         prepare_candidate(finished(tmp_path / "cells", cells))
     unclear = (DroppedComponent(0.1, 8, 3, 2, "its draws", False, False),)
     with pytest.raises(CheckFailed, match=r"could not tell .* Ψ has 516 codes, but no component was left"):

@@ -129,14 +129,14 @@ def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
 @pytest.mark.parametrize(
     ("parts", "choose_by", "end"),
     [
-        ({}, "tune", "is allowed"),
-        ({"test": None}, "tune", "is allowed (not independent: λ was chosen on these images)"),
-        ({"test": None}, "validation", "is allowed (not independent: λ was chosen on these images)"),
-        ({"test": None}, "last", "is allowed"),
+        ({}, "tune", "points"),
+        ({"test": None}, "tune", "points (not independent: λ was chosen on these images)"),
+        ({"test": None}, "validation", "points (not independent: λ was chosen on these images)"),
+        ({"test": None}, "last", "points"),
         (
             {"test": None, "validation": None},
             "tune",
-            "is allowed (not independent: the classifier was trained on these images)",
+            "points (not independent: the classifier was trained on these images)",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def _check_reported_changes(running, registry):
     wait_until(
         lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output(), running.output
     )
-    assert "ana: version 2 as canary for 50% (a drill; forced: a drill)" in running.output()
+    assert "ana: version 2 as canary for 50 % (a drill; forced: a drill)" in running.output()
 
 
 def _check_that_a_killed_replica_answers_on_the_same_port_again(running):

@@ -60,7 +60,7 @@ def test_a_change_keeps_its_author_time_reason_and_number(registry, candidates):
         (1, "ana", "for a test", "added version 1"),
         (2, "ana", "for a test", "version 1 to production"),
         (3, "bo", "a try", "added version 2"),
-        (4, "bo", "a try", "version 2 as canary for 5%"),
+        (4, "bo", "a try", "version 2 as canary for 5 %"),
         (5, "cy", "enough", "ended the canary of version 2"),
     ]
     assert all(state.when.endswith("Z") for state in registry.changes_after(EMPTY))

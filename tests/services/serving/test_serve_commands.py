@@ -37,7 +37,7 @@ def run(command, *args):
 def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(planted):
     lines = run(check, "first", "--store", planted.address).splitlines()
     assert len(lines) == 9 and all(line.startswith("ok ") for line in lines[:7])
-    assert lines[7].strip() == "its failure scenarios were labelled by reference models"
+    assert lines[7] == "note   reference models, not people, labelled the failure scenarios"
     assert lines[8] == "7 of 7 checks passed"
     result = CliRunner().invoke(check, ["swapped", "--store", planted.address], standalone_mode=False)
     failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
@@ -51,12 +51,14 @@ def test_check_as_json_is_one_object(planted):
     assert found["passed"] and len(found["checks"]) == 7
     figures = {each["name"]: (each["found"], each["limit"]) for each in found["checks"]}
     limits = Run.open(planted, "first").spec.check
+    at = {each["name"]: each["at"] for each in found["checks"] if each["at"] is not None}
     assert figures["finite"] == (None, None) and figures["improvement"][1] == 0
     least = {"scenario accuracy": limits.min_scenario_accuracy, "worst scenario": limits.min_each_scenario}
     most = {"clean accuracy": limits.max_loss, "every class": limits.max_class_loss}
     most |= {"regressions": limits.max_regressions}
     assert all(figures[name][0] >= limit == figures[name][1] for name, limit in least.items())
     assert all(figures[name][0] <= limit == figures[name][1] for name, limit in most.items())
+    assert at == {**dict.fromkeys((*least, "improvement"), "least"), **dict.fromkeys(most, "most")}
 
 
 def test_check_works_on_a_store_that_cannot_be_written(own_store, tmp_path, caplog):
@@ -145,7 +147,7 @@ def test_check_of_an_unfinished_run_names_the_command_that_shows_what_is_missing
 ):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(
-        InputError, match="run begun is not finished; `defuse status begun` shows how far it is"
+        InputError, match="run begun is not finished; the `defuse run` command that began it, or in Python"
     ):
         run(check, "begun", "--store", str(tmp_path))
 
@@ -165,7 +167,8 @@ def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     for options in ((), ("--address", "127.0.0.1:1")):
         with pytest.raises(
-            InputError, match="run begun is not finished; `defuse status begun` shows how far it is"
+            InputError,
+            match="run begun is not finished; the `defuse run` command that began it, or in Python",
         ):
             run(serve, "begun", "--store", str(tmp_path), *options)
 
@@ -199,7 +202,7 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     store = ("--store", own_store.address, "--by", "ana")
     lines = run(promote, "first", *store, "--why", "first of all").splitlines()
     assert lines[0] == "version 1 to production"
-    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5%\n")
+    assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5 %\n")
     assert run(promote, "second", *store).startswith("version 2 to production\n")
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
     shown = run(promote, "--store", own_store.address).splitlines()
