@@ -211,10 +211,9 @@ def test_every_code_knows_the_track_of_its_source_image(tiny_models):
     worker.train = replace(worker.train, tracks=tracks)
     found = worker.shard(0).failures
     np.testing.assert_array_equal(found.source_track, tracks[found.source])
-    halves = [found.take(np.arange(3)), found.take(np.arange(3, len(found)))]
-    np.testing.assert_array_equal(Failures.concatenate(halves).source_track, found.source_track)
-    halves[0] = replace(halves[0], source_track=None)
-    assert Failures.concatenate(halves).source_track is None
+    first, rest = found.take(np.arange(3)), found.take(np.arange(3, len(found)))
+    np.testing.assert_array_equal(Failures.concatenate([first, rest]).source_track, found.source_track)
+    assert Failures.concatenate([replace(first, source_track=None), rest]).source_track is None
 
 
 def misled(models, references=None) -> Identifier:
@@ -241,28 +240,25 @@ def test_the_codes_of_misclassified_training_images_join_the_failing_draws(tiny_
 
 def test_flips_at_zero_noise_are_decodings_that_do_not_get_the_label(tiny_models):
     worker = misled(tiny_models)
-    shard = worker.shard(0)
-    images = worker.train.take(slice(0, shard.images))
+    images = worker.train.take(slice(0, worker.shard(0).images))
     answers = predict(worker.classifier, decode_codes(worker.vae, encode_images(worker.vae, images)))
-    assert shard.zero_noise_flips == (answers != images.labels).sum() >= 10
+    assert worker.shard(0).zero_noise_flips == (answers != images.labels).sum() >= 10
 
 
-def test_misclassified_images_in_which_the_reference_models_see_another_class_are_screened(
-    tiny_models, references
-):
+def test_misclassified_images_of_another_class_to_the_reference_models_are_screened(tiny_models, references):
     assert not np.isin(np.arange(10), misled(tiny_models, references).shard(0).failures.source).any()
 
 
 def test_misclassified_images_in_which_the_reference_models_see_the_class_are_kept(tiny_models, references):
-    last = [name for name in tiny_models.classifier if name.endswith(("weight", "bias"))][-2:]
     swapped = dict(tiny_models.classifier)
+    last = [name for name in swapped if name.endswith(("weight", "bias"))][-2:]
     for name in last:  # 3 is answered 8, and 8 is answered 3
         swapped[name] = swapped[name].copy()
         swapped[name][[3, 8]] = swapped[name][[8, 3]]
     models = replace(tiny_models, classifier=swapped)
-    draws = Identifier(tiny(), models, references).shard(0).failures
+    draws = len(Identifier(tiny(), models, references).shard(0).failures)
     found = Identifier(tiny(identify={"originals": "misclassified"}), models, references).shard(0).failures
-    originals = found.take(np.arange(len(draws), len(found)))
+    originals = found.take(np.arange(draws, len(found)))
     assert set(originals.truth.tolist()) & {3, 8} and originals.source_wrong.all()
 
 

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
-from defuse_core.artifacts import (
-    NONE_OF_THE_ABOVE,
-    DroppedComponent,
-    Health,
-    Models,
-    Override,
-    ReferenceSet,
-)
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Models, Override, ReferenceSet
 from defuse_core.distill.draws import UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.report.notices import caveats, hardly_better_than_guessing, headline
