@@ -134,10 +134,15 @@ def changes_weights(steps: int, optimizer: Optimizer) -> bool:
     return steps > 1 or rate > 0
 
 
+def overflowed(before: Weights, after: Weights) -> list[str]:
+    """Return the arrays with NaN or infinity in other places than before: a mask of infinities stays as it was."""
+    return [name for name, array in after.items() if not (np.isfinite(array) | (array == before[name])).all()]
+
+
 def require_progress(before: Weights, classifier: nn.Module, moments: Weights, lam: float) -> None:
     """Raise ModelError where an epoch overflowed or, with λ over 0, left every weight as it was: λ is too large."""
     now = weights_of(classifier)
-    finite = all(np.isfinite(array).all() for array in (*now.values(), *moments.values()))
+    finite = all(np.isfinite(array).all() for array in moments.values()) and not overflowed(before, now)
     learned = {name for name, parameter in classifier.named_parameters() if parameter.requires_grad}
     changed = any(not np.array_equal(before[name], now[name]) for name in learned & set(now))
     if finite and (changed or lam == 0):

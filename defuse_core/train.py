@@ -96,6 +96,7 @@ def train(
             reconstruction_flips=1 - float((answers == probe.labels).mean()),
             kl_per_dimension=kl,
             health=health,
+            validation_from_training=spec.classifier.epochs == 0 and splits.validation_held_out,
         )
         if guessing := why_guessing(models):
             log.warning("train: %s", guessing)

@@ -104,6 +104,8 @@ class Models:
     device: str = "cpu"  # that they were trained on
     # split -> (C,) share of the images of each class that the classifier gets right; nan for a class without images
     class_accuracy: dict[str, F64] = field(default_factory=dict)
+    # the validation images were held out of those that a classifier may know that the run did not train
+    validation_from_training: bool = False
 
     @property
     def balanced_accuracy(self) -> dict[str, float]:

@@ -198,11 +198,6 @@ class RunFile(Section):
     check: CheckSection = CheckSection()
     serve: ServeSection = ServeSection()
 
-    @property
-    def validation_from_training(self) -> bool:
-        """Whether validation images may be of the training images of a classifier that the run did not train."""
-        return self.classifier.epochs == 0 and self.data.validation_share > 0
-
     def with_fields(self, section: str, **fields: Any) -> RunFile:
         """Return the run file with other values, which are not validated, of some fields of a section."""
         return self.model_copy(update={section: getattr(self, section).model_copy(update=fields)})

@@ -255,6 +255,7 @@ class Splits:
     validation: Images | None
     test: Images | None
     classes: tuple[str, ...]  # C names; a label is an index into them
+    validation_held_out: bool = False  # of the training part (data.validation_share)
 
     def parts(self) -> dict[str, Images]:
         """Return the parts that exist, by name."""

@@ -66,10 +66,12 @@ def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
     """Return a data set as `data` divides it: validation_share is held out where there is no validation part, and
     train_images are drawn of the others.
     """
-    train, validation = splits.train, splits.validation
+    train, validation, held_out = splits.train, splits.validation, False
     if validation is None:
         train, validation = with_validation(train, data.validation_share, seed)
-    return replace(splits, train=sample(train, data.train_images, seed), validation=validation)
+        held_out = validation is not None
+    train = sample(train, data.train_images, seed)
+    return replace(splits, train=train, validation=validation, validation_held_out=held_out)
 
 
 def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tuple[I64, I64]:

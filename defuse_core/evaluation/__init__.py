@@ -227,13 +227,19 @@ def fold_of(fixes: Corrections) -> I64:
     return np.arange(len(fixes.labels)) % 2
 
 
-def has_same_confusion_in_other_fold(fixes: Corrections, errors: I64) -> Bool:
-    """Return the accepted scenarios whose label and most common wrong answer one of the other fold has, too, (A,)."""
+def has_known_confusion(found: Findings, errors: I64) -> Bool:
+    """Return the accepted scenarios whose label and wrong answer one has that is tuned on without them, (A,).
+
+    `errors` (A,) are their most common wrong answers.
+    """
+    fixes = found.fixes
     confusions = np.stack([fixes.labels, errors], axis=1)  # (A, 2)
-    alike = (confusions[:, None] == confusions).all(axis=2)  # (A, A)
-    fold = fold_of(fixes)
-    found: Bool = (alike & (fold[:, None] != fold)).any(axis=1)
-    return found
+    fold, known = fold_of(fixes), np.zeros(len(errors), np.bool_)
+    for number in (0, 1):
+        tuned = np.isin(fixes.scenario, without_fold(found, number).scenario)
+        alike = (confusions[:, None] == confusions[tuned]).all(axis=2)
+        known |= (fold == number) & alike.any(axis=1)
+    return known
 
 
 def without_fold(found: Findings, fold: int) -> Corrections:

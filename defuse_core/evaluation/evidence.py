@@ -58,7 +58,8 @@ WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wi
 WIDER_IMAGES = 64  # per scenario and factor
 FRESH_IMAGES = 2000  # test images that fresh noise is added to
 FRESH_DRAWS = 10  # per image
-AT_FAULT_PURITY = (0.5, 0.9)  # below the first the β-VAE is at fault, from the second on the classifier
+# below the first the β-VAE is at fault, from the second on the classifier, where it fails on over review.rho
+AT_FAULT_PURITY = (0.5, 0.9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class Evidence:
     screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
     pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
     real_failure_pairs: I64  # (P, 3) likewise, of the failing draws from test images
-    worse: Bool  # (A,) likewise, less than they reach (is_worse)
+    worse: Bool  # (A,) by own labels: right on less than plain trainings reach (is_worse)
     plain_each: F64  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64  # (P, A) own-label accuracy after each plain training
     # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
@@ -181,10 +182,11 @@ class _Evidence:
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, self._real_images())
         pairs, pairs_with_before = self._pairs(right, plain)
         tested, tested_plain = self._on_test_images()
-        corrected = tested[DEFUSE] if self.corrected else np.full_like(tested[DEFUSE], np.nan)
+        test_units = np.zeros(0, np.int64) if self.splits.test is None else self.splits.test.unit
+        corrected = tested[DEFUSE] if self.corrected is not None else np.full_like(tested[DEFUSE], np.nan)
         defuse, scenario_plain = self._of_each(right[DEFUSE]), self._of_each(plain)
         has_test, rho = self.splits.test is not None, self.spec.review.rho
-        compared = compared_images(found.models.accuracy, self.spec.validation_from_training)
+        compared = compared_images(found.models)
         assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,
@@ -223,7 +225,7 @@ class _Evidence:
             plain_clean=np.array(
                 [[getattr(row, part, None) for row in self.plain_rows] for part in CLEAN], float
             ),
-            test_pairs=np.stack([pairs_of(corrected, row, np.arange(len(row))) for row in tested_plain]),
+            test_pairs=np.stack([pairs_of(corrected, row, test_units) for row in tested_plain]),
             real_failure_pairs_with_baseline=pairs_of(
                 fresh_right[DEFUSE], fresh_right[BASELINE], fresh_units
             ),
@@ -233,7 +235,8 @@ class _Evidence:
         """Return images that the classifier has not seen where there are any: validation if it is none of its training,
         test, or else what there is."""
         validation, test, train = self.splits.validation, self.splits.test, self.splits.train
-        first, second = (test, validation) if self.spec.validation_from_training else (validation, test)
+        known = self.found.models.validation_from_training
+        first, second = (test, validation) if known else (validation, test)
         return first or second or train
 
     def _share(self, hits: F64) -> F64:
@@ -297,7 +300,6 @@ class _Evidence:
             return np.zeros((0, *self.found.gallery.images.shape[2:]), np.float32), none, none
         rng = generator(self.spec.seed, "evidence", "fresh")
         images = self.splits.test.take(random_rows(len(self.splits.test), FRESH_IMAGES, rng))
-        tracks = np.arange(len(images)) if images.tracks is None else images.tracks
         section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)
         codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
@@ -310,7 +312,7 @@ class _Evidence:
             real = failing[self.labels(decoded[failing]) == labels[failing]]
             found.append(decoded[real])
             truth.append(labels[real])
-            units.append(tracks[waiting[real]])
+            units.append(images.unit[waiting[real]])
             waiting = np.delete(waiting, real)
         return np.concatenate(found), np.concatenate(truth), np.concatenate(units)
 

@@ -272,10 +272,20 @@ def _expect_imagenet() -> None:
         )
 
 
+def _expect_python(module: nn.Module) -> nn.Module:
+    """Return a module of Python. Raises ModelError for one of TorchScript, which takes no translation."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            "classifier.import_path: expected a module of Python, found one of TorchScript; save it with "
+            "torch.jit.save, and give the file: classifier.architecture: program, classifier.weights: FILE"
+        )
+    return module
+
+
 def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) -> nn.Module:
     section = spec.classifier
     if section.architecture == "custom":
-        return import_module("classifier.import_path", section.import_path or "")
+        return _expect_python(import_module("classifier.import_path", section.import_path or ""))
     if section.architecture == "timm":
         return open_timm(section.timm_model or "", classes, spec.data.channels)
     if stored is not None:

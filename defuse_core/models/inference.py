@@ -176,8 +176,9 @@ def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -
 
 def ready(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
     """Return the module that was just built with `weights`, on this process's device, in eval mode."""
+    set_weights(module, weights, where)  # before its first call, of which it may keep something
     to_device(module, spec.data).eval()
-    set_weights(module, weights, where)
+    set_weights(module, weights, where)  # and after it, which may change buffers
     return module
 
 

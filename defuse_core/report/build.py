@@ -143,7 +143,7 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         classes=len(found.models.classes),
         images=dict(found.models.images),
         balanced_accuracy=dict(found.models.balanced_accuracy),
-        validation_from_training=spec.validation_from_training,
+        validation_from_training=found.models.validation_from_training,
         data_fingerprint=found.models.data_fingerprint,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.evaluation import Findings, has_same_confusion_in_other_fold
+from defuse_core.evaluation import Findings, has_known_confusion
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
 from defuse_core.intervals import (
     SIGNIFICANT,
@@ -49,9 +49,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     """Return the figures over all scenarios."""
     part = "test" if "test" in found.models.accuracy else "validation"
     references = None if found.references is None else getattr(found.references, part)
-    fixes = found.fixes
-    errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
-    known = has_same_confusion_in_other_fold(fixes, errors)
+    errors = most_common_errors(found.gallery, found.verdicts, found.fixes.scenario)
+    known = has_known_confusion(found, errors)
     corrected = found.sweep.chosen is not None
     return EvidenceFigures(
         judges=Judges(

@@ -186,14 +186,15 @@ class ScenarioEvidence(FigureModel):
     """Whether each plain training is right significantly more often than the correction, and 95 of 100 further ones
     would be, likewise."""
     worse_than_before: bool | None
-    """Whether the classifier before is right significantly more often than the correction, likewise."""
+    """Whether the classifier before is right significantly more often than the correction, by sign tests alone."""
     plain_each: tuple[float | None, ...]
     """As of FourShares."""
     independent_images: int | None
     """Held-out images, of which those that are anchored at one image, or at images of one track, count once. Null where
     nothing was corrected."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
-    """The β-VAE where most held-out images do not show the label."""
+    """The β-VAE where most held-out images do not show the label; the classifier where at least 90 % show it, and it is
+    wrong on over review.rho of them by own label."""
     support: int
     """Training images that its codes come from."""
     real_error: float | None

@@ -29,7 +29,7 @@ def interval(share: Share, digits: int = 1) -> str:
     if share.value is None or share.low is None or share.high is None:
         return percent(share.value, digits)
     digits = _digits(digits, share.value, share.low, share.high)
-    return f"{percent(share.value, digits)} ({range_text(share.low, share.high, digits)})"
+    return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
 
 
 def _digits(digits: int, *shares: float) -> int:

@@ -56,7 +56,7 @@ def why_undecided(
     if len(verdicts.accepted):
         return None
     used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    worse = _worse_references(spec, models, references if used else None)
+    worse = _worse_references(models, references if used else None)
     cause = why_guessing(models) or _fault_of_vae_or_screen(models, worse, psi)
     if cause is None and scenarios is not None:
         cause = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
@@ -95,13 +95,13 @@ def unseen_images(accuracy: Mapping[str, float]) -> str | None:
     return next((part for part in ("test", "validation") if part in accuracy), None)
 
 
-def compared_images(accuracy: Mapping[str, float], validation_from_training: bool) -> str | None:
+def compared_images(models: Models) -> str | None:
     """Return the images that the classifier and other models are compared on, which none was trained on, or None.
 
-    Validation images that may be of the classifier's own training (RunFile.validation_from_training) are none.
+    Validation images that may be of the classifier's own training (validation_from_training) are none.
     """
-    part = unseen_images(accuracy)
-    return None if part == "validation" and validation_from_training else part
+    part = unseen_images(models.accuracy)
+    return None if part == "validation" and models.validation_from_training else part
 
 
 def guesses(balanced_accuracy: float, classes: int) -> bool:
@@ -132,9 +132,9 @@ def why_guessing(models: Models) -> str | None:
     )
 
 
-def _worse_references(spec: RunFile, models: Models, references: ReferenceSet | None) -> str | None:
+def _worse_references(models: Models, references: ReferenceSet | None) -> str | None:
     """Return that the reference models know less than the classifier, so that they cannot tell where it fails."""
-    part = compared_images(models.accuracy, spec.validation_from_training)
+    part = compared_images(models)
     if references is None or part is None:
         return None
     known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]

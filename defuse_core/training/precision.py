@@ -48,7 +48,7 @@ def margin_bound(logits: Callable[[I64], Tensor], count: int) -> float:
     It is SAFETY times the largest error of that margin on at most SAMPLE of the `count` inputs, evenly spaced.
     """
     rows = evenly_spaced(count, SAMPLE)
-    with torch.inference_mode():
+    with torch.no_grad():  # as in map_batches
         exact = logits(rows).float()
         with autocast("bf16"):
             fast = logits(rows).float()
@@ -172,7 +172,7 @@ def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None
         _backward(vae, loss + kl_to_prior(mu.float(), log_variance.float()).mean())
 
     def answers(arithmetic: Arithmetic) -> None:
-        with torch.inference_mode(), autocast(arithmetic):
+        with torch.no_grad(), autocast(arithmetic):
             codes = torch.zeros(STEP_IMAGES, spec.vae.latent_dim, device=device())
             classifier(vae.decode(codes)).argmax(dim=1).cpu()
 

@@ -108,9 +108,12 @@ def print_json(page: dict[str, Any]) -> None:
 def echo_marked(mark: str, text: str) -> None:
     """Print a line of a check behind its mark; a narrow terminal gets it in several, which break between words."""
     lines = [text]
-    if sys.stdout.isatty():
-        lines = textwrap.wrap(text, max(24, shutil.get_terminal_size().columns - MARK_WIDTH))
-    click.echo(f"{mark:<{MARK_WIDTH - 1}} " + f"\n{'':{MARK_WIDTH}}".join(lines))
+    if sys.stdout is not None and sys.stdout.isatty():
+        from defuse_core.report.formatting import unbroken
+
+        lines = textwrap.wrap(unbroken(text), max(24, shutil.get_terminal_size().columns - MARK_WIDTH))
+    told = f"{mark:<{MARK_WIDTH - 1}} " + f"\n{'':{MARK_WIDTH}}".join(lines)
+    click.echo(told.replace("\u00a0", " "))
 
 
 def run_name(name: str | None, runfile: Path) -> str:
@@ -186,7 +189,8 @@ def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] 
         _expect_none(weights, text, "its weights are in the folder")
         return {"architecture": "transformers", "weights": str(path.absolute())}
     if path.suffix == ".py":
-        module = path.stem if path.is_absolute() else ".".join(path.with_suffix("").parts)
+        outside = path.is_absolute() or ".." in path.parts
+        module = path.stem if outside else ".".join(path.with_suffix("").parts)
         raise InputError(
             f"--classifier {text}: a Python file; name the function in it that returns the network: --classifier "
             f"{module}:build"
@@ -196,7 +200,7 @@ def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] 
             f"--classifier {text}: holds weights only; add the code: --classifier package.module:factory "
             f"--weights {text}"
         )
-    if path.is_file() or path.suffix in {".pt", ".pt2", ".torchscript", ".pth", ".safetensors"}:
+    if path.is_file() or path.suffix in {".pt", ".pt2", ".torchscript", ".pth"}:
         _expect_none(weights, text, "the file holds its own")
         return {"architecture": "program", "weights": _existing(path)}
     if ":" not in text:
@@ -211,9 +215,12 @@ def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] 
 def _meant(text: str) -> str:
     """Return which function is meant by the name of a module, or one without a colon: nets:build for nets.build."""
     module, _, factory = text.rpartition(".")
-    with contextlib.suppress(ValueError):  # a name that no module can have
-        if importlib.util.find_spec(text.partition(".")[0]) is not None:
-            return f"; did you mean {f'{module}:{factory}' if module else f'{text}:build'}?"
+    with contextlib.suppress(ValueError, ImportError):  # no name of a module; its package cannot be imported
+        if importlib.util.find_spec(text) is not None:
+            return f"; did you mean {text}:build?"
+    with contextlib.suppress(ValueError):
+        if module and importlib.util.find_spec(text.partition(".")[0]) is not None:
+            return f"; did you mean {module}:{factory}?"
     return ""
 
 

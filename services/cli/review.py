@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError, ServiceError, StoreError, count_of
+from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
 from services.cli.console import ProgressDisplay, Terminal
 from services.cli.options import given, json_option, print_json, store_option
@@ -92,7 +92,8 @@ def status(name: str, store: str, as_json: bool) -> None:
     if votes is not None:
         if verdicts is None:
             verdicts = _verdicts_from(opened, gallery, votes, console)
-        later = _later_answers(opened, gallery, votes)
+        changes, failure = _later_answers(opened, gallery, votes)
+        later = changes, None if failure is None else str(failure)
         print_result(gallery, votes, verdicts, console)
         print_closed(name, *later, console)
         if as_json:
@@ -147,7 +148,9 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
     return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 
-def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChanges | None, str | None]:
+def _later_answers(
+    run: Run, gallery: Gallery, votes: Votes
+) -> tuple[AnswerChanges | None, DefuseError | None]:
     """Return how people's answers changed after the votes, and why that is not known, where it is not."""
     if run.spec.review.annotators != "label-studio":
         return None, None
@@ -158,7 +161,7 @@ def _later_answers(run: Run, gallery: Gallery, votes: Votes) -> tuple[AnswerChan
         status, _ = annotators.status(gallery)
         return answer_changes(status.tasks, votes, status.votes), None
     except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
-        return None, str(error)
+        return None, error
 
 
 @review.command(name="set")
@@ -217,21 +220,22 @@ def reopen(name: str, store: str, discard: bool) -> None:
     from defuse_core.review.overrides import reopen_vote
 
     opened, gallery = _open(name, store)
-    votes = opened.load(Votes)
-    if votes is not None and not discard:
+    if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened)
     click.echo(f"the vote of {name} is open again; `{_following(name)}` takes in all answers")
 
 
 def _expect_no_answer_lost(run: Run, gallery: Gallery, votes: Votes) -> None:
-    """Raise InputError where Label Studio lacks answers that only the stored votes hold, or may lack them."""
-    changes, unknown = _later_answers(run, gallery, votes)
-    if unknown is None and changes is not None and changes.deleted:
-        unknown = f"{count_of(changes.deleted, 'answer')} of the votes were deleted in Label Studio"
-    if unknown is not None:
-        raise InputError(
-            f"the votes of {run.name} may be the only copy of answers, which --discard gives up: {unknown}"
+    """Raise InputError where Label Studio lacks answers that only the stored votes hold, or cannot be asked."""
+    changes, failure = _later_answers(run, gallery, votes)
+    reason = None if failure is None else str(failure)
+    if changes is not None and changes.deleted:
+        reason = f"{count_of(changes.deleted, 'answer')} of the votes were deleted in Label Studio"
+    if reason is not None:
+        outage = isinstance(failure, ServiceError)  # which a later start may find over
+        raise (ServiceError if outage else InputError)(
+            f"the votes of {run.name} may be the only copy of answers, which --discard gives up: {reason}"
         )
 
 

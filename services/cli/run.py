@@ -252,27 +252,24 @@ def status(name: str | None, store: str, as_json: bool) -> None:
     defuse status
     defuse status digits
     """
-    from services.cli.status_tables import (
-        print_runs,
-        print_status,
-        step_states,
-        summarize_run,
-        summarize_runs,
-    )
+    from services.cli import status_tables
     from services.storage import open_store, store_folder
 
-    if name is None and not (store.startswith("s3://") or store_folder(store).exists()):
-        raise InputError(f"no folder {store_folder(store)}; give --store, or start a run")
-    if name is None and as_json:
-        print_json({"runs": [asdict(summary) for summary in summarize_runs(open_store(store))]})
-    elif name is None:
-        print_runs(open_store(store))
+    if name is None:
+        every = open_store(store)  # says, too, what keeps a folder from being read
+        if not store.startswith("s3://") and not store_folder(store).exists():
+            raise InputError(f"no folder {store_folder(store)}; give --store, or start a run")
+        if as_json:
+            print_json({"runs": [asdict(summary) for summary in status_tables.summarize_runs(every)]})
+        else:
+            status_tables.print_runs(every)
     elif as_json:
         opened = open_run(name, store)
-        states = step_states(opened)
-        print_json({**asdict(summarize_run(opened, states)), "steps": [asdict(state) for state in states]})
+        states = status_tables.step_states(opened)
+        summary = asdict(status_tables.summarize_run(opened, states))
+        print_json({**summary, "steps": [asdict(state) for state in states]})
     else:
-        print_status(open_run(name, store))
+        status_tables.print_status(open_run(name, store))
 
 
 @click.command(short_help="Show the report of a run, and write its page again.")

@@ -181,7 +181,7 @@ class ReviewProject:
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
             f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
-            "tasks, and otherwise create another"
+            f"tasks{'' if self.is_closed else ', and otherwise create another'}"
         )
 
     def _expect_its_organization(self) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, Weights
 from defuse_core.config import CheckSection, RunFile
+from defuse_core.correct import overflowed
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError, percent
@@ -128,7 +129,7 @@ def evaluate_candidate(
     """Return which answers are right before and after the correction."""
     candidates = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))
     split, clean = next((name, images) for name, images in candidates if images is not None)
-    not_finite = tuple(name for name, array in sweep.weights.items() if not np.isfinite(array).all())
+    not_finite = tuple(overflowed(models.classifier, sweep.weights))
     corrected = models.classifier if not_finite else sweep.weights
     with cpu_threads(spec.resources.train_threads):
         scenario = held_out_images(load_vae(spec, models.vae), corrections)

@@ -179,6 +179,22 @@ class Casting(Net):
         return super().forward(images.to(self.body[-1].weight.dtype)).float()
 
 
+class Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (100 * self.head(images.flatten(1))).round().long()
+
+
+def test_whole_numbers_as_logits_are_refused_in_one_line():
+    network = adapt(Rounding(), section(), 10)
+    check_outputs(network, section(), digits(), 10)
+    with pytest.raises(ModelError, match="rounding from its forward"):
+        expect_trainable(network, digits())
+
+
 def casting_bfloat16() -> nn.Module:
     return Casting().bfloat16()
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from defuse_core.config import RunFile
+from defuse_core.correct import require_progress
 from defuse_core.errors import ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
@@ -266,6 +267,12 @@ def test_a_mask_of_infinities_is_no_broken_weight():
     for name, value in (("weight", weights["mask"]), ("mask", np.full((2, 2), np.nan, np.float32))):
         with pytest.raises(ModelError, match=f"net.pt: {name}: expected finite numbers"):
             set_weights(Masking(), weights | {name: value}, "net.pt")
+    tuned = Masking()
+    require_progress(weights, tuned, {}, lam=1.0)
+    with torch.no_grad():
+        tuned.mask[0, 0] = torch.inf
+    with pytest.raises(ModelError, match="an epoch overflowed"):
+        require_progress(weights, tuned, {}, lam=1.0)
 
 
 @pytest.mark.parametrize(

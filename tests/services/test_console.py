@@ -11,6 +11,7 @@ from rich.table import Table
 
 from services.cli import console
 from services.cli.console import ProgressDisplay
+from services.cli.options import echo_marked
 
 
 class Screen(io.StringIO):
@@ -114,3 +115,10 @@ def test_a_name_that_rich_knows_as_an_emoji_is_printed_as_it_is(capsys):
     screen.print("accepted as a:cat:b")
     out = capsys.readouterr().out
     assert ":100: or a:cat:b" in out and "accepted as a:cat:b" in out
+
+
+def test_a_line_of_a_check_needs_no_terminal_and_no_output(monkeypatch, capsys):
+    echo_marked("ok", "accuracy: 90.00 %")
+    assert capsys.readouterr().out == "ok     accuracy: 90.00 %\n"
+    monkeypatch.setattr("sys.stdout", None)  # what Python makes of `>&-`
+    echo_marked("ok", "accuracy: 90.00 %")

@@ -82,6 +82,8 @@ def test_the_sigmoid_of_a_classifier_that_the_run_trains_is_noted(monkeypatch, c
         ),
         (["json.loads"], "found no such file; did you mean json:loads?"),
         (["json"], "found no such file; did you mean json:build?"),
+        (["json.decoder"], "found no such file; did you mean json.decoder:build?"),
+        (["../nets.py"], "name the function in it that returns the network: --classifier nets:build"),
         (
             ["own.safetensors"],
             "add the code: --classifier package.module:factory --weights own.safetensors",

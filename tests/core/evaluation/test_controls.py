@@ -15,6 +15,7 @@ from defuse_core.evaluation import (
     Findings,
     control_spec,
     fold_of,
+    has_known_confusion,
     without_fold,
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
@@ -103,6 +104,23 @@ def test_draws_to_tune_on_in_the_region_of_a_left_out_scenario_are_left_out() ->
     assert without_odd.tune_anchor.tolist() == anchors[[0, 2]].tolist()
     tune[1] = 1.0
     assert without_fold(changed, 0).tune.shape == (0, 3, 3)
+
+
+def test_a_confusion_is_known_where_one_with_its_label_and_wrong_answer_is_tuned_on() -> None:
+    found = found_with(6)
+    labels = np.array([8, 8, 8, 8, 7, 7])
+
+    def known(answers: list[int], tune: np.ndarray) -> list[bool]:
+        fixes = dataclasses.replace(found.fixes, labels=labels, tune=tune)
+        return has_known_confusion(dataclasses.replace(found, fixes=fixes), np.array(answers)).tolist()
+
+    far = found.fixes.tune
+    both = [3, 3, 2, 1, 2, 1]  # 8 read as 3 in both folds; 8 as 2 and 7 as 2 are two confusions
+    assert known(both, far) == [True, True, False, False, False, False]
+    assert not any(known([3, 2, 3, 2, 9, 5], far))  # 8 read as 3 twice, in one fold
+    near = far.copy()
+    near[1] = far[0]  # all of scenario 1 is in the region of scenario 0, so that it is left out with it
+    assert known(both, near) == [False, True, False, False, False, False]
 
 
 def test_scenarios_are_left_out_whose_numbers_are_not_their_places() -> None:

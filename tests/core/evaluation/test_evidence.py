@@ -19,7 +19,6 @@ from defuse_core.evaluation import (
     Controls,
     control_spec,
     folds,
-    has_same_confusion_in_other_fold,
     units_of,
 )
 from defuse_core.evaluation.evidence import (
@@ -62,15 +61,6 @@ def test_nothing_is_left_out_of_one_scenario_or_where_nothing_was_corrected(fini
     assert folds(corrections(1), corrected) == ()
     assert folds(corrections(2), corrected) == (0, 1)
     assert folds(corrections(2), dataclasses.replace(corrected, chosen=None, weights={})) == ()
-
-
-def test_a_confusion_is_known_where_the_other_fold_has_its_label_and_wrong_answer() -> None:
-    fixes = dataclasses.replace(corrections(6), labels=np.array([8, 8, 8, 8, 7, 7]))
-    answers = np.array([3, 3, 2, 1, 2, 1])  # 8 read as 3 in both folds; 8 as 2 and 7 as 2 are two confusions
-    known = has_same_confusion_in_other_fold(fixes, answers)
-    assert known.tolist() == [True, True, False, False, False, False]
-    same_fold = np.array([3, 2, 3, 2, 9, 5])  # 8 read as 3 twice, in one fold
-    assert not has_same_confusion_in_other_fold(fixes, same_fold).any()
 
 
 def test_controls_are_the_chosen_fine_tuning_with_its_lambda_or_zero(finished) -> None:

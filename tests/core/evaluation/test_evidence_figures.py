@@ -203,12 +203,12 @@ def test_on_test_images_the_correction_is_compared_with_each_plain_training(sett
     np.testing.assert_allclose(made.plain_clean, [[0.8, 0.9], [0.81, 0.91]])
 
 
-def test_validation_images_that_the_classifier_may_know_compare_nothing(setting, evidence, monkeypatch):
+def test_validation_images_that_the_classifier_may_know_compare_nothing(setting, evidence):
     accuracy, splits = setting.models.accuracy, open_splits(setting.spec.data, setting.spec.seed)
-    assert not setting.spec.validation_from_training and evidence.before_test == accuracy["test"]
-    monkeypatch.setattr(RunFile, "validation_from_training", True)
+    assert not setting.models.validation_from_training and evidence.before_test == accuracy["test"]
     untested = {part: share for part, share in accuracy.items() if part != "test"}
-    found = dataclasses.replace(setting.found, models=dataclasses.replace(setting.models, accuracy=untested))
+    models = dataclasses.replace(setting.models, accuracy=untested, validation_from_training=True)
+    found = dataclasses.replace(setting.found, models=models)
     made = gather_evidence(setting.spec, found, Controls((setting.shifted(1),), ()), progress=silent)
     assert np.isnan(made.before_test)
     for each, images in ((evidence, splits.validation), (made, splits.test)):  # what it has not seen

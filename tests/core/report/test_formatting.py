@@ -31,6 +31,7 @@ def test_a_share_by_definition_has_no_interval():
 def test_no_share_below_one_is_rounded_to_it_without_a_digit_more():
     assert interval(Share(value=0.9989, low=0.9973, high=1.0), 0) == "99.9 % (99.7–100.0)"
     assert interval(Share(value=1.0, low=0.92, high=1.0), 0) == "100 % (92–100)"
+    assert interval(Share(value=0.9998, low=0.9996, high=0.99999)) == "99.98 % (99.96–100.00)"
     assert interval(Share(value=0.0, low=0.0, high=0.004), 0) == "0.0 % (0.0–0.4)"
 
 
