@@ -21,7 +21,7 @@ from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError
 from defuse_core.intervals import ROUNDING, certain_loss
-from defuse_core.models import load_classifier, weights_of
+from defuse_core.models import is_as_finite, load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.training import (
     Adam,
@@ -135,8 +135,8 @@ def changes_weights(steps: int, optimizer: Optimizer) -> bool:
 
 
 def overflowed(before: Weights, after: Weights) -> list[str]:
-    """Return the arrays with NaN or infinity in other places than before: a mask of infinities stays as it was."""
-    return [name for name, array in after.items() if not (np.isfinite(array) | (array == before[name])).all()]
+    """Return the arrays in which NaN or infinity is new."""
+    return [name for name, array in after.items() if not is_as_finite(array, before[name])]
 
 
 def require_progress(before: Weights, classifier: nn.Module, moments: Weights, lam: float) -> None:

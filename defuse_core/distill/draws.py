@@ -335,6 +335,14 @@ def in_region(scenarios: Scenarios, component: int, codes: F32) -> Bool:
     return inside
 
 
+def in_any_region(scenarios: Scenarios, components: I64, codes: F32) -> Bool:
+    """Return which of (n, Z) codes lie `in_region` of one of the components, (n,)."""
+    inside: Bool = np.zeros(len(codes), np.bool_)
+    for component in components.tolist():
+        inside |= in_region(scenarios, component, codes)
+    return inside
+
+
 def distances_from(scenarios: Scenarios, component: int, codes: F32) -> F64:
     """Return the Mahalanobis distances of (n, Z) codes from the mean of one component, (n,)."""
     from scipy.spatial.distance import cdist  # late: `defuse status` imports this module, too

@@ -39,7 +39,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import in_region
+from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
@@ -236,7 +236,7 @@ def has_known_confusion(found: Findings, errors: I64) -> Bool:
     confusions = np.stack([fixes.labels, errors], axis=1)  # (A, 2)
     fold, known = fold_of(fixes), np.zeros(len(errors), np.bool_)
     for number in (0, 1):
-        tuned = np.isin(fixes.scenario, without_fold(found, number).scenario)
+        tuned = np.isin(fixes.scenario, _outside(found, number).scenario)
         alike = (confusions[:, None] == confusions[tuned]).all(axis=2)
         known |= (fold == number) & alike.any(axis=1)
     return known
@@ -248,29 +248,27 @@ def without_fold(found: Findings, fold: int) -> Corrections:
     Of the draws to tune on those are near that lie in its region. Of the unreviewed failures also those with its
     confusion, and the others of the source images, or tracks, of these codes.
     """
-    fixes, left_out = found.fixes, fold_of(found.fixes) == fold
-    kept = fixes.take(np.flatnonzero(~left_out))
-    kept = _without_draws_near(found.scenarios, kept, fixes.scenario[left_out])
+    fixes, kept = found.fixes, _outside(found, fold)
     codes = fixes.unreviewed
     if codes is None:
         return kept
+    left_out = np.flatnonzero(fold_of(fixes) == fold)
     errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
-    near = np.zeros(len(codes), np.bool_)
-    for row in np.flatnonzero(left_out):
-        near |= in_region(found.scenarios, int(fixes.scenario[row]), codes.codes)
+    near = in_any_region(found.scenarios, fixes.scenario[left_out], codes.codes)
+    for row in left_out:
         near |= (codes.truth == fixes.labels[row]) & (codes.predicted == errors[row])
     return replace(kept, unreviewed=codes.take(~np.isin(codes.unit, codes.unit[near])))
 
 
-def _without_draws_near(scenarios: Scenarios, fixes: Corrections, left_out: I64) -> Corrections:
-    """Return `fixes` without the draws to tune on that lie in the region of a component of `left_out`.
+def _outside(found: Findings, fold: int) -> Corrections:
+    """Return the corrections of the scenarios outside `fold`, without draws to tune on in the region of one inside.
 
     The other draws of a scenario take their places, in turn. A scenario without another draw is left out, too.
     """
+    inside = fold_of(found.fixes) == fold
+    fixes, left_out = found.fixes.take(np.flatnonzero(~inside)), found.fixes.scenario[inside]
     accepted, count, dims = fixes.tune.shape
-    near = np.zeros(accepted * count, np.bool_)
-    for component in left_out.tolist():
-        near |= in_region(scenarios, component, fixes.tune.reshape(-1, dims))
+    near = in_any_region(found.scenarios, left_out, fixes.tune.reshape(-1, dims))
     away = ~near.reshape(accepted, count)
     rows = np.flatnonzero(away.any(axis=1))
     places = np.array([np.resize(np.flatnonzero(away[row]), count) for row in rows], np.int64)

@@ -181,8 +181,7 @@ class _Evidence:
         self.progress("asking the judges", 3, 4, "figures")
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, self._real_images())
         pairs, pairs_with_before = self._pairs(right, plain)
-        tested, tested_plain = self._on_test_images()
-        test_units = np.zeros(0, np.int64) if self.splits.test is None else self.splits.test.unit
+        tested, tested_plain, test_units = self._on_test_images()
         corrected = tested[DEFUSE] if self.corrected is not None else np.full_like(tested[DEFUSE], np.nan)
         defuse, scenario_plain = self._of_each(right[DEFUSE]), self._of_each(plain)
         has_test, rho = self.splits.test is not None, self.spec.review.rho
@@ -325,12 +324,12 @@ class _Evidence:
         seen = sees_class(mean_probabilities(models, images), truth, spec.identify.min_probability)
         return _known_share(seen.astype(np.float64), units)
 
-    def _on_test_images(self) -> tuple[F64, F64]:
-        """Return the `_right` of all test images, (B, N) and (P, N); of none where there are none."""
+    def _on_test_images(self) -> tuple[F64, F64, I64]:
+        """Return the `_right` of all test images, (B, N) and (P, N), and their units; of none where there are none."""
         test = self.splits.test
         if test is None:
-            return _right(self._all_answers(self.held_out[:0]), self.own[:0])
-        return _right(self._all_answers(test), test.labels)
+            return *_right(self._all_answers(self.held_out[:0]), self.own[:0]), self.units[:0]
+        return *_right(self._all_answers(test), test.labels), test.unit
 
 
 def _mcnemar(before: F64, after: F64) -> F64:

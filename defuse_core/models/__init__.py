@@ -19,6 +19,7 @@ from defuse_core.models.inference import (
     decoder_of,
     encode_images,
     expect_rows,
+    is_as_finite,
     load_classifier,
     load_pretrained,
     load_vae,

@@ -30,8 +30,6 @@ SAME_IN_TRAINING = (
     "let its forward take images alone and return the logits in train mode as in eval mode, or give the network by "
     "torch.export.save, which keeps it in eval mode"
 )
-
-
 ANY_SIZE = "that the network accepts batches of any size"
 
 

@@ -113,7 +113,8 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
                 f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
             )
         learned = name in parameters or name.endswith(("running_mean", "running_var"))
-        if not np.isfinite(weights[name]).all() and (learned or not _as_built(weights[name], tensor)):
+        built = tensor.float().cpu().numpy()
+        if not (np.isfinite(weights[name]).all() if learned else is_as_finite(weights[name], built)):
             raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
     extra = sorted(weights.keys() - expected.keys())
     if extra:
@@ -121,10 +122,10 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
 
-def _as_built(array: np.ndarray, tensor: Tensor) -> bool:  # type: ignore[type-arg]
-    """Whether NaN and infinity in an array are those of the module itself, such as -inf in a mask."""
+def is_as_finite(array: np.ndarray, before: np.ndarray) -> bool:  # type: ignore[type-arg]
+    """Whether NaN and infinity in an array are only those that it had before, such as -inf in a mask."""
     odd = ~np.isfinite(array)
-    return np.array_equal(array[odd], tensor.float().cpu().numpy()[odd], equal_nan=True)
+    return np.array_equal(array[odd], before[odd], equal_nan=True)
 
 
 def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> None:

@@ -116,7 +116,7 @@ class AgainstPlain(FigureModel):
     real_failures: Pairs | None
     """A pair is a failing draw from a test image, as of real_failures, or those of a track."""
     test: Pairs | None
-    """A pair is a test image, by its own class."""
+    """A pair is a test image, or those of one track, by its own class."""
 
 
 class AgainstBaseline(FigureModel):

@@ -208,7 +208,7 @@ def _scenario_cells(gallery: Gallery, scenario: int, *beside: str) -> list[str]:
     cells = ["none" if number is None else str(number), *beside]
     if gallery.failure is not None:
         share = float(gallery.failure[scenario].mean())
-        cells.append("unknown" if math.isnan(share) else f"{percent(share, 0)}")
+        cells.append("unknown" if math.isnan(share) else percent(share, 0))
     return cells
 
 
