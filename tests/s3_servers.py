@@ -19,13 +19,16 @@ BIN = Path(sys.executable).parent
 # In place of botocore.session.create_loader: a client reads the description of its service, for most of a second, where
 # it is not in its loader.
 one_loader = functools.cache(botocore.loaders.create_loader)
+# moto looks at a condition and then writes, in threads: as in S3 no other request may come in between, so threads take
+# turns only where they wait
+MOTO = "import sys; sys.setswitchinterval(60); from moto.server import main; main()"
 
 
 @contextlib.contextmanager
 def moto_server() -> Iterator[str]:
     """Run moto's S3 and yield its address. It heeds conditional writes and checks no keys."""
     port = free_port()
-    with _serving([str(BIN / "moto_server"), "--port", str(port)], port):
+    with _serving([sys.executable, "-c", MOTO, "--port", str(port)], port):
         yield f"http://127.0.0.1:{port}"
 
 
