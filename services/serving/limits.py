@@ -133,19 +133,19 @@ class _Upload:
         self._body += chunk
         is_incomplete = bool(message.get("more_body", False))
         if is_incomplete and self._slow_address is not None and limits._is_memory_short():
-            self._expect_few_slow(self._slow_address, limits._slow[self._slow_address] - 1)
+            self._expect_few_slow(limits._slow[self._slow_address] - 1)
         return is_incomplete
 
     def _become_slow(self) -> None:
         slow, address = self._limits._slow, client_address(self._request, self._limits._forwarded_for)
         if slow.total() >= MANY_SLOW_UPLOADS or self._limits._is_memory_short():
-            self._expect_few_slow(address, slow[address])
+            self._expect_few_slow(slow[address])
         if slow.total() >= MAX_UPLOADS // 2:
             raise Unavailable("too many slow bodies at once", self._limits._retry_after_s)
         slow[address] += 1
         self._slow_address = address
 
-    def _expect_few_slow(self, address: str, others: int) -> None:
+    def _expect_few_slow(self, others: int) -> None:
         """Raise RejectedInput where too many other slow bodies of this address are arriving."""
         if others >= self._limits._max_slow:
             raise RejectedInput(
