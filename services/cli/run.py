@@ -218,8 +218,11 @@ def run(
     spec = load_run_file(runfile, overrides)
     check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
-    if _computes_here(where, address) and not opened.within(name).exists("run.yaml"):
-        expect_root(spec.data)  # before a run is recorded, and before anything is measured
+    if where == "ray":
+        address = address or read_settings().ray_address
+    # before a run is recorded, and before anything is measured; on a cluster the nodes alone may see the images
+    if address is None and not opened.within(name).exists("run.yaml"):
+        expect_root(spec.data)
     if track is not None:
         expect_mlflow(read_settings())
     found = None
@@ -329,25 +332,17 @@ def delete(run: str, store: str, yes: bool) -> None:
     click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
 
 
-def _computes_here(where: str, address: str | None) -> bool:
-    """Whether this machine reads the images; on a cluster they may be where its nodes alone see them."""
-    return where == "local" or (address or read_settings().ray_address) is None
-
-
 def _compute(
     where: str, address: str | None, run: Run, display: ProgressDisplay, profile: str | None
 ) -> AbstractContextManager[Compute]:
-    from defuse_core.local import Profile
+    from defuse_core.local import LocalCompute, Profile
 
     traced = Profile(profile, run.store)
     if where == "local":
-        from defuse_core.local import LocalCompute
-
         return contextlib.nullcontext(LocalCompute(display, traced))
     from cluster.compute import RayCompute
 
-    found = address or read_settings().ray_address
-    return RayCompute(found, run.spec, display, require_lock=run.store.require_lock, profile=traced)
+    return RayCompute(address, run.spec, display, require_lock=run.store.require_lock, profile=traced)
 
 
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
