@@ -111,7 +111,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     print_skips(name, found, task_url, console)
     summary = summarize_status(name, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
-    if "/" in name and not found.outstanding:  # `defuse run` finishes a run's own review
+    if _is_of_traffic(name) and not found.outstanding:  # `defuse run` finishes a run's own review
         votes = found.final_votes(state)
         verdicts = store_traffic_verdicts(opened, votes)
         summary = summarize_result(name, gallery, votes, verdicts, None, None)
@@ -135,7 +135,7 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
     from defuse_core.review.overrides import read_overrides
     from defuse_core.training.reference_models import Prelabels
 
-    if "/" in run.name:
+    if _is_of_traffic(run.name):
         from services.labeling.annotators import store_traffic_verdicts  # needs Label Studio's client
 
         return store_traffic_verdicts(run, votes)
@@ -195,7 +195,7 @@ def set_(
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
-    if "/" in name:
+    if _is_of_traffic(name):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
     opened, _ = _open(name, store)
     decision = override_verdict(
@@ -332,9 +332,14 @@ def simulate(name: str, store: str) -> None:
     click.echo(f"answered {count_of(total, 'task')}; `{_following(name)}` continues with the answers")
 
 
+def _is_of_traffic(name: str) -> bool:
+    """Whether a review is one of traffic, such as mnist/traffic-1, and not the run's own."""
+    return "/" in name
+
+
 def _following(name: str) -> str:
     """Return the command that takes in the answers of a review: of a run, or of the traffic of a version."""
-    return f"defuse review status {name}" if "/" in name else "defuse run"
+    return f"defuse review status {name}" if _is_of_traffic(name) else "defuse run"
 
 
 def _open_traffic_review(name: str, store: str) -> str:
