@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_root
-from cluster.identify import ShardQueue, WorkerPool
+from cluster.identify import IdentifyContext, ShardQueue
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
@@ -144,8 +144,8 @@ class RayCompute:
         records = finished_shards(store, shard_fingerprint(spec, models, references))
         missing = [index for index in range(count) if index not in records]
         if missing:
-            pool = self._pool(spec, models, store, references)
-            records |= ShardQueue(pool, missing, count, self.progress).run()
+            context = self._identify_context(spec, models, store, references)
+            records |= ShardQueue(context, missing, count, self.progress).run()
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
@@ -168,13 +168,13 @@ class RayCompute:
 
         return run_trials(self._sweep_context(models, requests))
 
-    def _pool(
+    def _identify_context(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
-    ) -> WorkerPool:
+    ) -> IdentifyContext:
         listener, section = self._ready(), self.spec.resources
         resources, first = worker_resources(section), worker_count(section)
         train = self._held_images("identify", open_training_images, spec, ray.put(models))
-        return WorkerPool(
+        return IdentifyContext(
             spec=spec,
             weights=ray.put((models, references)),
             train=train,

@@ -132,8 +132,8 @@ class Worker:
 
 
 @dataclass(eq=False)
-class WorkerPool:
-    """Starts workers; knows what each one holds of the cluster and how many are wanted now."""
+class IdentifyContext:
+    """What all workers share, what each one holds of the cluster, and how many are wanted now."""
 
     spec: RunFile
     weights: Any  # ObjectRef of Models and, for screening, ReferenceSet
@@ -146,7 +146,7 @@ class WorkerPool:
     name: str  # prefix of the actors' names
     profile: Profile = UNTRACED
 
-    def start(self, number: int) -> Any:
+    def start_worker(self, number: int) -> Any:
         """Return a new actor, which Ray restarts when its process or node dies."""
         remote = ray.remote(ShardWorker).options(
             name=f"{self.name}-{number}", max_restarts=-1, max_task_retries=0, **self.resources.options()
@@ -157,8 +157,10 @@ class WorkerPool:
 class ShardQueue:
     """The driver's side: the shards that wait, those in flight, and the records of those that are done."""
 
-    def __init__(self, pool: WorkerPool, waiting: Iterable[int], total: int, progress: Progress) -> None:
-        self.pool, self.total, self.progress = pool, total, progress
+    def __init__(
+        self, context: IdentifyContext, waiting: Iterable[int], total: int, progress: Progress
+    ) -> None:
+        self.context, self.total, self.progress = context, total, progress
         self.waiting = deque(waiting)
         self.asked = len(self.waiting)
         self.records: dict[int, Psi] = {}
@@ -168,9 +170,8 @@ class ShardQueue:
         self.pings: dict[Any, Worker] = {}  # ObjectRef -> worker
         self.in_flight: dict[Any, tuple[Worker, int]] = {}  # ObjectRef -> worker and shard
         self.scaled_at = -math.inf
-        # locations whose shards the driver finds in the store
-        self.shared: set[WorkerLocation | None] = set()
-        self.monitor = CapacityMonitor("identify", pool.resources)
+        self.seen_in_store: set[WorkerLocation | None] = set()  # locations whose shards the driver finds
+        self.monitor = CapacityMonitor("identify", context.resources)
 
     def run(self) -> dict[int, Psi]:
         """Return the records of all shards that waited.
@@ -181,12 +182,12 @@ class ShardQueue:
         """
         try:
             while len(self.records) < self.asked:
-                self.pool.store.require_lock()
+                self.context.store.require_lock()
                 self.monitor.check(any(worker.ready for worker in self.workers))
                 self._scale()
                 for reference in self._ready():
                     self._handle_result(reference)
-                self.pool.listener.poll()
+                self.context.listener.poll()
             return self.records
         finally:
             for worker in self.workers:
@@ -197,9 +198,9 @@ class ShardQueue:
         now = time.monotonic()
         if now - self.scaled_at < SCALE_EVERY_S:
             return
-        self.scaled_at, wanted = now, self.pool.wanted()
+        self.scaled_at, wanted = now, self.context.wanted()
         for _ in range(min(wanted, self.asked) - len(self.workers)):
-            worker = Worker(len(self.workers), self.pool.start(len(self.workers)))
+            worker = Worker(len(self.workers), self.context.start_worker(len(self.workers)))
             self.workers.append(worker)
             self._ping(worker)
         for worker in self.workers:
@@ -216,7 +217,7 @@ class ShardQueue:
 
     def _ping(self, worker: Worker) -> None:
         worker.ready = worker.silent = False
-        reference = worker.actor.ping.options(max_task_retries=-1).remote(self.pool.listener.actor)
+        reference = worker.actor.ping.options(max_task_retries=-1).remote(self.context.listener.actor)
         self.pings[reference] = worker
 
     def _handle_result(self, reference: Any) -> None:
@@ -261,14 +262,14 @@ class ShardQueue:
 
     def _on_shard_done(self, worker: Worker, index: int, record: Psi) -> None:
         """Record the counts. Raises InputError where what the worker wrote is not in the driver's store."""
-        store = self.pool.store
-        if worker.location not in self.shared:
+        store = self.context.store
+        if worker.location not in self.seen_in_store:
             if not store.exists(shard_key(index)):
                 raise InputError(
                     f"identify: worker {worker.number} ({worker.location}) wrote to {store.address}, and this process "
                     f"does not find it there; {SHARED_STORE}"
                 )
-            self.shared.add(worker.location)
+            self.seen_in_store.add(worker.location)
         self.records.setdefault(index, record)
         done = self.total - self.asked + len(self.records)
         self.progress("perturbing training images", done, self.total, "shards")
@@ -289,7 +290,7 @@ class ShardQueue:
         if index in self.records:
             return
         if self.losses[index] >= MAX_LOSSES:
-            name = shard_name(self.pool.spec, self.pool.images, index)
+            name = shard_name(self.context.spec, self.context.images, index)
             raise ComputeError(
                 f"identify: {name} was lost {MAX_LOSSES + 1} times with its worker: {one_line(error)}; "
                 "check that it fits in memory, then run again to continue"
@@ -316,7 +317,7 @@ class ShardQueue:
             return
         worker.shards.append(index)
         reference = worker.actor.shard.remote(
-            index, self.pool.weights, self.pool.train, self.pool.listener.actor
+            index, self.context.weights, self.context.train, self.context.listener.actor
         )
         self.in_flight[reference] = (worker, index)
 

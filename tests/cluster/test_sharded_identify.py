@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.compute import RayCompute
-from cluster.identify import ShardQueue, ShardWorker, WorkerPool
+from cluster.identify import IdentifyContext, ShardQueue, ShardWorker
 from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
@@ -89,9 +89,9 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         killer = kill_soon(lines, "identify: worker", lambda: len(store.list()) >= store.after, store.open)
         records = finished_shards(store, shard_fingerprint(spec, tiny_models))
         with RayCompute(None, spec) as compute:
-            pool = compute._pool(spec, tiny_models, store, None)
+            context = compute._identify_context(spec, tiny_models, store, None)
             waiting = [index for index in order if index not in records]
-            records |= ShardQueue(pool, waiting, SHARDS, silent).run()
+            records |= ShardQueue(context, waiting, SHARDS, silent).run()
         killer.join()
         assert store.gate.exists()
         assert np.array_equal(gather_shards(records).codes, local_psi.codes)
@@ -258,14 +258,14 @@ def test_a_shard_that_kills_its_worker_each_time_stops_the_run_and_is_named(
     assert "shard 3 of 10 (training images 96 to 127) was lost 5 times with its worker" in str(raised.value)
 
 
-class BrokenNodes(WorkerPool):
+class BrokenNodes(IdentifyContext):
     """Nodes that cannot set up the environment of the workers with these numbers."""
 
     broken: Collection[int] = ()
 
-    def start(self, number: int) -> Any:
+    def start_worker(self, number: int) -> Any:
         if number not in self.broken:
-            return super().start(number)
+            return super().start_worker(number)
         remote = ray.remote(ShardWorker).options(
             max_restarts=-1, runtime_env={"working_dir": "https://127.0.0.1:9/none.zip"}
         )
@@ -275,9 +275,9 @@ class BrokenNodes(WorkerPool):
 def queue_on_broken_nodes(
     compute: RayCompute, models: Models, store: Store, broken: Collection[int]
 ) -> ShardQueue:
-    pool = BrokenNodes(**vars(compute._pool(compute.spec, models, store, None)))
-    pool.broken = broken
-    return ShardQueue(pool, range(SHARDS), SHARDS, silent)
+    context = BrokenNodes(**vars(compute._identify_context(compute.spec, models, store, None)))
+    context.broken = broken
+    return ShardQueue(context, range(SHARDS), SHARDS, silent)
 
 
 def end_in_time(store: FolderStore) -> None:
@@ -329,7 +329,7 @@ def test_a_worker_whose_ping_fails_is_pinged_again_later_and_not_at_once(
     crashed = ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()
     with RayCompute(None, tiny(resources={"workers": 1})) as compute:
         queue = ShardQueue(
-            compute._pool(compute.spec, tiny_models, FolderStore(tmp_path), None), [0], 1, silent
+            compute._identify_context(compute.spec, tiny_models, FolderStore(tmp_path), None), [0], 1, silent
         )
         queue._scale()
         (worker,) = queue.workers
