@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import (
@@ -125,9 +125,8 @@ class Worker:
     number: int
     actor: Any
     location: WorkerLocation | None = None  # from its latest ping
-    ready: bool = False  # has answered a ping since it was last lost
-    silent: bool = False  # its last ping failed, and the next one is due with the next _scale
-    left_out: bool = False  # cannot start, and is not replaced
+    # pinged, until it answers; silent: that failed, and it is pinged again with the next _scale; dropped: cannot start
+    state: Literal["pinged", "ready", "silent", "dropped"] = "pinged"
     shards: list[int] = field(default_factory=list)  # in flight
 
 
@@ -183,7 +182,7 @@ class ShardQueue:
         try:
             while len(self.records) < self.asked:
                 self.context.store.require_lock()
-                self.monitor.check(any(worker.ready for worker in self.workers))
+                self.monitor.check(any(worker.state == "ready" for worker in self.workers))
                 self._scale()
                 for reference in self._ready():
                     self._handle_result(reference)
@@ -204,7 +203,7 @@ class ShardQueue:
             self.workers.append(worker)
             self._ping(worker)
         for worker in self.workers:
-            if worker.silent:
+            if worker.state == "silent":
                 self._ping(worker)
 
     def _ready(self) -> list[Any]:
@@ -216,7 +215,7 @@ class ShardQueue:
         return ready
 
     def _ping(self, worker: Worker) -> None:
-        worker.ready = worker.silent = False
+        worker.state = "pinged"
         reference = worker.actor.ping.options(max_task_retries=-1).remote(self.context.listener.actor)
         self.pings[reference] = worker
 
@@ -232,19 +231,19 @@ class ShardQueue:
     def _handle_ping(self, reference: Any, worker: Worker) -> None:
         """The worker is ready, or is pinged again later, or cannot start, such as on a node that lacks something."""
         try:
-            worker.location, worker.ready = ray.get(reference), True
+            worker.location, worker.state = ray.get(reference), "ready"
             log.info("identify: worker %d is %s", worker.number, worker.location)
         except RayTaskError as error:
             raise as_defuse_error(error, "identify") from error
         except (ActorDiedError, ActorUnschedulableError, RuntimeEnvSetupError) as error:
-            self._leave_out(worker, error)
+            self._drop(worker, error)
         except RayError:
-            worker.silent = True
+            worker.state = "silent"
 
-    def _leave_out(self, worker: Worker, error: RayError) -> None:
+    def _drop(self, worker: Worker, error: RayError) -> None:
         """Go on without a worker that cannot start. Raises ComputeError where no other is left."""
-        worker.left_out, why = True, f"worker {worker.number} does not start: {one_line(error)}"
-        if all(each.left_out for each in self.workers):
+        worker.state, why = "dropped", f"worker {worker.number} does not start: {one_line(error)}"
+        if all(each.state == "dropped" for each in self.workers):
             raise ComputeError(f"identify: {why}") from error
         log.warning("identify: going on without a worker: %s", why)
 
@@ -257,7 +256,7 @@ class ShardQueue:
             self._on_shard_failed(index, error)
         except RayError as error:
             self._on_worker_lost(worker, index, error)
-            if not worker.left_out and worker not in self.pings.values():
+            if worker.state in ("ready", "silent"):
                 self._ping(worker)
 
     def _on_shard_done(self, worker: Worker, index: int, record: Psi) -> None:
@@ -307,9 +306,9 @@ class ShardQueue:
 
     def _dispatch(self, worker: Worker) -> None:
         """Keep the worker busy. Near the end an idle worker also gets the shard of a straggler."""
-        while worker.ready and len(worker.shards) < IN_FLIGHT and self.waiting:
+        while worker.state == "ready" and len(worker.shards) < IN_FLIGHT and self.waiting:
             self._send(worker, self.waiting.popleft())
-        if worker.ready and not worker.shards and (index := self._straggler()) is not None:
+        if worker.state == "ready" and not worker.shards and (index := self._straggler()) is not None:
             self._send(worker, index)
 
     def _send(self, worker: Worker, index: int) -> None:

@@ -290,15 +290,15 @@ def end_in_time(store: FolderStore) -> None:
     store.require_lock = require_lock  # type: ignore[method-assign]
 
 
-def test_a_node_that_cannot_set_up_the_environment_is_left_out(
+def test_a_worker_whose_node_cannot_set_up_the_environment_is_dropped(
     tiny_models: Models, local_psi: Psi, tmp_path: Path, lines: Lines
 ) -> None:
     store = FolderStore(tmp_path)
     with RayCompute(None, tiny(resources={"workers": 2})) as compute:
         queue = queue_on_broken_nodes(compute, tiny_models, store, [1])
-        queue.waiting.clear()  # all wait until worker 1 has been left out
+        queue.waiting.clear()  # all wait until worker 1 is dropped
         end_in_time(store)
-        while not queue.workers or not queue.workers[1].left_out:
+        while not queue.workers or queue.workers[1].state != "dropped":
             queue._scale()
             for reference in queue._ready():
                 queue._handle_result(reference)
