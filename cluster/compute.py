@@ -98,7 +98,7 @@ class RayCompute:
         return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
-        self._ready().begin()
+        self._join_cluster().begin()
         shared = _shared_arguments(calls)
         started = [
             self._start(step, call.function, *(shared.get(id(each), each) for each in call.args), task=task)
@@ -113,7 +113,7 @@ class RayCompute:
     def together(self, step: str, function: Callable[..., None], *args: object) -> None:
         from cluster.train import run_together  # imports pandas and more
 
-        listener, workers = self._ready(), self.spec.resources.train_workers
+        listener, workers = self._join_cluster(), self.spec.resources.train_workers
         resources = task_resources(self.spec.resources)
         resources = replace(resources, gpus=min(1, math.ceil(resources.gpus)))  # NCCL: none is shared
         if (room := capacity(resources)) < workers:
@@ -129,7 +129,7 @@ class RayCompute:
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> RayPartitions:
-        return RayPartitions(self._ready(), self.spec.resources, step, self.require_lock).load(
+        return RayPartitions(self._join_cluster(), self.spec.resources, step, self.require_lock).load(
             load, arguments
         )
 
@@ -171,7 +171,7 @@ class RayCompute:
     def _identify_context(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
     ) -> IdentifyContext:
-        listener, section = self._ready(), self.spec.resources
+        listener, section = self._join_cluster(), self.spec.resources
         resources, first = worker_resources(section), worker_count(section)
         train = self._held_images("identify", open_training_images, spec, ray.put(models))
         return IdentifyContext(
@@ -190,7 +190,7 @@ class RayCompute:
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
         from cluster.sweep import SweepContext
 
-        listener, section = self._ready(), self.spec.resources
+        listener, section = self._join_cluster(), self.spec.resources
         models_reference = ray.put(models)
         return SweepContext(
             requests=requests,
@@ -247,7 +247,7 @@ class RayCompute:
         self._wait(step, done)
         return images
 
-    def _ready(self) -> ProgressListener:
+    def _join_cluster(self) -> ProgressListener:
         """Connect where needed, and return the listener. Raises RunFileError for missing resources or images."""
         if self.listener is None:
             if self.address is not None:
@@ -266,14 +266,14 @@ class RayCompute:
 
         `task` is its number among those of the same function that are started together.
         """
-        listener, resources = self._ready(), task_resources(self.spec.resources)
+        listener, resources = self._join_cluster(), task_resources(self.spec.resources)
         remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
         done, result = remote.remote(step, task, function, self.profile, listener.actor, *args)
         return done, result
 
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
-        waiting, listener = list(tasks), self._ready()
+        waiting, listener = list(tasks), self._join_cluster()
         monitor, has_run = CapacityMonitor(step, task_resources(self.spec.resources)), False
         try:
             while waiting:

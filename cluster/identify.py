@@ -184,7 +184,7 @@ class ShardQueue:
                 self.context.store.require_lock()
                 self.monitor.check(any(worker.state == "ready" for worker in self.workers))
                 self._scale()
-                for reference in self._ready():
+                for reference in self._wait_for_results():
                     self._handle_result(reference)
                 self.context.listener.poll()
             return self.records
@@ -206,7 +206,7 @@ class ShardQueue:
             if worker.state == "silent":
                 self._ping(worker)
 
-    def _ready(self) -> list[Any]:
+    def _wait_for_results(self) -> list[Any]:
         """Return the references whose results have arrived, after POLL_EVERY_S at most."""
         if not self.pings and not self.in_flight:  # ray.wait returns at once for an empty list
             time.sleep(POLL_EVERY_S)

@@ -21,6 +21,7 @@ from defuse_core.models.inference import (
     expect_rows,
     is_as_finite,
     load_classifier,
+    load_for_inference,
     load_pretrained,
     load_vae,
     logits_of,
@@ -29,7 +30,6 @@ from defuse_core.models.inference import (
     predict_logits,
     predict_probabilities,
     read_weights,
-    ready,
     set_weights,
     weights_of,
 )

@@ -165,17 +165,17 @@ def load_classifier(
 ) -> nn.Module:
     """Return the classifier with `weights`, on this process's device, ready to predict."""
     plain = spec.with_fields("classifier", imagenet=False)
-    return ready(build_classifier(plain, classes, weights), spec, weights, where)
+    return load_for_inference(build_classifier(plain, classes, weights), spec, weights, where)
 
 
 def load_vae(spec: RunFile, weights: Weights, where: str = "the run's β-VAE") -> Vae:
     """Return the β-VAE with `weights`, on this process's device, ready to encode and decode."""
     vae = build_vae(spec)
-    ready(vae, spec, weights, where)
+    load_for_inference(vae, spec, weights, where)
     return vae
 
 
-def ready(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
+def load_for_inference(module: nn.Module, spec: RunFile, weights: Weights, where: str) -> nn.Module:
     """Return the module that was just built with `weights`, on this process's device, in eval mode."""
     set_weights(module, weights, where)  # before its first call, of which it may keep something
     to_device(module, spec.data).eval()

@@ -44,9 +44,9 @@ from defuse_core.models import (
     check_outputs,
     expect_full_precision,
     import_module,
+    load_for_inference,
     load_pretrained,
     predict_probabilities,
-    ready,
     to_device,
     weights_of,
 )
@@ -384,7 +384,9 @@ def load_reference_models(
 ) -> list[nn.Module]:
     """Return the models of a set, on this process's device, ready to predict."""
     return [
-        ready(build_reference(spec, section, classes), spec, weights, f"model {number} of the set")
+        load_for_inference(
+            build_reference(spec, section, classes), spec, weights, f"model {number} of the set"
+        )
         for number, weights in enumerate(found.models, start=1)
     ]
 

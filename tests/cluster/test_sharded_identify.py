@@ -300,7 +300,7 @@ def test_a_worker_whose_node_cannot_set_up_the_environment_is_dropped(
         end_in_time(store)
         while not queue.workers or queue.workers[1].state != "dropped":
             queue._scale()
-            for reference in queue._ready():
+            for reference in queue._wait_for_results():
                 queue._handle_result(reference)
             store.require_lock()
         queue.waiting.extend(range(SHARDS))
