@@ -129,8 +129,8 @@ class RayCompute:
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> RayPartitions:
-        return RayPartitions(self._join_cluster(), self.spec.resources, step, self.require_lock).load(
-            load, arguments
+        return RayPartitions(
+            self._join_cluster(), self.spec.resources, step, self.require_lock, load, arguments
         )
 
     def identify(
@@ -308,7 +308,10 @@ class RayPartitions:
         section: ResourcesSection,
         step: str,
         require_lock: Callable[[], None],
+        load: Callable[..., object],
+        arguments: Sequence[tuple[object, ...]],
     ) -> None:
+        """Load the parts that load(*arguments) returns, spread over the nodes."""
         self.listener, self.step, self.require_lock = listener, step, require_lock
         self.at_once = worker_count(section)
         self.monitor = CapacityMonitor(step, WorkerResources(section.cpus_per_worker, 0))
@@ -319,14 +322,9 @@ class RayPartitions:
             "max_retries": LOST_NODES,
             **on_nodes_with_cpus(),
         }
-        self.parts: list[Any] = []  # ObjectRefs
         self.has_run = False
-
-    def load(self, function: Callable[..., object], arguments: Sequence[tuple[object, ...]]) -> Self:
-        """Load the parts that function(*arguments) returns, spread over the nodes."""
-        remote = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
-        self.parts = self._wait([partial(remote.remote, function, *each) for each in arguments])
-        return self
+        remote: Any = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
+        self.parts = self._wait([partial(remote.remote, load, *each) for each in arguments])  # ObjectRefs
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         remote: Any = ray.remote(_on_part).options(**self.options)
@@ -349,20 +347,20 @@ class RayPartitions:
                 references.append(call())
                 running.append(references[-1])
                 if len(running) >= 2 * self.at_once:
-                    running = self._some_left(running, 1)
+                    running = self._still_running(running)
             while running:
-                running = self._some_left(running, len(running))
+                running = self._still_running(running)
         except BaseException:
             cancel_all(running)
             raise
         return references
 
-    def _some_left(self, running: list[Any], wanted: int) -> list[Any]:
-        """Wait a moment for `wanted` of the calls to end, and return those that have not."""
+    def _still_running(self, running: list[Any]) -> list[Any]:
+        """Wait until a call has ended, and return the others."""
         while True:
             self.require_lock()
             self.listener.poll()
-            ended, left = ray.wait(running, num_returns=wanted, timeout=POLL_EVERY_S, fetch_local=False)
+            ended, left = ray.wait(running, timeout=POLL_EVERY_S, fetch_local=False)
             self.has_run = self.has_run or bool(ended)
             self.monitor.check(self.has_run)
             if ended:
