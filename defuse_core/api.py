@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -34,19 +33,10 @@ from defuse_core.config import (
     parse_run_file,
 )
 from defuse_core.data import Images, open_splits
-from defuse_core.data.images import evenly_spaced
 from defuse_core.data.npz import Arrays, image_shape, splits_of
-from defuse_core.device import device
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
-from defuse_core.models import (
-    classifier_failure,
-    copy_for_inference,
-    load_program,
-    map_batches,
-    program_of,
-)
-from defuse_core.models.adapters import find_logits
+from defuse_core.models import is_same_program, program_of
 from defuse_core.pipeline import run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
 from defuse_core.results import RunResult, is_complete
@@ -59,7 +49,7 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 TRACED_IMAGES = 8  # that a classifier is traced on
-COMPARED_IMAGES, COMPARED_AT_ONCE = 1_000, 100  # evenly spaced, that two classifiers are compared on
+MOST_MINUTES = 10_000
 # training seeds torch's global generator and draws from it, and torch.export has globals
 _ONE_AT_A_TIME = threading.RLock()
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
@@ -121,7 +111,9 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         LabelsPending: People have not answered yet; the same call continues later.
     """
     _expect_module(classifier)
-    opened = _folder_store(store) if isinstance(store, str | os.PathLike) else store
+    if not 1 <= minutes <= MOST_MINUTES:  # NaN is not, either
+        raise InputError(f"minutes: expected 1 to {MOST_MINUTES:,}, found {minutes:g}")
+    opened = _opened(store)
     arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
     run_store = opened.within(checked_name(name))
     devices = range(torch.cuda.device_count())
@@ -139,20 +131,24 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     return RunResult(run, classifier)
 
 
-def open(run: str | os.PathLike[str], store: Store | None = None) -> RunResult:
+def open(run: str | os.PathLike[str], store: str | os.PathLike[str] | Store | None = None) -> RunResult:
     """Return a run that exists, finished or not: `defuse.open("runs/parts")`.
 
-    With `store`, `run` is a name in it: `defuse.open("parts", open_store("s3://bucket/runs"))`, where `open_store` is
-    that of `services.storage`. Raises InputError where there is no such run.
+    With `store`, a folder or another Store, `run` is a name in it: `defuse.open("parts", "runs")`, or
+    `defuse.open("parts", open_store("s3://bucket/runs"))`, where `open_store` is that of `services.storage`. Raises
+    InputError where there is no such run.
     """
     name = os.fspath(run)
     if store is None:
-        store, name = _folder_store(Path(name).parent), Path(name).name
-    return RunResult(Run.open(store, checked_name(name)))
+        store, name = Path(name).parent, Path(name).name
+    return RunResult(Run.open(_opened(store), checked_name(name)))
 
 
-def _folder_store(folder: str | os.PathLike[str]) -> FolderStore:
-    path = os.fspath(folder)
+def _opened(store: str | os.PathLike[str] | Store) -> Store:
+    """Return the store, or that of a folder."""
+    if not isinstance(store, str | os.PathLike):
+        return store
+    path = os.fspath(store)
     if ":/" in path:
         raise InputError(
             f"store {path}: expected a folder; for S3 give store=services.storage.open_store('s3://bucket/prefix')"
@@ -193,7 +189,11 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
             raise DataError(f"{name}: expected (images, labels), found {type(part).__name__}")
         try:
             images, arrays[f"{name}_labels"] = (_array(values) for values in part)
-        except ValueError as error:  # a list of several shapes
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # a list of several shapes, of what is no number
             raise DataError(f"{name}: expected images of one size and labels; {one_line(error)}") from error
         floats = images.dtype.kind == "f"
         arrays[f"{name}_images"] = images.astype(np.float32, copy=False) if floats else images
@@ -208,7 +208,9 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
     return arrays
 
 
-def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[Any]:
+def _array(values: npt.ArrayLike | Tensor | Sequence[Tensor]) -> npt.NDArray[Any]:
+    if isinstance(values, list | tuple) and values and isinstance(values[0], Tensor):
+        values = torch.stack(list(values))
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has none
@@ -268,7 +270,9 @@ class _Given:
     def _is_same_images(self, stored: bytes) -> bool:
         with np.load(io.BytesIO(stored), allow_pickle=False) as found:
             return set(found) == set(self.arrays) and all(
-                np.array_equal(found[name], array) for name, array in self.arrays.items()
+                # of pixels the type, too: a 1 is black in uint8, and white as a float
+                np.array_equal(found[name], array) and found[name].dtype.kind == array.dtype.kind
+                for name, array in self.arrays.items()
             )
 
     def _classifier(self, classifier: nn.Module, images: Images, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,7 +281,7 @@ class _Given:
         self._keep(
             CLASSIFIER,
             "classifier",
-            lambda stored: _is_same_classifier(classifier, stored, images),
+            lambda stored: is_same_program(classifier, stored, images),
             lambda: program_of(classifier, batch),
         )
         section = self.settings.get("classifier", {})
@@ -318,16 +322,17 @@ class _Given:
         return plan.tree
 
     def _keep(self, key: str, what: str, is_same: Callable[[bytes], bool], made: Callable[[], bytes]) -> None:
-        """Store what the caller gave, unless the run has it. Raises RunMismatchError where the run began with other."""
-        if self.store.exists(key):
-            if is_same(self.store.read(key)):
-                return
-            if self.begun:
-                raise RunMismatchError(
-                    f"{self.store.address}: expected the {what} that this run began with, found others; choose "
-                    f"another name, or give the same {what} to continue"
-                )
-        self.store.write(key, made())
+        """Store what the caller gave, unless the run began with it. Raises RunMismatchError where it began with other.
+
+        What an earlier call left that made nothing is replaced, unseen: it may be what that call failed on.
+        """
+        if not self.begun or not self.store.exists(key):
+            self.store.write(key, made())
+        elif not is_same(self.store.read(key)):
+            raise RunMismatchError(
+                f"{self.store.address}: expected the {what} that this run began with, found others; choose "
+                f"another name, or give the same {what} to continue"
+            )
 
 
 def _tree(settings: Settings | None) -> dict[str, Any]:
@@ -336,7 +341,11 @@ def _tree(settings: Settings | None) -> dict[str, Any]:
         settings = load_run_file(Path(settings))
     if isinstance(settings, RunFile):
         return settings.model_dump(mode="json")
-    return copy.deepcopy(dict(settings or {}))
+    tree = copy.deepcopy(dict(settings or {}))
+    for name in {"data", "classifier"} & tree.keys():
+        if not isinstance(tree[name], Mapping):
+            raise RunFileError(f"settings: {name}: expected a section with fields, found {tree[name]}")
+    return tree
 
 
 def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -371,29 +380,3 @@ def _npz(arrays: Arrays) -> bytes:
     out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
     return out.getvalue()
-
-
-def _is_same_classifier(classifier: nn.Module, stored: bytes, images: Images) -> bool:
-    """Whether the stored program has the classifier's weights, and gives its answers on images all over the set.
-
-    Raises ModelError where the classifier fails on them.
-    """
-    nets = [
-        net.to(device()) for net in (copy_for_inference(classifier), load_program(stored, CLASSIFIER).net)
-    ]
-    own, same = (net.state_dict() for net in nets)
-    if any(not torch.equal(own[name], same[name]) for name in own.keys() & same.keys()):
-        return False
-    sample = images.take(evenly_spaced(len(images), COMPARED_IMAGES))
-    answer, recorded = (
-        map_batches(partial(_logits, net, sample), len(sample), COMPARED_AT_ONCE) for net in nets
-    )
-    return answer.shape == recorded.shape and np.allclose(answer, recorded, rtol=1e-3, atol=1e-4)
-
-
-def _logits(net: nn.Module, images: Images, rows: slice) -> Tensor:
-    batch = torch.from_numpy(images.batch(rows)).to(device())  # in the layout that the user's code may expect
-    try:
-        return find_logits(net(batch))[0].float()
-    except Exception as error:
-        raise classifier_failure(net, batch, error) from error

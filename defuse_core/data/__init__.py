@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 from defuse_core.config import WITHOUT_ROOT, DataSection
 from defuse_core.data.benchmarks import open_digits, open_mnist, open_mnist_5000, open_signs, open_svhn
@@ -28,18 +30,26 @@ def open_splits(data: DataSection, seed: int) -> Splits:
     Validation and test parts are those of the data set. Where it has no validation part, data.validation_share of the
     training images is held out; data.train_images of the others are drawn. Raises DataError.
     """
-    try:
+    with reading(data.root):
         return OPENERS[data.name](data, seed)
+
+
+@contextlib.contextmanager
+def reading(root: Path | None) -> Iterator[None]:
+    """Raise DataError where a folder or file of images cannot be read inside."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
-            f"data.root: cannot read {error.filename or data.root} ({error.strerror or error})"
+            f"data.root: cannot read {error.filename or root} ({error.strerror or error})"
         ) from error
 
 
 def expect_root(data: DataSection) -> None:
-    """Raise DataError where data.root is missing on this machine, for a data set that is read from there."""
+    """Raise DataError where data.root cannot be read on this machine, for a data set that is read from there."""
     if data.name not in WITHOUT_ROOT:
-        data_root(data)
+        with reading(data.root):
+            data_root(data)
 
 
 def check_class_names(data: DataSection) -> None:
@@ -47,9 +57,9 @@ def check_class_names(data: DataSection) -> None:
 
     For the moment at which a run file is read: images that are not on this machine are not asked about.
     """
-    if data.root is None or not data.root.exists():
-        return
     with contextlib.suppress(OSError):  # open_splits reports it, on the machine that reads the images
+        if data.root is None or not data.root.exists():
+            return
         if data.name == "folder":
             folder_classes(data.root / "train")
         elif data.name == "npz":

@@ -17,6 +17,7 @@ from defuse_core.errors import DataError, first_few
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
 CHUNK = 4096  # images checked at once, to bound the memory
+ROUNDED = 1e-5  # beyond [0, 1] that a pixel may be, as where a resize computes in floats
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -167,6 +168,12 @@ def _pixels(found: npt.NDArray[Any], data: DataSection, where: str) -> U8 | F32:
     """Return (N, channels, H, W); a read-only view where possible."""
     size = data.image_size
     pixels = _channels_first(found)
+    if pixels is not None and pixels.shape[2] != pixels.shape[3]:
+        height, width = pixels.shape[2:]
+        raise DataError(
+            f"{where}: expected square images, found {width}x{height} pixels; pad or resize them (in a folder of "
+            "images they would be stretched)"
+        )
     if pixels is None or pixels.shape[2:] != (size, size):
         raise DataError(
             f"{where}: expected shape (N, {size}, {size}), (N, {size}, {size}, {data.channels}) or "
@@ -177,8 +184,7 @@ def _pixels(found: npt.NDArray[Any], data: DataSection, where: str) -> U8 | F32:
             f"{where}: expected {data.channels} channels, found {pixels.shape[1]}; set data.channels"
         )
     if pixels.dtype.kind == "f":
-        _expect_fractions(pixels, where)
-        pixels = pixels.astype(np.float32, copy=False)
+        pixels = _fractions(pixels, where)
     elif pixels.dtype != np.uint8:
         raise DataError(f"{where}: expected uint8, or floats in [0, 1], found {found.dtype}; convert them")
     return np.broadcast_to(pixels, (len(pixels), data.channels, size, size))
@@ -199,11 +205,17 @@ def image_shape(array: npt.NDArray[Any]) -> tuple[int, int, int] | None:
     return None if images is None else (images.shape[2], images.shape[3], images.shape[1])
 
 
-def _expect_fractions(pixels: npt.NDArray[Any], where: str) -> None:
-    """Raise DataError, naming the first image with a pixel that is not in [0, 1]."""
+def _fractions(pixels: npt.NDArray[Any], where: str) -> F32:
+    """Return pixels in [0, 1]; those just beyond, as a resize rounds them, are clipped.
+
+    Raises DataError, naming the first image with another pixel.
+    """
+    is_beyond = False
     for start in range(0, len(pixels), CHUNK):
         chunk = pixels[start : start + CHUNK]
-        wrong = ~((chunk >= 0) & (chunk <= 1)).all(axis=(1, 2, 3))  # NaN fails both comparisons
+        low, high = chunk.min(axis=(1, 2, 3)), chunk.max(axis=(1, 2, 3))
+        wrong = ~((low >= -ROUNDED) & (high <= 1 + ROUNDED))  # NaN fails both comparisons
+        is_beyond = is_beyond or bool((low < 0).any() or (high > 1).any())
         if wrong.any():
             image = int(np.flatnonzero(wrong)[0])
             values = f"{chunk[image].min():.6g} to {chunk[image].max():.6g}"
@@ -212,6 +224,8 @@ def _expect_fractions(pixels: npt.NDArray[Any], where: str) -> None:
                 f"{where}: expected floats in [0, 1], found {found} in image {start + image}; "
                 "scale them to [0, 1] or save uint8"
             )
+    fractions = pixels.astype(np.float32, copy=False)
+    return fractions.clip(0, 1) if is_beyond else fractions
 
 
 def _listed(arrays: Arrays) -> str:

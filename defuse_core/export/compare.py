@@ -18,6 +18,7 @@ from defuse_core.errors import InputError
 from defuse_core.export.pictures import FinishedRun, load_finished
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
+from defuse_core.models.programs import SOURCE
 from defuse_core.review.undecided import why_guessing
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
@@ -88,7 +89,7 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     for run, side in ((a, side_a), (b, side_b)):
         if guessing := why_guessing(side.found.models):
             log.warning("run %s: %s; what is fixed, broken or new says nothing then", run.name, guessing)
-    same_classifier = _equal(side_a.found.models.classifier, side_b.found.models.classifier)
+    same_classifier = _is_same_classifier(side_a.found.models.classifier, side_b.found.models.classifier)
     fixed_at = b.spec.check.min_scenario_accuracy
     matches = _matches(side_a, side_b)
     numbers_a, numbers_b = side_a.found.fixes.scenario.tolist(), side_b.found.fixes.scenario.tolist()
@@ -151,8 +152,12 @@ def _expect_same(a: Run, b: Run, name: str, values: Sequence[object]) -> None:
         )
 
 
-def _equal(first: Weights, second: Weights) -> bool:
-    return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+def _is_same_classifier(first: Weights, second: Weights) -> bool:
+    """Whether two runs debugged the same weights; a program's source holds its first images, too, and is no weight."""
+    names = {*first, *second} - {SOURCE}
+    return all(
+        name in first and name in second and np.array_equal(first[name], second[name]) for name in names
+    )
 
 
 def _scores(a: _Side, b: _Side, pictures: F32, label: int) -> tuple[float, float, float, float]:

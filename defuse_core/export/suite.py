@@ -77,8 +77,9 @@ class SuiteScenario(BaseModel):
 
     @property
     def name(self) -> str:
-        """What a table calls it: `8 read as 3 (scenario 12)`."""
-        return f"{self.label} read as {self.mistaken_for} (scenario {self.number})"
+        """What a table calls it: `8 read as 3 (scenario 12)`; `8 misread` where the run's classifier was right."""
+        confusion = "misread" if self.mistaken_for == self.label else f"read as {self.mistaken_for}"
+        return f"{self.label} {confusion} (scenario {self.number})"
 
 
 class SuiteClassifier(BaseModel):

@@ -34,7 +34,7 @@ from defuse_core.models.inference import (
     weights_of,
 )
 from defuse_core.models.layout import to_device, to_tensor
-from defuse_core.models.probe import log_classifier, probe_classifier
+from defuse_core.models.probe import is_same_program, log_classifier, probe_classifier
 from defuse_core.models.programs import (
     SelfContainedClassifier,
     copy_for_inference,

@@ -5,27 +5,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
+from defuse_core.device import device
 from defuse_core.errors import first_few, percent
 from defuse_core.models.adapters import (
     EXTERNAL,
     INPUT_RANGES,
     as_logits,
+    classifier_failure,
+    find_logits,
     raw_output,
 )
 from defuse_core.models.inference import map_batches
 from defuse_core.models.layout import to_tensor
-from defuse_core.models.programs import class_names_of
+from defuse_core.models.programs import class_names_of, copy_for_inference, load_program
 
 log = logging.getLogger("defuse")
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
+COMPARED_IMAGES, COMPARED_AT_ONCE = 1_000, 100  # evenly spaced, that two classifiers are compared on
 CLEARLY_BETTER, BETTER_RANGE = 0.05, 0.02  # in accuracy: another order of the classes, another input range
 # accuracy from which another input range is likely the right one, and how much more than in the given one
 MOSTLY, FAR_BETTER = 0.5, 0.2
@@ -246,3 +252,28 @@ def warnings_of(
 
 def _listed(names: Sequence[str]) -> str:
     return first_few([f"{index} {name}" for index, name in enumerate(names)], most=20)
+
+
+def is_same_program(classifier: nn.Module, stored: bytes, images: Images) -> bool:
+    """Whether the stored program has the classifier's weights, and gives its answers on images all over the set.
+
+    Raises ModelError where the classifier fails on them.
+    """
+    program = load_program(stored, "the stored classifier").net
+    nets = [net.to(device()) for net in (copy_for_inference(classifier), program)]
+    own, same = (net.state_dict() for net in nets)
+    if any(not torch.equal(own[name], same[name]) for name in own.keys() & same.keys()):
+        return False
+    sample = images.take(evenly_spaced(len(images), COMPARED_IMAGES))
+    answer, recorded = (
+        map_batches(partial(_logits_of_code, net, sample), len(sample), COMPARED_AT_ONCE) for net in nets
+    )
+    return answer.shape == recorded.shape and np.allclose(answer, recorded, rtol=1e-3, atol=1e-4)
+
+
+def _logits_of_code(net: nn.Module, images: Images, rows: slice) -> Tensor:
+    batch = torch.from_numpy(images.batch(rows)).to(device())  # in the layout that the user's code may expect
+    try:
+        return find_logits(net(batch))[0].float()
+    except Exception as error:
+        raise classifier_failure(net, batch, error) from error

@@ -56,13 +56,18 @@ def _header(plan: Plan) -> list[str]:
 
 
 def describe_accuracy(plan: Plan) -> str:
-    """Return how often the classifier is right by input range, the one that the run file gives it first."""
-    assert plan.probe is not None
-    used = plan.tree["classifier"].get("input_range", "0..1")
-    shares = sorted(plan.probe.by_range.items(), key=lambda item: item[0] != used)
+    """Return how often the classifier is right with the run file's inputs and order of classes; then with others."""
+    probe, section = plan.probe, plan.tree["classifier"]
+    assert probe is not None
+    used = section.get("input_range", "0..1")
+    shares = sorted(probe.by_range.items(), key=lambda item: item[0] != used)
     (first, share), *others = shares
-    text = f"{percent(share)} of {plan.probe.images} training images with inputs in {first}"
-    return ", ".join([f"{text} (used)", *(f"{percent(share)} in {name}" for name, share in others)])
+    text = f"training images with inputs in {first}"
+    if probe.class_order is not None and section.get("class_order") == list(probe.class_order):
+        right = f"{percent(probe.reordered)} of {text} and the classes reordered (used), {percent(share)} as they are"
+    else:
+        right = f"{percent(share)} of {probe.images} {text} (used)"
+    return ", ".join([right, *(f"{percent(share)} in {name}" for name, share in others)])
 
 
 def _fields(

@@ -108,7 +108,8 @@ def plan_run(
     if own is not None and own.get("weights") and "validation" not in facts.counts:
         noted.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
-            "knows; a folder `validation` of other images tells better what a correction costs"
+            "knows; other validation images (a folder `validation`, or validation= in Python) tell better what a "
+            "correction costs"
         )
     needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")
@@ -271,7 +272,8 @@ def _set_sizes(
     if count < FEW_IMAGES and 2 * trained <= enough:
         warnings.append(
             f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
-            f"images to know them as well as the classifier does; give more than --minutes {minutes:g}"
+            f"images to know them as well as the classifier does; give more than {minutes:g} minutes (--minutes, or "
+            "minutes= in Python)"
         )
     if own and tree["classifier"]["epochs"]:
         warnings.append(
@@ -288,8 +290,8 @@ def _set_sizes(
         return round(planned), warnings
     if epochs < FEW_EPOCHS:
         warnings.append(
-            f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give --minutes "
-            "more, or set data.train_images or a smaller data.image_size"
+            f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give more "
+            "(--minutes, or minutes= in Python), or set data.train_images or a smaller data.image_size"
         )
     if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
         return max(1, round(planned)), warnings

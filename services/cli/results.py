@@ -62,11 +62,13 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     """
     from defuse_core.export import export_model
     from defuse_core.export.pictures import export_scenarios
-    from defuse_core.files import expect_new_file
+    from defuse_core.files import expect_new_file, expect_new_folder
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
     opened = open_run(run, store)
+    if folder is not None:
+        expect_new_folder("--scenarios", folder)  # before the model is written
     if model is not None:
         if not force:
             expect_new_file("--to", model)

@@ -75,6 +75,7 @@ FORMS = {
     "floats (N, H, W, 1)": (lambda x: x[..., None] / 255, 1),
     "a tensor (N, 1, H, W)": (lambda x: torch.from_numpy(x[:, None] / 255), 1),
     "half floats": (lambda x: torch.from_numpy(x[:, None] / 255).half(), 1),
+    "a list of tensors": (lambda x: [torch.from_numpy(each / 255).requires_grad_() for each in x], 1),
     "lists": (lambda x: x[:40].tolist() and (x[:40] / 255).tolist(), 1),
 }
 
@@ -112,7 +113,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "not square": (
         {"train": (np.zeros((20, 16, 20), np.uint8), np.arange(20) % 2)},
         DataError,
-        r"found \(20, 16, 20\)",
+        "expected square images, found 20x16 pixels; pad or resize them",
+    ),
+    "no minutes": ({"minutes": float("nan")}, InputError, "^minutes: expected 1 to 10,000, found nan"),
+    "an empty section": ({"settings": {"data": None}}, RunFileError, "^settings: data: expected a section"),
+    "labels that are no numbers": (
+        {"train": (np.zeros((20, 16, 16), np.uint8), [torch.zeros(2)] * 19 + [None])},
+        DataError,
+        "^train: expected images of one size and labels",
     ),
     "too small": (
         {"train": (np.zeros((20, 1, 1), np.uint8), np.arange(20) % 2)},
@@ -188,10 +196,44 @@ def test_what_cannot_be_is_refused_in_one_line(case, tmp_path):
     assert not list(tmp_path.rglob("models.safetensors"))
 
 
+def test_what_a_call_left_that_failed_before_the_run_began_is_replaced(tmp_path):
+    images, labels = digits()
+    odd = np.pad(images, ((0, 0), (0, 1), (0, 1)))
+    with pytest.raises(DataError, match="expected an even height and width"):
+        defuse.debug(**arguments(tmp_path, classifier=AnySize(), train=(odd[:400], labels[:400]), test=None))
+    assert (tmp_path / "parts" / "inputs" / "classifier.pt2").exists()
+    settings_of(tmp_path, classifier=AnySize())
+
+
+class AnySize(nn.Module):
+    """A classifier of images of any size, whose exported program takes those of one size alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.mean(dim=(2, 3)))
+
+
+def test_black_bytes_and_white_floats_of_equal_numbers_are_other_images(tmp_path):
+    images, labels = digits()
+    black = (images > 99).astype(np.uint8)
+    settings_of(tmp_path, train=(black, labels))
+    assert settings_of(tmp_path, train=(black.astype(np.float32), labels)).data.name == "npz"
+    with np.load(tmp_path / "parts" / "inputs" / "images.npz") as stored:
+        assert stored["train_images"].dtype == np.float32
+    (tmp_path / "parts" / "models.safetensors").write_bytes(b"made")
+    with pytest.raises(RunMismatchError, match="the images that this run began with"):
+        defuse.debug(**arguments(tmp_path, train=(black, labels)))
+
+
 def test_a_tilde_in_the_store_is_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(InputError, match=rf"no run called parts in {tmp_path}/runs"):
         defuse.open("~/runs/parts")
+    with pytest.raises(InputError, match=rf"no run called parts in {tmp_path}/runs"):
+        defuse.open("parts", "~/runs")
 
 
 class Branching(nn.Module):

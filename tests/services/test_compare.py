@@ -10,7 +10,13 @@ import pytest
 
 from defuse_core.artifacts import Models
 from defuse_core.codec import encode
-from defuse_core.export.compare import _state, _state_of_b_alone, compare_runs, share_inside
+from defuse_core.export.compare import (
+    _is_same_classifier,
+    _state,
+    _state_of_b_alone,
+    compare_runs,
+    share_inside,
+)
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -31,6 +37,14 @@ def test_scenarios_persist_are_fixed_or_come_back(store):
     assert states("same") == {"3": "persisting", "8": "persisting"}
     assert states("mended") == {"3": "fixed", "8": "fixed"}
     assert states("relapsed") == {"3": "back again", "8": "back again"}
+
+
+def test_the_source_of_a_program_is_none_of_its_weights():
+    """It holds the images that the program was traced on, which differ from run to run."""
+    weights = {"net.a": np.ones(2), "source": np.zeros(3, np.uint8)}
+    assert _is_same_classifier(weights, {**weights, "source": np.ones(4, np.uint8)})
+    assert not _is_same_classifier(weights, {**weights, "net.a": np.zeros(2)})
+    assert not _is_same_classifier(weights, {**weights, "net.b": np.ones(2)})
 
 
 def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classifier_fails_too(store):

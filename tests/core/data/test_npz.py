@@ -126,6 +126,14 @@ def test_a_wrong_pixel_is_named_wherever_it_is(tmp_path: Path, monkeypatch: pyte
     assert "found NaN in image 5;" in error_of(section("npz", file))
 
 
+@pytest.mark.parametrize("value", [1.0000001, -1e-6])
+def test_a_pixel_that_rounding_put_beyond_is_clipped(tmp_path: Path, value: float):
+    file = write_npz(tmp_path / "own.npz", train_images=with_value(value))
+    batch = open_splits(section("npz", file), 0).train.batch(slice(0, 12))
+    assert batch[5, 1, 2, 2] == np.float32(np.clip(value, 0, 1))
+    assert 0 <= batch.min() <= batch.max() <= 1
+
+
 def with_value(value: float) -> np.ndarray:
     images = GOOD["train_images"].astype(np.float32) / 255
     images[5, 2, 2, 1] = value
@@ -161,7 +169,11 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
         {"train_images": noise(12, 9, 9, 3)},
         "found (12, 9, 9, 3); resize them or set data.image_size",
     ),
-    ("images that are not square", {"test_images": noise(6, 8, 9)}, "test_images: expected shape (N, 8, 8)"),
+    (
+        "images that are not square",
+        {"test_images": noise(6, 8, 9)},
+        "expected square images, found 9x8 pixels",
+    ),
     ("two channels", {"train_images": noise(12, SIZE, SIZE, 2)}, "found (12, 8, 8, 2)"),
     ("flat images", {"train_images": noise(12, SIZE * SIZE)}, "found (12, 64)"),
     (
