@@ -269,27 +269,38 @@ def test_figures_of_plain_training_are_means_and_each_is_listed(finished) -> Non
     assert {wide.plain.value is None for wide in evidence.wider} == {False}
 
 
+def strong_and_weak(found: Findings) -> tuple[Sweep, Sweep]:
+    """Sweeps of the classifier before, and of the same with its answers exchanged: wrong wherever that one is right.
+
+    What the run itself tuned is better on some scenario on one kind of processor, and on none on another.
+    """
+    weights = found.models.classifier
+    last = [name for name, array in weights.items() if len(array) == len(found.models.classes)][-2:]
+    exchanged = weights | {name: np.roll(weights[name], 1, axis=0) for name in last}
+    return dataclasses.replace(found.sweep, weights=weights), dataclasses.replace(
+        found.sweep, weights=exchanged
+    )
+
+
 def test_one_lucky_plain_training_leaves_nothing_confirmed(finished) -> None:
     """The correction takes the place of one of the three: nothing is better than itself."""
     run, _ = finished
     found = load_findings(run)[0]
-    weak = run.require(Sweep, "plain")
-    weak = dataclasses.replace(weak, weights=found.models.classifier)
-    sweeps = (weak, weak, found.sweep)
+    strong, weak = strong_and_weak(found)
+    found = dataclasses.replace(found, sweep=strong)
     alone = gather_evidence(run.spec, found, Controls((weak, weak), ()), progress=silent)
-    made = gather_evidence(run.spec, found, Controls(sweeps, ()), progress=silent)
+    made = gather_evidence(run.spec, found, Controls((weak, weak, strong), ()), progress=silent)
     assert alone.confirmed.any() and not made.confirmed.any() and not made.worse.any()
     figures = evidence_figures(found, made)
-    assert (figures.against_plain.scenarios.better, figures.against_plain.scenarios.worse) == (0, 0)
-    assert (figures.against_plain.real_failures.better, figures.against_plain.real_failures.worse) == (0, 0)
+    assert figures.against_plain.scenarios.better == figures.against_plain.real_failures.better == 0
 
 
 def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finished) -> None:
     run, report = finished
     found = load_findings(run)[0]
-    good = dataclasses.replace(run.require(Sweep, "plain"), weights=found.sweep.weights)
-    bad = dataclasses.replace(found, sweep=dataclasses.replace(found.sweep, weights=found.models.classifier))
-    made = gather_evidence(run.spec, bad, Controls((good,) * 2, ()), progress=silent)
+    strong, weak = strong_and_weak(found)
+    bad = dataclasses.replace(found, sweep=weak)
+    made = gather_evidence(run.spec, bad, Controls((strong,) * 2, ()), progress=silent)
     assert made.worse.any() and not (made.worse & made.confirmed).any()
     rows = []
     place = {int(number): column for column, number in enumerate(found.fixes.scenario)}

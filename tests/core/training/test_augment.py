@@ -122,8 +122,8 @@ def test_a_white_image_is_no_brighter_after_augmentation() -> None:
 def test_images_are_moved_and_blurred_as_torch_does(shape: tuple[int, ...], memory_format) -> None:
     torch.manual_seed(0)
     images, theta = torch.rand(shape).contiguous(memory_format=memory_format), torch.randn(shape[0], 2, 3)
-    assert torch.equal(
-        _affine_grid(theta, *shape[2:]), F.affine_grid(theta, list(shape), align_corners=False)
-    )
+    grid = F.affine_grid(theta, list(shape), align_corners=False)
+    # torch multiplies matrices, and adds in an order that depends on the processor
+    torch.testing.assert_close(_affine_grid(theta, *shape[2:]), grid, rtol=1e-6, atol=1e-6)
     pooled = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     assert torch.equal(_blurred(images), pooled)
