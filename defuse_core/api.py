@@ -37,7 +37,7 @@ from defuse_core.data.npz import Arrays, image_shape, splits_of
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
 from defuse_core.models import is_same_program, program_of
-from defuse_core.pipeline import run_defuse
+from defuse_core.pipeline import expect_same_images, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
 from defuse_core.results import RunResult, is_complete
 from defuse_core.runs import IMAGES, Run, has_made_something
@@ -124,6 +124,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         given.keep_settings()
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
+            expect_same_images(run)
             return result
         started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
         with started as running:

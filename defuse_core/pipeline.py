@@ -22,6 +22,7 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
+from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, StoreError
@@ -74,6 +75,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     if spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
     settle_precision(run, compute)
+    expect_same_images(run)
     models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
@@ -110,6 +112,17 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     controls = _controls(run, compute, found)
     evaluation, watch, evidence = _evaluations(run, compute, found, controls)
     return write_report(run, found, evaluation, evidence, watch)
+
+
+def expect_same_images(run: Run) -> None:
+    """Raise RunMismatchError where a finished run's images, if they are on this machine, are others now.
+
+    A step that is yet to be made notices that by itself, on the machine that reads the images.
+    """
+    models, data = run.load(Models), run.spec.data
+    is_here = data.root is not None and data.root.exists()
+    if is_here and models is not None and run.load(Evaluation) is not None:
+        reopen_splits(data, run.spec.seed, models.data_fingerprint)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:

@@ -208,6 +208,19 @@ def test_a_run_whose_folder_was_moved_finds_its_images(finished, store, tmp_path
     assert code == 0, (out, err)
 
 
+def test_a_finished_run_whose_images_have_changed_says_so(finished, store, tmp_path, monkeypatch, capsys):
+    shutil.copytree(store, tmp_path / "runs")
+    run_file, images = (tmp_path / "runs" / "parts" / name for name in ("run.yaml", "inputs/images.npz"))
+    run_file.write_text(run_file.read_text().replace(str(store), str(tmp_path / "runs")))
+    with np.load(images) as found:
+        arrays = dict(found)
+    np.savez(images, **{**arrays, "train_images": 255 - arrays["train_images"]})
+    with pytest.raises(RunMismatchError, match="the images differ from those that the run was trained on"):
+        defuse.debug(settings=run_file, store=tmp_path / "runs", name="parts", compute=no_compute)
+    code, _, err = call(monkeypatch, capsys, "run", run_file, "--store", tmp_path / "runs", "--name", "parts")
+    assert (code, "the images differ" in err) == (2, True)
+
+
 def test_a_report_of_another_version_is_computed_again(finished, store, tmp_path):
     shutil.copytree(store / "parts", tmp_path / "parts")
     (tmp_path / "parts" / "report.json").write_text('{"version": 3}')
