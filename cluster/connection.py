@@ -28,7 +28,7 @@ from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileErr
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
-START_AGAIN = "start the command again; where it stays so, see session_latest/logs in Ray's folder (/tmp/ray)"
+START_AGAIN = "start the command again; if it fails again, see session_latest/logs in Ray's folder (/tmp/ray)"
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 OTHER_TOKEN = (
     "requires another token than this process has: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "

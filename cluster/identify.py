@@ -280,7 +280,7 @@ class ShardQueue:
         cause = as_defuse_error(error, "identify")
         if isinstance(cause, InputError | RunBusyError) or index in self.failed:
             raise cause from error
-        log.warning("identify: shard %d again, since it failed once: %s", index, cause)
+        log.warning("identify: repeating shard %d, since it failed once: %s", index, cause)
         self.failed.add(index)
         self._requeue(index)
 
@@ -295,7 +295,10 @@ class ShardQueue:
                 "check that it fits in memory, then run again to continue"
             ) from error
         log.warning(
-            "identify: shard %d again, since worker %d was lost (%s)", index, worker.number, worker.location
+            "identify: repeating shard %d, since worker %d was lost (%s)",
+            index,
+            worker.number,
+            worker.location,
         )
         self.losses[index] += 1
         self._requeue(index)

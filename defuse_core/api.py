@@ -295,14 +295,14 @@ class _Given:
         return {**section, **fixed, **meant, "epochs": epochs}
 
     def keep_settings(self) -> None:
-        """Store the settings that calls gave; log those that hold although they are left out now."""
+        """Store the settings that calls gave; log those that still apply although this call omits them."""
         if not self.is_over_plan:
             return
         given = flat_fields(self.settings)
         known = json.loads(self.store.read(SETTINGS)) if self.begun and self.store.exists(SETTINGS) else {}
         if left_out := [name for name in known if name not in given]:
             log.warning(
-                "%s: settings that earlier calls gave and that are left out now still hold: %s%s",
+                "%s: settings from earlier calls still apply although this call omits them: %s%s",
                 self.store.address,
                 ", ".join(left_out[:3]),
                 f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",

@@ -273,9 +273,9 @@ def collect_sweep(
     chosen = best.rows[best.best_epoch - 1]
     if not _is_allowed(spec, models, chosen):
         log.warning(
-            "correct: %s, since every λ loses more than correct.max_loss = %g of the clean accuracy, or certainly "
-            "more than %g of that of a class (correct.max_class_loss)%s",
-            f"{comparison} has no result" if comparison else "NOTHING IS CHOSEN",
+            "correct: %s: every λ loses more than correct.max_loss = %g of the clean accuracy, or significantly more "
+            "than %g of one class's (correct.max_class_loss)%s",
+            f"{comparison} has no result" if comparison else "NO λ CHOSEN",
             spec.correct.max_loss,
             spec.correct.class_loss_allowed,
             "" if comparison else f"; {SMALLER_LAMBDAS}",

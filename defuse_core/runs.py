@@ -181,11 +181,11 @@ class Run:
         return parse_run_file(tree, f"{self.name}/{SETTINGS}") if tree else None
 
     def _other_weights(self) -> str | None:
-        """Return which weights file is another one than when the run began, or None; one that is gone is not asked."""
+        """Return which weights file has changed since the run began, or None; a missing file does not count."""
         known = self._read_json(WEIGHTS, "the weights are taken as they are now")
         for field, digest in _weights_digests(self.spec).items():
             if known.get(field, digest) != digest:
-                return f"{field}: its file holds other weights than when the run began"
+                return f"{field}: the weights file has changed since the run began"
         return None
 
     @classmethod

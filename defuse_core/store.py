@@ -288,7 +288,7 @@ class FolderStore:
             found = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
             if found != self.holders[folder]:
                 held, now = self.holders[folder] or "a driver", found or "nobody"
-                raise RunBusyError(f"{folder}: {held} held this run, no longer; {now} does now")
+                raise RunBusyError(f"{folder}: {held} held this run; {now} holds it now")
             yield
 
     def _expect_folder(self) -> None:

@@ -346,9 +346,10 @@ def _shrunk(weights: Weights) -> Weights:
 
 
 def _difference(stack: Stack, images: Tensor) -> str | None:
-    """Return in what a stack of two different classifiers differs from them one by one, or None. Changes its buffers.
+    """Return how the results of a stack differ from those of its two classifiers computed one by one, or None.
 
-    It has the weights of the second in its template while it computes the first, so that they have to be replaced.
+    The template holds the weights of the second, so a network that ignores the stacked ones is detected. Changes the
+    buffers of the stack.
     """
     if any(isinstance(part, torch.jit.ScriptModule) for part in stack.template.modules()):
         return "it is TorchScript, whose compiler may fuse layers later in a way that vmap does not know"
@@ -356,7 +357,7 @@ def _difference(stack: Stack, images: Tensor) -> str | None:
         alone = torch.stack([stack.classifier(index)(images).float() for index in range(2)])
         limit = 1e-3 * float(alone.abs().max())
         if not torch.allclose(stack.logits(images).float(), alone, atol=limit, rtol=1e-3, equal_nan=True):
-            return "its logits are others then"
+            return "its logits differ when stacked"
     template = stack.template.train()
     buffers = {name: buffer.clone() for name, buffer in _buffers(template)}
     for logits in (stack.logits(images), template(images)):
@@ -364,8 +365,8 @@ def _difference(stack: Stack, images: Tensor) -> str | None:
         loss.backward()
     for name, parameter in template.named_parameters():
         if (parameter.grad is None) != (stack.parameters[name].grad is None):
-            return f"the gradient of {name} is lost then"
+            return f"the gradient of {name} is lost when stacked"
     for name, buffer in _buffers(template):
         if torch.equal(buffer, buffers[name]) != torch.equal(stack.buffers[name][1], buffers[name]):
-            return f"its buffer {name} is updated in another way then"
+            return f"its buffer {name} is updated differently when stacked"
     return None

@@ -184,11 +184,12 @@ def _draw_allowed(
 
 
 def allowed(codes: Failures, scenarios: Scenarios, verdicts: Verdicts) -> Bool:
-    """Return which of (n,) failures neither reviewers nor held-out images speak against, (n,).
+    """Return which of (n,) failures may be tuned on, (n,). Not allowed are those
 
-    Those in the region of a component that reviewers rejected or gave another label do not count, nor do those of a
-    cell, a source class and an answer, in which they gave no component the class of the source; nor, with vae.decode:
-    anchored, those of the photographs, or tracks, at which held-out images of accepted components are anchored.
+    - in the region of a component that reviewers rejected or gave another label than the failure's source class;
+    - of a cell (source class, answer) in which reviewers gave no component the source class;
+    - with vae.decode: anchored, of the photographs or tracks at which held-out images of accepted components are
+      anchored.
     """
     found = ~np.isin(codes.unit, _held_out_units(scenarios, verdicts.accepted))
     for component, label in enumerate(verdicts.labels.tolist()):

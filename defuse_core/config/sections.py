@@ -58,13 +58,13 @@ class ClassifierSection(Section):
     outputs: Literal["logits", "probabilities"] = "logits"
     """What the classifier returns, unless it is cnn or resnet18; of probabilities the logarithm is used."""
     class_order: tuple[int, ...] | None = None
-    """For each class of the data set, in order, the index of its logit, where the classifier numbers them otherwise."""
+    """For each class of the data set, in order, the index of its logit, if the classifier numbers them differently."""
     imagenet: bool = False
     """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
     Paper: true."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """resnet18: imagenet is the 7x7 stride-2 convolution with max-pooling; small is a 3x3 stride-2
-    convolution without pooling, for some 32 pixels. Paper: imagenet."""
+    convolution without pooling, for about 32 pixels. Paper: imagenet."""
     stages: int = Field(4, ge=1, le=8)
     """cnn: number of 4x4 stride-2 convolutions. Paper: 4."""
     channels: int = Field(64, ge=1)
@@ -96,7 +96,7 @@ class VaeSection(Section):
     """plain shows a code z as p(z); anchored, for photographs, moves the training image x that z is near to. It shows
     clip(x + p(z) - p(μ(x))): x, moved as its plain decoding moves. Paper: plain."""
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional where the factory
+    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional if the factory
     loads its own."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Dimensions of the latent code, Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
@@ -156,7 +156,7 @@ class IdentifySection(Section):
     of its source image in it. Paper: none."""
     min_probability: float = Field(0.7, ge=0, le=1)
     """Least probability of a class that the reference models see: their mean (screen), or each (review.tau: auto,
-    correct.filter). The better these models, the higher: 0.9 where they get 99 % of images right. Ours."""
+    correct.filter). The better these models, the higher: 0.9 if they get 99 % of images right. Ours."""
     originals: Literal["none", "misclassified"] = "none"
     """misclassified adds to Ψ the code μ of each training image that f gets wrong in the image itself, beside the
     failing draws and outside max_per_image; screen then asks the reference models about the image. Paper: none."""
@@ -246,7 +246,7 @@ class JudgesSection(ClassifierSet):
     count: int = Field(3, ge=0)
     """Judges. 0 evaluates without any."""
     architecture: Literal["cnn", "residual", "resnet18", "custom"] = "residual"
-    """As of review.reference, and best another one."""
+    """As in review.reference; best a different one."""
     share: float = Field(0.5, ge=0, lt=1)
     """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
     Signs are divided in whole tracks. 0 trains both on all."""
@@ -256,7 +256,7 @@ class ReviewSection(Section):
     """Algorithm 2 and §4.1: people decide which components are failure scenarios, and label them."""
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
-    """reference-models answer in place of people; label-studio asks people. Paper: people (Ground Truth workers)."""
+    """reference-models answer instead of people; label-studio asks people. Paper: people (Ground Truth workers)."""
     images: int = Field(10, ge=1)
     """R, images drawn per component. Paper: 10."""
     tau: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
@@ -274,12 +274,12 @@ class ReviewSection(Section):
     """How an image's label follows from its votes: crowdlab (`pip install 'defuse[crowdlab]'`) weighs annotators by
     their agreement with each other and with the reference models; for people's votes. Paper: majority."""
     accept: Literal["lower-bound", "share"] = "lower-bound"
-    """share compares the share itself with rho; lower-bound asks for significantly more, at a false discovery rate of
-    max_false (Benjamini and Hochberg), where pictures anchored at one image, or track, are one. Paper: share."""
+    """share compares the share itself with rho; lower-bound requires significantly more, at a false discovery rate of
+    max_false (Benjamini and Hochberg); pictures anchored at one image, or track, count once. Paper: share."""
     max_false: float = Field(0.05, gt=0, lt=1)
     """accept lower-bound: false discovery rate over all components; two decisions share it (more_images). Ours."""
     more_images: int = Field(40, ge=0)
-    """accept lower-bound with annotators reference-models: further images drawn where the verdict is in doubt. Ours."""
+    """accept lower-bound with annotators reference-models: further images drawn if the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
     """The reference models, for annotators: reference-models, prelabel, consensus: crowdlab, tau: auto,
     vae.guide_weight, identify.screen and correct.filter."""
@@ -352,10 +352,10 @@ class CorrectSection(Section):
     """Other images per scenario, to test on. Paper: 256."""
     widen: float = Field(16.0, ge=1)
     """filter reference-models: images to tune on are drawn at so many times the reviewed τ (at 16 times, that is 4
-    times as far out), so that the surroundings of a scenario are corrected, too. Paper: 1."""
+    times as far out), so the surroundings of a scenario are corrected as well. Paper: 1."""
     unreviewed: bool = True
-    """Up to half of D_f are codes of Ψ, each under the class of its source image, of which every reference model is
-    sure; none where reviewers see another. Goes with identify.screen and filter. Paper: false."""
+    """Up to half of D_f are codes of Ψ, each under the class of its source image, if every reference model is
+    sure of it; none where reviewers see another. Goes with identify.screen and filter. Paper: false."""
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"

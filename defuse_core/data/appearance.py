@@ -16,11 +16,11 @@ DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 TURNED = range(2, 9)  # EXIF orientations that are not upright; 0 is unknown
 UNREAD = {  # what files can have -> why it matters
-    "transparency": "transparency, which is dropped: the colours below it are used; flatten the files where it is what "
-    "shows the object",
-    "orientation": "an EXIF orientation, which is not applied, as torchvision's ImageFolder does not; rotate the files "
-    "where the classifier was trained on upright images",
-    "frames": "several frames or pages, of which the first is read",
+    "transparency": "transparency, which is dropped: the colours below it are used; flatten the files if the "
+    "transparency shows the object",
+    "orientation": "an EXIF orientation, which is ignored, as in torchvision's ImageFolder; rotate the files if the "
+    "classifier was trained on upright images",
+    "frames": "several frames or pages; only the first is read",
 }
 MOST = 0.75  # share of the images looked at from which they are odd
 MOST_COMPARED = 10_000  # images of a part that those of later parts are compared with
@@ -102,8 +102,8 @@ def shared_images(splits: Splits) -> list[str]:
                 example = f", such as {some.pixels.paths[row]}, which is {many.pixels.paths[other]}"
             kind = "training" if earlier == "train" else earlier
             lines.append(
-                f"{len(same)} of {len(some)} {part} images looked at are {kind} images, too{example}; figures on "
-                f"{part} images are too good with them, so remove them from one of both"
+                f"{len(same)} of {len(some)} {part} images looked at are also {kind} images{example}; they make "
+                f"figures on {part} images too good, so remove them from one of the two parts"
             )
     return lines
 

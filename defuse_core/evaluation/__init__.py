@@ -1,10 +1,9 @@
 """The figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2; and the controls of evidence.
 
-Controls are corrections that the chosen one is held against: plain further training (λ = 0), and tuning without a fold.
-Components were accepted since the classifier before is wrong there, so that nearly every other model is better than it
-on them. Plain further training shows what they owe to the scenarios. What one such training does on a scenario depends
-on the order of its minibatches, so that there are P of them, and the correction is held against each, on the same
-pictures.
+Controls are corrections that the chosen one is compared with: plain further training (λ = 0), and tuning without a
+fold. Components are accepted because the classifier before fails on them, so almost any other model does better there.
+The gain over plain further training comes from the scenarios. The result of one such training on a scenario depends on
+the order of its minibatches, so there are P of them, and the correction is compared with each, on the same pictures.
 """
 
 from __future__ import annotations

@@ -75,14 +75,20 @@ class _Side:
 def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     """Return the accepted scenarios of run A, then those of run B that match none of A's.
 
-    A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures. A scenario of A
-    is fixed if the classifier that run B debugged is right there ("was right" if the one that A debugged was, too),
-    back again if the correction of A was right and that classifier, another one, is not, and persisting
-    otherwise. A scenario of B alone is new if the classifier that A debugged is right there; if it is not, it is no
-    new failure, but found now. Where the classifier that decides between these is right and the correction of the same
-    run is not, that correction broke the scenario: it is broken by B, or by A. Scenarios match if they have the same
-    label, and if most pictures of A's are inside the ellipsoid of B's in the latent space of B. Raises InputError for
-    unfinished runs and for other classes or images.
+    A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures. Original is the
+    classifier that a run debugged, corrected the one after its correction.
+
+    - broken by B: B's original is right, B's corrected is not; for a scenario of A
+    - was right: both originals are right, and B's corrected
+    - fixed: B's original is right, and B's corrected; A's original is not
+    - back again: B's original is wrong, is not the same as A's, and A's corrected is right
+    - persisting: any other scenario of A
+    - broken by A: A's original is right, A's corrected is not; for a scenario of B alone
+    - new: A's original is right, and A's corrected
+    - found now: A's original is wrong, so the failure is not new
+
+    Scenarios match if they have the same label, and if most pictures of A's are inside the ellipsoid of B's in the
+    latent space of B. Raises InputError for unfinished runs and for other classes or images.
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)

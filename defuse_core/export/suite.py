@@ -323,7 +323,7 @@ def _suite_of(run: Run) -> Suite:
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
     if not found.sweep.weights:
         raise InputError(
-            f"run {run.name} corrected nothing, so a suite of it would ask nothing; {why_not_corrected(run)}"
+            f"run {run.name} corrected nothing, so a suite of it would require nothing; {why_not_corrected(run)}"
         )
     spec, classes = run.spec, models.classes
     images = held_out_images(load_vae(spec, models.vae), fixes)

@@ -113,7 +113,7 @@ def expect_trainable(classifier: nn.Module, images: Images) -> None:
         classifier.eval().load_state_dict(state)  # statistics of batch normalisation
     if trained.shape != evaluated.shape:
         raise ModelError(
-            f"the classifier: expected logits of shape {evaluated.shape} in train mode, too, in which it is "
+            f"the classifier: expected logits of shape {evaluated.shape} also in train mode, in which it is "
             f"fine-tuned, found {trained.shape}; {SAME_IN_TRAINING}"
         )
     if not (evaluated.reaches_parameter or trained.reaches_parameter):
@@ -210,12 +210,12 @@ def _expect_batch_independence(
     tolerance = max(1e-3, 2 * rounding) * float(whole.abs().max()) + 1e-4
     if (_call(classifier, batch) - whole).abs().max() > tolerance:
         raise ModelError(
-            "the classifier: expected equal logits for equal images, found others at the second call; dropout or other "
-            "noise stays on in eval mode, so switch it off there"
+            "the classifier: expected equal logits for equal images, found different ones at the second call; dropout "
+            "or other noise stays on in eval mode, so switch it off there"
         )
     parts = torch.cat([_call(classifier, batch[:1]), _call(classifier, batch[1:])])
     if (parts - whole).abs().max() > tolerance:
         raise ModelError(
-            "the classifier: expected logits that depend on the image alone, found others when the batch changes; "
-            "batch statistics are used in eval mode, so export or return it in eval mode"
+            "the classifier: expected logits that depend on the image alone, found different ones when the batch "
+            "changes; batch statistics are used in eval mode, so export or return it in eval mode"
         )

@@ -233,7 +233,7 @@ def warnings_of(
         )
     if probe.class_order is not None:
         lines.append(
-            f"it seems to number the classes otherwise ({percent(probe.reordered)} right in another order); if it "
+            f"it seems to number the classes differently ({percent(probe.reordered)} right in another order); if it "
             f"does, set classifier.class_order: {list(probe.class_order)}"
         )
     elif probe.names is not None and set(probe.names) != set(classes):

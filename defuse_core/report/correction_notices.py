@@ -34,12 +34,12 @@ def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
 def _less_for_a_class(correct: CorrectSection) -> str:
     """Return what makes the choice of λ cost a class less."""
     if correct.choose_by != "tune":
-        return "Only correct.choose_by: tune regards what a λ costs a class."
+        return "Only correct.choose_by: tune considers what a λ costs a class."
     if correct.class_loss_allowed > 0:
         return "A smaller correct.max_class_loss may choose another λ."
     return (
-        "The choice of λ saw no certain loss on training and validation images; give more validation images, or "
-        "smaller correct.lambdas."
+        "On training and validation images no class lost significantly; give more validation images, or smaller "
+        "correct.lambdas."
     )
 
 
@@ -64,9 +64,9 @@ def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | 
     loss, row = min(left_out, key=lambda each: each[0])
     return (
         f"Another λ does more on the scenarios. λ = {lam_text(row.lam)} reaches {percent(row.scenario)} of their "
-        f"held-out images, the chosen λ = {lam_text(chosen.lam)} {percent(chosen.scenario)}. It is left out since it "
-        f"loses {100 * loss:.2f} points on {count_of(images, 'validation image')}, of which one is {100 / images:.2g} "
-        f"points; correct.max_loss allows {100 * correct.max_loss:g}. Give more validation images, so that chance "
+        f"held-out images, the chosen λ = {lam_text(chosen.lam)} {percent(chosen.scenario)}. It is left out because it "
+        f"loses {100 * loss:.2f} points on {count_of(images, 'validation image')} (one image is {100 / images:.2g} "
+        f"points); correct.max_loss allows {100 * correct.max_loss:g}. Give more validation images, so that chance "
         "decides less, or a larger correct.max_loss."
     )
 
@@ -95,7 +95,7 @@ def unconfirmed(report: Report) -> str | None:
     others = {number: found.defuse for number, found in tested if not (found.confirmed or found.worse)}
     wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
     equal = [number for number in others if number not in wrong]
-    than = "than plain further training (λ = 0) may be, which has not seen the scenarios, on: "
+    than = "than plain further training (λ = 0), which has not seen the scenarios, may be, on: "
     claims = []
     if worse:
         claims.append(f"certainly less often right {than}{numbers_text(worse)}")

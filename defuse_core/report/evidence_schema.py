@@ -249,7 +249,7 @@ class MethodFigures(FigureModel):
 class WatchFigures(FigureModel):
     """The detector of failing inputs, chosen and calibrated on validation images."""
 
-    method: str | None = Field(description="the chosen one; null where none gives a failure probability")
+    method: str | None = Field(description="the chosen one; null if none gives a failure probability")
     verdict: str
     """One sentence: how well failing inputs are found, or that and why they are not."""
     threshold: float | None

@@ -72,8 +72,8 @@ def nobody_judged(report: Report) -> str | None:
         return None
     return (
         "Nobody judged the correction. Its accuracy on the scenarios is by their one label, which it was tuned to "
-        "give, and what plain further training (λ = 0) reaches there is not known. Judges (judges.count in the run "
-        "file) label every held-out image, and plain further training is then shown beside the correction."
+        "give, and what plain further training (λ = 0) reaches there is unknown. Judges (judges.count in the run "
+        "file) label every held-out image; with them the report compares the correction with plain further training."
     )
 
 
@@ -126,9 +126,9 @@ def worse_judges(report: Report) -> str | None:
         return None
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
-        f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where both differ the judges "
-        "may be wrong, so no figure by own label, no purity by the judges, no confirmed scenario and no verdict on "
-        "what is at fault can be relied on; train better judges (section judges of the run file)."
+        f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where they differ the judges "
+        "may be wrong, so do not rely on figures by own label, purity by the judges, confirmed scenarios and "
+        "verdicts on what is at fault; train better judges (section judges of the run file)."
     )
 
 
@@ -137,9 +137,9 @@ def uncompared_models(report: Report) -> str | None:
     if report.evidence is None or not report.run.validation_from_training or "test" in report.run.images:
         return None
     return (
-        "Nothing shows whether judges and reference models know as much as the classifier. There are no test images, "
-        "and the classifier may have been trained on the validation images (data.validation_share), which the other "
-        "models never saw. Give test images (a folder named test)."
+        "It is unknown whether judges and reference models are as accurate as the classifier. There are no test "
+        "images, and the classifier may have been trained on the validation images (data.validation_share), which "
+        "the other models never saw. Give test images (a folder named test)."
     )
 
 
@@ -201,9 +201,9 @@ def known_validation_images(report: Report) -> str | None:
     if not are_worse([before.test], before.validation, images):
         return None
     return (
-        "The classifier probably knows the validation images. It gets "
-        f"{percent(before.validation)} of them right and {percent(before.test)} of the test images. Where they are a "
-        "share of its training images (data.validation_share), they tell little about the accuracy that a λ costs and "
+        "The classifier has probably seen the validation images. It gets "
+        f"{percent(before.validation)} of them right and {percent(before.test)} of the test images. If they are a "
+        "share of its training images (data.validation_share), they show little about the accuracy that a λ costs and "
         "about failing inputs; then give validation images that it was not trained on (a folder named validation)."
     )
 
@@ -242,7 +242,7 @@ def answered_by_models(report: Report) -> str | None:
         return None
     return (
         "Reference models answered, not people. "
-        f"The labels below come from {count_of(report.votes.annotators, 'classifier')} in place of annotators; "
+        f"The labels below come from {count_of(report.votes.annotators, 'classifier')} instead of annotators; "
         "use them as a rehearsal, not as ground truth."
     )
 

@@ -118,7 +118,7 @@ class _Outcome:
             found = f"f is wrong on {self.wrong} of {self.labelled} labelled draws"
             bound, least = self.failing, max(review.failing, review.rho)
         known = f"at least {percent(bound, 0)} (95 % confidence)"
-        return f"at τ = {TAUS[-1]:g} {found}: {known}, and {percent(least, 0)} are asked for"
+        return f"at τ = {TAUS[-1]:g} {found}: {known}, and {percent(least, 0)} are required"
 
 
 def _bound(hits: int, total: int) -> float:

@@ -71,7 +71,7 @@ def why_undecided(
         of = f"in {unlabelled} of {count_of(len(gallery), 'candidate scenario')} no"
         return (
             f"{'no' if unlabelled == len(gallery) else of} reviewed image has a label, since nobody chose a class or "
-            "the votes are tied; ask more annotators, or see why the images show no class"
+            "the votes are tied; ask more annotators, or find out why the images show no class"
         )
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 

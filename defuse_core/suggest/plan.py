@@ -108,7 +108,7 @@ def plan_run(
     if own is not None and own.get("weights") and "validation" not in facts.counts:
         noted.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
-            "knows; other validation images (a folder `validation`, or validation= in Python) tell better what a "
+            "has seen; other validation images (a folder `validation`, or validation= in Python) tell better what a "
             "correction costs"
         )
     needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
@@ -142,7 +142,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
     if probe.needed_range == given:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
     section["input_range"] = best
-    order = "" if probe.class_order is None else ", before the classes are ordered otherwise"
+    order = "" if probe.class_order is None else ", before the classes are reordered"
     return [
         f"classifier.input_range is set to {best}: {right}{order}; remove it if it was trained on {given}"
     ]
@@ -154,13 +154,13 @@ def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]
     if not (wrong and probe.order_is_certain):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
         return (
-            f"the classifier seems to number the classes otherwise ({right}); set classifier.class_order: {order} if "
-            f"it does{some}"
+            f"the classifier seems to number the classes differently ({right}); set classifier.class_order: {order} "
+            f"if it does{some}"
         )
     section["class_order"] = order
     return (
-        f"classifier.class_order is set, since the classifier seems to number the classes otherwise ({right}); remove "
-        "it if it does not"
+        f"classifier.class_order is set, since the classifier seems to number the classes differently ({right}); "
+        "remove it if it does not"
     )
 
 
@@ -272,7 +272,7 @@ def _set_sizes(
     if count < FEW_IMAGES and 2 * trained <= enough:
         warnings.append(
             f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
-            f"images to know them as well as the classifier does; give more than {minutes:g} minutes (--minutes, or "
+            f"images to be as accurate as the classifier; give more than {minutes:g} minutes (--minutes, or "
             "minutes= in Python)"
         )
     if own and tree["classifier"]["epochs"]:

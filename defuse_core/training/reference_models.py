@@ -275,8 +275,8 @@ def _tell_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: 
     missing = np.setdiff1d(splits.train.labels, labels)
     if set_section(spec, name).epochs and len(missing):
         log.warning(
-            "train: the %s learn nothing of %s, since their images (judges.share, %s.train_images) show none; they see "
-            "no failure of such a class",
+            "train: the %s have no training images of %s (judges.share, %s.train_images) and do not learn to recognise "
+            "such images",
             "judges" if name == "judges" else "reference models",
             ", ".join(splits.classes[label] for label in missing),
             "judges" if name == "judges" else "review.reference",

@@ -240,8 +240,8 @@ def _full_disk_named() -> Iterator[None]:
         if error.errno not in FULL_DISK:
             raise
         raise ComputeError(
-            f"no space left in {tempfile.gettempdir()}, where the job is put together, so that nothing was submitted; "
-            "free some, or set TMPDIR to a folder elsewhere"
+            f"no space left in {tempfile.gettempdir()}, where the job is built, so nothing was submitted; free some, "
+            "or set TMPDIR to a folder elsewhere"
         ) from error
 
 
@@ -271,8 +271,8 @@ def _expect_uploadable(folder: Path) -> None:
     largest = max(files, key=lambda path: files[path])
     if sum(files.values()) > MOST_MB * 2**20:
         raise InputError(
-            f"the job is {sum(files.values()) / 2**20:.0f} MiB, of which {largest.relative_to(folder)} is "
-            f"{files[largest] / 2**20:.0f}, and Ray takes {MOST_MB + 1}: {WITHOUT_UPLOAD}"
+            f"the job is {sum(files.values()) / 2**20:.0f} MiB ({largest.relative_to(folder)} alone "
+            f"{files[largest] / 2**20:.0f}), and Ray accepts {MOST_MB + 1}: {WITHOUT_UPLOAD}"
         )
 
 

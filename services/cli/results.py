@@ -102,8 +102,8 @@ def suite() -> None:
 def save(run: str, store: str, out: Path) -> None:
     """Freeze the accepted scenarios of RUN in one portable folder: pictures, codes, decoder, labels, thresholds.
 
-    The least accuracy of each scenario is in OUT/suite.json, and may be edited there; with 0 nothing is asked.
-    A suite in which nothing is asked of any scenario passes no check.
+    The required accuracy of each scenario is `least` in OUT/suite.json, and may be edited there; 0 requires nothing.
+    A suite that requires nothing of any scenario passes no check.
 
     \b
     defuse suite save digits --out suite/
@@ -116,16 +116,16 @@ def save(run: str, store: str, out: Path) -> None:
     for scenario in scenarios:
         if limit <= scenario.before < scenario.least:
             click.echo(
-                f"{scenario.name}: {percent(scenario.least)} is asked, since the classifier before has "
-                f"{percent(scenario.before)}, not under {percent(limit)} (check.min_each_scenario)"
+                f"{scenario.name}: the suite requires {percent(scenario.least)}, since the classifier already reached "
+                f"{percent(scenario.before)} before the correction (check.min_each_scenario: {percent(limit)})"
             )
         elif 0 < scenario.least < limit:
             click.echo(
-                f"{scenario.name}: only {percent(scenario.least)} is asked, which the correction reaches, not "
-                f"{percent(limit)} (check.min_each_scenario)"
+                f"{scenario.name}: the suite requires only {percent(scenario.least)}, which the correction reaches, "
+                f"not {percent(limit)} (check.min_each_scenario)"
             )
         elif not scenario.least:
-            click.echo(f"{scenario.name}: nothing is asked, since the correction did not improve it "
+            click.echo(f"{scenario.name}: nothing is required, since the correction did not improve it "
                        f"({percent(scenario.before)} before, {percent(scenario.after)} after)")  # fmt: skip
     pictures = count_of(scenarios[0].pictures, "picture")
     click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
@@ -211,7 +211,7 @@ def check_suite(
     failed, asked = sum(not result.passed for result in results), _count_asked(results)
     if not asked:
         raise InputError(
-            f"suite {suite}: nothing is asked of any scenario, so every classifier would pass; set `least` of "
+            f"suite {suite}: nothing is required of any scenario, so every classifier would pass; set `least` of "
             "some in suite.json, or save a suite of a run whose correction improved them"
         )
     if failed:
@@ -233,7 +233,9 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
 
 
 def _measured(result: SuiteResult) -> str:
-    asked = f"expected at least {percent(result.scenario.least)}" if result.is_asked else "nothing is asked"
+    asked = (
+        f"expected at least {percent(result.scenario.least)}" if result.is_asked else "nothing is required"
+    )
     return f"{percent(result.accuracy)}, {asked}"
 
 

@@ -43,7 +43,7 @@ def review() -> None:
 @store_option
 @click.option("--repair", is_flag=True, help="Put back what someone deleted or edited in Label Studio.")
 @click.option(
-    "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, in place of drawn images."
+    "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, instead of drawn images."
 )
 def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
     """Send the images of RUN to Label Studio; those that it has already stay as they are.
@@ -78,8 +78,8 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 def status(name: str, store: str, as_json: bool) -> None:
     """Show the answers so far of RUN, the missing ones, and the address to label at.
 
-    Once the votes are stored, show them and the verdicts that `defuse run` makes of them; that works without Label
-    Studio, too.
+    Once the votes are stored, show them and the verdicts that `defuse run` makes of them; that also works without
+    Label Studio.
     """
     from defuse_core.artifacts import Verdicts, Votes
 
@@ -185,7 +185,7 @@ def set_(
     author: str | None,
     redo: bool,
 ) -> None:
-    """Decide SCENARIO of RUN above the vote.
+    """Override the vote on SCENARIO of RUN.
 
     \b
     defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
@@ -204,14 +204,14 @@ def set_(
     click.echo(f"{decision}; `defuse run` continues with it")
 
 
-@review.command(short_help="Take late answers into a run.")
+@review.command(short_help="Use late answers in a run.")
 @click.argument("name", metavar="RUN")
 @store_option
 @click.option(
-    "--discard", is_flag=True, help="Delete the votes also where Label Studio has lost answers of them."
+    "--discard", is_flag=True, help="Delete the votes even if Label Studio has lost some of their answers."
 )
 def reopen(name: str, store: str, discard: bool) -> None:
-    """Take answers into RUN that people gave after its votes were stored.
+    """Use answers that people gave after the votes of RUN were stored.
 
     Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers that Label
     Studio has then.
@@ -307,7 +307,7 @@ def server_status() -> None:
     click.echo(f"log in as {server.username} with password {server.password}")
 
 
-@label_studio.command(short_help="Let models answer in place of people.")
+@label_studio.command(short_help="Let models answer instead of people.")
 @click.argument("name", metavar="RUN")
 @store_option
 def simulate(name: str, store: str) -> None:

@@ -188,7 +188,7 @@ def _scenario_table(status: ReviewStatus) -> Table:
     for scenario, decided in enumerate(status.decided):
         state = "open"
         if decided:
-            state = "decided above the vote" if status.overridden[scenario] else reasons[scenario]
+            state = "overridden" if status.overridden[scenario] else reasons[scenario]
         missing = int(status.missing_per_task[scenario].sum())
         table.add_row(*_scenario_cells(gallery, scenario, f"{missing:,}"), state)
     return table
@@ -257,12 +257,12 @@ def print_closed(name: str, changes: AnswerChanges | None, unknown: str | None, 
     """Print that answers are not taken in any more, and people's changes since, or why these are `unknown`."""
     console.print(f"Voting is closed: the votes of {name} are stored.")
     if unknown is not None:
-        console.print(f"Whether answers came since then is not known: {unknown}", soft_wrap=True)
+        console.print(f"It is unknown whether answers have come since then: {unknown}", soft_wrap=True)
     if changes is not None and str(changes):
         lost = ", and loses those that were deleted" if changes.deleted else ""
         command = f"defuse review reopen {name}{' --discard' if changes.deleted else ''}"
         console.print(
-            f"{changes} since then, not counted; `{command}` takes the answers as they are now{lost}.",
+            f"{changes} since then, not counted; `{command}` uses the answers as they are now{lost}.",
             soft_wrap=True,
         )
 

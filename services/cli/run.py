@@ -174,7 +174,7 @@ def fields(section: str | None) -> None:
 @click.option(
     "--wait",
     is_flag=True,
-    help="Wait for people's answers and check for them every so often, in place of exit code 3.",
+    help="Wait for people's answers and check for them every so often, instead of exit code 3.",
 )
 @click.option(
     "--profile",

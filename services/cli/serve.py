@@ -297,7 +297,9 @@ def _registry(store: str) -> Registry:
 
 
 def _no_registry(registry: Registry) -> str:
-    return f"no registry in {registry.store.address}: nothing was promoted yet, or --store is another one"
+    return (
+        f"no registry in {registry.store.address}: nothing was promoted yet, or --store names another store"
+    )
 
 
 def _show(registry: Registry) -> None:

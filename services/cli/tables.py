@@ -305,7 +305,7 @@ def _screen(report: Report) -> list[str]:
     line = f"Ψ keeps {percent(psi.kept_share)} of {count_of(psi.failing_draws, 'failing draw')}"
     if report.evidence is not None and report.evidence.screen_recall.value is not None:
         kept = interval(report.evidence.screen_recall, 0)
-        line += f"; the screen would keep {kept} of the failing test draws, in all of which the judges see the class"
+        line += f"; the screen would keep {kept} of the failing test draws (the judges see the class in all of them)"
     return [f"{line}."]
 
 
@@ -355,7 +355,7 @@ def _verdicts(report: Report) -> list[str]:
     if agreement is not None:
         parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
     if unreviewed := report.scenarios.unreviewed_images:
-        parts.append(f"{unreviewed:,} failing draws that nobody reviewed are tuned on, too")
+        parts.append(f"{unreviewed:,} failing draws that nobody reviewed are also tuned on")
     return [f"Scenarios: {'; '.join(parts)}."] if parts else []
 
 

@@ -351,7 +351,7 @@ class ReviewProject:
             if edit.changes_answers and not self.repair:
                 raise InputError(
                     f"project {self.state.project}: its labelling interface was edited in Label Studio "
-                    f"({edit.description}), so that answers could be misread; undo it, or by {self.repair_command}"
+                    f"({edit.description}), so answers could be misread; undo the edit, or run {self.repair_command}"
                 )
             edits.append(str(edit))
         if found.expert_instruction != pushed.instructions or not found.show_instruction:
@@ -364,8 +364,7 @@ class ReviewProject:
         for name in names:
             if found[name] != wanted[name]:
                 self.client.update_project(project.id, **{name: wanted[name]})
-                change = f"had {name} {found[name]}; put back to {wanted[name]}, as this version sets it"
-                log.warning("project %d %s: there is nothing to do", project.id, change)
+                log.warning("project %d: reset %s from %s to %s", project.id, name, found[name], wanted[name])
 
     def _bucket_storage(self) -> BucketStorage | None:
         """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.

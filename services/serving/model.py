@@ -30,7 +30,7 @@ class ScenarioMatch(BaseModel):
 
     scenario: int = Field(description="index among the components that the run found")
     name: str = Field(
-        description="`2 read as 3 (scenario 4)` where `explains`, else `in the region of scenario 4`"
+        description="`2 read as 3 (scenario 4)` if `explains`, else `in the region of scenario 4`"
     )
     explains: bool = Field(
         description="whether the answer is the scenario's label, or what its failures were mistaken for"
@@ -47,14 +47,14 @@ class Prediction(BaseModel):
     name: str = Field(description="its name")
     probabilities: list[float] = Field(description="one per class")
     failure_probability: float | None = Field(
-        description="calibrated probability that this answer is wrong; null where the version's detector cannot tell, "
+        description="calibrated probability that this answer is wrong; null if the version's detector cannot tell, "
         "see `failures` of /v1/model"
     )
     flagged: bool | None = Field(
         description="whether failure_probability reaches the version's threshold; null with it"
     )
     explanation: str | None = Field(
-        description="name of the failure scenario that contains the image, where it is flagged; null otherwise"
+        description="name of the failure scenario that contains the image if it is flagged, else null"
     )
     scenarios: list[ScenarioMatch] | None = Field(
         description="known failure scenarios that contain the image, nearest first; null without the watch"
@@ -275,10 +275,8 @@ class ModelInfo(BaseModel):
 
     version: str
     run: str
-    by: str = Field(description="who put it into production; empty where it was not promoted")
-    when: str = Field(
-        description="when it went into production; where it was not promoted, when it was checked"
-    )
+    by: str = Field(description="who put it into production; empty if it was not promoted")
+    when: str = Field(description="when it went into production; if it was not promoted, when it was checked")
     why: str
     lam: float | None = Field(description="weight of the failure scenarios in the fine-tuning")
     annotators: str = Field(description="who labelled its scenarios: people, or reference models")

@@ -288,8 +288,7 @@ class S3Store:
         if state.token != own.token or state.released:
             holder = "nobody" if state.released else state.holder
             raise RunBusyError(
-                f"{locked.address}: another one took the run over: {own.holder} held it, {holder} does now; "
-                "see `defuse status`"
+                f"{locked.address}: {own.holder} held this run; {holder} holds it now; see `defuse status`"
             )
 
     def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:

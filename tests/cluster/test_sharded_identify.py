@@ -233,7 +233,7 @@ def test_a_shard_that_fails_once_is_made_again(
         psi = compute.identify(tiny_spec, tiny_models, store)
     assert_equal_psi(psi, local_psi)
     assert_same_psi(len(psi.codes), store, local_store)
-    (told,) = [line for line in lines.lines if "shard 3 again" in line]
+    (told,) = [line for line in lines.lines if "repeating shard 3" in line]
     assert told.endswith("shard 3 of 10 (training images 96 to 127) failed: RuntimeError: CUDA out of memory")
 
 
@@ -246,7 +246,7 @@ def test_a_shard_that_fails_twice_stops_the_run_and_is_named(
     line = str(raised.value)
     assert "shard 3 of 10 (training images 96 to 127)" in line
     assert line.endswith("ZeroDivisionError: of a pixel by nothing")
-    assert len([line for line in lines.lines if "shard 3 again" in line]) == 1
+    assert len([line for line in lines.lines if "repeating shard 3" in line]) == 1
 
 
 def test_a_shard_that_kills_its_worker_each_time_stops_the_run_and_is_named(

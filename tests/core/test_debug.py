@@ -283,7 +283,7 @@ def test_settings_that_a_later_call_leaves_out_are_named(finished, store, caplog
     for settings in (SETTINGS, fewer):
         caplog.clear()
         found = defuse.debug(**arguments(store, settings=settings, compute=no_compute))
-        named = [line for line in caplog.messages if "left out now still hold: identify.draws, ident" in line]
+        named = [line for line in caplog.messages if "this call omits them: identify.draws, ident" in line]
         assert len(named) == (settings is fewer)
         assert found.run.spec.identify.draws == SETTINGS["identify"]["draws"]
 

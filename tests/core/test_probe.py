@@ -272,7 +272,7 @@ def test_an_order_that_may_be_wrong_for_some_classes_is_noted_and_not_written():
     written: dict[str, object] = {}
     (note,) = _set_probed(written, probe)
     assert probe.class_order is not None and written == {}
-    assert "seems to number the classes otherwise" in note and "perhaps not for every class" in note
+    assert "seems to number the classes differently" in note and "perhaps not for every class" in note
 
 
 @pytest.mark.parametrize(("classes", "flat"), [(2, False), (2, True), (3, False)])

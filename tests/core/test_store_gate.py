@@ -102,11 +102,11 @@ def test_a_worker_asks_whether_its_driver_still_holds_the_run(tmp_path: Path) ->
     with run.lock():
         worker = pickle.loads(pickle.dumps(run.within("trials")))
         worker.require_lock()
-    with pytest.raises(RunBusyError, match="nobody does now"):
+    with pytest.raises(RunBusyError, match="nobody holds it now"):
         worker.require_lock()
     with (
         FolderStore(run.folder).lock(),
-        pytest.raises(RunBusyError, match=f"process {os.getpid()} on .* does now"),
+        pytest.raises(RunBusyError, match=f"process {os.getpid()} on .* holds it now"),
     ):
         worker.require_lock()
 

@@ -71,8 +71,8 @@ REFUSED = [  # what is wrong, section classifier, the line
         "a network returns 8 rows for a batch of 256; let it return one for each",
     ),
     ("few rows in training", own("with_eight_rows"), "a network returns 8 rows for a batch of 64; let it"),
-    ("noise in eval mode", own("with_noise"), "found others at the second call; dropout"),
-    ("batch statistics", own("with_batch_statistics"), "found others when the batch changes"),
+    ("noise in eval mode", own("with_noise"), "found different ones at the second call; dropout"),
+    ("batch statistics", own("with_batch_statistics"), "found different ones when the batch changes"),
     (
         "no gradient",
         own("with_no_gradient"),

@@ -26,7 +26,7 @@ def _digits_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Rolled(nn.Module):
-    """Numbers the classes otherwise, and expects pixels from 0 to 255."""
+    """Numbers the classes differently, and expects pixels from 0 to 255."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_order_and_range_are_fitted_only_to_a_classifier_that_the_run_does_not_t
     section = yaml.safe_load(Path("digits.yaml").read_text())["classifier"]
     assert (section["epochs"] == 0) == with_weights
     assert ("input_range" in section, "class_order" in section) == (with_weights, with_weights)
-    assert ("number the classes otherwise" in out) == with_weights
+    assert ("number the classes differently" in out) == with_weights
     assert ("training images with inputs in " in out + Path("digits.yaml").read_text()) == with_weights
     assert ("the run trains it" in out) != with_weights
 

@@ -191,7 +191,8 @@ def test_a_job_larger_than_ray_takes_is_refused_before_it_is_uploaded(
     job = tmp_path / "job"
     job.mkdir()
     with pytest.raises(
-        InputError, match=r"classifier\.safetensors is 120, and Ray takes 100: run `defuse run --address`"
+        InputError,
+        match=r"classifier\.safetensors alone 120\), and Ray accepts 100: run `defuse run --address`",
     ):
         build_working_dir(own_classifier(tmp_path / "large.safetensors"), job)
 
@@ -244,7 +245,7 @@ def test_a_job_may_be_as_large_as_ray_takes_and_the_largest_file_is_named(tmp_pa
         os.truncate(tmp_path / name, size)
     _expect_uploadable(tmp_path)
     os.truncate(tmp_path / "second.pt", 39 * 2**20 + 1)
-    with pytest.raises(InputError, match=r"the job is 99 MiB, of which first\.pt is 60, and Ray takes 100: "):
+    with pytest.raises(InputError, match=r"the job is 99 MiB \(first\.pt alone 60\), and Ray accepts 100: "):
         _expect_uploadable(tmp_path)
 
 

@@ -215,13 +215,13 @@ def saved(store: FolderStore, name: str, folder: Path, monkeypatch, capsys) -> t
 def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path, monkeypatch, capsys):
     page, out = saved(store, "unimproved", tmp_path / "suite", monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0, 0]
-    assert out.count("nothing is asked, since the correction did not improve it") == 2
+    assert out.count("nothing is required, since the correction did not improve it") == 2
     weights = files / "bad.safetensors"
     bad = ["check", "--suite", tmp_path / "suite", "--classifier", NET, "--weights", weights]
     code, out, err = call(monkeypatch, capsys, *bad, "--junit", tmp_path / "a.xml")
     assert (code, out.count("ok "), out.count("–      ")) == (2, 0, 2)
-    assert "nothing is asked" in out
-    assert "nothing is asked of any scenario, so every classifier would pass" in one_line(err)
+    assert "nothing is required" in out
+    assert "nothing is required of any scenario, so every classifier would pass" in one_line(err)
     (tests,) = JUnitXml.fromfile(str(tmp_path / "a.xml"))
     assert (tests.tests, tests.failures, tests.skipped) == (2, 0, 2)
     code, out, _ = call(monkeypatch, capsys, *bad, "--json")
@@ -295,7 +295,7 @@ def test_saving_says_where_less_than_the_limit_is_asked(
     make_run(store, "half", spec, tiny_models, open_splits(spec.data, spec.seed), half)
     page, out = saved(store, "half", tmp_path / "half", monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
-    assert "8 read as 3 (scenario 1): only 50.0 % is asked, which the correction reaches, not 90.0 %" in out
+    assert "8 read as 3 (scenario 1): the suite requires only 50.0 %, which the correction reaches" in out
     assert "3 read as 8" not in out
 
 
@@ -309,7 +309,7 @@ def test_saving_says_where_the_classifier_before_is_over_the_limit(
     page, out = saved(store, "half-before", tmp_path / "half-before", monkeypatch, capsys)
     eights = page["scenarios"][1]
     assert eights["before"] < eights["least"] < eights["after"]
-    assert f"(scenario 1): {percent(eights['least'])} is asked, since the classifier before has" in out
+    assert f"the suite requires {percent(eights['least'])}, since the classifier already reached" in out
 
 
 def test_a_failing_classifier_that_expects_other_pixels_is_told_so(

@@ -71,7 +71,7 @@ def test_an_orientation_that_is_not_applied_is_named(tmp_path: Path, suffix: str
     root = write(tmp_path, noise(20, SIZE, SIZE))
     save_turned(root / f"train/cat/turned.{suffix}")
     (line,) = lines(root)
-    assert line.startswith("1 of 21 training images looked at have an EXIF orientation, which is not applied")
+    assert line.startswith("1 of 21 training images looked at have an EXIF orientation, which is ignored")
     assert line in inspect_data(root).warnings
 
 
@@ -87,7 +87,7 @@ def test_frames_and_pages_after_the_first_are_named(tmp_path: Path, suffix: str)
     first, second = map(Image.fromarray, noise(2, SIZE, SIZE, 3))
     first.save(root / f"train/cat/moving.{suffix}", save_all=True, append_images=[second])
     assert lines(root) == [
-        "1 of 21 training images looked at have several frames or pages, of which the first is read"
+        "1 of 21 training images looked at have several frames or pages; only the first is read"
     ]
 
 
@@ -122,9 +122,7 @@ def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_pa
     (root / "validation/dog").mkdir()
     example = f"such as {root}/test/cat/t0.png, which is {root}/train/dog/17.png"
     (line,) = shared_images(open_splits(section("folder", root), 0))
-    assert line.startswith(
-        f"3 of 13 test images looked at are training images, too, {example}; figures on test"
-    )
+    assert line.startswith(f"3 of 13 test images looked at are also training images, {example}; they make ")
     assert line in inspect_data(root).warnings
     log_parts(section("folder", root), open_splits(section("folder", root), 0))
     assert f"images: {line}" in caplog.messages
@@ -137,7 +135,7 @@ def test_a_few_images_of_a_large_part_are_compared_with_all_training_images_in_m
     assert shared_images(Splits(train, other, None, ("a", "b"))) == []
     (line,) = shared_images(Splits(train, other, train.take(slice(0, 300)), ("a", "b")))
     assert line.startswith(
-        "128 of 128 test images looked at are training images, too; figures on test images are"
+        "128 of 128 test images looked at are also training images; they make figures on test images"
     )
 
 
@@ -151,7 +149,7 @@ def test_test_images_that_are_held_out_for_validation_are_counted(tmp_path: Path
             root / "test" / Path(source).parent.name / Path(source).name, np.asarray(Image.open(source))
         )
     (line,) = shared_images(open_splits(data, 0))
-    assert line.startswith("4 of 4 test images looked at are validation images, too, such as ")
+    assert line.startswith("4 of 4 test images looked at are also validation images, such as ")
 
 
 @pytest.mark.parametrize("odd", [14, 15])
@@ -191,7 +189,7 @@ def test_training_images_and_those_of_a_part_are_looked_at_from_the_first_to_the
         np.concatenate([pixels[10:309], pixels[9:10]]), np.zeros(300, np.int64)
     )  # the last one alone
     (line,) = shared_images(Splits(train, None, part, ("a", "b")))
-    assert line.startswith("1 of 128 test images looked at are training images, too")
+    assert line.startswith("1 of 128 test images looked at are also training images")
     monkeypatch.setattr("defuse_core.data.appearance.MOST_COMPARED", 3)  # rows 0, 4 and 9
     (line,) = shared_images(Splits(train, None, train.take(np.array([0, 1, 4, 8])), ("a", "b")))
     assert line.startswith("2 of 4 test images")
@@ -220,7 +218,7 @@ def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_
     train, test = (Images(files[part], np.zeros(4, np.int64)) for part in ("train", "test"))
     monkeypatch.setattr(Path, "read_bytes", noted)
     (line,) = shared_images(Splits(train, None, test, ("a", "b")))
-    assert line.startswith(f"1 of 4 test images looked at are training images, too, such as {tmp_path}/test0")
+    assert line.startswith(f"1 of 4 test images looked at are also training images, such as {tmp_path}/test0")
     assert read == {"train0", "test0", "test1"}
     monkeypatch.setattr(Path, "read_bytes", refused)
     assert shared_images(Splits(train, None, test, ("a", "b"))) == []

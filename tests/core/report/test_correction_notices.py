@@ -53,7 +53,7 @@ def losing_class(evaluation):
         ({"max_class_loss": 0.0}, "more validation images, or smaller correct.lambdas."),
         ({"max_loss": 0.0}, "more validation images, or smaller correct.lambdas."),
         ({"max_loss": 0.0, "max_class_loss": 0.01}, "smaller correct.max_class_loss may choose another λ."),
-        ({"choose_by": "train"}, "Only correct.choose_by: tune regards what a λ costs a class."),
+        ({"choose_by": "train"}, "Only correct.choose_by: tune considers what a λ costs a class."),
     ],
 )
 def test_the_remedy_for_a_class_that_loses_is_none_that_the_run_file_has_already(
@@ -101,7 +101,7 @@ def test_a_lambda_that_fixes_more_and_was_left_out_for_few_validation_images_is_
     text = another_lambda_fixes_more(report, SAMPLE_CORRECT) or ""
     assert text in caveats(report, SAMPLE_CORRECT)
     assert "λ = 1 reaches 53.3 % of their held-out images, the chosen λ = 0.01 26.6 %." in text
-    assert "loses 1.57 points on 255 validation images, of which one is 0.39 points" in text
+    assert "loses 1.57 points on 255 validation images (one image is 0.39 points)" in text
     assert "correct.max_loss allows 0.5. Give more validation images" in text
 
 

@@ -259,7 +259,7 @@ def test_models_that_cannot_be_compared_with_the_classifier_are_not_called_worse
     assert worse_judges(report) is None and worse_references(report) is None
     text = uncompared_models(report) or ""
     assert text.startswith(
-        "Nothing shows whether judges and reference models know as much as the classifier."
+        "It is unknown whether judges and reference models are as accurate as the classifier."
     )
     assert text in caveats(report, SAMPLE_CORRECT) and text.endswith("(a folder named test).")
 

@@ -61,7 +61,7 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
     assert len(found) == 0
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (8, 3, 40)
-    assert "90 % are asked for" in dropped.reason
+    assert "90 % are required" in dropped.reason
     assert not dropped.right
 
 

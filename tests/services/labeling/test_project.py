@@ -201,7 +201,7 @@ def test_settings_that_a_review_depends_on_are_put_back(make_review, caplog):
     review.api.update_project(number, show_skip_button=True, show_collab_predictions=True)
     review.annotators.status(review.gallery)
     assert review.api.project(number).settings == pushed
-    assert "had show_skip_button True; put back to False" in caplog.text
+    assert "reset show_skip_button from True to False" in caplog.text
 
 
 def test_another_overlap_is_said_and_put_back(make_review, caplog):
@@ -209,10 +209,7 @@ def test_another_overlap_is_said_and_put_back(make_review, caplog):
     number = review.annotators.push(review.gallery).number
     review.api.update_project(number, maximum_annotations=1)
     review.annotators.push(review.gallery)
-    assert (
-        "had maximum_annotations 1; put back to 3, as this version sets it: there is nothing to do"
-        in caplog.text
-    )
+    assert "reset maximum_annotations from 1 to 3" in caplog.text
     assert {task.overlap for task in review.tasks().values()} == {3}
 
 

@@ -137,7 +137,7 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
     assert done.output == "scenario 2 is a failure: 8; `defuse run` continues with it\n"
     assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
-    assert "2 9 decided above the vote" in " ".join(cli("review", "status", name).output.split())
+    assert "2 9 overridden" in " ".join(cli("review", "status", name).output.split())
     decided = json.loads(cli("review", "status", name, "--json").stdout)["scenarios"][2]
     assert (decided["accepted"], decided["label"], decided["decided"]) == (True, "8", True)
     assert decided["missing"] == 0 and "seen on paper" in decided["reason"]
@@ -266,7 +266,7 @@ def test_a_closed_review_is_shown_where_the_store_can_only_be_read(cli, make_rev
     monkeypatch.setattr(FolderStore, "write", refuse)
     shown = " ".join(cli("review", "status", review.run.name).output.split())
     assert "8 votes of people stored" in shown and "0 accepted as 8" in shown
-    assert "Whether answers came since then is not known: the store can only be read" in shown
+    assert "It is unknown whether answers have come since then: the store can only be read" in shown
 
 
 @pytest.mark.parametrize("consensus", ["majority", "crowdlab"])

@@ -97,7 +97,7 @@ def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path
         "scenario answers missing expected wrong state",
         "7 0 25 % accepted as 8: 100 % of 2 labelled images are misclassified",
         "none 1 unknown open",
-        "3 4 50 % decided above the vote",
+        "3 4 50 % overridden",
     ]
 
 
@@ -164,9 +164,9 @@ def test_answers_of_people_with_one_name_are_added_and_a_page_is_one_answer(form
 
 def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> None:
     closed = "Voting is closed: the votes of mine are stored."
-    since = " since then, not counted; `defuse review reopen mine{}` takes the answers as they are now"
+    since = " since then, not counted; `defuse review reopen mine{}` uses the answers as they are now"
     given, lost = AnswerChanges(added=2), AnswerChanges(added=2, deleted=1)
-    unknown = "Whether answers came since then is not known: no server"
+    unknown = "It is unknown whether answers have come since then: no server"
     assert shown(lambda console: print_closed("mine", AnswerChanges(), None, console)) == [closed]
     assert shown(lambda console: print_closed("mine", given, None, console)) == [
         closed,

@@ -105,7 +105,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     shown = " ".join(cli("status", name).output.split())
     assert "3 votes of people stored. annotator-1: 3" in shown
     assert "2 unknown accepted as 0: 100 % of 3 labelled images are misclassified" in shown
-    assert "Whether answers came since then is not known: Label Studio at http://127.0.0.1" in shown
+    assert "It is unknown whether answers have come since then: Label Studio at http://127.0.0.1" in shown
     assert review.load(Verdicts) is not None
 
 

@@ -312,7 +312,7 @@ def test_a_machine_without_a_name_for_its_user_asks_for_the_author(planted, monk
 
 def test_a_store_without_a_registry_is_named_by_promote_and_rollback(tmp_path):
     store = ("--store", str(tmp_path / "mistyped"))
-    line = f"no registry in {tmp_path}/mistyped/registry: nothing was promoted yet, or --store is another one"
+    line = f"no registry in {tmp_path}/mistyped/registry: nothing was promoted yet, or --store names another store"
     assert run(promote, *store) == f"{line}\n"
     with pytest.raises(InputError) as failure:
         run(rollback, *store)

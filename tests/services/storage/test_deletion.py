@@ -104,7 +104,7 @@ def test_a_deleter_that_lost_its_lease_deletes_nothing_more(bucket: Store) -> No
     with bucket.lock():
         bucket.write("run.yaml", b"1")
         steal(bucket)
-        with pytest.raises(RunBusyError, match="a thief does now"):
+        with pytest.raises(RunBusyError, match="a thief holds it now"):
             bucket.delete_all()
     assert bucket.list() == ["run.yaml"]
 
@@ -124,6 +124,6 @@ def test_a_worker_of_a_deleted_run_writes_nothing(store: Store) -> None:
         orphan: Store = pickle.loads(pickle.dumps(run.within("trials")))
         run.delete_all()
     for write in (orphan.write, orphan.create):
-        with pytest.raises(RunBusyError, match="this run is gone|nobody does now"):
+        with pytest.raises(RunBusyError, match="this run is gone|nobody holds it now"):
             write("lam-1.0", b"1")
     assert everything(store) == []

@@ -46,7 +46,7 @@ def test_a_driver_that_lost_its_lease_writes_no_more_and_is_told_to_end(
         steal(bucket)
         wait_until(lambda: bucket.leases[bucket.prefix].lost)
         for write in (bucket.write, bucket.within("trials").write, bucket.create):
-            with pytest.raises(RunBusyError, match="took the run over"):
+            with pytest.raises(RunBusyError, match="a thief holds it now"):
                 write("a", b"1")
         with pytest.raises(RunBusyError, match="another one took the run over"):
             bucket.within("trials").require_lock()
@@ -60,7 +60,7 @@ def test_a_driver_that_was_paused_replaces_nothing_whatever_its_clocks_say(
     with bucket.lock():
         bucket.write("kept", b"ours")
         steal(bucket)
-        taken = "another one took the run over: process .* a thief does now"
+        taken = "process .* held this run; a thief holds it now"
         for write, key in ((bucket.write, "kept"), (bucket.within("x").write, "new"), (bucket.create, "new")):
             with pytest.raises(RunBusyError, match=taken):
                 write(key, b"theirs")
@@ -94,7 +94,7 @@ def test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing(
     with bucket.lock():
         bucket.write("trial", b"epoch 1")
         pause_after_the_next_check(monkeypatch, take_over)
-        with pytest.raises(RunBusyError, match="another one took the run over"):
+        with pytest.raises(RunBusyError, match="a thief holds it now"):
             bucket.write("trial", b"epoch 2")
     assert bucket.read("trial") == b"of the next driver"
 
@@ -115,7 +115,7 @@ def test_a_driver_paused_in_the_middle_of_a_deletion_deletes_nothing_of_the_next
         bucket.write("trial", b"epoch 1")
         pause_after_the_next_check(monkeypatch, write_meanwhile)
         if by_thief:
-            with pytest.raises(RunBusyError, match="another one took the run over"):
+            with pytest.raises(RunBusyError, match="a thief holds it now"):
                 bucket.delete("trial")
         else:
             bucket.delete("trial")  # at the second attempt
@@ -169,7 +169,7 @@ def test_a_run_whose_driver_lost_its_lease_makes_no_more(
         run = Run.start(bucket, "mnist", tiny())
         steal(bucket, "mnist/")
         wait_until(lambda: bucket.leases[f"{bucket.prefix}mnist/"].lost)
-        with pytest.raises(RunBusyError, match="took the run over"):
+        with pytest.raises(RunBusyError, match="a thief holds it now"):
             run.store.within("trials/defuse").write("lam-1.0.safetensors", b"1")
         bucket.within("another").write("a", b"1")
 

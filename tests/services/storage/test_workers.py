@@ -30,7 +30,7 @@ def worker_of_a_dead_driver(store: Store, monkeypatch: pytest.MonkeyPatch) -> St
 
 
 def test_a_worker_is_refused_once_its_driver_has_ended(worker_of_a_dead_driver: Store) -> None:
-    with pytest.raises(RunBusyError, match=f"process {os.getpid()} on .* nobody does now"):
+    with pytest.raises(RunBusyError, match=f"process {os.getpid()} on .* nobody holds it now"):
         worker_of_a_dead_driver.write("lam-1.0", b"epoch 2")
 
 
