@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ FROM_VERDICTS = (
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
 CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
+REPORT_FILES = ("report.json", "report.html", "figures/")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
@@ -151,22 +152,13 @@ class Run:
                 f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
-            run._delete_sweep(added)
+            # the sweep's own trials stay, so that only those of the added λ are run, and the baseline's sweep
+            log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
+            run.delete(FROM_SWEEP, CONTROL_TRIALS)
         if noted is None or not found.spec == before == spec:
             run._note_settings()
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
-
-    def _delete_sweep(self, added: tuple[float, ...]) -> None:
-        """Delete what follows from the sweep. Its trials stay, so that only those of the added λ are run.
-
-        The baseline's sweep stays as it is.
-        """
-        log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
-        gone = {"report.json", "report.html", *(f"{name}.safetensors" for name in FROM_SWEEP)}
-        for key in self.store.list():
-            if key in gone or key.startswith(CONTROL_TRIALS):
-                self.store.delete(key)
 
     def _note_weights(self) -> None:
         if digests := _weights_digests(self.spec):
@@ -267,6 +259,16 @@ class Run:
             raise self.lacks(UNFINISHED)
         return artefact
 
+    def delete(self, names: Sequence[str], trials: tuple[str, ...]) -> None:
+        """Delete artefacts, `trials` and the report; the first artefact last, to be safe to repeat."""
+        files = [key for key in self.store.list() if key.startswith((*trials, *REPORT_FILES))]
+        for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
+            self.store.delete(key)
+        manifest = self.manifest()
+        for name in names:
+            manifest["artefacts"].pop(name, None)
+        self._write_manifest(manifest)
+
     def exists(self) -> bool:
         """Whether the store still holds the run, which can be moved or deleted after it was opened."""
         return self.store.exists("run.yaml")
@@ -304,6 +306,9 @@ class Run:
         entry = {"step": step, "made": utc_now(), "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
         manifest["versions"] = versions()
+        self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
 
 

@@ -15,7 +15,7 @@ from defuse_core.store import Store
 
 OVERRIDES = "overrides/"  # human decisions that replace the vote, one object each, from overrides/0001.json
 FROM_VOTES = ("votes", *FROM_VERDICTS)
-FILES_FROM_VERDICTS = ("trials/", "report.json", "report.html", "figures/")
+TRIALS = ("trials/",)
 
 
 def read_overrides(store: Store) -> tuple[Override, ...]:
@@ -69,7 +69,7 @@ def override_verdict(
             _store(run, entry)  # the driver had read it before, and judged again with it
     elif redo:
         with run.store.lock():
-            _delete_artefacts(run, FROM_VERDICTS)
+            run.delete(FROM_VERDICTS, TRIALS)
             # Last: beside verdicts that were made without it, it would be recorded and ignored.
             _store(run, entry)
     else:
@@ -115,15 +115,4 @@ def reopen_vote(run: Run) -> None:
     if not run.store.exists("votes.safetensors"):
         raise InputError(f"the vote of run {run.name} is still open: all answers will count")
     with run.store.lock():
-        _delete_artefacts(run, FROM_VOTES)
-
-
-def _delete_artefacts(run: Run, names: tuple[str, ...]) -> None:
-    """Delete artefacts and the files that follow from the verdicts; the first one last, to be safe to repeat."""
-    files = [key for key in run.store.list() if key.startswith(FILES_FROM_VERDICTS)]
-    for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
-        run.store.delete(key)
-    manifest = run.manifest()
-    for name in names:
-        manifest["artefacts"].pop(name, None)
-    run.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
+        run.delete(FROM_VOTES, TRIALS)

@@ -89,7 +89,7 @@ def _step_state(
 ) -> StepState:
     names = ARTEFACTS[step]
     made = [name for name in names if f"{name}.safetensors" in keys]
-    # an entry stays when an added λ deletes its file
+    # an entry is written before its file
     known = [
         entry for name, entry in entries.items() if f"{name}.safetensors" in keys and entry["step"] == step
     ]

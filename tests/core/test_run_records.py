@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import shutil
 import time
@@ -103,11 +104,16 @@ def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_is_made_aga
     run = Run.start(store, "a", tiny(correct={"lambdas": [1.0]}))
     run.once("identify", Psi, psi)
     gone = [f"{name}.safetensors" for name in FROM_SWEEP]
-    gone += ["report.json", "report.html", "trials/plain/1", "trials/plain_1/1", "trials/left_out_0/1"]
+    gone += ["report.json", "report.html", "figures/a.png"]
+    gone += ["trials/plain/1", "trials/plain_1/1", "trials/left_out_0/1"]
     kept = ["baseline.safetensors", "verdicts.safetensors", "trials/defuse/1", "trials/baseline/1"]
     for key in (*gone, *kept):
         run.store.write(key, b"1")
+    artefacts = run.manifest()["artefacts"]
+    listed = {"artefacts": artefacts | {"verdicts": artefacts["psi"], "left_out_0": artefacts["psi"]}}
+    run.store.write("manifest.json", json.dumps(listed).encode())
     Run.start(store, "a", tiny(correct={"lambdas": [1.0, 2.0]}))
+    assert sorted(run.manifest()["artefacts"]) == ["psi", "verdicts"]  # the report lists these alone
     assert Run.open(store, "a").spec.correct.lambdas == (1.0, 2.0)
     assert run.store.list() == sorted(
         [*kept, "psi.safetensors", "manifest.json", "run.yaml", "settings.json"]
