@@ -139,15 +139,14 @@ class Run:
             return run
         found = cls._read(store, name)
         noted = found._settings()
-        recorded = before = noted or found.spec
-        added = added_lambdas(recorded, spec)
-        if added:
-            recorded = recorded.with_fields("correct", lambdas=spec.correct.lambdas)
+        before = noted or found.spec
+        added = added_lambdas(before, spec)
+        allowed = before.with_fields("correct", lambdas=spec.correct.lambdas) if added else before
         if not has_made_something(run.store):
-            if recorded != spec or run._other_weights():
+            if allowed != spec or run._other_weights():
                 run.store.delete(MEASURED_PRECISION)
             run._note_weights()
-        elif changed := changed_field(recorded, spec) or run._other_weights():
+        elif changed := changed_field(allowed, spec) or run._other_weights():
             raise RunMismatchError(
                 f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
@@ -155,7 +154,7 @@ class Run:
             # the sweep's own trials stay, so that only those of the added λ are run, and the baseline's sweep
             log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
             run.delete(FROM_SWEEP, CONTROL_TRIALS)
-        if noted is None or not found.spec == before == spec:
+        if not noted == found.spec == spec:
             run._note_settings()
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
