@@ -50,9 +50,8 @@ SCALE_EVERY_S = 3.0
 
 def _warn_not_stored(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    log.warning(
-        "identify: shard %d not stored, trying again in %g s: %s", state.args[1], state.upcoming_sleep, error
-    )
+    index = state.args[1].index  # of the shard
+    log.warning("identify: shard %d not stored, trying again in %g s: %s", index, state.upcoming_sleep, error)
 
 
 class ShardWorker:
@@ -81,7 +80,7 @@ class ShardWorker:
             self.identifier = self.identifier or Identifier(self.spec, models, references, train)
             with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                 shard = self.identifier.shard(index)
-            record = self._save(index, shard)
+            record = self._save(shard)
         count("images", record.images)
         count("decodings", record.decodings)
         count("failures", record.total)
@@ -94,9 +93,9 @@ class ShardWorker:
         before_sleep=_warn_not_stored,
         reraise=True,
     )
-    def _save(self, index: int, shard: Shard) -> Psi:
+    def _save(self, shard: Shard) -> Psi:
         """Write the shard. A store that fails for a while does not cost what was found."""
-        return save_shard(self.store, index, shard)
+        return save_shard(self.store, shard)
 
 
 @contextlib.contextmanager

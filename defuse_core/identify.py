@@ -273,9 +273,9 @@ def shard_key(index: int) -> str:
     return f"psi/{index:06d}.safetensors"
 
 
-def save_shard(store: Store, index: int, shard: Shard) -> Psi:
+def save_shard(store: Store, shard: Shard) -> Psi:
     """Write a shard, whose presence marks it as complete, and return its counts."""
-    store.write(shard_key(index), encode(replace(shard, index=index)))
+    store.write(shard_key(shard.index), encode(shard))
     return _counts_of(shard)
 
 

@@ -161,7 +161,7 @@ class LocalCompute:
             if index not in records:
                 with self.profile.trace("identify", "shard", silent) if not records else nullcontext():
                     shard = identifier.shard(index)
-                records[index] = save_shard(store, index, shard)
+                records[index] = save_shard(store, shard)
             self.progress("perturbing training images", index + 1, count, "shards")
         return gather_shards(records)
 

@@ -106,7 +106,7 @@ def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
         codes = (rng.standard_normal((100, 4)) + 6 * rng.integers(0, 2, (100, 1))).astype(np.float32)
         truth = rng.integers(0, 2, 100)
         failures = sample_failures(codes, 100 * index + np.arange(100), truth, truth + 1)
-        save_shard(store, index, Shard(failures, 100, 100, 0, 0, 0.0))
+        save_shard(store, Shard(failures, 100, 100, 0, 0, 0.0, index=index))
     return Psi(np.full(20, 100), 2000, 2000, 0, 0, 0.0), store
 
 

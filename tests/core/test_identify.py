@@ -193,7 +193,7 @@ def test_screening_decodes_one_batch_at_a_time_with_the_result_of_all_at_once(ti
 
 def test_the_counts_of_screening_reach_the_record_of_all_shards(screening, tmp_path):
     store = FolderStore(tmp_path)
-    records = [save_shard(store, index, screening.shard(index)) for index in range(2)]
+    records = [save_shard(store, screening.shard(index)) for index in range(2)]
     psi = gather_shards(finished_shards(store, screening.fingerprint))
     assert psi.failing == sum(record.failing for record in records) > psi.total
 
@@ -303,7 +303,7 @@ def two_shards(tmp_path, identifier):
     """A store that holds the shards 0 and 1."""
     store = FolderStore(tmp_path)
     for index in (0, 1):
-        save_shard(store, index, identifier.shard(index))
+        save_shard(store, identifier.shard(index))
     return store
 
 
@@ -369,9 +369,8 @@ def stored_psi(folder, sizes=(30, 0, 50)) -> tuple[Psi, FolderStore]:
     for index, size in enumerate(sizes):
         codes = (1000 * index + np.arange(size, dtype=np.float32))[:, None].repeat(4, 1)
         labels = np.zeros(size, np.int64)
-        save_shard(
-            store, index, Shard(sample_failures(codes, labels, labels, labels + 1), size, size, 0, 0, 0.0)
-        )
+        found = sample_failures(codes, labels, labels, labels + 1)
+        save_shard(store, Shard(found, size, size, 0, 0, 0.0, index=index))
     return Psi(np.array(sizes), 80, 80, 0, 0, 0.0), store
 
 

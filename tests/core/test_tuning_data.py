@@ -107,7 +107,7 @@ def run_with_psi(tmp_path, tiny_models: Models, references: ReferenceSet) -> tup
     codes = encode_images(identifier.vae, own)
     right = sample_failures(codes, RIGHT + np.arange(100), own.labels, (own.labels + 1) % 10)
     both = Failures.concatenate([shard.failures, right])
-    save_shard(run.store, 0, replace(shard, failures=both))
+    save_shard(run.store, replace(shard, failures=both))
     one = np.array([len(both)])
     return run, Psi(one, shard.images, shard.decodings, 0, 0, 0.0, fingerprint=shard.fingerprint)
 

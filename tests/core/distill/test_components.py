@@ -164,9 +164,10 @@ def test_anchored_components_keep_their_own_failures_and_those_of_one_photograph
     codes = np.repeat(centres, sizes, axis=0) + rng.standard_normal((300, 2))
     source = np.concatenate([np.arange(60), np.full(100, 60), 61 + np.arange(140)])
     truth = np.zeros(300, np.int64)
-    shard = Shard(sample_failures(codes.astype(np.float32), source, truth, truth + 1), 300, 300, 0, 0, 0.0)
+    known = sample_failures(codes.astype(np.float32), source, truth, truth + 1)
+    shard = Shard(known, 300, 300, 0, 0, 0.0, index=0)
     store = FolderStore(tmp_path)
-    save_shard(store, 0, shard)
+    save_shard(store, shard)
     train = Images(np.zeros((201, 1, 4, 4), np.uint8), np.zeros(201, np.int64))
     monkeypatch.setattr(components, "reopen_splits", lambda *_: SimpleNamespace(train=train))
     distilled = {"by": "all", "order": "weight", "min_support": 1, "min_weight": 0.1, "max_components": 3}

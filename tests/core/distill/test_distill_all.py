@@ -53,9 +53,8 @@ def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
             truth[:3] = 5
         source = first + np.arange(size) // 3  # three codes from each image
         first += size
-        save_shard(
-            store, index, Shard(sample_failures(codes, source, truth, truth + 1), size, size, 0, 0, 0.0)
-        )
+        found = sample_failures(codes, source, truth, truth + 1)
+        save_shard(store, Shard(found, size, size, 0, 0, 0.0, index=index))
     return Psi(np.array(SHARD_SIZES), 1000, 1000, 0, 0, 0.0), store
 
 

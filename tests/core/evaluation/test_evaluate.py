@@ -46,7 +46,7 @@ def planted_psi(store: FolderStore, scenarios: Scenarios) -> Psi:
     for index, mean in enumerate(scenarios.means):
         zeros = np.zeros(20, np.int64)
         failures = sample_failures(np.tile(mean, (20, 1)).astype(np.float32), zeros, zeros, zeros + 1)
-        records[index] = save_shard(store, index, Shard(failures, 20, 80, 5, 2, 1.0))
+        records[index] = save_shard(store, Shard(failures, 20, 80, 5, 2, 1.0, index=index))
     return gather_shards(records)
 
 
