@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import F64, I64, Failures
+from defuse_core.artifacts import F64, I64, Failures, Scenarios
 from defuse_core.intervals import exact_lower
 
 
@@ -51,8 +51,13 @@ class Sources:
         return np.where(self.support > 0, error, np.nan)
 
     def certain_error(self) -> F64:
-        """Return the `certain_error` of the k components."""
-        return certain_error(self.support, self.error(), *(self.wrong_tracks() or (None, None)))
+        """Return the lower 95 % bound of the error on the images of each component, (k,); 0 without any.
+
+        Where images have tracks it is that of the error on tracks. The bound is Clopper and Pearson's, since there may
+        be one or two of either.
+        """
+        total, wrong = self.wrong_tracks() or (self.support, self.wrong)
+        return exact_lower(wrong.astype(np.int64), total)
 
     def wrong_tracks(self) -> tuple[I64, F64] | None:
         """Return how many tracks each component has, (k,), and of how many f gets most images wrong; None without."""
@@ -86,15 +91,9 @@ def _merged(tables: Sequence[F64]) -> F64:
     return np.stack([tracks, *counts], axis=1)
 
 
-def certain_error(
-    support: I64, error: F64, tracks: I64 | None = None, wrong_tracks: F64 | None = None
-) -> F64:
-    """Return the lower 95 % bound of the error on the source images of each component, (k,); 0 without any.
-
-    Where images have tracks it is that of the error on tracks. The bound is Clopper and Pearson's, since there may be
-    one or two of either.
-    """
-    if tracks is not None and wrong_tracks is not None:
-        return exact_lower(wrong_tracks.astype(np.int64), tracks)
-    wrong = np.rint(np.nan_to_num(error) * support).astype(np.int64)
-    return exact_lower(wrong, support)
+def certain_source_error(scenarios: Scenarios) -> F64:
+    """Return the `Sources.certain_error` of components whose shares of wrong images are stored, (S,)."""
+    total, wrong = scenarios.source_tracks, scenarios.wrong_tracks
+    if total is None or wrong is None:
+        total, wrong = scenarios.support, np.nan_to_num(scenarios.source_error) * scenarios.support
+    return exact_lower(np.rint(wrong).astype(np.int64), total)

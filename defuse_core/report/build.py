@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import best_rows
-from defuse_core.distill.sources import certain_error
+from defuse_core.distill.sources import certain_source_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
@@ -337,7 +337,5 @@ def seen_in_training_images(scenarios: Scenarios) -> Bool:
 
     Images of one track count once. f fails on the others in decodings alone, which may be a fault of the β-VAE.
     """
-    tracks, wrong_tracks = scenarios.source_tracks, scenarios.wrong_tracks
-    certain = certain_error(scenarios.support, scenarios.source_error, tracks, wrong_tracks)
-    seen: Bool = certain > LEAST_REAL_ERROR
+    seen: Bool = certain_source_error(scenarios) > LEAST_REAL_ERROR
     return seen

@@ -7,7 +7,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.config import DistillSection
 from defuse_core.distill.components import fit_mixtures
 from defuse_core.distill.draws import gaussian_codes
-from defuse_core.distill.sources import Sources, certain_error, count_sources
+from defuse_core.distill.sources import Sources, certain_source_error, count_sources
 from defuse_core.intervals import exact_lower
 from defuse_core.protocols import silent
 from tests.sample_components import sample_failures
@@ -139,10 +139,10 @@ def test_components_whose_source_images_are_misclassified_come_first_where_asked
 
 
 def test_a_high_error_on_few_source_images_is_less_certain_than_a_lower_one_on_many():
-    certain = certain_error(np.array([2, 40, 0]), np.array([1.0, 0.8, np.nan]))
+    certain = Sources(np.array([2, 40, 0]), np.array([2.0, 32.0, 0.0])).certain_error()
     assert certain.argsort().tolist() == [2, 0, 1]
     # at least 3 of 5 are wrong with probability 0.058 where a fifth is
-    assert certain_error(np.array([5, 5]), np.array([0.6, 0.8]))[0] < 0.2
+    assert Sources(np.array([5]), np.array([3.0])).certain_error()[0] < 0.2
 
 
 def test_few_wrong_source_images_do_not_put_a_component_before_one_with_many():
@@ -154,24 +154,20 @@ def test_few_wrong_source_images_do_not_put_a_component_before_one_with_many():
     np.testing.assert_allclose(found.means, centres[:2], atol=0.5)
 
 
-def certain_error_of(found: Scenarios) -> np.ndarray:
-    return certain_error(found.support, found.source_error, found.source_tracks, found.wrong_tracks)
-
-
 def test_frames_of_one_track_count_once_in_the_certainty_of_the_source_error():
     codes, _ = planted(np.random.default_rng(0), sizes=(300, 200))
     known = with_wrong_sources(failures(codes), range(300, 360))  # of the second cluster
     distill = section(max_components=5, min_weight=0.05, order="source-error", min_support=200)
     by_image = fit(known, distill)
-    assert by_image.source_tracks is None and certain_error_of(by_image)[0] > 0.2
+    assert by_image.source_tracks is None and certain_source_error(by_image)[0] > 0.2
     # the wrong ones are of two tracks of 30, the others of ten of 14
     track = np.concatenate([np.arange(300), np.repeat([300, 301], 30), np.repeat(np.arange(302, 312), 14)])
     found = fit(replace(known, source_track=track), distill)
     assert (found.support.tolist(), found.source_tracks.tolist()) == ([200, 300], [12, 300])
     np.testing.assert_array_equal(found.source_error, by_image.source_error)
     np.testing.assert_array_equal(found.wrong_tracks, [2, 0])
-    np.testing.assert_allclose(certain_error_of(found)[0], exact_lower(np.array([2]), np.array([12]))[0])
-    assert certain_error_of(found.take(np.array([1]))).tolist() == [0.0]
+    np.testing.assert_allclose(certain_source_error(found)[0], exact_lower(np.array([2]), np.array([12]))[0])
+    assert certain_source_error(found.take(np.array([1]))).tolist() == [0.0]
 
 
 def test_a_track_in_several_parts_of_psi_is_one_track():

@@ -12,8 +12,9 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
+from defuse_core.distill.components import no_scenarios
 from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, without_undivided
-from defuse_core.distill.sources import Sources, certain_error, count_sources
+from defuse_core.distill.sources import Sources, certain_source_error, count_sources
 from defuse_core.seeds import generator
 from tests.sample_components import sample_failures, sample_scenarios
 
@@ -62,9 +63,12 @@ def test_mixtures_have_tracks_only_where_each_has_them():
 
 @pytest.mark.parametrize("wrong", range(8))
 def test_the_share_of_wrong_images_gives_back_how_many_there_are(wrong):
-    exact = certain_error(np.array([49]), np.array([wrong / 49]))
-    around = [certain_error(np.array([49]), np.array([(wrong + off) / 49])) for off in (-0.3, 0.3)]
-    assert exact.tolist() == around[0].tolist() == around[1].tolist()
+    exact = Sources(np.array([49]), np.array([float(wrong)])).certain_error()
+    for off in (-0.3, 0.0, 0.3):
+        stored = replace(
+            no_scenarios(2, 1), support=np.array([49]), source_error=np.array([(wrong + off) / 49])
+        )
+        assert certain_source_error(stored).tolist() == exact.tolist()
 
 
 FRAMES = 3  # of a track
