@@ -199,7 +199,7 @@ def fit_mixture(
     )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Fits:
     """All mixtures of a run, over `failures`."""
 
@@ -265,7 +265,10 @@ def scenarios_of(
         wrong_tracks=None if wrong is None else wrong[kept],
         last_change=_largest_change([cell.fit for cell in fitted]),
         dropped=small
-        + tuple(_without_support(weights, cells, sources.support, row, section) for row in thin),
+        + tuple(
+            _without_support(weights[row], cells[row], sources.support[row], section.min_support)
+            for row in thin
+        ),
         all_means=means,
         all_covariances=covariances,
     )
@@ -277,14 +280,10 @@ def _largest_change(fits: list[FittedMixture]) -> float | None:
     return max(changes, default=None)
 
 
-def _without_support(
-    weights: F64, cells: I64, support: I64, row: int, section: DistillSection
-) -> DroppedComponent:
-    source, answer = cells[row].tolist()
-    reason = f"its codes come from {support[row]} training images, fewer than {section.min_support}"
-    return DroppedComponent(
-        float(weights[row]), source, answer, int(support[row]), reason, right=False, small=True
-    )
+def _without_support(weight: float, cell: I64, support: int, needed: int) -> DroppedComponent:
+    source, answer = cell.tolist()
+    reason = f"its codes come from {support} training images, fewer than {needed}"
+    return DroppedComponent(float(weight), source, answer, int(support), reason, right=False, small=True)
 
 
 def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from defuse_core.artifacts import F32, F64, I64, ComponentFailures, Failures, Psi, Scenarios
-from defuse_core.config import RunFile
+from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.components import (
@@ -95,7 +95,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     )
     if not kept:
         return no_scenarios(spec.vae.latent_dim, psi.total, small)
-    fits = _fit(spec, parts, kept, sample, compute.progress)
+    fits = _fit(spec.distill, parts, kept, sample, compute.progress)
     fitted = _with_support(psi, cells, fits, parts)
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
@@ -176,7 +176,7 @@ def fit_samples(
 
 
 def _fit(
-    spec: RunFile,
+    section: DistillSection,
     parts: Partitions,
     cells: dict[Cell, CellSummary],
     sample: dict[Cell, FittedMixture],
@@ -196,14 +196,17 @@ def _fit(
         prior = prior_covariance(covariance_of(spreads[cell]))
         with cpu_threads(1):
             posterior = maximise(prior, summed_statistics(first[cell], table))
-        limits = spec.distill.max_iterations, spec.distill.tolerance
         fits[cell] = VariationalFit(
-            posterior, prior, centers[cell], max_iterations=limits[0], tolerance=limits[1]
+            posterior,
+            prior,
+            centers[cell],
+            max_iterations=section.max_iterations,
+            tolerance=section.tolerance,
         )
     while running := {cell: fit for cell, fit in fits.items() if not fit.done}:
         _iterate(parts, centers, running)
         done = max(fit.iteration for fit in running.values())
-        progress("fitting the mixtures to all codes", done, spec.distill.max_iterations, "iterations")
+        progress("fitting the mixtures to all codes", done, section.max_iterations, "iterations")
         if done % LOG_EVERY == 0:
             change = max(abs(fit.change) for fit in running.values())
             log.debug("distill: iteration %d, the bound changed by %.3g nats", done, change)
