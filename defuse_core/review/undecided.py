@@ -152,17 +152,13 @@ def _fault_of_vae_or_screen(models: Models, worse: str | None, psi: Psi | None) 
     health = models.health
     collapsed = 2 * health.collapsed >= health.dimensions
     if health.verdict != "fit" and (collapsed or worse is None or health.judged_by == "classifier"):
-        why = (
-            f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed), so its pictures show few of "
-            "the failures; lower vae.beta or vae.latent_dim"
-        )
-        if not collapsed:
-            pictures = "images moved by the noise" if health.anchored else "reconstructions"
-            why = (
-                f"{percent(health.kept_right, 0)} of the right answers are kept on {pictures}), so its pictures show "
-                "no failures; improve section vae of the run file"
-            )
-        return f"the β-VAE is {health.verdict} ({why}"
+        pictures = "images moved by the noise" if health.anchored else "reconstructions"
+        why = f"{percent(health.kept_right, 0)} of the right answers are kept on {pictures}"
+        shown, remedy = "no failures", "improve section vae of the run file"
+        if collapsed:
+            why = f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed"
+            shown, remedy = "few of the failures", "lower vae.beta or vae.latent_dim"
+        return f"the β-VAE is {health.verdict} ({why}), so its pictures show {shown}; {remedy}"
     if worse is not None:
         return worse
     if psi is not None and psi.failing and not psi.total:
