@@ -59,7 +59,7 @@ def train(
     *,
     progress: Progress,
 ) -> Models:
-    """Return f and the β-VAE, trained or loaded from files, with their accuracies and the β-VAE's reconstructions.
+    """Return f and the β-VAE, trained, resumed or loaded, with their accuracies and the β-VAE's reconstructions.
 
     `references` are the reference models, which vae.guide_weight asks. With a store, an interrupted training resumes
     from its last checkpoint and reaches the same weights.
@@ -136,6 +136,7 @@ def train_side_by_side(
     elif others:
         models: Models = compute.tasks("train", [Call(train, spec, store, references), *others])[0]
         return models
+    # loads the last checkpoint of what was trained above, trains the rest, and measures all
     return compute.task("train", train, spec, store, references)
 
 

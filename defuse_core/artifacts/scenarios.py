@@ -292,8 +292,10 @@ class MoreImages:
     drawn: I64  # (S,) 0 where the gallery settles the verdict
     labelled: I64  # (S,) of those, the images with a majority label
     misclassified: I64  # (S,) of those, the images that f gets wrong
-    unit: I64 | None = None  # (S, M) as Gallery.unit; None where decoded plainly
-    outcome: I64 | None = None  # (S, M) with unit: 1 misclassified, 0 right, -1 without a label or not drawn
+    # (S, review.more_images) as Gallery.unit; None where decoded plainly
+    unit: I64 | None = None
+    # as `unit`, with it: 1 misclassified, 0 right, -1 without a label or not drawn
+    outcome: I64 | None = None
 
     def __post_init__(self) -> None:
         expect_shapes(self, {"drawn": "S", "labelled": "S", "misclassified": "S"})
