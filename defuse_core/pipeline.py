@@ -82,7 +82,9 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
-    verdicts = _with_all_overrides(run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes))
+    verdicts = _verdicts_with_all_overrides(
+        run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
+    )
     fixes = run.once(
         "correct",
         Corrections,
@@ -226,15 +228,15 @@ def _scenarios(
     return tighten(run.spec, models, references, scenarios, compute)
 
 
-def _with_all_overrides(run: Run, decide: Callable[[], Verdicts]) -> Verdicts:
-    """Return the run's verdicts. Decide again where a person decided after `decide` had read the overrides.
+def _verdicts_with_all_overrides(run: Run, judge: Callable[[], Verdicts]) -> Verdicts:
+    """Return the run's verdicts. Judge again where a person decided after `judge` had read the overrides.
 
     That decision was accepted, since the run had no verdicts; once anything follows from them, they stay.
     """
-    verdicts = run.once("review", Verdicts, decide)
+    verdicts = run.once("review", Verdicts, judge)
     while verdicts.overrides != read_overrides(run.store) and run.load(Corrections) is None:
         run.store.delete("verdicts.safetensors")
-        verdicts = run.once("review", Verdicts, decide)
+        verdicts = run.once("review", Verdicts, judge)
     return verdicts
 
 
@@ -245,8 +247,8 @@ def _verdicts(
     review = run.spec.review
     asked = ask_models_once(run, compute, gallery) if review.consensus == "crowdlab" else None
     consensus = review_consensus(review, votes, asked)
-    decide = partial(review_verdicts, review, gallery, votes, consensus=consensus)
-    first = decide(read_overrides(run.store))
+    judge = partial(review_verdicts, review, gallery, votes, consensus=consensus)
+    first = judge(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
     if not review.decides_twice or not unsure.any():
         return first
@@ -256,7 +258,7 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return decide(read_overrides(run.store), more=more)  # people may have decided in the meantime
+    return judge(read_overrides(run.store), more=more)  # people may have decided in the meantime
 
 
 def _corrections(

@@ -141,7 +141,7 @@ class Shares:
         return f"{short} with certainty, for which at least {needed} {self.units.name}s are needed"
 
 
-def decide(
+def _labels_and_reasons(
     fails: Bool, voted: I64, reviewed: Bool, shares: Shares, classes: tuple[str, ...]
 ) -> tuple[I64, list[str]]:
     """Return the label of each component, (S,), NONE_OF_THE_ABOVE for a rejected one, and the reasons.
@@ -201,7 +201,7 @@ def decide_verdicts(
     shares = Shares(misclassified, total, rho, max_false, units)
     # the label that most images of each component have
     voted = majority((image_labels[..., None] == np.arange(len(gallery.classes))).sum(axis=1))
-    labels, reasons = decide(fails, voted, labelled.any(axis=1), shares, gallery.classes)
+    labels, reasons = _labels_and_reasons(fails, voted, labelled.any(axis=1), shares, gallery.classes)
     overridden = np.isin(np.arange(scenarios), [override.scenario for override in overrides])
     by_vote = (labels != NONE_OF_THE_ABOVE) & ~overridden
     false = probability_not_over(*tested, rho)[by_vote]
