@@ -107,7 +107,8 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         votes,
         verdicts,
         fixes,
-        **sweeps,
+        baseline=sweeps["baseline"],
+        sweep=sweeps["sweep"],
         references=run.load(ReferenceSet, "references"),
         judges=judges(run, compute),
     )

@@ -191,10 +191,10 @@ class _Evidence:
             judges=found.judges.test if has_test else found.judges.validation,
             before_test=float("nan") if compared is None else found.models.accuracy[compared],
             labelled=float((self.own != NONE_OF_THE_ABOVE).mean()) if len(self.own) else float("nan"),
-            purity=self._share(shows),
-            own_label=np.stack([self._share(row) for row in right]),
-            one_label=np.stack([self._share(row) for row in one]),
-            left_out=np.stack([self._share(row) for row in left_out[:3]]),
+            purity=self._held_out_share(shows),
+            own_label=np.stack([self._held_out_share(row) for row in right]),
+            one_label=np.stack([self._held_out_share(row) for row in one]),
+            left_out=np.stack([self._held_out_share(row) for row in left_out[:3]]),
             wider=wider,
             real_failures=np.stack([_known_share(row, fresh_units) for row in fresh_right]),
             real_failure_images=len(truth),
@@ -215,7 +215,10 @@ class _Evidence:
             worse=is_worse(pairs, defuse, scenario_plain),
             plain_each=np.array(
                 [
-                    *([self._share(row)[0] for row in rows] for rows in (plain, plain_one, left_out[3:])),
+                    *(
+                        [self._held_out_share(row)[0] for row in rows]
+                        for rows in (plain, plain_one, left_out[3:])
+                    ),
                     [_known_share(row, fresh_units)[0] for row in fresh_plain],
                 ]
             ),
@@ -238,7 +241,7 @@ class _Evidence:
         first, second = (test, validation) if known else (validation, test)
         return first or second or train
 
-    def _share(self, hits: F64) -> F64:
+    def _held_out_share(self, hits: F64) -> F64:
         """Return the `_share` of hits on held-out images, (A·n,)."""
         return _share(hits, self.shape[1], self.units)
 
