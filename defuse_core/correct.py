@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -91,12 +92,12 @@ def fine_tune(
     classifier = load_classifier(spec, trial.weights, len(models.classes))
     optimizer = Adam(classifier.parameters(), spec.correct.learning_rate)
     load_optimizer_state(optimizer, trial.moments)
-    steps = TuningSteps(spec, tuning)
+    steps, rule = TuningSteps(spec, tuning), ChoiceRule(spec.correct, models.accuracy)
     for epoch in range(len(trial.rows) + 1, spec.correct.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, steps, lam, epoch)
             row = score(spec, models, classifier, tuning, lam, epoch, loss)
-        trial = after_epoch(spec, models, trial, row, weights_of(classifier), optimizer_state(optimizer))
+        trial = after_epoch(rule, trial, row, weights_of(classifier), optimizer_state(optimizer))
         yield trial
         if trial.done:
             return
@@ -161,7 +162,7 @@ def score(
     loss: float,
 ) -> SweepRow:
     """Return the row of an epoch with this mean loss, with the accuracies of a classifier in eval mode."""
-    if not may_be_picked(spec.correct, epoch):
+    if not ChoiceRule(spec.correct, models.accuracy).needs_score(epoch):
         return SweepRow(lam, epoch, loss)
     clean = tuning.clean.parts()
     parts = {**clean, "tune": tuning.scenario.tune, "scenario": tuning.scenario.held_out}
@@ -214,27 +215,100 @@ def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
     return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
-def may_be_picked(section: CorrectSection, epoch: int) -> bool:
-    """Whether the rule of choice may pick the epoch, or section `correct` asks what each epoch loses."""
-    last_alone = section.schedule == "one_cycle" or section.choose_by == "last"
-    return epoch == section.epochs or not last_alone or section.stop_at_loss is not None
+@dataclass(frozen=True)
+class ChoiceRule:
+    """The rule of choice. Held-out scenario and test images play no part in it.
+
+    choose_by tune: where tune accuracies are equal, the clean accuracy decides. Two epochs are equal in whole percent
+    (`rank`), since each is compared with the best one before it. All λ are compared at once: those within EQUAL_TUNE of
+    the highest are equal (`best`).
+    """
+
+    section: CorrectSection
+    before: Mapping[str, float]  # accuracy of the classifier before, by part
+
+    def needs_score(self, epoch: int) -> bool:
+        """Whether the epoch may be picked, or section `correct` asks what each epoch loses."""
+        section = self.section
+        last_alone = section.schedule == "one_cycle" or section.choose_by == "last"
+        return epoch == section.epochs or not last_alone or section.stop_at_loss is not None
+
+    def allows(self, row: SweepRow) -> bool:
+        """Whether the row may be picked: choose_by tune bounds the loss, over all classes and of each."""
+        if self.section.choose_by != "tune":
+            return True
+        of_a_class = row.class_loss > self.section.class_loss_allowed + ROUNDING
+        return not (of_a_class or self._loses_more(row, self.section.max_loss))
+
+    def gives_up(self, row: SweepRow) -> bool:
+        """Whether λ ends after the epoch of the row. Other trials play no part, so that results stay the same."""
+        limit = self.section.stop_at_loss
+        return limit is not None and self._loses_more(row, limit)
+
+    def _loses_more(self, row: SweepRow, limit: float) -> bool:
+        """Whether more clean accuracy is lost (validation, or train without one) than `limit`, a fraction of 1."""
+        split = "train" if row.validation is None else "validation"
+        return self.before[split] - _clean(row) > limit + ROUNDING
+
+    def rank(self, row: SweepRow) -> tuple[float, ...]:
+        """Return what is maximised over the epochs of a λ.
+
+        An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
+        """
+        if self.section.choose_by == "last":
+            return (row.epoch,)
+        epoch = row.epoch if self.section.schedule == "one_cycle" else 0
+        if self.section.choose_by != "tune":
+            return (epoch, getattr(row, self.section.choose_by))
+        if not self.allows(row):
+            return (epoch, 0.0, _clean(row), _tune(row))
+        return (epoch, 1.0, round(_tune(row), 2), _clean(row), _tune(row))
+
+    def best_rows(self, rows: Sequence[SweepRow]) -> list[SweepRow]:
+        """Return for each λ, ascending, the row of the epoch that is picked; the earlier of equals."""
+        by_lam: dict[float, list[SweepRow]] = {}
+        for row in rows:
+            if row.is_scored:
+                by_lam.setdefault(row.lam, []).append(row)
+        return [max(by_lam[lam], key=self.rank) for lam in sorted(by_lam)]
+
+    def best(self, trials: Sequence[Trial]) -> Trial:
+        """Return the trial that is picked by the best epoch of each; the first of equals."""
+        allowed = [trial for trial in trials if self.allows(_best_row(trial))]
+        if self.section.choose_by != "tune" or not allowed:
+            return max(trials, key=lambda trial: self.rank(_best_row(trial)))
+        enough = max(_tune(_best_row(trial)) for trial in allowed) - EQUAL_TUNE - ROUNDING
+        as_good = [trial for trial in allowed if _tune(_best_row(trial)) >= enough]
+        return max(as_good, key=lambda trial: (_clean(_best_row(trial)), _tune(_best_row(trial))))
 
 
-def after_epoch(
-    spec: RunFile, models: Models, trial: Trial, row: SweepRow, weights: Weights, moments: Weights
-) -> Trial:
+def _best_row(trial: Trial) -> SweepRow:
+    return trial.rows[trial.best_epoch - 1]
+
+
+def _clean(row: SweepRow) -> float:
+    """Return the accuracy on images that no scenario is drawn from: validation, or train without one."""
+    found = row.train if row.validation is None else row.validation
+    assert found is not None  # the row is scored
+    return found
+
+
+def _tune(row: SweepRow) -> float:
+    assert row.tune is not None  # the row is scored
+    return row.tune
+
+
+def after_epoch(rule: ChoiceRule, trial: Trial, row: SweepRow, weights: Weights, moments: Weights) -> Trial:
     """Return the trial with one more epoch, which `row` scores and after which the rest is the state of training."""
-    rows, best, best_epoch = (*trial.rows, row), trial.best, trial.best_epoch
-    if row.is_scored and (
-        not best_epoch or _rank(spec, models, row) > _rank(spec, models, rows[best_epoch - 1])
-    ):
+    best, best_epoch = trial.best, trial.best_epoch
+    if row.is_scored and (not best_epoch or rule.rank(row) > rule.rank(_best_row(trial))):
         best, best_epoch = weights, row.epoch
-    epochs, hopeless = spec.correct.epochs, _is_hopeless(spec, models, row)
+    epochs, hopeless = rule.section.epochs, rule.gives_up(row)
     if hopeless and row.epoch < epochs:
         log.info("correct: λ = %g is given up after epoch %d of %d", trial.lam, row.epoch, epochs)
     done = hopeless or row.epoch == epochs
     state = ({}, {}) if done else (weights, moments)
-    return Trial(trial.lam, rows, *state, best, best_epoch, done)
+    return Trial(trial.lam, (*trial.rows, row), *state, best, best_epoch, done)
 
 
 def collect_sweep(
@@ -269,9 +343,10 @@ def collect_sweep(
     rows = tuple(row for trial in ordered for row in trial.rows)
     if not ordered:
         return Sweep(rows, None, {}, failed)
-    best = _best_trial(spec, models, ordered)
-    chosen = best.rows[best.best_epoch - 1]
-    if not _is_allowed(spec, models, chosen):
+    rule = ChoiceRule(spec.correct, models.accuracy)
+    best = rule.best(ordered)
+    chosen = _best_row(best)
+    if not rule.allows(chosen):
         log.warning(
             "correct: %s: every λ loses more than correct.max_loss = %g of the clean accuracy, or significantly more "
             "than %g of one class's (correct.max_class_loss)%s",
@@ -282,77 +357,3 @@ def collect_sweep(
         )
         return Sweep(rows, None, {}, failed)
     return Sweep(rows, chosen, best.best, failed)
-
-
-def best_rows(spec: RunFile, models: Models, rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """Return for each λ, ascending, the row of the epoch that the rule of choice picks; the earlier of equals."""
-    by_lam: dict[float, list[SweepRow]] = {}
-    for row in rows:
-        if row.is_scored:
-            by_lam.setdefault(row.lam, []).append(row)
-    return [max(by_lam[lam], key=lambda row: _rank(spec, models, row)) for lam in sorted(by_lam)]
-
-
-def _rank(spec: RunFile, models: Models, row: SweepRow) -> tuple[float, ...]:
-    """Return what the rule of choice maximises over the epochs of a λ. Held-out scenario and test images play no part.
-
-    choose_by tune: tune accuracies that are equal in whole percent count as equal, and the clean accuracy decides.
-    An epoch before the last of a cycle is no candidate: its learning rate has not fallen yet.
-    """
-    if spec.correct.choose_by == "last":
-        return (row.epoch,)
-    epoch = row.epoch if spec.correct.schedule == "one_cycle" else 0
-    if spec.correct.choose_by != "tune":
-        return (epoch, getattr(row, spec.correct.choose_by))
-    if not _is_allowed(spec, models, row):
-        return (epoch, 0.0, _clean(row), _tune(row))
-    return (epoch, 1.0, round(_tune(row), 2), _clean(row), _tune(row))
-
-
-def _best_trial(spec: RunFile, models: Models, trials: Sequence[Trial]) -> Trial:
-    """Return the trial that the rule of choice picks by the best epoch of each; the first of equals.
-
-    choose_by tune: of the λ whose tune accuracy is within EQUAL_TUNE of the highest, the one of highest clean accuracy.
-    """
-
-    def best_row(trial: Trial) -> SweepRow:
-        return trial.rows[trial.best_epoch - 1]
-
-    allowed = [trial for trial in trials if _is_allowed(spec, models, best_row(trial))]
-    if spec.correct.choose_by != "tune" or not allowed:
-        return max(trials, key=lambda trial: _rank(spec, models, best_row(trial)))
-    enough = max(_tune(best_row(trial)) for trial in allowed) - EQUAL_TUNE - ROUNDING
-    as_good = [trial for trial in allowed if _tune(best_row(trial)) >= enough]
-    return max(as_good, key=lambda trial: (_clean(best_row(trial)), _tune(best_row(trial))))
-
-
-def _clean(row: SweepRow) -> float:
-    """Return the accuracy on images that no scenario is drawn from: validation, or train without one."""
-    found = row.train if row.validation is None else row.validation
-    assert found is not None  # the row is scored
-    return found
-
-
-def _tune(row: SweepRow) -> float:
-    assert row.tune is not None  # the row is scored
-    return row.tune
-
-
-def _is_allowed(spec: RunFile, models: Models, row: SweepRow) -> bool:
-    """Whether the rule of choice may pick the row: choose_by tune bounds the loss, over all classes and of each."""
-    if spec.correct.choose_by != "tune":
-        return True
-    of_a_class = row.class_loss > spec.correct.class_loss_allowed + ROUNDING
-    return not (of_a_class or _loses_more(models, row, spec.correct.max_loss))
-
-
-def _is_hopeless(spec: RunFile, models: Models, row: SweepRow) -> bool:
-    """Whether λ is given up after the epoch of the row. Other trials play no part, so that results stay the same."""
-    limit = spec.correct.stop_at_loss
-    return limit is not None and _loses_more(models, row, limit)
-
-
-def _loses_more(models: Models, row: SweepRow, limit: float) -> bool:
-    """Whether more clean accuracy is lost (validation, or train without one) than `limit`, a fraction of 1."""
-    split = "train" if row.validation is None else "validation"
-    return models.accuracy[split] - _clean(row) > limit + ROUNDING

@@ -20,6 +20,7 @@ from defuse_core.artifacts import F64, Models, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
+    ChoiceRule,
     TuningSteps,
     after_epoch,
     changes_weights,
@@ -282,6 +283,7 @@ def _trials_after_epoch(
 ) -> Group:
     """Return the trials of the group with one more epoch, without those that it made diverge."""
     moments, made = optimizer_state(optimizer), {}
+    rule = ChoiceRule(spec.correct, models.accuracy)
     for index, (lam, trial) in enumerate(group.items()):
         classifier, loss = stack.classifier(index), float(losses[:, index].mean())
         own = {name: array if _is_shared(name) else array[index, ...] for name, array in moments.items()}
@@ -294,7 +296,7 @@ def _trials_after_epoch(
         except ModelError as error:
             log.info("correct: λ = %g leaves its stack and repeats its epoch alone: %s", lam, error)
         else:
-            made[lam] = after_epoch(spec, models, trial, row, weights_of(classifier), own)
+            made[lam] = after_epoch(rule, trial, row, weights_of(classifier), own)
     return made
 
 

@@ -14,7 +14,6 @@ from defuse_core.artifacts import (
     Bool,
     Evaluation,
     FailedTrial,
-    Models,
     Override,
     Psi,
     Scenarios,
@@ -23,7 +22,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import RunFile
-from defuse_core.correct import best_rows
+from defuse_core.correct import ChoiceRule
 from defuse_core.distill.sources import certain_source_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
@@ -78,7 +77,7 @@ def build_report(
         accuracy=_accuracies(evaluation.accuracy, evidence),
         scenarios=_scenarios(run.spec, found, evaluation, evidence),
         agreement=_agreement(run.spec, verdicts),
-        tradeoff=_tradeoff(run.spec, models, found.sweep),
+        tradeoff=_tradeoff(ChoiceRule(run.spec.correct, models.accuracy), found.sweep),
         chosen=_choice(found.sweep.chosen),
         baseline_chosen=_choice(found.baseline.chosen),
         psi=_psi(run.spec, psi),
@@ -261,7 +260,7 @@ def _spread(shares: F64, whole: bool) -> Mean:
     return Mean(mean=float(values.mean()) if n else None, standard_error=error, images=int(known.sum()))
 
 
-def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ...]:
+def _tradeoff(rule: ChoiceRule, sweep: Sweep) -> tuple[TradeOff, ...]:
     return tuple(
         TradeOff(
             lam=row.lam,
@@ -273,7 +272,7 @@ def _tradeoff(spec: RunFile, models: Models, sweep: Sweep) -> tuple[TradeOff, ..
             scenario=defined(row.scenario),
             chosen=row == sweep.chosen,
         )
-        for row in best_rows(spec, models, sweep.rows)
+        for row in rule.best_rows(sweep.rows)
     )
 
 

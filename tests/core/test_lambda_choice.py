@@ -10,7 +10,7 @@ import torch
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import best_rows, collect_sweep, fine_tune, score
+from defuse_core.correct import ChoiceRule, collect_sweep, fine_tune, score
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.protocols import silent
 from defuse_core.tuning_data import load_clean_images, load_fine_tuning_data
@@ -21,6 +21,10 @@ Row = tuple[float, float | None, float]
 
 def with_accuracy(models: Models, clean: float) -> Models:
     return replace(models, accuracy={"train": clean, "validation": clean})
+
+
+def rule_of(spec: RunFile, clean: float) -> ChoiceRule:
+    return ChoiceRule(spec.correct, {"train": clean, "validation": clean})
 
 
 def rows_of(lam: float, *rows: Row) -> tuple[SweepRow, ...]:
@@ -117,11 +121,11 @@ def test_what_a_class_has_lost_is_measured_on_training_and_validation_images(tin
     assert score(spec, tiny_models, kept, data, 1.0, 1, 0.1).class_loss == 0.0
 
 
-def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_accuracy_chooses(tiny_models):
+def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_accuracy_chooses():
     spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
 
     def epoch(*rows: Row) -> int:
-        (best,) = best_rows(spec, with_accuracy(tiny_models, 0.9), rows_of(1.0, *rows))
+        (best,) = rule_of(spec, 0.9).best_rows(rows_of(1.0, *rows))
         return best.epoch
 
     assert epoch((0.9, 0.87, 0.904), (0.9, 0.88, 0.896)) == 2
@@ -137,10 +141,10 @@ def test_clean_accuracy_is_that_on_validation_images_and_on_training_images_wher
     assert chosen(spec, tiny_models, (0.9, None, 1.0)) == 0
 
 
-def test_where_every_epoch_loses_too_much_the_one_that_loses_least_is_shown(tiny_models):
+def test_where_every_epoch_loses_too_much_the_one_that_loses_least_is_shown():
     spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
     rows = rows_of(1.0, (0.5, 0.5, 1.0), (0.6, 0.6, 0.9), (0.55, 0.55, 0.95))
-    (best,) = best_rows(spec, with_accuracy(tiny_models, 0.9), rows)
+    (best,) = rule_of(spec, 0.9).best_rows(rows)
     assert best.epoch == 2
 
 
@@ -176,7 +180,7 @@ def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked
     *_, made = fine_tune(spec, tiny_models, tuning, 1.0, None)
     assert [row.epoch for row in made.rows if row.is_scored] == scored
     assert all(row.loss > 0 for row in made.rows) and len(made.rows) == 3
-    monkeypatch.setattr("defuse_core.correct.may_be_picked", lambda *_: True)
+    monkeypatch.setattr("defuse_core.correct.ChoiceRule.needs_score", lambda *_: True)
     *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
     assert all(row.is_scored for row in whole.rows)
     assert (made.best_epoch, made.rows[-1]) == (whole.best_epoch, whole.rows[-1])
@@ -184,4 +188,5 @@ def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked
         np.testing.assert_array_equal(made.best[name], array)
     sweeps = [collect_sweep(spec, tiny_models, [trial]) for trial in (made, whole)]
     assert sweeps[0].chosen == sweeps[1].chosen
-    assert best_rows(spec, tiny_models, sweeps[0].rows) == best_rows(spec, tiny_models, sweeps[1].rows)
+    rule = ChoiceRule(spec.correct, tiny_models.accuracy)
+    assert rule.best_rows(sweeps[0].rows) == rule.best_rows(sweeps[1].rows)
