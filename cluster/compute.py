@@ -36,7 +36,7 @@ from cluster.resources import (
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import ResourcesSection, RunFile
-from defuse_core.correct import collect_sweep, nothing_to_tune
+from defuse_core.correct import collect_sweep
 from defuse_core.errors import RunFileError
 from defuse_core.identify import (
     finished_shards,
@@ -149,7 +149,7 @@ class RayCompute:
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
-        tuned = [each for each in requests if not nothing_to_tune(each.fixes, each.reviewed)]
+        tuned = [each for each in requests if not each.is_empty]
         outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
         return [
             collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {})), comparison=each.comparison)
@@ -222,7 +222,7 @@ class RayCompute:
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
-            left_out, tuned = (each.all_fixes or each.fixes).sources()
+            left_out, tuned = each.sources()
             key = each.spec.correct.train_images, left_out.tobytes(), tuned.tobytes()
             if key not in shared:
                 shared[key] = self._held_images(

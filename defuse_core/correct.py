@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import I64, Bool, Corrections, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
+from defuse_core.artifacts import I64, Bool, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, cpu_threads
@@ -208,11 +208,6 @@ def _units_of_each(images: Images, classes: int) -> I64:
     if images.tracks is not None:
         labels = np.unique(np.stack([labels, images.tracks]), axis=1)[0]
     return np.bincount(labels, minlength=classes)
-
-
-def nothing_to_tune(fixes: Corrections, reviewed: Images | None) -> bool:
-    """Return whether D_f is empty: no scenario was accepted, or no reviewed image is misclassified."""
-    return len(fixes.labels) == 0 or (reviewed is not None and len(reviewed) == 0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep, nothing_to_tune
+from defuse_core.correct import collect_sweep
 from defuse_core.device import is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
@@ -170,12 +170,9 @@ class LocalCompute:
 
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
         spec = request.spec
-        if nothing_to_tune(request.fixes, request.reviewed):
+        if request.is_empty:
             return collect_sweep(spec, models, [], comparison=request.comparison)
-        tuning = load_fine_tuning_data(
-            spec, models, request.fixes, request.reviewed, request.all_fixes, progress=self.progress
-        )
-        tuning = replace(tuning, repetition=request.repetition)
+        tuning = load_fine_tuning_data(models, request, progress=self.progress)
         trials, failures = list[Trial](), dict[float, DefuseError]()
         for lams in stacks_of(spec.correct):
             for lam, outcome in self._stack(spec, models, tuning, lams, request.store).items():

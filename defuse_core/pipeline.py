@@ -96,7 +96,9 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         compute,
         "correct",
         models,
-        baseline=SweepRequest(spec, fixes, reviewed, store.within("trials/baseline")),
+        baseline=SweepRequest(
+            spec, fixes, reviewed, store.within("trials/baseline"), comparison="the baseline"
+        ),
         sweep=SweepRequest(spec, fixes, None, store.within("trials/defuse")),
     )
     found = Findings(
@@ -175,17 +177,17 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
         return None
     spec, fixes = run.spec, found.fixes
     tuned = [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
-    requests = {}
+    requests, what = {}, "a control of the evidence"
     plain = control_spec(spec, 0.0, found.sweep)
     without = replace(fixes, unreviewed=None)  # with λ = 0 no image of D_f is seen
     for number, name in enumerate(PLAIN_NAMES):
         store = run.store.within(f"trials/{name}")
-        requests[name] = SweepRequest(plain, without, None, store, fixes, number)
+        requests[name] = SweepRequest(plain, without, None, store, fixes, number, what)
     for fold, name in enumerate(tuned):
         assert found.sweep.chosen is not None
         again = control_spec(spec, found.sweep.chosen.lam, found.sweep)
         store, kept = run.store.within(f"trials/{name}"), without_fold(found, fold)
-        requests[name] = SweepRequest(again, kept, None, store, fixes)
+        requests[name] = SweepRequest(again, kept, None, store, fixes, comparison=what)
     made = _sweeps(run, compute, "report", found.models, **requests)
     return Controls(tuple(made[name] for name in PLAIN_NAMES), tuple(made[name] for name in tuned))
 

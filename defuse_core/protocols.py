@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from defuse_core.artifacts import Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
+from defuse_core.artifacts import I64, Corrections, Gallery, Models, Psi, ReferenceSet, Sweep, Votes
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.store import Store
@@ -83,13 +83,16 @@ class SweepRequest:
     # all of the fixes, where `fixes` leave some out for a control: clean images follow from all, and so are the same
     all_fixes: Corrections | None = None
     repetition: int = 0  # as of FineTuningData
+    comparison: str = ""  # what it is, such as "the baseline", where the correction is only compared with it
 
     @property
-    def comparison(self) -> str:
-        """What it is, where the correction is only compared with its classifiers; empty for the correction's own."""
-        if self.reviewed is not None:
-            return "the baseline"
-        return "" if self.all_fixes is None else "a control of the evidence"
+    def is_empty(self) -> bool:
+        """Whether D_f is empty: no scenario was accepted, or no reviewed image is misclassified."""
+        return len(self.fixes.labels) == 0 or (self.reviewed is not None and len(self.reviewed) == 0)
+
+    def sources(self) -> tuple[I64, I64]:
+        """Return the `Corrections.sources` of all fixes, from which the clean images follow."""
+        return (self.all_fixes or self.fixes).sources()
 
 
 class Compute(Protocol):

@@ -28,7 +28,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
 from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_classifier, load_vae, predict
-from defuse_core.protocols import Compute, Progress
+from defuse_core.protocols import Compute, Progress, SweepRequest
 from defuse_core.review.sample import in_tasks
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run
@@ -69,18 +69,12 @@ def reviewed_failures(gallery: Gallery, verdicts: Verdicts) -> Images:
     return Images(gallery.images[wrong], verdicts.image_labels[wrong])
 
 
-def load_fine_tuning_data(
-    spec: RunFile,
-    models: Models,
-    fixes: Corrections,
-    reviewed: Images | None,
-    all_fixes: Corrections | None = None,
-    *,
-    progress: Progress,
-) -> FineTuningData:
-    """Return the input of the trials. D_f is decoded from `fixes`, or is `reviewed`; D is that of `all_fixes`."""
-    clean = load_clean_images(spec, models, *(all_fixes or fixes).sources(), progress=progress)
-    return FineTuningData(clean, decode_scenario_images(spec, models, fixes, reviewed, progress=progress))
+def load_fine_tuning_data(models: Models, request: SweepRequest, *, progress: Progress) -> FineTuningData:
+    """Return the input of the trials of a request."""
+    spec, fixes, reviewed = request.spec, request.fixes, request.reviewed
+    clean = load_clean_images(spec, models, *request.sources(), progress=progress)
+    scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
+    return FineTuningData(clean, scenario, request.repetition)
 
 
 def load_clean_images(

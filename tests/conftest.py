@@ -37,15 +37,17 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 
-from defuse_core.artifacts import Models, ReferenceSet
+from defuse_core.artifacts import Corrections, Models, ReferenceSet
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, parse_run_file
+from defuse_core.data import Images
 from defuse_core.local import LocalCompute
-from defuse_core.protocols import Compute, silent
+from defuse_core.protocols import Compute, SweepRequest, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
+from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from tests.forked_workers import POSSIBLE, fork_server, forked_workers
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +144,14 @@ def tiny(**sections: dict[str, object]) -> RunFile:
     """Return the tiny run file with fields of some sections changed."""
     tree = {name: {**section, **sections.get(name, {})} for name, section in TINY.items()}
     return parse_run_file(tree | {n: s for n, s in sections.items() if n not in tree}, "tiny")
+
+
+def fine_tuning_data(
+    spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None = None
+) -> FineTuningData:
+    """Return what the trials of a sweep read."""
+    request = SweepRequest(spec, fixes, reviewed, FolderStore(Path("no trials")))
+    return load_fine_tuning_data(models, request, progress=silent)
 
 
 def recommended(**sections: dict[str, object]) -> RunFile:

@@ -19,10 +19,9 @@ from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep
 from defuse_core.errors import ComputeError, InputError, RunBusyError, StoreError
 from defuse_core.local import LocalCompute
-from defuse_core.protocols import SweepRequest, silent
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.trials import run_trial, trial_key
-from defuse_core.tuning_data import load_fine_tuning_data
 from tests.cluster.checks import (
     Lines,
     assert_equal_sweeps,
@@ -39,7 +38,7 @@ from tests.cluster.fakes import (
     TakenOverStore,
     note_working_dir,
 )
-from tests.conftest import tiny
+from tests.conftest import fine_tuning_data, tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -210,7 +209,7 @@ def test_fewer_epochs_never_replace_more(
     tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
 ) -> None:
     """A trial that was given up for lost goes on beside the one that took its place."""
-    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(local_spec, tiny_models, fixes)
     store = FolderStore(tmp_path)
     given_up = run_trial(local_spec, tiny_models, data, 1.0, store)
     next(given_up)
@@ -224,7 +223,7 @@ def test_fewer_epochs_never_replace_more(
 def test_an_unfinished_trial_is_never_read_as_finished(
     tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
 ) -> None:
-    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(local_spec, tiny_models, fixes)
     trial = next(run_trial(local_spec, tiny_models, data, 1.0, FolderStore(tmp_path)))
     with pytest.raises(ComputeError, match="expected a finished trial with λ = 1, found 1 of 3 epochs; run"):
         collect_sweep(local_spec, tiny_models, [trial])
@@ -239,7 +238,7 @@ def test_a_damaged_trial_begins_again_and_that_is_logged(
     local_spec: RunFile,
     lines: Lines,
 ) -> None:
-    data = load_fine_tuning_data(local_spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(local_spec, tiny_models, fixes)
     store = FolderStore(tmp_path)
     *_, whole = run_trial(local_spec, tiny_models, data, 1.0, store)
     other = encode(replace(whole, lam=10.0))

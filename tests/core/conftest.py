@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Corrections, Models
-from defuse_core.protocols import silent
-from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
-from tests.conftest import tiny
+from defuse_core.tuning_data import FineTuningData
+from tests.conftest import fine_tuning_data, tiny
 
 
 @pytest.fixture(scope="module")
@@ -22,4 +21,4 @@ def fixes() -> Corrections:
 
 @pytest.fixture(scope="module")
 def tuning(tiny_models: Models, fixes: Corrections) -> FineTuningData:
-    return load_fine_tuning_data(tiny(), tiny_models, fixes, None, progress=silent)
+    return fine_tuning_data(tiny(), tiny_models, fixes)

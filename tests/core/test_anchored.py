@@ -41,7 +41,7 @@ from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.tuning_data import held_out_images, load_fine_tuning_data, tuning_images
-from tests.conftest import recommended, tiny, trained_run
+from tests.conftest import fine_tuning_data, recommended, tiny, trained_run
 from tests.sample_components import sample_failures, sample_scenarios
 
 ANCHORED = {"decode": "anchored"}
@@ -264,7 +264,7 @@ def test_nothing_is_fine_tuned_on_the_images_of_held_out_pictures(finished, tiny
     tuned, tested = set(sources[fixes.tune_anchor.ravel()]), set(sources[fixes.test_anchor.ravel()])
     assert tested and not tested & tuned
     for used, without in ((fixes, tested), (fixes.take(np.array([0])), None)):
-        data = load_fine_tuning_data(SPEC, tiny_models, used, None, progress=silent)
+        data = fine_tuning_data(SPEC, tiny_models, used)
         left_out = set(used.sources()[0].tolist())
         assert len(data.clean.train) == len(train) - len(left_out)
         if without is not None:
@@ -297,12 +297,7 @@ def test_the_controls_that_leave_scenarios_out_are_tuned_on_the_clean_images_of_
 
     other = Run.start(FolderStore(tmp_path), "run", SPEC)
     _controls(other, Recording(), found)
-    clean = [
-        load_fine_tuning_data(
-            each.spec, found.models, each.fixes, each.reviewed, each.all_fixes, progress=silent
-        ).clean.train.pixels
-        for each in asked
-    ]
+    clean = [load_fine_tuning_data(found.models, each, progress=silent).clean.train.pixels for each in asked]
     assert len(clean) == PLAIN_TRAININGS + 2
     for images in clean[1:]:
         np.testing.assert_array_equal(images, clean[0])

@@ -8,17 +8,17 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.codec import encode
-from defuse_core.correct import ChoiceRule, collect_sweep, fine_tune, nothing_to_tune
+from defuse_core.correct import ChoiceRule, collect_sweep, fine_tune
 from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
-from defuse_core.protocols import SweepRequest, silent
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training import cycle, train_step
 from defuse_core.training.augment import random_affine
 from defuse_core.trials import run_trial, trial_key
-from defuse_core.tuning_data import load_fine_tuning_data, reviewed_failures
-from tests.conftest import tiny
+from defuse_core.tuning_data import reviewed_failures
+from tests.conftest import fine_tuning_data, tiny
 from tests.own_classifiers import trained
 
 
@@ -32,7 +32,7 @@ def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_
     tiny_spec, tiny_models, fixes, tuning
 ):
     reviewed = tuning.clean.train.take(slice(0, 5))
-    baseline = load_fine_tuning_data(tiny_spec, tiny_models, fixes, reviewed, progress=silent)
+    baseline = fine_tuning_data(tiny_spec, tiny_models, fixes, reviewed)
     assert len(baseline.scenario.tune) == 5
     np.testing.assert_array_equal(baseline.scenario.held_out.pixels, tuning.scenario.held_out.pixels)
 
@@ -360,17 +360,18 @@ def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wron
     assert wrong.pixels[:, 0, 0, 0].tolist() == [0.0, 0.75]
 
 
-def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(fixes, tuning):
+def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(tiny_spec, fixes, tuning, tmp_path):
     none = Corrections(*(part[:0] for part in (fixes.scenario, fixes.labels, fixes.tune, fixes.test)))
-    assert nothing_to_tune(none, None)
-    assert nothing_to_tune(fixes, tuning.scenario.tune.take(slice(0, 0)))
-    assert not nothing_to_tune(fixes, None)
+    store = FolderStore(tmp_path)
+    assert SweepRequest(tiny_spec, none, None, store).is_empty
+    assert SweepRequest(tiny_spec, fixes, tuning.scenario.tune.take(slice(0, 0)), store).is_empty
+    assert not SweepRequest(tiny_spec, fixes, None, store).is_empty
 
 
 def test_a_repetition_has_the_same_images_in_another_order(tiny_spec, tiny_models, fixes):
     """The first is the fine-tuning of the sweep. Augmentation and order are of the repetition, the images are not."""
     spec = tiny(correct={"lambdas": (0.0,), "epochs": 1, "train_images": 100})
-    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(spec, tiny_models, fixes)
     assert data.repetition == 0
     trained = [
         [*fine_tune(spec, tiny_models, replace(data, repetition=number), 0.0, None)][-1].best
@@ -385,7 +386,7 @@ def test_a_repetition_has_the_same_images_in_another_order(tiny_spec, tiny_model
 
 def test_a_repetition_that_was_stopped_goes_on_as_the_same_one(tiny_spec, tiny_models, fixes, tmp_path):
     spec = tiny(correct={"lambdas": (0.0,), "epochs": 2})
-    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(spec, tiny_models, fixes)
     data = replace(data, repetition=1)
     *_, whole = run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "whole"))
     next(run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "stopped")))

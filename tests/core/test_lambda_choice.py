@@ -13,8 +13,8 @@ from defuse_core.config import RunFile
 from defuse_core.correct import ChoiceRule, collect_sweep, fine_tune, score
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.protocols import silent
-from defuse_core.tuning_data import load_clean_images, load_fine_tuning_data
-from tests.conftest import tiny
+from defuse_core.tuning_data import load_clean_images
+from tests.conftest import fine_tuning_data, tiny
 
 Row = tuple[float, float | None, float]
 
@@ -47,7 +47,7 @@ def test_each_part_of_the_data_is_scored_as_itself(tiny_models):
     codes = rng.standard_normal((2, 24, 4)).astype(np.float32)
     fixes = Corrections(np.arange(2), np.array([8, 2]), codes, -codes)
     spec = tiny(correct={"epochs": 1})
-    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(spec, tiny_models, fixes)
     *_, made = fine_tune(spec, tiny_models, data, 1.0, None)
     classifier, (row,) = load_classifier(spec, made.best, 10), made.rows
     found = (row.train, row.validation, row.test, row.tune, row.scenario)
@@ -93,7 +93,7 @@ def test_what_a_class_has_lost_is_measured_on_training_and_validation_images(tin
     codes = np.zeros((1, 24, 4), np.float32)
     fixes = Corrections(np.arange(1), np.array([8]), codes, codes)
     spec = tiny(correct={"epochs": 1})
-    data = load_fine_tuning_data(spec, tiny_models, fixes, None, progress=silent)
+    data = fine_tuning_data(spec, tiny_models, fixes)
     blind = {
         part: np.where(np.arange(10) == 3, 1.0, 0.0)
         for part in tiny_models.class_accuracy  # only class 3 can lose
