@@ -272,15 +272,11 @@ def _train_one(
 
 def _tell_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
     """Log the classes that have training images, but none among those with `labels` that a set is trained on."""
-    missing = np.setdiff1d(splits.train.labels, labels)
-    if set_section(spec, name).epochs and len(missing):
-        log.warning(
-            "train: the %s have no training images of %s (judges.share, %s.train_images) and do not learn to recognise "
-            "such images",
-            "judges" if name == "judges" else "reference models",
-            ", ".join(splits.classes[label] for label in missing),
-            "judges" if name == "judges" else "review.reference",
-        )
+    missing = [splits.classes[label] for label in np.setdiff1d(splits.train.labels, labels)]
+    who, field = ("judges",) * 2 if name == "judges" else ("reference models", "review.reference")
+    text = "train: the %s have no training images of %s (judges.share, %s.train_images) and do not learn these classes"
+    if set_section(spec, name).epochs and missing:
+        log.warning(text, who, ", ".join(missing), field)
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
