@@ -266,6 +266,14 @@ def embedded_ray_has_ended() -> bool:
     return worker._global_node is not None and bool(worker._global_node.dead_processes())
 
 
+def log_folder() -> str:
+    """Return the folder with the logs of Ray's processes on this node, once this process is connected."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return str(node.get_logs_dir_path())
+
+
 def keep_idle_workers() -> None:
     """Let a Ray that this process starts keep the workers of finished tasks for the next ones, 8 more than CPUs.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,7 @@ from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
+MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 
@@ -148,6 +150,17 @@ def is_in_canary(key: bytes, number: int, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
+@dataclass(frozen=True)
+class _FailedLoad:
+    """A version in production that could not be loaded. To try again costs its whole file and the memory of a model."""
+
+    state: RegistryState
+    file: str | None  # what changes where the file does
+    why: str
+    pause_s: float
+    until: float  # of time.monotonic
+
+
 class RegistryWatcher:
     """Loads the versions that the registry names, while the loaded ones go on answering."""
 
@@ -162,6 +175,7 @@ class RegistryWatcher:
         self.ended: int | None = None
         self._skipped: int | None = None  # `ended` before the registry was read
         self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
+        self._failed: _FailedLoad | None = None
 
     def load_initial(self) -> ActiveVersions:
         """Return the versions to start with, a canary or shadow among them; none before the first promotion.
@@ -190,6 +204,8 @@ class RegistryWatcher:
         """Return the versions after a change of the registry, loaded and warm; None without a change.
 
         A change whose canary or shadow the store does not return is loaded without it, and again at the next call.
+        A version in production that could not be loaded is tried again after pauses that grow; the same error is
+        raised meanwhile.
         """
         if self.initial.pin:
             return None
@@ -197,8 +213,17 @@ class RegistryWatcher:
         state = self.registry.state_after(self.known)
         if state is None:
             return None
+        self._require_no_pause(state)
         self._is_complete = True
-        versions = self._load_state(state, current)
+        try:
+            versions = self._load_state(state, current)
+        except Exception as error:
+            if not is_store_outage(error):
+                self._failed = self._failed_load(state, error)
+            if not _is_canary_ended(current, state):
+                raise
+            return ActiveVersions(current.production, state=current.state)  # the next call raises the error
+        self._failed = None
         if state != current.state:
             if replaced := state.replaced_text(self.known):
                 log.warning("%s", replaced)
@@ -206,6 +231,24 @@ class RegistryWatcher:
         if self._is_complete:
             self.known = state
         return versions
+
+    def _require_no_pause(self, state: RegistryState) -> None:
+        """Raise the error of the last load again during the pause after it, unless the registry or the file changed."""
+        failed = self._failed
+        if failed is None or failed.state != state or time.monotonic() >= failed.until:
+            return
+        if self._file_of_production(state) == failed.file:
+            raise StoreError(failed.why)
+
+    def _failed_load(self, state: RegistryState, error: Exception) -> _FailedLoad:
+        before, pause_s = self._failed, self.settings.poll_s
+        file = self._file_of_production(state)
+        if before is not None and (before.state, before.file) == (state, file):
+            pause_s = min(2 * before.pause_s, MAX_PAUSE_S)
+        return _FailedLoad(state, file, str(error), pause_s, time.monotonic() + pause_s)
+
+    def _file_of_production(self, state: RegistryState) -> str | None:
+        return None if state.production is None else self.registry.file_version(state.production)
 
     def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
         loaded = current.by_role().values()
@@ -283,6 +326,12 @@ class RegistryWatcher:
         model = LoadedModel(candidate, settings, number)
         model.warm_up(self.settings.batch_size)
         return model
+
+
+def _is_canary_ended(current: ActiveVersions, state: RegistryState) -> bool:
+    """Return whether there is a loaded canary or shadow that is none any more."""
+    beside = current.canary or current.shadow
+    return beside is not None and beside.number not in (state.canary, state.shadow)
 
 
 def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:

@@ -27,7 +27,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from cluster.connection import connection, one_line
-from cluster.ray_compat import shut_down_serve
+from cluster.ray_compat import log_folder, shut_down_serve
 from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
@@ -38,9 +38,10 @@ from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.deployment import ClassifierDeployment
 from services.serving.launch import Proxy, ServeArgs, is_loopback, require_free_port, resolve_settings
 from services.serving.limits import MAX_UPLOADS
-from services.serving.monitoring import LivenessCheck
+from services.serving.monitoring import LivenessCheck, VersionCheck
 from services.serving.registry import DamagedVersionError, Registry
-from services.serving.registry_state import NO_VERSION, RegistryState
+from services.serving.registry_state import NO_VERSION, ChangeInfo, RegistryState
+from services.settings import serve_token
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -176,13 +177,15 @@ def serve_until_stopped(
         running = running_application(args, host, port, proxy)
         # a signal may arrive during the start
         with contextlib.suppress(KeyboardInterrupt), running as url:
-            show(f"serving on {url} (API page: {url}/docs); Ctrl-C stops it")
+            logs = log_folder()
+            show(f"serving on {url} (API page: {url}/docs; logs of replicas: {logs}); Ctrl-C stops it")
             for line in registry_changes(
                 Registry(open_store(args.store)),
                 shutdown,
                 settings.poll_s,
                 check=LivenessCheck(url),
                 has_model=args.run is not None,
+                check_version=None if args.pin else VersionCheck(url, serve_token(), logs),
             ):
                 show(line)
             # Serve's controller ends during a call, which a thread of Ray prints as a failed task
@@ -325,15 +328,21 @@ def registry_changes(
     *,
     check: Callable[[], None],
     has_model: bool,  # of a run, which answers until a version is promoted
+    check_version: Callable[[int | None, object], None] | None = None,
 ) -> Iterator[str]:
-    """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
+    """Yield a line for each change of the registry, until a signal arrives.
+
+    Calls `check` at each poll, and `check_version` at each while a version is expected to answer.
+    """
     known: RegistryState | None = None
+    first: ChangeInfo | None = None  # after which the run of the server goes on answering
     reported = ""  # why the registry could not be read at the last poll
     while not shutdown.wait(0 if known is None else poll_s):
         check()
         try:
             if known is None:
                 known = registry.state()
+                first = known.since if has_model else None
                 if known.production is None and not has_model:
                     yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
             for state in registry.changes_after(known):
@@ -342,6 +351,8 @@ def registry_changes(
                 known = state
                 yield escape_control_characters(state.change_text)
             reported = ""
+            if check_version is not None and known.since not in (None, first):
+                check_version(known.production, known.since)
         except StoreError as error:
             if str(error) != reported:
                 reported = str(error)

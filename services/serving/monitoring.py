@@ -6,8 +6,12 @@ Ray exports the metrics on every node. `defuse serve` asks whether the server th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
+import json
 import logging
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -27,6 +31,7 @@ PREFIXES = ("ray_defuse_", "ray_serve_")
 SCRAPE_TIMEOUT_S = 5.0
 ANSWER_S = 5.0  # within which /healthz is answered
 MAX_FAILURES = 3  # in a row
+SWITCH_S = 30.0  # within which replicas load a version
 DIRECT = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
 )  # whatever HTTP_PROXY says: nodes are near
@@ -185,3 +190,45 @@ def _answers(url: str) -> bool:
 
 def _has_node() -> bool:
     return any(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+class VersionCheck:
+    """Finds that a replica answers with another version than the registry has in production, long after a change."""
+
+    def __init__(self, url: str, token: str | None, log_folder: str) -> None:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._request = urllib.request.Request(f"{url}/v1/model", headers=headers)
+        self._log_folder = log_folder
+        self._since: object = None
+        self._ask_from: float | None = None  # of time.monotonic; None: another version is reported
+
+    def __call__(self, version: int | None, since: object) -> None:
+        """Ask once whether the version in production answers. Warns once for each change `since` which it is there."""
+        if since != self._since:
+            self._since, self._ask_from = since, time.monotonic() + SWITCH_S
+        if self._ask_from is None or time.monotonic() < self._ask_from:
+            return
+        found = _answering(self._request)
+        if found not in (None, f"version {version}"):
+            self._ask_from = None
+            log.warning(
+                "version %s is in production, and a replica answers with %s; its log, in %s of its node, says why",
+                version,
+                found,
+                self._log_folder,
+            )
+
+
+def _answering(request: urllib.request.Request) -> str | None:
+    """Return what a replica answers with: `version 2`, or `status 503 (why)`; None where it does not say."""
+    try:
+        with DIRECT.open(request, timeout=ANSWER_S) as reply:
+            return f"version {json.load(reply)['version']}"
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.SERVICE_UNAVAILABLE:
+            return None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a proxy's is no JSON
+            return f"status 503 ({json.load(error)['error']})"
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        pass
+    return None

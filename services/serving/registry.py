@@ -126,6 +126,10 @@ class Registry:
             raise _GoneError(self.store)
         return state
 
+    def file_version(self, number: int) -> str | None:
+        """Return what changes where the file of version `number` does; None where it is missing."""
+        return self.store.version(_version_key(number))
+
     def load(self, number: int) -> Candidate:
         """Return version `number`. Raises InputError for an unknown one, and DamagedVersionError."""
         key = _version_key(number)

@@ -34,6 +34,7 @@ from cluster.ray_compat import (
     is_unauthenticated,
     job_client,
     kept_sigterm_handler,
+    log_folder,
     named_trainable,
     quiet_job_client,
     quiet_tune,
@@ -319,3 +320,7 @@ def test_a_ray_that_runs_has_not_ended_and_one_of_whose_processes_is_gone_has(mo
     info = SimpleNamespace(process=ended)
     monkeypatch.setitem(worker._global_node.all_processes, "test", [info])
     assert embedded_ray_has_ended()
+
+
+def test_the_folder_of_the_logs_has_those_of_rays_processes(ray_session: None) -> None:
+    assert list(Path(log_folder()).glob("raylet*"))

@@ -226,3 +226,53 @@ def test_a_lost_registry_leaves_the_loaded_versions_and_one_that_is_made_again_i
     after = follow(watcher, begun)
     assert after.production is not None and after.production.name == "1"
     assert after.production.candidate.run == "run-3"
+
+
+def short_of_memory(model: LoadedModel, batch: int) -> NoReturn:
+    raise RuntimeError("CUDA out of memory")
+
+
+def test_a_load_that_failed_is_repeated_after_pauses_that_grow_or_where_file_or_registry_change(
+    store, put, monkeypatch
+):
+    put(1)
+    watcher = watcher_of(store, poll_s=2.0)
+    begun = watcher.load_initial()
+    now, loads, load = [0.0], [], watcher.registry.load
+    monkeypatch.setattr("services.serving.active_versions.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(watcher.registry, "load", lambda number: loads.append(now[0]) or load(number))
+    key = "registry/versions/000002.safetensors"
+
+    def poll_until(end: float) -> None:
+        while now[0] < end:
+            now[0] += 2
+            with pytest.raises((RuntimeError, StoreError), match="out of memory"):
+                watcher.load_changes(begun)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LoadedModel, "warm_up", short_of_memory)
+        put(2)
+        poll_until(200)
+        assert loads == [2, 4, 8, 16, 32, 64, 124, 184]
+        store.write(key, store.read(key))
+        poll_until(202)
+        Registry(store).change("another change", "ana", "", lambda state: {})
+        poll_until(204)
+        assert loads[-2:] == [202, 204]
+    now[0] += 2
+    assert follow(watcher, begun).names() == {"production": "2"}
+
+
+def test_a_canary_that_was_replaced_answers_no_more_though_its_successor_cannot_be_loaded(
+    store, put, monkeypatch
+):
+    put(1)
+    put(2, canary=0.2)
+    watcher = watcher_of(store)
+    begun = watcher.load_initial()
+    monkeypatch.setattr(LoadedModel, "warm_up", short_of_memory)
+    put(3)
+    after = follow(watcher, begun)
+    assert after.names() == {"production": "1"}
+    with pytest.raises(StoreError, match="out of memory"):
+        watcher.load_changes(after)
