@@ -55,9 +55,20 @@ class ClassifierIngress(ClassifierDeployment):
     def __init__(self, *args: Any) -> None:
         hide_other_gpus()
         super().__init__(*args)
+        if self.active.error is not None and _is_application_answering():
+            raise ComputeError(
+                f"{self.active.error}; other replicas answer until Serve has started this one again"
+            )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self)
+
+
+def _is_application_answering() -> bool:
+    """Return whether other replicas of the application of this one have started."""
+    application = serve.status().applications.get(serve.get_replica_context().app_name)
+    deployments = application.deployments.values() if application is not None else ()
+    return any("RUNNING" in deployment.replica_states for deployment in deployments)
 
 
 def build(args: ServeArgs | dict[str, Any]) -> Application:

@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
+from ray import serve
 from synthetic_runs import copied_store
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery
@@ -98,6 +99,25 @@ def test_a_killed_replica_loses_only_its_requests_in_flight(serving, planted, pi
     lost = [reply for reply in replies if reply.status != 200]
     assert len(lost) <= clients
     assert max((reply.at for reply in lost), default=killed) < killed + 20
+
+
+def test_a_replica_that_cannot_load_the_version_does_not_start_beside_one_that_answers(
+    serving, own_store, pictures
+):
+    registry, key = Registry(own_store), "versions/000001.safetensors"
+    promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
+    app = serving(own_store, run=None, min_replicas=2, max_replicas=2)
+    whole = registry.store.read(key)
+    registry.store.write(key, b"cut")
+    os.kill(one_replica_of(app.name), signal.SIGKILL)
+    wait_until(lambda: "other replicas answer until" in deployment_of(app.name).message)
+    assert statuses(load(app.port, 4, limited(requests_for(app, pictures), 100))) == {200: 100}
+    registry.store.write(key, whole)
+    wait_until(lambda: deployment_of(app.name).replica_states == {"RUNNING": 2})
+
+
+def deployment_of(name):
+    return serve.status().applications[name].deployments["classifier"]
 
 
 def one_replica_of(name: str) -> int:
