@@ -18,7 +18,8 @@ import torch
 
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
+from defuse_core.device import is_out_of_memory
+from defuse_core.errors import InputError, ModelError
 from services.serving.active_versions import AUTHOR, ActiveVersions, Comparison, InitialModel, RegistryWatcher
 from services.serving.batching import (
     Batcher,
@@ -39,6 +40,9 @@ from services.settings import serve_token
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
+MAX_FAILURES = (
+    20  # requests in a row that production fails on, before it is asked whether it can predict at all
+)
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
 
 
@@ -72,6 +76,15 @@ class ClassifierDeployment:
         self._canary_batcher = Batcher(self._predict_canary_batch, settings)
         self._shadow = ShadowRunner(settings.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failures = 0  # of production, in a row, but those that the input explains
+
+    async def check_health(self) -> None:
+        """Raise where production answers nothing any more, as after an error of the GPU: Serve replaces the replica."""
+        model = self.active.production
+        if self._failures >= MAX_FAILURES and model is not None:
+            zeros = np.zeros((1, *model.input_spec.shape), np.float32)
+            await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.predict, zeros)
+            self._failures = 0
 
     def model_info(self) -> ModelInfo:
         """Return what is known of the version in production. Raises Unavailable without one."""
@@ -114,7 +127,7 @@ class ClassifierDeployment:
                 work.add_done_callback(partial(_release, held.pop_all()))
 
     async def predict(self, active: ActiveVersions, pixels: F32, key: bytes) -> PredictionResponse:
-        """Return the answer of the versions for which a request was decoded. Raises RequestError.
+        """Return the answer of the versions for which a request was decoded. Raises RequestError, and MemoryError.
 
         `key` selects the requests of a canary.
         """
@@ -125,12 +138,15 @@ class ClassifierDeployment:
                 ending.callback(answer.cancel)  # nothing waits for the canary once the request has ended
             async with self._timeout():
                 output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, model))
+            self._count_failures(output)
             if canary is not None:
                 theirs = await self._canary_output(answer)
                 self._compare(active, canary, output, theirs)
                 if isinstance(theirs, ModelOutput):
                     model, output = canary, theirs
         if isinstance(output, Exception):
+            if is_out_of_memory(output):
+                raise MemoryError(str(output)) from output
             self.metrics.errors.inc(len(pixels), {"version": model.name})
             log.error("version %s failed: %s", model.name, output)
             raise RequestError(500, "the classifier failed on this input")
@@ -139,6 +155,13 @@ class ClassifierDeployment:
             self._start(self._shadow.run(ShadowRequest(active.shadow, pixels, report)))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
+
+    def _count_failures(self, output: PredictionResult) -> None:
+        """Count what `check_health` looks at; a ModelError is of the input and the version, whatever the replica."""
+        if isinstance(output, ModelOutput):
+            self._failures = 0
+        elif not isinstance(output, ModelError):
+            self._failures += 1
 
     async def _canary_output(self, answer: asyncio.Task[PredictionResult]) -> PredictionResult:
         """Return what the canary answers within serve.max_canary_s after production, a TimeoutError after that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import threading
@@ -11,17 +12,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
-from defuse_core.errors import StoreError
+from defuse_core.errors import ModelError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import CanaryStatistics, InitialModel
 from services.serving.api import build_api
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import ClassifierDeployment
+from services.serving.deployment import MAX_FAILURES, ClassifierDeployment
 from services.serving.inputs import decode_body
 from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
@@ -116,6 +118,53 @@ def test_errors_that_nobody_expected_are_answered_in_json(
     put(own_store, "first")
     reply = asyncio.run(post(new_replica(own_store), pictures[0]))
     assert reply.status_code == status and words in reply.json()["error"]
+
+
+def failing_with(error: Exception) -> Any:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_network_without_memory_is_answered_503_with_retry_after(own_store, pictures, monkeypatch, error):
+    put(own_store, "first")
+    monkeypatch.setattr(LoadedModel, "predict", failing_with(error))
+    monkeypatch.setattr(LoadedModel, "warm_up", lambda *_: None)
+    reply = asyncio.run(post(new_replica(own_store), pictures[0]))
+    assert reply.status_code == 503 and "out of memory" in reply.json()["error"]
+    assert reply.headers["Retry-After"]
+
+
+@pytest.mark.parametrize(
+    ("error", "fails_on_zeros", "healthy"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access"), True, False),
+        (RuntimeError("an input of ones"), False, True),
+        (ModelError("not finite"), True, True),
+    ],
+)
+def test_a_replica_whose_network_fails_on_everything_is_replaced(
+    own_store, pictures, monkeypatch, error, fails_on_zeros, healthy
+):
+    put(own_store, "first")
+    replica, predict = new_replica(own_store), LoadedModel.predict
+
+    def fail(model: LoadedModel, pixels: Any) -> Any:
+        if pixels.any() or fails_on_zeros:
+            raise error
+        return predict(model, pixels)
+
+    async def send(count: int) -> None:
+        for _ in range(count):
+            assert (await post(replica, pictures[0])).status_code == 500
+        await replica.check_health()
+
+    monkeypatch.setattr(LoadedModel, "predict", fail)
+    asyncio.run(send(MAX_FAILURES - 1))
+    with contextlib.nullcontext() if healthy else pytest.raises(RuntimeError, match="CUDA error"):
+        asyncio.run(send(1))
 
 
 def test_a_request_that_waits_for_the_decoding_thread_keeps_its_slot_after_its_timeout(
