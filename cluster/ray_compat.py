@@ -237,6 +237,18 @@ def kept_sigterm_handler() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def deployment_version(application: str, deployment: str) -> str | None:
+    """Return the random name that Serve gives each deployment of a program; None without one of these names."""
+    from ray.serve.context import _get_global_client
+
+    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    with contextlib.suppress(KeyError):
+        return str(client.get_deployment_info(deployment, application)[0].version)
+    return None
+
+
 def shut_down_serve() -> None:
     """Shut Serve down, unless the Ray of this program ends first, as by a signal to its whole process group.
 

@@ -27,7 +27,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from cluster.connection import connection, one_line
-from cluster.ray_compat import log_folder, shut_down_serve
+from cluster.ray_compat import deployment_version, log_folder, shut_down_serve
 from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
@@ -194,7 +194,7 @@ def serve_until_stopped(
                 Registry(open_store(args.store)),
                 shutdown,
                 settings.poll_s,
-                check=LivenessCheck(url),
+                check=LivenessCheck(url, _deployed if proxy is Proxy.CLUSTER else None),
                 has_model=args.run is not None,
                 check_version=None if args.pin else VersionCheck(url, serve_token(), logs),
             ):
@@ -229,14 +229,25 @@ def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> 
             f"the cluster already serves an application named {APPLICATION}; change its model with `defuse promote`, "
             "or stop the command that started it (`serve shutdown` stops all applications)"
         )
+    own: str | None = None  # None: it did not start
     try:
         deploy(args)
+        own = _deployed()
         yield f"http://{_url_host(actual_host)}:{actual_port}"
     finally:
-        if shared:
+        if not shared:
+            shut_down_serve()
+        elif own in (None, _deployed()):
             serve.delete(APPLICATION)
         else:
-            shut_down_serve()
+            log.warning(
+                "the application was deleted or deployed anew by another program, and is left as it is"
+            )
+
+
+def _deployed() -> str | None:
+    """Return the name of what is deployed on this cluster, which nothing deployed earlier or later has."""
+    return deployment_version(APPLICATION, "classifier")
 
 
 def _require_reachable_replicas(host: str) -> None:

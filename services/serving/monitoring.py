@@ -13,7 +13,7 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -157,27 +157,35 @@ def _parse(page: str) -> list[Metric]:
 
 
 class LivenessCheck:
-    """Finds that nothing answers at `url` and nothing will: Ray has no node left that could replace a replica.
+    """Finds that nothing answers at `url` and nothing will: no node is left for a replica, or no application.
 
-    A replica that is being replaced, or a slow machine, is no failure: Serve starts replicas as long as it has a node.
+    A replica that is being replaced, or a slow machine, is no failure: Serve starts replicas as long as it has a node
+    and the application.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url, self._failures = url, 0
+    def __init__(self, url: str, deployed: Callable[[], object] | None = None) -> None:
+        """`deployed` returns None where a cluster that others use, too, has the application no more."""
+        self._url, self._deployed, self._failures = url, deployed, 0
 
     def __call__(self) -> None:
         """Ask once. Raises ComputeError at the MAX_FAILURES-th failure in a row."""
-        if _answers(self._url) or _has_node():
+        reason = None if _answers(self._url) else self._reason()
+        if reason is None:
             self._failures = 0
             return
         self._failures += 1
         if self._failures == 1:  # Ray may end this process before an error is shown
-            log.warning("nothing answers at %s, and Ray has no node left to start a replica on", self._url)
+            log.warning("nothing answers at %s, and %s", self._url, reason)
         if self._failures >= MAX_FAILURES:
-            raise ComputeError(
-                f"nothing answers at {self._url}, and Ray, which would start a replica, has ended (a process of it was "
-                "killed, as where memory is short); start the command again"
-            )
+            raise ComputeError(f"nothing answers at {self._url}, and {reason}; start the command again")
+
+    def _reason(self) -> str | None:
+        """Return why no replica will be started; None where Serve can start one."""
+        if not _has_node():
+            return "Ray, which would start a replica, has ended (a process of it was killed, as where memory is short)"
+        if self._deployed is not None and self._deployed() is None:
+            return "the application was deleted from the cluster, as by `serve shutdown`"
+        return None
 
 
 def _answers(url: str) -> bool:

@@ -22,6 +22,7 @@ from services.serving.app import (
     ShutdownSignal,
     _require_reachable_replicas,
     _url_host,
+    deploy,
     registry_changes,
     running_application,
 )
@@ -135,6 +136,17 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
             pass
         assert httpx.get(f"{address}/v1/model", timeout=60).json()["run"] == "first"
     assert "defuse" not in ray_serve.status().applications
+
+
+def test_an_application_that_another_program_deployed_meanwhile_is_left(planted, serve_port, caplog):
+    from ray import serve as ray_serve
+
+    args = ServeArgs(store=planted.address, run="first", pin=True, settings={"cpus_per_replica": 0.1})
+    with running_application(args, "127.0.0.1", serve_port, proxy=Proxy.CLUSTER):
+        deploy(args)
+    assert "defuse" in ray_serve.status().applications
+    assert "deleted or deployed anew by another program, and is left as it is" in caplog.text
+    ray_serve.delete("defuse")
 
 
 def test_on_a_cluster_with_haproxy_replicas_of_several_nodes_do_not_listen_on_loopback(

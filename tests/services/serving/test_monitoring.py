@@ -92,7 +92,8 @@ def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_nod
         )
     assert shutdown.waits == MAX_FAILURES and failure.value.exit_code == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"nothing answers at {url}, and Ray has no node left to start a replica on"
+        f"nothing answers at {url}, and Ray, which would start a replica, has ended (a process of it was killed, as "
+        "where memory is short)"
     ]
 
 
@@ -105,6 +106,16 @@ def test_a_proxy_without_a_replica_does_not_count_as_an_answer(monkeypatch):
 def test_a_replica_that_is_replaced_is_no_failure_however_long_it_takes(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [DEAD, NODE])
     ask(LivenessCheck(nobody()))
+
+
+def test_the_command_ends_where_its_application_was_deleted_from_a_cluster(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [NODE])
+    found = [True, None, None, True, *[None] * MAX_FAILURES]
+    check = LivenessCheck(nobody(), lambda: found.pop(0))
+    with pytest.raises(ComputeError, match="the application was deleted from the cluster"):
+        while found:
+            check()
+    assert not found
 
 
 def test_a_replica_that_answers_is_left_alone_though_ray_has_ended(monkeypatch):
