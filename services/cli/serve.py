@@ -168,14 +168,20 @@ def promote(
 @store_option
 @by_option
 @why_option
-def rollback(store: str, by: str | None, why: str | None) -> None:
-    """End a canary or shadow; without one, put the previous version back into production."""
+@click.option(
+    "--production", is_flag=True, help="Put the previous version back, also beside or after a canary."
+)
+def rollback(store: str, by: str | None, why: str | None, production: bool) -> None:
+    """End a canary or shadow; without one, put the previous version back into production.
+
+    Where the last change is that a server ended its canary or shadow itself, --production is required.
+    """
     from services.serving.model import verify_candidate
 
     author, registry = by or local_user("--by"), _registry(store)
     if not registry.state().sequence:
         raise InputError(_no_registry(registry))
-    state = registry.roll_back(author, why or "", verify_candidate)
+    state = registry.roll_back(author, why or "", verify_candidate, production=production)
     click.echo(f"{state.action}; {state.production_text}")
 
 

@@ -22,11 +22,10 @@ from defuse_core.errors import DefuseError, StoreError, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, select_device
-from services.serving.registry import REMEDY, DamagedVersionError, Registry, is_store_outage
+from services.serving.registry import AUTHOR, REMEDY, DamagedVersionError, Registry, is_store_outage
 from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
-AUTHOR = "defuse serve"  # of changes that a replica makes in the registry
 MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 

@@ -20,7 +20,7 @@ from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.device import is_out_of_memory
 from defuse_core.errors import InputError, ModelError
-from services.serving.active_versions import AUTHOR, ActiveVersions, Comparison, InitialModel, RegistryWatcher
+from services.serving.active_versions import ActiveVersions, Comparison, InitialModel, RegistryWatcher
 from services.serving.batching import (
     Batcher,
     PredictionRequest,
@@ -33,7 +33,7 @@ from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RequestError, RequestSlots, Unavailable, UploadLimits
 from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
 from services.serving.monitoring import ServingMetrics
-from services.serving.registry import is_store_outage
+from services.serving.registry import AUTHOR, is_store_outage
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.settings import serve_token

@@ -24,6 +24,8 @@ from services.serving.candidate import Candidate
 from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo, parse_state
 
 log = logging.getLogger("defuse")
+AUTHOR = "defuse serve"  # of changes that a replica makes
+ENDED = "ended the "  # how the action of a change begins that ends a canary or shadow
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
@@ -262,19 +264,30 @@ class Registry:
             if number not in (state.canary, state.shadow):
                 return None
             role = "canary" if number == state.canary else "shadow"
-            return {"action": f"ended the {role} of version {number}", **NO_CANARY}
+            return {"action": f"{ENDED}{role} of version {number}", **NO_CANARY}
 
         return self._change_unless_done(f"ended version {number}", by, why, updates)
 
     def roll_back(
-        self, by: str, why: str, verify: Callable[[Candidate], None] | None = None
+        self,
+        by: str,
+        why: str,
+        verify: Callable[[Candidate], None] | None = None,
+        *,
+        production: bool = False,
     ) -> RegistryState:
-        """End the canary or shadow; without one, put the previous version back into production.
+        """End the canary or shadow; without one, or with `production`, put the previous version back into production.
 
-        Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it.
+        Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it; without
+        `production` also where a replica has ended the canary or shadow that this was perhaps to end.
         """
         current = self.state()
-        beside = current.canary or current.shadow
+        if not production and current.by == AUTHOR and current.action.startswith(ENDED):
+            raise InputError(
+                f"{AUTHOR} {current.action} itself at {current.when} ({current.why}); `defuse rollback --production` "
+                f"takes version {current.production} out of production, too"
+            )
+        beside = None if production else current.canary or current.shadow
         if beside:
             ended = self.end_canary(beside, by, why)
             if ended is None:

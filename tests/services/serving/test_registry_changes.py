@@ -128,6 +128,27 @@ def test_rollbacks_go_back_one_version_each_and_verify_that_one(registry, candid
     assert verified == ["run-3", "run-2", "run-1"]
 
 
+def test_a_rollback_right_after_a_replica_ended_its_canary_leaves_production_unless_that_is_meant(
+    registry, candidates
+):
+    for candidate in candidates[:2]:
+        promote(registry, candidate, ANA)
+    promote(registry, candidates[2], PromotionRequest("ana", "", canary=0.1))
+    registry.end_canary(3, "defuse serve", "it failed")
+    with pytest.raises(InputError, match=r"ended the canary of version 3 .*\(it failed\); .* --production"):
+        registry.roll_back("bo", "")
+    assert registry.state().production == 2
+    assert registry.roll_back("bo", "", production=True).production == 1
+
+
+def test_a_rollback_of_production_ends_a_canary(registry, candidates):
+    for candidate in candidates[:2]:
+        promote(registry, candidate, ANA)
+    promote(registry, candidates[2], PromotionRequest("ana", "", canary=0.1))
+    after = registry.roll_back("bo", "", production=True)
+    assert (after.production, after.canary) == (1, None)
+
+
 def test_a_rollback_that_another_one_overtakes_leaves_production(registry, candidates):
     for candidate in candidates[:3]:
         promote(registry, candidate, ANA)
