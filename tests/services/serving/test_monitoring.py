@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 
 from defuse_core.errors import ComputeError
 from defuse_core.store import FolderStore
@@ -209,6 +210,22 @@ def test_predictions_go_on_while_rays_head_is_asked_for_the_nodes(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: asked_in.append(threading.current_thread()) or [])
     assert asyncio.run(metrics_page()) == ""
     assert asked_in and asked_in != [threading.current_thread()]
+
+
+def test_predictions_go_on_while_the_pages_are_merged_and_lines_of_others_are_not_parsed(monkeypatch):
+    page = '# TYPE ray_serve_x gauge\nray_serve_x 1.0\n# TYPE ray_node_y gauge\nray_node_y{a="b"} 2.0\n'
+    parsed, parse = [], text_string_to_metric_families
+
+    def recorded(text: str) -> object:
+        parsed.append((threading.current_thread(), text))
+        return parse(text)
+
+    monkeypatch.setattr("services.serving.monitoring.text_string_to_metric_families", recorded)
+    monkeypatch.setattr("services.serving.monitoring._exporters", lambda: ["a node"])
+    monkeypatch.setattr("services.serving.monitoring._scrape", lambda address: page)
+    assert "ray_serve_x 1.0" in asyncio.run(metrics_page())
+    ((thread, text),) = parsed
+    assert thread != threading.current_thread() and "ray_node" not in text and "ray_serve_x 1.0" in text
 
 
 @pytest.mark.parametrize(
