@@ -82,6 +82,8 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     registry, initial = Registry(store), InitialModel()
     if args.run is not None:
         key, candidate = prepare_candidate(Run.open(store, args.run))
+        for line in candidate.failed_checks():
+            log.warning("run %s is served although a check failed: %s", args.run, line)
         initial = InitialModel(f"{args.run}/{key}", registry.state(), args.pin)
         if not args.pin:
             _warn_of_other_version(initial.state, candidate)

@@ -79,6 +79,15 @@ def test_a_server_of_a_run_warns_of_another_version_in_production(promoted, capl
     assert "version 1 (run first) is in production, and this server answers with run second" in caplog.text
 
 
+def test_a_server_of_a_run_warns_of_each_check_that_failed(planted, caplog):
+    build(ServeArgs(store=planted.address, run="first"))
+    assert "check failed" not in caplog.text
+    failed = prepare_candidate(Run.open(planted, "swapped"))[1].failed_checks()
+    build(ServeArgs(store=planted.address, run="swapped"))
+    warned = [one.getMessage() for one in caplog.records if "check failed" in one.getMessage()]
+    assert failed and warned == [f"run swapped is served although a check failed: {line}" for line in failed]
+
+
 def test_serve_build_writes_the_application(planted, tmp_path, monkeypatch):
     module = f"from services.serving.app import ServeArgs, build\napp = build(ServeArgs(store={planted.address!r}))\n"
     (tmp_path / "built.py").write_text(module)
