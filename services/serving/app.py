@@ -189,7 +189,9 @@ def serve_until_stopped(
             require_gpus(settings)
         running = running_application(args, host, port, proxy)
         # a signal may arrive during the start
-        with contextlib.suppress(KeyboardInterrupt), running as url:
+        with contextlib.suppress(KeyboardInterrupt), running as url, contextlib.ExitStack() as served:
+            # Serve's controller ends during a call, which a thread of Ray prints as a failed task
+            served.callback(ending.enter_context, contextlib.redirect_stdout(io.StringIO()))
             logs = log_folder()
             show(f"serving on {url} (API page: {url}/docs; logs of replicas: {logs}); Ctrl-C stops it")
             for line in registry_changes(
@@ -201,8 +203,6 @@ def serve_until_stopped(
                 check_version=None if args.pin else VersionCheck(url, serve_token(), logs),
             ):
                 show(line)
-            # Serve's controller ends during a call, which a thread of Ray prints as a failed task
-            ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
 
 
 @contextlib.contextmanager
@@ -324,25 +324,30 @@ def _replica_error() -> str | None:
 
 
 class ShutdownSignal:
-    """Ctrl-C or SIGTERM: raises KeyboardInterrupt during startup, and ends `wait` afterwards.
+    """Ctrl-C or SIGTERM: ends `wait`, and raises KeyboardInterrupt elsewhere, once startup is over for the first alone.
 
-    Create it after Ray has started: Ray installs handlers for both signals.
+    So a look-up in a store that does not answer ends, and the end of the program is not interrupted. Create it after
+    Ray has started: Ray installs handlers for both signals.
     """
 
     def __init__(self) -> None:
-        self._received, self._waiting = threading.Event(), False
+        self._received, self._started, self._waiting = threading.Event(), False, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, *_: object) -> None:
-        if not self._waiting:
-            raise KeyboardInterrupt
+        interrupts = not (self._waiting or (self._started and self._received.is_set()))
         self._received.set()
+        if interrupts:
+            raise KeyboardInterrupt
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Return True when a signal arrives, False after `timeout_s`."""
-        self._waiting = True
-        return self._received.wait(timeout_s)
+        self._started = self._waiting = True
+        try:
+            return self._received.wait(timeout_s)
+        finally:
+            self._waiting = False
 
 
 def registry_changes(

@@ -108,7 +108,7 @@ def test_a_port_in_use_is_an_error_before_anything_starts(planted):
             pass
 
 
-def test_a_signal_interrupts_the_start_and_ends_the_wait():
+def test_a_signal_interrupts_the_start_and_look_ups_and_ends_the_wait():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         shutdown = ShutdownSignal()
@@ -118,6 +118,13 @@ def test_a_signal_interrupts_the_start_and_ends_the_wait():
         later.start()
         shutdown.wait()  # and returns
         later.join()
+        signal.raise_signal(signal.SIGINT)  # what follows is not interrupted
+        looking_up = ShutdownSignal()
+        assert not looking_up.wait(0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert looking_up.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
