@@ -270,7 +270,7 @@ class S3Store:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
     def _errors(self, key: str = "") -> AbstractContextManager[None]:
-        return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint)
+        return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint, _client.cache_clear)
 
     def _fence(self) -> tuple[str, LeaseState] | None:
         """Return the locked prefix that this store is in, and the lease of its driver."""

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from botocore import exceptions as aws
@@ -52,12 +52,19 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def translated_errors(where: str, endpoint: str | None) -> Iterator[None]:
-    """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else."""
+def translated_errors(
+    where: str, endpoint: str | None, forget_client: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else.
+
+    Calls `forget_client` where the server refuses the credentials: a new client reads those of a profile again.
+    """
     server = without_credentials(endpoint or "AWS")
     try:
         yield
     except aws.ClientError as error:
+        if forget_client is not None and _is_denied(error):
+            forget_client()
         raise _translated(error, where, server) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
@@ -99,13 +106,17 @@ def status_of(error: aws.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def _is_denied(error: aws.ClientError) -> bool:
+    return code_of(error) in DENIED or status_of(error) == 403
+
+
 def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
     code = code_of(error)
     if code == "NoSuchBucket":
         return StoreSettingsError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
-    if code in DENIED or status_of(error) == 403:
+    if _is_denied(error):
         # a job that starts again has a new token
         kind = StoreError if code == "ExpiredToken" else StoreSettingsError
         return kind(

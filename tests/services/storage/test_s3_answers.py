@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from botocore import exceptions as aws
 from botocore.stub import Stubber
+from buckets import KEYS
 
 from defuse_core.errors import StoreError
 from services.storage import open_store, s3
@@ -46,6 +47,29 @@ def test_a_condition_that_does_not_hold_is_no_error(store, server, status, code,
     assert store._put_if("a", b"1", **condition) is None
 
 
+def test_credentials_of_a_profile_are_read_again_after_they_were_refused(aws, tmp_path):
+    def write(key: str) -> None:
+        lines = f"[nightly]\naws_access_key_id = {key}\naws_secret_access_key = secret\n"
+        (tmp_path / "credentials").write_text(lines)
+
+    def used() -> str:
+        return str(store._client.generate_presigned_url("get_object", Params=AT))
+
+    for name in KEYS:
+        aws.delenv(name, raising=False)
+    aws.setenv("AWS_PROFILE", "nightly")
+    aws.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    write("OLD")
+    store = s3.S3Store("bucket", "run/", "http://127.0.0.1:9", "us-east-1")
+    with Stubber(store._client) as server:
+        write("NEW")
+        assert "OLD" in used()
+        refuse(server, "head_object", 403, "403")
+        with pytest.raises(StoreError, match="refused the credentials"):
+            store.exists("a")
+    assert "NEW" in used()
+
+
 def test_a_server_that_knows_no_conditions_is_asked_without_them(store, server):
     refuse(server, "put_object", 501, "NotImplemented", Body=b"1", IfMatch=OLD)
     server.add_response("put_object", {"ETag": NEW}, AT | {"Body": b"1"})
@@ -59,6 +83,9 @@ def test_another_error_of_a_conditional_write_is_an_error_and_not_tried_without_
     refuse(server, "put_object", 403, "AccessDenied", Body=b"1", IfMatch=OLD)
     with pytest.raises(StoreError, match="refused the credentials"):
         store._put_if("a", b"1", IfMatch=OLD)
+
+
+def test_another_error_of_a_conditional_deletion_is_an_error(store, server):
     refuse(server, "delete_object", 403, "AccessDenied", IfMatch=OLD)
     with pytest.raises(StoreError, match="refused the credentials"):
         store._delete_if("a", OLD)
