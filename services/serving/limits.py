@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import ClassVar
@@ -288,7 +289,11 @@ class NoDisconnectCheck:
 
 
 def limit_headers() -> list[Middleware]:
-    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware."""
+    """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware.
+
+    uvicorn takes no client's address from X-Forwarded-For, as by default for loopback: `client_address` decides.
+    """
+    os.environ["FORWARDED_ALLOW_IPS"] = ""
     name = f"{LimitedHttpProtocol.__module__}:{LimitedHttpProtocol.__qualname__}"
     uvicorn.config.HTTP_PROTOCOLS["auto"] = name
     return [Middleware(NoDisconnectCheck)]

@@ -10,7 +10,9 @@ import threading
 import time
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn.config
 from load_generator import limited, load, request_bytes
 from starlette.requests import Request
 
@@ -22,6 +24,7 @@ from services.serving.limits import (
     Unavailable,
     UploadLimits,
     client_address,
+    limit_headers,
 )
 from tests.waiting import wait_until
 
@@ -265,6 +268,21 @@ def test_the_address_of_a_client_is_the_one_that_a_proxy_on_this_machine_adds(pe
     assert client_address(request, forwarded_for=False) == peer  # the header may be the client's
 
 
+def test_uvicorn_leaves_the_address_of_a_client_to_us(monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")  # put back, too
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", uvicorn.config.HTTP_PROTOCOLS["auto"])
+    seen = []
+
+    async def application(scope, receive, send):
+        seen.append(scope["client"][0])
+        await answer(send)
+
+    limit_headers()
+    with http_server(application) as port:
+        httpx.get(f"http://127.0.0.1:{port}", headers={"X-Forwarded-For": "192.0.2.7"}, timeout=60)
+    assert seen == ["127.0.0.1"]
+
+
 async def answer(send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
@@ -281,8 +299,6 @@ def connected(port):
 @contextlib.contextmanager
 def http_server(app=answer_at_once):
     """Run uvicorn with the limited protocol; yields its port."""
-    import uvicorn
-
     config = uvicorn.Config(app, port=0, http=LimitedHttpProtocol, lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
