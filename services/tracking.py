@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 KEY = "mlflow.json"
 EXPERIMENT = "defuse"
+DELETED = "deleted"  # MLflow's lifecycle stage of what can be restored, and not written
 PARAMS_AT_ONCE, METRICS_AT_ONCE = 100, 1000  # the limits of MLflow's server
 PARAM_LENGTH = 500  # characters
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
@@ -156,7 +157,7 @@ class MlflowTracking:
     def _run_id(self, client: MlflowClient, state: dict[str, Any]) -> str:
         """Return the MLflow run that was begun for this run, or a new one where the server has none.
 
-        Also a new one where its parameters differ in a field that changes results.
+        Also a new one where it was deleted there, or its parameters differ in a field that changes results.
         """
         from mlflow.exceptions import MlflowException
 
@@ -168,11 +169,18 @@ class MlflowTracking:
                     raise
                 log.warning("mlflow: run %s is not on this server; a new one is begun", state["run_id"])
             else:
-                changed = self._changed(found.data.params)
+                deleted = found.info.lifecycle_stage == DELETED
+                changed = (
+                    f"run {state['run_id']} was deleted" if deleted else self._changed(found.data.params)
+                )
                 if changed is None:
                     return str(found.info.run_id)
                 log.info("mlflow: %s; a new MLflow run is begun", changed)
         experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is not None and experiment.lifecycle_stage == DELETED:
+            raise InputError(
+                f"the experiment {self.experiment} was deleted; restore it on the server, or set MLFLOW_EXPERIMENT_NAME"
+            )
         number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
         begun = client.create_run(
             number, run_name=self.run.name, tags={"defuse.store": self.run.store.address}

@@ -241,6 +241,27 @@ def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, mo
     assert found.data.params["vae.latent_dim"] == "4"
 
 
+def test_a_run_that_was_deleted_on_the_server_is_begun_anew(server, run):
+    with MlflowTracking(run, read_settings()):
+        pass
+    (deleted,) = tracked(server)
+    server.delete_run(deleted.info.run_id)
+    with MlflowTracking(run, read_settings()):
+        pass
+    (found,) = tracked(server)
+    assert found.info.run_id != deleted.info.run_id and found.data.params["vae.latent_dim"] == "4"
+
+
+def test_a_deleted_experiment_is_a_warning_that_says_what_to_do(server, run, caplog):
+    server.delete_experiment(server.create_experiment("defuse"))
+    with MlflowTracking(run, read_settings()):
+        pass
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert (
+        "the experiment defuse was deleted; restore it on the server, or set MLFLOW_EXPERIMENT_NAME" in line
+    )
+
+
 def test_the_command_tracks_and_continues_one_run(server, tmp_path, monkeypatch, capsys):
     tree = TINY | {"vae": TINY["vae"] | {"epochs": 1, "accept": "blind"}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
