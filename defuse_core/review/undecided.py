@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from defuse_core.artifacts import (
-    I64,
     NONE_OF_THE_ABOVE,
     Bool,
     Gallery,
@@ -22,7 +21,8 @@ from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.draws import UNDIVIDED
 from defuse_core.errors import count_of, percent
-from defuse_core.intervals import ONE_SIDED
+from defuse_core.intervals import ONE_SIDED, binomial_tail, significantly_over
+from defuse_core.review.verdicts import tested_counts
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
@@ -33,6 +33,7 @@ MOST_UNLABELLED = 0.5  # share of the components without a labelled image over w
 MANY_FAILING = 0.05
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
 WORSE_BY = 0.02
+NEARLY_CERTAIN = 0.1  # p-value of a component by itself from which on it leaves it open whether it fails
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
 GUESSING_REMEDY = "check its weights, the input range and class order that it expects, and the labels"
 
@@ -202,29 +203,32 @@ def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
 def _too_few_units(
     review: ReviewSection, gallery: Gallery, verdicts: Verdicts, open_ones: Bool
 ) -> str | None:
-    """Return how many components are misclassified in over rho, but in too few pictures to be certain."""
+    """Return how many components are misclassified in over rho, but in too few pictures to be certain.
+
+    Those of enough pictures count where they are certain but for the number of tests, or nearly so.
+    """
     max_false = review.false_discovery_rate
     if max_false is None:
         return None
     needed = fewest_units(review.rho, max_false)
-    total, over, noun = _units(review.rho, gallery, verdicts)
-    few = int((open_ones & over & (total < needed)).sum())
-    if not few:
+    hits, total = tested_counts(verdicts)
+    nearly = binomial_tail(hits, total, review.rho) <= NEARLY_CERTAIN
+    nearly &= ~significantly_over(hits, total, review.rho, max_false)
+    found = open_ones & (hits > review.rho * total) & (nearly | (total < needed))
+    count = int(found.sum())
+    if not count:
         return None
-    of = f"{few} of {count_of(len(gallery), 'candidate scenario')}"
+    noun, remedy = "image", "review more images of each (review.images)"
+    if verdicts.units is not None:
+        noun = "photograph" if gallery.track is None else "track"
+        remedy += ", or give identification more photographs"
+    lack = "that is not certain (review.max_false)"
+    if (total[found] < needed).all():
+        lack = f"show{'s' if count == 1 else ''} fewer than the {count_of(needed, noun)} that certainty takes"
     return (
-        f"{of} fail{'s' if few == 1 else ''} in over {percent(review.rho, 0)} (review.rho), but "
-        f"show{'s' if few == 1 else ''} fewer than the {count_of(needed, noun)} that certainty takes; review more "
-        "images of each (review.images), or give identification more photographs"
+        f"{count} of {count_of(len(gallery), 'candidate scenario')} fail{'s' if count == 1 else ''} in over "
+        f"{percent(review.rho, 0)} (review.rho), but {lack}; {remedy}"
     )
-
-
-def _units(rho: float, gallery: Gallery, verdicts: Verdicts) -> tuple[I64, Bool, str]:
-    """Return how many units each component shows, (S,), whether over rho of them fail, (S,), and what one is."""
-    if verdicts.units is None or verdicts.failing_units is None:
-        return verdicts.labelled, verdicts.misclassified > rho, "image"
-    noun = "photograph" if gallery.track is None else "track"
-    return verdicts.units, verdicts.failing_units > rho * verdicts.units, noun
 
 
 def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, reviewed: int) -> str | None:

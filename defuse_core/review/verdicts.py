@@ -224,13 +224,17 @@ def decide_verdicts(
     )
 
 
+def tested_counts(verdicts: Verdicts) -> tuple[I64, I64]:
+    """Return how many units of each component fail, and how many there are, (S,) each; plainly decoded, of images."""
+    if verdicts.units is not None and verdicts.failing_units is not None:
+        return verdicts.failing_units, verdicts.units
+    total = verdicts.labelled
+    return np.rint(np.nan_to_num(verdicts.misclassified) * total).astype(np.int64), total
+
+
 def doubtful(verdicts: Verdicts, rho: float) -> Bool:
     """Return which components are rejected although their true share may be more than rho, (S,)."""
-    total = verdicts.labelled
-    hits = np.rint(np.nan_to_num(verdicts.misclassified) * total).astype(np.int64)
-    if verdicts.units is not None and verdicts.failing_units is not None:
-        hits, total = verdicts.failing_units, verdicts.units
-    high = wilson(hits, total, 0.9)[1]
+    high = wilson(*tested_counts(verdicts), 0.9)[1]
     unsure: Bool = (verdicts.labels == NONE_OF_THE_ABOVE) & (high > rho)
     return unsure
 

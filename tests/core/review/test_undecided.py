@@ -12,8 +12,8 @@ from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_r
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Models, Override, ReferenceSet
 from defuse_core.distill.draws import UNDIVIDED
 from defuse_core.report.build import build_report
-from defuse_core.report.notices import caveats, hardly_better_than_guessing, headline
-from defuse_core.review.undecided import why_guessing, why_undecided
+from defuse_core.report.notices import caveats, headline
+from defuse_core.review.undecided import why_undecided
 from tests.sample_components import FIT
 
 COUNT = 4
@@ -80,6 +80,36 @@ def test_components_that_fail_in_too_few_photographs_to_be_certain_are_undecided
     assert undecided(with_units(failing, total), accept="share") is None
 
 
+@pytest.mark.parametrize(
+    ("wrong", "images", "found"),
+    [
+        ([8] * 20, 10, "20 of 20 candidate scenarios fail in over 50 %"),
+        ([9, 2, 2, 2, 2], 10, "1 of 5 candidate scenarios fails in over 50 %"),
+        ([7, 7, 2], 10, None),  # by chance, a right component has as many
+        ([10, 2], 10, None),  # certain, and rejected since its labels are tied
+    ],
+)
+def test_components_that_fail_but_for_the_number_of_tests_are_undecided(wrong, images, found):
+    shares = {"labelled": np.full(len(wrong), images), "misclassified": np.array(wrong) / images}
+    sample = with_verdicts(sample_findings(len(wrong), 0), **shares)
+    text = undecided(sample, more_images=0)
+    assert (text or "").partition(" (")[0] == (found or "")
+    if text is not None:
+        assert text.endswith(
+            "but that is not certain (review.max_false); review more images of each (review.images)"
+        )
+    assert undecided(sample, accept="share") is None
+
+
+def test_photographs_that_all_fail_but_for_the_number_of_tests_leave_it_open_and_more_of_them_are_advised():
+    text = undecided(with_units([6, 0, 0, 0, 0], [6, 9, 9, 9, 9]))
+    assert text is not None and "1 of 5 candidate scenarios fails in over 50 %" in text
+    assert text.endswith(
+        "not certain (review.max_false); review more images of each (review.images), or give "
+        "identification more photographs"
+    )
+
+
 def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_such():
     found, evaluation = with_units([3], [3])
     gallery = dataclasses.replace(
@@ -93,6 +123,7 @@ def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_suc
         text is not None
         and text.startswith("1 of 3 candidate scenarios fails")
         and "the 6 images that" in text
+        and "photographs" not in text
     )
 
 
@@ -340,58 +371,3 @@ def test_people_who_reject_all_decide_nothing_of_what_worse_reference_models_lef
     for models, told in ((None, False), (references(0.99), False), (references(0.8), True)):
         text = why_undecided(sample_spec(), found.gallery, found.verdicts, references=models, **known)
         assert (text is not None) is told
-
-
-@pytest.mark.parametrize(
-    ("balanced", "classes", "told"),
-    [
-        ({"train": 1.0, "validation": 0.9, "test": 0.11}, 10, "on 11.0 % on average over their 10 classes"),
-        (
-            {"train": 1.0, "validation": 0.18},
-            10,
-            "validation images, and on 18.0 % on average over their 10 ",
-        ),
-        ({"train": 1.0, "validation": 0.1, "test": 0.2}, 10, None),
-        ({"test": 0.54}, 2, "of the test images, and on 54.0 % on average over their 2 classes"),
-        ({"test": 0.56}, 2, None),
-        ({"test": 0.05}, 1000, None),
-        ({"train": 0.1}, 10, None),
-    ],
-)
-def test_a_classifier_that_guesses_is_told_first(balanced, classes: int, told):
-    found, _ = sample_findings(COUNT, 0)
-    poor = Health(1000, 0.1, 0.1, 0.6, 3, 0.6, 0, 16, "poor")
-    names = tuple(map(str, range(classes)))
-    accuracy = dict.fromkeys(balanced, 0.97)  # of very unequal classes the largest says nothing
-    models = fit(found.models, poor)
-    each = {part: np.full(classes, share) for part, share in balanced.items()}
-    models = dataclasses.replace(models, accuracy=accuracy, class_accuracy=each, classes=names)
-    known = {"models": models, "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
-    assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
-    assert (told or "") in text
-
-
-def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
-    found, _ = sample_findings(COUNT, 0)
-    right = np.array([1.0, *[0.0] * 39, *[np.nan] * 60])  # 100 classes, 40 of them with test images
-    models = dataclasses.replace(
-        fit(found.models), class_accuracy={"test": right}, classes=tuple(map(str, range(100)))
-    )
-    known = {"models": models, "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
-    assert text is not None and "on 2.5 % on average over their 40 classes" in text
-
-
-def test_images_of_a_single_class_do_not_tell_a_guess(tmp_path):
-    found, _ = sample_findings(COUNT, 0)
-    right = np.full(len(found.models.classes), np.nan)
-    right[1] = 0.98
-    models = dataclasses.replace(fit(found.models), class_accuracy={"test": right})
-    assert why_guessing(models) is None
-    report = report_of(sample_findings(COUNT, 1), tmp_path)
-    seen = [
-        row.model_copy(update={"images": 50 if row is report.per_class[1] else 0}) for row in report.per_class
-    ]
-    shares = report.run.model_copy(update={"balanced_accuracy": {"test": 0.98}})
-    assert hardly_better_than_guessing(report.model_copy(update={"run": shares, "per_class": seen})) is None

@@ -1,0 +1,70 @@
+"""Classifiers that are hardly better than guessing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from defuse_core.artifacts import Health
+from defuse_core.report.notices import hardly_better_than_guessing
+from defuse_core.review.undecided import why_guessing, why_undecided
+from tests.sample_components import FIT
+from tests.sample_findings import report_of, sample_findings, sample_spec
+
+
+@pytest.mark.parametrize(
+    ("balanced", "classes", "told"),
+    [
+        ({"train": 1.0, "validation": 0.9, "test": 0.11}, 10, "on 11.0 % on average over their 10 classes"),
+        (
+            {"train": 1.0, "validation": 0.18},
+            10,
+            "validation images, and on 18.0 % on average over their 10 ",
+        ),
+        ({"train": 1.0, "validation": 0.1, "test": 0.2}, 10, None),
+        ({"test": 0.54}, 2, "of the test images, and on 54.0 % on average over their 2 classes"),
+        ({"test": 0.56}, 2, None),
+        ({"test": 0.05}, 1000, None),
+        ({"train": 0.1}, 10, None),
+    ],
+)
+def test_a_classifier_that_guesses_is_told_first(balanced, classes: int, told):
+    found, _ = sample_findings(4, 0)
+    poor = Health(1000, 0.1, 0.1, 0.6, 3, 0.6, 0, 16, "poor")
+    names = tuple(map(str, range(classes)))
+    accuracy = dict.fromkeys(balanced, 0.97)  # of very unequal classes the largest says nothing
+    each = {part: np.full(classes, share) for part, share in balanced.items()}
+    models = dataclasses.replace(
+        found.models, health=poor, accuracy=accuracy, class_accuracy=each, classes=names
+    )
+    known = {"models": models, "references": None, "psi": None, "scenarios": None}
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
+    assert (told or "") in text
+
+
+def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
+    found, _ = sample_findings(4, 0)
+    right = np.array([1.0, *[0.0] * 39, *[np.nan] * 60])  # 100 classes, 40 of them with test images
+    classes = tuple(map(str, range(100)))
+    models = dataclasses.replace(found.models, health=FIT, class_accuracy={"test": right}, classes=classes)
+    known = {"models": models, "references": None, "psi": None, "scenarios": None}
+    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    assert text is not None and "on 2.5 % on average over their 40 classes" in text
+
+
+def test_images_of_a_single_class_do_not_tell_a_guess(tmp_path: Path):
+    found, _ = sample_findings(4, 0)
+    right = np.full(len(found.models.classes), np.nan)
+    right[1] = 0.98
+    models = dataclasses.replace(found.models, health=FIT, class_accuracy={"test": right})
+    assert why_guessing(models) is None
+    report = report_of(sample_findings(4, 1), tmp_path)
+    seen = [
+        row.model_copy(update={"images": 50 if row is report.per_class[1] else 0}) for row in report.per_class
+    ]
+    shares = report.run.model_copy(update={"balanced_accuracy": {"test": 0.98}})
+    assert hardly_better_than_guessing(report.model_copy(update={"run": shares, "per_class": seen})) is None
