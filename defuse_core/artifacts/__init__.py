@@ -199,7 +199,7 @@ class SweepRow:
     test: float | None = None
     tune: float | None = None  # accuracy on the scenario images tuned on
     scenario: float | None = None  # accuracy on the held-out scenario images
-    class_loss: float = 0.0  # accuracy that some class has certainly lost on training and validation images
+    class_loss: float = 0.0  # accuracy that some class has certainly lost on training or on validation images
 
     @property
     def is_scored(self) -> bool:

@@ -106,7 +106,7 @@ def render_page(
         seen=seen,
         class_images="validation images alone"
         if spec.vae.decode == "anchored"
-        else "training and validation images together",
+        else "training or on validation images",
         rho=spec.review.rho,
         correct=spec.correct,
         widen=spec.correct.tuning_factor,

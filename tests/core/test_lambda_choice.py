@@ -89,7 +89,7 @@ def test_a_lambda_that_costs_a_class_too_much_is_not_chosen(correct, allowed, ti
     assert found is not None and found.lam == (1.0 if allowed else 0.1)
 
 
-def test_what_a_class_has_lost_is_measured_on_training_and_validation_images(tiny_models):
+def test_what_a_class_has_lost_is_measured_on_training_and_on_validation_images(tiny_models):
     codes = np.zeros((1, 24, 4), np.float32)
     fixes = Corrections(np.arange(1), np.array([8]), codes, codes)
     spec = tiny(correct={"epochs": 1})
@@ -114,6 +114,9 @@ def test_what_a_class_has_lost_is_measured_on_training_and_validation_images(tin
     assert row.class_loss < 0.3
     known = replace(tiny_models, class_accuracy={**blind, "validation": np.zeros(10)})
     assert score(spec, known, threes_lost, data, 1.0, 1, 0.1).class_loss > 0.1
+    # that training images, which are many more, lose nothing does not hide what is lost on validation images
+    on_validation = replace(tiny_models, class_accuracy={**blind, "train": np.zeros(10)})
+    assert score(spec, on_validation, threes_lost, data, 1.0, 1, 0.1).class_loss > 0.5
     # anchored, D lacks some training images, so that the accuracy before is not of the same ones
     anchored = spec.with_fields("vae", decode="anchored")
     assert score(anchored, known, threes_lost, data, 1.0, 1, 0.1).class_loss == 0.0

@@ -202,7 +202,7 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
         (
             {"choose_by": "tune", "max_loss": 0.01},
             "of all λ that lose at most 1 point of the validation accuracy, that do not certainly cost a class over "
-            "10 points on training and validation images together, and that are within one point of the highest "
+            "10 points on training or on validation images, and that are within one point of the highest "
             "accuracy on the scenario images tuned on, the one of highest validation accuracy. What is not certain",
         ),
         ({"choose_by": "train"}, "The rule of choice: the highest training accuracy."),
