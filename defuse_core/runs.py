@@ -61,7 +61,7 @@ FROM_VERDICTS = (
     "failurewatch",
     "evidence",
 )
-FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("sweep") :]
+FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline has every λ, too
 CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 REPORT_FILES = ("report.json", "report.html", "figures/")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them

@@ -66,10 +66,8 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
 ):
     lambdas = (*tiny_spec.correct.lambdas, 3.0)
     shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
-    before = {
-        key: FolderStore(tmp_path / "tiny").read(key) for key in ("baseline.safetensors", "psi.safetensors")
-    }
-    remade = ("sweep", "plain", "plain_1", "plain_2", "evaluation", "failurewatch", "evidence")
+    before = FolderStore(tmp_path / "tiny").read("psi.safetensors")
+    remade = ("baseline", "sweep", "plain", "plain_1", "plain_2", "evaluation", "failurewatch", "evidence")
     entries = finished[0].manifest()["artefacts"]
     tuned = []
 
@@ -79,10 +77,10 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
 
     monkeypatch.setattr("defuse_core.trials.run_trial", counting)
     run, _ = whole_run(tmp_path, tiny(correct={"lambdas": lambdas}))
-    assert tuned == [3.0]
-    assert {row.lam for row in run.load(Sweep).rows} == set(lambdas)
-    assert {row.lam for row in run.load(Sweep, "baseline").rows} == set(tiny_spec.correct.lambdas)
-    assert {key: run.store.read(key) for key in before} == before
+    assert tuned == [3.0, 3.0]  # for the baseline, too
+    for sweep in (None, "baseline"):
+        assert {row.lam for row in run.load(Sweep, sweep).rows} == set(lambdas)
+    assert run.store.read("psi.safetensors") == before
     for name in set(remade) & entries.keys():
         assert run.manifest()["artefacts"][name] != entries[name], name
     assert "3.0" in run.store.read("report.json").decode()
