@@ -81,11 +81,14 @@ def chi2_quantile(share: float | F64, dimensions: int) -> F64:
     return quantile
 
 
-def binomial_tail(hits: I64 | int, total: I64 | int, share: float | F64) -> F64:
-    """Return P(X >= hits) of X ~ Binomial(total, share); 1 where total is 0."""
-    from scipy.stats import binom
+def binomial_tail(hits: I64 | F64 | int, total: I64 | int, share: float | F64) -> F64:
+    """Return P(X >= hits) of X ~ Binomial(total, share); 1 where total is 0.
 
-    return np.where(np.asarray(total) > 0, binom.sf(hits - 1, total, share), 1.0)
+    Hits that are a sum of shares, one of each unit, are a fraction: then it lies between those of the whole numbers.
+    """
+    some = np.asarray(hits) > 0
+    tail: F64 = special.betainc(np.where(some, hits, 1.0), np.maximum(total - hits, 0) + 1, share)
+    return np.where(some, tail, 1.0)
 
 
 def hypergeometric_tail(hits: int, drawn: int, marked: int, total: int) -> float:
@@ -102,7 +105,7 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def significantly_over(hits: I64, total: I64, share: float, false_discovery_rate: float) -> Bool:
+def significantly_over(hits: I64 | F64, total: I64, share: float, false_discovery_rate: float) -> Bool:
     """Return which of the shares hits/total are over `share`, (S,): exact binomial tests, Benjamini and Hochberg."""
     return discoveries(binomial_tail(hits, total, share), false_discovery_rate)
 
@@ -200,7 +203,7 @@ def is_testable(units: I64) -> Bool:
     return testable
 
 
-def probability_not_over(hits: I64, total: I64, share: float) -> F64:
+def probability_not_over(hits: I64 | F64, total: I64, share: float) -> F64:
     """Return the posterior probability, under a uniform prior, that the true shares are at most `share`."""
     probability: F64 = special.betainc(hits + 1, total - hits + 1, share)
     return probability

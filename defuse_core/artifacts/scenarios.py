@@ -319,7 +319,7 @@ class Verdicts:
     false_share: float = 0.0
     # images that the labelled ones are anchored at, or their tracks; None where decoded plainly
     units: I64 | None = None  # (S,)
-    failing_units: I64 | None = None  # (S,) of those, the ones whose images are misclassified in over rho
+    failing_units: F64 | None = None  # (S,) sum over those of the share of their images that is misclassified
 
     def __post_init__(self) -> None:
         expect_shapes(

@@ -21,7 +21,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config.base import fewest_units
 from defuse_core.errors import count_of, percent
-from defuse_core.intervals import probability_not_over, significantly_over, wilson
+from defuse_core.intervals import ROUNDING, probability_not_over, significantly_over, wilson
 
 
 def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
@@ -82,7 +82,7 @@ class Units:
     Pictures of one unit succeed or fail together, so that they are one piece of evidence.
     """
 
-    failing: I64  # (S,) units whose labelled pictures are misclassified in more than rho
+    failing: F64  # (S,) sum over the units of the share of their labelled pictures that is misclassified
     total: I64  # (S,) units with a labelled picture
     name: str  # of one of them
 
@@ -92,7 +92,7 @@ def outcomes(predicted: I64, labels: I64) -> I64:
     return np.where(labels == NONE_OF_THE_ABOVE, -1, labels != predicted).astype(np.int64)
 
 
-def count_units(gallery: Gallery, labels: I64, more: MoreImages | None, rho: float) -> Units | None:
+def count_units(gallery: Gallery, labels: I64, more: MoreImages | None) -> Units | None:
     """Return the units of the images with `labels` (S, R), and of `more`; None where images are decoded plainly."""
     if gallery.unit is None:
         return None
@@ -100,11 +100,11 @@ def count_units(gallery: Gallery, labels: I64, more: MoreImages | None, rho: flo
     if more is not None and more.unit is not None and more.outcome is not None:
         unit = np.concatenate([unit, more.unit], axis=1)
         outcome = np.concatenate([outcome, more.outcome], axis=1)
-    failing, total = np.zeros((2, len(unit)), np.int64)
+    failing, total = np.zeros(len(unit)), np.zeros(len(unit), np.int64)
     for component, known in enumerate(outcome >= 0):
         names, row = np.unique(unit[component, known], return_inverse=True)
         hits, of = np.bincount(row, outcome[component, known], len(names)), np.bincount(row)
-        failing[component], total[component] = (hits / of > rho).sum(), len(names)
+        failing[component], total[component] = (hits / of).sum(), len(names)
     return Units(failing, total, "photograph" if gallery.track is None else "track")
 
 
@@ -125,9 +125,13 @@ class Shares:
         images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
         if self.units is None:
             return f"{percent(share, 0)} of {images} {verb} misclassified"
-        failing, total = int(self.units.failing[component]), int(self.units.total[component])
-        of = count_of(total, self.units.name)
-        at = "" if failing == total else f", over {percent(self.rho, 0)} at {failing} of them"
+        total = int(self.units.total[component])
+        of, mean = count_of(total, self.units.name), float(self.units.failing[component]) / total
+        at = (
+            ""
+            if abs(mean - share) < ROUNDING
+            else f", {percent(mean, 0)} on average over the {self.units.name}s"
+        )
         return f"{percent(share, 0)} of {images} of {of} {verb} misclassified{at}"
 
     def why_not(self, component: int) -> str:
@@ -182,7 +186,8 @@ def decide_verdicts(
     label, or for one label of a tie (§4.4). The newest override of a component, if any, replaces the vote.
 
     With `max_false` the share has to be significantly more than rho, at that false discovery rate over all components,
-    and counts the images of `more` as well. With vae.decode: anchored it is then the share of units (`count_units`).
+    and counts the images of `more` as well. With vae.decode: anchored it is then the mean of the shares of the units
+    (`count_units`).
     `image_labels` (S, R) replaces the majority over annotators.
     """
     scenarios, per_scenario = gallery.predicted.shape
@@ -195,8 +200,8 @@ def decide_verdicts(
         hits, total = hits + more.misclassified, total + more.labelled
     with np.errstate(invalid="ignore", divide="ignore"):
         misclassified = hits / total
-    units = count_units(gallery, image_labels, more, rho)
-    tested: tuple[I64, I64] = (hits, total) if units is None else (units.failing, units.total)
+    units = count_units(gallery, image_labels, more)
+    tested: tuple[I64 | F64, I64] = (hits, total) if units is None else (units.failing, units.total)
     fails = misclassified > rho if max_false is None else significantly_over(*tested, rho, max_false)
     shares = Shares(misclassified, total, rho, max_false, units)
     # the label that most images of each component have
@@ -224,7 +229,7 @@ def decide_verdicts(
     )
 
 
-def tested_counts(verdicts: Verdicts) -> tuple[I64, I64]:
+def tested_counts(verdicts: Verdicts) -> tuple[I64 | F64, I64]:
     """Return how many units of each component fail, and how many there are, (S,) each; plainly decoded, of images."""
     if verdicts.units is not None and verdicts.failing_units is not None:
         return verdicts.failing_units, verdicts.units
