@@ -44,7 +44,7 @@ def _less_for_a_class(correct: CorrectSection) -> str:
 
 
 def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | None:
-    """Return which λ does clearly more on the scenarios and lost too much on validation images; None where none did.
+    """Return which λ does clearly more where it is tuned and lost too much on validation images; None where none did.
 
     Of several it is the one that lost least.
     """
@@ -63,8 +63,8 @@ def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | 
         return None
     loss, row = min(left_out, key=lambda each: each[0])
     return (
-        f"Another λ does more on the scenarios. λ = {lam_text(row.lam)} reaches {percent(row.scenario)} of their "
-        f"held-out images, the chosen λ = {lam_text(chosen.lam)} {percent(chosen.scenario)}. It is left out because it "
+        f"Another λ does more on the scenarios. λ = {lam_text(row.lam)} reaches {percent(row.tune)} of the "
+        f"images tuned on, the chosen λ = {lam_text(chosen.lam)} {percent(chosen.tune)}. It is left out because it "
         f"loses {100 * loss:.2f} points on {count_of(images, 'validation image')} (one image is {100 / images:.2g} "
         f"points); correct.max_loss allows {100 * correct.max_loss:g}. Give more validation images, so that chance "
         "decides less, or a larger correct.max_loss."
@@ -72,9 +72,9 @@ def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | 
 
 
 def _fixes_clearly_more(row: TradeOff, chosen: TradeOff) -> bool:
-    if row.scenario is None or chosen.scenario is None:
+    if row.tune is None or chosen.tune is None:
         return False
-    return row.scenario - chosen.scenario > CLEARLY_MORE
+    return row.tune - chosen.tune > CLEARLY_MORE
 
 
 def unconfirmed(report: Report) -> str | None:
