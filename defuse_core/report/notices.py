@@ -122,7 +122,7 @@ def worse_judges(report: Report) -> str | None:
         return None
     judges = report.evidence.judges
     best = max((value for value in judges.accuracy if value is not None), default=None)
-    if best is None or not are_worse(judges.accuracy, judges.classifier):
+    if best is None or not are_worse(judges.accuracy, judges.classifier, _compared_images(report)):
         return None
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
@@ -162,8 +162,13 @@ def _judges_beside_worse_references(report: Report) -> Judges | None:
     if report.evidence is None or not (report.psi.screened or report.annotators == "reference models"):
         return None
     judges = report.evidence.judges
-    images = report.run.images.get("test") or report.run.images.get("validation")
-    return judges if are_worse(judges.reference_models, judges.classifier, images) else None
+    worse = are_worse(judges.reference_models, judges.classifier, _compared_images(report))
+    return judges if worse else None
+
+
+def _compared_images(report: Report) -> int | None:
+    """Return how many images the classifier and other models are compared on."""
+    return report.run.images.get("test") or report.run.images.get("validation")
 
 
 def hardly_better_than_guessing(report: Report) -> str | None:

@@ -16,7 +16,7 @@ from defuse_core.errors import ModelError, percent
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import load_classifier, load_vae, predict
-from defuse_core.review.undecided import are_worse
+from defuse_core.review.undecided import are_worse, compared_images
 from defuse_core.tuning_data import held_out_images
 
 AT_MOST = {"clean accuracy", "every class", "regressions"}  # checks of a loss; the others are of a gain
@@ -147,18 +147,20 @@ def evaluate_candidate(
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
         dependence=_dependence(spec, split),
-        own_label=own_label_check(corrections, evidence),
+        own_label=own_label_check(corrections, evidence, models.images.get(compared_images(models) or "")),
     )
 
 
-def own_label_check(corrections: Corrections, evidence: Evidence | None) -> Check | None:
+def own_label_check(
+    corrections: Corrections, evidence: Evidence | None, images: int | None = None
+) -> Check | None:
     """Return whether no scenario is significantly worse by the label that most judges give each held-out image.
 
     It names the worst one. Before and after are compared picture by picture; those of one photograph or track count
-    once. None where judges label no scenario, and where they are worse than the classifier: what they say of its
-    answers is not reliable then.
+    once. None where judges label no scenario, and where they are worse than the classifier on so many real `images`:
+    what they say of its answers is not reliable then.
     """
-    if evidence is None or are_worse(evidence.judges.tolist(), evidence.before_test):
+    if evidence is None or are_worse(evidence.judges.tolist(), evidence.before_test, images):
         return None
     before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
     rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))

@@ -155,6 +155,14 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     assert text is None or "the best of 3 judges gets 46.0 % right, and the classifier before 72.0 %" in text
 
 
+@pytest.mark.parametrize(("images", "worse"), [(310, False), (2000, True)])
+def test_judges_are_not_called_worse_by_chance_on_few_test_images(tmp_path: Path, images: int, worse: bool):
+    evidence = sample_evidence(OWN, judges=0.948, before=0.971)
+    report = build_report(sample_run(tmp_path), *sample_findings(), evidence)
+    run = report.run.model_copy(update={"images": {"test": images}})
+    assert (worse_judges(report.model_copy(update={"run": run})) is not None) is worse
+
+
 @pytest.mark.parametrize("judges", [0.99, 0.9])
 def test_scenarios_that_the_correction_makes_worse_are_named_unless_the_judges_are_worse(
     tmp_path: Path, judges: float

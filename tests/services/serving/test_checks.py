@@ -70,6 +70,9 @@ def test_judges_that_are_worse_than_the_classifier_decide_no_check():
     lost = own_labels([0.9, 0.9], [0.1, 0.1])
     assert own_label_check(corrections, sample_evidence(lost, judges=0.6, before=0.95)) is None
     assert not own_label_check(corrections, sample_evidence(lost, judges=0.94, before=0.95)).passed
+    by_chance = sample_evidence(lost, judges=0.94, before=0.98)  # of 50 images, and not of 1,000
+    assert own_label_check(corrections, by_chance, 1000) is None
+    assert not own_label_check(corrections, by_chance, 50).passed
 
 
 def test_without_judged_units_there_is_no_check_by_own_label():
