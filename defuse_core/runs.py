@@ -151,7 +151,7 @@ class Run:
                 f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
-            # the sweep's own trials stay, so that only those of the added λ are run, and the baseline's sweep
+            # the sweep's own trials stay, so that only those of the added λ are run
             log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
             run.delete(FROM_SWEEP, CONTROL_TRIALS)
         if not noted == found.spec == spec:
