@@ -95,7 +95,7 @@ def unconfirmed(report: Report) -> str | None:
     others = {number: found.defuse for number, found in tested if not (found.confirmed or found.worse)}
     wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
     equal = [number for number in others if number not in wrong]
-    than = "than plain further training (λ = 0), which has not seen the scenarios, may be, on: "
+    than = "than plain further training (λ = 0) may be, on: "
     claims = []
     if worse:
         claims.append(f"certainly less often right {than}{numbers_text(worse)}")
