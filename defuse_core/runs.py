@@ -67,6 +67,8 @@ REPORT_FILES = ("report.json", "report.html", "figures/")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
+# Fields of section review that say how people are asked; free until their votes are stored.
+UNTIL_VOTES = ("answers_per_task", "stop_early", "certainty", "real_names")
 
 
 MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
@@ -129,8 +131,8 @@ class Run:
         """Return the run called `name`, new or to go on with. Hold its lock before.
 
         Raises RunMismatchError if its run file was another one in a field that changes results; a run that has made
-        nothing yet takes the new one, and so does every run where no result changes. Weights that the run file
-        names are known by what is in their files.
+        nothing yet takes the new one, and so does every run where no result changes; UNTIL_VOTES change none before
+        the votes are stored. Weights that the run file names are known by what is in their files.
         """
         run = cls(store, name, spec, until)
         if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
@@ -142,6 +144,9 @@ class Run:
         before = noted or found.spec
         added = added_lambdas(before, spec)
         allowed = before.with_fields("correct", lambdas=spec.correct.lambdas) if added else before
+        if not run.store.exists("votes.safetensors"):
+            asked = {name: getattr(spec.review, name) for name in UNTIL_VOTES}
+            allowed = allowed.with_fields("review", **asked)
         if not has_made_something(run.store):
             if allowed != spec or run._other_weights():
                 run.store.delete(MEASURED_PRECISION)

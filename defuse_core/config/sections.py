@@ -286,7 +286,8 @@ class ReviewSection(Section):
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)
-    """Label Studio: people asked per task (its overlap). Paper: 5."""
+    """Label Studio: people asked per task (its overlap). Until the votes are stored a run takes another number (also
+    other stop_early, certainty and real_names). Paper: 5."""
     stop_early: bool = True
     """Label Studio: stop asking where no answer is needed: with consensus majority and accept share about a scenario
     whose verdict and label can no longer change, with consensus crowdlab about an image whose label is sure. Ours."""

@@ -150,6 +150,8 @@ def print_status(status: ReviewStatus, console: Console) -> None:
         console.print(f"{status.saved} more are not needed: {reason} scenarios are decided.")
     for name, count in status.per_annotator().items():
         console.print(f"  {name}: {count}", highlight=False)
+    if way_out := status.way_out():
+        console.print(f"{way_out[0].upper()}{way_out[1:]}.", soft_wrap=True)
     _print_agreement("Agreement so far", status.verdicts(), console)
     if status.tasks.review.consensus == "crowdlab" and status.consensus is None:
         print_by_majority(console)

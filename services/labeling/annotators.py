@@ -169,7 +169,7 @@ class LabelStudioAnnotators:
                 return status, state
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
-        decided, skips = int(status.decided.sum()), len(status.blocking_skips())
+        decided, skips, way_out = int(status.decided.sum()), len(status.blocking_skips()), status.way_out()
         return (
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
@@ -178,6 +178,7 @@ class LabelStudioAnnotators:
                 if skips
                 else ""
             )
+            + (f"{way_out}; " if way_out else "")
             + f"label at {self.client.labeling_url(state.number)}"
         )
 

@@ -21,6 +21,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
+from defuse_core.errors import first_few
 from defuse_core.review.consensus import (
     Consensus,
     count_not_majority,
@@ -147,6 +148,28 @@ class ReviewStatus:
         """
         both = (*self.pulled.skips, *self.pulled.unreadable)
         return [skip for skip in both if self.wanted_per_task[skip.index]]
+
+    def way_out(self) -> str:
+        """Return how the review ends with fewer answers, where those who answered so far may not give the others.
+
+        That is where none of them can, or where each task has more than half of its answers. Empty elsewhere, and for
+        inputs from traffic, whose run file stays as it is.
+        """
+        asked, wanted = self.tasks.review.answers_per_task, self.wanted_per_task > 0
+        fewest = int(self.given_per_task[wanted].min(initial=asked))
+        rows = zip(
+            self.pulled.answers["annotator"].tolist(), self.pulled.answers["task"].tolist(), strict=True
+        )
+        skips = ((skip.annotator, skip.index) for skip in (*self.pulled.skips, *self.pulled.unreadable))
+        done = Counter(annotator for annotator, task in {*rows, *skips} if wanted[task])
+        left = [self.names[each] for each in self.pulled.annotators() if each and done[each] < wanted.sum()]
+        is_likely = left and 2 * fewest <= asked
+        if not wanted.any() or not fewest or is_likely or self.tasks.gallery.failure is not None:
+            return ""
+        return (
+            f"of those who answered so far, {first_few(left) or 'nobody'} can still answer; if nobody else will, "
+            f"`defuse run` with `--set review.answers_per_task={fewest}` ends the review with fewer answers"
+        )
 
     def final_votes(self, state: ProjectState) -> Votes:
         """Return the votes with the notes that the report shows."""

@@ -141,6 +141,17 @@ def test_a_field_that_changes_no_result_is_recorded_anew(tmp_path):
     assert Run.open(FolderStore(tmp_path), "a").spec.check.max_loss == 0.001
 
 
+def test_how_people_are_asked_may_change_until_their_votes_are_stored(tmp_path):
+    fewer = tiny(review={"answers_per_task": 4, "stop_early": False, "certainty": 0.9, "real_names": True})
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    run.once("identify", Psi, psi)
+    Run.start(FolderStore(tmp_path), "a", fewer)
+    assert Run.open(FolderStore(tmp_path), "a").spec.review.answers_per_task == 4
+    run.store.write("votes.safetensors", b"of people")
+    with pytest.raises(RunMismatchError, match=r"review\.answers_per_task: 4 in the run, 5 now"):
+        Run.start(FolderStore(tmp_path), "a", tiny())
+
+
 def test_a_run_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
     monkeypatch.setattr("defuse_core.codec.FORMAT", FORMAT - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -105,6 +106,30 @@ def test_an_answer_for_a_page_is_counted_and_missed_once_and_not_for_each_of_its
     assert "1 of 6 answers are in; 5 are still wanted." in shown.getvalue()
     rows = [line.split() for line in shown.getvalue().splitlines() if line.rstrip().endswith("open")]
     assert rows == [["0", "2", "open"], ["1", "3", "open"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "skipped", "way_out"),
+    [
+        ({0: [1], 1: [1]}, [], "nobody can still answer; .*answers_per_task=1` ends"),
+        ({0: [1, 2], 1: [1]}, [], None),  # 2 can still answer 1, and half of the answers is not there
+        ({0: [1, 2], 1: [1]}, [2], "nobody can still answer; .*answers_per_task=1` ends"),
+        ({0: [1, 2, 3], 1: [1, 2]}, [], "Cem can still answer; .*answers_per_task=2` ends"),
+        ({0: [1, 2]}, [], None),  # nobody has answered 1
+        ({0: [1, 2, 3], 1: [1, 2, 3]}, [], None),  # all answers are in
+    ],
+)
+def test_the_way_out_is_named_where_those_who_answered_may_not_give_the_missing_answers(
+    tmp_path, given, skipped, way_out
+):
+    _, tasks = blank_review(tmp_path, 2, form="scenario", answers_per_task=3)
+    found = [
+        task_of(tasks, index, *(annotation(10 * index + n, n, target="page") for n in people))
+        for index, people in given.items()
+    ]
+    found += [task_of(tasks, 1, annotation(99, n, None)) for n in skipped]
+    text = status_of(tasks, found, {1: "Ada", 2: "Ben", 3: "Cem"}).way_out()
+    assert re.search(way_out, text) if way_out else text == ""
 
 
 def test_a_skip_blocks_only_where_its_task_lacks_answers_in_a_scenario_that_is_open(tmp_path):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from label_studio_live import digits_gallery
 
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, LabelsPending
 from defuse_core.review.overrides import override_verdict
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from services.settings import BucketAccess
 
 
 def test_every_answer_that_comes_while_waiting_is_logged(make_review, accounts, monkeypatch, caplog):
@@ -21,6 +24,38 @@ def test_every_answer_that_comes_while_waiting_is_logged(make_review, accounts, 
     assert len(review.annotators.review(review.gallery).answer) == 3
     told = [line.partition(" are still")[0] for line in caplog.messages if "waiting for people" in line]
     assert told == [f"waiting for people: {n} answers are in and {3 - n}" for n in range(3)]
+
+
+def test_a_review_that_too_few_people_answer_ends_with_their_answers(make_review, accounts):
+    review = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=3)
+    review.annotators.push(review.gallery)
+    review.everyone_answers(accounts[:2], lambda _: "8")
+    with pytest.raises(
+        LabelsPending, match=r"nobody can still answer; .*--set review\.answers_per_task=2` ends"
+    ):
+        review.annotators.review(review.gallery)
+    fewer = review.run.spec.with_fields("review", answers_per_task=2)
+    review.run = Run.start(FolderStore(review.run.store.folder.parent), review.run.name, fewer)
+    votes = review.through(review.api.address).review(review.gallery)
+    assert len(votes.answer) == 6 and set(votes.answer.tolist()) == {8}
+
+
+@pytest.mark.parametrize(("shared", "pushes"), [(True, 3), (False, 2)])
+def test_shared_credentials_are_given_to_label_studio_again_while_waiting(
+    make_review, monkeypatch, shared, pushes
+):
+    review, made = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1), []
+    annotators, push = review.annotators, review.annotators.push
+    annotators.wait = True
+    annotators.settings = replace(annotators.settings, label_studio_s3=BucketAccess(share_own=shared))
+    monkeypatch.setattr(annotators, "push", lambda gallery: made.append(1) or push(gallery))
+    monkeypatch.setattr("services.labeling.annotators.RENEWAL_S", -1)
+    monkeypatch.setattr(
+        "services.labeling.annotators.sleep",
+        lambda _: override_verdict(review.run, 0, None, author="Ada", reason="not a digit"),
+    )
+    annotators.review(review.gallery)
+    assert len(made) == pushes
 
 
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
