@@ -297,7 +297,8 @@ class ReviewSection(Section):
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)
-    """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Ours."""
+    """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Free
+    to change at any time. Ours."""
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 

@@ -31,7 +31,7 @@ from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
 from services.labeling.state import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
-from services.labeling.tasks import ReviewTasks, prelabels_by_task
+from services.labeling.tasks import ReviewTasks, prelabels_by_task, warn_of_large_pictures
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class LabelStudioAnnotators:
         self.run, self.settings, self.compute, self.wait = run, settings, compute, wait
         if STEPS.index(run.until) >= STEPS.index("review") and not run.store.exists("votes.safetensors"):
             self.client.check_access()  # now, not after an hour of training
+            if not run.store.exists("gallery.safetensors"):
+                warn_of_large_pictures(run)
 
     @cached_property
     def client(self) -> LabelStudioClient:

@@ -11,6 +11,7 @@ import hmac
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from defuse_core.config import ReviewSection
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, without_credentials
 from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
+from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.labeling.api_types import (
     BucketStorage,
@@ -134,8 +136,9 @@ class ReviewTasks:
             return f"data:image/png;base64,{base64.b64encode(data).decode()}"
         if not self.store.address.startswith("s3://"):
             raise InputError(
-                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.review.inline_kb}: raise it, "
-                "or keep the run in S3 (--store s3://bucket/prefix), which larger pictures are shown from"
+                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.review.inline_kb}: raise it "
+                "(--set; the run goes on), or keep the run in S3 (--store s3://bucket/prefix), which larger pictures "
+                "are shown from"
             )
         key = f"{PICTURES_FOLDER}/{TaskSubject(scenario, image).key}.png"
         self.store.write(key, data)
@@ -151,11 +154,29 @@ class ReviewTasks:
     def first_in_bucket(self) -> tuple[int, int] | None:
         """Return scenario and image of the first picture that is too large to be inline; None if none is."""
         limit = self.review.inline_kb * 1024
-        scenarios, images, *shape = self.gallery.images.shape
-        if int(np.prod(shape)) + shape[-2] + PNG_OVERHEAD_BYTES <= limit:
-            return None  # not even uncompressed
+        scenarios, images, channels, height, width = self.gallery.images.shape
+        if _most_bytes(channels, height, width) <= limit:
+            return None
         places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
         return next((place for place in places if len(png(self.gallery.images[place])) > limit), None)
+
+
+def warn_of_large_pictures(run: Run) -> None:
+    """Warn where pictures of the run's size may be too large for their tasks, and the run is not in S3."""
+    data, limit = run.spec.data, run.spec.review.inline_kb
+    largest = math.ceil(_most_bytes(data.channels, data.image_size, data.image_size) / 1024)
+    if largest > limit and not run.store.address.startswith("s3://"):
+        log.warning(
+            "review: a picture can have up to %d KB, and review.inline_kb is %d: where pictures are larger, raise it, "
+            "now or when the run stops at them, or keep the run in S3 from the start (--store s3://bucket/prefix)",
+            largest,
+            limit,
+        )
+
+
+def _most_bytes(channels: int, height: int, width: int) -> int:
+    """Return an upper bound of a picture's PNG: uncompressed."""
+    return channels * height * width + height + PNG_OVERHEAD_BYTES
 
 
 def digest(key: str, data: Mapping[str, object], secret: str) -> str:

@@ -9,6 +9,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,13 +18,13 @@ from label_studio_live import digits_gallery, pictures_address, review_run, sett
 from PIL import Image
 from s3_servers import one_loader, rclone_server
 
-from defuse_core.config import ReviewSection
+from defuse_core.config import ReviewSection, RunFile
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.tasks import ReviewTasks, bucket_storage, png
-from services.settings import BucketAccess
+from services.settings import BucketAccess, read_settings
 from services.storage import open_store
 from tests.ports import free_port
 from tests.waiting import wait_until
@@ -226,6 +227,24 @@ def test_the_first_picture_that_is_too_large_is_found_by_its_file(tmp_path, chan
     images[1, 1:] = np.random.default_rng(0).random(images[1, 1:].shape)
     assert tasks.first_in_bucket() == (1, 1)
     assert roomy.first_in_bucket() is None
+
+
+@pytest.mark.parametrize(
+    ("size", "inline_kb", "warns"), [(224, 64, True), (224, 150, False), (128, 64, False)]
+)
+def test_a_run_warns_at_its_start_of_pictures_that_may_be_too_large_for_their_tasks(
+    tmp_path, monkeypatch, caplog, size, inline_kb, warns
+):
+    monkeypatch.setattr(LabelStudioAnnotators, "client", SimpleNamespace(check_access=lambda: None))
+    spec = RunFile.model_validate(
+        {
+            "data": {"name": "folder", "root": tmp_path, "image_size": size, "channels": 3},
+            "vae": {"architecture": "convolutional"},
+            "review": {"annotators": "label-studio", "inline_kb": inline_kb},
+        }
+    )
+    LabelStudioAnnotators(Run.start(FolderStore(tmp_path), "large", spec), read_settings())
+    assert (f"up to 149 KB, and review.inline_kb is {inline_kb}" in caplog.text) is warns
 
 
 def test_a_picture_of_exactly_the_bound_is_inline(tmp_path):
