@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -21,7 +20,6 @@ from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
 from services.labeling.api_types import (
-    BucketStorage,
     PreselectedAnswer,
     Project,
     ProjectSettings,
@@ -29,20 +27,25 @@ from services.labeling.api_types import (
     TaskImport,
 )
 from services.labeling.client import LabelStudioClient, RejectedRequestError
-from services.labeling.interface import instructions, interface_edit, label_config
-from services.labeling.state import ProjectState, new_mark, new_secret, read_state, update_state
+from services.labeling.interface import interface_edit
+from services.labeling.state import (
+    STATE_KEY,
+    ProjectState,
+    new_mark,
+    new_secret,
+    read_state,
+    set_aside,
+    update_state,
+)
 from services.labeling.tasks import (
-    PRELABEL_MODEL,
     PresentTasks,
     ReviewTasks,
     batches,
-    bucket_storage,
     is_edited,
+    pictures_storage,
+    project_settings,
 )
 from services.settings import BucketAccess
-
-if TYPE_CHECKING:
-    from services.storage.s3 import S3Store
 
 log = logging.getLogger("defuse")
 
@@ -79,7 +82,8 @@ class ReviewProject:
 
     def push(self) -> ProjectState:
         """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
-        storage = self._bucket_storage()
+        pushed = self.state.number if self.state.pushed else None
+        storage = pictures_storage(self.tasks, self.run.name, self.access, pushed)
         self._update_state(lambda known: known)  # stores the mark, before a project bears it
         project = self.find()
         if project is None:
@@ -89,14 +93,11 @@ class ReviewProject:
                     f"answers; `defuse review reopen {self.run.name} --discard` deletes the votes, to ask people again"
                 )
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
-                log.warning(
-                    "project %d is gone from %s; creating another", self.state.project, self.client.address
-                )
+                kept = set_aside(self.run.store, self.state, STATE_KEY, AUTHORS_KEY)
+                log.warning("project %d is gone; creating another (kept: %s)", self.state.project, kept)
                 self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
-                same = self.state.address == self.client.address  # else user ids are of other people
-                people = self.state.people if same else {}
                 self._update_state(
-                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=people)
+                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
                 )
             project = self.create()
         number = project.id
@@ -132,24 +133,17 @@ class ReviewProject:
                     raise InputError(self._edited(task))
                 missing[index] = False
             yield task
+        if missing.any() and not self.state.pushed:
+            raise InputError(
+                f"project {self.state.number} has {len(self.tasks) - missing.sum()} of {len(self.tasks)} tasks: its "
+                f"push is under way or was interrupted; `defuse review push {self.run.name}` completes it"
+            )
         if missing.any():
             raise InputError(self._deleted(np.flatnonzero(missing).tolist()))
 
     def settings(self) -> ProjectSettings:
         """Return the settings that the project should have."""
-        review, classes = self.run.spec.review, self.tasks.gallery.classes
-        return ProjectSettings(
-            title=f"Defuse {self.run.name}"[:50],
-            description=f"Made by Defuse for its run {self.run.name}. Leave this mark: {self.state.mark}",
-            label_config=label_config(review.form, classes),
-            expert_instruction=instructions(review.form, classes),
-            show_instruction=True,
-            show_skip_button=False,  # none-of-the-above is the answer to give
-            maximum_annotations=self.tasks.first_answers,
-            sampling="Sequential sampling",
-            show_collab_predictions=review.prelabel,
-            model_version=PRELABEL_MODEL if review.prelabel else "",
-        )
+        return project_settings(self.tasks, self.run.name, self.state.mark)
 
     def find(self) -> Project | None:
         """Return the run's project; None if there is none yet, or if it is lost and to be replaced."""
@@ -157,31 +151,39 @@ class ReviewProject:
         if state.project is None:
             return next(iter(self.client.find_projects(state.mark)), None)
         project = self.client.project(state.project)
-        if project is None:
-            self._expect_its_organization()
         if project is not None and state.mark in project.settings.description:
             return project
+        elsewhere = state.address != self.client.address
+        if renumbered := next(iter(self.client.find_projects(state.mark)), None):
+            log.warning("project %d is now project %d, by its mark", state.project, renumbered.id)
+            people = {} if elsewhere else state.people  # user ids are of other people
+            self._update_state(lambda known: replace(known, project=renumbered.id, people=people))
+            return renumbered
+        if project is None:
+            self._expect_its_organization()
         if project is not None and self.repair and self._holds_our_tasks(project):
             self.client.update_project(project.id, description=self.settings().description)
             log.warning(
                 "project %d: put the mark of run %s back into its description", project.id, self.run.name
             )
             return project
-        if self.repair:
+        if self.repair and not elsewhere:
             return None
         another = f"{self.repair_command} creates another"
+        if elsewhere:  # more likely a wrong address than a server that is gone, and its answers with it
+            another = f"to begin anew here, rename {STATE_KEY} and {AUTHORS_KEY} in {self.run.store.address}"
         if self.is_closed:
             another = f"the stored votes of run {self.run.name} hold the answers that it had"
         if project is None:
             cause = f"was deleted from {self.client.address}, its answers with it"
-            if state.address != self.client.address:
+            if elsewhere:
                 cause = f"is not at {self.client.address} but {state.address}; correct LABEL_STUDIO_URL"
             raise InputError(f"project {state.project} {cause}; {another}")
         raise InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
             f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
-            f"tasks{'' if self.is_closed else ', and otherwise create another'}"
+            f"tasks; else {another}"
         )
 
     def _expect_its_organization(self) -> None:
@@ -196,6 +198,13 @@ class ReviewProject:
 
     def create(self) -> Project:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
+        if others := self.client.find_projects(f"its run {self.run.name}. Leave this mark"):
+            log.warning(
+                "project %s at %s is of another run called %s, or was replaced: archive it, or people may answer there",
+                ", ".join(str(project.id) for project in others),
+                self.client.address,
+                self.run.name,
+            )
         for attempt in _attempts():
             with attempt:
                 again = attempt.retry_state.attempt_number > 1
@@ -280,10 +289,11 @@ class ReviewProject:
 
     def _holds_our_tasks(self, project: Project) -> bool:
         """Whether the project bears no other run's mark and has a task of this review."""
-        if re.search(r"defuse-[0-9a-f]{16}", project.settings.description):
-            return False
+        has_mark = re.search(r"defuse-[0-9a-f]{16}", project.settings.description)
         found = ((self.tasks.index_of(task.key), task) for task in self.client.tasks(project.id))
-        return any(i is not None and task.digest == self._task(i)["meta"]["digest"] for i, task in found)
+        return not has_mark and any(
+            i is not None and task.digest == self._task(i)["meta"]["digest"] for i, task in found
+        )
 
     def _check_settings(self, project: Project) -> None:
         """Log once what someone changed in the project. Raises InputError where its answers would be misread."""
@@ -365,23 +375,6 @@ class ReviewProject:
             if found[name] != wanted[name]:
                 self.client.update_project(project.id, **{name: wanted[name]})
                 log.warning("project %d: reset %s from %s to %s", project.id, name, found[name], wanted[name])
-
-    def _bucket_storage(self) -> BucketStorage | None:
-        """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
-
-        The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
-        """
-        place = self.tasks.first_in_bucket()
-        if place is None:
-            return None
-        store = self.run.store
-        if not store.address.startswith("s3://") and self.state.pushed:
-            log.warning(
-                "project %d shows pictures from the bucket that the run was pushed from", self.state.number
-            )
-            return None
-        self.tasks.picture(*place)  # raises InputError for a run that is not in S3
-        return bucket_storage(cast("S3Store", store), f"Pictures of {self.run.name}", self.access)
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)

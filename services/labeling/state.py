@@ -108,6 +108,18 @@ def write_state(store: Store, state: ProjectState) -> None:
     store.write(STATE_KEY, json.dumps(asdict(state), indent=1).encode())
 
 
+def set_aside(store: Store, state: ProjectState, *keys: str) -> str:
+    """Copy these files, of a project that is lost, to names of its own, and return the first: its answers may be back.
+
+    Copied back they are those of that project again.
+    """
+    own = {key: key.replace(".json", f"-{state.project}-{state.mark[-4:]}.json") for key in keys}
+    for key in keys:
+        if store.exists(key):
+            store.write(own[key], store.read(key))
+    return own[keys[0]]
+
+
 def _stored_state(store: Store) -> ProjectState | None:
     try:
         data = store.read(STATE_KEY)

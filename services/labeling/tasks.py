@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -32,12 +32,13 @@ from services.labeling.api_types import (
     PageData,
     PageSample,
     PreselectedAnswer,
+    ProjectSettings,
     Task,
     TaskImport,
     TaskMeta,
     choice_result,
 )
-from services.labeling.interface import LABEL, choice_names
+from services.labeling.interface import LABEL, choice_names, instructions, label_config
 from services.settings import BucketAccess
 
 if TYPE_CHECKING:
@@ -247,6 +248,41 @@ class PresentTasks:
             return 0  # annotations.py reads two answered ones as one
         self.ids[index], self.answered[index] = task.id, bool(task.annotations)
         return first
+
+
+def project_settings(tasks: ReviewTasks, run: str, mark: str) -> ProjectSettings:
+    """Return the settings that the project of a run should have; it is known by its mark."""
+    review, classes = tasks.review, tasks.gallery.classes
+    return ProjectSettings(
+        title=f"Defuse {run}"[:50],
+        description=f"Made by Defuse for its run {run}. Leave this mark: {mark}",
+        label_config=label_config(review.form, classes),
+        expert_instruction=instructions(review.form, classes),
+        show_instruction=True,
+        show_skip_button=False,  # none-of-the-above is the answer to give
+        maximum_annotations=tasks.first_answers,
+        sampling="Sequential sampling",
+        show_collab_predictions=review.prelabel,
+        model_version=PRELABEL_MODEL if review.prelabel else "",
+    )
+
+
+def pictures_storage(
+    tasks: ReviewTasks, run: str, access: BucketAccess, pushed: int | None
+) -> BucketStorage | None:
+    """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
+
+    The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
+    `pushed` is the number of the project, once it has all tasks.
+    """
+    place, store = tasks.first_in_bucket(), tasks.store
+    if place is None:
+        return None
+    if not store.address.startswith("s3://") and pushed is not None:
+        log.warning("project %d shows pictures from the bucket that the run was pushed from", pushed)
+        return None
+    tasks.picture(*place)  # raises InputError for a run that is not in S3
+    return bucket_storage(cast("S3Store", store), f"Pictures of {run}", access)
 
 
 def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketStorage:

@@ -16,7 +16,6 @@ from proxy import Reply
 
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from services.labeling import tasks
-from services.labeling.project import ReviewProject
 from services.labeling.state import write_state
 from services.labeling.tasks import ReviewTasks, digest
 
@@ -57,11 +56,11 @@ def test_what_other_commands_store_while_a_push_begins_is_kept(make_review, monk
     review = make_review()
     review.annotators.push(review.gallery)
 
-    def meanwhile(project):  # which tries a bucket's credentials, for seconds
+    def meanwhile(*_):  # which tries a bucket's credentials, for seconds
         state = replace(review.state, simulated=True).with_annotators([7])
         write_state(review.run.store, state)
 
-    monkeypatch.setattr(ReviewProject, "_bucket_storage", meanwhile)
+    monkeypatch.setattr("services.labeling.project.pictures_storage", meanwhile)
     assert review.annotators.push(review.gallery) == review.state
     assert review.state.simulated and review.state.people == {"7": 1}
 
@@ -277,6 +276,7 @@ def test_a_project_of_the_same_number_on_another_server_is_not_taken_for_the_run
     review, other = make_review(), make_review()
     review.annotators.push(review.gallery)
     record = other.annotators.push(other.gallery)
+    other.api._sdk.projects.delete(id=record.number)
     text = other.run.store.read("labeling.json").decode()
     other.run.store.write(
         "labeling.json", re.sub(r'"project": \d+', f'"project": {review.state.number}', text).encode()
@@ -358,7 +358,7 @@ def test_a_project_whose_mark_was_lost_is_kept_with_its_answers(make_review, acc
 def test_a_project_with_the_tasks_of_another_run_is_not_taken_over_by_a_repair(make_review):
     review, other = make_review(), make_review(gallery=digits_gallery(labels=(8, 3, 0, 2)))
     number = review.annotators.push(review.gallery).number
-    other.annotators.push(other.gallery)
+    other.api._sdk.projects.delete(id=other.annotators.push(other.gallery).number)
     text = other.run.store.read("labeling.json").decode()
     other.run.store.write("labeling.json", re.sub(r'"project": \d+', f'"project": {number}', text).encode())
     assert other.annotators.push(other.gallery, repair=True).number != number

@@ -18,6 +18,7 @@ from defuse_core.store import FolderStore
 from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import choice_result
+from services.labeling.client import LabelStudioClient
 from services.labeling.project import ReviewProject
 from services.labeling.simulate import AnnotatorAccount
 from services.labeling.state import update_state, write_state
@@ -43,13 +44,61 @@ def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review,
     assert len(review.api.find_projects("")) == before + 1
 
 
+def test_tasks_of_a_push_that_was_interrupted_are_not_said_to_be_deleted(make_review, monkeypatch):
+    review = make_review()
+    monkeypatch.setattr("services.labeling.tasks.BATCH_TASKS", 5)
+    send, sent = LabelStudioClient.import_tasks, []
+
+    def once(*args):
+        if sent:
+            raise KeyboardInterrupt
+        sent.append(send(*args))
+
+    monkeypatch.setattr(LabelStudioClient, "import_tasks", once)
+    with pytest.raises(KeyboardInterrupt):
+        review.annotators.push(review.gallery)
+    with pytest.raises(
+        InputError, match=r"has 5 of 12 tasks: its push .* `defuse review push run\d+` completes"
+    ):
+        review.annotators.status(review.gallery)
+
+
+def test_another_project_for_a_run_of_the_same_name_is_named(make_review, caplog):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    assert "is of another run" not in caplog.text
+    review.run.store.delete("labeling.json")  # as of a run that was deleted, or one in another store
+    assert review.annotators.push(review.gallery).number != number
+    assert (
+        f"project {number} at {review.api.address} is of another run called {review.run.name}" in caplog.text
+    )
+    review.api._sdk.projects.delete(id=number)
+
+
 def test_a_replaced_project_keeps_the_numbers_of_annotators(make_review):
     review = make_review()
     first = review.annotators.push(review.gallery)
     update_state(review.run.store, first, lambda known: known.with_annotators([70, 50]))
+    store, stored = review.run.store, review.run.store.read("labeling.json")
+    store.write(AUTHORS_KEY, b'{"70": [1]}')
     review.api._sdk.projects.delete(id=first.number)
     second = review.annotators.push(review.gallery, repair=True)
     assert second.mark != first.mark and second.people == {"70": 1, "50": 2}
+    assert read_authors(store) == {}
+    own = f"-{first.number}-{first.mark[-4:]}.json"
+    assert store.read(f"labeling{own}") == stored
+    assert store.read(f"annotation_authors{own}") == b'{"70": [1]}'
+
+
+def test_a_project_that_has_another_number_now_is_found_by_its_mark(make_review, accounts, caplog):
+    """As one that was imported again from an export."""
+    review = make_review(answers_per_task=1)
+    pushed = review.annotators.push(review.gallery)
+    accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
+    write_state(review.run.store, replace(pushed, project=10**6))
+    assert review.annotators.status(review.gallery)[0].given == 1
+    assert f"project 1000000 is now project {pushed.number}" in caplog.text
+    assert review.annotators.push(review.gallery).number == pushed.number
 
 
 def test_a_project_on_another_server_begins_without_the_annotators_and_authors_of_the_lost_one(
@@ -61,6 +110,12 @@ def test_a_project_on_another_server_begins_without_the_annotators_and_authors_o
     update_state(store, first, lambda known: known.with_annotators([70]))
     store.write(AUTHORS_KEY, b'{"70": [1]}')
     review.api._sdk.projects.delete(id=first.number)
+    before = store.read("labeling.json")
+    with pytest.raises(InputError, match=r"to begin anew here, rename labeling\.json and annotation_authors"):
+        review.through(proxy.address).push(review.gallery, repair=True)
+    assert store.read("labeling.json") == before
+    store.delete("labeling.json")
+    store.delete(AUTHORS_KEY)
     second = review.through(proxy.address).push(review.gallery, repair=True)
     assert second.address == proxy.address and second.people == {} and read_authors(store) == {}
 
@@ -158,7 +213,7 @@ def test_a_project_with_another_runs_mark_is_not_taken_over_although_it_shows_th
     for one in (review, other):
         write_state(one.run.store, replace(one.state, secret="shared"))
     number = review.annotators.push(review.gallery).number
-    write_state(other.run.store, replace(other.state, project=number))
+    write_state(other.run.store, replace(other.state, project=number, address=review.api.address))
     assert other.annotators.push(other.gallery, repair=True).number != number
     assert review.state.mark in review.api.project(number).settings.description
 
@@ -167,7 +222,7 @@ def test_a_project_without_a_mark_is_taken_over_only_with_this_runs_own_tasks(ma
     review, other = make_review(), make_review(gallery=digits_gallery(labels=(8, 3, 0, 2)))
     number = review.annotators.push(review.gallery).number
     review.api.update_project(number, description="our digits")
-    write_state(other.run.store, replace(other.state, project=number))
+    write_state(other.run.store, replace(other.state, project=number, address=review.api.address))
     assert other.annotators.push(other.gallery, repair=True).number != number
     assert review.annotators.push(review.gallery, repair=True).number == number
 
