@@ -20,6 +20,7 @@ import httpx
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
 from services.labeling.api_types import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.labeling.tokens import RenewedToken
 from services.settings import fits_a_header, proxy_for
 
 try:
@@ -71,6 +72,7 @@ class LabelStudioClient:
         # without the slash the token would be sent to the path above a prefix
         if tokens := self._sdk._client_wrapper._tokens_client:
             tokens._base_url = f"{self.address}/"
+            self._sdk._client_wrapper.httpx_client.httpx_client.auth = RenewedToken(tokens)
 
     def check_access(self) -> None:
         """Request the account of the token: the cheapest request that needs the right address and a valid token."""
@@ -363,9 +365,10 @@ def _status_error(address: str, status: int, body: Any) -> DefuseError:
             f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to the final address"
         )
     elif not is_json(body):
-        return InputError(
-            f"{address} answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
-        )
+        page = f"answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
+        if status == 413:
+            page = "is behind a proxy that refuses 8 MB (413); raise its limit (nginx: client_max_body_size)"
+        return InputError(f"{address} {page}")
     else:
         problem = f"did not accept the request ({status}): {_detail(body)}"
     kind = RejectedRequestError if status == 400 else ServiceError

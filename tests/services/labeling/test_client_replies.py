@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
+import jwt
 import pytest
 from proxy import Proxy, Reply
 
@@ -98,6 +101,35 @@ def test_only_a_deletion_of_what_is_gone_is_no_error(proxy, client, delete):
     proxy.answer(Reply(500))
     with pytest.raises(ServiceError, match=r"failed \(500\)"):
         delete(client, 5)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_access_token_that_the_server_takes_no_more_is_renewed_once(ends):
+    """As the last one of its five minutes, or by a clock that is ahead of this machine's."""
+    made: list[str] = []
+
+    def token(kind: str) -> str:
+        return jwt.encode({"exp": time.time() + 3600, "token_type": kind, "n": len(made)}, "k" * 32)
+
+    def serve(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/api/token/refresh/":
+            made.append(token("access"))
+            return httpx.Response(200, json={"access": made[-1]})
+        valid = not ends and len(made) > 1 and request.headers["Authorization"] == f"Bearer {made[-1]}"
+        account = {"id": 1, "email": "ana@example.org", "active_organization": 7}
+        return httpx.Response(200, json=account) if valid else httpx.Response(401, json={"detail": "expired"})
+
+    client = LabelStudioClient("http://labels", token("refresh"))
+    client._sdk._client_wrapper.httpx_client.httpx_client._transport = httpx.MockTransport(serve)
+    with pytest.raises(InputError, match="rejects the token") if ends else contextlib.nullcontext():
+        assert client.organization() == 7
+    assert len(made) == 2
+
+
+def test_a_proxy_that_refuses_large_requests_is_not_taken_for_a_wrong_address(proxy, client):
+    proxy.answer(Reply(413, "<html>413 Request Entity Too Large</html>", "text/html"))
+    with pytest.raises(InputError, match=r"\(413\); raise its limit"):
+        client.import_tasks(1, [{"data": {}}])
 
 
 def test_a_project_is_gone_only_where_label_studio_says_so(proxy, client):
