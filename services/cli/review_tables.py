@@ -33,6 +33,7 @@ class ScenarioSummary:
     label: str | None  # the class of an accepted scenario
     reason: str
     decided: bool  # no further answer is asked for
+    final: bool  # nor can answers to other scenarios change the verdict
     missing: int  # answers
 
 
@@ -65,7 +66,7 @@ def summarize_result(
     unknown: str | None,
 ) -> ReviewSummary:
     """Return the summary of a review whose votes are stored; `changes` as for print_closed."""
-    counts = _answers_by_annotator(votes)
+    counts, every = _answers_by_annotator(votes), [True] * len(gallery)
     return ReviewSummary(
         run=name,
         closed=True,
@@ -73,7 +74,7 @@ def summarize_result(
         wanted=0,
         annotators=dict(counts),
         agreement=_mean_agreement(verdicts),
-        scenarios=_scenarios(gallery, verdicts, [True] * len(gallery), [0] * len(gallery)),
+        scenarios=_scenarios(gallery, verdicts, every, every, [0] * len(gallery)),
         changes={} if changes is None else asdict(changes),
         problem=unknown,
     )
@@ -98,14 +99,24 @@ def summarize_status(name: str, status: ReviewStatus, task_url: Callable[[int], 
         wanted=status.outstanding,
         annotators=status.per_annotator(),
         agreement=_mean_agreement(verdicts),
-        scenarios=_scenarios(status.tasks.gallery, verdicts, status.decided.tolist(), missing.tolist()),
+        scenarios=_scenarios(
+            status.tasks.gallery,
+            verdicts,
+            status.decided.tolist(),
+            (status.decided & ~status.provisional).tolist(),
+            missing.tolist(),
+        ),
         not_counted=len(status.pulled.discarded),
         skipped=tuple(task_url(skip.task) for skip in status.blocking_skips()),
     )
 
 
 def _scenarios(
-    gallery: Gallery, verdicts: Verdicts, decided: Sequence[bool], missing: Sequence[int]
+    gallery: Gallery,
+    verdicts: Verdicts,
+    decided: Sequence[bool],
+    final: Sequence[bool],
+    missing: Sequence[int],
 ) -> tuple[ScenarioSummary, ...]:
     accepted = set(verdicts.accepted.tolist())
     return tuple(
@@ -115,6 +126,7 @@ def _scenarios(
             label=gallery.classes[verdicts.labels[scenario]] if scenario in accepted else None,
             reason=reason,
             decided=decided[scenario],
+            final=final[scenario],
             missing=missing[scenario],
         )
         for scenario, reason in enumerate(verdicts.reasons)
@@ -191,6 +203,8 @@ def _scenario_table(status: ReviewStatus) -> Table:
         state = "open"
         if decided:
             state = "overridden" if status.overridden[scenario] else reasons[scenario]
+        if status.provisional[scenario]:
+            state = f"its answers are in; so far {state}"
         missing = int(status.missing_per_task[scenario].sum())
         table.add_row(*_scenario_cells(gallery, scenario, f"{missing:,}"), state)
     return table

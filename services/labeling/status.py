@@ -67,6 +67,17 @@ class ReviewStatus:
         return complete | self.overridden | self.final
 
     @property
+    def provisional(self) -> Bool:
+        """(S,) whether nobody is asked further, and answers to other scenarios can still change the verdict.
+
+        A false discovery rate is over all scenarios, and CROWDLAB's weights follow from all answers.
+        """
+        review = self.tasks.review
+        by_itself = review.accept == "share" and review.consensus == "majority"
+        open_ones: Bool = self.decided & ~self.overridden & ~self.final
+        return open_ones & (not by_itself and self.outstanding > 0)
+
+    @property
     def requested(self) -> int:
         """Number of answers requested in all, one per task and annotator."""
         return len(self.tasks) * self.tasks.review.answers_per_task

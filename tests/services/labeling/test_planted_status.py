@@ -13,7 +13,7 @@ from planted_review import IMAGES, annotation, blank_review, task_of
 from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override
-from services.cli.review_tables import print_status
+from services.cli.review_tables import print_status, summarize_status
 from services.labeling.annotations import read_annotations
 from services.labeling.annotators import AnswerChanges, answer_changes
 from services.labeling.api_types import choice_result
@@ -96,6 +96,26 @@ def test_pages_give_every_image_the_label_that_was_given_to_it(tmp_path):
     shown = np.full((2, IMAGES), -9)
     shown[status.votes.scenario, status.votes.image] = status.votes.answer
     np.testing.assert_array_equal(shown, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "provisional"),
+    [({}, True), ({"accept": "share"}, False), ({"accept": "share", "consensus": "crowdlab"}, True)],
+)
+def test_a_verdict_that_answers_to_other_scenarios_can_change_is_said_to_be_so_far(
+    tmp_path, fields, provisional
+):
+    fields = {"accept": "lower-bound", "answers_per_task": 1, "form": "scenario", **fields}
+    _, tasks = blank_review(tmp_path, 6, **fields)
+    found = [task_of(tasks, index, annotation(index, 1, target="page")) for index in range(6)]
+    status = status_of(tasks, found[:2], overridden=[1])
+    shown = io.StringIO()
+    print_status(status, Console(file=shown, width=200))
+    assert status.provisional.tolist() == [provisional, *[False] * 5]
+    assert shown.getvalue().count("its answers are in; so far ") == provisional
+    summary = summarize_status("mine", status, str).scenarios
+    assert [one.final for one in summary] == [not provisional, True, *[False] * 4]
+    assert not status_of(tasks, found).provisional.any()
 
 
 def test_an_answer_for_a_page_is_counted_and_missed_once_and_not_for_each_of_its_images(tmp_path):

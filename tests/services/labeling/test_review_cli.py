@@ -83,6 +83,7 @@ def test_push_names_the_address_and_status_the_answers_so_far(cli, make_review, 
         "label": "8",
         "reason": reason,
         "decided": True,
+        "final": True,
         "missing": 0,
     }
     assert (last["accepted"], last["label"], last["decided"], last["missing"]) == (False, None, False, 9)
