@@ -264,7 +264,7 @@ def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str],
         console.print(
             f"{len(skips)} skipped or not readable, in tasks that lack answers. Label Studio does not hand these out "
             f"to the same people again: let others answer, or `defuse review push {name} --repair` deletes the "
-            "skips and the unreadable answers.",
+            "skips and the unreadable answers (end a waiting `defuse run --wait` first; nothing is lost).",
             soft_wrap=True,
         )
 

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("defuse")
 Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
+RENEWAL_S = (
+    3600  # after which a push gives Label Studio this process's credentials again, which may have changed
+)
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -154,11 +157,13 @@ class LabelStudioAnnotators:
 
         A server that cannot be reached for a while is waited for.
         """
-        pause_s, is_out = self.first_pause_s, False
+        pause_s, is_out, pushed_s = self.first_pause_s, False, monotonic()
         while True:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
+                if self.settings.label_studio_s3.share_own and monotonic() - pushed_s > RENEWAL_S:
+                    state, pushed_s = self.push(gallery), monotonic()
                 status, state = self._pull(gallery, state)
             except ServiceError as failure:
                 log.warning("review: %s", failure)
