@@ -79,6 +79,31 @@ def override_verdict(
     )
 
 
+def withdraw_decisions(run: Run, scenario: int, *, redo: bool = False) -> str:
+    """Delete the decisions on `scenario`, so that the vote decides; return a sentence about it.
+
+    Raises InputError where there is none, and like override_verdict if the run already has verdicts.
+    """
+    found = {key: _read_override(run.store, key) for key in run.store.list(OVERRIDES)}
+    keys = [key for key, entry in found.items() if entry is not None and entry.scenario == scenario]
+    if not keys:
+        raise InputError(f"scenario {scenario}: nobody has decided above its vote in run {run.name}")
+    if run.load(Verdicts) is None:
+        _delete(run.store, keys)
+    elif redo:
+        with run.store.lock():
+            _delete_artefacts(run, FROM_VERDICTS)
+            _delete(run.store, keys)
+    else:
+        raise InputError(_judged_message(run))
+    return f"the vote decides about scenario {scenario}"
+
+
+def _delete(store: Store, keys: list[str]) -> None:
+    for key in keys:
+        store.delete(key)
+
+
 def class_index(label: str, classes: tuple[str, ...]) -> int:
     """Return the class called `label`, or else of that index. Raises InputError."""
     if label in classes:
@@ -101,7 +126,7 @@ def _store(run: Run, entry: Override) -> str:
 def _judged_message(run: Run) -> str:
     return (
         f"run {run.name} has its verdicts already, and maybe a corrected model; --redo deletes these, and "
-        "`defuse run` makes them again with this decision"
+        "`defuse run` makes them again with this change"
     )
 
 

@@ -172,7 +172,8 @@ def _later_answers(
     "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, callback=given, help="The reason, which the report shows.")
+@click.option("--vote", is_flag=True, help="Delete such decisions on the scenario: the vote decides again.")
+@click.option("--reason", callback=given, help="The reason, which the report shows; not with --vote.")
 @click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
 @click.option("--redo", is_flag=True, help="Delete the verdicts and corrections that exist already.")
 def set_(
@@ -181,7 +182,8 @@ def set_(
     store: str,
     label: str | None,
     reject: bool,
-    reason: str,
+    vote: bool,
+    reason: str | None,
     author: str | None,
     redo: bool,
 ) -> None:
@@ -190,17 +192,22 @@ def set_(
     \b
     defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
     defuse review set digits 5 --reject --reason "not digits at all"
+    defuse review set digits 5 --vote
     """
-    from defuse_core.review.overrides import override_verdict
+    from defuse_core.review.overrides import override_verdict, withdraw_decisions
 
-    if reject == (label is not None):
-        raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
+    if (label is not None) + reject + vote != 1:
+        raise click.UsageError("give either --label NAME_OR_INDEX, --reject or --vote")
+    if vote != (reason is None):
+        raise click.UsageError("--label and --reject need a --reason, and --vote takes none")
     if _is_of_traffic(name):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
     opened, _ = _open(name, store)
-    decision = override_verdict(
-        opened, scenario, label, author=author or local_user("--author"), reason=reason, redo=redo
-    )
+    if reason is None:
+        decision = withdraw_decisions(opened, scenario, redo=redo)
+    else:
+        author = author or local_user("--author")
+        decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo)
     click.echo(f"{decision}; `defuse run` continues with it")
 
 
