@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -17,7 +18,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from time import monotonic, sleep
@@ -42,6 +43,7 @@ class LocalServer:
     username: str
     password: str = field(repr=False)
     token: str = field(repr=False)
+    host: str = ""  # the machine that it was started on; empty once it was stopped
 
     def is_healthy(self) -> bool:
         """Whether it runs and reports that it is healthy."""
@@ -83,9 +85,19 @@ class Installation:
 
     def write_server(self, server: LocalServer) -> None:
         """Store address, login and token so that only this user can read them."""
-        target = self.folder / "server.json"
-        with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
+        target, new = self.folder / "server.json", self.folder / "server.json.new"
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
             json.dump(asdict(server), handle)
+        new.replace(target)  # the only copy of the login is never half written
+
+    def expect_this_machine(self, server: LocalServer | None) -> None:
+        """Raise InputError for a server of another machine that shares the folder: SQLite bears one at a time."""
+        if server is not None and server.host not in ("", platform.node()):
+            raise InputError(
+                f"Label Studio in {self.folder} was started on {server.host}: end it there (`defuse label-studio "
+                f"down`), or set DEFUSE_CACHE to a folder of this machine; if it runs nowhere, make `host` in "
+                "server.json empty"
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -144,6 +156,7 @@ def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -
             running = known.pid  # an `up` that was killed may have left it starting
             _wait_until_healthy(known, lambda: not _is_label_studio(running), installation.log, report)
             return known
+        installation.expect_this_machine(known)
         report("starting Label Studio: some seconds, or about half a minute the first time")
         return start(installation, port, known, report)
 
@@ -183,7 +196,7 @@ def start(
             stderr=log,
             start_new_session=True,
         )
-    server = LocalServer(address, port, process.pid, USERNAME, password, token)
+    server = LocalServer(address, port, process.pid, USERNAME, password, token, platform.node())
     try:
         installation.write_server(server)
         _wait_until_healthy(server, lambda: process.poll() is not None, installation.log, report)
@@ -199,8 +212,10 @@ def down(cache: Path) -> bool:
     with installation.lock():
         server = installation.read_server()
         if server is None or not _is_label_studio(server.pid):
+            installation.expect_this_machine(server)
             return False
         stop(server)
+        installation.write_server(replace(server, host=""))
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import stat
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from services.labeling.local_server import (
     Installation,
     LocalServer,
     _environment,
+    down,
     install,
     running_server,
+    up,
 )
 from services.labeling.simulate import simulate
 from services.labeling.state import read_state, write_state
@@ -52,6 +55,32 @@ def test_the_login_is_readable_by_its_user_alone_and_another_file_is_no_server(h
     assert stat.S_IMODE((home.folder / "server.json").stat().st_mode) == 0o600
     (home.folder / "server.json").write_text("{}")
     assert home.read_server() is None
+
+
+def test_a_login_that_cannot_be_written_leaves_the_one_that_is_there(home, monkeypatch):
+    home.write_server(SERVER)
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("services.labeling.local_server.json.dump", full)
+    with pytest.raises(OSError, match="no space"):
+        home.write_server(replace(SERVER, port=2))
+    assert home.read_server() == SERVER
+
+
+@pytest.mark.parametrize("command", [up, down])
+def test_a_server_that_another_machine_started_in_a_shared_folder_is_neither_started_nor_taken_for_stopped(
+    home, tmp_path, monkeypatch, command
+):
+    (home.env / ".installed").write_text(VERSIONS)
+    monkeypatch.setattr("services.labeling.local_server.start", lambda *_: SERVER)
+    home.write_server(replace(SERVER, host="login-2"))
+    with pytest.raises(InputError, match="was started on login-2: end it there"):
+        command(tmp_path)
+    for host in ("", platform.node()):
+        home.write_server(replace(SERVER, host=host))
+        assert command(tmp_path) == (SERVER if command is up else False)
 
 
 def test_the_server_gets_the_address_of_the_bucket_and_no_credentials(home, monkeypatch):
