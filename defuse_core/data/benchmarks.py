@@ -5,7 +5,10 @@ German traffic signs (GTSRB) in torchvision's layout.
 from __future__ import annotations
 
 import csv
+import fcntl
 import gzip
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -30,6 +33,8 @@ from defuse_core.seeds import generator
 
 DIGITS = tuple(str(digit) for digit in range(10))
 DIGITS_TEST_SHARE = 0.3  # of scikit-learn's digits, which have no test set
+MNIST_LAYOUT = "MNIST's four IDX files in MNIST/raw"
+UNFINISHED_DOWNLOAD = ".download"  # folder in data.root
 
 
 def open_digits(data: DataSection, seed: int) -> Splits:
@@ -46,15 +51,43 @@ def _digits(channels: int, size: int) -> Images:
 
 def open_mnist(data: DataSection, seed: int) -> Splits:
     """Return MNIST: 28x28 pixels, padded with black where image_size is 32 (Appendix B.2), else resized."""
+    from torchvision.datasets import MNIST
+
     root = data_root(data)
+    if data.download:
+        files = [f"MNIST/raw/{name.removesuffix('.gz')}" for name, _ in MNIST.resources]
+        with reading(root, MNIST_LAYOUT, True):
+            _download(root, files, lambda folder: MNIST(folder, download=True))
     return divided(Splits(_mnist(root, True, data), None, _mnist(root, False, data), DIGITS), data, seed)
+
+
+def _download(root: Path, wanted: list[str], download: Callable[[Path], object]) -> None:
+    """Put files and folders that `root` lacks there, by download(FOLDER): one process downloads, and others wait.
+
+    They are moved to their places whole, so a download that is killed leaves nothing that a later one takes for all.
+    """
+    if all((root / each).exists() for each in wanted):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f"{UNFINISHED_DOWNLOAD}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [each for each in wanted if not (root / each).exists()]
+        if not missing:
+            return
+        folder = root / UNFINISHED_DOWNLOAD
+        shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+        download(folder)
+        for each in missing:
+            (root / each).parent.mkdir(parents=True, exist_ok=True)
+            (folder / each).rename(root / each)
+        shutil.rmtree(folder)
 
 
 def _mnist(root: Path, train: bool, data: DataSection) -> Images:
     from torchvision.datasets import MNIST
 
-    with reading(root, "MNIST's four IDX files in MNIST/raw", data.download):
-        found = MNIST(root, train=train, download=data.download)
+    with reading(root, MNIST_LAYOUT, data.download):
+        found = MNIST(root, train=train)
         pixels, labels = found.data.numpy(), found.targets.numpy().astype(np.int64)
         images = Images(fit_pixels(padded(pixels, data.image_size), data.channels, data.image_size), labels)
     expect_labels(labels, 10, root / "MNIST")
@@ -93,8 +126,8 @@ def _svhn(root: Path, split: str, data: DataSection) -> Images:
 
     file = root / f"{split}_32x32.mat"
     with reading(root, f"SVHN's {file.name}", data.download):
-        if data.download and not file.exists():
-            SVHN(str(root), split=split, download=True)
+        if data.download:
+            _download(root, [file.name], lambda folder: SVHN(folder, split=split, download=True))
         found = loadmat(str(file), variable_names=["X", "y"])
         pixels = np.ascontiguousarray(found["X"].astype(np.uint8, casting="safe").transpose(3, 2, 0, 1))
         labels = found["y"].reshape(-1).astype(np.int64)
@@ -143,7 +176,9 @@ def _rows(package: str, path: str) -> U8:
     return rows
 
 
-SIGNS_LAYOUT = "the signs as gtsrb/GTSRB/Training, gtsrb/GTSRB/Final_Test/Images and gtsrb/GT-final_test.csv"
+TRAINING, TEST_IMAGES = "gtsrb/GTSRB/Training", "gtsrb/GTSRB/Final_Test/Images"
+TEST_TABLE = "gtsrb/GT-final_test.csv"
+SIGNS_LAYOUT = f"the signs as {TRAINING}, {TEST_IMAGES} and {TEST_TABLE}"
 
 SIGNS = (  # Figure 25
     "Speed limit (20km/h)",
@@ -223,9 +258,9 @@ def _signs_base(data: DataSection) -> Path:
     base = root / "gtsrb"
     if data.download:
         with reading(root, SIGNS_LAYOUT, True):
-            GTSRB(root, split="train", download=True)
-            GTSRB(root, split="test", download=True)
-    if not (base / "GTSRB" / "Training").is_dir():
+            _download(root, [TRAINING], lambda folder: GTSRB(folder, "train", download=True))
+            _download(root, [TEST_IMAGES, TEST_TABLE], lambda folder: GTSRB(folder, "test", download=True))
+    if not (root / TRAINING).is_dir():
         raise DataError(f"data.root: expected {SIGNS_LAYOUT} under {root}, found {_found_in(root)}")
     return base
 

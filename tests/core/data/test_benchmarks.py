@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -303,3 +307,75 @@ def break_signs(root: Path, how: str) -> None:
 def test_broken_signs_are_refused_in_one_line(tmp_path: Path, how: str, expected: str):
     break_signs(write_signs(tmp_path, {0: 1, 1: 1}), how)
     assert expected in error_of(section("signs", tmp_path))
+
+
+def serve_downloads(monkeypatch: pytest.MonkeyPatch, fetch: Callable[[Path, str], None]) -> None:
+    """Let torchvision download and unpack by fetch(FOLDER, FILE)."""
+    from torchvision.datasets import SVHN, gtsrb, svhn
+
+    def unpack(url: str, download_root: str, md5: str) -> None:
+        fetch(Path(download_root), url.rpartition("/")[2])
+
+    monkeypatch.setattr(gtsrb, "download_and_extract_archive", unpack)
+    monkeypatch.setattr(svhn, "download_url", lambda url, root, file, md5: fetch(Path(root), file))
+    monkeypatch.setattr(SVHN, "_check_integrity", lambda self: True)  # of the published files
+
+
+ARCHIVES = {
+    "GTSRB-Training_fixed.zip": "GTSRB/Training",
+    "GTSRB_Final_Test_Images.zip": "GTSRB/Final_Test",
+    "GTSRB_Final_Test_GT.zip": "GT-final_test.csv",
+}
+
+
+@pytest.mark.parametrize("name", ["signs", "svhn"])
+def test_a_download_that_is_killed_leaves_nothing_that_the_next_one_takes_for_all(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, root, fetched = tmp_path / "server", tmp_path / "root", list[str]()
+    server.mkdir()
+    published = write_svhn(server) if name == "svhn" else write_signs(server, {0: 2, 1: 2}) / "gtsrb"
+
+    def fetch(folder: Path, file: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        source, target = published / ARCHIVES.get(file, file), folder / ARCHIVES.get(file, file)
+        fetched.append(file)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            target.write_bytes(source.read_bytes()[: 10 if len(fetched) == 1 else None])
+        if len(fetched) == 1:  # half a file, or some of the files
+            for picture in sorted(folder.rglob("00001_*.ppm")):
+                picture.unlink()
+            raise KeyboardInterrupt
+
+    serve_downloads(monkeypatch, fetch)
+    data = section(name, root, download=True)
+    with pytest.raises(KeyboardInterrupt):
+        open_splits(data, 0)
+    expected = open_splits(section(name, server), 0)
+    assert open_splits(data, 0).fingerprint() == expected.fingerprint()
+    count = len(fetched)
+    assert open_splits(data, 0).counts() == expected.counts()
+    assert len(fetched) == count
+
+
+def test_of_several_that_open_images_at_once_one_downloads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, root, fetched = tmp_path / "server", tmp_path / "root", list[str]()
+    server.mkdir()
+    write_svhn(server)
+
+    def fetch(folder: Path, file: str) -> None:
+        fetched.append(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes((server / file).read_bytes()[:10])
+        time.sleep(0.2)
+        shutil.copy(server / file, folder / file)
+
+    serve_downloads(monkeypatch, fetch)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: open_splits(section("svhn", root, download=True), 0), range(3)))
+    assert [splits.counts() for splits in found] == [{"train": 30, "validation": 10, "test": 10}] * 3
+    assert sorted(fetched) == ["test_32x32.mat", "train_32x32.mat"]
