@@ -334,7 +334,7 @@ class S3Store:
             try:
                 return self._put(key, data, **condition)
             except aws.ClientError as error:
-                if status_of(error) in {409, 412} or code_of(error) == "NoSuchKey":
+                if status_of(error) in {409, 412} or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
                     return None
                 if status_of(error) != 501:
                     raise

@@ -157,6 +157,17 @@ def test_a_large_object_that_another_writer_replaced_meanwhile_is_dropped(store,
     assert store._put_if("a", b"12345", IfMatch=OLD) is None
 
 
+def test_a_large_object_is_stored_where_the_answer_to_its_completion_was_lost(store, server, aws):
+    """Asked again, some servers answer that there is no such upload."""
+    server.add_response("head_object", {"ETag": OLD}, AT)
+    sent_in_parts(server, aws)
+    server.add_response("head_object", {"ETag": OLD}, AT)
+    refuse(server, "complete_multipart_upload", 404, "NoSuchUpload", **COMPLETE, IfMatch=OLD)
+    refuse(server, "abort_multipart_upload", 404, "NoSuchUpload", UploadId="7")
+    aws.setattr(s3.S3Store, "read", lambda store, key: b"12345")
+    assert store._replace("a", b"12345", None)
+
+
 def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store, server, aws):
     sent_in_parts(server, aws)
     refuse(server, "complete_multipart_upload", 403, "AccessDenied", **COMPLETE)
