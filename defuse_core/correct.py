@@ -149,7 +149,7 @@ def require_progress(before: Weights, classifier: nn.Module, moments: Weights, l
     if finite and (changed or lam == 0):
         return
     what = "changed no weight" if finite else "overflowed"
-    raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}; choose a smaller λ")
+    raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}")
 
 
 def score(
@@ -324,7 +324,8 @@ def collect_sweep(
         log.warning("correct: the trial%s with λ = %g failed for good: %s", whose, each.lam, each.cause)
     if failures and not trials and not comparison:
         kind = ModelError if all(isinstance(e, ModelError) for e in failures.values()) else ComputeError
-        raise kind(f"correct: every trial{whose} failed; λ = {failed[0].lam:g}: {failed[0].cause}")
+        remedy = f"; {SMALLER_LAMBDAS}" if kind is ModelError else ""
+        raise kind(f"correct: every trial failed; λ = {failed[0].lam:g}: {failed[0].cause}{remedy}")
     for trial in trials:
         if not trial.done:
             raise ComputeError(

@@ -49,7 +49,9 @@ def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_pat
     assert [row.lam for row in sweep.rows] == [1.0]
     assert sweep.failed[0].lam == 1e39 and "diverged" in sweep.failed[0].cause
     spec = tiny(correct={"lambdas": [1e39], "epochs": 1})
-    with pytest.raises(ModelError, match=r"every trial failed; λ = 1e\+39: training .* diverged"):
+    with pytest.raises(
+        ModelError, match=r"every trial failed; λ = 1e\+39: training .* diverged: .*; add smaller values"
+    ):
         LocalCompute().sweeps(
             tiny_models, [SweepRequest(spec, fixes, None, FolderStore(tmp_path / "other"))]
         )[0]
@@ -339,7 +341,7 @@ def test_each_lambda_that_is_left_out_is_logged_once_with_its_error(tiny_models,
 
 def test_a_sweep_that_lost_all_trials_to_different_causes_is_no_fault_of_the_input(tiny_spec, tiny_models):
     failures = {2.0: ComputeError("out of memory"), 1.0: ModelError("it diverged")}
-    with pytest.raises(ComputeError, match="every trial failed; λ = 1: it diverged"):
+    with pytest.raises(ComputeError, match="every trial failed; λ = 1: it diverged$"):
         collect_sweep(tiny_spec, tiny_models, [], failures)
 
 
