@@ -292,7 +292,23 @@ def _copy_file(source: str, target: str) -> None:
 
 
 def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True) -> None:
-    """Copy a file or folder. Raises RunFileError for what cannot be read, such as a link to nothing, if these count."""
+    """Copy a file or folder. Raises RunFileError for what cannot be read, such as a link to nothing, if these count.
+
+    Raises InputError before it copies more than Ray takes.
+    """
+    from cluster.jobs import WITHOUT_UPLOAD
+
+    copied = 0
+
+    def copy_file(file: str, to: str) -> None:
+        nonlocal copied
+        copied += Path(file).stat().st_size
+        if copied > MOST_MB * 2**20:
+            raise InputError(
+                f"{field} {source}: over {MOST_MB} MiB, and Ray takes a job of {MOST_MB + 1}: {WITHOUT_UPLOAD}"
+            )
+        _copy_file(file, to)
+
     target.parent.mkdir(exist_ok=True)
     try:
         with _full_disk_named():
@@ -301,11 +317,11 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
                     source,
                     target,
                     ignore=SKIPPED,
-                    copy_function=_copy_file,
+                    copy_function=copy_file,
                     ignore_dangling_symlinks=not dangling_links,
                 )
             else:
-                shutil.copyfile(source, target)
+                copy_file(str(source), str(target))
     except OSError as error:
         # copytree raises one error for all files: source, target and reason of each
         reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror

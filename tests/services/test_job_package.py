@@ -190,11 +190,23 @@ def test_a_job_larger_than_ray_takes_is_refused_before_it_is_uploaded(
         large.truncate(120 * 2**20)
     job = tmp_path / "job"
     job.mkdir()
-    with pytest.raises(
-        InputError,
-        match=r"classifier\.safetensors alone 120\), and Ray accepts 100: run `defuse run --address`",
-    ):
+    expected = r"large\.safetensors: over 99 MiB, and Ray takes a job of 100: run `defuse run --address`"
+    with pytest.raises(InputError, match=expected):
         build_working_dir(own_classifier(tmp_path / "large.safetensors"), job)
+    assert not list((job / "weights").iterdir())
+
+
+def test_code_that_lies_beside_data_is_refused_before_all_of_it_is_copied(
+    tmp_path: Path, package: Path
+) -> None:
+    (package / "__init__.py").touch()
+    (package / "data").mkdir()
+    for number in range(5):
+        (package / "data" / str(number)).touch()
+        os.truncate(package / "data" / str(number), 40 * 2**20)
+    with pytest.raises(InputError, match=r"classifier\.import_path .*mine: over 99 MiB, and Ray takes"):
+        build_working_dir(own_classifier(tmp_path / "best.safetensors"), tmp_path / "job")
+    assert len(list((tmp_path / "job/mine/data").iterdir())) == 2
 
 
 def test_a_folder_of_transformers_is_copied_whole(tmp_path: Path) -> None:
