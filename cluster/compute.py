@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_root
+from cluster.connection import (
+    as_defuse_error,
+    connect,
+    disconnect,
+    require_absolute_root,
+    require_absolute_weights,
+)
 from cluster.identify import IdentifyContext, ShardQueue
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
@@ -253,6 +259,8 @@ class RayCompute:
             if self.address is not None:
                 require_absolute_root(self.spec.data.root)
             self.connected_here = connect(self.address)
+            if self.address is not None:
+                require_absolute_weights(self.spec)
         wait_for_nodes()
         if self.listener is None:
             worker_count(self.spec.resources)

@@ -24,6 +24,7 @@ from cluster.ray_compat import (
     set_private_token,
     shorten_socket_paths,
 )
+from defuse_core.config import RunFile, model_sections
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
 
 log = logging.getLogger("defuse")
@@ -129,6 +130,17 @@ def require_absolute_root(root: Path | None) -> None:
     """Raise RunFileError for a `data.root` that each node would resolve against a folder of its own."""
     if root is not None and not root.is_absolute():
         raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")
+
+
+def require_absolute_weights(spec: RunFile) -> None:
+    """Raise RunFileError for weights likewise, once joined. The workers of a job have its folder, and weights in it."""
+    if ray.get_runtime_context().runtime_env.get("working_dir"):
+        return
+    for name, section in model_sections(spec).items():
+        if section.weights is not None and not section.weights.is_absolute():
+            raise RunFileError(
+                f"{name}.weights {section.weights}: expected the absolute path of the weights on the nodes"
+            )
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -20,6 +20,7 @@ import copy
 import io
 import json
 import logging
+import platform
 import re
 import warnings
 import zipfile
@@ -90,7 +91,7 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ModelError(f"{path}: expected a file of weights, found none") from error
+        raise ModelError(f"{path}: expected a file of weights, found none on {platform.node()}") from error
     except IsADirectoryError as error:
         raise ModelError(
             f"{path}: expected a file of weights, found a folder; a folder of Hugging Face's needs "

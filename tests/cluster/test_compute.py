@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 
 from cluster.compute import RayCompute
+from cluster.connection import require_absolute_weights
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
@@ -36,6 +38,24 @@ def test_images_that_the_nodes_of_a_joined_cluster_could_not_find_are_refused() 
         pytest.raises(RunFileError, match="data.root images.npz: expected"),
     ):
         compute.task("train", shouting, "a")
+
+
+def test_relative_weights_are_refused_on_a_joined_cluster_except_in_a_job_which_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = tiny(classifier={"weights": "best.safetensors"})
+    with (
+        RayCompute("head:6379", spec) as compute,
+        pytest.raises(
+            RunFileError, match=r"classifier\.weights best\.safetensors: expected the absolute path"
+        ),
+    ):
+        compute.task("train", shouting, "a")
+    with RayCompute(None, spec) as compute:
+        compute.task("train", shouting, "a")
+    in_job = SimpleNamespace(runtime_env={"working_dir": "gcs://of_the_job.zip"})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: in_job)
+    require_absolute_weights(spec)
 
 
 def test_a_task_passes_on_its_progress_its_log_and_its_result(tiny_spec: RunFile, lines: Lines) -> None:
