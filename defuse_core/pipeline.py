@@ -62,7 +62,7 @@ from defuse_core.training.reference_models import (
     references_take_part,
     training_calls,
 )
-from defuse_core.tuning_data import choose_unreviewed, reviewed_failures
+from defuse_core.tuning_data import choose_unreviewed, expect_same_images, reviewed_failures
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
@@ -91,6 +91,9 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         lambda: _corrections(run, compute, models, references, psi, scenarios, verdicts),
     )
     reviewed = reviewed_failures(gallery, verdicts)
+    if run.with_added is not None:
+        compute.task("correct", expect_same_images, spec, models)  # before a result is deleted
+        run.add_lambdas()
     sweeps = _sweeps(
         run,
         compute,

@@ -125,6 +125,9 @@ class Run:
         self.store = store.within(name)
         self.listeners: list[Callable[[], None]] = []  # called after each artefact is stored
         self.made_s = 0.0  # what all artefacts made so far took
+        self.with_added: RunFile | None = (
+            None  # the run file as given, while λ that it adds are not recorded yet
+        )
 
     @classmethod
     def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
@@ -137,7 +140,7 @@ class Run:
         run = cls(store, name, spec, until)
         if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
             run._note_weights()
-            run._note_settings()
+            run._note_settings(spec)
             return run
         found = cls._read(store, name)
         noted = found._settings()
@@ -156,20 +159,30 @@ class Run:
                 f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
-            # the sweep's own trials stay, so that only those of the added λ are run
             log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
-            run.delete(FROM_SWEEP, CONTROL_TRIALS)
+            run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
         if not noted == found.spec == spec:
-            run._note_settings()
+            run._note_settings(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
+
+    def add_lambdas(self) -> None:
+        """Record the λ that were added, and delete what follows from the sweeps, once it can be made again.
+
+        Their trials stay, so that only those of the added λ are run.
+        """
+        if self.with_added is None:
+            return
+        self.delete(FROM_SWEEP, CONTROL_TRIALS)
+        self._note_settings(self.with_added)
+        self.store.write("run.yaml", dump_run_file(self.with_added).encode())
 
     def _note_weights(self) -> None:
         if digests := _weights_digests(self.spec):
             self.store.write(WEIGHTS, json.dumps(digests, indent=1).encode())
 
-    def _note_settings(self) -> None:
-        self.store.write(SETTINGS, self.spec.model_dump_json(indent=1).encode())
+    def _note_settings(self, spec: RunFile) -> None:
+        self.store.write(SETTINGS, spec.model_dump_json(indent=1).encode())
 
     def _settings(self) -> RunFile | None:
         """Return the run file as `start` noted it last; None where it was stopped before that, or its file is gone."""

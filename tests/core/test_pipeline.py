@@ -16,7 +16,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import STEPS
-from defuse_core.errors import InputError, RunMismatchError, StoreError
+from defuse_core.errors import DataError, InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.report import parse_report
@@ -86,6 +86,25 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     assert "3.0" in run.store.read("report.json").decode()
     with pytest.raises(RunMismatchError, match=r"correct\.lambdas"):
         whole_run(tmp_path, tiny(correct={"lambdas": lambdas[1:]}))
+
+
+def test_an_added_lambda_leaves_a_finished_run_as_it_is_until_it_can_be_tuned(
+    finished, tmp_path, tiny_spec, monkeypatch
+):
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
+    run = Run.open(FolderStore(tmp_path), "tiny")
+    before = {key: run.store.read(key) for key in run.store.list()}
+    more = tiny(correct={"lambdas": (*tiny_spec.correct.lambdas, 3.0)})
+    with pytest.raises(ReachedStep):
+        whole_run(tmp_path, more, until="draw")
+
+    def no_images(*_):
+        raise DataError("data.root: it does not exist")
+
+    monkeypatch.setattr("defuse_core.data.open_splits", no_images)
+    with pytest.raises(DataError):
+        whole_run(tmp_path, more)
+    assert {key: run.store.read(key) for key in run.store.list()} == before
 
 
 @pytest.mark.parametrize("review", [{"consensus": "crowdlab"}, {"accept": "lower-bound", "more_images": 20}])

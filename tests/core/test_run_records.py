@@ -112,7 +112,10 @@ def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_is_made_aga
     artefacts = run.manifest()["artefacts"]
     listed = {"artefacts": artefacts | {"verdicts": artefacts["psi"], "left_out_0": artefacts["psi"]}}
     run.store.write("manifest.json", json.dumps(listed).encode())
-    Run.start(store, "a", tiny(correct={"lambdas": [1.0, 2.0]}))
+    before = {key: run.store.read(key) for key in run.store.list()}
+    run = Run.start(store, "a", tiny(correct={"lambdas": [1.0, 2.0]}))
+    assert {key: run.store.read(key) for key in run.store.list()} == before
+    run.add_lambdas()
     assert sorted(run.manifest()["artefacts"]) == ["psi", "verdicts"]  # the report lists these alone
     assert Run.open(store, "a").spec.correct.lambdas == (1.0, 2.0)
     assert run.store.list() == sorted(

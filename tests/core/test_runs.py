@@ -216,7 +216,7 @@ def test_a_run_that_made_nothing_and_one_with_an_added_lambda_are_of_their_new_s
     Run.start(store, "a", other).once("identify", Psi, psi)
     assert Run.open(store, "a").spec.seed == 5
     more = other.with_fields("correct", lambdas=(*other.correct.lambdas, 77.0))
-    Run.start(store, "a", more)
+    Run.start(store, "a", more).add_lambdas()
     assert Run.open(store, "a").spec.correct.lambdas[-1] == 77.0
 
 
