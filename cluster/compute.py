@@ -107,7 +107,13 @@ class RayCompute:
         self._join_cluster().begin()
         shared = _shared_arguments(calls)
         started = [
-            self._start(step, call.function, *(shared.get(id(each), each) for each in call.args), task=task)
+            self._start(
+                step,
+                call.function,
+                *(shared.get(id(each), each) for each in call.args),
+                task=task,
+                **({"num_cpus": 1} if call.one_thread else {}),
+            )
             for task, call in numbered(calls)
         ]
         self._wait(step, *(done for done, _ in started))

@@ -58,8 +58,9 @@ class Partitions(Protocol):
 class Call(Generic[T]):
     """A call of function(*args, progress=...) that is yet to be made."""
 
-    def __init__(self, function: Callable[..., T], *args: object) -> None:
-        self.function, self.args = function, args
+    def __init__(self, function: Callable[..., T], *args: object, one_thread: bool = False) -> None:
+        """`one_thread`: it computes with one CPU thread, whatever resources.train_threads is."""
+        self.function, self.args, self.one_thread = function, args, one_thread
 
 
 def numbered(calls: Sequence[Call[Any]]) -> list[tuple[int, Call[Any]]]:

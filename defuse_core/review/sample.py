@@ -280,8 +280,9 @@ def in_tasks(
 ) -> list[T]:
     """Return what function(*args, rows, progress=...) returns for ranges of `count` rows, one task each, in order.
 
-    No result depends on the ranges, of `at_once` rows: every row has its own seed, or none.
+    The function computes with one thread. No result depends on the ranges, of `at_once` rows: every row has its own
+    seed, or none.
     """
     ranges = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
-    results = compute.tasks(step, [Call(function, *args, rows) for rows in ranges])
+    results = compute.tasks(step, [Call(function, *args, rows, one_thread=True) for rows in ranges])
     return list(itertools.chain(*results))

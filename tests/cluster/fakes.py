@@ -279,6 +279,17 @@ def sum_or_die_once(part: I64, marker: Path) -> int:
     return int(part.sum())
 
 
+def held_cpus(*, progress: Progress) -> float:
+    """Return how many CPUs this task holds."""
+    held: float = ray.get_runtime_context().get_assigned_resources()["CPU"]
+    return held
+
+
+def held_by_rows(rows: range, *, progress: Progress) -> list[float]:
+    """Return for each of the rows how many CPUs their task holds."""
+    return [held_cpus(progress=progress) for _ in rows]
+
+
 def vae_size(models: Models, number: int, *, progress: Progress) -> tuple[int, int]:
     """Return `number` and the number of the β-VAE's weights."""
     return number, sum(array.size for array in models.vae.values())

@@ -15,11 +15,14 @@ from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
 from defuse_core.protocols import Call
+from defuse_core.review.sample import in_tasks
 from tests.cluster.checks import Lines, wait_for_the_end_of
 from tests.cluster.fakes import (
     counting,
     dying_once,
     failing,
+    held_by_rows,
+    held_cpus,
     meeting,
     shouting,
     sleeping,
@@ -95,6 +98,13 @@ def test_an_artefact_that_several_tasks_take_is_stored_once(
         calls = [Call(vae_size, tiny_models, number) for number in range(3)]
         assert compute.tasks("distill", calls) == [(number, size) for number in range(3)]
     assert stored == [tiny_models]
+
+
+def test_a_task_holds_the_cpus_that_it_computes_with() -> None:
+    with RayCompute(None, tiny(resources={"train_threads": 2})) as compute:
+        calls = [Call(held_cpus), Call(held_cpus, one_thread=True)]
+        assert compute.tasks("review", calls) == [2, 1]
+        assert in_tasks(compute, "review", 2, held_by_rows, at_once=1) == [1, 1]
 
 
 def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order(
