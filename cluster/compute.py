@@ -17,13 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 from ray.exceptions import RayError
 
-from cluster.connection import (
-    as_defuse_error,
-    connect,
-    disconnect,
-    require_absolute_root,
-    require_absolute_weights,
-)
+from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
@@ -32,10 +26,12 @@ from cluster.resources import (
     WorkerResources,
     capacity,
     claim_devices,
+    expect_training_room,
     hide_other_gpus,
     on_nodes_with_cpus,
     on_this_node,
     task_resources,
+    wait_for_gpus,
     wait_for_nodes,
     worker_count,
     worker_resources,
@@ -43,7 +39,6 @@ from cluster.resources import (
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import ResourcesSection, RunFile
 from defuse_core.correct import collect_sweep
-from defuse_core.errors import RunFileError
 from defuse_core.identify import (
     finished_shards,
     gather_shards,
@@ -81,12 +76,13 @@ class RayCompute:
         *,
         require_lock: Callable[[], None] = lambda: None,
         profile: Profile = UNTRACED,
+        on_gpus: bool = False,
     ) -> None:
-        """`require_lock` raises RunBusyError once another driver has the run; a task that runs then is ended."""
+        """Tasks are ended once `require_lock` raises RunBusyError. `on_gpus`: the run has computed on GPUs before."""
         self.address, self.spec, self.progress, self.require_lock = address, spec, progress, require_lock
-        self.profile = profile
+        self.profile, self.on_gpus = profile, on_gpus
         self.listener: ProgressListener | None = None
-        self.connected_here = False
+        self.connected_here = self.had_room = False  # had_room: for the workers that train together
         self.tag = secrets.token_hex(2)  # so that the names of two drivers' actors differ
 
     def __enter__(self) -> Self:
@@ -106,16 +102,11 @@ class RayCompute:
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
         shared = _shared_arguments(calls)
-        started = [
-            self._start(
-                step,
-                call.function,
-                *(shared.get(id(each), each) for each in call.args),
-                task=task,
-                **({"num_cpus": 1} if call.one_thread else {}),
-            )
-            for task, call in numbered(calls)
-        ]
+        started = []
+        for task, call in numbered(calls):
+            args = [shared.get(id(each), each) for each in call.args]
+            options = {"num_cpus": 1} if call.one_thread else {}
+            started.append(self._start(step, call.function, *args, task=task, **options))
         self._wait(step, *(done for done, _ in started))
         try:
             return ray.get([result for _, result in started])
@@ -128,11 +119,8 @@ class RayCompute:
         listener, workers = self._join_cluster(), self.spec.resources.train_workers
         resources = task_resources(self.spec.resources)
         resources = replace(resources, gpus=min(1, math.ceil(resources.gpus)))  # NCCL: none is shared
-        if (room := capacity(resources)) < workers:
-            raise RunFileError(
-                f"resources.train_workers: {workers} workers of {resources} each asked for, but the cluster has room "
-                f"for {room}"
-            )
+        expect_training_room(resources, workers, wait=self.had_room)  # a node may have been lost since
+        self.had_room = True
         done, _ = self._start(
             step, run_together, function, args, workers, resources, listener.actor, num_cpus=0, num_gpus=0
         )
@@ -184,7 +172,7 @@ class RayCompute:
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
     ) -> IdentifyContext:
         listener, section = self._join_cluster(), self.spec.resources
-        resources, first = worker_resources(section), worker_count(section)
+        resources, workers = worker_resources(section), section.workers
         train = self._held_images("identify", open_training_images, spec, ray.put(models))
         return IdentifyContext(
             spec=spec,
@@ -193,7 +181,7 @@ class RayCompute:
             images=models.images["train"],
             store=store,
             resources=resources,
-            wanted=(lambda: capacity(resources)) if section.workers == "auto" else (lambda: first),
+            wanted=lambda: capacity(resources) if workers == "auto" else workers,
             listener=listener,
             name=f"identify-{self.tag}",
             profile=self.profile,
@@ -222,15 +210,8 @@ class RayCompute:
         drawn = {}
         for number, (source, each) in enumerate(zip(sources, requests, strict=True)):
             if source not in drawn:
-                drawn[source] = self._start(
-                    "correct",
-                    decode_scenario_images,
-                    each.spec,
-                    models,
-                    each.fixes,
-                    each.reviewed,
-                    task=number,
-                )
+                args = each.spec, models, each.fixes, each.reviewed
+                drawn[source] = self._start("correct", decode_scenario_images, *args, task=number)
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
@@ -262,12 +243,14 @@ class RayCompute:
     def _join_cluster(self) -> ProgressListener:
         """Connect where needed, and return the listener. Raises RunFileError for missing resources or images."""
         if self.listener is None:
-            if self.address is not None:
-                require_absolute_root(self.spec.data.root)
             self.connected_here = connect(self.address)
             if self.address is not None:
-                require_absolute_weights(self.spec)
+                require_absolute_paths(self.spec)
+            self.on_gpus &= (
+                self.address is not None or not self.connected_here
+            )  # no node joins the embedded Ray
         wait_for_nodes()
+        self.on_gpus = wait_for_gpus(self.spec.resources, self.on_gpus)
         if self.listener is None:
             worker_count(self.spec.resources)
             self.listener = ProgressListener(self.progress)
@@ -304,9 +287,18 @@ class RayCompute:
             raise
 
 
-def on_ray(address: str | None = None, progress: Progress = silent) -> Callable[[Run], RayCompute]:
+def on_ray(
+    address: str | None = None, progress: Progress = silent, profile: Profile = UNTRACED
+) -> Callable[[Run], RayCompute]:
     """Return `compute` of `defuse_core.debug`: Ray at `address`, or without one an embedded Ray."""
-    return lambda run: RayCompute(address, run.spec, progress, require_lock=run.store.require_lock)
+    return lambda run: RayCompute(
+        address,
+        run.spec,
+        progress,
+        require_lock=run.store.require_lock,
+        profile=profile,
+        on_gpus=run.used_gpus(),
+    )
 
 
 class RayPartitions:
@@ -327,8 +319,9 @@ class RayPartitions:
     ) -> None:
         """Load the parts that load(*arguments) returns, spread over the nodes."""
         self.listener, self.step, self.require_lock = listener, step, require_lock
-        self.at_once = worker_count(section)
-        self.monitor = CapacityMonitor(step, WorkerResources(section.cpus_per_worker, 0))
+        resources = WorkerResources(section.cpus_per_worker, 0)
+        self.at_once = max(1, capacity(resources)) if section.workers == "auto" else section.workers
+        self.monitor = CapacityMonitor(step, resources)
         self.options = {
             "name": step,
             "num_cpus": section.cpus_per_worker,

@@ -132,8 +132,9 @@ def require_absolute_root(root: Path | None) -> None:
         raise RunFileError(f"data.root {root}: expected the absolute path of the images on the nodes")
 
 
-def require_absolute_weights(spec: RunFile) -> None:
-    """Raise RunFileError for weights likewise, once joined. The workers of a job have its folder, and weights in it."""
+def require_absolute_paths(spec: RunFile) -> None:
+    """Raise RunFileError for data.root and weights likewise, once joined. Workers of a job have its folder."""
+    require_absolute_root(spec.data.root)
     if ray.get_runtime_context().runtime_env.get("working_dir"):
         return
     for name, section in model_sections(spec).items():

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,18 +106,25 @@ def on_this_node() -> dict[str, Any]:
 
 
 def wait_for_nodes() -> None:
-    """Wait until a living node has a CPU: the nodes of a cluster that was just made, or lost them, join later.
+    """Wait until a living node has a CPU."""
+    wait_for(lambda: any(node.cpus for node in nodes()), "a node with a CPU")
 
-    Raises ComputeError when none joined.
+
+def wait_for(has_joined: Callable[[], bool], what: str, otherwise: str = "") -> None:
+    """Wait until the cluster has `what`: the nodes of one that was just made, or lost them, join later.
+
+    Raises ComputeError when it did not. `otherwise` is what to do without.
     """
-    if any(node.cpus for node in nodes()):
+    if has_joined():
         return
-    log.warning("waiting for a node with a CPU to join the cluster")
+    log.warning("waiting for %s to join the cluster%s", what, otherwise)
     give_up_at = time.monotonic() + NODES_JOIN_WITHIN_S
-    while not any(node.cpus for node in nodes()):
+    while not has_joined():
         if time.monotonic() >= give_up_at:
             minutes = f"{NODES_JOIN_WITHIN_S / 60:.0f} minutes"
-            raise ComputeError(f"no node with a CPU joined the cluster in {minutes}; see `ray status`")
+            raise ComputeError(
+                f"waited {minutes} for {what} to join the cluster; see `ray status`{otherwise}"
+            )
         time.sleep(LOOK_EVERY_S)
 
 
@@ -162,6 +170,34 @@ def worker_count(section: ResourcesSection) -> int:
             f"(it has {total} on {len(found)} node{'s' if len(found) != 1 else ''})"
         )
     return room if wanted == "auto" else wanted
+
+
+def wait_for_gpus(section: ResourcesSection, wanted: bool) -> bool:
+    """Return whether gpus_per_worker: auto finds GPUs; where they are `wanted`, wait for the first.
+
+    A step that begins without them stays on CPUs to its end.
+    """
+
+    def has_gpus() -> bool:
+        return any(node.gpus for node in nodes())
+
+    if section.gpus_per_worker != "auto":
+        return False
+    if wanted:
+        otherwise = "; this run computed on GPUs before: to go on on CPUs, set resources.gpus_per_worker=0"
+        wait_for(has_gpus, "a node with a GPU", otherwise)
+    return has_gpus()
+
+
+def expect_training_room(worker: WorkerResources, workers: int, *, wait: bool) -> None:
+    """Raise RunFileError where the cluster has no room for workers that train together, or wait for it."""
+    if wait:
+        wait_for(lambda: capacity(worker) >= workers, f"room for {workers} workers of {worker} each")
+    elif (room := capacity(worker)) < workers:
+        raise RunFileError(
+            f"resources.train_workers: {workers} workers of {worker} each asked for, but the cluster has room for "
+            f"{room}"
+        )
 
 
 class CapacityMonitor:

@@ -62,7 +62,7 @@ from defuse_core.training.reference_models import (
     references_take_part,
     training_calls,
 )
-from defuse_core.tuning_data import choose_unreviewed, expect_same_images, reviewed_failures
+from defuse_core.tuning_data import choose_unreviewed, expect_images_at_hand, reviewed_failures
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
@@ -92,7 +92,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     )
     reviewed = reviewed_failures(gallery, verdicts)
     if run.with_added is not None:
-        compute.task("correct", expect_same_images, spec, models)  # before a result is deleted
+        compute.task("correct", expect_images_at_hand, spec, models)  # before a result is deleted
         run.add_lambdas()
     sweeps = _sweeps(
         run,

@@ -303,6 +303,10 @@ class Run:
         manifest = self._read_json("manifest.json", "only the times of the steps so far are lost")
         return {"name": self.name, "seed": self.spec.seed, "artefacts": {}} | manifest
 
+    def used_gpus(self) -> bool:
+        """Whether the models were trained on a GPU."""
+        return not self.manifest().get("device", "cpu").startswith("cpu")
+
     def _read_json(self, key: str, consequence: str) -> dict[str, Any]:
         """Return a file of the run, empty where there is none. Raises DamagedError for one that is damaged."""
         try:

@@ -77,7 +77,7 @@ def load_fine_tuning_data(models: Models, request: SweepRequest, *, progress: Pr
     return FineTuningData(clean, scenario, request.repetition)
 
 
-def expect_same_images(spec: RunFile, models: Models, *, progress: Progress) -> None:
+def expect_images_at_hand(spec: RunFile, models: Models, *, progress: Progress) -> None:
     """Raise DataError or RunMismatchError where the images that the run was trained on are not at hand."""
     reopen_splits(spec.data, spec.seed, models.data_fingerprint)
 

@@ -92,7 +92,7 @@ def withdraw_decisions(run: Run, scenario: int, *, redo: bool = False) -> str:
         _delete(run.store, keys)
     elif redo:
         with run.store.lock():
-            _delete_artefacts(run, FROM_VERDICTS)
+            run.delete(FROM_VERDICTS, TRIALS)
             _delete(run.store, keys)
     else:
         raise InputError(_judged_message(run))

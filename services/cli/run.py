@@ -340,9 +340,9 @@ def _compute(
     traced = Profile(profile, run.store)
     if where == "local":
         return contextlib.nullcontext(LocalCompute(display, traced))
-    from cluster.compute import RayCompute
+    from cluster.compute import on_ray
 
-    return RayCompute(address, run.spec, display, require_lock=run.store.require_lock, profile=traced)
+    return on_ray(address, display, traced)(run)
 
 
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:

@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from cluster.compute import RayCompute
-from cluster.connection import require_absolute_weights
+from cluster.compute import RayCompute, on_ray
+from cluster.connection import require_absolute_paths
+from cluster.resources import WorkerResources
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
 from defuse_core.protocols import Call
 from defuse_core.review.sample import in_tasks
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, wait_for_the_end_of
 from tests.cluster.fakes import (
     counting,
@@ -58,7 +61,7 @@ def test_relative_weights_are_refused_on_a_joined_cluster_except_in_a_job_which_
         compute.task("train", shouting, "a")
     in_job = SimpleNamespace(runtime_env={"working_dir": "gcs://of_the_job.zip"})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: in_job)
-    require_absolute_weights(spec)
+    require_absolute_paths(spec)
 
 
 def test_a_task_passes_on_its_progress_its_log_and_its_result(tiny_spec: RunFile, lines: Lines) -> None:
@@ -98,6 +101,32 @@ def test_an_artefact_that_several_tasks_take_is_stored_once(
         calls = [Call(vae_size, tiny_models, number) for number in range(3)]
         assert compute.tasks("distill", calls) == [(number, size) for number in range(3)]
     assert stored == [tiny_models]
+
+
+def test_a_run_that_computed_on_gpus_waits_for_them_with_a_word_on_how_to_go_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    run.store.write("manifest.json", b'{"device": "NVIDIA H100"}')
+    monkeypatch.setattr("cluster.resources.NODES_JOIN_WITHIN_S", 0.1)
+    with (
+        on_ray("head:6379")(run) as compute,
+        pytest.raises(ComputeError, match="waited 0 minutes for a node with a GPU .*gpus_per_worker=0"),
+    ):
+        compute.task("train", shouting, "a")
+    assert "waiting for a node with a GPU to join the cluster; this run computed on GPUs" in caplog.text
+    run.spec = tiny(resources={"gpus_per_worker": 0})
+    with on_ray("head:6379")(run) as compute:
+        assert compute.task("train", shouting, "a") == "A"
+    run.spec, seen = tiny(), [WorkerResources(2, 1)]
+    run.store.write("manifest.json", b'{"device": "cpu (AVX2)"}')
+    with on_ray("head:6379")(run) as compute:
+        assert compute.task("train", shouting, "a") == "A"
+        monkeypatch.setattr("cluster.resources.nodes", lambda: seen)
+        compute._ready()
+        seen[0] = WorkerResources(2, 0)  # the nodes with GPUs are lost
+        with pytest.raises(ComputeError, match="for a node with a GPU"):
+            compute.task("train", shouting, "a")
 
 
 def test_a_task_holds_the_cpus_that_it_computes_with() -> None:

@@ -12,13 +12,15 @@ import pytest
 import ray
 
 from cluster.compute import RayCompute
-from defuse_core.artifacts import Psi, Shard
+from cluster.resources import WorkerResources
+from defuse_core.artifacts import Models, Psi, Shard
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.errors import RunBusyError, RunFileError, StoreError
 from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.store import FolderStore
-from tests.cluster.fakes import OtherWork, Tally, add, load_numbers, rest, sum_or_die_once
+from tests.cluster.checks import assert_equal_psi
+from tests.cluster.fakes import OtherWork, Tally, add, load_numbers, rest, shouting, sum_or_die_once
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
 from tests.waiting import WAIT_S, wait_until
@@ -37,6 +39,20 @@ def test_a_function_is_called_with_every_part_in_order_and_parts_are_loaded_once
         assert parts.map(sum_or_die_once, tmp_path / "killed") == [5 * n for n in range(7)]
     assert (tmp_path / "killed").exists()
     assert int(Tally(tmp_path / "loads")) == 7
+
+
+def test_fewer_nodes_than_the_run_file_asks_for_are_an_error_at_connection_alone(
+    tmp_path: Path, tiny_models: Models, local_psi: Psi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, store = tiny(**SPEC), FolderStore(tmp_path / "run")
+    with RayCompute(None, spec) as compute:
+        compute.task("train", shouting, "a")
+        monkeypatch.setattr("cluster.resources.nodes", lambda: [WorkerResources(1, 0)])
+        parts = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(3)])
+        assert parts.map(add, 1) == [1, 6, 11]
+        assert_equal_psi(compute.identify(spec, tiny_models, store), local_psi)
+    with RayCompute(None, spec) as compute, pytest.raises(RunFileError, match="has room for 1"):
+        compute.task("train", shouting, "a")
 
 
 def test_two_calls_a_worker_are_under_way_at_once_and_all_have_ended_before_the_next_step(

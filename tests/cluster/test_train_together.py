@@ -11,7 +11,7 @@ from cluster.compute import RayCompute
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
-from defuse_core.errors import ModelError, RunFileError
+from defuse_core.errors import ComputeError, ModelError, RunFileError
 from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
@@ -102,3 +102,15 @@ def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
         pytest.raises(RunFileError, match="train_workers: 3 workers .* room for 2"),
     ):
         compute.together("train", train_part, spec, FolderStore(tmp_path), "vae", None)
+
+
+def test_a_node_that_is_lost_between_two_trainings_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.resources.NODES_JOIN_WITHIN_S", 0.1)
+    with RayCompute(None, together()) as compute:
+        compute.together("train", note_working_dir, tmp_path / "first")
+        monkeypatch.setattr("cluster.resources.capacity", lambda worker: 1)
+        with pytest.raises(ComputeError, match=r"waited 0 minutes for room for 2 workers of 1 CPU and 0 GPU"):
+            compute.together("train", note_working_dir, tmp_path / "second")
+    assert "waiting for room for 2 workers of 1 CPU and 0 GPU each to join the cluster" in caplog.text
