@@ -286,8 +286,7 @@ class ReviewSection(Section):
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)
-    """Label Studio: people asked per task (its overlap). Until the votes are stored a run takes another number (also
-    other stop_early, certainty and real_names). Paper: 5."""
+    """Label Studio: people asked per task (its overlap); it can change until the votes are stored. Paper: 5."""
     stop_early: bool = True
     """Label Studio: stop asking where no answer is needed: with consensus majority and accept share about a scenario
     whose verdict and label can no longer change, with consensus crowdlab about an image whose label is sure. Ours."""
@@ -297,8 +296,7 @@ class ReviewSection(Section):
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     inline_kb: int = Field(64, ge=1)
-    """Label Studio: pictures up to so many kilobytes are stored in their task; larger ones need a run in S3. Free
-    to change at any time. Ours."""
+    """Label Studio: pictures of up to so many KB are stored in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 
