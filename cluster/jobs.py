@@ -25,7 +25,8 @@ PAUSE_S = 2.0
 ANSWER_WITHIN_S = 20.0
 STATUS_EVERY_S = 20.0  # while a log is followed, whose connection can die without a word
 WITHOUT_UPLOAD = (
-    "run `defuse run --address` on a machine of the cluster, with the weights at the same path on every node"
+    "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
+    "every node"
 )
 DISCONNECTED = (RuntimeError, OSError, aiohttp.ClientError)  # what Ray's client raises
 

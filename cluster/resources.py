@@ -184,7 +184,7 @@ def wait_for_gpus(section: ResourcesSection, wanted: bool) -> bool:
     if section.gpus_per_worker != "auto":
         return False
     if wanted:
-        otherwise = "; this run computed on GPUs before: to go on on CPUs, set resources.gpus_per_worker=0"
+        otherwise = "; this run computed on GPUs before; to continue on CPUs, set resources.gpus_per_worker=0"
         wait_for(has_gpus, "a node with a GPU", otherwise)
     return has_gpus()
 

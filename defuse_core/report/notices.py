@@ -127,7 +127,7 @@ def worse_judges(report: Report) -> str | None:
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
         f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where they differ the judges "
-        "may be wrong, so do not rely on figures by own label, purity by the judges, confirmed scenarios and "
+        "may be wrong, so do not rely on figures by own label, purity by the judges, confirmed scenarios or "
         "verdicts on what is at fault; train better judges (section judges of the run file)."
     )
 

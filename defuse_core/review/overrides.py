@@ -87,7 +87,7 @@ def withdraw_decisions(run: Run, scenario: int, *, redo: bool = False) -> str:
     found = {key: _read_override(run.store, key) for key in run.store.list(OVERRIDES)}
     keys = [key for key, entry in found.items() if entry is not None and entry.scenario == scenario]
     if not keys:
-        raise InputError(f"scenario {scenario}: nobody has decided above its vote in run {run.name}")
+        raise InputError(f"scenario {scenario}: nobody has overridden its vote in run {run.name}")
     if run.load(Verdicts) is None:
         _delete(run.store, keys)
     elif redo:

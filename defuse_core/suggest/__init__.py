@@ -64,7 +64,8 @@ def describe_accuracy(plan: Plan) -> str:
     (first, share), *others = shares
     text = f"training images with inputs in {first}"
     if probe.class_order is not None and section.get("class_order") == list(probe.class_order):
-        right = f"{percent(probe.reordered)} of {text} and the classes reordered (used), {percent(share)} as they are"
+        right = f"{percent(probe.reordered)} of {text} and the classes reordered (used); not reordered: "
+        right += f"{percent(share)} in {first}"
     else:
         right = f"{percent(share)} of {probe.images} {text} (used)"
     return ", ".join([right, *(f"{percent(share)} in {name}" for name, share in others)])

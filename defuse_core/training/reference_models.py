@@ -274,9 +274,11 @@ def _tell_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: 
     """Log the classes that have training images, but none among those with `labels` that a set is trained on."""
     missing = [splits.classes[label] for label in np.setdiff1d(splits.train.labels, labels)]
     who, field = ("judges",) * 2 if name == "judges" else ("reference models", "review.reference")
-    text = "train: the %s have no training images of %s (judges.share, %s.train_images) and do not learn these classes"
+    text = (
+        "train: the %s have no training images of %s (judges.share, %s.train_images), so they see no failure"
+    )
     if set_section(spec, name).epochs and missing:
-        log.warning(text, who, ", ".join(missing), field)
+        log.warning(f"{text} of these", who, ", ".join(missing), field)
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:

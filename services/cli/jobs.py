@@ -250,7 +250,7 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
     """Fill `folder` with all that `defuse run run.yaml` needs, apart from the dependencies that nodes have installed.
 
     Raises RunFileError for a relative data.root and for weights or code that cannot be read, ModelError for missing
-    code, InputError for more than Ray takes, ComputeError where the disk is full.
+    code, InputError for more than Ray accepts, ComputeError where the disk is full.
     """
     from cluster.connection import require_absolute_root
 
@@ -272,7 +272,7 @@ def _expect_uploadable(folder: Path) -> None:
     if sum(files.values()) > MOST_MB * 2**20:
         raise InputError(
             f"the job is {sum(files.values()) / 2**20:.0f} MiB ({largest.relative_to(folder)} alone "
-            f"{files[largest] / 2**20:.0f}), and Ray accepts {MOST_MB + 1}: {WITHOUT_UPLOAD}"
+            f"{files[largest] / 2**20:.0f}), and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
         )
 
 
@@ -294,7 +294,7 @@ def _copy_file(source: str, target: str) -> None:
 def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True) -> None:
     """Copy a file or folder. Raises RunFileError for what cannot be read, such as a link to nothing, if these count.
 
-    Raises InputError before it copies more than Ray takes.
+    Raises InputError before it copies more than Ray accepts.
     """
     from cluster.jobs import WITHOUT_UPLOAD
 
@@ -305,7 +305,7 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
         copied += Path(file).stat().st_size
         if copied > MOST_MB * 2**20:
             raise InputError(
-                f"{field} {source}: over {MOST_MB} MiB, and Ray takes a job of {MOST_MB + 1}: {WITHOUT_UPLOAD}"
+                f"{field} {source}: over {MOST_MB} MiB, and Ray accepts jobs up to {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
             )
         _copy_file(file, to)
 

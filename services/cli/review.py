@@ -76,7 +76,7 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
 @store_option
 @json_option
 def status(name: str, store: str, as_json: bool) -> None:
-    """Show the answers so far of RUN, the missing ones, and the address to label at.
+    """Show the answers so far of RUN, the missing ones, and the address for labelling.
 
     Once the votes are stored, show them and the verdicts that `defuse run` makes of them; that also works without
     Label Studio.
@@ -201,7 +201,7 @@ def set_(
     if vote != (reason is None):
         raise click.UsageError("--label and --reject need a --reason, and --vote takes none")
     if _is_of_traffic(name):
-        raise click.UsageError("a review of traffic corrects nothing, so there is no vote to decide above")
+        raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
     opened, _ = _open(name, store)
     if reason is None:
         decision = withdraw_decisions(opened, scenario, redo=redo)

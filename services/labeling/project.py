@@ -200,7 +200,7 @@ class ReviewProject:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
         if others := self.client.find_projects(f"its run {self.run.name}. Leave this mark"):
             log.warning(
-                "project %s at %s is of another run called %s, or was replaced: archive it, or people may answer there",
+                "found project %s at %s, of another run called %s or replaced: archive it, or people may answer there",
                 ", ".join(str(project.id) for project in others),
                 self.client.address,
                 self.run.name,

@@ -52,12 +52,12 @@ class ReviewStatus:
     consensus: Consensus | None  # by CROWDLAB, where the run asks for it and its models' answers are stored
     sure: Bool  # (S, R) stop_early, and CROWDLAB is sure of the label
     missing: I64  # (S, R) answers that were requested and not given; 0 where the label is sure
-    overrides: tuple[Override, ...]  # what people decided above the vote, oldest first
+    overrides: tuple[Override, ...]  # of the vote, oldest first
     final: Bool  # (S,) stop_early, and no missing answer can change verdict or label
 
     @cached_property
     def overridden(self) -> Bool:
-        """(S,) whether a person decided above the vote."""
+        """(S,) whether a person overrode the vote."""
         return np.isin(np.arange(len(self.missing)), [override.scenario for override in self.overrides])
 
     @property
@@ -217,7 +217,7 @@ def review_status(
     overrides: Sequence[Override],
     probabilities: F32 | None = None,
 ) -> ReviewStatus:
-    """Return the status of the review; `overrides` are what people decided above the vote, oldest first.
+    """Return the status of the review; `overrides` are those of the vote, oldest first.
 
     `probabilities` (W, S, R, C) are those of the reference models, for review.consensus: crowdlab.
     """

@@ -185,7 +185,7 @@ class LivenessCheck:
     def _reason(self) -> str | None:
         """Return why no replica will be started; None where Serve can start one."""
         if not _has_node():
-            return "Ray, which would start a replica, has ended (a process of it was killed, as where memory is short)"
+            return "Ray, which would start a replica, has ended (one of its processes died, as when memory is short)"
         if self._deployed is not None and self._deployed() is None:
             return "the application was deleted from the cluster, as by `serve shutdown`"
         return None

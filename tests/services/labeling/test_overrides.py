@@ -73,7 +73,7 @@ def test_a_decision_that_is_withdrawn_leaves_the_vote_to_decide_and_others_as_th
         override_verdict(run, scenario, None, author="Ada", reason="not digits")
     assert withdraw_decisions(run, 1) == "the vote decides about scenario 1"
     assert [entry.scenario for entry in read_overrides(run.store)] == [2]
-    with pytest.raises(InputError, match="scenario 1: nobody has decided above its vote"):
+    with pytest.raises(InputError, match="scenario 1: nobody has overridden its vote"):
         withdraw_decisions(run, 1)
 
 

@@ -70,7 +70,8 @@ def test_another_project_for_a_run_of_the_same_name_is_named(make_review, caplog
     review.run.store.delete("labeling.json")  # as of a run that was deleted, or one in another store
     assert review.annotators.push(review.gallery).number != number
     assert (
-        f"project {number} at {review.api.address} is of another run called {review.run.name}" in caplog.text
+        f"found project {number} at {review.api.address}, of another run called {review.run.name} or"
+        in caplog.text
     )
     review.api._sdk.projects.delete(id=number)
 

@@ -231,7 +231,7 @@ def test_without_traffic_the_error_says_how_to_get_some(cli, tmp_path):
 
 def test_a_review_of_traffic_has_no_vote_to_decide_above(cli, served):
     done = cli("set", f"{served.name}/traffic-1", "2", "--reject", "--reason", "why")
-    assert done.exit_code == 2 and "no vote to decide above" in done.output
+    assert done.exit_code == 2 and "no vote to override" in done.output
 
 
 def test_inputs_that_another_run_of_the_same_name_received_are_not_reviewed(served, tmp_path, caplog):

@@ -93,8 +93,8 @@ def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_nod
         )
     assert shutdown.waits == MAX_FAILURES and failure.value.exit_code == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"nothing answers at {url}, and Ray, which would start a replica, has ended (a process of it was killed, as "
-        "where memory is short)"
+        f"nothing answers at {url}, and Ray, which would start a replica, has ended (one of its processes died, "
+        "as when memory is short)"
     ]
 
 
