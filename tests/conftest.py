@@ -188,8 +188,9 @@ FIRST = (
     "tests/deploy",
     "tests/core",
 )
-RAY_GROUPS = pytest.StashKey[set[str]]()  # the groups with tests that use `ray_session`
-END_RAY = pytest.StashKey[Callable[[], None]]()
+ENDED_EARLY = ("serve_port", "ray_session")  # fixtures of the session that end where no later test uses them
+USERS = pytest.StashKey[dict[str, set[str]]]()  # of each, the groups whose tests use it
+ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()  # of each that was set up, what ends it
 
 
 def group_of(nodeid: str) -> str:
@@ -200,6 +201,8 @@ def group_of(nodeid: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the process that Ray's workers are forked from where several processes of tests share it."""
+    config.stash[ENDS] = {}
+    config.pluginmanager.register(KeepEnds())
     if POSSIBLE and not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
         stack = contextlib.ExitStack()
         stack.enter_context(fork_server())
@@ -224,9 +227,12 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the longest groups first, so that two processes end at the same time, and those that use Ray together."""
-    with_ray = {group_of(item.nodeid) for item in items if "ray_session" in item.fixturenames}
+    users = {
+        name: {group_of(item.nodeid) for item in items if name in item.fixturenames} for name in ENDED_EARLY
+    }
+    with_ray = users["ray_session"]
     with_ray.add(group_of("tests/e2e/test_kill.py"))  # of which some tests ask for it when they run
-    config.stash[RAY_GROUPS] = with_ray
+    config.stash[USERS] = users
 
     def place(item: pytest.Item) -> tuple[int, bool]:
         group = group_of(item.nodeid)
@@ -236,21 +242,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=place)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
-    """Keep how the Ray of the tests is ended: with what depends on it, such that a later test starts it again."""
-    if fixturedef.argname == "ray_session":
-        request.config.stash[END_RAY] = functools.partial(fixturedef.finish, request)
+class KeepEnds:
+    """A plugin, since pytest calls no hook of a conftest.py below its root for a fixture of the session."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+    ) -> None:
+        """Keep how Ray and Serve are ended: with what depends on them, such that a later test starts them again."""
+        if fixturedef.argname in ENDED_EARLY:
+            request.config.stash[ENDS][fixturedef.argname] = functools.partial(fixturedef.finish, request)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
-    """End the Ray of the tests where others follow, beside which it would cost a tenth of a core."""
+    """End Serve and Ray where other tests follow, beside which each would cost a twentieth of a core."""
     yield
-    stash = item.config.stash
-    if END_RAY in stash and nextitem is not None and group_of(nextitem.nodeid) not in stash[RAY_GROUPS]:
-        stash[END_RAY]()
-        del stash[END_RAY]
+    users, ends = item.config.stash[USERS], item.config.stash[ENDS]
+    for name in ENDED_EARLY:
+        if name in ends and nextitem is not None and group_of(nextitem.nodeid) not in users[name]:
+            ends.pop(name)()
 
 
 @pytest.hookimpl(optionalhook=True)
