@@ -134,15 +134,20 @@ class LabelStudioClient:
         """Yield all tasks with all annotations, page by page; with_data adds the data that they show."""
         include, page = (TASK_FIELDS + ",data" if with_data else TASK_FIELDS), 1
         # the first page shows how long pages are: the server may have a limit (TASK_API_PAGE_SIZE_MAX)
-        size = found = yield from self._page(project, include, page)
-        while found == size > 0:
+        size, total = yield from self._page(project, include, page)
+        seen = found = size
+        while found == size > 0 and seen != total:
             page += 1
             if page % PAGES_PER_COLLECTION == 0:
                 gc.collect()
-            found = yield from self._page(project, include, page)
+            found, total = yield from self._page(project, include, page)
+            seen += found
 
-    def _page(self, project: int, include: str, page: int) -> Generator[Task, None, int]:
-        """Yield the tasks of one page and return their number; no reference to the page remains."""
+    def _page(self, project: int, include: str, page: int) -> Generator[Task, None, tuple[int, int | None]]:
+        """Yield the tasks of one page, and return their number and that of all tasks, or None where it is unknown.
+
+        No reference to the page remains.
+        """
         with translated_errors(self.address):
             try:
                 reply = self._sdk.tasks.list(
@@ -156,14 +161,14 @@ class LabelStudioClient:
                 )
             except ApiError as error:
                 if error.status_code == 404 and page > 1 and self.project(project) is not None:
-                    return 0  # the page before was the last
+                    return 0, None  # the page before was the last
                 raise
-            items = reply.items or ()
+            items, total = reply.items or (), getattr(reply.response, "total", None)
         for item in items:
             with translated_errors(self.address):
                 task = _task(item)
             yield task
-        return len(items)
+        return len(items), total
 
     def update_task(self, number: int, task: TaskImport) -> None:
         """Replace what a task shows; its answers stay. Safe to repeat."""

@@ -149,7 +149,7 @@ def test_a_missing_page_ends_the_list_of_tasks_only_while_the_project_exists(
 
     def rule(method: str, path: str) -> Reply:
         if "/api/tasks" in path and "page=1" in path.replace("page_size=1", ""):
-            return json_reply({"tasks": [task], "total": 1})
+            return json_reply({"tasks": [task], "total": 2})
         return json_reply({"id": 5}) if exists and "/api/projects/5" in path else NOT_FOUND
 
     proxy.rule = rule
@@ -175,6 +175,7 @@ def test_all_tasks_are_listed_where_the_server_cuts_its_pages(proxy, client, cou
 
     proxy.rule = rule
     assert [task.id for task in client.tasks(5)] == list(range(count))
+    assert len(proxy.seen) == 2  # no page is requested after the one with the last task
 
 
 def test_the_oldest_project_with_a_mark_comes_first(proxy, client):
