@@ -137,7 +137,10 @@ def test_resnet_weights_have_torchvisions_names(tmp_path):
         ({"architecture": "cnn", "input_range": "imagenet", "outputs": "probabilities"}, "0..1"),
     ],
 )
-def test_the_file_says_what_its_network_gets_and_returns(fields, input_range, tmp_path, tiny_models):
+def test_the_file_says_what_its_network_gets_and_returns(
+    fields, input_range, tmp_path, monkeypatch, tiny_models
+):
+    monkeypatch.setattr("defuse_core.export.COMPARED_IMAGES", 50)
     order = [*range(1, 10), 0]
     spec = tiny(classifier={**fields, "class_order": order})
     weights = weights_of(build_classifier(spec, 10))
