@@ -58,7 +58,8 @@ def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
         "--min-worker-port=0",
         "--max-worker-port=0",
     ]
-    agents = [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
+    agents = [f"--dashboard-agent-listen-port={(agent := free_port())}"]
+    agents += [f"--dashboard-agent-grpc-port={free_port()}"]
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder / 't'}"]
     command += [*ports, *agents, f"--metrics-export-port={free_port()}", "--node-ip-address=127.0.0.1"]
     command += ["--object-store-memory=100000000"]
@@ -72,7 +73,7 @@ def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        yield answering(f"http://127.0.0.1:{port}", folder / "log")
+        yield answering(f"http://127.0.0.1:{port}", agent, folder / "log")
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -89,9 +90,12 @@ def told(head: str, path: str = "") -> Any:
         return json.load(answer)
 
 
-def answering(address: str, log: Path) -> str:
+def answering(address: str, agent: int, log: Path) -> str:
+    """Return the address once the dashboard answers, and the agent that it hands jobs to listens at its port."""
+
     def answers() -> bool:
         with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", agent)).close()
             return told(address) == []
         return False
 
@@ -175,19 +179,25 @@ def test_a_detached_job_prints_its_id_alone_and_what_only_it_can_find_wrong_ends
     detached = submit(head, place, "--name", "first", "--set", "classifier.epochs=3", "--detach")
     assert detached.returncode == 0, detached.stderr
     (job,) = detached.stdout.split()
-    followed = defuse("jobs", "logs", job, "--follow", "--address", head)
-    assert followed.returncode == 2, followed.stdout + followed.stderr
-    assert "classifier.epochs" in followed.stdout
+    code, followed, err = ask("logs", job, "--follow", "--address", head)
+    assert code == 2, followed + err
+    assert "classifier.epochs" in followed
     code, again, _ = ask("logs", job, "--address", head)
-    assert (code, again) == (0, followed.stdout)
+    assert (code, again) == (0, followed)
 
 
-def test_a_bad_run_file_is_refused_before_it_is_submitted(head: str, place: Path) -> None:
-    refused = submit(head, place, "--set", "classifier.epochs=many")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("defuse: ")
-    assert "classifier.epochs" in refused.stderr
-    assert refused.stderr.count("\n") == 1
+def test_a_bad_run_file_is_refused_before_it_is_submitted(
+    head: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    changed = ["--set", "classifier.epochs=many"]
+    code, _, err = call(
+        monkeypatch, capsys, "submit", "own.yaml", "--address", head, "--store", "runs", *changed
+    )
+    assert code == 2
+    assert err.startswith("defuse: ")
+    assert "classifier.epochs" in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.usefixtures("followed")
@@ -226,9 +236,9 @@ def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(
     (row,) = (row for row in rows if row[0] == job)
     assert (row[1], row[-1]) == ("RUNNING", "long")
     assert ask("stop", job, "--address", head)[0] == 0
-    ended = defuse("jobs", "logs", job, "--follow", "--address", head)
-    assert ended.returncode == 4
-    assert "stopped" in ended.stderr
+    code, _, err = ask("logs", job, "--follow", "--address", head)
+    assert code == 4
+    assert "stopped" in err
 
 
 def job_of(follower: subprocess.Popen[str]) -> str:
