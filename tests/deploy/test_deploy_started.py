@@ -71,6 +71,7 @@ def wait_healthy(
         lambda: healthy(check, environment) or (process is not None and process.poll() is not None),
         lambda: f"{shlex.join(check)} does not pass: {log.read_text(errors='replace')[-2000:]}",
         WAIT_S,
+        every_s=0.5,  # each check is a process
     )
 
 

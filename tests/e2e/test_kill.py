@@ -153,7 +153,7 @@ def test_a_driver_that_is_asked_to_end_does_so_in_one_line_and_leaves_no_lock_an
     assert driver.exitcode == code
     assert (run / ".lock").read_text() == ""
     mark = f"STARTED_BY={tmp_path}".encode()
-    wait_until(lambda: not any(mark in each for each in environments()), every_s=0.25)
+    wait_until(lambda: not any(mark in each for each in environments()), every_s=1.0)
 
 
 def environments() -> Iterator[bytes]:

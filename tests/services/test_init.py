@@ -85,6 +85,7 @@ def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, m
     assert "# Perturbed decodings tried per training image, Q" in text
 
 
+@pytest.mark.usefixtures("known_speeds")
 def test_comments_explain_the_value_that_is_written(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     start(monkeypatch, capsys, pictures, "--minutes", 1)

@@ -25,7 +25,7 @@ from defuse_core.training.reference_models import (
     references_take_part,
     votes_of_models,
 )
-from tests.conftest import made_in_a_run, recommended, tiny
+from tests.conftest import TINY, made_in_a_run, recommended, tiny
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_o
 
 
 def test_each_set_is_trained_once_per_run(tmp_path, gallery):
-    spec = recommended()
+    reference = {**TINY["review"]["reference"], "epochs": 1}
+    spec = recommended(review={"reference": reference}, judges={"epochs": 1})
     run, compute = Run.start(FolderStore(tmp_path), "a", spec), LocalCompute()
     first, jury = reference_models(run, compute), judges(run, compute)
     ask_models(run, compute, gallery)
@@ -106,7 +107,7 @@ def test_judges_have_another_architecture_and_no_training_image_in_common_with_t
 
 
 def test_without_a_share_of_their_own_both_are_trained_on_all_images():
-    spec = recommended(judges={"share": 0.0})
+    spec = recommended(judges={"share": 0.0, "epochs": 1})
     assert made_in_a_run(judges, spec).train_images == 300
 
 
