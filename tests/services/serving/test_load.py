@@ -76,10 +76,10 @@ def test_overload_is_answered_503_with_retry_after_at_once(serving, planted, pic
     busy = serving(
         planted, run="first", pin=True, max_ongoing=2, max_queued=2, batch_wait_s=1.0, retry_after_s=3
     )
-    replies = load(busy.port, 24, limited(requests_for(busy, pictures), 200))
+    replies = load(busy.port, 24, limited(requests_for(busy, pictures), 100))
     assert set(statuses(replies)) == {200, 503}
     refused = [reply for reply in replies if reply.status == 503]
-    assert len(refused) > 100
+    assert len(refused) > 50
     assert {reply.headers.get("retry-after") for reply in refused} == {"3"}
     # an accepted one waits a second for its batch
     assert np.median([reply.seconds for reply in refused]) < 1.0
@@ -168,8 +168,8 @@ def others(app):
 
 def test_32_clients_are_all_answered_in_bounded_time(live, pictures):
     started = time.monotonic()
-    replies = load(live.app.port, 32, limited(requests_for(live.app, pictures), 1500))
-    assert statuses(replies) == {200: 1500}
+    replies = load(live.app.port, 32, limited(requests_for(live.app, pictures), 500))
+    assert statuses(replies) == {200: 500}
     assert time.monotonic() - started < WAIT_S
     assert np.quantile([reply.seconds for reply in replies], 0.99) < 5
 
@@ -200,7 +200,7 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     live.registry.assign(live.number["second"], PromotionRequest("ana", "", canary=0.3))
     wait_until(lambda: others(live.app) == {live.version("second")})
     assert set(statuses(running.stop())) == {200}  # nobody noticed it come
-    replies = load(live.app.port, 8, limited(requests, 600))
+    replies = load(live.app.port, 8, limited(requests, 300))
     assert set(statuses(replies)) == {200}
     share = np.mean([reply.json()["version"] == live.version("second") for reply in replies])
     assert 0.15 < share < 0.45

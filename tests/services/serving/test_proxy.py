@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_the_ports_of_operators_become_private_sockets_and_that_of_the_clients_d
     ]
 
 
-def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_the_clients_only(
+def test_haproxy_keeps_its_files_private_listens_on_the_port_of_the_clients_only_and_ends_soon_by_a_signal_to_all(
     own_store, short_folder, pictures
 ):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
@@ -122,7 +123,10 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
         answer = running.http.post("/v1/predict", content=pictures[0], headers=headers)
         assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401
-        assert running.stop() == 0
+        before, started = running.output(), time.monotonic()
+        assert running.stop_group() == 0
+        assert time.monotonic() - started < 30  # for so long serve.shutdown waits for the controller alone
+        assert running.output().removeprefix(before) == ""
     wait_until(lambda: not folder.exists())
 
 
