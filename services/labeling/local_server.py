@@ -134,6 +134,7 @@ def install(cache: Path, report: Callable[[str], None] = _silent) -> Installatio
                 str(installation.env / "bin" / "pip"),
                 "install",
                 "--quiet",
+                "--no-compile",  # of 11,000 files: a start compiles those that it imports, some quarter
                 "--disable-pip-version-check",
                 VERSIONS,
             )
