@@ -27,13 +27,13 @@ from cluster.resources import (
     capacity,
     claim_devices,
     expect_training_room,
+    expect_worker_room,
     hide_other_gpus,
     on_nodes_with_cpus,
     on_this_node,
     task_resources,
     wait_for_gpus,
     wait_for_nodes,
-    worker_count,
     worker_resources,
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
@@ -246,13 +246,12 @@ class RayCompute:
             self.connected_here = connect(self.address)
             if self.address is not None:
                 require_absolute_paths(self.spec)
-            self.on_gpus &= (
-                self.address is not None or not self.connected_here
-            )  # no node joins the embedded Ray
+            if self.address is None and self.connected_here:  # no node joins the embedded Ray
+                self.on_gpus = False
         wait_for_nodes()
         self.on_gpus = wait_for_gpus(self.spec.resources, self.on_gpus)
         if self.listener is None:
-            worker_count(self.spec.resources)
+            expect_worker_room(self.spec.resources)
             self.listener = ProgressListener(self.progress)
         return self.listener
 
@@ -270,7 +269,8 @@ class RayCompute:
 
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
-        waiting, listener = list(tasks), self._join_cluster()
+        waiting, listener = list(tasks), self.listener
+        assert listener is not None  # a task was started
         monitor, has_run = CapacityMonitor(step, task_resources(self.spec.resources)), False
         try:
             while waiting:

@@ -238,13 +238,14 @@ def kept_sigterm_handler() -> Iterator[None]:
 
 
 def deployment_version(application: str, deployment: str) -> str | None:
-    """Return the random name that Serve gives each deployment of a program; None without one of these names."""
+    """Return the random name that Serve gives each deployment of a program; None without it, or without Serve."""
+    from ray.exceptions import ActorDiedError
     from ray.serve.context import _get_global_client
 
     client: Any = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return None
-    with contextlib.suppress(KeyError):
+    with contextlib.suppress(KeyError, ActorDiedError):
         return str(client.get_deployment_info(deployment, application)[0].version)
     return None
 

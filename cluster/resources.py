@@ -132,7 +132,12 @@ def worker_resources(section: ResourcesSection) -> WorkerResources:
     """Return what an identification worker or a trial holds: a GPU where the cluster has any, else CPUs alone."""
     if section.gpus_per_worker != "auto":
         return WorkerResources(section.cpus_per_worker, section.gpus_per_worker)
-    return WorkerResources(section.cpus_per_worker, 1 if any(node.gpus for node in nodes()) else 0)
+    return WorkerResources(section.cpus_per_worker, 1 if has_gpus() else 0)
+
+
+def has_gpus() -> bool:
+    """Return whether a node has GPUs now."""
+    return any(node.gpus for node in nodes())
 
 
 def task_resources(section: ResourcesSection) -> WorkerResources:
@@ -157,8 +162,8 @@ def fitting(node: WorkerResources, worker: WorkerResources) -> int:
     return min(by_cpu, int(node.gpus / worker.gpus))
 
 
-def worker_count(section: ResourcesSection) -> int:
-    """Return how many workers to start. Raises RunFileError where the cluster has no room for them."""
+def expect_worker_room(section: ResourcesSection) -> None:
+    """Raise RunFileError where the cluster has no room for resources.workers, or for one."""
     worker = worker_resources(section)
     room, wanted = capacity(worker), section.workers
     if room == 0 or (wanted != "auto" and wanted > room):
@@ -169,7 +174,6 @@ def worker_count(section: ResourcesSection) -> int:
             f"resources: {asked} of {worker} each asked for, but the cluster has room for {room} "
             f"(it has {total} on {len(found)} node{'s' if len(found) != 1 else ''})"
         )
-    return room if wanted == "auto" else wanted
 
 
 def wait_for_gpus(section: ResourcesSection, wanted: bool) -> bool:
@@ -177,14 +181,12 @@ def wait_for_gpus(section: ResourcesSection, wanted: bool) -> bool:
 
     A step that begins without them stays on CPUs to its end.
     """
-
-    def has_gpus() -> bool:
-        return any(node.gpus for node in nodes())
-
     if section.gpus_per_worker != "auto":
         return False
     if wanted:
-        otherwise = "; this run computed on GPUs before; to continue on CPUs, set resources.gpus_per_worker=0"
+        otherwise = (
+            "; this run computed on GPUs before: start a node with one, or set resources.gpus_per_worker=0"
+        )
         wait_for(has_gpus, "a node with a GPU", otherwise)
     return has_gpus()
 

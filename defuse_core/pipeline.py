@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from defuse_core.artifacts import (
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import DamagedError, StoreError
+from defuse_core.errors import DamagedError, DataError, StoreError
 from defuse_core.evaluation import (
     PLAIN_NAMES,
     Controls,
@@ -127,10 +128,13 @@ def expect_same_images(run: Run) -> None:
 
     A step that is yet to be made notices that by itself, on the machine that reads the images.
     """
-    models, data = run.load(Models), run.spec.data
-    is_here = data.root is not None and data.root.exists()
-    if is_here and models is not None and run.load(Evaluation) is not None:
-        reopen_splits(data, run.spec.seed, models.data_fingerprint)
+    data = run.spec.data
+    if data.root is None or run.load(Evaluation) is None or (models := run.load(Models)) is None:
+        return
+    with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
+        if data.root.exists():
+            here = data.model_copy(update={"download": False})
+            reopen_splits(here, run.spec.seed, models.data_fingerprint)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
@@ -175,7 +179,7 @@ def _evaluations(
 
 
 def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
-    """Fine-tune the controls that the correction is held against; None with judges.count 0, and with evidence made."""
+    """Fine-tune the controls that the correction is compared with; None with judges.count 0, and with evidence made."""
     if found.judges is None or run.load(Evidence) is not None:
         return None
     spec, fixes = run.spec, found.fixes

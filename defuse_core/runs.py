@@ -125,9 +125,8 @@ class Run:
         self.store = store.within(name)
         self.listeners: list[Callable[[], None]] = []  # called after each artefact is stored
         self.made_s = 0.0  # what all artefacts made so far took
-        self.with_added: RunFile | None = (
-            None  # the run file as given, while λ that it adds are not recorded yet
-        )
+        # the run file as given, while λ that it adds are not recorded yet
+        self.with_added: RunFile | None = None
 
     @classmethod
     def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
@@ -159,7 +158,8 @@ class Run:
                 f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
-            log.info("correct: λ = %s added", ", ".join(f"{lam:g}" for lam in added))
+            added_text = ", ".join(f"{lam:g}" for lam in added)
+            log.info("correct: λ = %s to be added; run.yaml names them once they can be tuned", added_text)
             run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
         if not noted == found.spec == spec:
             run._note_settings(spec)
@@ -173,9 +173,10 @@ class Run:
         """
         if self.with_added is None:
             return
+        spec, self.with_added = self.with_added, None
         self.delete(FROM_SWEEP, CONTROL_TRIALS)
-        self._note_settings(self.with_added)
-        self.store.write("run.yaml", dump_run_file(self.with_added).encode())
+        self._note_settings(spec)
+        self.store.write("run.yaml", dump_run_file(spec).encode())
 
     def _note_weights(self) -> None:
         if digests := _weights_digests(self.spec):

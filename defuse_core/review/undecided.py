@@ -77,7 +77,7 @@ def why_undecided(
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
 
 
-def are_worse(models: Sequence[float | None], classifier: float | None, images: int | None = None) -> bool:
+def are_worse(models: Sequence[float | None], classifier: float | None, images: int | None) -> bool:
     """Whether the best of some models is right on clearly fewer real images than the classifier, if both are known.
 
     Of so few `images` that the difference could be by chance, it is not.

@@ -110,7 +110,7 @@ def count_units(gallery: Gallery, labels: I64, more: MoreImages | None) -> Units
 
 @dataclass(frozen=True, eq=False)
 class Shares:
-    """The share of each component's labelled images that is misclassified, and what it is held against."""
+    """The share of each component's labelled images that is misclassified, and what it is compared with."""
 
     misclassified: F64  # (S,)
     labelled: I64  # (S,)

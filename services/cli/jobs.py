@@ -298,14 +298,16 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
     """
     from cluster.jobs import WITHOUT_UPLOAD
 
-    copied = 0
+    copied, largest = 0, (0, "")
 
     def copy_file(file: str, to: str) -> None:
-        nonlocal copied
-        copied += Path(file).stat().st_size
+        nonlocal copied, largest
+        size = Path(file).stat().st_size
+        copied, largest = copied + size, max(largest, (size, file))
         if copied > MOST_MB * 2**20:
+            alone = f" ({largest[1]} alone {largest[0] / 2**20:.0f})" if source.is_dir() else ""
             raise InputError(
-                f"{field} {source}: over {MOST_MB} MiB, and Ray accepts jobs up to {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
+                f"{field} {source}: over {MOST_MB} MiB{alone}, and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
             )
         _copy_file(file, to)
 

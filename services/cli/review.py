@@ -172,7 +172,9 @@ def _later_answers(
     "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--vote", is_flag=True, help="Delete such decisions on the scenario: the vote decides again.")
+@click.option(
+    "--vote", is_flag=True, help="Delete the decisions on the scenario, so that the vote decides again."
+)
 @click.option("--reason", callback=given, help="The reason, which the report shows; not with --vote.")
 @click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
 @click.option("--redo", is_flag=True, help="Delete the verdicts and corrections that exist already.")

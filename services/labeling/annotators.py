@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("defuse")
 Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
-RENEWAL_S = (
-    3600  # after which a push gives Label Studio this process's credentials again, which may have changed
-)
+# after which a push gives Label Studio this process's credentials again: those of a role may have 10 minutes left
+RENEWAL_S = 600
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -69,6 +68,7 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
+    pushed_s = 0.0  # when the last push ended, of time.monotonic
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -115,7 +115,9 @@ class LabelStudioAnnotators:
             prelabels=prelabels,
             repair=repair,
         )
-        return project.push()
+        state = project.push()
+        self.pushed_s = monotonic()
+        return state
 
     def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
         """Return the status of the review; until its votes are stored, decided scenarios leave the queue.
@@ -157,13 +159,13 @@ class LabelStudioAnnotators:
 
         A server that cannot be reached for a while is waited for.
         """
-        pause_s, is_out, pushed_s = self.first_pause_s, False, monotonic()
+        pause_s, is_out = self.first_pause_s, False
         while True:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
-                if self.settings.label_studio_s3.share_own and monotonic() - pushed_s > RENEWAL_S:
-                    state, pushed_s = self.push(gallery), monotonic()
+                if self.settings.label_studio_s3.share_own and monotonic() - self.pushed_s > RENEWAL_S:
+                    state = self.push(gallery)
                 status, state = self._pull(gallery, state)
             except ServiceError as failure:
                 log.warning("review: %s", failure)

@@ -94,9 +94,9 @@ class Installation:
         """Raise InputError for a server of another machine that shares the folder: SQLite bears one at a time."""
         if server is not None and server.host not in ("", platform.node()):
             raise InputError(
-                f"Label Studio in {self.folder} was started on {server.host}: end it there (`defuse label-studio "
-                f"down`), or set DEFUSE_CACHE to a folder of this machine; if it runs nowhere, make `host` in "
-                "server.json empty"
+                f"Label Studio in {self.folder} was started on {server.host}: if it runs there, end it there (`defuse "
+                "label-studio down`), or set DEFUSE_CACHE to a folder of this machine; else make `host` empty in "
+                f"{self.folder / 'server.json'}"
             )
 
     @contextlib.contextmanager

@@ -157,6 +157,8 @@ class ReviewProject:
         if renumbered := next(iter(self.client.find_projects(state.mark)), None):
             log.warning("project %d is now project %d, by its mark", state.project, renumbered.id)
             people = {} if elsewhere else state.people  # user ids are of other people
+            if elsewhere:
+                self.run.store.delete(AUTHORS_KEY)
             self._update_state(lambda known: replace(known, project=renumbered.id, people=people))
             return renumbered
         if project is None:

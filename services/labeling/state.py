@@ -109,9 +109,9 @@ def write_state(store: Store, state: ProjectState) -> None:
 
 
 def set_aside(store: Store, state: ProjectState, *keys: str) -> str:
-    """Copy these files, of a project that is lost, to names of its own, and return the first: its answers may be back.
+    """Copy these files of a lost project under names with its number, and return the first of these.
 
-    Copied back they are those of that project again.
+    If the project comes back, copied over the originals they are its state again.
     """
     own = {key: key.replace(".json", f"-{state.project}-{state.mark[-4:]}.json") for key in keys}
     for key in keys:

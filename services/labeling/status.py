@@ -179,7 +179,8 @@ class ReviewStatus:
             return ""
         return (
             f"of those who answered so far, {first_few(left) or 'nobody'} can still answer; if nobody else will, "
-            f"`defuse run` with `--set review.answers_per_task={fewest}` ends the review with fewer answers"
+            f"`defuse run` with `--set review.answers_per_task={fewest}` ends the review with fewer answers (give it "
+            "from then on, and end a waiting `defuse run --wait` first)"
         )
 
     def final_votes(self, state: ProjectState) -> Votes:

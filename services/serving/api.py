@@ -163,7 +163,10 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         return PlainTextResponse(await metrics_page(), media_type="text/plain; version=0.0.4")
 
     async def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(docs_page(api.openapi(), str(request.base_url)), headers=DOCS_HEADERS)
+        address = request.base_url
+        if request.headers.get("x-forwarded-proto") == "https":  # of a proxy that speaks TLS
+            address = address.replace(scheme="https")
+        return HTMLResponse(docs_page(api.openapi(), str(address)), headers=DOCS_HEADERS)
 
     # This route answers, without the cost of FastAPI's validation of arguments; the one below describes it.
     api.router.routes.insert(0, Route("/v1/predict", predict, methods=["POST"]))

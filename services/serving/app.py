@@ -56,19 +56,17 @@ class ClassifierIngress(ClassifierDeployment):
         hide_other_gpus()
         super().__init__(*args)
         if self.active.error is not None and _is_application_answering():
-            raise ComputeError(
-                f"{self.active.error}; other replicas answer until Serve has started this one again"
-            )
+            raise ComputeError(f"{self.active.error}; others answer until Serve has started this one again")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self)
 
 
 def _is_application_answering() -> bool:
-    """Return whether other replicas of the application of this one have started."""
+    """Return whether this replica is one more, or replaces another, of an application that has started."""
     application = serve.status().applications.get(serve.get_replica_context().app_name)
     deployments = application.deployments.values() if application is not None else ()
-    return any("RUNNING" in deployment.replica_states for deployment in deployments)
+    return any(one.status != "UPDATING" and "RUNNING" in one.replica_states for one in deployments)
 
 
 def build(args: ServeArgs | dict[str, Any]) -> Application:
@@ -188,8 +186,8 @@ def serve_until_stopped(
         if address is None:
             require_gpus(settings)
         running = running_application(args, host, port, proxy)
-        # a signal may arrive during the start
         with contextlib.suppress(KeyboardInterrupt), running as url, contextlib.ExitStack() as served:
+            served.callback(shutdown.ignore)
             # Serve's controller ends during a call, which a thread of Ray prints as a failed task
             served.callback(ending.enter_context, contextlib.redirect_stdout(io.StringIO()))
             logs = log_folder()
@@ -243,7 +241,7 @@ def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> 
             serve.delete(APPLICATION)
         else:
             log.warning(
-                "the application was deleted or deployed anew by another program, and is left as it is"
+                "another program deleted the application or deployed it anew; nothing is deleted here"
             )
 
 
@@ -298,9 +296,7 @@ def _check_exposure(requested: str, actual: str) -> None:
             f"Serve is already running on this cluster and listens on {actual}, which other machines can reach: set "
             f"DEFUSE_SERVE_TOKEN, or allow requests from everywhere with `--host {actual}`"
         )
-    log.warning(
-        "other machines can reach %s, and DEFUSE_SERVE_TOKEN is not set: anyone can send requests", actual
-    )
+    log.warning("anyone who reaches %s can send requests, since DEFUSE_SERVE_TOKEN is not set", actual)
 
 
 def deploy(args: ServeArgs) -> None:
@@ -310,9 +306,8 @@ def deploy(args: ServeArgs) -> None:
         try:
             serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
         except (RuntimeError, RayError, RayServeException) as error:
-            raise ComputeError(
-                f"the application did not start: {_replica_error() or one_line(error)}"
-            ) from error
+            why = _replica_error() or one_line(error)
+            raise ComputeError(f"the application did not start: {why}") from error
 
 
 def _replica_error() -> str | None:
@@ -324,10 +319,10 @@ def _replica_error() -> str | None:
 
 
 class ShutdownSignal:
-    """Ctrl-C or SIGTERM: ends `wait`, and raises KeyboardInterrupt elsewhere, once startup is over for the first alone.
+    """Ctrl-C or SIGTERM: ends `wait`.
 
-    So a look-up in a store that does not answer ends, and the end of the program is not interrupted. Create it after
-    Ray has started: Ray installs handlers for both signals.
+    Elsewhere it raises KeyboardInterrupt: at each signal during startup, and at the first one afterwards, so that a
+    look-up in a store that does not answer ends. Create it after Ray has started, which installs handlers for both.
     """
 
     def __init__(self) -> None:
@@ -348,6 +343,11 @@ class ShutdownSignal:
             return self._received.wait(timeout_s)
         finally:
             self._waiting = False
+
+    def ignore(self) -> None:
+        """Interrupt nothing from now on: the program ends."""
+        self._started = True
+        self._received.set()
 
 
 def registry_changes(

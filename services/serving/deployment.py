@@ -40,9 +40,7 @@ from services.settings import serve_token
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
-MAX_FAILURES = (
-    20  # requests in a row that production fails on, before it is asked whether it can predict at all
-)
+FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
 
 
@@ -81,7 +79,7 @@ class ClassifierDeployment:
     async def check_health(self) -> None:
         """Raise where production answers nothing any more, as after an error of the GPU: Serve replaces the replica."""
         model = self.active.production
-        if self._failures >= MAX_FAILURES and model is not None:
+        if self._failures >= FAILURES_BEFORE_CHECK and model is not None:
             zeros = np.zeros((1, *model.input_spec.shape), np.float32)
             await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.predict, zeros)
             self._failures = 0

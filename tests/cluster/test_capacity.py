@@ -15,11 +15,11 @@ from cluster.resources import (
     CapacityMonitor,
     WorkerResources,
     capacity,
+    expect_worker_room,
     nodes,
     on_nodes_with_cpus,
     task_resources,
     wait_for_nodes,
-    worker_count,
     worker_resources,
 )
 from defuse_core.config import ResourcesSection
@@ -75,12 +75,12 @@ def test_the_only_task_of_a_step_holds_no_more_cpus_than_a_node_that_has_its_gpu
 
 def test_as_many_workers_are_started_as_fit_or_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster_of(monkeypatch, (3, 0, True), (2, 0, True), (9, 0, False))
-    assert worker_count(ResourcesSection(cpus_per_worker=2)) == 2
-    assert worker_count(ResourcesSection(workers=5)) == 5
+    expect_worker_room(ResourcesSection(cpus_per_worker=2))
+    expect_worker_room(ResourcesSection(workers=5))
     with pytest.raises(
         RunFileError, match=r"6 workers of 1 CPU and 0 GPU .* \(it has 5 CPU and 0 GPU on 2 nodes\)"
     ):
-        worker_count(ResourcesSection(workers=6))
+        expect_worker_room(ResourcesSection(workers=6))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_run_that_computed_on_gpus_waits_for_them_with_a_word_on_how_to_go_on_
     with on_ray("head:6379")(run) as compute:
         assert compute.task("train", shouting, "a") == "A"
         monkeypatch.setattr("cluster.resources.nodes", lambda: seen)
-        compute._ready()
+        compute._join_cluster()
         seen[0] = WorkerResources(2, 0)  # the nodes with GPUs are lost
         with pytest.raises(ComputeError, match="for a node with a GPU"):
             compute.task("train", shouting, "a")

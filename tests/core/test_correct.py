@@ -318,7 +318,7 @@ def test_if_every_row_loses_too_much_nothing_is_chosen_and_the_log_says_so(tiny_
         tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, comparison="the baseline"
     )
     assert "the baseline has no result: every λ" in caplog.text
-    assert "NOTHING" not in caplog.text and "add smaller" not in caplog.text
+    assert "NO λ CHOSEN" not in caplog.text and "add smaller" not in caplog.text
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):

@@ -63,7 +63,7 @@ def test_torchscript_is_not_stacked(tiny_models, tuning, tmp_path, caplog):
     ("classifier", "why"),
     [
         (Branching, "RuntimeError: vmap"),
-        (ReplacingBuffer, "its buffer seen is updated in another way"),
+        (ReplacingBuffer, "its buffer seen is updated differently"),
         (OtherWeights, "its logits differ when stacked"),
         (Detached, "the gradient of head.bias is lost"),
     ],

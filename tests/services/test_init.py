@@ -388,8 +388,7 @@ def test_minutes_that_are_no_number_are_refused(pictures, tmp_path, monkeypatch,
 
 def test_a_classifier_from_an_unset_variable_is_refused(pictures, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "init", pictures, "--classifier", "")
-    assert code == 2
-    assert "'--classifier': expected a value, found an empty one" in err
+    assert (code, "'--classifier': expected a value, found an empty one" in err) == (2, True)
 
 
 @pytest.mark.usefixtures("known_speeds")

@@ -295,7 +295,7 @@ def test_saving_says_where_less_than_the_limit_is_asked(
     make_run(store, "half", spec, tiny_models, open_splits(spec.data, spec.seed), half)
     page, out = saved(store, "half", tmp_path / "half", monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0.9, 0.5]
-    assert "8 read as 3 (scenario 1): the suite requires only 50.0 %, which the correction reaches" in out
+    assert "(scenario 1): the suite requires only 50.0 %, which the correction reaches, not 90.0 %" in out
     assert "3 read as 8" not in out
 
 
@@ -377,7 +377,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
             "new: cannot be written (Not a directory)",
         ),
         (["suite", "save", "nothing", "--out", "new"], "accepted no failure scenario"),
-        (["suite", "save", "uncorrected", "--out", "new"], "corrected nothing, so a suite of it would ask"),
+        (["suite", "save", "uncorrected", "--out", "new"], "corrected nothing, so a suite of it would req"),
         (["suite", "save", "begun", "--out", "new"], "run begun is not finished"),
         (["compare", "first", "begun"], "run begun is not finished"),
         (["compare", "first", "gone"], "no run called gone"),

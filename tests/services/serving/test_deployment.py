@@ -23,7 +23,7 @@ from services.serving.active_versions import CanaryStatistics, InitialModel
 from services.serving.api import build_api
 from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import MAX_FAILURES, ClassifierDeployment
+from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeployment
 from services.serving.inputs import decode_body
 from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
@@ -162,7 +162,7 @@ def test_a_replica_whose_network_fails_on_everything_is_replaced(
         await replica.check_health()
 
     monkeypatch.setattr(LoadedModel, "predict", fail)
-    asyncio.run(send(MAX_FAILURES - 1))
+    asyncio.run(send(FAILURES_BEFORE_CHECK - 1))
     with contextlib.nullcontext() if healthy else pytest.raises(RuntimeError, match="CUDA error"):
         asyncio.run(send(1))
 

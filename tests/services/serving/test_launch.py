@@ -152,7 +152,7 @@ def test_an_application_that_another_program_deployed_meanwhile_is_left(planted,
     with running_application(args, "127.0.0.1", serve_port, proxy=Proxy.CLUSTER):
         deploy(args)
     assert "defuse" in ray_serve.status().applications
-    assert "deleted or deployed anew by another program, and is left as it is" in caplog.text
+    assert "another program deleted the application or deployed it anew" in caplog.text
     ray_serve.delete("defuse")
 
 
