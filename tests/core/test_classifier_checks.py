@@ -148,7 +148,7 @@ class LabelsInTraining(Net):
     [
         (
             FeaturesInTraining,
-            r"expected logits of shape \(2, 10\) in train mode, .*, found \(2, 1024\); let its",
+            r"expected logits of shape \(2, 10\) also in train mode, .*, found \(2, 1024\); let its",
         ),
         (LabelsInTraining, r"fails in train mode, .*: one_hot\(\).*; let its forward take images alone"),
     ],

@@ -76,7 +76,7 @@ def test_a_server_that_another_machine_started_in_a_shared_folder_is_neither_sta
     (home.env / ".installed").write_text(VERSIONS)
     monkeypatch.setattr("services.labeling.local_server.start", lambda *_: SERVER)
     home.write_server(replace(SERVER, host="login-2"))
-    with pytest.raises(InputError, match="was started on login-2: end it there"):
+    with pytest.raises(InputError, match="was started on login-2: if it runs there, end it there"):
         command(tmp_path)
     for host in ("", platform.node()):
         home.write_server(replace(SERVER, host=host))

@@ -110,7 +110,7 @@ def test_a_replica_that_cannot_load_the_version_does_not_start_beside_one_that_a
     whole = registry.store.read(key)
     registry.store.write(key, b"cut")
     os.kill(one_replica_of(app.name), signal.SIGKILL)
-    wait_until(lambda: "other replicas answer until" in deployment_of(app.name).message)
+    wait_until(lambda: "others answer until" in deployment_of(app.name).message)
     assert statuses(load(app.port, 4, limited(requests_for(app, pictures), 100))) == {200: 100}
     registry.store.write(key, whole)
     wait_until(lambda: deployment_of(app.name).replica_states == {"RUNNING": 2})
