@@ -112,9 +112,7 @@ def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: No
 TWO_CLUSTERS = """
 import os
 from tests.conftest import tiny
-from tests.start_forked_worker import fork_workers
 
-fork_workers()
 for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
     del os.environ[name]
 from cluster.compute import RayCompute
@@ -154,9 +152,7 @@ from cluster import ray_compat
 from cluster.compute import RayCompute
 from tests.cluster.fakes import sleeping
 from tests.conftest import tiny
-from tests.start_forked_worker import fork_workers
 
-fork_workers()
 ray_compat.MEMORY_RETRIES = 1
 with RayCompute(None, tiny()) as compute:
     compute.task("train", sleeping, Path(sys.argv[1]))
