@@ -73,8 +73,9 @@ def test_the_only_task_of_a_step_holds_no_more_cpus_than_a_node_that_has_its_gpu
     assert task_resources(ResourcesSection(train_threads=40, gpus_per_worker=0)) == WorkerResources(32, 0)
 
 
-def test_as_many_workers_are_started_as_fit_or_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_workers_than_the_nodes_have_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster_of(monkeypatch, (3, 0, True), (2, 0, True), (9, 0, False))
+    assert capacity(worker_resources(ResourcesSection(cpus_per_worker=2))) == 2
     expect_worker_room(ResourcesSection(cpus_per_worker=2))
     expect_worker_room(ResourcesSection(workers=5))
     with pytest.raises(

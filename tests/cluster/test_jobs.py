@@ -58,8 +58,8 @@ def head(short_folder: Path, gcs_port: int) -> Iterator[str]:
         "--min-worker-port=0",
         "--max-worker-port=0",
     ]
-    agents = [f"--dashboard-agent-listen-port={(agent := free_port())}"]
-    agents += [f"--dashboard-agent-grpc-port={free_port()}"]
+    agent = free_port()
+    agents = [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={free_port()}"]
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder / 't'}"]
     command += [*ports, *agents, f"--metrics-export-port={free_port()}", "--node-ip-address=127.0.0.1"]
     command += ["--object-store-memory=100000000"]

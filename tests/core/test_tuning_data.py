@@ -260,14 +260,12 @@ def test_the_baseline_is_tuned_on_the_reviewed_images_alone(tiny_models, failure
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
-    ("sections", "tuned"),
-    [({}, True), ({"correct": {"unreviewed": False}}, False), ({"correct": {"filter": "none"}}, False)],
+    ("correct", "tuned"), [({}, True), ({"unreviewed": False}, False), ({"filter": "none"}, False)]
 )
 def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wanted(
-    tmp_path, tiny_models, references, sections, tuned
+    tmp_path, tiny_models, references, correct, tuned
 ):
-    correct = {"lambdas": [1.0], "epochs": 1, **sections.get("correct", {})}
-    spec = recommended(judges={"count": 0}, correct=correct)
+    spec = recommended(judges={"count": 0}, correct={"lambdas": [1.0], "epochs": 1, **correct})
     run = trained_run(FolderStore(tmp_path), "a", spec, tiny_models, references)
     compute = LocalCompute()
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))

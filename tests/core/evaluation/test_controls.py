@@ -293,6 +293,8 @@ def test_one_lucky_plain_training_leaves_nothing_confirmed(finished) -> None:
     assert alone.confirmed.any() and not made.confirmed.any() and not made.worse.any()
     figures = evidence_figures(found, made)
     assert figures.against_plain.scenarios.better == figures.against_plain.real_failures.better == 0
+    assert not figures.against_plain.scenarios.worse_than_each
+    assert not figures.against_plain.real_failures.worse_than_each
 
 
 def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finished) -> None:

@@ -14,7 +14,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
     _scores,
-    _tell_missing_classes,
+    _warn_of_missing_classes,
     ask_models,
     gallery_probabilities,
     judges,
@@ -126,9 +126,9 @@ def test_classes_that_a_set_learns_nothing_of_are_named(tiny_spec, caplog):
     labels = np.array([3, *[5] * 9])
     splits = Splits(Images(np.zeros((10, 1, 4, 4), np.uint8), labels), None, None, tuple("0123456789"))
     with caplog.at_level("WARNING", "defuse"):
-        _tell_missing_classes(tiny_spec, "judges", splits, labels)
+        _warn_of_missing_classes(tiny_spec, "judges", splits, labels)
         assert not caplog.text
-        _tell_missing_classes(tiny_spec, "reference", splits, labels[1:])
+        _warn_of_missing_classes(tiny_spec, "reference", splits, labels[1:])
     assert "the reference models have no training images of 3 (judges.share, review" in caplog.text
 
 

@@ -99,7 +99,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]
     assert verdicts is not None and verdicts.labels.tolist() == [0]
     assert served.load(Votes) is None and not served.store.exists("labeling.json")
-    assert "Voting is closed" in (closed := cli("status", name).output) and "not known" not in closed
+    assert "Voting is closed" in (closed := cli("status", name).output) and "unknown whether" not in closed
     review.store.delete("verdicts.safetensors")  # as where the command was killed between both
     monkeypatch.setenv("LABEL_STUDIO_URL", f"http://127.0.0.1:{free_port()}")
     shown = " ".join(cli("status", name).output.split())

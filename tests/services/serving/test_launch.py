@@ -151,9 +151,11 @@ def test_an_application_that_another_program_deployed_meanwhile_is_left(planted,
     args = ServeArgs(store=planted.address, run="first", pin=True, settings={"cpus_per_replica": 0.1})
     with running_application(args, "127.0.0.1", serve_port, proxy=Proxy.CLUSTER):
         deploy(args)
-    assert "defuse" in ray_serve.status().applications
-    assert "another program deleted the application or deployed it anew" in caplog.text
-    ray_serve.delete("defuse")
+    try:
+        assert "defuse" in ray_serve.status().applications
+        assert "another program deleted the application or deployed it anew" in caplog.text
+    finally:
+        ray_serve.delete("defuse")
 
 
 def test_on_a_cluster_with_haproxy_replicas_of_several_nodes_do_not_listen_on_loopback(

@@ -98,7 +98,7 @@ def test_the_ports_of_operators_become_private_sockets_and_that_of_the_clients_d
     ]
 
 
-def test_haproxy_keeps_its_files_private_listens_on_the_port_of_the_clients_only_and_ends_soon_by_a_signal_to_all(
+def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_the_clients_only(
     own_store, short_folder, pictures
 ):
     options = ("--store", own_store.address, "--proxy", "haproxy", "--set", "serve.cpus_per_replica=0.5")
