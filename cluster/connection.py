@@ -133,7 +133,7 @@ def require_absolute_root(root: Path | None) -> None:
 
 
 def require_absolute_paths(spec: RunFile) -> None:
-    """Raise RunFileError for data.root and weights likewise, once joined. Workers of a job have its folder."""
+    """Raise RunFileError for relative paths of images or weights, once joined. A job brings its weights along."""
     require_absolute_root(spec.data.root)
     if ray.get_runtime_context().runtime_env.get("working_dir"):
         return

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from defuse_core.config import (
+    MOST_MINUTES,
     DataSection,
     RunFile,
     first_problem,
@@ -49,7 +50,6 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 TRACED_IMAGES = 8  # that a classifier is traced on
-MOST_MINUTES = 10_000
 # training seeds torch's global generator and draws from it, and torch.export has globals
 _ONE_AT_A_TIME = threading.RLock()
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
@@ -324,7 +324,8 @@ class _Given:
     def _keep(self, key: str, what: str, is_same: Callable[[bytes], bool], made: Callable[[], bytes]) -> None:
         """Store what the caller gave, unless the run began with it. Raises RunMismatchError where it began with other.
 
-        What an earlier call left that made nothing is replaced, unseen: it may be what that call failed on.
+        Files of an earlier call that made no artefact are replaced without a comparison: that call may have failed on
+        them.
         """
         if not self.begun or not self.store.exists(key):
             self.store.write(key, made())

@@ -209,7 +209,7 @@ def _units_of_each(images: Images, classes: int) -> I64:
 
 @dataclass(frozen=True)
 class ChoiceRule:
-    """The rule of choice. Held-out scenario and test images play no part in it.
+    """Which epoch of each λ, and which λ, is chosen, and which λ ends early. Uses no held-out scenario or test images.
 
     choose_by tune: where tune accuracies are equal, the clean accuracy decides. Two epochs are equal in whole percent
     (`rank`), since each is compared with the best one before it. All λ are compared at once: those within EQUAL_TUNE of

@@ -84,7 +84,7 @@ def chi2_quantile(share: float | F64, dimensions: int) -> F64:
 def binomial_tail(hits: I64 | F64 | int, total: I64 | int, share: float | F64) -> F64:
     """Return P(X >= hits) of X ~ Binomial(total, share); 1 where total is 0.
 
-    Hits that are a sum of shares, one of each unit, are a fraction: then it lies between those of the whole numbers.
+    Hits may be a fraction (a sum of one share per unit); the tail is then between those of the neighbouring integers.
     """
     some = np.asarray(hits) > 0
     tail: F64 = special.betainc(np.where(some, hits, 1.0), np.maximum(total - hits, 0) + 1, share)

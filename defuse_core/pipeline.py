@@ -63,7 +63,7 @@ from defuse_core.training.reference_models import (
     references_take_part,
     training_calls,
 )
-from defuse_core.tuning_data import choose_unreviewed, expect_images_at_hand, reviewed_failures
+from defuse_core.tuning_data import choose_unreviewed, expect_training_images, reviewed_failures
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
@@ -93,7 +93,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     )
     reviewed = reviewed_failures(gallery, verdicts)
     if run.with_added is not None:
-        compute.task("correct", expect_images_at_hand, spec, models)  # before a result is deleted
+        compute.task("correct", expect_training_images, spec, models)  # before a result is deleted
         run.add_lambdas()
     sweeps = _sweeps(
         run,
@@ -129,7 +129,8 @@ def expect_same_images(run: Run) -> None:
     A step that is yet to be made notices that by itself, on the machine that reads the images.
     """
     data = run.spec.data
-    if data.root is None or run.load(Evaluation) is None or (models := run.load(Models)) is None:
+    is_finished = run.store.exists("evaluation.safetensors")
+    if data.root is None or not is_finished or (models := run.load(Models)) is None:
         return
     with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
         if data.root.exists():

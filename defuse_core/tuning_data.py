@@ -77,8 +77,8 @@ def load_fine_tuning_data(models: Models, request: SweepRequest, *, progress: Pr
     return FineTuningData(clean, scenario, request.repetition)
 
 
-def expect_images_at_hand(spec: RunFile, models: Models, *, progress: Progress) -> None:
-    """Raise DataError or RunMismatchError where the images that the run was trained on are not at hand."""
+def expect_training_images(spec: RunFile, models: Models, *, progress: Progress) -> None:
+    """Raise DataError or RunMismatchError where the images that the run was trained on are missing or have changed."""
     reopen_splits(spec.data, spec.seed, models.data_fingerprint)
 
 

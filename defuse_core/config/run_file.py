@@ -23,6 +23,7 @@ from defuse_core.config.sections import (
 )
 
 STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
+MOST_MINUTES = 10_000  # that a run can be planned for
 
 
 Arithmetic = Literal["f32", "bf16"]

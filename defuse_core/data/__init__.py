@@ -30,13 +30,13 @@ def open_splits(data: DataSection, seed: int) -> Splits:
     Validation and test parts are those of the data set. Where it has no validation part, data.validation_share of the
     training images is held out; data.train_images of the others are drawn. Raises DataError.
     """
-    with readable(data.root):
+    with os_errors_as_data_errors(data.root):
         return OPENERS[data.name](data, seed)
 
 
 @contextlib.contextmanager
-def readable(root: Path | None) -> Iterator[None]:
-    """Raise DataError where a folder or file of images cannot be read inside."""
+def os_errors_as_data_errors(root: Path | None) -> Iterator[None]:
+    """Raise an OSError of the block as a DataError that names the file, or else `root`."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def readable(root: Path | None) -> Iterator[None]:
 def expect_root(data: DataSection) -> None:
     """Raise DataError where data.root cannot be read on this machine, for a data set that is read from there."""
     if data.name not in WITHOUT_ROOT:
-        with readable(data.root):
+        with os_errors_as_data_errors(data.root):
             data_root(data)
 
 

@@ -64,7 +64,7 @@ def open_mnist(data: DataSection, seed: int) -> Splits:
 def _download(root: Path, wanted: list[str], download: Callable[[Path], object]) -> None:
     """Put files and folders that `root` lacks there, by download(FOLDER): one process downloads, and others wait.
 
-    They are moved to their places whole, so a download that is killed leaves nothing that a later one takes for all.
+    Each is renamed into place once it is complete, so a download that is killed leaves no part that looks complete.
     """
     if all((root / each).exists() for each in wanted):
         return

@@ -17,7 +17,7 @@ from defuse_core.errors import DataError, first_few
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
 CHUNK = 4096  # images checked at once, to bound the memory
-ROUNDED = 1e-5  # beyond [0, 1] that a pixel may be, as where a resize computes in floats
+OVERSHOOT = 1e-5  # how far outside [0, 1] a float pixel may be: resizing in floats rounds
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -214,11 +214,11 @@ def _fractions(pixels: npt.NDArray[Any], where: str) -> F32:
     for start in range(0, len(pixels), CHUNK):
         chunk = pixels[start : start + CHUNK]
         low, high = chunk.min(axis=(1, 2, 3)), chunk.max(axis=(1, 2, 3))
-        wrong = ~((low >= -ROUNDED) & (high <= 1 + ROUNDED))  # NaN fails both comparisons
+        wrong = ~((low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT))  # NaN fails both comparisons
         is_beyond = is_beyond or bool((low < 0).any() or (high > 1).any())
         if wrong.any():
             image = int(np.flatnonzero(wrong)[0])
-            values = f"{chunk[image].min():.6g} to {chunk[image].max():.6g}"
+            values = f"{low[image]:.6g} to {high[image]:.6g}"
             found = "NaN" if "nan" in values else f"values from {values}"
             raise DataError(
                 f"{where}: expected floats in [0, 1], found {found} in image {start + image}; "

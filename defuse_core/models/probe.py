@@ -22,7 +22,6 @@ from defuse_core.models.adapters import (
     INPUT_RANGES,
     as_logits,
     classifier_failure,
-    find_logits,
     raw_output,
 )
 from defuse_core.models.inference import map_batches
@@ -274,6 +273,6 @@ def is_same_program(classifier: nn.Module, stored: bytes, images: Images) -> boo
 def _logits_of_code(net: nn.Module, images: Images, rows: slice) -> Tensor:
     batch = torch.from_numpy(images.batch(rows)).to(device())  # in the layout that the user's code may expect
     try:
-        return find_logits(net(batch))[0].float()
+        return as_logits(net(batch), "logits", None)
     except Exception as error:
         raise classifier_failure(net, batch, error) from error

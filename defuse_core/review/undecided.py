@@ -21,7 +21,7 @@ from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.draws import UNDIVIDED
 from defuse_core.errors import count_of, percent
-from defuse_core.intervals import ONE_SIDED, binomial_tail, significantly_over
+from defuse_core.intervals import ONE_SIDED, binomial_tail, discoveries
 from defuse_core.review.verdicts import tested_counts
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
@@ -33,7 +33,7 @@ MOST_UNLABELLED = 0.5  # share of the components without a labelled image over w
 MANY_FAILING = 0.05
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
 WORSE_BY = 0.02
-NEARLY_CERTAIN = 0.1  # p-value of a component by itself from which on it leaves it open whether it fails
+NEARLY_CERTAIN = 0.1  # p-value, uncorrected, up to which a component that is not significant stays undecided
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
 GUESSING_REMEDY = "check its weights, the input range and class order that it expects, and the labels"
 
@@ -205,15 +205,15 @@ def _too_few_units(
 ) -> str | None:
     """Return how many components are misclassified in over rho, but in too few pictures to be certain.
 
-    Those of enough pictures count where they are certain but for the number of tests, or nearly so.
+    Those with enough pictures count if their own p-value is small, but not significant among so many tests.
     """
     max_false = review.false_discovery_rate
     if max_false is None:
         return None
     needed = fewest_units(review.rho, max_false)
     hits, total = tested_counts(verdicts)
-    nearly = binomial_tail(hits, total, review.rho) <= NEARLY_CERTAIN
-    nearly &= ~significantly_over(hits, total, review.rho, max_false)
+    tail = binomial_tail(hits, total, review.rho)
+    nearly = (tail <= NEARLY_CERTAIN) & ~discoveries(tail, max_false)
     found = open_ones & (hits > review.rho * total) & (nearly | (total < needed))
     count = int(found.sum())
     if not count:

@@ -127,12 +127,10 @@ class Shares:
             return f"{percent(share, 0)} of {images} {verb} misclassified"
         total = int(self.units.total[component])
         of, mean = count_of(total, self.units.name), float(self.units.failing[component]) / total
-        at = (
-            ""
-            if abs(mean - share) < ROUNDING
-            else f", {percent(mean, 0)} on average over the {self.units.name}s"
-        )
-        return f"{percent(share, 0)} of {images} of {of} {verb} misclassified{at}"
+        text = f"{percent(share, 0)} of {images} of {of} {verb} misclassified"
+        if abs(mean - share) < ROUNDING:
+            return text
+        return f"{text}, {percent(mean, 0)} on average over the {self.units.name}s"
 
     def why_not(self, component: int) -> str:
         """Return the requirement that one component does not meet."""

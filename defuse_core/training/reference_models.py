@@ -263,22 +263,20 @@ def _train_one(
 ) -> TrainedClassifier:
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     if number == 0:
-        _tell_missing_classes(spec, name, splits, train.labels)
+        _warn_of_missing_classes(spec, name, splits, train.labels)
     with cpu_threads(spec.resources.train_threads):
         model = train_reference(spec, name, train, len(splits.classes), number, progress)
         validation, test = _scores(model, splits)
     return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
 
 
-def _tell_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
+def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
     """Log the classes that have training images, but none among those with `labels` that a set is trained on."""
     missing = [splits.classes[label] for label in np.setdiff1d(splits.train.labels, labels)]
-    who, field = ("judges",) * 2 if name == "judges" else ("reference models", "review.reference")
-    text = (
-        "train: the %s have no training images of %s (judges.share, %s.train_images), so they see no failure"
-    )
+    who, field = ("judges", "judges") if name == "judges" else ("reference models", "review.reference")
+    text = "train: the %s have no training images of %s (judges.share, %s.train_images) and see no failure of these"
     if set_section(spec, name).epochs and missing:
-        log.warning(f"{text} of these", who, ", ".join(missing), field)
+        log.warning(text, who, ", ".join(missing), field)
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:

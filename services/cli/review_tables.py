@@ -199,11 +199,12 @@ def _scenario_table(status: ReviewStatus) -> Table:
     gallery = status.tasks.gallery
     table = _table(gallery, "state", "answers missing")
     reasons = status.verdicts().reasons
-    for scenario, decided in enumerate(status.decided):
+    states = zip(status.decided, status.provisional, strict=True)
+    for scenario, (decided, provisional) in enumerate(states):
         state = "open"
         if decided:
             state = "overridden" if status.overridden[scenario] else reasons[scenario]
-        if status.provisional[scenario]:
+        if provisional:
             state = f"its answers are in; so far {state}"
         missing = int(status.missing_per_task[scenario].sum())
         table.add_row(*_scenario_cells(gallery, scenario, f"{missing:,}"), state)

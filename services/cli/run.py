@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import STEPS
+from defuse_core.config import MOST_MINUTES, STEPS
 from defuse_core.errors import DamagedError, InputError, count_of
 from defuse_core.store import checked_name
 from services.cli.options import (
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(1, 10_000),
+    type=click.FloatRange(1, MOST_MINUTES),
     default=30.0,
     show_default=True,
     callback=number,

@@ -44,6 +44,7 @@ from services.labeling.tasks import (
     is_edited,
     pictures_storage,
     project_settings,
+    run_label,
 )
 from services.settings import BucketAccess
 
@@ -148,19 +149,21 @@ class ReviewProject:
     def find(self) -> Project | None:
         """Return the run's project; None if there is none yet, or if it is lost and to be replaced."""
         state = self.state
-        if state.project is None:
-            return next(iter(self.client.find_projects(state.mark)), None)
-        project = self.client.project(state.project)
+        project = None if state.project is None else self.client.project(state.project)
         if project is not None and state.mark in project.settings.description:
             return project
+        marked = next(iter(self.client.find_projects(state.mark)), None)
+        if state.project is None:
+            return marked
         elsewhere = state.address != self.client.address
-        if renumbered := next(iter(self.client.find_projects(state.mark)), None):
-            log.warning("project %d is now project %d, by its mark", state.project, renumbered.id)
+        if marked is not None:
+            number = marked.id
+            log.warning("project %d is now project %d, by its mark", state.project, number)
             people = {} if elsewhere else state.people  # user ids are of other people
             if elsewhere:
                 self.run.store.delete(AUTHORS_KEY)
-            self._update_state(lambda known: replace(known, project=renumbered.id, people=people))
-            return renumbered
+            self._update_state(lambda known: replace(known, project=number, people=people))
+            return marked
         if project is None:
             self._expect_its_organization()
         if project is not None and self.repair and self._holds_our_tasks(project):
@@ -200,7 +203,7 @@ class ReviewProject:
 
     def create(self) -> Project:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
-        if others := self.client.find_projects(f"its run {self.run.name}. Leave this mark"):
+        if others := self.client.find_projects(run_label(self.run.name)):
             log.warning(
                 "found project %s at %s, of another run called %s or replaced: archive it, or people may answer there",
                 ", ".join(str(project.id) for project in others),

@@ -21,6 +21,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
+from defuse_core.config import ReviewSection
 from defuse_core.errors import first_few
 from defuse_core.review.consensus import (
     Consensus,
@@ -30,7 +31,13 @@ from defuse_core.review.consensus import (
     stops_when_sure,
 )
 from defuse_core.review.verdicts import tally
-from services.labeling.annotations import DiscardedAnnotation, PulledAnnotations, QueuedTask, SkippedTask
+from services.labeling.annotations import (
+    UNKNOWN,
+    DiscardedAnnotation,
+    PulledAnnotations,
+    QueuedTask,
+    SkippedTask,
+)
 from services.labeling.client import LabelStudioClient
 from services.labeling.state import ProjectState
 from services.labeling.tasks import ReviewTasks
@@ -72,10 +79,9 @@ class ReviewStatus:
 
         A false discovery rate is over all scenarios, and CROWDLAB's weights follow from all answers.
         """
-        review = self.tasks.review
-        by_itself = review.accept == "share" and review.consensus == "majority"
-        open_ones: Bool = self.decided & ~self.overridden & ~self.final
-        return open_ones & (not by_itself and self.outstanding > 0)
+        can_change = self.outstanding > 0 and not _are_independent(self.tasks.review)
+        provisional: Bool = self.decided & ~self.overridden & ~self.final & can_change
+        return provisional
 
     @property
     def requested(self) -> int:
@@ -134,7 +140,7 @@ class ReviewStatus:
         return f"{'about ' if self.stops_when_sure else ''}{self.outstanding:,} are still wanted"
 
     def verdicts(self) -> Verdicts:
-        """Return the verdicts that follow from the votes so far, and from what people decided above them.
+        """Return the verdicts that follow from the votes so far, and from the decisions that override them.
 
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
@@ -168,15 +174,17 @@ class ReviewStatus:
         """
         asked, wanted = self.tasks.review.answers_per_task, self.wanted_per_task > 0
         fewest = int(self.given_per_task[wanted].min(initial=asked))
+        if not wanted.any() or not fewest or self.tasks.gallery.failure is not None:
+            return ""
         rows = zip(
             self.pulled.answers["annotator"].tolist(), self.pulled.answers["task"].tolist(), strict=True
         )
         skips = ((skip.annotator, skip.index) for skip in (*self.pulled.skips, *self.pulled.unreadable))
         done = Counter(annotator for annotator, task in {*rows, *skips} if wanted[task])
-        left = [self.names[each] for each in self.pulled.annotators() if each and done[each] < wanted.sum()]
-        is_likely = left and 2 * fewest <= asked
-        if not wanted.any() or not fewest or is_likely or self.tasks.gallery.failure is not None:
-            return ""
+        able = (by for by in self.pulled.annotators() if by != UNKNOWN and done[by] < wanted.sum())
+        left = [self.names[by] for by in able]
+        if left and 2 * fewest <= asked:
+            return ""  # they may well give the others
         return (
             f"of those who answered so far, {first_few(left) or 'nobody'} can still answer; if nobody else will, "
             f"`defuse run` with `--set review.answers_per_task={fewest}` ends the review with fewer answers (give it "
@@ -231,11 +239,16 @@ def review_status(
         sure = consensus.sure(review.certainty)
     missing = np.where(sure, 0, review.answers_per_task - given)
     final: Bool = np.zeros(len(tasks.gallery), bool)
-    if review.stop_early and review.accept == "share" and review.consensus == "majority":
+    if review.stop_early and _are_independent(review):
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
         final = np.array([verdict_is_final(*case, review.rho) for case in cases], bool)
     return ReviewStatus(tasks, pulled, names, votes, consensus, sure, missing, tuple(overrides), final)
+
+
+def _are_independent(review: ReviewSection) -> bool:
+    """Whether the verdict on a scenario follows from the answers to it alone."""
+    return review.accept == "share" and review.consensus == "majority"
 
 
 def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, str]) -> Votes:

@@ -250,12 +250,17 @@ class PresentTasks:
         return first
 
 
+def run_label(run: str) -> str:
+    """Return what the descriptions of the projects of all runs of this name have in common."""
+    return f"its run {run}. Leave this mark"
+
+
 def project_settings(tasks: ReviewTasks, run: str, mark: str) -> ProjectSettings:
     """Return the settings that the project of a run should have; it is known by its mark."""
     review, classes = tasks.review, tasks.gallery.classes
     return ProjectSettings(
         title=f"Defuse {run}"[:50],
-        description=f"Made by Defuse for its run {run}. Leave this mark: {mark}",
+        description=f"Made by Defuse for {run_label(run)}: {mark}",
         label_config=label_config(review.form, classes),
         expert_instruction=instructions(review.form, classes),
         show_instruction=True,

@@ -28,11 +28,18 @@ from defuse_core.report.evidence_schema import WatchFigures
 
 log = logging.getLogger("defuse")
 PREFIXES = ("ray_defuse_", "ray_serve_")
-LINES = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") for prefix in PREFIXES)
+LINE_STARTS = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") for prefix in PREFIXES)
 SCRAPE_TIMEOUT_S = 5.0
 ANSWER_S = 5.0  # within which /healthz is answered
 MAX_FAILURES = 3  # in a row
 SWITCH_S = 30.0  # within which replicas load a version
+NO_ANSWER = (
+    OSError,
+    http.client.HTTPException,
+    ValueError,
+    KeyError,
+    TypeError,
+)  # or a proxy's, which is no JSON
 DIRECT = urllib.request.build_opener(
     urllib.request.ProxyHandler({})
 )  # whatever HTTP_PROXY says: nodes are near
@@ -152,7 +159,7 @@ def merge_pages(pages: Iterable[str]) -> str:
 
 def _parse(page: str) -> list[Metric]:
     lines = page.split("\n")
-    kept = [line for line in lines[:-1] if line.startswith(LINES)]  # the parser takes long for a line
+    kept = [line for line in lines[:-1] if line.startswith(LINE_STARTS)]  # parsing a line is slow
     try:
         return list(text_string_to_metric_families("\n".join([*kept, lines[-1]])))
     except ValueError:  # cut within a line
@@ -214,7 +221,7 @@ class VersionCheck:
         self._ask_from: float | None = None  # of time.monotonic; None: another version is reported
 
     def __call__(self, version: int | None, since: object) -> None:
-        """Ask once whether the version in production answers. Warns once for each change `since` which it is there."""
+        """Ask once whether `version`, in production since the change `since`, answers. Warns once for each change."""
         if since != self._since:
             self._since, self._ask_from = since, time.monotonic() + SWITCH_S
         if self._ask_from is None or time.monotonic() < self._ask_from:
@@ -238,8 +245,8 @@ def _answering(request: urllib.request.Request) -> str | None:
     except urllib.error.HTTPError as error:
         if error.code != http.client.SERVICE_UNAVAILABLE:
             return None
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a proxy's is no JSON
+        with contextlib.suppress(*NO_ANSWER):
             return f"status 503 ({json.load(error)['error']})"
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-        pass
-    return None
+        return None
+    except NO_ANSWER:
+        return None
