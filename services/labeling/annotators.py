@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("defuse")
 Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
-# after which a push gives Label Studio this process's credentials again: those of a role may have 10 minutes left
+# after which Label Studio gets this process's credentials again: those of a role may have 10 minutes left
 RENEWAL_S = 600
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
@@ -68,7 +68,7 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
-    pushed_s = 0.0  # when the last push ended, of time.monotonic
+    renewed_s = 0.0  # when Label Studio last got this process's credentials, of time.monotonic
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -116,7 +116,7 @@ class LabelStudioAnnotators:
             repair=repair,
         )
         state = project.push()
-        self.pushed_s = monotonic()
+        self.renewed_s = monotonic()
         return state
 
     def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
@@ -164,8 +164,11 @@ class LabelStudioAnnotators:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
-                if self.settings.label_studio_s3.share_own and monotonic() - self.pushed_s > RENEWAL_S:
-                    state = self.push(gallery)
+                access = self.settings.label_studio_s3
+                if access.share_own and monotonic() - self.renewed_s > RENEWAL_S:
+                    tasks = self._tasks(gallery)
+                    ReviewProject(self.client, self.run, tasks, access=access).renew_credentials()
+                    self.renewed_s = monotonic()
                 status, state = self._pull(gallery, state)
             except ServiceError as failure:
                 log.warning("review: %s", failure)

@@ -20,6 +20,7 @@ from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
 from services.labeling.api_types import (
+    BucketStorage,
     PreselectedAnswer,
     Project,
     ProjectSettings,
@@ -107,15 +108,22 @@ class ReviewProject:
             lambda known: replace(known, project=number, address=address, organization=organization)
         )
         self._check_settings(project)
-        if storage is not None:
-            for attempt in _attempts():
-                with attempt:
-                    self.client.connect_bucket(number, storage)
+        self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
             delete_skips(self.client, number, self.tasks, read_authors(self.run.store))
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
+
+    def renew_credentials(self) -> None:
+        """Give Label Studio the credentials for the pictures in the bucket again; they may have changed."""
+        self._connect_bucket(pictures_storage(self.tasks, self.run.name, self.access, self.state.number))
+
+    def _connect_bucket(self, storage: BucketStorage | None) -> None:
+        if storage is not None:
+            for attempt in _attempts():
+                with attempt:
+                    self.client.connect_bucket(self.state.number, storage)
 
     def pull(self) -> Iterator[Task]:
         """Yield the tasks of the project with their annotations.

@@ -11,6 +11,7 @@ from defuse_core.errors import InputError, LabelsPending
 from defuse_core.review.overrides import override_verdict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.labeling.project import ReviewProject
 from services.settings import BucketAccess
 
 
@@ -42,22 +43,25 @@ def test_a_review_that_too_few_people_answer_ends_with_their_answers(make_review
     assert len(votes.answer) == 6 and set(votes.answer.tolist()) == {8}
 
 
-@pytest.mark.parametrize(("shared", "pushes"), [(True, 3), (False, 2)])
-def test_shared_credentials_are_given_to_label_studio_again_while_waiting(
-    make_review, monkeypatch, shared, pushes
+@pytest.mark.parametrize(("shared", "after_s", "renewals"), [(True, 0, 3), (True, 600, 0), (False, 0, 0)])
+def test_shared_credentials_are_renewed_while_answers_come_one_after_another(
+    make_review, monkeypatch, accounts, shared, after_s, renewals
 ):
-    review, made = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1), []
-    annotators, push = review.annotators, review.annotators.push
-    annotators.wait = True
-    annotators.settings = replace(annotators.settings, label_studio_s3=BucketAccess(share_own=shared))
-    monkeypatch.setattr(annotators, "push", lambda gallery: made.append(1) or push(gallery))
-    monkeypatch.setattr("services.labeling.annotators.RENEWAL_S", -1)
-    monkeypatch.setattr(
-        "services.labeling.annotators.sleep",
-        lambda _: override_verdict(review.run, 0, None, author="Ada", reason="not a digit"),
+    review, renewed = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1), []
+    number = review.annotators.push(review.gallery).number
+    review.annotators.wait, left = True, list(review.tasks().values())
+    review.annotators.settings = replace(
+        review.annotators.settings, label_studio_s3=BucketAccess(share_own=shared)
     )
-    annotators.review(review.gallery)
-    assert len(made) == pushes
+    monkeypatch.setattr(
+        ReviewProject, "renew_credentials", lambda project: renewed.append(project.state.number)
+    )
+    monkeypatch.setattr("services.labeling.annotators.RENEWAL_S", after_s)
+    monkeypatch.setattr(
+        "services.labeling.annotators.sleep", lambda _: accounts[0].answer(left.pop().id, "image", "8")
+    )
+    assert len(review.annotators.review(review.gallery).answer) == 3
+    assert renewed == [number] * renewals
 
 
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
