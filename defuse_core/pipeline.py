@@ -28,7 +28,6 @@ from defuse_core.distill.components import distill
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, DataError, StoreError
 from defuse_core.evaluation import (
-    PLAIN_NAMES,
     Controls,
     Findings,
     control_spec,
@@ -53,7 +52,7 @@ from defuse_core.review.sample import (
 )
 from defuse_core.review.tighten import tighten
 from defuse_core.review.verdicts import doubtful
-from defuse_core.runs import Run
+from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import settle_precision
 from defuse_core.training.reference_models import (

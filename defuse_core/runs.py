@@ -45,6 +45,9 @@ CONTINUES = "the `defuse run` command that began it, or in Python the same call,
 UNFINISHED = f"is not finished; {CONTINUES}"
 SHOWN_S = 0.05  # the log does not name what was made sooner
 REMEDY = "delete it and run again with the run file that this run was started with"
+# The trainings with λ = 0; the place of each is the repetition that it is. One training alone is no measure: another
+# order of the minibatches may turn half of a scenario's images.
+PLAIN_NAMES = ("plain", "plain_1", "plain_2")
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
     "moreimages",
@@ -52,9 +55,7 @@ FROM_VERDICTS = (
     "corrections",
     "baseline",
     "sweep",
-    "plain",
-    "plain_1",
-    "plain_2",
+    *PLAIN_NAMES,
     "left_out_0",
     "left_out_1",
     "evaluation",

@@ -52,10 +52,6 @@ MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure 
 MIN_CODES = 4  # for a perplexity of 1
 ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
-# Names in a run of the trainings with λ = 0; the place of each is the repetition that it is. One training alone is no
-# measure: another order of the minibatches may turn half of a scenario's images.
-PLAIN_NAMES = ("plain", "plain_1", "plain_2")
-PLAIN_TRAININGS = len(PLAIN_NAMES)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,6 @@ from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import count_of, percent
-from defuse_core.evaluation import PLAIN_TRAININGS
 from defuse_core.models import (
     ReferenceCnn,
     build_vae,
@@ -29,6 +28,7 @@ from defuse_core.models import (
 )
 from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.protocols import Progress, silent
+from defuse_core.runs import PLAIN_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 
@@ -42,7 +42,9 @@ SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "
 # 37 steps on fewer than half, on 65 to 71 % after 390 on all, and on 90 to 95 % after 975.
 FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
-CONTROLS = PLAIN_TRAININGS + 2  # trainings of evidence beside the two sweeps; the others are of the two folds
+CONTROLS = (
+    len(PLAIN_NAMES) + 2
+)  # trainings of evidence beside the two sweeps; the others are of the two folds
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}

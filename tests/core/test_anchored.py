@@ -27,7 +27,6 @@ from defuse_core.distill.draws import (
     wide_draws,
 )
 from defuse_core.errors import VaeHealthError
-from defuse_core.evaluation import PLAIN_TRAININGS
 from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
 from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
@@ -36,7 +35,7 @@ from defuse_core.models import Decoder, decode_codes, encode_images, load_classi
 from defuse_core.pipeline import _controls, load_findings, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_corrections, with_used_anchors
-from defuse_core.runs import Run
+from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -298,7 +297,7 @@ def test_the_controls_that_leave_scenarios_out_are_tuned_on_the_clean_images_of_
     other = Run.start(FolderStore(tmp_path), "run", SPEC)
     _controls(other, Recording(), found)
     clean = [load_fine_tuning_data(found.models, each, progress=silent).clean.train.pixels for each in asked]
-    assert len(clean) == PLAIN_TRAININGS + 2
+    assert len(clean) == len(PLAIN_NAMES) + 2
     for images in clean[1:]:
         np.testing.assert_array_equal(images, clean[0])
 

@@ -9,8 +9,6 @@ import pytest
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
 from defuse_core.evaluation import (
-    PLAIN_NAMES,
-    PLAIN_TRAININGS,
     Controls,
     Findings,
     control_spec,
@@ -34,7 +32,7 @@ from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import numbers_text, spread_of
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, SETTINGS, Run
+from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, SETTINGS, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import trial_key
@@ -246,7 +244,7 @@ def test_plain_training_does_more_only_where_each_of_them_does() -> None:
 
 def test_plain_trainings_are_stored_apart_and_differ_from_each_other(finished) -> None:
     run, _ = finished
-    assert len(PLAIN_NAMES) == PLAIN_TRAININGS == 3
+    assert len(PLAIN_NAMES) == 3
     made = [run.require(Sweep, name).weights for name in PLAIN_NAMES]
     for number, first in enumerate(made):
         for other in made[number + 1 :]:
@@ -261,7 +259,7 @@ def test_figures_of_plain_training_are_means_and_each_is_listed(finished) -> Non
     _, report = finished
     evidence = report.evidence
     for shares in (evidence.own_label, evidence.one_label, evidence.left_out, evidence.real_failures):
-        assert len(shares.plain_each) == PLAIN_TRAININGS
+        assert len(shares.plain_each) == len(PLAIN_NAMES)
         assert shares.plain.value == pytest.approx(np.mean(shares.plain_each))
     rows = [row.evidence for row in report.scenarios.list if row.accepted]
     for row in rows:

@@ -14,8 +14,6 @@ from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
 from defuse_core.evaluation import (
-    PLAIN_NAMES,
-    PLAIN_TRAININGS,
     Controls,
     control_spec,
     folds,
@@ -36,7 +34,7 @@ from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
 from defuse_core.report.notices import caveats
 from defuse_core.review.verdicts import krippendorff_alpha
-from defuse_core.runs import Run
+from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.cli.tables import print_report
@@ -180,7 +178,7 @@ def test_a_run_reports_what_its_judges_find(finished) -> None:
             tuple(
                 sum(sign * (getattr(row, name) - row.plain_each[k]) > 0 for row in same) for sign in (1, -1)
             )
-            for k in range(PLAIN_TRAININGS)
+            for k in range(len(PLAIN_NAMES))
         ]
         assert (pairs["better"], pairs["worse"]) == max(counts, key=chance_of_as_many)
     lost, gained = against["real_failures"]["worse"], against["real_failures"]["better"]
@@ -234,8 +232,8 @@ def test_the_screen_is_measured_on_failing_draws_from_test_images(finished) -> N
 
 def test_pairs_are_of_each_plain_training(finished) -> None:
     made = finished[0].load(Evidence)
-    assert made.pairs.shape == (PLAIN_TRAININGS, len(made.names), 3)
-    assert made.real_failure_pairs.shape == (PLAIN_TRAININGS, 3)
+    assert made.pairs.shape == (len(PLAIN_NAMES), len(made.names), 3)
+    assert made.real_failure_pairs.shape == (len(PLAIN_NAMES), 3)
 
 
 def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(finished) -> None:
