@@ -42,9 +42,7 @@ SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "
 # 37 steps on fewer than half, on 65 to 71 % after 390 on all, and on 90 to 95 % after 975.
 FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
-CONTROLS = (
-    len(PLAIN_NAMES) + 2
-)  # trainings of evidence beside the two sweeps; the others are of the two folds
+CONTROLS = len(PLAIN_NAMES) + 2  # trainings of evidence beside the two sweeps, with those of the two folds
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
