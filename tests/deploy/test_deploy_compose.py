@@ -59,6 +59,30 @@ def test_every_image_is_pinned_and_ours_carries_the_package_version() -> None:
             assert set(service["build"]["args"]) <= set(arguments())
 
 
+def test_each_image_is_built_by_one_service() -> None:
+    """Compose builds all at once, and a second build of an image that exists by then is an error."""
+    gpu = load(DEPLOY / "compose.gpu.yaml")["services"]
+    for files in ([services()], [services(), gpu]):
+        building = {name for file in files for name, service in file.items() if "build" in service}
+        assert building == {"ray-head"}
+    assert services()["ray-worker"]["image"] == services()["ray-head"]["image"]
+    assert gpu["ray-worker"]["image"] == gpu["ray-head"]["image"]
+
+
+def test_what_can_be_set_is_documented() -> None:
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"\$\{(\w+):-", (DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+    assert {"DEFUSE_DATA", "WORKER_CPUS"} <= set(names)
+    assert [name for name in names if f"`{name}`" not in readme] == []
+
+
+def test_docker_does_not_make_the_folder_of_data_sets_which_would_be_roots() -> None:
+    for name in ("ray-head", "ray-worker"):
+        (data,) = services()[name]["volumes"]
+        assert (data["target"], data["read_only"]) == ("/data", True)
+        assert data["bind"] == {"create_host_path": False}
+
+
 def test_the_servers_are_the_versions_that_the_tests_run() -> None:
     from services.labeling.local_server import VERSIONS
 
@@ -177,6 +201,7 @@ def test_new_env_writes_every_secret_once_for_its_owner_alone(tmp_path: Path) ->
     assert dict(line.split("=", 1) for line in written.read_text().splitlines()) == values
 
 
-def test_git_and_the_image_leave_the_secrets_out() -> None:
-    assert "deploy/.env" in (ROOT / ".gitignore").read_text().splitlines()
+def test_git_and_the_image_leave_the_secrets_out_and_git_what_runs_make_and_read() -> None:
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert {"deploy/.env", "/data/", "/runs/", "/deploy/notebooks/runs/"} <= set(ignored)
     assert "!deploy/.env" not in (ROOT / ".dockerignore").read_text()

@@ -106,6 +106,8 @@ def test_the_s3_server_starts_has_its_bucket_and_takes_the_clusters_keys_alone(t
         }
         aws = keys | {"AWS_ENDPOINT_URL": head["AWS_ENDPOINT_URL"].replace("s3:9000", f"127.0.0.1:{port}")}
         assert stores("s3://defuse/runs", clean() | aws) == (0, "stored\n")
+        # deploy/README copies a run's page as a file
+        assert (tmp_path / "data" / "defuse" / "runs" / "x.bin").read_bytes() == b"stored"
         code, said = stores("s3://defuse/runs", clean() | aws | {"AWS_SECRET_ACCESS_KEY": "wrong"})
         assert code == 1 and "refused the credentials" in said
 
