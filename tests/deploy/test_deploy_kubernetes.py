@@ -38,6 +38,14 @@ def test_each_document_has_the_form_that_kubernetes_or_kuberay_takes(name: str, 
         kubernetes_validate.validate(tree, kubernetes_validate.latest_version(), strict=True)
 
 
+def test_the_ray_documents_have_different_names_since_kuberay_names_services_and_secrets_after_them() -> None:
+    names = [tree["metadata"]["name"] for _, tree in documents() if tree["kind"] in FORMS]
+    assert len(set(names)) == len(names) == 3
+    comments = (DEPLOY / "kubernetes" / "ray-cluster.yaml").read_text(encoding="utf-8")
+    name = document("RayCluster")["metadata"]["name"]
+    assert f"service/{name}-head-svc" in comments and f"get secret {name} " in comments
+
+
 def test_a_field_that_kuberay_does_not_know_is_found() -> None:
     tree = document("RayCluster")
     tree["spec"]["workerGroupSpec"] = []
@@ -69,6 +77,15 @@ def test_each_container_is_limited_and_may_not_become_root(where: str, pod: dict
 
 
 @PODS
+def test_all_pods_run_as_the_account_that_settings_makes_and_workers_may_ask_kubernetes_nothing(
+    where: str, pod: dict[str, Any]
+) -> None:
+    """Without a name, KubeRay makes an account for each head that has the autoscaler, which no role is bound to."""
+    assert pod["serviceAccountName"] == document("ServiceAccount")["metadata"]["name"]
+    assert pod.get("automountServiceAccountToken", True) == where.endswith(" head")
+
+
+@PODS
 def test_each_container_is_the_cuda_image_of_this_version(where: str, pod: dict[str, Any]) -> None:
     image = load(DEPLOY / "compose.gpu.yaml")["services"]["ray-worker"]["image"]
     assert ray_container(pod)["image"] == f"registry.example.com/{image}"
@@ -88,6 +105,7 @@ def test_workers_have_a_gpu_and_the_head_has_none(kind: str, spec: dict[str, Any
 @PODS
 def test_probes_ask_what_this_kind_of_node_answers(where: str, pod: dict[str, Any]) -> None:
     from ray._private import ray_constants as constants
+    from ray.serve._private.constants import PROXY_MIN_DRAINING_PERIOD_S
 
     kind, role = where.split()
     raylet = f"http://localhost:{constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT}/api/local_raylet_healthz"
@@ -98,6 +116,11 @@ def test_probes_ask_what_this_kind_of_node_answers(where: str, pod: dict[str, An
     assert asked(container["readinessProbe"]) == ready
     assert asked(container["livenessProbe"]) == ready - {proxy}
     assert container["livenessProbe"]["failureThreshold"] > container["readinessProbe"]["failureThreshold"]
+    if proxy in ready:  # a Service must have left the pod before its proxy ends
+        failing_s = (
+            container["readinessProbe"]["failureThreshold"] * container["readinessProbe"]["periodSeconds"]
+        )
+        assert failing_s < PROXY_MIN_DRAINING_PERIOD_S / 2
 
 
 def asked(probe: dict[str, Any]) -> set[str]:
@@ -119,14 +142,17 @@ def test_secrets_and_settings_come_by_reference_alone() -> None:
 
 
 @PODS
-def test_every_mounted_volume_is_there_and_the_data_is_the_claim_that_settings_makes(
+def test_every_mounted_volume_is_there_and_the_data_of_runs_is_the_claim_that_settings_makes(
     where: str, pod: dict[str, Any]
 ) -> None:
     mounted = {mount["name"]: mount["mountPath"] for mount in ray_container(pod)["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert set(mounted) == set(volumes)
     claim = document("PersistentVolumeClaim")["metadata"]["name"]
-    assert volumes["data"]["persistentVolumeClaim"]["claimName"] == claim
+    if where.startswith("RayService"):  # serving reads the store alone
+        assert set(volumes) == {"ray-logs"}
+    else:
+        assert volumes["data"]["persistentVolumeClaim"]["claimName"] == claim
     assert mounted["ray-logs"] == "/tmp/ray"  # KubeRay's autoscaler reads the logs from a volume of this name
 
 
