@@ -260,6 +260,21 @@ def test_ray_agrees_on_which_modes_leave_it_without_authentication(
     assert is_unauthenticated() == (done.stdout.strip() == "True")
 
 
+def test_a_cluster_of_ray_start_has_no_token_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cluster/README.md says so; `ray start` calls this function."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = (
+        "from ray._private.authentication import authentication_token_setup as setup\n"
+        "print(setup.maybe_enable_token_auth_if_token_available())"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
     def own(*_: object) -> None: ...
 
