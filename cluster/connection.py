@@ -167,7 +167,7 @@ def one_line(error: BaseException) -> str:
     """Return the cause of `error` as one line, without the traceback that Ray puts around it."""
     cause = cause_of(error)
     if isinstance(cause, DefuseError):
-        return _flat(cause)
+        return str(cause)  # one line already
     if isinstance(error, RayTaskError):
         return _of_task(error, cause)
     if isinstance(cause, RayError):
@@ -177,19 +177,19 @@ def one_line(error: BaseException) -> str:
 
 def _of_ray(cause: RayError) -> str:
     if isinstance(cause, RuntimeEnvSetupError):
-        return f"a node could not set up the job's environment: {_last_line(cause)}"
+        return f"a node could not set up the job's environment: {_line(cause, -1)}"
     if isinstance(cause, OutOfMemoryError):
-        return f"{_first_line(cause)}; {MORE_MEMORY}"
+        return f"{_line(cause, 0)}; {MORE_MEMORY}"
     if isinstance(cause, RayActorError):
-        return f"its worker process died ({_first_line(cause)})"
-    return _first_line(cause)
+        return f"its worker process died ({_line(cause, 0)})"
+    return _line(cause, 0)
 
 
 def _of_task(error: RayTaskError, cause: BaseException) -> str:
     if "No module named" in str(cause):
-        return f"{_last_line(cause)}; install it on every node, or use `defuse submit`, which uploads it"
+        return f"{_line(cause, -1)}; install it on every node, or use `defuse submit`, which uploads it"
     if isinstance(cause, RayTaskError):  # the exception could not be pickled: only its text arrived
-        return _last_line(error)
+        return _line(error, -1)
     from defuse_core.device import is_out_of_memory  # late: torch takes a second
 
     remedy = f"; {MORE_MEMORY}" if is_out_of_memory(cause) else ""
@@ -200,11 +200,7 @@ def _flat(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _first_line(error: BaseException) -> str:
+def _line(error: BaseException, place: int) -> str:
+    """Return the first (0) or last (-1) line of an error; its type where it has no text."""
     lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    return lines[place].strip() if lines else type(error).__name__

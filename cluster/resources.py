@@ -14,7 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from defuse_core.config import ResourcesSection
-from defuse_core.errors import ComputeError, RunFileError
+from defuse_core.errors import ComputeError, RunFileError, count_of
 
 log = logging.getLogger("defuse")
 CHECK_EVERY_S = 3.0
@@ -169,10 +169,10 @@ def expect_worker_room(section: ResourcesSection) -> None:
     if room == 0 or (wanted != "auto" and wanted > room):
         found = nodes()
         total = WorkerResources(sum(node.cpus for node in found), sum(node.gpus for node in found))
-        asked = "a worker" if wanted == "auto" else f"{wanted} worker{'s' if wanted != 1 else ''}"
+        asked = "a worker" if wanted == "auto" else count_of(wanted, "worker")
         raise RunFileError(
             f"resources: {asked} of {worker} each asked for, but the cluster has room for {room} "
-            f"(it has {total} on {len(found)} node{'s' if len(found) != 1 else ''})"
+            f"(it has {total} on {count_of(len(found), 'node')})"
         )
 
 
