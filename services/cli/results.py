@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -12,11 +11,9 @@ import click
 
 from defuse_core.errors import CheckFailed, InputError, count_of, percent
 from services.cli.options import (
-    CLASSIFIER_HELP,
     GivenPath,
     classifier_fields,
     echo_marked,
-    given,
     json_option,
     open_run,
     print_json,
@@ -130,31 +127,6 @@ def save(run: str, store: str, out: Path) -> None:
     pictures = count_of(scenarios[0].pictures, "picture")
     click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
                f"defuse check --suite {out} --classifier ...")  # fmt: skip
-
-
-def suite_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of `defuse check --suite` to a command."""
-    for option in reversed(
-        [
-            click.option("--suite", type=GivenPath(), help="Folder of a suite to check against."),
-            click.option(
-                "--classifier",
-                callback=given,
-                help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
-            ),
-            click.option("--weights", type=GivenPath(), help="With --classifier: its state dict."),
-            click.option(
-                "--set",
-                "overrides",
-                multiple=True,
-                metavar="KEY=VALUE",
-                help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
-            ),
-            click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write."),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 def expect_no_suite_options(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
     from services.labeling.annotators import AnswerChanges
+    from services.labeling.local_server import LocalServer
 
 
 @click.group()
@@ -288,6 +289,10 @@ def up(port: int) -> None:
     from services.labeling.local_server import up as start_server
 
     server = start_server(read_settings().cache, port, _print_progress)
+    _print_server(server)
+
+
+def _print_server(server: LocalServer) -> None:
     click.echo(f"Label Studio runs at {server.address}")
     click.echo(f"log in as {server.username} with password {server.password}")
 
@@ -312,8 +317,7 @@ def server_status() -> None:
     if server is None:
         click.echo("not running; `defuse label-studio up` starts it")
         return
-    click.echo(f"Label Studio runs at {server.address}")
-    click.echo(f"log in as {server.username} with password {server.password}")
+    _print_server(server)
 
 
 @label_studio.command(short_help="Let models answer instead of people.")

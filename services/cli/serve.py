@@ -14,6 +14,8 @@ import click
 from defuse_core.errors import NONE, CheckFailed, InputError, StoreError, escape_control_characters, percent
 from defuse_core.store import checked_name
 from services.cli.options import (
+    CLASSIFIER_HELP,
+    GivenPath,
     address_option,
     echo_marked,
     given,
@@ -23,7 +25,7 @@ from services.cli.options import (
     section_overrides,
     store_option,
 )
-from services.cli.results import check_suite, expect_no_suite_options, suite_options
+from services.cli.results import check_suite, expect_no_suite_options
 from services.cli.review import local_user
 from services.settings import read_settings, serve_token
 
@@ -46,8 +48,31 @@ why_option = click.option("--why", callback=given, help="Reason for the change, 
 @click.argument("run", required=False)
 @store_option
 @json_option
-@suite_options
-def check(run: str | None, store: str, as_json: bool, suite: Path | None, **options: Any) -> None:
+@click.option("--suite", type=GivenPath(), help="Folder of a suite to check against.")
+@click.option(
+    "--classifier",
+    callback=given,
+    help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
+)
+@click.option("--weights", type=GivenPath(), help="With --classifier: its state dict.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
+)
+@click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write.")
+def check(
+    run: str | None,
+    store: str,
+    as_json: bool,
+    suite: Path | None,
+    classifier: str | None,
+    weights: Path | None,
+    overrides: tuple[str, ...],
+    junit: Path | None,
+) -> None:
     """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails.
 
     The limits are those in STORE/RUN/run.yaml. After a change of check.* in your own file give `defuse run` again.
@@ -59,9 +84,18 @@ def check(run: str | None, store: str, as_json: bool, suite: Path | None, **opti
     defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
     """
     if suite is not None:
-        check_suite(suite, run, store, as_json=as_json, **options)
+        check_suite(
+            suite,
+            run,
+            store,
+            as_json=as_json,
+            classifier=classifier,
+            weights=weights,
+            overrides=overrides,
+            junit=junit,
+        )
         return
-    expect_no_suite_options(**options)
+    expect_no_suite_options(classifier, weights, overrides, junit)
     if run is None:
         raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
     _check_run(run, store, as_json)

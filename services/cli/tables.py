@@ -173,11 +173,9 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     return table
 
 
-def print_comparison(
-    run_a: str, run_b: str, rows: Sequence[ComparedScenario], console: Console | None = None
-) -> None:
+def print_comparison(run_a: str, run_b: str, rows: Sequence[ComparedScenario]) -> None:
     """Print the scenarios of two runs side by side, and how many there are of each state that occurs."""
-    console = console or Terminal()
+    console = Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
     print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
