@@ -116,7 +116,6 @@ class ActiveVersions:
 
     production: LoadedModel | None = None
     canary: LoadedModel | None = None
-    share: float = 0.0
     shadow: LoadedModel | None = None
     state: RegistryState = EMPTY
     statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
@@ -131,7 +130,7 @@ class ActiveVersions:
     def canary_for(self, key: bytes) -> LoadedModel | None:
         """Return the canary if it answers the request with this key."""
         number = self.state.canary
-        if self.canary is None or number is None or not is_in_canary(key, number, self.share):
+        if self.canary is None or number is None or not is_in_canary(key, number, self.state.share):
             return None
         return self.canary
 
@@ -264,7 +263,6 @@ class RegistryWatcher:
         versions = ActiveVersions(
             production=production,
             canary=self._load_canary(state.canary, state, loaded) if comparable else None,
-            share=state.share,
             shadow=self._load_canary(state.shadow, state, loaded) if comparable else None,
             state=state,
         )

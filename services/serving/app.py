@@ -163,11 +163,6 @@ def require_gpus(settings: ServeSection) -> None:
         )
 
 
-def total_cpus(settings: ServeSection) -> int:
-    """Return the CPUs that all replicas together reserve."""
-    return math.ceil(settings.max_replicas * settings.cpus_per_replica)
-
-
 def serve_until_stopped(
     args: ServeArgs,
     settings: ServeSection,
@@ -181,7 +176,8 @@ def serve_until_stopped(
 
     `show` is called with a line at the start, and one for each change of the registry.
     """
-    with contextlib.ExitStack() as ending, connection(address, total_cpus(settings)):
+    cpus = math.ceil(settings.max_replicas * settings.cpus_per_replica)  # what all replicas reserve
+    with contextlib.ExitStack() as ending, connection(address, cpus):
         shutdown = ShutdownSignal()
         if address is None:
             require_gpus(settings)

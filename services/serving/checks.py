@@ -136,6 +136,7 @@ def evaluate_candidate(
         before, after = (
             _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
         )
+    part = compared_images(models)
     return CandidateReport(
         split=split,
         classes=models.classes,
@@ -147,7 +148,7 @@ def evaluate_candidate(
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
         dependence=_dependence(spec, split),
-        own_label=own_label_check(corrections, evidence, models.images.get(compared_images(models) or "")),
+        own_label=own_label_check(corrections, evidence, None if part is None else models.images[part]),
     )
 
 

@@ -53,10 +53,11 @@ def follow(watcher: RegistryWatcher, current: ActiveVersions) -> ActiveVersions:
 
 def test_a_canary_answers_the_keys_of_its_number_and_share():
     canary = cast(LoadedModel, object())
-    active = ActiveVersions(canary=canary, share=0.3, state=EMPTY.model_copy(update={"canary": 7}))
+    active = ActiveVersions(canary=canary, state=EMPTY.model_copy(update={"canary": 7, "share": 0.3}))
     keys = [f"user-{n}".encode() for n in range(300)]
     assert [active.canary_for(key) is canary for key in keys] == [is_in_canary(key, 7, 0.3) for key in keys]
-    assert ActiveVersions(share=1.0, state=active.state).canary_for(keys[0]) is None
+    everything = active.state.model_copy(update={"share": 1.0})
+    assert ActiveVersions(state=everything).canary_for(keys[0]) is None
 
 
 @pytest.mark.parametrize("role", [{"canary": 0.2}, {"shadow": True}])
@@ -65,7 +66,7 @@ def test_counts_of_a_canary_or_shadow_go_on_until_another_one_follows_it(store, 
     put(2, **role)
     watcher = watcher_of(store)
     begun = watcher.load_initial()
-    assert begun.share == role.get("canary", 0.0)
+    assert begun.state.share == role.get("canary", 0.0)
     begun.statistics.add_errors(5)
     Registry(store).change("another change", "ana", "", lambda state: {})
     after = follow(watcher, begun)
@@ -79,7 +80,7 @@ def test_counts_of_a_canary_or_shadow_go_on_until_another_one_follows_it(store, 
     put(3)
     promoted = follow(watcher, other)
     assert promoted.names() == {"production": "3"} and promoted.statistics == CanaryStatistics()
-    assert promoted.share == 0.0
+    assert promoted.state.share == 0.0
 
 
 def test_a_canary_whose_share_changes_keeps_its_counts_and_has_the_new_share(store, put):
@@ -89,7 +90,7 @@ def test_a_canary_whose_share_changes_keeps_its_counts_and_has_the_new_share(sto
     begun = watcher.load_initial()
     put(2, canary=0.4)
     after = follow(watcher, begun)
-    assert (after.share, after.statistics, after.canary) == (0.4, begun.statistics, begun.canary)
+    assert (after.state.share, after.statistics, after.canary) == (0.4, begun.statistics, begun.canary)
 
 
 def test_a_canary_that_ends_while_the_registry_is_read_is_not_loaded(store, put, monkeypatch):
