@@ -114,8 +114,7 @@ class LabelsPending(DefuseError):  # noqa: N818
     exit_code = 3
 
 
-class MachineryError(DefuseError):
-    exit_code = 4
+class MachineryError(DefuseError): ...
 
 
 class StoreError(MachineryError): ...

@@ -33,6 +33,7 @@ log = logging.getLogger("defuse")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 NOT_A_NUMBER = -1  # in place of an answer
+BATCH = 256  # images or codes at once
 
 
 def read_weights(path: Path) -> Weights:
@@ -209,7 +210,7 @@ def _as_images(images: Images | F32) -> Images:
     return images if isinstance(images, Images) else Images(images, np.zeros(len(images), np.int64))
 
 
-def predict(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> I64:
+def predict(classifier: nn.Module, images: Images | F32, batch_size: int = BATCH) -> I64:
     """Return the classifier's answer for each image, (n,). Raises ModelError where its logits are nan."""
     source = _as_images(images)
     return answers_from(logits_of(classifier, source), len(source), batch_size)
@@ -246,7 +247,7 @@ def answers_from(logits: Callable[[slice], Tensor], count: int, batch_size: int)
     return found
 
 
-def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = 256) -> F32:
+def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = BATCH) -> F32:
     """Return the classifier's class probabilities, (n, C)."""
     source = _as_images(images)
     if not len(source):
@@ -259,7 +260,7 @@ def predict_logits(classifier: nn.Module, images: Images | F32) -> F32:
     """Return the classifier's logits, (n, C), of at least one image."""
     source = _as_images(images)
     logits = logits_of(classifier, source)
-    found: F32 = map_batches(lambda rows: logits(rows).float(), len(source), 256)
+    found: F32 = map_batches(lambda rows: logits(rows).float(), len(source), BATCH)
     return found
 
 
@@ -268,15 +269,15 @@ def accuracy(classifier: nn.Module, images: Images) -> float:
     return float((predict(classifier, images) == images.labels).mean()) if len(images) else math.nan
 
 
-def encode_images(vae: Vae, images: Images | F32, batch_size: int = 256) -> F32:
+def encode_images(vae: Vae, images: Images | F32) -> F32:
     """Return the means of q(z|x), (n, Z)."""
     source = _as_images(images)
-    return map_batches(lambda rows: vae.encode(to_tensor(source.batch(rows)))[0], len(source), batch_size)
+    return map_batches(lambda rows: vae.encode(to_tensor(source.batch(rows)))[0], len(source), BATCH)
 
 
-def decode_codes(vae: Vae, codes: F32, batch_size: int = 256) -> F32:
+def decode_codes(vae: Vae, codes: F32) -> F32:
     """Return the plain decodings of (n, Z) codes: (n, channels, H, W) in [0, 1]."""
-    return Decoder(vae, batch_size=batch_size).decode(codes)
+    return Decoder(vae).decode(codes)
 
 
 class Decoder:
@@ -286,7 +287,7 @@ class Decoder:
     code that is mu(x) itself gives x.
     """
 
-    def __init__(self, vae: Vae, images: Images | None = None, batch_size: int = 256) -> None:
+    def __init__(self, vae: Vae, images: Images | None = None, batch_size: int = BATCH) -> None:
         """Decode plainly, or anchored at `images` (M of them), which are encoded and decoded once."""
         self.vae, self.batch_size = vae, batch_size
         self.residuals = None if images is None else _residuals(vae, images, batch_size)
@@ -329,7 +330,7 @@ def _residuals(vae: Vae, images: Images, batch_size: int) -> F32:
     return map_batches(residuals, len(images), batch_size)
 
 
-def decoder_at(spec: RunFile, vae: Vae, images: Images, batch_size: int = 256) -> Decoder:
+def decoder_at(spec: RunFile, vae: Vae, images: Images, batch_size: int = BATCH) -> Decoder:
     """Return the decoder of codes near `images`, as vae.decode says; plain decoding does not read them."""
     return Decoder(vae, images if spec.vae.decode == "anchored" else None, batch_size)
 

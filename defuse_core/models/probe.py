@@ -201,8 +201,8 @@ def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, i
 
 def log_classifier(
     spec: RunFile, classifier: nn.Module, splits: Splits, accuracies: dict[str, float]
-) -> ClassifierProbe:
-    """Log what a classifier is that is used as it is, and warn of what looks wrong. Returns what was found."""
+) -> None:
+    """Log what a classifier is that is used as it is, and warn of what looks wrong."""
     section = spec.classifier
     probe = probe_classifier(classifier, section, splits.train, splits.classes)
     right = ", ".join(
@@ -215,7 +215,6 @@ def log_classifier(
         log.info("classifier: accuracy by input range on %d training images: %s", probe.images, shares)
     for warning in warnings_of(probe, section, splits.classes, accuracies["train"]):
         log.warning("classifier: %s", warning)
-    return probe
 
 
 def warnings_of(

@@ -22,7 +22,7 @@ from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.errors import DataError, first_few
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
-LARGEST = 64  # suggested, unless the classifier asks for more: costs grow with the square
+LARGEST_SUGGESTED = 64  # unless the classifier asks for more: costs grow with the square
 SAMPLE = 200  # pictures that are looked at
 FEWEST = 4  # training images, of which one at least is held out for validation
 FEW = 20  # training images of a class: fewer are worth a warning
@@ -238,5 +238,5 @@ def _look_at_npz(file: Path, called: str) -> tuple[int, int, int]:
 
 def _suggested_size(side: int) -> int:
     """Return the size that pictures whose shorter side has `side` pixels are resized to."""
-    fitting = [size for size in SIZES if size <= LARGEST and size >= 0.8 * side]
-    return fitting[0] if fitting else LARGEST
+    fitting = [size for size in SIZES if size <= LARGEST_SUGGESTED and size >= 0.8 * side]
+    return fitting[0] if fitting else LARGEST_SUGGESTED

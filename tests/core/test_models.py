@@ -11,6 +11,7 @@ from torchvision.models import resnet18
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ModelError
 from defuse_core.models import (
+    Decoder,
     ReferenceCnn,
     accuracy,
     answers_from,
@@ -310,9 +311,10 @@ def test_a_custom_vae_without_its_methods_is_an_error_that_names_the_missing_one
 def test_batches_do_not_change_answers(tiny_spec, tiny_models):
     vae = load_vae(tiny_spec, tiny_models.vae)
     codes = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
-    images = decode_codes(vae, codes, batch_size=50)
-    np.testing.assert_allclose(decode_codes(vae, codes, batch_size=7), images, atol=1e-5)
-    np.testing.assert_allclose(encode_images(vae, images, 7), encode_images(vae, images, 50), atol=1e-4)
+    images = decode_codes(vae, codes)
+    np.testing.assert_allclose(Decoder(vae, batch_size=7).decode(codes), images, atol=1e-5)
+    parts = [encode_images(vae, part) for part in np.split(images, [7, 20])]
+    np.testing.assert_allclose(np.concatenate(parts), encode_images(vae, images), atol=1e-4)
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
     probabilities = predict_probabilities(classifier, images, 9)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)

@@ -111,8 +111,9 @@ def some_probe() -> ClassifierProbe:
 def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog):
     order = tuple(np.roll(np.arange(10), 3).tolist())  # of logits: class 0 is the logit order[0]
     net = nn.Sequential(trained(), Permuted(torch.argsort(torch.tensor(order))))
-    probe = log_classifier(tiny(classifier={**CUSTOM}), adapt(net, section(), 10), splits, {"train": 0.1})
-    assert probe.class_order == order
+    adapted = adapt(net, section(), 10)
+    assert probe_classifier(adapted, section(), splits.train, splits.classes).class_order == order
+    log_classifier(tiny(classifier={**CUSTOM}), adapted, splits, {"train": 0.1})
     assert f"set classifier.class_order: {list(order)}" in caplog.text
     assert "does it number the classes in this order? 0, 1, 2" in caplog.text
     right = nn.Sequential(trained(), Permuted(torch.argsort(torch.tensor(order))))
