@@ -48,7 +48,7 @@ log = logging.getLogger("defuse")
 
 PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
 BATCH_TASKS = 250
-BATCH_BYTES = 8_000_000  # requests of some 250 MB make the server fail
+BATCH_BYTES = 900_000  # proxies such as nginx refuse requests over 1 MiB unless told otherwise
 PICTURES_FOLDER = "pictures"
 # Header, palette and the deflate stream's own bytes, for pictures of any usual size.
 PNG_OVERHEAD_BYTES = 1024
