@@ -136,9 +136,9 @@ class Lease:
             raise RunBusyError(f"{self.object.address}: another driver has just begun to write this run")
 
     def keep(self) -> None:
-        """Rewrite the lease until it ends or is lost. A store that fails for a while is tried again."""
+        """Rewrite the lease until it ends or is lost. After an error of any kind it tries again."""
         while not self.lost and not self.ended.wait(BEAT_S):
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(Exception):
                 self.beat()
 
     def beat(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from botocore import exceptions as aws
 
-from defuse_core.errors import StoreError, StoreSettingsError, without_credentials
+from defuse_core.errors import StoreError, StoreSettingsError, one_line, without_credentials
 
 log = logging.getLogger("defuse")
 BROKEN = (  # what a body that is read can raise
@@ -27,15 +27,26 @@ CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 EXPECTED_ENDPOINT = (
     "expected such as http://host:9000, with its scheme, and a host of letters, digits, dots and hyphens"
 )
-DENIED = {
+# S3 answers so to an expired token; to a HEAD, whose answer has no body, with the status alone
+EXPIRED = {"400", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+DENIED = EXPIRED | {
     "403",
     "AccessDenied",
-    "ExpiredToken",
     "Forbidden",
     "InvalidAccessKeyId",
+    "InvalidIdentityToken",
     "InvalidToken",
     "SignatureDoesNotMatch",
     "Unauthorized",
+}
+REMEDIES = {  # of what is no refusal of the credentials, although the status may be 403
+    "InvalidObjectState": (StoreSettingsError, "the object is archived: restore it"),
+    "QuotaExceeded": (StoreError, "free space there, then run again to continue"),
+    "RequestTimeTooSkewed": (
+        StoreSettingsError,
+        "the clock of this machine is wrong: set it (in WSL with `sudo hwclock -s`)",
+    ),
+    "XMinioStorageFull": (StoreError, "free space there, then run again to continue"),
 }
 NO_ANSWER = (
     aws.HTTPClientError,
@@ -44,6 +55,13 @@ NO_ANSWER = (
     aws.ResponseStreamingError,
 )
 UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")  # in OpenSSL's words
+UNREADABLE = (
+    "No such file",
+    "Is a directory",
+    "Permission denied",
+    "NO_CERTIFICATE_OR_CRL_FOUND",
+)  # the CA's file
+MESSAGE_LENGTH = 500  # of a server's message, which may name a user, an action and an object
 SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
 WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
 
@@ -69,31 +87,37 @@ def translated_errors(
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
-        raise StoreError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
+        raise StoreError(
+            f"{where}: no complete AWS credentials found ({one_line(error)}); check {CREDENTIALS}"
+        ) from error
+    except (aws.SSOError, aws.TokenRetrievalError) as error:
+        raise StoreSettingsError(f"{where}: {error}; log in with `aws sso login`") from error
     except aws.ProfileNotFound as error:
         raise StoreSettingsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
-        if _is_untrusted(error):
-            raise StoreSettingsError(
-                f"{where}: the certificate of {server} is not trusted, or it speaks no TLS; set AWS_CA_BUNDLE to the "
-                "file of your CA's certificate, or correct AWS_ENDPOINT_URL"
-            ) from error
         if "Invalid header value" in str(error):  # it quotes the key
             raise StoreSettingsError(
                 f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
                 "header can hold; set it to the key alone"
             ) from None
-        raise StoreError(
-            f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
-            "and the network, then run again to continue"
-        ) from error
+        raise _without_answer(error, where, server) from error
     except aws.BotoCoreError as error:
         raise StoreError(f"{where}: {without_credentials(str(error), endpoint)}") from error
+    except OSError as error:
+        if error.filename is None:  # such as the FileNotFoundError of a missing key
+            raise
+        raise StoreSettingsError(
+            f"{where}: no complete AWS credentials found ({error.filename}: {error.strerror}); check {CREDENTIALS}"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # of a credential_process that prints old keys, or no JSON
+        reason = without_credentials(one_line(error), endpoint).rstrip(".")
+        raise StoreError(
+            f"{where}: {reason}; check what gives AWS credentials, such as credential_process"
+        ) from error
 
 
-def _is_untrusted(error: Exception) -> bool:
-    """Whether an answer came, of a server that cannot be trusted: another attempt gets the same one."""
-    return isinstance(error, aws.SSLError) and any(word in str(error) for word in UNTRUSTED)
+def _has_words(error: Exception, words: tuple[str, ...]) -> bool:
+    return isinstance(error, aws.SSLError) and any(word in str(error) for word in words)
 
 
 def code_of(error: aws.ClientError) -> str:
@@ -107,7 +131,7 @@ def status_of(error: aws.ClientError) -> int:
 
 
 def _is_denied(error: aws.ClientError) -> bool:
-    return code_of(error) in DENIED or status_of(error) == 403
+    return code_of(error) in DENIED or (status_of(error) == 403 and code_of(error) not in REMEDIES)
 
 
 def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
@@ -116,16 +140,35 @@ def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
         return StoreSettingsError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
+    message = one_line(error.response.get("Error", {}).get("Message", ""), MESSAGE_LENGTH).rstrip(".")
+    answer = f"{code}: {message}" if message else code
     if _is_denied(error):
         # a job that starts again has a new token
-        kind = StoreError if code == "ExpiredToken" else StoreSettingsError
+        kind = StoreError if code in EXPIRED else StoreSettingsError
         return kind(
-            f"{where}: {server} refused the credentials ({code}); check {CREDENTIALS} and their rights"
+            f"{where}: {server} refused the credentials ({answer}); check {CREDENTIALS}, their rights and expiry"
         )
     if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
-    message = error.response.get("Error", {}).get("Message", "")
-    return StoreError(f"{where}: {server} answered {code} {message}; run again to continue")
+    kind, remedy = REMEDIES.get(code, (StoreError, "run again to continue"))
+    return kind(f"{where}: {server} answered {answer}; {remedy}")
+
+
+def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreError:
+    if _has_words(error, UNREADABLE):
+        return StoreSettingsError(
+            f"{where}: AWS_CA_BUNDLE (or ca_bundle in AWS's configuration file) names no file of certificates that "
+            f"can be read ({error.kwargs['error']}); correct it"
+        )
+    if _has_words(error, UNTRUSTED):
+        return StoreSettingsError(
+            f"{where}: the certificate of {server} is not trusted, or it speaks no TLS; set AWS_CA_BUNDLE to the "
+            "file of your CA's certificate, or correct AWS_ENDPOINT_URL"
+        )
+    return StoreError(
+        f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
+        "and the network, then run again to continue"
+    )
 
 
 class OutageWatch:
@@ -143,7 +186,7 @@ class OutageWatch:
 
     def _on_result(self, request_dict: Any, caught_exception: Exception | None, **_: Any) -> None:
         """Raise the attempt's error, which ends its request: one that no attempt mends, or after a long silence."""
-        if caught_exception is not None and _is_untrusted(caught_exception):
+        if caught_exception is not None and _has_words(caught_exception, UNTRUSTED + UNREADABLE):
             raise caught_exception
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()

@@ -97,7 +97,7 @@ def test_every_way_to_be_refused_says_what_to_do(tmp_path: Path, aws: pytest.Mon
         open_store("s3://bucket/run").write("a", b"1")
         assert "has no such bucket; create it" in _refused(aws, "s3://other/run")
         aws.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
-        assert "refused the credentials (SignatureDoesNotMatch)" in _refused(aws)
+        assert "refused the credentials (SignatureDoesNotMatch: " in _refused(aws)
         aws.setenv("AWS_ACCESS_KEY_ID", "nobody")
         assert "refused the credentials" in _refused(aws)
         aws.delenv("AWS_SECRET_ACCESS_KEY")
@@ -160,6 +160,24 @@ def test_a_server_that_cannot_be_trusted_is_a_wrong_setting_and_is_asked_once(
         ) as refused:
             open_store("s3://bucket/run")
         assert (refused.value.exit_code, server.connections) == (2, 1)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("missing.pem", "No such file"), ("", "Is a directory"), ("empty.pem", "NO_CERTIFICATE")],
+)
+def test_a_file_of_certificates_that_cannot_be_read_is_named_at_once(
+    name: str, reason: str, tmp_path: Path, aws: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty.pem").write_text("")
+    aws.setenv("AWS_CA_BUNDLE", str(tmp_path / name))
+    with CountingServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        aws.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{server.server_port}")
+        with pytest.raises(StoreError, match=f"AWS_CA_BUNDLE .* can be read .*{reason}") as refused:
+            open_store("s3://bucket/run")
+        assert refused.value.exit_code == 2 and server.connections <= 1
         server.shutdown()
 
 

@@ -180,6 +180,19 @@ def test_a_lease_that_a_server_replaces_in_two_steps_is_there(
     assert LeaseInBucket(bucket).read() is None
 
 
+def test_a_heartbeat_outlives_an_error_of_any_kind(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+
+    def fail() -> None:
+        raise RuntimeError("the refreshed credentials are still expired")
+
+    found = ObjectInMemory()
+    with hold(found, found) as held:
+        found.before["write_if"].append(fail)
+        begun = held.state.beats
+        wait_until(lambda: not found.before["write_if"] and state(found).beats > begun + 2)
+
+
 @pytest.mark.parametrize("heeded", ["IfNoneMatch", "IfMatch"])
 def test_a_server_that_heeds_one_condition_of_two_does_not_heed_conditions(heeded, bucket, monkeypatch):
     bucket.write(lease.KEY, THIEF)

@@ -47,7 +47,8 @@ def test_a_condition_that_does_not_hold_is_no_error(store, server, status, code,
     assert store._put_if("a", b"1", **condition) is None
 
 
-def test_credentials_of_a_profile_are_read_again_after_they_were_refused(aws, tmp_path):
+@pytest.mark.parametrize("status", [403, 400], ids=["refused", "expired"])  # a HEAD gets no more than that
+def test_credentials_of_a_profile_are_read_again_after_they_were_refused(status, aws, tmp_path):
     def write(key: str) -> None:
         lines = f"[nightly]\naws_access_key_id = {key}\naws_secret_access_key = secret\n"
         (tmp_path / "credentials").write_text(lines)
@@ -64,7 +65,7 @@ def test_credentials_of_a_profile_are_read_again_after_they_were_refused(aws, tm
     with Stubber(store._client) as server:
         write("NEW")
         assert "OLD" in used()
-        refuse(server, "head_object", 403, "403")
+        refuse(server, "head_object", status, str(status))
         with pytest.raises(StoreError, match="refused the credentials"):
             store.exists("a")
     assert "NEW" in used()
@@ -185,14 +186,26 @@ def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store,
             "ExpiredToken",
             400,
             4,
-            r"http://\*\*\*@host refused the credentials \(ExpiredToken\); check AWS_ACCESS",
+            r"http://\*\*\*@host refused the credentials \(ExpiredToken: too many\); check AWS_ACCESS",
         ),
-        ("AllAccessDisabled", 403, 2, r"refused the credentials \(AllAccessDisabled\)"),
+        ("400", 400, 4, "refused the credentials .* their rights and expiry"),
+        ("ExpiredTokenException", 400, 4, "refused the credentials"),
+        ("InvalidIdentityToken", 400, 2, "refused the credentials"),
+        ("AllAccessDisabled", 403, 2, r"refused the credentials \(AllAccessDisabled: too many\)"),
+        (
+            "RequestTimeTooSkewed",
+            403,
+            2,
+            "answered RequestTimeTooSkewed: too many; the clock of this machine",
+        ),
+        ("QuotaExceeded", 403, 4, "answered QuotaExceeded: too many; free space there"),
+        ("XMinioStorageFull", 507, 4, "free space there"),
+        ("InvalidObjectState", 403, 2, "is archived: restore it"),
         ("NoSuchBucket", 404, 2, "has no such bucket; create it, or check --store"),
         ("PermanentRedirect", 301, 2, "in another region; set AWS_DEFAULT_REGION"),
         ("301", 301, 2, "in another region"),
         ("AuthorizationHeaderMalformed", 400, 2, "in another region"),
-        ("SlowDown", 503, 4, r"http://\*\*\*@host answered SlowDown too many; run again to continue"),
+        ("SlowDown", 503, 4, r"http://\*\*\*@host answered SlowDown: too many; run again to continue"),
     ],
 )
 def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, status, exit_code, words):
