@@ -48,7 +48,7 @@ HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # well within LEASE_S
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 14  # attempts, with botocore's pauses: about a minute where the server refuses connections
-ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/+(.*))?")
+ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/+(.*))?")  # at AWS without _
 
 
 def open_s3(address: str) -> S3Store:
@@ -59,7 +59,7 @@ def open_s3(address: str) -> S3Store:
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise InputError(
-            f"--store {address}: expected s3://bucket/prefix; a bucket has 3 to 63 small letters, digits, dots, hyphens"
+            f"--store {address}: expected s3://bucket/prefix; a bucket: 3 to 63 of a-z, 0-9, dots, hyphens, underscores"
         )
     prefix = (match[2] or "").strip("/")
     # at INFO it logs its credentials' origin each time
@@ -67,21 +67,23 @@ def open_s3(address: str) -> S3Store:
     with translated_errors(address, None):
         session = boto3.Session()
         try:
-            endpoint = session.client("s3").meta.endpoint_url
+            endpoint = _endpoint(session)
+            given = None if endpoint == _endpoint(session, ignore_configured_endpoint_urls=True) else endpoint
         except aws.InvalidRegionError as error:
-            raise InputError(
-                f"AWS_DEFAULT_REGION (or region in AWS's configuration file): {error}"
-            ) from error
+            where = "AWS_DEFAULT_REGION (or region in AWS's configuration file)"
+            raise InputError(f"{where}: {error}") from error
         except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
-            raise InputError(
-                f"AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): {EXPECTED_ENDPOINT}"
-            ) from None
-    at_aws = endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn"))
-    store = S3Store(
-        match[1], f"{prefix}/" if prefix else "", None if at_aws else endpoint, session.region_name
-    )
+            where = "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file)"
+            raise InputError(f"{where}: {EXPECTED_ENDPOINT}") from None
+    store = S3Store(match[1], f"{prefix}/" if prefix else "", given, session.region_name)
     store.check()
     return store
+
+
+def _endpoint(session: boto3.Session, **options: Any) -> str:
+    """Return the address that a client of the session asks; its credentials are not looked for."""
+    keys = {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
+    return str(session.client("s3", config=Config(**options), **keys).meta.endpoint_url)
 
 
 class S3Store:
@@ -100,7 +102,7 @@ class S3Store:
         region: str | None = None,
         fences: dict[str, LeaseState] | None = None,
     ) -> None:
-        """`prefix` is empty or ends with /; `endpoint` None is AWS."""
+        """`prefix` is empty or ends with /; `endpoint` None is the one of AWS for the region."""
         self.bucket, self.prefix, self.endpoint, self.region = bucket, prefix, endpoint, region
         # locked prefix -> the lease of its driver when it was taken; shared with the stores below
         self.fences = {} if fences is None else fences
@@ -310,16 +312,15 @@ class S3Store:
 
     def _delete_if(self, key: str, version: str) -> bool:
         """Delete this version of an object; False where the object has another one."""
-        at = self._at(key)
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             try:
-                self._client.delete_object(**at, IfMatch=version)
+                self._client.delete_object(**self._at(key), IfMatch=version)
             except aws.ClientError as error:
                 if status_of(error) in {409, 412}:
                     return False
                 if status_of(error) != 501:
                     raise
-                self._client.delete_object(**at)
+                self._client.delete_object(**self._at(key))
         return True
 
     def _holds(self, key: str, data: bytes) -> bool:
@@ -347,9 +348,7 @@ class S3Store:
         return str(client.put_object(**self._at(key), Body=data, **condition)["ETag"])
 
     def _put_parts(self, key: str, data: bytes, condition: dict[str, str]) -> str | None:
-        """Send a large object in parts, and check before the last step, since the parts take a while, what was checked
-        before the first. (boto3's own upload takes no condition.)
-        """
+        """Send a large object in parts, with checks before the last step too. (boto3's upload takes no condition.)"""
         client, at = self._sending_client, self._at(key)
         at["UploadId"] = client.create_multipart_upload(**at)["UploadId"]
 
@@ -385,7 +384,10 @@ class _HeartbeatStore(S3Store):
 @functools.cache
 def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: float) -> Any:
     """Return this process's client: thread-safe, with retries that back off until OutageWatch ends them."""
+    # AWS knows a checksum that follows the body, as over https; Google's and others' servers refuse each such write
+    is_aws = endpoint is None or endpoint.rstrip("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
     config = Config(
+        request_checksum_calculation=None if is_aws else "when_required",
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=min(timeout_s, 10.0),  # also of each piece of a body that is sent
         read_timeout=timeout_s,

@@ -10,7 +10,7 @@ import pytest
 from buckets import KEYS
 
 from defuse_core.errors import StoreError
-from services.storage import s3
+from services.storage import open_store, s3
 from services.storage.lease import Lease, LeaseInBucket
 
 OLD_KEYS = (
@@ -74,6 +74,8 @@ def test_a_program_that_gives_no_credentials_is_reported_with_its_reason(
     with pytest.raises(StoreError, match=f"^s3://bucket/run/a: .*{words}") as refused:
         store.exists("a")
     assert refused.value.exit_code == exit_code
+    with pytest.raises(StoreError, match=words):  # and not the endpoint, which opening looks at first
+        open_store("s3://bucket/run")
 
 
 def test_a_login_that_is_missing_is_a_wrong_setting_and_says_how_to_log_in(

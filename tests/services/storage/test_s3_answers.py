@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from botocore import exceptions as aws
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.stub import Stubber
 from buckets import KEYS
 
@@ -226,6 +227,9 @@ def test_a_missing_object_is_a_missing_file(code):
         raise aws.ClientError({"Error": {"Code": code}}, "X")
 
 
+PRIVATE = "https://bucket.vpce-1.s3.eu-west-1.vpce.amazonaws.com"  # which the workers must be told, too
+
+
 @pytest.mark.parametrize(
     ("region", "host", "endpoint"),
     [
@@ -233,12 +237,36 @@ def test_a_missing_object_is_a_missing_file(code):
         ("cn-north-1", "", None),
         ("eu-west-1", "http://127.0.0.1:9", "http://127.0.0.1:9"),
         ("eu-west-1", "http://amazonaws.com.example", "http://amazonaws.com.example"),
+        ("eu-west-1", "https://s3.eu-west-1.amazonaws.com", None),
+        ("eu-west-1", PRIVATE, PRIVATE),
     ],
 )
-def test_a_store_keeps_its_region_and_the_address_of_a_server_that_is_not_aws(aws, region, host, endpoint):
+def test_a_store_keeps_its_region_and_the_address_of_a_server_that_is_not_the_regions_own(
+    aws, region, host, endpoint
+):
     aws.setattr(s3.S3Store, "check", lambda store: None)
     aws.setenv("AWS_DEFAULT_REGION", region)
     aws.setenv("AWS_ENDPOINT_URL", host) if host else aws.delenv("AWS_ENDPOINT_URL", raising=False)
     found = open_store("s3://bucket/runs/")
     assert isinstance(found, s3.S3Store)
     assert (found.region, found.endpoint, found.address) == (region, endpoint, "s3://bucket/runs")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "trailing"), [("https://storage.example", False), (PRIVATE, True), (None, True)]
+)
+def test_a_write_over_https_is_a_plain_one_at_a_server_that_is_not_aws(aws, endpoint, trailing):
+    """Google's server and others refuse a checksum that follows the body."""
+
+    def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
+        assert ("aws-chunked" in str(request.headers.get("Content-Encoding"))) == trailing
+        return AWSResponse(request.url, 200, {"ETag": NEW}, Raw())
+
+    class Raw:
+        def stream(self, **_: object) -> Iterator[bytes]:
+            return iter([b""])
+
+    aws.delenv("AWS_ENDPOINT_URL", raising=False)
+    store = s3.S3Store("bucket", "run/", endpoint, "eu-west-1")
+    store._client.meta.events.register("before-send.s3", answer)
+    assert store._put_if("a", b"1", IfMatch=OLD) == NEW

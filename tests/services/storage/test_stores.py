@@ -138,9 +138,9 @@ def test_an_address_of_another_kind_is_bad_input(address: str) -> None:
         open_store(address)
 
 
-@pytest.mark.parametrize("bucket", ["bk", "b" * 64, "Our-runs", "our_runs", "-runs"])
+@pytest.mark.parametrize("bucket", ["bk", "b" * 64, "Our-runs", "-runs"])
 def test_a_name_that_no_bucket_can_have_is_refused_with_the_rule(bucket: str) -> None:
-    with pytest.raises(InputError, match="a bucket has 3 to 63 small letters, digits, dots, hyphens"):
+    with pytest.raises(InputError, match="a bucket: 3 to 63 of a-z, 0-9, dots, hyphens, underscores"):
         open_store(f"s3://{bucket}/runs")
 
 
