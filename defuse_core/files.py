@@ -145,13 +145,14 @@ def expect_new_file(option: str, path: Path) -> None:
 
 
 def replace_file(option: str, path: Path, data: bytes) -> None:
-    """Write a file whole, or leave what was there."""
+    """Write a file whole, or leave what was there. Where `path` is a link, that is the file that it leads to."""
+    target = Path(os.path.realpath(path))
     # without its own name, which may have the greatest length
-    temporary = path.with_name(f".{secrets.token_hex(3)}{UNFINISHED}")
+    temporary = target.with_name(f".{secrets.token_hex(3)}{UNFINISHED}")
     with writing(option, path):
         try:
             temporary.write_bytes(data)
-            temporary.replace(path)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -47,7 +47,7 @@ DELETED = ".deleted"  # suffix of a folder that is being deleted
 
 def checked_name(name: str) -> str:
     """Return the name of a run if it can name a folder everywhere. Raises InputError."""
-    if name in RESERVED:
+    if name.lower() in RESERVED:  # one folder where the file system ignores case
         raise InputError(
             f"run name {name}: expected another name, since the store keeps versions, traffic or pictures under it"
         )
@@ -326,11 +326,18 @@ class FolderStore:
 
 
 def folder_store(folder: Path) -> FolderStore:
-    """Return the store in a folder, which need not exist. Raises InputError where a file is in its place."""
+    """Return the store in a folder, which need not exist. Raises InputError where a file is in its place, or a link
+    that leads nowhere.
+    """
     with explained(folder):
         blocked = any(at.is_file() for at in (folder, *folder.parents))
+        broken = next((at for at in (folder, *folder.parents) if at.is_symlink() and not at.exists()), None)
     if blocked:
         raise InputError(f"store {folder}: expected a folder, found a file in its place")
+    if broken is not None:
+        raise InputError(
+            f"store {folder}: {broken} is a link to {broken.readlink()}, which does not exist; is its disk mounted?"
+        )
     return FolderStore(folder)
 
 

@@ -152,7 +152,7 @@ def usable_name(text: str) -> str:
     with contextlib.suppress(InputError):
         return checked_name(text)
     name = re.sub("[^A-Za-z0-9._-]+", "-", text).strip("._-")[:90] or "images"
-    return f"{name}-images" if name in RESERVED else name
+    return f"{name}-images" if name.lower() in RESERVED else name
 
 
 track_option = click.option(

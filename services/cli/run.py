@@ -83,7 +83,7 @@ def init(
     defuse init parts/ --classifier parts.pt2 --minutes 60
     """
     from defuse_core.config import load_run_file
-    from defuse_core.files import expect_new_file, expect_writable, writing
+    from defuse_core.files import expect_new_file, expect_writable, replace_file
     from defuse_core.suggest import inspect_data, plan_run, write_run_file
     from services.cli.console import ProgressDisplay
 
@@ -100,8 +100,7 @@ def init(
     choice = classifier_fields(classifier, weights)
     with ProgressDisplay() as display:
         plan = plan_run(inspect_data(images.absolute()), choice, minutes, display, image_size)
-    with writing("--out", path):
-        path.write_text(write_run_file(plan), encoding="utf-8")
+    replace_file("--out", path, write_run_file(plan).encode())
     load_run_file(path)
     _print_plan(plan, path, minutes)
 
@@ -380,13 +379,15 @@ def _expect_unregistered(store: Store, run: str) -> None:
     from services.serving.registry import Registry
     from services.serving.traffic import components_digest
 
-    named = {number: info for number, info in Registry(store).state().versions.items() if info.run == run}
+    versions = Registry(store).state().versions.items()
+    # one folder where the file system ignores case
+    named = {number: info for number, info in versions if info.run.casefold() == run.casefold()}
     components = None  # the run has none, or they cannot be read
     with contextlib.suppress(InputError, DamagedError):
         if named and (gallery := Run.open(store, run).load(Gallery)) is not None:
             components = components_digest(gallery)
-    if versions := [n for n, info in named.items() if components in (None, info.components_digest)]:
+    if made := [n for n, info in named.items() if components in (None, info.components_digest)]:
         raise InputError(
-            f"run {run}: version {versions[-1]} in the registry was made from it, and it is that version's record; "
+            f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; "
             "keep it"
         )

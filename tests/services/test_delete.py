@@ -136,6 +136,16 @@ def test_a_run_in_the_registry_is_not_deleted(own_store, monkeypatch, capsys):
     assert own_store.exists("digits/run.yaml")
 
 
+def test_a_run_in_the_registry_is_not_deleted_by_another_case_of_its_name(own_store, monkeypatch, capsys):
+    """On macOS, and below /mnt/c in WSL, both names are one folder."""
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    (own_store.folder / "digits").rename(own_store.folder / "Digits")
+    code, _, err = call(monkeypatch, capsys, "delete", "Digits", *where, "--yes")
+    assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True)
+    assert own_store.exists("Digits/run.yaml")
+
+
 def test_a_run_that_only_has_the_name_of_one_in_the_registry_can_be_deleted(own_store, monkeypatch, capsys):
     where = ["--store", own_store.address]
     assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from pathlib import Path
+
+import numpy as np
 
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
 from defuse_core.suggest import _comment, _commented
+from defuse_core.suggest.plan import Speeds
 from tests.e2e.test_cli import call, one_line
 
 
@@ -69,3 +74,29 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "fields", "vea")
     assert code == 2
     assert "no such section or field; the run file has seed, data, classifier" in one_line(err)
+
+
+def test_a_run_file_that_is_replaced_stays_where_the_disk_is_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    images = np.random.default_rng(0).integers(0, 255, (100, 16, 16), np.uint8)
+    np.savez("parts.npz", train_images=images, train_labels=np.arange(100) % 2)
+    mine, link = Path("mine.yaml"), Path("link.yaml")
+    mine.write_text("# edited for days")
+    link.symlink_to(mine)
+
+    def write_half(path: Path, data: bytes) -> None:
+        with path.open("wb") as handle:
+            handle.write(data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    command = ("init", "parts.npz", "--minutes", 1, "--out", link, "--force")
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", write_half)
+        full.setattr(Path, "write_text", lambda path, text, **_: write_half(path, text.encode()))
+        code, _, err = call(monkeypatch, capsys, *command)
+    assert (code, mine.read_text()) == (2, "# edited for days")
+    assert "--out link.yaml: cannot be written (No space left on device); choose" in one_line(err)
+    assert call(monkeypatch, capsys, *command)[0] == 0
+    assert link.is_symlink() and "parts.npz" in mine.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"parts.npz", "mine.yaml", "link.yaml"}

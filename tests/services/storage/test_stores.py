@@ -184,6 +184,17 @@ def test_a_store_that_is_a_file_is_bad_input(below: str, tmp_path: Path) -> None
         open_store(f"{tmp_path}/file{below}")
 
 
+@pytest.mark.parametrize("below", ["", "/runs"])
+def test_a_store_behind_a_link_whose_disk_is_not_mounted_is_bad_input(below: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(
+        InputError, match="link is a link to .*/unmounted, which does not exist; is its disk mo"
+    ):
+        open_store(f"{tmp_path}/link{below}")
+    (tmp_path / "unmounted").mkdir()
+    open_store(f"{tmp_path}/link{below}").write("a", b"1")
+
+
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="run again") as refused:
