@@ -30,6 +30,7 @@ from defuse_core.config import (
 )
 from defuse_core.errors import (
     ANOTHER_NAME,
+    OTHER_FORMAT_REMEDY,
     DamagedError,
     InputError,
     RunFileError,
@@ -101,6 +102,13 @@ def _digest_of(path: Path) -> str:
 
 def _damaged(store: Store, name: str) -> str:
     return f"{store.address}/{name}/run.yaml: expected what Defuse wrote there"
+
+
+def _recorded(tree: dict[str, Any], where: str) -> RunFile:
+    try:
+        return parse_run_file(tree, where)
+    except RunFileError as error:
+        raise RunFileError(f"{error}; undo what was edited there, or {OTHER_FORMAT_REMEDY}") from error
 
 
 def no_such_run(store: Store, name: str) -> InputError:
@@ -189,7 +197,7 @@ class Run:
     def _settings(self) -> RunFile | None:
         """Return the run file as `start` noted it last; None where it was stopped before that, or its file is gone."""
         tree = self._read_json(SETTINGS, "the settings in run.yaml are taken as they are now")
-        return parse_run_file(tree, f"{self.name}/{SETTINGS}") if tree else None
+        return _recorded(tree, f"{self.store.address}/{SETTINGS}") if tree else None
 
     def _other_weights(self) -> str | None:
         """Return which weights file has changed since the run began, or None; a missing file does not count."""
@@ -228,7 +236,7 @@ class Run:
             raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
-        run = cls(store, name, parse_run_file(tree, f"{name}/run.yaml"))
+        run = cls(store, name, _recorded(tree, f"{store.address}/{name}/run.yaml"))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():
             run.spec = run.spec.with_fields("data", root=own)  # its folder may have been moved
@@ -328,7 +336,7 @@ class Run:
         manifest = self.manifest() | origin
         entry = {"step": step, "made": utc_now(), "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
-        manifest["versions"] = versions()
+        manifest["versions"] = _with_current(manifest.get("versions", {}))
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -347,8 +355,24 @@ def _manifest_fields(artefact: object) -> dict[str, str]:
     return {"annotators": artefact.answered_by} if isinstance(artefact, Votes) else {}
 
 
+def _with_current(noted: dict[str, str]) -> dict[str, str]:
+    """Return the versions that a run was made with so far, and where they differ those of this process, too."""
+    found = dict(noted)
+    for name, version in versions().items():
+        earlier = found.setdefault(name, version)
+        if version not in earlier.split(", "):
+            log.warning(
+                "so far this run was made with %s %s, and now with %s: its results need not be those of either",
+                name,
+                earlier,
+                version,
+            )
+            found[name] = f"{earlier}, {version}"
+    return found
+
+
 def versions() -> dict[str, str]:
-    """Return what the run was made with: Python, the platform and the packages whose numerics matter."""
+    """Return what a run is made with now: Python, the platform and the packages whose numerics matter."""
     packages = ("defuse", "torch", "torchvision", "numpy", "scikit-learn", "ray")
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for package in packages:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
@@ -46,6 +47,21 @@ def test_a_damaged_run_file_of_a_run_is_named_with_what_to_do(store, text, found
         RunFileError, match=f"a/run.yaml: expected what Defuse wrote there, found {found}; delete it"
     ):
         Run.open(store, "a")
+
+
+@pytest.mark.parametrize("key", ["run.yaml", "settings.json"])
+def test_a_run_with_a_field_of_another_version_names_the_file_and_says_what_to_do(store, key):
+    Run.start(store, "a", tiny())
+    tree = yaml.safe_load(store.read(f"a/{key}"))
+    tree["vae"]["warmup"] = 3
+    store.write(f"a/{key}", json.dumps(tree).encode())
+    for begin in (lambda: Run.open(store, "a"), lambda: Run.start(store, "a", tiny())):
+        with pytest.raises(RunFileError) as refused:
+            begin()
+        assert str(refused.value) == (
+            f"{store.folder}/a/{key}: vae.warmup: unknown field; undo what was edited there, or use the version of "
+            "Defuse that wrote it, or run again under another name (--name, or name= in Python)"
+        )
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff", b"[]", b'{"artefacts": []}'])
@@ -146,8 +162,8 @@ def test_an_artefact_is_the_same_when_it_is_made_as_when_it_is_loaded(store):
         assert run.once("correct", Sweep, lambda: Sweep((row,), None, {}, ())).rows[0].validation is None
 
 
-def test_the_manifest_names_device_images_annotators_and_the_versions_of_the_last_artefact(
-    store, tiny_models
+def test_the_manifest_names_device_images_annotators_and_the_versions_of_all_artefacts(
+    store, tiny_models, caplog
 ):
     run = Run.start(store, "a", tiny())
     run.store.write("manifest.json", b'{"versions": {"python": "2.7"}}')
@@ -158,7 +174,10 @@ def test_the_manifest_names_device_images_annotators_and_the_versions_of_the_las
     assert (manifest["name"], manifest["seed"], manifest["device"]) == ("a", tiny().seed, "a card")
     assert manifest["data_fingerprint"] == tiny_models.data_fingerprint
     assert manifest["annotators"] == "people"
-    assert manifest["versions"]["python"] == platform.python_version()
+    now = platform.python_version()
+    assert manifest["versions"]["python"] == f"2.7, {now}"
+    (warning,) = caplog.messages  # of the first artefact alone
+    assert f"made with python 2.7, and now with {now}" in warning
 
 
 def test_times_are_those_of_greenwich(monkeypatch):
