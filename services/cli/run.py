@@ -304,7 +304,8 @@ def report(name: str, store: str, as_json: bool) -> None:
 def delete(run: str, store: str, yes: bool) -> None:
     """Delete RUN with everything that it stored, and the inputs that were sampled while it was served.
 
-    Its project in Label Studio stays.
+    Its project in Label Studio stays. In a bucket with versioning, older versions of its files stay, too, until a
+    lifecycle rule of the bucket (NoncurrentVersionExpiration) removes them.
 
     Refused while a driver writes the run, and for a run whose classifier is a version in the registry.
     """

@@ -91,7 +91,8 @@ def translated_errors(
             f"{where}: no complete AWS credentials found ({one_line(error)}); check {CREDENTIALS}"
         ) from error
     except (aws.SSOError, aws.TokenRetrievalError) as error:
-        raise StoreSettingsError(f"{where}: {error}; log in with `aws sso login`") from error
+        reason = str(error).rstrip(".")
+        raise StoreSettingsError(f"{where}: {reason}; log in with `aws sso login`") from error
     except aws.ProfileNotFound as error:
         raise StoreSettingsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
