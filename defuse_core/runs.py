@@ -360,14 +360,16 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
     found = dict(noted)
     for name, version in versions().items():
         earlier = found.setdefault(name, version)
-        if version not in earlier.split(", "):
+        if version in earlier.split(", "):
+            continue
+        found[name] = f"{earlier}, {version}"
+        if name != "platform":  # it names the kernel, too
             log.warning(
                 "so far this run was made with %s %s, and now with %s: its results need not be those of either",
                 name,
                 earlier,
                 version,
             )
-            found[name] = f"{earlier}, {version}"
     return found
 
 
