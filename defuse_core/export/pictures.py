@@ -45,7 +45,7 @@ class PictureRow:
     # reviewed by the annotators; tuned: drawn to tune on; held-out: drawn to measure the correction
     origin: str
     before: str  # answer of the classifier before the correction
-    after: str  # and after it
+    after: str  # and after it; empty where nothing was corrected
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def export_scenarios(run: Run, folder: Path) -> int:
     return len(rows)
 
 
-def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
+def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64 | None]]]:
     found = load_finished(run)
     if not len(found.verdicts.accepted):
         raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
@@ -124,7 +124,8 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64]]]:
     ]
     # what the files hold, in levels of a 255th
     stored = [Images(to_levels(part.images), part.labels).batch() for part in parts]
-    answers = [(predict(before, images), predict(after, images)) for images in stored]
+    corrected = bool(found.sweep.weights)
+    answers = [(predict(before, each), predict(after, each) if corrected else None) for each in stored]
     return found.models, [(part, *both) for part, both in zip(parts, answers, strict=True)]
 
 
@@ -145,9 +146,10 @@ def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
 
 
 def _write(
-    pictures: LabelledPictures, answers: tuple[I64, I64], classes: tuple[str, ...], folder: Path
+    pictures: LabelledPictures, answers: tuple[I64, I64 | None], classes: tuple[str, ...], folder: Path
 ) -> Iterator[PictureRow]:
     counts: dict[int, int] = {}
+    before, after = answers
     folders = folder_names(classes)
     for index, (pixels, label, scenario) in enumerate(
         zip(pictures.images, pictures.labels, pictures.scenario, strict=True)
@@ -164,8 +166,8 @@ def _write(
             label_from=pictures.label_from,
             scenario=int(scenario),
             origin=pictures.origin,
-            before=classes[answers[0][index]],
-            after=classes[answers[1][index]],
+            before=classes[before[index]],
+            after="" if after is None else classes[after[index]],
         )
 
 

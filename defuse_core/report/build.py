@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -70,6 +71,8 @@ def build_report(
 ) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
+    if found.sweep.chosen is None:
+        evaluation = _without_correction(evaluation)
     return Report(
         version=VERSION,
         run=_run_figures(run.name, run.spec, found),
@@ -104,6 +107,14 @@ def build_report(
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
     )
+
+
+def _without_correction(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation with nan after the correction: where nothing is corrected, it scores f there again."""
+    tables = {name: getattr(evaluation, name).copy() for name in ("accuracy", "per_class", "scenario")}
+    for table in tables.values():
+        table[-1] = np.nan
+    return replace(evaluation, **tables)
 
 
 def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
@@ -199,7 +210,8 @@ def _own_labels(found: Findings, evaluation: Evaluation, *, tuned_on: bool) -> O
         _ratio(int((labelled & (answers[accepted] == labels)).sum()), images)
         for answers in (found.gallery.predicted, evaluation.gallery_after)
     )
-    return OwnLabels(before=before, defuse=after, images=images, tuned_on=tuned_on)
+    corrected = found.sweep.chosen is not None
+    return OwnLabels(before=before, defuse=after if corrected else None, images=images, tuned_on=tuned_on)
 
 
 def _scenario(

@@ -221,7 +221,10 @@ def _draw_row(
             zorder=1,
         )
         before, after = found.gallery.predicted[row.number, i], evaluation.gallery_after[row.number, i]
-        for answer, x, end in ((before, left + 0.05, "left"), (after, left + 0.89, "right")):
+        answers = [(before, left + 0.05, "left")]
+        if found.sweep.chosen is not None:
+            answers.append((after, left + 0.89, "right"))
+        for answer, x, end in answers:
             kind = "" if labels[i] == NONE_OF_THE_ABOVE else "right" if answer == labels[i] else "wrong"
             colour, mark = MARKS[kind]
             ax.text(

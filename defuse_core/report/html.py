@@ -53,7 +53,7 @@ class ImageTile:
     description: str
     pixelated: bool
     before: Badge
-    after: Badge | None  # None for a real image
+    after: Badge | None  # None for a real image, and where nothing was corrected
     own_label: str | None  # the annotators' label, where it differs from the scenario's
 
 
@@ -189,12 +189,14 @@ def _reviewed_tile(row: Scenario, place: int, found: Findings, evaluation: Evalu
         kind = "" if unlabelled else "right" if answer == label else "wrong"
         return Badge(formatting.answer_text(classes, answer), kind)
 
+    corrected = found.sweep.chosen is not None
     differs = row.label is not None and not unlabelled and classes[label] != row.label
     return _image_tile(
         image,
-        f"annotators: {named}; classifier before: {classes[before]}, after: {classes[after]}",
+        f"annotators: {named}; classifier before: {classes[before]}"
+        + (f", after: {classes[after]}" if corrected else ""),
         badge(before),
-        badge(after),
+        badge(after) if corrected else None,
         formatting.answer_text(classes, label) if differs else None,
     )
 

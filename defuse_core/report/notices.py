@@ -98,21 +98,23 @@ def purity_warning(report: Report) -> str | None:
 
 def _by_own_label(report: Report) -> str:
     """Return the accuracy by own label that can be trusted most: the judges' on held-out images, where it exists."""
-    own = report.scenarios.own_labels
+    own, corrected = report.scenarios.own_labels, report.chosen is not None
     judged = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
     if judged is not None and judged.before.value is not None:
         return (
             "By the judges' label of each held-out image the classifier was right on "
-            f"{percent(judged.before.value)} of them before, and is on {percent(judged.defuse.value)} now."
+            f"{percent(judged.before.value)} of them before"
+            + (f", and is on {percent(judged.defuse.value)} now." if corrected else ".")
         )
     if own.tuned_on:
         return (
             "No figure by own label is independent: the reviewed images are at photographs that are tuned on "
-            f"({percent(own.before)} right before, {percent(own.defuse)} now), and no judge labels held-out ones."
+            f"({percent(own.before)} right before{f', {percent(own.defuse)} now' if corrected else ''}), and no judge "
+            "labels held-out ones."
         )
     return (
         f"Judged each by its own label, {percent(own.before)} of the reviewed images were classified correctly "
-        f"before, and {percent(own.defuse)} are now."
+        f"before{f', and {percent(own.defuse)} are now' if corrected else ''}."
     )
 
 

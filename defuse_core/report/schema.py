@@ -65,7 +65,7 @@ class Scenario(FigureModel):
     before: float | None
     baseline: float | None
     defuse: float | None
-    """Accuracy on its held-out images; null where rejected."""
+    """Accuracy on its held-out images; null where rejected, and after a tuning without a result."""
     evidence: ScenarioEvidence | None
     """Null where rejected, and without judges."""
     tuning_agreement: float | None
@@ -78,6 +78,7 @@ class OwnLabels(FigureModel):
 
     before: float | None
     defuse: float | None
+    """Null, too, where nothing was corrected."""
     images: int
     tuned_on: bool
     """Whether vae.decode is anchored: then the correction is tuned on the photographs that these images show."""
@@ -300,7 +301,8 @@ class Report(FigureModel):
     evidence: EvidenceFigures | None
     """Null without judges (judges.count 0)."""
     watch: WatchFigures | None
-    """How well the corrected classifier's failing inputs are found. Null without failurewatch.safetensors."""
+    """How well failing inputs of the corrected classifier are found, or of the one before where nothing was corrected.
+    Null without failurewatch.safetensors."""
     per_class: tuple[ClassAccuracy, ...]
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]

@@ -183,6 +183,14 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     assert before < after  # the planted classifier before takes 3 for 8
 
 
+def test_the_table_has_no_answers_after_a_correction_that_there_is_not(store, tmp_path, monkeypatch):
+    found = dataclasses.replace(pictures.load_finished(opened(store)), sweep=Sweep((), None, {}, ()))
+    monkeypatch.setattr(pictures, "load_finished", lambda _: found)
+    export_scenarios(opened(store), tmp_path / "pictures")
+    rows = list(csv.DictReader((tmp_path / "pictures/labels.csv").open()))
+    assert {row["after"] for row in rows} == {""} and "" not in {row["before"] for row in rows}
+
+
 def test_the_table_has_the_answers_on_the_pictures_as_they_are_written(store, tmp_path, monkeypatch):
     asked, answer = [], pictures.predict
 

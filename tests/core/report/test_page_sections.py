@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_evidence import sample_evidence
-from sample_findings import report_of, sample_findings, sample_run
+from sample_findings import report_of, sample_findings, sample_run, sample_watch
 
 from defuse_core.report import write_report
 
@@ -94,3 +94,20 @@ def test_the_parts_of_the_data_are_in_the_order_of_their_use(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings())
     assert "1,000 train, 200 validation, 500 test" in words_of(run.store.read("report.html"))
+
+
+def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path: Path):
+    run, (found, evaluation) = sample_run(tmp_path), sample_findings(6, 4)
+    found = replace(found, sweep=replace(found.sweep, chosen=None, weights={}))
+    evidence = sample_evidence(np.tile([0.07, 0.5, 0.7, 0.07], (4, 1)))
+    report = write_report(
+        run, found, evaluation, replace(evidence, purity=np.array([0.6, 0.5, 0.7])), sample_watch()
+    )
+    assert set(report.accuracy.defuse.model_dump().values()) == {report.scenarios.own_labels.defuse} == {None}
+    after = {row.defuse for row in (*report.scenarios.list, *report.per_class)}
+    assert after == {None} and not any(row.loses_too_much for row in report.per_class)
+    text = words_of(run.store.read("report.html"))
+    assert text.count("nothing was corrected</div>") == 2
+    assert "of each held-out image the classifier was right on 7.0 % of them before.</p>" in text
+    assert "Nothing was corrected. If the classifier were served, each answer would get" in text
+    assert "– now" not in text and "after (right)" not in text and 'class="badge after' not in text
