@@ -20,7 +20,7 @@ from defuse_core.artifacts import I64, Bool, FailedTrial, Models, Sweep, SweepRo
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.errors import ComputeError, DefuseError, ModelError, no_lambda_chosen
 from defuse_core.intervals import ROUNDING, certain_loss
 from defuse_core.models import is_as_finite, load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
@@ -341,9 +341,9 @@ def collect_sweep(
     chosen = _best_row(best)
     if not rule.allows(chosen):
         log.warning(
-            "correct: %s: every λ loses more than correct.max_loss = %g of the clean accuracy, or significantly more "
-            "than %g of one class's (correct.max_class_loss)%s",
+            "correct: %s: %s (%g; significantly more than %g of a class)%s",
             f"{comparison} has no result" if comparison else "NO λ CHOSEN",
+            no_lambda_chosen(len(ordered), len(failed)),
             spec.correct.max_loss,
             spec.correct.class_loss_allowed,
             "" if comparison else f"; {SMALLER_LAMBDAS}",

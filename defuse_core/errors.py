@@ -66,6 +66,14 @@ def count_of(number: float, noun: str) -> str:
     return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
 
 
+def no_lambda_chosen(tuned: int, failed: int) -> str:
+    """Return why no λ is chosen, as a clause: the trials of `failed` ones failed, and `tuned` ones cost too much."""
+    costs = "more clean accuracy than correct.max_loss and max_class_loss allow"
+    if not failed:
+        return f"every λ costs {costs}"
+    return f"of {tuned + failed} λ {failed} failed, and {tuned} cost{'s' if tuned == 1 else ''} {costs}"
+
+
 def percent(value: float | None, digits: int | None = 1) -> str:
     """Return a fraction of 1 as a percentage: 98.97 %; with `digits` None as short as it is: 5 %, 12.5 %."""
     if value is None:

@@ -16,14 +16,26 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
+from defuse_core.artifacts import (
+    F32,
+    Gallery,
+    Models,
+    Psi,
+    ReferenceSet,
+    Scenarios,
+    Sweep,
+    Verdicts,
+    Weights,
+)
 from defuse_core.config import ClassifierSection
 from defuse_core.data import reopen_splits
-from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, one_line
+from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, no_lambda_chosen, one_line
+from defuse_core.evaluation.health import with_measured_health
 from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import as_logits, plain_section, to_range
 from defuse_core.models.programs import SOURCE
+from defuse_core.review.undecided import why_undecided
 from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
@@ -92,8 +104,25 @@ def why_not_corrected(run: Run) -> str:
     """Return why a finished run has no corrected classifier."""
     verdicts = run.load(Verdicts)
     if verdicts is not None and len(verdicts.accepted):
-        return "every λ costs more clean accuracy than correct.max_loss and max_class_loss allow"
+        sweep = run.require(Sweep)
+        return no_lambda_chosen(len({row.lam for row in sweep.rows}), len(sweep.failed))
     return f"no failure scenario was accepted; `defuse report {run.name}` says why"
+
+
+def undecided_of(run: Run) -> str | None:
+    """Return why a finished run could not tell whether its classifier has failure scenarios; None where it could."""
+    verdicts = run.require(Verdicts)
+    if len(verdicts.accepted):
+        return None
+    return why_undecided(
+        run.spec,
+        run.require(Gallery),
+        verdicts,
+        models=with_measured_health(run, run.require(Models)),
+        references=run.load(ReferenceSet, "references"),
+        psi=run.load(Psi),
+        scenarios=run.load(Scenarios),
+    )
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
+from defuse_core.export import undecided_of
 from defuse_core.export.pictures import FinishedRun, load_finished
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
@@ -93,7 +94,14 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
     for run, side in ((a, side_a), (b, side_b)):
-        if guessing := why_guessing(side.found.models):
+        if undecided := undecided_of(run):
+            log.warning(
+                "run %s could not tell whether its classifier has failure scenarios: %s; that none is of this run "
+                "says nothing then",
+                run.name,
+                undecided,
+            )
+        elif guessing := why_guessing(side.found.models):
             log.warning("run %s: %s; what is fixed, broken or new says nothing then", run.name, guessing)
     same_classifier = _is_same_classifier(side_a.found.models.classifier, side_b.found.models.classifier)
     fixed_at = b.spec.check.min_scenario_accuracy

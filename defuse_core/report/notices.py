@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import count_of, percent
+from defuse_core.errors import count_of, no_lambda_chosen, percent
 from defuse_core.report.correction_notices import (
     another_lambda_fixes_more,
     costs_a_class,
@@ -32,10 +32,8 @@ def headline(report: Report, correct: CorrectSection) -> str:
     verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
     result = f"{accepted} of {count_of(components, 'candidate scenario')} {verb}."
     if report.chosen is None:
-        return (
-            f"{result} Nothing was corrected: every λ costs more clean accuracy than correct.max_loss and "
-            "max_class_loss allow."
-        )
+        failed = sum(trial.sweep == "defuse" for trial in report.failed_trials)
+        return f"{result} Nothing was corrected: {no_lambda_chosen(len(report.tradeoff), failed)}."
     return f"{result} {_effect(report, correct)}"
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, count_of, percent
+from defuse_core.errors import CheckFailed, InputError, count_of, first_few, percent
 from services.cli.options import (
     GivenPath,
     classifier_fields,
@@ -167,7 +167,7 @@ def check_suite(
     section = classifier_fields(classifier, weights)
     if section is not None:
         section = section_overrides("classifier", overrides, {"classifier": section})
-    net = loaded.classifier(section) if section else _corrected(loaded, run, store)
+    net = loaded.classifier(section) if section else _classifier_of(loaded, run, store)
     results = loaded.check(net)
     name = classifier or f"run {run}"
     # the file first: whoever reads what is printed may close the pipe (`| head -1`), which ends the command
@@ -211,17 +211,28 @@ def _measured(result: SuiteResult) -> str:
     return f"{percent(result.accuracy)}, {asked}"
 
 
-def _corrected(loaded: Suite, name: str | None, store: str) -> nn.Module:
-    from defuse_core.export import corrected_classifier
+def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
+    """Return the corrected classifier of a run, or the one that it debugged where it corrected nothing."""
+    from defuse_core.export.pictures import load_finished
     from defuse_core.models import to_device
 
-    run = open_run(name or "", store)
-    models, classifier = corrected_classifier(run)
-    data, asked = run.spec.data, loaded.description
-    found = (models.classes, data.image_size, data.channels)
-    if found != (asked.classes, asked.image_size, asked.channels):
-        raise InputError(f"run {name}: its classes or images are not those of the suite (run {asked.run})")
-    return to_device(classifier, data)
+    found = load_finished(open_run(name or "", store))
+    data, asked = found.spec.data, loaded.description
+    for what, got, expected in (
+        ("classes", found.models.classes, asked.classes),
+        ("data.image_size", (str(data.image_size),), (str(asked.image_size),)),
+        ("data.channels", (str(data.channels),), (str(asked.channels),)),
+    ):
+        if got != expected:
+            raise InputError(
+                f"run {name}: expected the {what} of the suite (run {asked.run}), {first_few(expected)}, "
+                f"found {first_few(got)}"
+            )
+    if not found.sweep.weights:
+        click.echo(
+            f"note: run {name} corrected nothing: the classifier that it debugged is checked", err=True
+        )
+    return to_device(found.classifiers()[1], data)
 
 
 def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
@@ -282,13 +293,20 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     \b
     defuse compare parts-v1 parts-v2
     """
+    from defuse_core.export import undecided_of
     from defuse_core.export.compare import compare_runs
     from services.cli.tables import print_comparison
 
-    rows = compare_runs(open_run(run_a, store), open_run(run_b, store))
+    runs = {"a": open_run(run_a, store), "b": open_run(run_b, store)}
+    rows = compare_runs(runs["a"], runs["b"])
+    right_from = runs["b"].spec.check.min_scenario_accuracy
     if as_json:
-        print_json({"a": run_a, "b": run_b, "scenarios": [dataclasses.asdict(row) for row in rows]})
+        undecided = {side: undecided_of(run) for side, run in runs.items()}
+        scenarios = [dataclasses.asdict(row) for row in rows]
+        print_json(
+            {"a": run_a, "b": run_b, "undecided": undecided, "right_from": right_from, "scenarios": scenarios}
+        )
     elif not rows:
         click.echo(f"neither {run_a} nor {run_b} accepted a failure scenario")
     else:
-        print_comparison(run_a, run_b, rows)
+        print_comparison(run_a, run_b, rows, right_from)

@@ -173,10 +173,21 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     return table
 
 
-def print_comparison(run_a: str, run_b: str, rows: Sequence[ComparedScenario]) -> None:
-    """Print the scenarios of two runs side by side, and how many there are of each state that occurs."""
-    console = Terminal()
+def print_comparison(
+    run_a: str,
+    run_b: str,
+    rows: Sequence[ComparedScenario],
+    right_from: float,
+    console: Console | None = None,
+) -> None:
+    """Print the scenarios of two runs side by side, and how many there are of each state that occurs.
+
+    `right_from` is the accuracy from which on a classifier is right on a scenario.
+    """
+    console = console or Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
+    limit = f"Right: at least {percent(right_from, None)} of the pictures (check.min_scenario_accuracy of B)."
+    print_text(console, limit, "")
     print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
     shown = ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state])
@@ -194,7 +205,7 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
     table.columns[0].min_width = max(map(len, _states()))
     for row in rows:
         numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
-        shares = (percent(share, 0) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
+        shares = (percent(share) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
         labels = (_cut(name, width) for name in (row.label, row.mistaken_for))
         cells = dict(zip(COMPARED, (row.state, *labels, *numbers, *shares), strict=True))
         add_row(table, *(cells[name] for name in columns))

@@ -18,9 +18,6 @@ from defuse_core.artifacts import (
     Corrections,
     Gallery,
     Models,
-    Psi,
-    ReferenceSet,
-    Scenarios,
     Sweep,
     Verdicts,
     Votes,
@@ -32,11 +29,10 @@ from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation.evidence import Evidence
-from defuse_core.evaluation.health import with_measured_health
+from defuse_core.export import undecided_of, why_not_corrected
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
-from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch import FailureWatch, watch_classifier
@@ -192,18 +188,9 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
     accepted = len(artifacts.verdicts.accepted)
     if accepted:
         return CheckFailed(
-            f"run {run.name}: nothing was corrected, since every λ costs more clean accuracy than correct.max_loss "
-            f"and max_class_loss allow; {SMALLER_LAMBDAS}"
+            f"run {run.name}: nothing was corrected, since {why_not_corrected(run)}; {SMALLER_LAMBDAS}"
         )
-    undecided = why_undecided(
-        run.spec,
-        artifacts.gallery,
-        artifacts.verdicts,
-        models=with_measured_health(run, artifacts.models),
-        references=run.load(ReferenceSet, "references"),
-        psi=run.load(Psi),
-        scenarios=run.load(Scenarios),
-    )
+    undecided = undecided_of(run)
     if undecided is not None:
         return CheckFailed(
             f"run {run.name}: could not tell whether the classifier has failure scenarios: {undecided}; run it under "

@@ -311,7 +311,7 @@ def test_if_every_row_loses_too_much_nothing_is_chosen_and_the_log_says_so(tiny_
     trials = [trial(1.0, (0.5, 1.0, 1.0)), trial(2.0, (0.6, 0.9, 0.9))]
     sweep = collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials)
     assert (sweep.chosen, sweep.weights, len(sweep.rows)) == (None, {}, 2)
-    assert "NO λ CHOSEN: every λ loses more than correct.max_loss = 0" in caplog.text
+    assert "NO λ CHOSEN: every λ costs more clean accuracy than correct.max_loss" in caplog.text
     assert caplog.text.count("add smaller values to correct.lambdas") == 1
     caplog.clear()
     collect_sweep(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from defuse_core.artifacts import Models
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Verdicts
 from defuse_core.codec import encode
 from defuse_core.export.compare import (
+    ComparedScenario,
     _is_same_classifier,
     _state,
     _state_of_b_alone,
@@ -19,6 +22,7 @@ from defuse_core.export.compare import (
 )
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.tables import print_comparison
 from tests.conftest import tiny
 from tests.e2e.test_cli import call, one_line
 from tests.services.test_suite import planted_runs
@@ -158,3 +162,33 @@ def test_a_run_whose_classifier_guesses_is_told_beside_the_comparison(store, tmp
     compare_runs(runs[0], Run.open(copied, "same"))
     told = [line for line in caplog.messages if "hardly better than guessing" in line]
     assert len(told) == 1 and told[0].startswith("run same: ")
+
+
+def test_a_run_that_could_not_tell_is_told_beside_the_comparison(
+    store, tmp_path, caplog, monkeypatch, capsys
+):
+    for name in ("first", "same"):
+        for key in store.within(name).list():
+            FolderStore(tmp_path).within(name).write(key, store.within(name).read(key))
+    run = Run.open(FolderStore(tmp_path), "same")
+    models, verdicts, fixes = run.require(Models), run.require(Verdicts), run.require(Corrections)
+    blind = dataclasses.replace(models, health=dataclasses.replace(models.health, verdict="blind"))
+    labels = np.full_like(verdicts.labels, NONE_OF_THE_ABOVE)
+    run.store.write("models.safetensors", encode(blind))
+    run.store.write("verdicts.safetensors", encode(dataclasses.replace(verdicts, labels=labels)))
+    run.store.write("corrections.safetensors", encode(fixes.take(np.zeros(0, np.int64))))
+    code, out, _ = call(monkeypatch, capsys, "compare", "first", "same", "--store", tmp_path, "--json")
+    page = json.loads(out)
+    assert code == 0 and page["undecided"]["a"] is None and "the β-VAE is blind" in page["undecided"]["b"]
+    assert [
+        line for line in caplog.messages if line.startswith("run same could not tell whether its classifier")
+    ]
+
+
+def test_an_accuracy_just_below_the_limit_is_not_shown_as_the_limit():
+    console = Console(file=io.StringIO(), width=100)
+    shares = (0.1, 0.95, 230 / 256, 231 / 256)
+    print_comparison("a", "b", [ComparedScenario("back again", "8", "3", 0, None, *shares)], 0.9, console)
+    text = console.file.getvalue()
+    assert "Right: at least 90 % of the pictures (check.min_scenario_accuracy of B)." in text
+    assert "89.8 %" in text and "90.2 %" in text

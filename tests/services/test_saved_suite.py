@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from defuse_core.artifacts import Corrections, Models
+from defuse_core.artifacts import Corrections, Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.export.suite import (
@@ -28,6 +28,7 @@ from defuse_core.models import load_classifier, load_vae
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
+from tests.e2e.test_cli import call
 from tests.services.serving.synthetic_runs import make_run, swap_classes
 from tests.services.test_suite import EASY, with_scenarios
 
@@ -85,6 +86,42 @@ def test_a_right_and_a_wrong_classifier_get_the_accuracy_of_their_own_scenario(r
     for weights, half in ((right, False), (wrong, True)):
         net = load_classifier(run.spec, weights, 10)
         assert [result.accuracy < 0.5 for result in loaded.check(net)] == [half, half]
+
+
+@pytest.mark.parametrize(("right", "expected"), [(True, 0), (False, 1)])
+def test_a_run_that_corrected_nothing_is_checked_by_the_classifier_that_it_debugged(
+    right: bool,
+    expected: int,
+    run: Run,
+    suite: Path,
+    tiny_models: Models,
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
+):
+    for key in run.store.list():
+        FolderStore(tmp_path).within("first").write(key, run.store.read(key))
+    own = Run.open(FolderStore(tmp_path), "first")
+    own.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
+    if right:
+        own.store.write("models.safetensors", encode(tiny_models))
+    code, out, err = call(monkeypatch, capsys, "check", "first", "--store", tmp_path, "--suite", suite)
+    assert (code, "FAILED" in out) == (expected, not right)
+    assert "note: run first corrected nothing: the classifier that it debugged is checked" in err
+
+
+def test_a_run_with_other_classes_than_the_suite_is_refused_with_both(
+    run: Run, suite: Path, tiny_models: Models, tmp_path: Path, monkeypatch, capsys
+):
+    for key in run.store.list():
+        FolderStore(tmp_path).within("first").write(key, run.store.read(key))
+    models = replace(run.require(Models), classes=tuple("abcdefghij"))
+    FolderStore(tmp_path).within("first").write("models.safetensors", encode(models))
+    code, _, err = call(monkeypatch, capsys, "check", "first", "--store", tmp_path, "--suite", suite)
+    assert (
+        code == 2
+        and "expected the classes of the suite (run first), 0, 1, 2, 3, 4 and 5 more, found a," in err
+    )
 
 
 def test_the_networks_of_the_run_are_described_as_they_are_and_without_its_files():

@@ -10,7 +10,7 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run, with_verdicts
 
-from defuse_core.artifacts import Health, ReferenceSet
+from defuse_core.artifacts import FailedTrial, Health, ReferenceSet, Sweep
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.correction_notices import (
@@ -58,6 +58,18 @@ def test_the_headline_counts_scenarios_alike_whether_or_not_they_were_corrected(
     assert headline(report, SAMPLE_CORRECT).startswith(f"{text} Accuracy on ")
     assert headline(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT).startswith(
         f"{text} Nothing was corrected:"
+    )
+
+
+def test_a_headline_without_a_correction_says_how_many_lambdas_failed_and_how_many_cost_too_much(
+    tmp_path: Path,
+):
+    found, evaluation = sample_findings(3, 2)
+    some = tuple(row for row in found.sweep.rows if row.lam in (0.1, 10))
+    failed = Sweep(some, None, {}, (FailedTrial(1000.0, "diverged"),))
+    report = report_of((dataclasses.replace(found, sweep=failed), evaluation), tmp_path)
+    assert "corrected: of 3 λ 1 failed, and 2 cost more clean accuracy than" in headline(
+        report, SAMPLE_CORRECT
     )
 
 
