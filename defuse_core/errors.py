@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 ANOTHER_NAME = "another name (--name, or name= in Python)"  # of a run, in messages
 OTHER_FORMAT_REMEDY = f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
+MOST_DIGITS = 4  # of a percentage
 NONE = "–"  # in place of a number that does not exist
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
@@ -75,10 +76,21 @@ def no_lambda_chosen(tuned: int, failed: int) -> str:
 
 
 def percent(value: float | None, digits: int | None = 1) -> str:
-    """Return a fraction of 1 as a percentage: 98.97 %; with `digits` None as short as it is: 5 %, 12.5 %."""
+    """Return a fraction of 1 as a percentage: 98.97 %; with `digits` None as short as it is: 5 %, 12.5 %.
+
+    Only 0 and 1 are 0 and 100 %: other shares that would be rounded to these get more digits, up to MOST_DIGITS.
+    """
     if value is None:
         return NONE
-    return f"{100 * value:g} %" if digits is None else f"{100 * value:.{digits}f} %"
+    return f"{100 * value:g} %" if digits is None else f"{100 * value:.{digits_of(digits, value)}f} %"
+
+
+def digits_of(digits: int, *shares: float) -> int:
+    """Return `digits`, or more, up to MOST_DIGITS, where shares between 0 and 1 would be rounded to 0 or 100 %."""
+    between = [100 * share for share in shares if 0 < share < 1]
+    while digits < MOST_DIGITS and any(float(f"{share:.{digits}f}") in (0, 100) for share in between):
+        digits += 1
+    return digits
 
 
 def one_line(error: Exception | str, limit: int = 200) -> str:

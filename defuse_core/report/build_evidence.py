@@ -37,6 +37,7 @@ from defuse_core.report.evidence_schema import (
     WatchFigures,
     WiderDraws,
 )
+from defuse_core.review.undecided import are_worse
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch import FailureWatch
 
@@ -58,6 +59,9 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
             accuracy=_values(evidence.judges),
             reference_models=() if references is None else _values(references),
             classifier=defined(evidence.before_test),
+            worse=are_worse(
+                _values(evidence.judges), defined(evidence.before_test), found.models.images.get(part)
+            ),
             labelled=defined(evidence.labelled),
         ),
         purity=share_of(evidence.purity),

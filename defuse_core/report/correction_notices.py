@@ -80,7 +80,7 @@ def _fixes_clearly_more(row: TradeOff, chosen: TradeOff) -> bool:
 def unconfirmed(report: Report) -> str | None:
     """Return on which scenarios the correction does no more, or less, than plain further training; None where on none.
 
-    Scenarios with too few images to tell are no failures of a test; where none has enough, it says so.
+    Scenarios with too few images to tell are no failures of a test; it says how many there are.
     """
     judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
     tested = [(number, found) for number, found in judged if found.confirmed is not None]
@@ -89,7 +89,7 @@ def unconfirmed(report: Report) -> str | None:
     if few and not tested:
         return f"{untold} whether the correction does more than plain further training (λ = 0)."
     rows = [number for number, found in tested if not found.confirmed]
-    if not rows:
+    if not rows and not few:
         return None
     worse = [number for number, found in tested if found.worse]
     others = {number: found.defuse for number, found in tested if not (found.confirmed or found.worse)}
@@ -105,11 +105,12 @@ def unconfirmed(report: Report) -> str | None:
     if wrong:
         claims.append(f"right on at most half of the images of: {numbers_text(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
+    if few:
+        title += " that can be tested"
     if worse:
         title += f", and worse than plain further training on {len(worse)}"
-    return f"{title}. By the judges' label of each held-out image the classifier is {'; '.join(claims)}." + (
-        f" {untold}." if few else ""
-    )
+    by_judges = f"By the judges' label of each held-out image the classifier is {'; '.join(claims)}"
+    return " ".join(f"{text}." for text in (title, by_judges if claims else "", untold) if text)
 
 
 def no_better_than_plain_training(report: Report) -> str | None:

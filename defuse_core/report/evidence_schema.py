@@ -67,6 +67,9 @@ class Judges(FigureModel):
     classifier: float | None
     """Of the classifier before, on the same images. Null where it may have been trained on them
     (run.validation_from_training), since they compare nothing then."""
+    worse: bool = False
+    """Whether the best judge gets certainly fewer of these images right than the classifier before: then figures by own
+    label are not to be relied on."""
     labelled: float | None
     """Share of the held-out images on which most judges agree. Only these have an own label."""
 

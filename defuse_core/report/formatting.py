@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.errors import NONE, percent
+from defuse_core.errors import NONE, digits_of, percent
 from defuse_core.report.evidence_schema import Pairs, Share
 from defuse_core.report.schema import Mean
 
@@ -22,26 +22,25 @@ def spread(mean: Mean) -> str:
 
 
 def interval(share: Share, digits: int = 1) -> str:
-    """Return a share with its 95 % interval: 98.5 % (97.2–99.1); alone where it is no measurement.
+    """Return a share with its 95 % interval: 98.5 % (97.2–99.1); alone where it is no measurement."""
+    value, ends = interval_parts(share, digits)
+    return f"{value} ({ends})" if ends else value
 
-    With a digit more where one of the three would be rounded to 0 or 100 %.
+
+def interval_parts(share: Share, digits: int = 1) -> tuple[str, str]:
+    """Return a share and the ends of its 95 % interval, which are empty where it is no measurement.
+
+    All three have the digits that keep each of them from being rounded to 0 or 100 %.
     """
     if share.value is None or share.low is None or share.high is None:
-        return percent(share.value, digits)
-    digits = _digits(digits, share.value, share.low, share.high)
-    return f"{percent(share.value, digits)} ({100 * share.low:.{digits}f}–{100 * share.high:.{digits}f})"
+        return percent(share.value, digits), ""
+    digits = digits_of(digits, share.value, share.low, share.high)
+    return percent(share.value, digits), range_text(share.low, share.high, digits)
 
 
-def _digits(digits: int, *shares: float) -> int:
-    """Return the digits, or one more where a share would be rounded to 0 or 100 %."""
-    return digits + any(0 < share < 1 and round(share, digits + 2) in (0, 1) for share in shares)
-
-
-def range_text(low: float | None, high: float | None, digits: int = 1) -> str:
-    """Return the ends of an interval in percent, without the sign: 4.7–11.3; empty where there is none."""
-    if low is None or high is None:
-        return ""
-    digits = _digits(digits, low, high)
+def range_text(low: float, high: float, digits: int = 1) -> str:
+    """Return the ends of an interval in percent, without the sign: 4.7–11.3."""
+    digits = digits_of(digits, low, high)
     return f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
 
 

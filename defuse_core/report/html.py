@@ -78,7 +78,6 @@ def render_page(
     cards = [scenario_card(row, found, evaluation, evidence) for row in report.scenarios.list]
     classes = found.models.classes
     notes = report.votes.notes
-    told, seen = _seen_in_real_images(report)
     page = environment().get_template("report.html.j2")
     text = page.render(
         report=report,
@@ -102,8 +101,7 @@ def render_page(
             f"{report.run.images[part]:,} {part}" for part in PARTS if part in report.run.images
         ),
         max_per_image=spec.identify.max_per_image,
-        told=told,
-        seen=seen,
+        seen=_seen_in_real_images(report),
         class_images="validation images alone"
         if spec.vae.decode == "anchored"
         else "training or on validation images",
@@ -135,13 +133,15 @@ def environment() -> Environment:
     return made
 
 
-def _seen_in_real_images(report: Report) -> tuple[int, int]:
-    """Return of how many accepted scenarios real images, the nearest ones or the sources, can tell whether they show
-    the failure, and how many of these are certainly seen; 0 and 0 without judges."""
+def _seen_in_real_images(report: Report) -> str:
+    """Return how many accepted scenarios real images certainly show, the nearest ones or the sources, and of how many
+    they cannot tell, as a clause; empty without judges."""
     rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
+    if not rows:
+        return ""
     known = [in_training or found.seen_in_real_data for in_training, found in rows]
-    told = [seen for seen in known if seen is not None]
-    return len(told), sum(told)
+    untold = f", {known.count(None)} where these cannot tell" if None in known else ""
+    return f"{known.count(True)} certainly seen in real images{untold}"
 
 
 def _change(row: ClassAccuracy) -> float:

@@ -24,7 +24,7 @@ from defuse_core.report.formatting import (
     spread,
     unbroken,
 )
-from defuse_core.report.notices import caveats, headline
+from defuse_core.report.notices import caveats, headline, worse_judges
 from services.cli.console import Terminal
 
 if TYPE_CHECKING:
@@ -357,8 +357,9 @@ def _verdicts(report: Report) -> list[str]:
     if false is not None:
         expected = "of those that the vote accepts are expected to be false, if the labels are right"
         parts.append(f"{percent(false)} {expected}")
-        if judged is not None:
-            parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false")
+        if judged is not None and worse_judges(report) is None:
+            decided = ", those that a person decided on included" if report.overrides else ""
+            parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false{decided}")
     if report.evidence is not None and report.evidence.purity.value is not None:
         parts.append(f"purity by the judges {percent(report.evidence.purity.value)}")
     if agreement is not None:

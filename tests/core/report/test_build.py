@@ -226,6 +226,15 @@ def test_the_report_says_how_many_accepted_scenarios_the_judges_see_as_false(tmp
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert '<b class="unbroken">1 of 2</b>.' in page
     assert report_of(sample, tmp_path).scenarios.false_by_judges is None
+    decided = with_verdicts(sample, overrides=(Override(1, 3, "ana", "seen", "2026-01-31T12:00:00Z"),))
+    write_report(run, *decided, judged)
+    page = run.store.read("report.html").decode().replace("\xa0", " ")
+    assert "1 of 2</b> accepted ones, those that a person decided on included." in page
+    write_report(run, *sample, sample_evidence(judged.scenario_own_label, judges=0.4))
+    assert (
+        "By the judges' labels of the held-out images this holds"
+        not in run.store.read("report.html").decode()
+    )
 
 
 def test_collapsed_dimensions_are_counted(tmp_path: Path):

@@ -267,4 +267,8 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
     assert (told(None, False, True) or "").endswith(
         "on: 1. On 1 scenario there are too few photographs to tell."
     )
-    assert told(True, True, None) is None
+    assert told(True, None, None) == (
+        "The correction is confirmed on 1 of 1 scenario that can be tested. On 2 scenarios there are too few "
+        "photographs to tell."
+    )
+    assert told(True, True, True) is None

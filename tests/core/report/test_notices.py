@@ -161,6 +161,7 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     )
     assert (judged in headline(report, SAMPLE_CORRECT)) is not worse
     text = worse_judges(report)
+    assert report.evidence is not None and report.evidence.judges.worse is worse
     assert (text is not None) is worse and (text in caveats(report, SAMPLE_CORRECT)) is worse
     page = run.store.read("report.html").decode()
     assert ("On the scenarios, image by image" in page) is not worse
