@@ -29,7 +29,7 @@ class ScenarioSummary:
     """What `defuse review status --json` says of one scenario, by the answers so far and by decisions above them."""
 
     scenario: int | None  # None: inputs from traffic that lie in no scenario
-    accepted: bool
+    accepted: bool | None  # None of traffic: what was served wrongly is counted, and nothing is decided
     label: str | None  # the class of an accepted scenario
     reason: str
     decided: bool  # no further answer is asked for
@@ -118,19 +118,33 @@ def _scenarios(
     final: Sequence[bool],
     missing: Sequence[int],
 ) -> tuple[ScenarioSummary, ...]:
-    accepted = set(verdicts.accepted.tolist())
+    is_traffic = gallery.failure is not None
+    accepted = set() if is_traffic else set(verdicts.accepted.tolist())
     return tuple(
         ScenarioSummary(
             scenario=_scenario_number(gallery, scenario),
-            accepted=scenario in accepted,
+            accepted=None if is_traffic else scenario in accepted,
             label=gallery.classes[verdicts.labels[scenario]] if scenario in accepted else None,
             reason=reason,
             decided=decided[scenario],
             final=final[scenario],
             missing=missing[scenario],
         )
-        for scenario, reason in enumerate(verdicts.reasons)
+        for scenario, reason in enumerate(_results(gallery, verdicts))
     )
+
+
+def _results(gallery: Gallery, verdicts: Verdicts) -> Sequence[str]:
+    """Return the reason of each verdict; of traffic, where nothing is decided, how often the served model is wrong."""
+    if gallery.failure is None:
+        return verdicts.reasons
+    counts = zip(verdicts.misclassified.tolist(), verdicts.labelled.tolist(), strict=True)
+    return [
+        f"{percent(wrong, 0)} of {count_of(total, 'labelled image')} are misclassified"
+        if total
+        else "no image has a label"
+        for wrong, total in counts
+    ]
 
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
@@ -139,8 +153,8 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
     for number, count in sorted(Counter(votes.annotator.tolist()).items()):
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
     _print_agreement("Agreement", verdicts, console)
-    table = _table(gallery, "verdict")
-    for scenario, reason in enumerate(verdicts.reasons):
+    table = _table(gallery, "verdict" if gallery.failure is None else "found")
+    for scenario, reason in enumerate(_results(gallery, verdicts)):
         table.add_row(*_scenario_cells(gallery, scenario), reason)
     print_table(console, table)
 
@@ -198,7 +212,7 @@ def _scenario_table(status: ReviewStatus) -> Table:
     """Return a row per scenario; for inputs from traffic with the share that the server expects to be wrong."""
     gallery = status.tasks.gallery
     table = _table(gallery, "state", "answers missing")
-    reasons = status.verdicts().reasons
+    reasons = _results(gallery, status.verdicts())
     states = zip(status.decided, status.provisional, strict=True)
     for scenario, (decided, provisional) in enumerate(states):
         state = "open"

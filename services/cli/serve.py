@@ -374,10 +374,11 @@ def _print_forced(state: RegistryState) -> None:
 
 def _watch_in_short(info: VersionInfo) -> str:
     """Return how well a version's failing inputs are found, in a few words."""
-    found = info.watch.test or info.watch.validation
-    if info.watch.method is None or found is None or found.auroc.value is None:
+    if info.watch.method is None:
         return ", does not find failing inputs"
-    return f", finds failing inputs (AUROC {found.auroc.value:.2f})"
+    parts = (info.watch.test, info.watch.validation)  # a part without a wrong answer has no AUROC
+    areas = [part.auroc.value for part in parts if part is not None and part.auroc.value is not None]
+    return ", finds failing inputs" + (f" (AUROC {areas[0]:.2f})" if areas else "")
 
 
 def _print_watch(figures: WatchFigures) -> None:

@@ -12,7 +12,7 @@ from defuse_core.config import CheckSection, RunFile
 from defuse_core.correct import overflowed
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ModelError, percent
+from defuse_core.errors import ModelError, first_few, percent
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import load_classifier, load_vae, predict
@@ -108,7 +108,7 @@ class CandidateReport:
         )
         if not measured.all():
             unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
-            line += f"; not measured, since no {self.split} image shows them: {', '.join(unknown)}"
+            line += f"; not measured, since no {self.split} image shows them: {first_few(unknown)}"
         return Check("every class", float(loss[worst]) <= most + ROUNDING, line, float(loss[worst]), most)
 
     def _regressions(self, most: float) -> Check:

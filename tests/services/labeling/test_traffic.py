@@ -94,7 +94,9 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     assert f"all answers are in, and stored in {review.store.address}" in concluded.stderr
     found = json.loads(concluded.stdout)
     assert (found["closed"], found["given"], found["label_at"]) == (True, 3, None)
-    assert found["scenarios"][0]["reason"] == "accepted as 0: 100 % of 3 labelled images are misclassified"
+    scenario = found["scenarios"][0]
+    assert (scenario["accepted"], scenario["label"]) == (None, None)
+    assert scenario["reason"] == "100 % of 3 labelled images are misclassified"
     votes, verdicts = review.load(Votes), review.load(Verdicts)
     assert votes is not None and votes.answered_by == "people" and votes.answer.tolist() == [0, 0, 0]
     assert verdicts is not None and verdicts.labels.tolist() == [0]
@@ -104,7 +106,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     monkeypatch.setenv("LABEL_STUDIO_URL", f"http://127.0.0.1:{free_port()}")
     shown = " ".join(cli("status", name).output.split())
     assert "3 votes of people stored. annotator-1: 3" in shown
-    assert "2 unknown accepted as 0: 100 % of 3 labelled images are misclassified" in shown
+    assert "2 unknown 100 % of 3 labelled images are misclassified" in shown
     assert "It is unknown whether answers have come since then: Label Studio at http://127.0.0.1" in shown
     assert review.load(Verdicts) is not None
 

@@ -190,6 +190,9 @@ def test_every_class_means_those_with_images_and_the_others_are_named():
     assert not partly.passed and "class eel lost 100.00 points" in partly.line
     assert (partly.found, partly.limit) == (1.0, CheckSection().max_class_loss)
     assert partly.line.endswith("; not measured, since no test image shows them: cat, fox")
+    report = replace(report_on([1, 1, 2], [True, False, False]), classes=tuple(f"c{n}" for n in range(200)))
+    many = next(check for check in report.checks(CheckSection()) if check.name == "every class")
+    assert many.line.endswith("no test image shows them: c0, c3, c4, c5, c6 and 193 more")
     # not that of a class without images
     kept = every_class([1, 2], [True, True])
     assert kept.passed and "class dog lost 0.00 points" in kept.line

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Health, Models, Sweep, Verdicts
 from defuse_core.codec import encode
 from defuse_core.errors import CheckFailed, InputError, RunFileError
+from defuse_core.report.evidence_schema import Share
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
@@ -229,6 +230,21 @@ def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store)
     recorded = Registry(own_store).state().versions[1].watch
     assert recorded is not None and recorded.verdict == lines[1] and recorded.test is not None
     assert re.search(rf"finds failing inputs \({auroc}", run(promote, "--store", own_store.address))
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_version_finds_failing_inputs_also_where_no_test_image_is_wrong(own_store, validation: bool):
+    run(promote, "first", "--store", own_store.address)
+    registry = Registry(own_store)
+    known = registry.state().versions[1]
+    unknown = {"auroc": Share(value=None, low=None, high=None), "errors": 0}
+    watch = known.watch.model_copy(update={"test": known.watch.test.model_copy(update=unknown)})
+    if not validation:
+        watch = watch.model_copy(update={"validation": None})
+    changed = {1: known.model_copy(update={"watch": watch})}
+    registry.change("measured", "ana", "", lambda state: {"versions": changed})
+    shown = run(promote, "--store", own_store.address)
+    assert "finds failing inputs" in shown and ("(AUROC" in shown) is validation
 
 
 def test_promote_of_a_known_version_prints_the_figures_that_the_registry_has_of_it(own_store):
