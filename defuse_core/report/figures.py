@@ -175,7 +175,8 @@ def draw_gallery_rows(
     tile = 0.74 if accepted else 0.52  # inches
     side = 1.75 if names_are_short(found.models.classes) else 2.9  # width of the text at the left, in images
     width = side + found.gallery.images.shape[1]
-    foot = [CORNERS, *_key(rows, found, evaluation, width * tile)]
+    corners = CORNERS if found.sweep.chosen is not None else CORNERS.replace(" (left) and after (right)", "")
+    foot = [corners, *_key(rows, found, evaluation, width * tile)]
     bottom = len(rows) * PITCH + 0.2
     height = bottom + (0.13 * len(foot) + 0.08) / tile
     figure, (ax,) = new_figure(width * tile, height * tile)

@@ -140,7 +140,7 @@ def _results(gallery: Gallery, verdicts: Verdicts) -> Sequence[str]:
         return verdicts.reasons
     counts = zip(verdicts.misclassified.tolist(), verdicts.labelled.tolist(), strict=True)
     return [
-        f"{percent(wrong, 0)} of {count_of(total, 'labelled image')} are misclassified"
+        f"{percent(wrong, 0)} of {count_of(total, 'labelled image')} {'is' if total == 1 else 'are'} misclassified"
         if total
         else "no image has a label"
         for wrong, total in counts
