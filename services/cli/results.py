@@ -143,7 +143,6 @@ def check_suite(
     suite: Path,
     run: str | None,
     store: str,
-    *,
     as_json: bool,
     classifier: str | None,
     weights: Path | None,

@@ -83,19 +83,11 @@ def check(
     defuse check digits
     defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
     """
+    options = (classifier, weights, overrides, junit)
     if suite is not None:
-        check_suite(
-            suite,
-            run,
-            store,
-            as_json=as_json,
-            classifier=classifier,
-            weights=weights,
-            overrides=overrides,
-            junit=junit,
-        )
+        check_suite(suite, run, store, as_json, *options)
         return
-    expect_no_suite_options(classifier, weights, overrides, junit)
+    expect_no_suite_options(*options)
     if run is None:
         raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
     _check_run(run, store, as_json)

@@ -102,8 +102,7 @@ class ReviewProject:
                     lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
                 )
             project = self.create()
-        number = project.id
-        address, organization = self.client.address, self.client.organization()
+        number, address, organization = project.id, self.client.address, self.client.organization()
         self._update_state(
             lambda known: replace(known, project=number, address=address, organization=organization)
         )
@@ -121,9 +120,7 @@ class ReviewProject:
 
     def _connect_bucket(self, storage: BucketStorage | None) -> None:
         if storage is not None:
-            for attempt in _attempts():
-                with attempt:
-                    self.client.connect_bucket(self.state.number, storage)
+            _attempts()(self.client.connect_bucket, self.state.number, storage)
 
     def pull(self) -> Iterator[Task]:
         """Yield the tasks of the project with their annotations.
