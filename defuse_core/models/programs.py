@@ -1,16 +1,7 @@
 """Classifiers that other tools saved: TorchScript, torch.export, Hugging Face transformers and timm.
 
-The first two need no code of the user. What their loaders do with the bytes of a file (torch 2.13):
-
-- `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types only, and the code of the archive
-  is compiled for TorchScript's own interpreter. That code can still read and write files (`torch.save`,
-  `torch.from_file`), at the latest when a `__setstate__` runs during loading.
-- `torch.export.load` unpickles: tensors marked `use_pickle`, opaque constants, archives of older releases, and sample
-  inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes), looks up
-  functions by dotted names, and loads compiled libraries (`aotinductor`).
-
-Hence a file is inspected as plain zip and text before torch reads it, and refused with one line where anything beyond
-torch's own operators and plain tensors is found. The checked bytes, not the path, are what torch reads.
+The first two need no code of the user; `inspection` checks a file before torch reads it. The checked bytes, not the
+path, are what torch reads.
 """
 
 from __future__ import annotations
@@ -21,9 +12,7 @@ import io
 import json
 import logging
 import platform
-import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +23,7 @@ from torch import nn
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure
+from defuse_core.models.inspection import expect_harmless, program_kind
 
 OTHER_WAY = (
     "name its factory and its weights in settings instead "
@@ -43,23 +33,6 @@ LARGEST_BATCH = (
     512  # images that a classifier gets at once where nothing is set: two times correct.batch_size
 )
 SOURCE = "source"  # of a state dict: the bytes that its network is built from
-FILES_OF_PROGRAM = re.compile(
-    r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
-    r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
-)
-OPERATORS = re.compile(
-    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
-    r"|math\.(ceil|floor|trunc|sqrt)"
-    r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)"
-)
-FILE_OPERATORS = re.compile(
-    r"torch\.(save|load|from_file)\s*\(|\bfrom_file\s*\(|__setstate__|\bops\.(?!prim\b)\w+\."
-)
-NAMES_IN_EXPRESSIONS = re.compile(
-    r"[su]\d+|L|args|kwargs|size|and|or|not|Eq|Ne|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ceiling|floor|True|False"
-    r"|Symbol|positive|nonnegative|integer"
-)
-IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
 class SelfContainedClassifier(nn.Module):
@@ -112,9 +85,8 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
             "module of torch.save, needs its code: --classifier package.module:factory --weights FILE (in a run file "
             "classifier.architecture: custom, import_path and weights; the file is to hold the state dict)"
         )
-    check = _expect_harmless_script if kind == "torchscript" else _expect_harmless_program
     try:
-        check(zipfile.ZipFile(io.BytesIO(data)), where)
+        expect_harmless(data, where)
         net = _load_script(data) if kind == "torchscript" else _load_exported(data, where)
     except ModelError:
         raise
@@ -211,97 +183,6 @@ def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None
             f"{where}: exported for batches of at most {count_of(int(bounds.upper), 'image')}, expected any number; "
             "export it with dynamic_shapes=({0: torch.export.Dim('batch')},), without max"
         )
-
-
-def program_kind(data: bytes) -> str | None:
-    """Return "torchscript" for the bytes of such an archive, "torch.export" for those of a program, else None."""
-    try:
-        names = _entries(zipfile.ZipFile(io.BytesIO(data)))
-    except (zipfile.BadZipFile, ValueError):
-        return None
-    if "models/model.json" in names or "serialized_exported_program.json" in names:
-        return "torch.export"
-    return "torchscript" if any(name.startswith("code/") for name in names) else None
-
-
-def _entries(archive: zipfile.ZipFile) -> dict[str, str]:
-    """Return the archive's entries by their name below the folder that torch puts all of them into."""
-    return {name.partition("/")[2] or name: name for name in archive.namelist()}
-
-
-def _expect_harmless_script(archive: zipfile.ZipFile, where: str) -> None:
-    """Raise ModelError for TorchScript code that reads or writes files, or runs while it is loaded."""
-    for name, entry in _entries(archive).items():
-        if name.startswith("code/") and name.endswith(".py"):
-            found = FILE_OPERATORS.search(archive.read(entry).decode("utf-8", "replace"))
-            if found:
-                raise ModelError(
-                    f"{where}: its code uses {found[0].strip('( ')}, which can touch files or run at loading, so it is "
-                    "not loaded; export the network with torch.export.save, or use architecture: custom"
-                )
-
-
-def _expect_harmless_program(archive: zipfile.ZipFile, where: str) -> None:
-    """Raise ModelError for anything in a torch.export file that torch would unpickle, evaluate or look up elsewhere."""
-    entries = _entries(archive)
-    if "models/model.json" not in entries or len(entries) != len(archive.namelist()):
-        raise ModelError(f"{where}: an archive of an older torch, which would be unpickled; export it again")
-    for name in entries:
-        if not FILES_OF_PROGRAM.fullmatch(name):
-            raise ModelError(
-                f"{where}: holds {name}, and only plain tensors and torch's operators are loaded (no pickle); "
-                "export the network without custom objects or compiled code"
-            )
-    for part in ("weights", "constants"):
-        config = json.loads(archive.read(entries[f"data/{part}/model_{part}_config.json"]))["config"]
-        if pickled := [tensor for tensor, meta in config.items() if meta["use_pickle"]]:
-            raise ModelError(
-                f"{where}: {pickled[0]} is pickled, and nothing is unpickled; export a plain tensor"
-            )
-    try:
-        torch.load(io.BytesIO(archive.read(entries["data/sample_inputs/model.pt"])), weights_only=True)
-    except Exception as error:
-        raise ModelError(
-            f"{where}: its sample inputs would be unpickled; export the network with tensors as sample inputs"
-        ) from error
-    _expect_harmless_text(json.loads(archive.read(entries["models/model.json"])), where)
-
-
-def _expect_harmless_text(model: dict[str, Any], where: str) -> None:
-    """Raise ModelError for an operator or an expression in the program that is not torch's own."""
-    for key, text in _strings(model):
-        if (key == "target" and not OPERATORS.fullmatch(text)) or "from_file" in text:
-            raise ModelError(
-                f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"
-            )
-        if key in {"expr_str", "guards_code"} and not _is_arithmetic(text):
-            raise ModelError(
-                f"{where}: holds the expression {text[:80]!r}, which is more than sizes; export it again"
-            )
-        if key in {"forward_arg_names", "name"} and text and not IDENTIFIER.fullmatch(text):
-            raise ModelError(f"{where}: {text[:80]!r} is no name of an input or a value; export it again")
-
-
-def _is_arithmetic(expression: str) -> bool:
-    """Whether an expression holds nothing but sizes of the inputs, numbers and arithmetic."""
-    bare = re.sub(r"\['\w+'\]|'[su]\d+'", "", expression)
-    names = IDENTIFIER.findall(bare)
-    return bool(re.fullmatch(r"[\w\[\]().,\s<>=!+\-*/%]*", bare)) and all(
-        NAMES_IN_EXPRESSIONS.fullmatch(name) for name in names
-    )
-
-
-def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, text) for every text in a tree of JSON; metadata, which nothing evaluates, is left out."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            if name != "metadata":
-                yield from _strings(value, name)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _strings(value, key)
-    elif isinstance(tree, str):
-        yield key, tree
 
 
 REMOTE_CODE = "auto_map"  # of config.json: Python files beside the weights, which are never run

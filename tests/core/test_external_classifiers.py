@@ -195,17 +195,25 @@ def test_a_program_that_would_unpickle_or_evaluate_anything_is_refused_unread(
     assert not Path("exploded").exists()
 
 
-class Writes(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        torch.save(images, "stolen.pt")
-        return images.flatten(1)[:, :10]
-
-
-def test_torchscript_that_writes_files_is_refused_unread(tmp_path, monkeypatch):
-    torch.jit.script(Writes()).save(tmp_path / "net.pt")
-    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch read it"))
-    with pytest.raises(ModelError, match=r"its code uses torch\.save, which can touch files"):
-        load_program((tmp_path / "net.pt").read_bytes(), "net.pt")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("part", ["sample inputs", "weights"])
+def test_a_program_of_a_gpu_names_the_export_that_is_needed(part, exported, tmp_path, monkeypatch):
+    if part == "weights":
+        entry = "data/weights/model_weights_config.json"
+        source = zipfile.ZipFile(exported)
+        name = next(name for name in source.namelist() if name.endswith(entry))
+        data = source.read(name).replace(b'"type": "cpu", "index": null', b'"type": "cuda", "index": 0')
+        assert b"cuda" in data
+    else:
+        entry = "data/sample_inputs/model.pt"
+        monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        data = saved(((torch.rand(2, 1, 16, 16),), {}))
+        monkeypatch.undo()
+    changed = repacked(exported, {entry: data}, tmp_path / "gpu.pt2")
+    with pytest.raises(
+        ModelError, match=r"gpu\.pt2: exported on a GPU .* export it on the CPU: torch\.export"
+    ):
+        load_program(changed, "gpu.pt2")
 
 
 def test_torchscript_is_read_without_pythons_unpickler(tmp_path, monkeypatch):

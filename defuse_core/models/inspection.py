@@ -1,0 +1,217 @@
+"""Inspect files of TorchScript and torch.export as zip and text before torch reads them, and refuse the unknown.
+
+What torch's loaders do with the bytes of a file (torch 2.13):
+
+- Both read the zip archive with torch's own reader. Python's `zipfile` can find other entries in the same bytes, so
+  the inspection uses torch's reader too, and refuses an archive in which the two differ.
+- `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
+  (`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs
+  some of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names
+  in its code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files.
+- `torch.export.load` unpickles: tensors marked `use_pickle`, opaque constants, archives of older releases, and sample
+  inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes), looks up
+  functions by dotted names, and loads compiled libraries (`aotinductor`).
+
+Hence a file is loaded only if all of it is understood: known entries, text that splits into known tokens, no name of an
+operator or class that is not torch's own. It may still take long, use much memory, or hit a bug of torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from defuse_core.errors import ModelError
+
+FILES_OF_PROGRAM = re.compile(
+    r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
+    r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
+)
+OPERATORS = re.compile(
+    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
+    r"|math\.(ceil|floor|trunc|sqrt)"
+    r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+)
+FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
+FILES_OF_SCRIPT = re.compile(
+    r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
+    r"|extra/.*",
+    re.ASCII,
+)
+# What torch writes: no comments, no adjacent or triple-quoted texts, no escape that spells a letter.
+TOKENS = re.compile(
+    r"""(?P<space>[ \n]+)|[A-Za-z_]\w*|\d+(\.\d*)?(e[+-]?\d+)?j?(?!\w)|[()[\]{}:,.=<>+*/%@!&|^~-]"""
+    r"""|(?P<text>"([^"\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*"|'([^'\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*')"""
+    r"""|(?P<unknown>.{1,40})""",
+    re.ASCII,
+)
+OF_PRIM = re.compile(
+    r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
+    r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
+)
+CUSTOM_CLASS = re.compile(rb"torch[.\n]classes")  # in a pickle a line ends between module and name
+NAMES_IN_EXPRESSIONS = re.compile(
+    r"[su]\d+|L|args|kwargs|size|and|or|not|Eq|Ne|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ceiling|floor|True|False"
+    r"|Symbol|positive|nonnegative|integer"
+)
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+
+
+def program_kind(data: bytes) -> str | None:
+    """Return "torchscript" for the bytes of such an archive, "torch.export" for those of a program, else None."""
+    try:
+        listed = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except (zipfile.BadZipFile, ValueError):
+        return None
+    names = {name.partition("/")[2] or name for name in listed}
+    if "models/model.json" in names or "serialized_exported_program.json" in names:
+        return "torch.export"
+    return "torchscript" if any(name.startswith("code/") for name in names) else None
+
+
+def expect_harmless(data: bytes, where: str) -> None:
+    """Raise ModelError for a TorchScript or torch.export file that could do more than compute with tensors."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+    names = reader.get_all_records()
+    listed = [name.partition("/")[2] for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
+    is_flatbuffer = data[4:8] == b"PTMF"  # which torch.jit.load reads in place of the zip archive
+    if is_flatbuffer or sorted(names) != sorted(listed) or len({name.lower() for name in names}) < len(names):
+        raise ModelError(
+            f"{where}: the entries of its zip archive are ambiguous (a name twice, or two lists of entries), so it is "
+            "not loaded; save the network again"
+        )
+    if program_kind(data) == "torchscript":
+        _expect_harmless_script(reader, names, where)
+    else:
+        _expect_harmless_program(reader, names, where)
+
+
+def _expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
+    """Raise ModelError for anything in a TorchScript file that could touch files, or that is not understood."""
+    for name in names:
+        if not FILES_OF_SCRIPT.fullmatch(name):
+            raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
+        if name.endswith("pkl") and CUSTOM_CLASS.search(reader.get_record(name)):
+            raise _refusal(where, "torch.classes")
+        if name.endswith(".py"):
+            _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
+
+
+def _expect_harmless_code(code: str, where: str) -> None:
+    """Raise ModelError for TorchScript code that does not split into tokens, or has a name that is not allowed."""
+    found = [match for match in TOKENS.finditer(code) if not match["space"]]
+    tokens = [match[0] for match in found]
+    for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
+        after = tokens[at + 1 : at + 5]
+        if match["unknown"] or (match["text"] and at and found[at - 1]["text"]):
+            raise ModelError(
+                f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
+                "save it again, or export the network with torch.export.save"
+            )
+        if token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
+            raise _refusal(where, token)
+        is_library = token == "ops" and tokens[at - 1 : at] != ["."]
+        if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):
+            raise _refusal(where, "".join([token, *after]))
+        if token == "__torch__" and (
+            after[:1] != ["."]
+            or (after[1:2] == ["torch"] and (after[2:3] != ["."] or after[3:] == ["classes"]))
+        ):
+            raise _refusal(where, "".join([token, *after]))
+
+
+def _refusal(where: str, found: str) -> ModelError:
+    return ModelError(
+        f"{where}: its code uses {found}, which can touch files or run at loading, so it is not loaded; export the "
+        "network with torch.export.save, or use architecture: custom"
+    )
+
+
+def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
+    """Raise ModelError for anything in a torch.export file that torch would unpickle, evaluate or look up elsewhere."""
+    for name in names:
+        if not FILES_OF_PROGRAM.fullmatch(name):
+            raise ModelError(
+                f"{where}: holds {name}, and only plain tensors and torch's operators are loaded (no pickle); "
+                "export the network without custom objects or compiled code"
+            )
+    for part in ("weights", "constants"):
+        text = reader.get_record(f"data/{part}/model_{part}_config.json")
+        _expect_own_devices(text, where)
+        config = json.loads(text)["config"]
+        if pickled := [tensor for tensor, meta in config.items() if meta["use_pickle"]]:
+            raise ModelError(
+                f"{where}: {pickled[0]} is pickled, and nothing is unpickled; export a plain tensor"
+            )
+    inputs = reader.get_record("data/sample_inputs/model.pt")
+    try:
+        torch.load(io.BytesIO(inputs), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ModelError(
+            f"{where}: its sample inputs would be unpickled; export the network with tensors as sample inputs"
+        ) from error
+    try:  # as torch.export.load does, which unpickles them where this fails
+        torch.load(io.BytesIO(inputs), weights_only=True)
+    except Exception as error:
+        raise _other_device(where) from error
+    text = reader.get_record("models/model.json")
+    _expect_own_devices(text, where)
+    _expect_harmless_text(json.loads(text), where)
+
+
+def _expect_own_devices(text: bytes, where: str) -> None:
+    """Raise ModelError where the JSON text of a program has tensors of a GPU and this machine has none."""
+    if re.search(rb'"type": ?"cuda"', text) and not torch.cuda.is_available():
+        raise _other_device(where)
+
+
+def _other_device(where: str) -> ModelError:
+    return ModelError(
+        f"{where}: exported on a GPU that this machine lacks; export it on the CPU: "
+        "torch.export.export(net.cpu().eval(), (images.cpu(),), ...)"
+    )
+
+
+def _expect_harmless_text(model: dict[str, Any], where: str) -> None:
+    """Raise ModelError for an operator or an expression in the program that is not torch's own."""
+    for key, text in _strings(model):
+        if (key == "target" and not OPERATORS.fullmatch(text)) or any(
+            f".{name}." in text for name in FILE_OPERATORS
+        ):
+            raise ModelError(
+                f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"
+            )
+        if key in {"expr_str", "guards_code"} and not _is_arithmetic(text):
+            raise ModelError(
+                f"{where}: holds the expression {text[:80]!r}, which is more than sizes; export it again"
+            )
+        if key in {"forward_arg_names", "name"} and text and not IDENTIFIER.fullmatch(text):
+            raise ModelError(f"{where}: {text[:80]!r} is no name of an input or a value; export it again")
+
+
+def _is_arithmetic(expression: str) -> bool:
+    """Whether an expression holds nothing but sizes of the inputs, numbers and arithmetic."""
+    bare = re.sub(r"\['\w+'\]|'[su]\d+'", "", expression)
+    names = IDENTIFIER.findall(bare)
+    return bool(re.fullmatch(r"[\w\[\]().,\s<>=!+\-*/%]*", bare)) and all(
+        NAMES_IN_EXPRESSIONS.fullmatch(name) for name in names
+    )
+
+
+def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, text) for every text in a tree of JSON; metadata, which nothing evaluates, is left out."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if name != "metadata":
+                yield from _strings(value, name)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _strings(value, key)
+    elif isinstance(tree, str):
+        yield key, tree
