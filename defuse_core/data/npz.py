@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
+from defuse_core.data.folder import part_of
 from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
 from defuse_core.data.splits import divided
 from defuse_core.errors import DataError, first_few
@@ -85,7 +86,7 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
-            return {name: archive[name] for name in archive.files if name in wanted}
+            return {name: _column(name, archive[name]) for name in archive.files if name in wanted}
     except (PermissionError, IsADirectoryError) as error:
         raise DataError(
             f"{file}: expected a readable .npz file ({error.strerror}); check data.root"
@@ -97,14 +98,27 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         ) from error
 
 
+def _column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return labels of shape (N, 1), as MedMNIST has them, as (N,), and any other array as it is."""
+    is_column = name.endswith("_labels") and found.ndim == 2 and found.shape[1] == 1
+    return found.reshape(-1) if is_column else found
+
+
 def unread_arrays(file: Path) -> list[str]:
-    """Return a line where a readable .npz file has arrays with names that are not read."""
+    """Return lines where a readable .npz file has arrays with names that are not read."""
     with np.load(file, allow_pickle=False) as archive:
-        unread = sorted(set(archive.files) - NAMES)
+        files = set(archive.files)
+    unread = sorted(files - NAMES)
     if not unread:
         return []
     named = first_few([ascii(name) for name in unread])
-    return [f"arrays that are not read: {named}; names that are read: {', '.join(sorted(NAMES))}"]
+    lines = [f"arrays that are not read: {named}; names that are read: {', '.join(sorted(NAMES))}"]
+    for name in unread:
+        part, _, kind = name.partition("_")
+        wanted = f"{part_of(part)}_{kind}"
+        if wanted in NAMES - files:
+            lines.append(f"{name!a} is not read; rename it to {wanted} to use it")
+    return lines
 
 
 def _numbers(labels: I64, where: str) -> tuple[str, ...]:

@@ -6,10 +6,13 @@ Translations are hooks of the module, so its state dict keeps its own names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +38,29 @@ def plain_section(section: ClassifierSection) -> ClassifierSection:
     return section.model_copy(update=own)
 
 
+def with_stated_range(section: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return section `classifier` with the input range that a folder of Hugging Face's states, and a note of it."""
+    if section is None or section.get("architecture") != "transformers" or "input_range" in section:
+        return section, []
+    file = Path(section["weights"], "preprocessor_config.json")
+    try:
+        stated = json.loads(file.read_text())
+        mean, sd = (np.array(stated[name], dtype=float) for name in ("image_mean", "image_std"))
+        if not (stated.get("do_normalize", True) and stated.get("do_rescale", True)):
+            return section, []
+        for name, (shift, factor) in INPUT_RANGES.items():
+            if np.allclose(mean, shift, atol=1e-3) and np.allclose(sd, factor, atol=1e-3):
+                return {**section, "input_range": name}, [
+                    f"classifier.input_range is set to {name}, as {file} states"
+                ]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another library's
+        return section, []
+    return section, [
+        f"{file} states mean {mean.tolist()} and standard deviation {sd.tolist()}, for which there is no "
+        "classifier.input_range; with architecture: custom, a function can normalise so"
+    ]
+
+
 def adapt(module: nn.Module, section: ClassifierSection, classes: int) -> nn.Module:
     """Return `module` itself, from now on called with pixels in [0, 1] and returning logits (n, C).
 
@@ -46,7 +72,7 @@ def adapt(module: nn.Module, section: ClassifierSection, classes: int) -> nn.Mod
     if order is not None:
         _expect_order(order, classes)
     if section.input_range != "0..1":
-        module.register_forward_pre_hook(partial(_before, section.input_range))
+        module.register_forward_pre_hook(partial(_before, section.input_range), prepend=True)
     module.register_forward_hook(partial(_after, section.outputs, order))
     return module
 
@@ -97,8 +123,18 @@ def to_range(images: Tensor, name: str) -> Tensor:
 
 
 def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> object:
-    """Return what the network itself returns for images in [0, 1]: `forward` does not run the hooks of `adapt`."""
-    returned: object = classifier.forward(to_range(images, input_range))
+    """Return what the network itself returns for images in [0, 1], with its own hooks, without those of `adapt`."""
+    hooks = (classifier._forward_pre_hooks, classifier._forward_hooks)
+    before = [dict(each) for each in hooks]
+    try:
+        for each in hooks:
+            for key in [key for key, hook in each.items() if _is_of(hook, _before) or _is_of(hook, _after)]:
+                del each[key]
+        returned: object = classifier(to_range(images, input_range))
+    finally:
+        for each, all_of_them in zip(hooks, before, strict=True):
+            each.clear()
+            each.update(all_of_them)  # in their order
     return returned
 
 

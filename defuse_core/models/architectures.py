@@ -60,6 +60,16 @@ def import_module(field: str, path: str) -> nn.Module:
             f"{field} {path}: it returned a module with lazy layers (such as torch.nn.LazyLinear) that have no weights "
             "yet; let it call the module once, on images of the size to use, before it returns it"
         )
+    odd = [
+        name
+        for name, value in module.state_dict().items()
+        if not isinstance(value, Tensor) or value.is_quantized
+    ]
+    if odd:
+        raise ModelError(
+            f"{field} {path}: its state dict has {odd[0]}, which is no plain tensor; of a quantized network give "
+            "the one before quantization, else keep such a value out of the state dict"
+        )
     _IMPORTED.add(module)
     return module
 

@@ -195,7 +195,7 @@ def _expect_finite(logits: Tensor) -> None:
     if bad.any():
         raise ModelError(
             f"the classifier: expected finite logits, found NaN or infinity for {int(bad.sum())} of {len(logits)} "
-            "training images; check its weights and classifier.input_range"
+            "training images; check its weights and its input range"
         )
 
 

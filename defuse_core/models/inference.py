@@ -22,7 +22,7 @@ from defuse_core.artifacts import F32, I64, Anchors, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.device import device
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, first_few
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.inspection import program_kind
 from defuse_core.models.layout import to_device, to_tensor
@@ -32,7 +32,11 @@ from defuse_core.models.vae import Vae, build_vae
 log = logging.getLogger("defuse")
 # Keys of training checkpoints, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+)  # of DataParallel, of torch.compile and of many Lightning modules
 NOT_A_NUMBER = -1  # in place of an answer
 BATCH = 256  # images or codes at once
 
@@ -109,7 +113,10 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
         if name not in weights and name.endswith("num_batches_tracked"):
             weights = weights | {name: np.zeros((), np.int64)}
         if name not in weights:
-            raise ModelError(f"{where}: the weights lack {name}; are they of another architecture?")
+            given = first_few(sorted(weights))
+            raise ModelError(
+                f"{where}: the weights lack {name} (they have {given}); are they of another architecture?"
+            )
         if tuple(weights[name].shape) != tuple(tensor.shape):
             raise ModelError(
                 f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
@@ -139,11 +146,23 @@ def load_pretrained(module: nn.Module, path: Path | None, trained_on: bool) -> N
         weights = _named_as(module, read_weights(path), path)
         if isinstance(module, ResNet18):
             weights = module.with_own_names(weights, new_head=trained_on)
-        set_weights(module, weights, str(path))
+        set_weights(module, _with_shared(module, weights), str(path))
+
+
+def _with_shared(module: nn.Module, weights: Weights) -> Weights:
+    """Return the weights with those names, too, whose tensor another name has; safetensors' save_model omits them."""
+    places = {
+        name: (tensor.data_ptr(), tensor.shape, tensor.stride())
+        for name, tensor in module.state_dict().items()
+    }
+    stored = {place: weights[name] for name, place in places.items() if name in weights}
+    return weights | {
+        name: stored[place] for name, place in places.items() if place in stored and name not in weights
+    }
 
 
 def _named_as(module: nn.Module, weights: Weights, path: Path) -> Weights:
-    """Return the weights with the prefixes of DataParallel and torch.compile that the module's own names have."""
+    """Return the weights with those of PREFIXES that the module's own names have."""
     own, given = _shared_prefix([*module.state_dict()]), _shared_prefix([*weights])
     if own == given:
         return weights

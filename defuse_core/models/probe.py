@@ -80,12 +80,13 @@ def far_better_range(by_range: dict[str, float], given: str) -> str | None:
 def probe_classifier(
     classifier: nn.Module, section: ClassifierSection, images: Images, classes: Sequence[str]
 ) -> ClassifierProbe:
-    """Return what at most 512 training images show: accuracy by input range, and the order of the classes.
+    """Return what some 512 training images show: accuracy by input range, and the order of the classes.
 
-    The order is that of the model's own class names where it has those of the data set. Else it is fitted, and counts
-    where it is clearly better on half of the images, which the order that is judged was not fitted to.
+    At least two images of each class are taken, where it has them. The order is that of the model's own class names
+    where it has those of the data set. Else it is fitted, and counts where it is clearly better on half of the images,
+    which the order that is judged was not fitted to.
     """
-    sample = images.take(evenly_spaced(len(images), SAMPLE))
+    sample = images.take(_sample_of(images.labels, len(classes)))
     external = section.architecture in EXTERNAL
     ranges = list(INPUT_RANGES) if external else [section.input_range]
     logits = {name: _logits(classifier, section, sample, name) for name in ranges}
@@ -126,6 +127,15 @@ def probe_classifier(
     )
 
 
+def _sample_of(labels: I64, classes: int) -> I64:
+    """Return SAMPLE evenly spaced rows, and the first two of each class that has fewer there."""
+    rows = evenly_spaced(len(labels), SAMPLE)
+    rare = np.flatnonzero(np.bincount(labels[rows], minlength=classes) < 2)
+    more = [np.flatnonzero(labels == label)[:2] for label in rare]
+    sample: I64 = np.unique(np.concatenate([rows, *more]))
+    return sample
+
+
 @dataclass(frozen=True, eq=False)
 class _Order:
     """An order of the logits, and what it does on images that it was not fitted to."""
@@ -152,10 +162,12 @@ def _fitted_order(answers: I64, labels: I64, classes: int) -> _Order:
     fitted, unseen = by_class[::2], by_class[1::2]  # both have images of every class that has two
     one, other = (fitting_order(answers[half], labels[half], classes) for half in (fitted, unseen))
     before, after = answers[unseen] == labels[unseen], answers[unseen] == one[labels[unseen]]
+    present = np.unique(labels)
     return _Order(
         order=fitting_order(answers, labels, classes),
         is_clearly_better=_clearly_better(before, after, labels[unseen], classes),
-        is_certain=bool((one == other)[np.unique(labels)].all()),
+        # of one class without an image, the others leave its logit
+        is_certain=len(present) >= classes - 1 and bool((one == other)[present].all()),
         right=float(after.mean()) if len(after) else 0.0,
     )
 

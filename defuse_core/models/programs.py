@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import platform
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
-from defuse_core.models.adapters import classifier_failure
+from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.inspection import expect_harmless, program_kind
 
 OTHER_WAY = (
@@ -113,13 +114,19 @@ def copy_for_inference(module: nn.Module) -> nn.Module:
 def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     """Return the bytes from which load_program builds the module as it is in eval mode; the module stays unchanged.
 
-    `images` (n, channels, H, W), two or more, is what it is traced with. Raises ModelError where the module fails on
-    them, and where torch.export cannot follow its code.
+    It returns the logits alone. `images` (n, channels, H, W), two or more, is what it is traced with. Raises ModelError
+    where the module fails on them, and where torch.export cannot follow its code.
     """
     net = copy_for_inference(module)
+    if not isinstance(
+        net, torch.jit.ScriptModule
+    ):  # a class of the output would have to be known to each reader
+        net.register_forward_hook(lambda _module, _arguments, returned: find_logits(returned)[0])
     try:
         with torch.no_grad():  # what it keeps from this call is traced below, with gradients
             net(images)
+    except ModelError:
+        raise
     except Exception as error:
         raise classifier_failure(net, images, error) from error
     out = io.BytesIO()
@@ -211,8 +218,12 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
 
 def transformers_from(source: bytes) -> SelfContainedClassifier:
     """Return the untrained network that the bytes of a config.json describe."""
-    library, config = _transformers(), json.loads(source)
-    made = library.AutoConfig.for_model(**config)
+    library = _transformers()
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # only from a folder is it read as open_transformers reads it
+        Path(folder, "config.json").write_bytes(source)
+        made = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     net: nn.Module = library.AutoModelForImageClassification.from_config(made, trust_remote_code=False)
     return SelfContainedClassifier(net.float(), source)
 

@@ -160,7 +160,10 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
             "them in the file"
         )
     if asked % 2:
-        raise InputError(f"--image-size {asked}: expected an even number, which the β-VAE can halve")
+        raise InputError(
+            f"--image-size {asked}: expected an even number, which the β-VAE can halve; give {asked + 1}, and let "
+            f"a classifier of {asked} resize them: F.interpolate(images, {asked}, mode='bilinear', antialias=True)"
+        )
 
 
 def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
@@ -184,7 +187,7 @@ def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
     tried = ", ".join(map(str, sizes))
     return ModelError(
         f"{errors[0]}; tried sizes {tried}: give the one that it was trained on ({SMALLEST} to {LARGEST}) with "
-        "--image-size"
+        "--image-size; if that is odd, give the next even one, and let the classifier resize its images"
     )
 
 

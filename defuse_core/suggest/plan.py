@@ -26,6 +26,7 @@ from defuse_core.models import (
     to_device,
     to_tensor,
 )
+from defuse_core.models.adapters import with_stated_range
 from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import PLAIN_NAMES
@@ -88,6 +89,7 @@ def plan_run(
     `own` is section `classifier` for a classifier of the user's own, without what the probe finds. Without
     `image_size`, the size follows from the images and the classifier.
     """
+    own, stated = with_stated_range(own)
     sized = fit_image_size(facts, own, image_size, progress)
     progress("measuring speeds", 0, 5, "trials")
     classifier, tree = sized.module, sized.tree
@@ -95,7 +97,7 @@ def plan_run(
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
     with cpu_threads(THREADS):
-        probe, noted = None, list(sized.notes)
+        probe, noted = None, [*stated, *sized.notes]
         if own is not None:
             found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             if own.get("weights"):

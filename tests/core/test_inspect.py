@@ -49,7 +49,10 @@ def test_arrays_of_an_npz_file_that_are_not_read_are_named(tmp_path: Path):
     np.savez(tmp_path / "own.npz", **parts)
     before = inspect_data(tmp_path / "own.npz").warnings
     np.savez(tmp_path / "own.npz", **parts, val_images=PIXELS, val_labels=np.arange(40) % 2)
-    (line,) = set(inspect_data(tmp_path / "own.npz").warnings) - set(before)
+    line, *renames = [line for line in inspect_data(tmp_path / "own.npz").warnings if line not in before]
+    assert renames == [
+        f"'val_{kind}' is not read; rename it to validation_{kind} to use it" for kind in ("images", "labels")
+    ]
     assert line.startswith(
         "arrays that are not read: 'val_images', 'val_labels'; names that are read: classes, test_images, "
     )

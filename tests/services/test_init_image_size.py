@@ -150,6 +150,12 @@ def test_a_size_can_be_asked_for(monkeypatch, capsys):
     assert (code, data.get("image_size")) == (0, 48), printed
 
 
+def test_an_odd_size_is_refused_with_the_way_of_a_classifier_that_needs_it(monkeypatch, capsys):
+    code, _, printed = suggested(monkeypatch, capsys, 60, 40, "of_48", "--image-size", 51)
+    assert code == 2
+    assert "give 52, and let a classifier of 51 resize them: F.interpolate(images, 51, " in one_line(printed)
+
+
 def test_an_asked_size_that_the_classifier_does_not_take_is_refused_in_the_words_of_the_option(
     monkeypatch, capsys
 ):
@@ -163,7 +169,7 @@ def test_the_refusal_of_a_classifier_that_takes_no_tried_size_names_the_option(m
     code, _, printed = suggested(monkeypatch, capsys, 60, 60, "of_40")
     assert code == 2
     assert "tried sizes 60, 64, 32" in one_line(printed)
-    assert "give the one that it was trained on (8 to 512) with --image-size" in printed
+    assert "give the one that it was trained on (8 to 512) with --image-size; if that is odd, " in printed
 
 
 def of_three_classes() -> nn.Module:
@@ -203,7 +209,7 @@ def test_where_the_number_of_logits_follows_the_size_another_one_is_asked_for(mo
     code, _, printed = suggested(monkeypatch, capsys, 60, 60, "as_many_logits_as_columns")
     assert code == 2
     assert "found (2, 60)" in printed
-    assert one_line(printed).endswith("give the one that it was trained on (8 to 512) with --image-size")
+    assert one_line(printed).endswith("give the next even one, and let the classifier resize its images")
 
 
 @pytest.mark.parametrize("size", [27, 4])

@@ -74,6 +74,13 @@ def test_labels_may_be_unsigned_and_a_sample_of_the_training_images_is_taken_whe
     assert np.bincount(splits.train.labels).tolist() == [2, 2, 2]
 
 
+def test_labels_may_be_a_column(tmp_path: Path):
+    file = write_npz(tmp_path / "own.npz", train_labels=GOOD["train_labels"].reshape(-1, 1))
+    train = open_splits(section("npz", file), 0).train
+    np.testing.assert_array_equal(train.labels, GOOD["train_labels"])
+    assert len(rows_in_file(section("npz", file), 0)["train"]) == len(train)
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

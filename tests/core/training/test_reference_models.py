@@ -200,8 +200,9 @@ def test_a_model_of_ones_own_that_returns_no_logit_per_class_is_refused(name, sa
     one = {"count": 1, "architecture": "custom", "import_path": f"{__name__}:{name}", "epochs": 0}
     spec = tiny(review={"reference": one}, judges=one)
     made = reference_models if where == "review.reference" else judges
-    with pytest.raises(ModelError, match=rf"{where}.import_path: .*{said}"):
+    with pytest.raises(ModelError, match=rf"{where}.import_path: .*{said}") as caught:
         made_in_a_run(made, spec)
+    assert "classifier.outputs" not in str(caught.value)
 
 
 def test_a_pretrained_resnet_is_read_under_the_names_of_torchvision_as_well(tmp_path):
