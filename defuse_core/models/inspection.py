@@ -182,7 +182,7 @@ def _expect_harmless_text(model: dict[str, Any], where: str) -> None:
     """Raise ModelError for an operator or an expression in the program that is not torch's own."""
     for key, text in _strings(model):
         if (key == "target" and not OPERATORS.fullmatch(text)) or any(
-            f".{name}." in text for name in FILE_OPERATORS
+            f"aten.{name}." in text for name in FILE_OPERATORS
         ):
             raise ModelError(
                 f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"

@@ -172,6 +172,7 @@ def exported(tmp_path_factory) -> Path:
         ),
         ("models/model.json", lambda p: edited(p, "torch.ops.aten.relu.default", "torch.os.system"), "calls torch.os"),
         ("models/model.json", lambda p: edited(p, "torch.ops.aten.relu.default", "torch.load"), "calls torch.load"),
+        ("models/model.json", lambda p: edited(p, "aten.relu.default", "aten.save.default"), "calls torch.ops.aten"),
         (
             "models/model.json",
             lambda p: edited(p, '"guards_code": []', '"guards_code": ["__import__(\'os\').system(\'x\')"]'),
