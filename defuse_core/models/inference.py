@@ -32,11 +32,7 @@ from defuse_core.models.vae import Vae, build_vae
 log = logging.getLogger("defuse")
 # Keys of training checkpoints, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-)  # of DataParallel, of torch.compile and of many Lightning modules
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and many Lightning modules
 NOT_A_NUMBER = -1  # in place of an answer
 BATCH = 256  # images or codes at once
 

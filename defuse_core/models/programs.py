@@ -118,9 +118,8 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     where the module fails on them, and where torch.export cannot follow its code.
     """
     net = copy_for_inference(module)
-    if not isinstance(
-        net, torch.jit.ScriptModule
-    ):  # a class of the output would have to be known to each reader
+    # a class of the output would have to be known to each reader
+    if not isinstance(net, torch.jit.ScriptModule):
         net.register_forward_hook(lambda _module, _arguments, returned: find_logits(returned)[0])
     try:
         with torch.no_grad():  # what it keeps from this call is traced below, with gradients
@@ -219,9 +218,7 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
 def transformers_from(source: bytes) -> SelfContainedClassifier:
     """Return the untrained network that the bytes of a config.json describe."""
     library = _transformers()
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # only from a folder is it read as open_transformers reads it
+    with tempfile.TemporaryDirectory() as folder:  # AutoConfig reads folders as open_transformers does
         Path(folder, "config.json").write_bytes(source)
         made = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     net: nn.Module = library.AutoModelForImageClassification.from_config(made, trust_remote_code=False)

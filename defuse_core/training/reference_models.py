@@ -41,7 +41,6 @@ from defuse_core.models import (
     ResidualNet,
     ResNet18,
     accuracy,
-    check_outputs,
     expect_full_precision,
     import_module,
     load_for_inference,
@@ -50,7 +49,7 @@ from defuse_core.models import (
     to_device,
     weights_of,
 )
-from defuse_core.models.checks import ProbabilitiesError
+from defuse_core.models.checks import ProbabilitiesError, check_outputs
 from defuse_core.protocols import Call, Compute, Progress
 from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
@@ -349,12 +348,11 @@ def _check_own_model(
     try:
         expect_full_precision(model, "the model", trained=section.epochs > 0)
         check_outputs(model, own, images, classes)
-    except ProbabilitiesError as error:  # its own text names a field of the classifier
-        raise ModelError(
-            f"{where}: expected logits, found probabilities (each row sums to 1); return what the softmax is given"
-        ) from error
     except ModelError as error:
-        raise ModelError(f"{where}: {error}") from error
+        reason = str(error)
+        if isinstance(error, ProbabilitiesError):  # its own text names a field of the classifier
+            reason = "expected logits, found probabilities; return what the softmax is given"
+        raise ModelError(f"{where}: {reason}") from error
 
 
 def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
