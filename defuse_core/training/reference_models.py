@@ -1,9 +1,8 @@
 """Sets of independent classifiers: the reference models, which take part in the method, and the judges, which do not.
 
-Each set is trained once per run, with augmentation, and kept in its store. The reference models screen failing draws,
-tighten components, filter what is tuned on, and can replace annotators; votes, report and promoted versions then
-state that models answered, not people. The judges evaluate the result: they are of another architecture, have other
-seeds, and are trained on images that the reference models have not seen, unless judges.share is 0.
+Each set is trained once per run, and kept in its store. The reference models screen failing draws, tighten components,
+filter what is tuned on, and can replace annotators; votes, report and promoted versions then say that models answered.
+The judges evaluate the result: of another architecture and other seeds, and unless judges.share is 0 of other images.
 """
 
 from __future__ import annotations
