@@ -108,6 +108,12 @@ def count_units(gallery: Gallery, labels: I64, more: MoreImages | None) -> Units
     return Units(failing, total, "photograph" if gallery.track is None else "track")
 
 
+def share_misclassified(share: float, labelled: int) -> str:
+    """Return in words how much of a component's labelled images is misclassified."""
+    verb = "is" if labelled == 1 else "are"
+    return f"{percent(share, 0)} of {count_of(labelled, 'labelled image')} {verb} misclassified"
+
+
 @dataclass(frozen=True, eq=False)
 class Shares:
     """The share of each component's labelled images that is misclassified, and what it is compared with."""
@@ -122,9 +128,9 @@ class Shares:
         """Return what was found on one component."""
         share = float(self.misclassified[component])
         count = int(self.labelled[component])
-        images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
         if self.units is None:
-            return f"{percent(share, 0)} of {images} {verb} misclassified"
+            return share_misclassified(share, count)
+        images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
         total = int(self.units.total[component])
         of, mean = count_of(total, self.units.name), float(self.units.failing[component]) / total
         text = f"{percent(share, 0)} of {images} of {of} {verb} misclassified"

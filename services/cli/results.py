@@ -143,6 +143,7 @@ def check_suite(
     suite: Path,
     run: str | None,
     store: str,
+    *,
     as_json: bool,
     classifier: str | None,
     weights: Path | None,

@@ -130,21 +130,18 @@ def _scenarios(
             final=final[scenario],
             missing=missing[scenario],
         )
-        for scenario, reason in enumerate(_results(gallery, verdicts))
+        for scenario, reason in enumerate(_findings(gallery, verdicts))
     )
 
 
-def _results(gallery: Gallery, verdicts: Verdicts) -> Sequence[str]:
+def _findings(gallery: Gallery, verdicts: Verdicts) -> Sequence[str]:
     """Return the reason of each verdict; of traffic, where nothing is decided, how often the served model is wrong."""
     if gallery.failure is None:
         return verdicts.reasons
+    from defuse_core.review.verdicts import share_misclassified  # imports torch
+
     counts = zip(verdicts.misclassified.tolist(), verdicts.labelled.tolist(), strict=True)
-    return [
-        f"{percent(wrong, 0)} of {count_of(total, 'labelled image')} {'is' if total == 1 else 'are'} misclassified"
-        if total
-        else "no image has a label"
-        for wrong, total in counts
-    ]
+    return [share_misclassified(wrong, total) if total else "no image has a label" for wrong, total in counts]
 
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
@@ -154,7 +151,7 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)
     _print_agreement("Agreement", verdicts, console)
     table = _table(gallery, "verdict" if gallery.failure is None else "found")
-    for scenario, reason in enumerate(_results(gallery, verdicts)):
+    for scenario, reason in enumerate(_findings(gallery, verdicts)):
         table.add_row(*_scenario_cells(gallery, scenario), reason)
     print_table(console, table)
 
@@ -212,7 +209,7 @@ def _scenario_table(status: ReviewStatus) -> Table:
     """Return a row per scenario; for inputs from traffic with the share that the server expects to be wrong."""
     gallery = status.tasks.gallery
     table = _table(gallery, "state", "answers missing")
-    reasons = _results(gallery, status.verdicts())
+    reasons = _findings(gallery, status.verdicts())
     states = zip(status.decided, status.provisional, strict=True)
     for scenario, (decided, provisional) in enumerate(states):
         state = "open"

@@ -387,7 +387,11 @@ def _expect_unregistered(store: Store, run: str) -> None:
     with contextlib.suppress(InputError, DamagedError):
         if named and (gallery := Run.open(store, run).load(Gallery)) is not None:
             components = components_digest(gallery)
-    if made := [n for n, info in named.items() if components in (None, info.components_digest)]:
+    if made := [
+        number
+        for number, info in named.items()
+        if components == info.components_digest or (components is None and info.run == run)
+    ]:
         raise InputError(
             f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; "
             "keep it"

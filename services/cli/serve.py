@@ -83,11 +83,11 @@ def check(
     defuse check digits
     defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
     """
-    options = (classifier, weights, overrides, junit)
     if suite is not None:
-        check_suite(suite, run, store, as_json, *options)
+        options: dict[str, Any] = {"classifier": classifier, "weights": weights, "overrides": overrides}
+        check_suite(suite, run, store, as_json=as_json, junit=junit, **options)
         return
-    expect_no_suite_options(*options)
+    expect_no_suite_options(classifier, weights, overrides, junit)
     if run is None:
         raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
     _check_run(run, store, as_json)
@@ -368,9 +368,10 @@ def _watch_in_short(info: VersionInfo) -> str:
     """Return how well a version's failing inputs are found, in a few words."""
     if info.watch.method is None:
         return ", does not find failing inputs"
-    parts = (info.watch.test, info.watch.validation)  # a part without a wrong answer has no AUROC
-    areas = [part.auroc.value for part in parts if part is not None and part.auroc.value is not None]
-    return ", finds failing inputs" + (f" (AUROC {areas[0]:.2f})" if areas else "")
+    for part, where in ((info.watch.test, ""), (info.watch.validation, " on validation images")):
+        if part is not None and part.auroc.value is not None:  # None without a wrong answer
+            return f", finds failing inputs (AUROC {part.auroc.value:.2f}{where})"
+    return ", finds failing inputs"
 
 
 def _print_watch(figures: WatchFigures) -> None:

@@ -259,9 +259,10 @@ def open_traffic_review(store: Store, run: Run) -> Run:
             len(new),
             wanted,
         )
-    versions = sorted({sampled.version for inputs in newest.values() for sampled in inputs})
+    versions = {sampled.version for inputs in newest.values() for sampled in inputs}
     if len(versions) > 1:
-        log.info("review: answers of versions %s are counted together", ", ".join(versions))
+        in_order = sorted(versions, key=lambda version: (len(version), version))
+        log.info("review: inputs of versions %s are counted together", ", ".join(in_order))
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
     spec = run.spec.with_fields(
         "review",

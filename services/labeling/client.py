@@ -372,7 +372,10 @@ def _status_error(address: str, status: int, body: Any) -> DefuseError:
     elif not is_json(body):
         page = f"answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
         if status == 413:
-            page = "is behind a proxy that refuses 1 MB (413); raise its limit (nginx: client_max_body_size)"
+            page = (
+                "is behind a proxy that refuses a request as too large (413); raise its limit (nginx: "
+                "client_max_body_size), or lower review.inline_kb"
+            )
         return InputError(f"{address} {page}")
     else:
         problem = f"did not accept the request ({status}): {_detail(body)}"

