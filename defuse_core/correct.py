@@ -341,7 +341,7 @@ def collect_sweep(
     chosen = _best_row(best)
     if not rule.allows(chosen):
         log.warning(
-            "correct: %s: %s (%g; significantly more than %g of a class)%s",
+            "correct: %s: %s (max_loss %g; significantly more than %g of one class)%s",
             f"{comparison} has no result" if comparison else "NO λ CHOSEN",
             no_lambda_chosen(len(ordered), len(failed)),
             spec.correct.max_loss,

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 ANOTHER_NAME = "another name (--name, or name= in Python)"  # of a run, in messages
 OTHER_FORMAT_REMEDY = f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
-MOST_DIGITS = 4  # of a percentage
+MOST_DIGITS, SMALLEST = 4, 1e-6  # of a percentage, and the fraction that so many digits still show
 NONE = "–"  # in place of a number that does not exist
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
@@ -68,26 +68,31 @@ def count_of(number: float, noun: str) -> str:
 
 
 def no_lambda_chosen(tuned: int, failed: int) -> str:
-    """Return why no λ is chosen, as a clause: the trials of `failed` ones failed, and `tuned` ones cost too much."""
+    """Return why no λ is chosen, as a clause: `failed` of them failed, and the `tuned` others cost too much."""
     costs = "more clean accuracy than correct.max_loss and max_class_loss allow"
     if not failed:
         return f"every λ costs {costs}"
-    return f"of {tuned + failed} λ {failed} failed, and {tuned} cost{'s' if tuned == 1 else ''} {costs}"
+    return f"{failed} of {tuned + failed} λ failed, and {tuned} cost{'s' if tuned == 1 else ''} {costs}"
 
 
 def percent(value: float | None, digits: int | None = 1) -> str:
     """Return a fraction of 1 as a percentage: 98.97 %; with `digits` None as short as it is: 5 %, 12.5 %.
 
-    Only 0 and 1 are 0 and 100 %: other shares that would be rounded to these get more digits, up to MOST_DIGITS.
+    Only 0 and 1 are 0 and 100 %: others that would be rounded to these get more digits, up to MOST_DIGITS. Nearer than
+    SMALLEST to 1 is 1, as after a sum that was rounded.
     """
     if value is None:
         return NONE
-    return f"{100 * value:g} %" if digits is None else f"{100 * value:.{digits_of(digits, value)}f} %"
+    if digits is None:
+        return f"{100 * value:g} %"
+    if 0 < value < SMALLEST:
+        return f"under {100 * SMALLEST:g} %"
+    return f"{100 * value:.{digits_of(digits, value)}f} %"
 
 
 def digits_of(digits: int, *shares: float) -> int:
     """Return `digits`, or more, up to MOST_DIGITS, where shares between 0 and 1 would be rounded to 0 or 100 %."""
-    between = [100 * share for share in shares if 0 < share < 1]
+    between = [100 * share for share in shares if SMALLEST <= share <= 1 - SMALLEST]
     while digits < MOST_DIGITS and any(float(f"{share:.{digits}f}") in (0, 100) for share in between):
         digits += 1
     return digits

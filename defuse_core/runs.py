@@ -365,7 +365,7 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
         found[name] = f"{earlier}, {version}"
         if name != "platform":  # it names the kernel, too
             log.warning(
-                "so far this run was made with %s %s, and now with %s: its results need not be those of either",
+                "so far this run was made with %s %s, and now with %s: its results can differ from those of either",
                 name,
                 earlier,
                 version,

@@ -33,9 +33,9 @@ from defuse_core.seeds import generator
 COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
 ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
 FEWEST_IMAGES = 10  # with fewer, nothing is named
-# A measurement is named from so many standard deviations on, and from so many standard errors of the mean of those
-# compared with: of few images of a class some measurement is far from that of others of it by chance.
-LEAST_DEVIATION, LEAST_ERRORS = 0.7, 5.0
+LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named
+# and standard errors of the mean of the images compared with: with few of them some mean is far off by chance
+LEAST_STANDARD_ERRORS = 5.0
 MOST_WORDS = 3
 SAME = 0.95  # correlation within the class from which on two measurements are one, such as light and contrast on black
 MEASUREMENTS = (  # word for a low value, word for a high value
@@ -110,7 +110,7 @@ def deviation_words(images: F32, compared: F32) -> str:
     scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / spread
     with np.errstate(invalid="ignore"):  # a measurement may be constant over the class
         alike = np.corrcoef(others.T) * np.sign(np.outer(scores, scores)) > SAME
-    least, named = max(LEAST_DEVIATION, LEAST_ERRORS / np.sqrt(len(compared))), list[int]()
+    least, named = max(LEAST_DEVIATION, LEAST_STANDARD_ERRORS / np.sqrt(len(compared))), list[int]()
     for m in np.argsort(-np.abs(scores).round(6), kind="stable"):  # of equal ones always the first
         if abs(scores[m]) >= least and not alike[m, named].any():
             named.append(m)
@@ -136,12 +136,14 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Sp
 
 
 def _decoded_of_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F32:
-    """Return decodings of real images of one class, (n, channels, H, W)."""
+    """Return decodings of real images of one class, (n, channels, H, W); none where there are under FEWEST_IMAGES."""
     real, rows = splits.train, np.flatnonzero(splits.train.labels == label)
     if splits.validation is not None:
         held_out = np.flatnonzero(splits.validation.labels == label)
-        if len(held_out) >= ENOUGH_IMAGES:
+        if len(held_out) >= min(ENOUGH_IMAGES, len(rows)):
             real, rows = splits.validation, held_out
+    if len(rows) < FEWEST_IMAGES:
+        return np.zeros((0, spec.data.channels, spec.data.image_size, spec.data.image_size), np.float32)
     rng = generator(spec.seed, "describe", label)
     real = real.take(rows[random_rows(len(rows), COMPARED_IMAGES, rng)])
     return decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))

@@ -96,8 +96,8 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     for run, side in ((a, side_a), (b, side_b)):
         if undecided := undecided_of(run):
             log.warning(
-                "run %s could not tell whether its classifier has failure scenarios: %s; that none is of this run "
-                "says nothing then",
+                "run %s could not tell whether its classifier has failure scenarios: %s; so it does not mean "
+                "that there are none",
                 run.name,
                 undecided,
             )

@@ -67,7 +67,7 @@ class Judges(FigureModel):
     classifier: float | None
     """Of the classifier before, on the same images. Null where it may have been trained on them
     (run.validation_from_training), since they compare nothing then."""
-    worse: bool = False
+    worse: bool
     """Whether the best judge gets certainly fewer of these images right than the classifier before: then figures by own
     label are not to be relied on."""
     labelled: float | None

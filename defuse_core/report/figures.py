@@ -40,10 +40,7 @@ from defuse_core.report.schema import Report, Scenario
 
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
 NAMED_CLASSES = 12  # with more classes than this their names would cover the picture
-CORNERS = (
-    "Corners: the classifier's answer before (left) and after (right); green ✓: the annotators' label, "
-    "red ✗: another class, grey: image without a label."
-)
+CORNERS = "green ✓: the annotators' label, red ✗: another class, grey: image without a label."
 MARKS = {"right": (RIGHT, "✓"), "wrong": (WRONG, "✗"), "": (MUTED, "")}  # colour and sign of an answer
 PITCH = 1.12  # from one row to the next, in images
 SPREADING_ROUNDS = 200
@@ -175,8 +172,11 @@ def draw_gallery_rows(
     tile = 0.74 if accepted else 0.52  # inches
     side = 1.75 if names_are_short(found.models.classes) else 2.9  # width of the text at the left, in images
     width = side + found.gallery.images.shape[1]
-    corners = CORNERS if found.sweep.chosen is not None else CORNERS.replace(" (left) and after (right)", "")
-    foot = [corners, *_key(rows, found, evaluation, width * tile)]
+    answers = "before" if found.sweep.chosen is None else "before (left) and after (right)"
+    foot = [
+        f"Corners: the classifier's answer {answers}; {CORNERS}",
+        *_key(rows, found, evaluation, width * tile),
+    ]
     bottom = len(rows) * PITCH + 0.2
     height = bottom + (0.13 * len(foot) + 0.08) / tile
     figure, (ax,) = new_figure(width * tile, height * tile)

@@ -17,8 +17,18 @@ SHORT = 3  # class names with at most so many letters fit on an image; other cla
 
 def spread(mean: Mean) -> str:
     """Return a mean with its standard error: 91.2 ± 2.3 %."""
-    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
-    return NONE if mean.mean is None else f"{100 * mean.mean:.1f}{error} %"
+    if mean.mean is None:
+        return NONE
+    digits = digits_of(1, mean.mean)
+    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.{digits}f}"
+    return f"{100 * mean.mean:.{digits}f}{error} %"
+
+
+def before_after(before: float | None, after: float | None, digits: int = 1) -> str:
+    """Return an accuracy before and after the correction, 7.0 % → 99.8 %; 7.0 % where nothing was corrected."""
+    return (
+        percent(before, digits) if after is None else f"{percent(before, digits)} → {percent(after, digits)}"
+    )
 
 
 def interval(share: Share, digits: int = 1) -> str:

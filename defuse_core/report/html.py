@@ -239,6 +239,7 @@ def render_scenarios(cards: Sequence[ScenarioCard], classes: tuple[str, ...]) ->
         accepted=[card for card in cards if card.row.accepted],
         others=[card for card in cards if not card.row.accepted],
         class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
+        corrected=any(tile.after for card in cards for tile in card.tiles),
     )
 
 

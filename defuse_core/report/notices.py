@@ -118,12 +118,10 @@ def _by_own_label(report: Report) -> str:
 
 def worse_judges(report: Report) -> str | None:
     """Return what judges that are worse than the classifier mean, or None where they are not, or nobody judged."""
-    if report.evidence is None:
+    if report.evidence is None or not report.evidence.judges.worse:
         return None
     judges = report.evidence.judges
-    best = max((value for value in judges.accuracy if value is not None), default=None)
-    if best is None or not are_worse(judges.accuracy, judges.classifier, _compared_images(report)):
-        return None
+    best = max(value for value in judges.accuracy if value is not None)
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
         f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where they differ the judges "

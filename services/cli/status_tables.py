@@ -15,7 +15,7 @@ from rich.text import Text
 from defuse_core.artifacts import Models
 from defuse_core.config import STEPS
 from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of, percent
-from defuse_core.report.formatting import date_time, duration, size
+from defuse_core.report.formatting import before_after, date_time, duration, size
 from defuse_core.report.notices import headline
 from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import Store
@@ -308,6 +308,6 @@ def _outcome(run: RunSummary) -> tuple[str, str]:
     before, after = run.accuracy["before"], run.accuracy["defuse"]
     scenarios = str(run.accepted)
     if run.accepted:
-        scenarios += f": {percent(before['scenario'], 0)} → {percent(after['scenario'], 0)}"
-    test = NONE if before["test"] is None else f"{percent(before['test'])} → {percent(after['test'])}"
+        scenarios += f": {before_after(before['scenario'], after['scenario'], 0)}"
+    test = before_after(before["test"], after["test"])
     return scenarios, test

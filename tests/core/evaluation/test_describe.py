@@ -228,6 +228,15 @@ def test_a_scenario_is_compared_with_its_class_where_many_images_are_sorted_by_c
     assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, alone)[1].startswith("8 read as 3: ")
 
 
+def test_of_a_class_without_images_to_compare_with_a_scenario_has_the_confusion_alone(
+    tiny_spec, two_scenarios
+):
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    parts = [part.take(np.flatnonzero(part.labels != 8)) for part in (splits.train, splits.validation)]
+    without = dataclasses.replace(splits, train=parts[0], validation=parts[1])
+    assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, without)[1] == "8 read as 3"
+
+
 def test_an_empty_image_is_measured_without_a_warning() -> None:
     assert np.isfinite(measure(np.zeros((2, 3, 8, 8), np.float32))).all()
 

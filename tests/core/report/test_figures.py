@@ -43,6 +43,18 @@ def test_right_and_wrong_answers_bear_a_sign_beside_their_colour(tmp_path: Path)
         assert (sign == "✓") == (text.get_text() == f"✓{label}")
 
 
+def test_where_nothing_was_corrected_an_image_has_one_answer(tmp_path: Path):
+    found, evaluation = sample_findings(1, 1, images=4)
+    found = replace(found, sweep=replace(found.sweep, chosen=None, weights={}))
+    figure = draw_gallery_rows(
+        build_report(sample_run(tmp_path), found, evaluation), found, evaluation, accepted=True
+    )
+    assert figure is not None
+    texts = figure.axes[0].texts
+    assert len([text for text in texts if text.get_bbox_patch() is not None]) == 4
+    assert any("answer before; " in text.get_text() for text in texts)
+
+
 def test_a_heavy_component_that_is_not_reviewed_is_grey(tmp_path: Path):
     report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
     heaviest = max(report.scenarios.list, key=lambda scenario: scenario.weight)

@@ -32,7 +32,7 @@ def test_no_share_between_0_and_1_is_rounded_to_either():
     shown = ["0 %", "0.4 %", "7 %", "99.8 %", "99.96 %", "100 %"]
     assert [percent(share, 0) for share in (0.0, 0.004, 0.07, 0.998, 2559 / 2560, 1.0)] == shown
     assert [percent(share) for share in (0.001, 0.999, 0.5**11)] == ["0.1 %", "99.9 %", "0.05 %"]
-    assert [percent(share, 2) for share in (1e-9, 1 - 1e-9)] == ["0.0000 %", "100.0000 %"]
+    assert [percent(share, 2) for share in (1e-9, 1 - 1e-9)] == ["under 0.0001 %", "100.00 %"]
     assert interval(Share(value=0.9996, low=0.998, high=1.0), 0) == "99.96 % (99.80–100.00)"
     assert interval(Share(value=0.9989, low=0.9973, high=1.0), 0) == "99.9 % (99.7–100.0)"
     assert interval(Share(value=1.0, low=0.92, high=1.0), 0) == "100 % (92–100)"

@@ -68,7 +68,7 @@ def test_a_headline_without_a_correction_says_how_many_lambdas_failed_and_how_ma
     some = tuple(row for row in found.sweep.rows if row.lam in (0.1, 10))
     failed = Sweep(some, None, {}, (FailedTrial(1000.0, "diverged"),))
     report = report_of((dataclasses.replace(found, sweep=failed), evaluation), tmp_path)
-    assert "corrected: of 3 λ 1 failed, and 2 cost more clean accuracy than" in headline(
+    assert "corrected: 1 of 3 λ failed, and 2 cost more clean accuracy than" in headline(
         report, SAMPLE_CORRECT
     )
 
@@ -170,10 +170,12 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
 
 @pytest.mark.parametrize(("images", "worse"), [(310, False), (2000, True)])
 def test_judges_are_not_called_worse_by_chance_on_few_test_images(tmp_path: Path, images: int, worse: bool):
-    evidence = sample_evidence(OWN, judges=0.948, before=0.971)
-    report = build_report(sample_run(tmp_path), *sample_findings(), evidence)
-    run = report.run.model_copy(update={"images": {"test": images}})
-    assert (worse_judges(report.model_copy(update={"run": run})) is not None) is worse
+    evidence, (found, evaluation) = sample_evidence(OWN, judges=0.948, before=0.971), sample_findings()
+    found = dataclasses.replace(
+        found, models=dataclasses.replace(found.models, images=found.models.images | {"test": images})
+    )
+    report = build_report(sample_run(tmp_path), found, evaluation, evidence)
+    assert (worse_judges(report) is not None) is worse
 
 
 @pytest.mark.parametrize("judges", [0.99, 0.9])

@@ -111,4 +111,9 @@ def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path:
     assert text.count("nothing was corrected</div>") == 2
     assert "of each held-out image the classifier was right on 7.0 % of them before.</p>" in text
     assert "Nothing was corrected. If the classifier were served, each answer would get" in text
-    assert "– now" not in text and "after (right)" not in text and 'class="badge after' not in text
+    assert (
+        "– now" not in text
+        and "→" not in text
+        and "after (right)" not in text
+        and 'class="badge after' not in text
+    )
