@@ -65,6 +65,6 @@ def test_a_notebook_is_kept_with_the_words_of_todays_templates(path: Path) -> No
     run, scenarios = (
         (folder / f"{name}.html.j2").read_text("utf-8") for name in ("notebook_run", "notebook")
     )
-    legend = scenarios.partition("Below each image:")[2].partition("\n{% for")[0]
+    legend = scenarios.partition("if corrected }}; ")[2].partition("\n{% for")[0]
     assert "✗" in legend and " ".join(legend.split()) in shown
     assert run.partition("<thead>")[2].partition("</thead>")[0] in shown
