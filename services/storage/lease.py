@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
-from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.errors import RunBusyError, StoreError, one_line, without_credentials
 
 if TYPE_CHECKING:
     from services.storage.s3 import S3Store
@@ -136,10 +136,19 @@ class Lease:
             raise RunBusyError(f"{self.object.address}: another driver has just begun to write this run")
 
     def keep(self) -> None:
-        """Rewrite the lease until it ends or is lost. After an error of any kind it tries again."""
+        """Rewrite the lease until it ends or is lost. After an error of any kind, logged once, it tries again."""
+        failed = False
         while not self.lost and not self.ended.wait(BEAT_S):
-            with contextlib.suppress(Exception):
+            try:
                 self.beat()
+                failed = False
+            except Exception as error:
+                if not failed:
+                    reason = one_line(without_credentials(str(error)) or type(error).__name__)
+                    log.warning(
+                        "%s: the lease was not renewed, trying again: %s", self.object.address, reason
+                    )
+                failed = True
 
     def beat(self) -> None:
         """Rewrite the lease once, and find out whether this driver still holds it."""

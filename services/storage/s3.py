@@ -59,7 +59,8 @@ def open_s3(address: str) -> S3Store:
     match = ADDRESS.fullmatch(address)
     if match is None:
         raise InputError(
-            f"--store {address}: expected s3://bucket/prefix; a bucket: 3 to 63 of a-z, 0-9, dots, hyphens, underscores"
+            f"--store {address}: expected s3://bucket/prefix; a bucket's name has 3 to 63 characters: a-z, 0-9, dots, "
+            "hyphens, underscores"
         )
     prefix = (match[2] or "").strip("/")
     # at INFO it logs its credentials' origin each time

@@ -6,6 +6,7 @@ Of such a server there is one warning per outage and process, and a request to i
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 import time
@@ -61,6 +62,15 @@ UNREADABLE = (
     "Permission denied",
     "NO_CERTIFICATE_OR_CRL_FOUND",
 )  # the CA's file
+LOGIN_ERROR = getattr(aws, "LoginError", aws.SSOError)  # of `aws login`, which botocore 1.40 lacks
+NO_FILE = {  # a file or program of credentials that does not exist, or may not be read or run
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOEXEC,
+}
 MESSAGE_LENGTH = 500  # of a server's message, which may name a user, an action and an object
 SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
 WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
@@ -77,22 +87,24 @@ def translated_errors(
 
     Calls `forget_client` where the server refuses the credentials: a new client reads those of a profile again.
     """
-    server = without_credentials(endpoint or "AWS")
     try:
         yield
     except aws.ClientError as error:
         if forget_client is not None and _is_denied(error):
             forget_client()
-        raise _translated(error, where, server) from error
+        raise _translated(error, where, endpoint) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
         raise StoreError(
-            f"{where}: no complete AWS credentials found ({one_line(error)}); check {CREDENTIALS}"
+            f"{where}: no complete AWS credentials found ({_reason(error, endpoint)}); check {CREDENTIALS}"
         ) from error
-    except (aws.SSOError, aws.TokenRetrievalError) as error:
-        reason = str(error).rstrip(".")
-        raise StoreSettingsError(f"{where}: {reason}; log in with `aws sso login`") from error
+    except (aws.SSOError, aws.TokenRetrievalError, LOGIN_ERROR) as error:
+        command = (
+            "aws sso login" if isinstance(error, aws.SSOError | aws.TokenRetrievalError) else "aws login"
+        )
+        remedy = "" if command in str(error) else f"; log in with `{command}`"
+        raise StoreSettingsError(f"{where}: {_reason(error, endpoint)}{remedy}") from error
     except aws.ProfileNotFound as error:
         raise StoreSettingsError(f"{where}: {error}; check AWS_PROFILE") from error
     except NO_ANSWER as error:
@@ -101,20 +113,26 @@ def translated_errors(
                 f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
                 "header can hold; set it to the key alone"
             ) from None
-        raise _without_answer(error, where, server) from error
+        raise _without_answer(error, where, _server(endpoint)) from error
     except aws.BotoCoreError as error:
         raise StoreError(f"{where}: {without_credentials(str(error), endpoint)}") from error
     except OSError as error:
         if error.filename is None:  # such as the FileNotFoundError of a missing key
             raise
-        raise StoreSettingsError(
-            f"{where}: no complete AWS credentials found ({error.filename}: {error.strerror}); check {CREDENTIALS}"
-        ) from error
+        raise _without_file(error, where) from error
     except (RuntimeError, ValueError) as error:  # of a credential_process that prints old keys, or no JSON
-        reason = without_credentials(one_line(error), endpoint).rstrip(".")
         raise StoreError(
-            f"{where}: {reason}; check what gives AWS credentials, such as credential_process"
+            f"{where}: {_reason(error, endpoint)}; if a program gives AWS credentials (credential_process), check it"
         ) from error
+
+
+def _reason(error: Exception | str, endpoint: str | None, limit: int = 200) -> str:
+    """Return foreign text on one line without passwords of addresses, which are removed before it is cut."""
+    return one_line(without_credentials(str(error), endpoint), limit).rstrip(".")
+
+
+def _server(endpoint: str | None) -> str:
+    return without_credentials(endpoint or "AWS")
 
 
 def _has_words(error: Exception, words: tuple[str, ...]) -> bool:
@@ -135,13 +153,13 @@ def _is_denied(error: aws.ClientError) -> bool:
     return code_of(error) in DENIED or (status_of(error) == 403 and code_of(error) not in REMEDIES)
 
 
-def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
-    code = code_of(error)
+def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
+    code, server = code_of(error), _server(endpoint)
     if code == "NoSuchBucket":
         return StoreSettingsError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
-    message = one_line(error.response.get("Error", {}).get("Message", ""), MESSAGE_LENGTH).rstrip(".")
+    message = _reason(error.response.get("Error", {}).get("Message", ""), endpoint, MESSAGE_LENGTH)
     answer = f"{code}: {message}" if message else code
     if _is_denied(error):
         # a job that starts again has a new token
@@ -153,6 +171,15 @@ def _translated(error: aws.ClientError, where: str, server: str) -> Exception:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
     kind, remedy = REMEDIES.get(code, (StoreError, "run again to continue"))
     return kind(f"{where}: {server} answered {answer}; {remedy}")
+
+
+def _without_file(error: OSError, where: str) -> StoreError:
+    reason = f"{error.filename}: {error.strerror}"
+    if error.errno in NO_FILE:
+        return StoreSettingsError(
+            f"{where}: no complete AWS credentials found ({reason}); check {CREDENTIALS}"
+        )
+    return StoreError(f"{where}: {reason}; run again to continue")  # such as too many open files
 
 
 def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreError:

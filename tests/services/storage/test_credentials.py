@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore import exceptions as aws_errors
 from buckets import KEYS
 
 from defuse_core.errors import StoreError
 from services.storage import open_store, s3
 from services.storage.lease import Lease, LeaseInBucket
+from services.storage.s3_errors import translated_errors
 
 OLD_KEYS = (
     '{"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "b", "SessionToken": "c", '
     '"Expiration": "2020-01-01T00:00:00Z"}'
 )
+ADDRESS = "http://ana:sup3r@vault.example/aws"
 
 
 @pytest.fixture
@@ -56,9 +60,9 @@ def test_a_token_whose_file_is_missing_is_a_wrong_setting_and_no_missing_key(
         (
             "echo Please log in",
             4,
-            "Expecting value: .* check what gives AWS credentials, such as credential_p",
+            r"Expecting value: .* if a program gives AWS credentials \(credential_process\), check it",
         ),
-        (f"echo '{OLD_KEYS}'", 4, "the refreshed credentials are still expired; check what gives AWS"),
+        (f"echo '{OLD_KEYS}'", 4, "the refreshed credentials are still expired; if a program gives"),
     ],
     ids=["missing", "fails", "no JSON", "expired"],
 )
@@ -94,3 +98,71 @@ def test_a_login_that_is_missing_is_a_wrong_setting_and_says_how_to_log_in(
     with pytest.raises(StoreError, match="log in with `aws sso login`") as refused:
         store.exists("a")
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("before", ["", "a" * 168 + " "], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        lambda text: aws_errors.CredentialRetrievalError(provider="custom-process", error_msg=text),
+        lambda text: aws_errors.ClientError({"Error": {"Code": "AccessDenied", "Message": text}}, "X"),
+        lambda text: aws_errors.ClientError({"Error": {"Code": "X", "Message": f"{'b' * 300} {text}"}}, "X"),
+        lambda text: aws_errors.SSOTokenLoadError(error_msg=text),
+        RuntimeError,
+    ],
+    ids=["program", "refusal", "answer", "login", "old keys"],
+)
+def test_no_reason_shows_the_password_of_an_address_not_even_where_it_is_cut(
+    error: Callable[[str], Exception], before: str
+) -> None:
+    with pytest.raises(StoreError) as raised, translated_errors("s3://b/k", None):
+        raise error(f"{before}no answer from {ADDRESS}")
+    assert "sup3" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "words"),
+    [
+        (
+            OSError(errno.EMFILE, "Too many open files", "cacert.pem"),
+            4,
+            "cacert.pem: Too many open files; run again to continue",
+        ),
+        (OSError(errno.ESTALE, "Stale file handle", "token"), 4, "token: Stale file handle; run again"),
+        (
+            OSError(errno.EACCES, "Permission denied", "token"),
+            2,
+            r"\(token: Permission denied\); check AWS_A",
+        ),
+        (
+            OSError(errno.ENOEXEC, "Exec format error", "login.sh"),
+            2,
+            r"\(login.sh: Exec format error\); check",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_for_the_moment_is_no_missing_credentials(
+    error: OSError, exit_code: int, words: str
+) -> None:
+    with pytest.raises(StoreError, match=words) as raised, translated_errors("s3://b/k", None):
+        raise error
+    assert raised.value.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("error", "remedies"),
+    [
+        ("UnauthorizedSSOTokenError", 1),
+        ("SSOTokenLoadError", 1),
+        ("LoginRefreshRequired", 0),
+        ("LoginTokenLoadError", 0),
+    ],
+)
+def test_a_login_that_has_expired_names_its_command_once(error: str, remedies: int) -> None:
+    if not hasattr(aws_errors, error):
+        pytest.skip("this botocore does not know `aws login`")
+    with pytest.raises(StoreError) as raised, translated_errors("s3://b/k", None):
+        raise getattr(aws_errors, error)(error_msg="no file")
+    assert raised.value.exit_code == 2
+    assert str(raised.value).count("aws sso login") == remedies
+    assert str(raised.value).count("aws login") == 1 - remedies

@@ -189,3 +189,24 @@ def test_a_lease_is_released_by_the_client_that_waits_longer_than_the_heartbeats
     with lease.hold(found, beating) as held:
         assert held.object is beating
     assert len(released) == 1 and released[0] is found
+
+
+def test_a_heartbeat_that_fails_is_logged_once_per_outage_without_passwords_and_repeated(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(held: lease.Lease) -> None:
+        failures.append(held)
+        raise TypeError("no answer from http://ana:sup3r@host")
+
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    beat, failures = lease.Lease.beat, list[lease.Lease]()
+    assert isinstance(bucket, s3.S3Store)
+    with bucket.lock():
+        monkeypatch.setattr(lease.Lease, "beat", fail)
+        wait_until(lambda: len(failures) >= 3)
+        monkeypatch.setattr(lease.Lease, "beat", beat)
+        held = bucket.leases[bucket.prefix]
+        beats = held.state.beats
+        wait_until(lambda: held.state.beats > beats)
+    told = f"{bucket.address}: the lease was not renewed, trying again: no answer from http://***@host"
+    assert [line for line in caplog.messages if "lease" in line] == [told]

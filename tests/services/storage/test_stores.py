@@ -140,7 +140,7 @@ def test_an_address_of_another_kind_is_bad_input(address: str) -> None:
 
 @pytest.mark.parametrize("bucket", ["bk", "b" * 64, "Our-runs", "-runs"])
 def test_a_name_that_no_bucket_can_have_is_refused_with_the_rule(bucket: str) -> None:
-    with pytest.raises(InputError, match="a bucket: 3 to 63 of a-z, 0-9, dots, hyphens, underscores"):
+    with pytest.raises(InputError, match="name has 3 to 63 characters: a-z, 0-9, dots, hyphens, underscores"):
         open_store(f"s3://{bucket}/runs")
 
 
