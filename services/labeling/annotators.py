@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
-from defuse_core.errors import InputError, LabelsPending, ServiceError
+from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
 from defuse_core.review.consensus import review_verdicts, stops_when_sure
 from defuse_core.review.overrides import read_overrides
 from defuse_core.runs import Run
@@ -164,11 +164,7 @@ class LabelStudioAnnotators:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
-                access = self.settings.label_studio_s3
-                if access.share_own and monotonic() - self.renewed_s > RENEWAL_S:
-                    tasks = self._tasks(gallery)
-                    ReviewProject(self.client, self.run, tasks, access=access).renew_credentials()
-                    self.renewed_s = monotonic()
+                self._renew_credentials(gallery)
                 status, state = self._pull(gallery, state)
             except ServiceError as failure:
                 log.warning("review: %s", failure)
@@ -179,6 +175,17 @@ class LabelStudioAnnotators:
                 is_out = False
             if status.given != given or not status.outstanding:
                 return status, state
+
+    def _renew_credentials(self, gallery: Gallery) -> None:
+        """Give Label Studio shared credentials again after RENEWAL_S; where that fails, the next poll tries again."""
+        access = self.settings.label_studio_s3
+        if not access.share_own or monotonic() - self.renewed_s <= RENEWAL_S:
+            return
+        try:
+            ReviewProject(self.client, self.run, self._tasks(gallery), access=access).renew_credentials()
+            self.renewed_s = monotonic()
+        except (InputError, StoreError) as failure:
+            log.warning("review: the credentials for the pictures are not renewed, trying again: %s", failure)
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
         decided, skips, way_out = int(status.decided.sum()), len(status.blocking_skips()), status.way_out()

@@ -223,7 +223,7 @@ class LabelStudioClient:
                 raise InputError(
                     f"Label Studio at {self.address} blocks the bucket's address {endpoint}, which is on a private or "
                     f"loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
-                    f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false; no task was pushed"
+                    f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false"
                 ) from None
 
     def _connect_bucket(self, project: int, storage: BucketStorage) -> None:

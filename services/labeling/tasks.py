@@ -315,14 +315,14 @@ def _key(store: S3Store, access: BucketAccess) -> BucketAccess:
     """Return the key with which Label Studio reads the pictures: its own, or this process's where it is shared."""
     import boto3
 
-    found = boto3.Session().get_credentials()
-    own = None if found is None else found.get_frozen_credentials()
+    from services.storage.s3_errors import translated_errors
+
+    with translated_errors(store.address, store.endpoint):
+        found = boto3.Session().get_credentials()
+        own = None if found is None else found.get_frozen_credentials()
     if access.share_own and own is not None:
         return replace(
-            access,
-            access_key_id=own.access_key,
-            secret_access_key=own.secret_key,
-            session_token=own.token,
+            access, access_key_id=own.access_key, secret_access_key=own.secret_key, session_token=own.token
         )
     if access.access_key_id is None or access.secret_access_key is None:
         raise InputError(
@@ -376,8 +376,8 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
             return
         raise InputError(
             f"Label Studio's credentials for the bucket cannot list and read {store.address}/{PICTURES_FOLDER} "
-            f"({error}): grant them s3:ListBucket and s3:GetObject there, or correct LABEL_STUDIO_S3_ACCESS_KEY_ID, "
-            "LABEL_STUDIO_S3_SECRET_ACCESS_KEY and LABEL_STUDIO_S3_ENDPOINT"
+            f"({without_credentials(str(error))}): grant them s3:ListBucket and s3:GetObject there, or correct "
+            "LABEL_STUDIO_S3_ACCESS_KEY_ID, LABEL_STUDIO_S3_SECRET_ACCESS_KEY and LABEL_STUDIO_S3_ENDPOINT"
         ) from None
     try:
         client.head_object(Bucket=store.bucket, Key=f"{store.prefix}run.yaml")

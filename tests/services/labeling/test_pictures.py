@@ -19,10 +19,11 @@ from PIL import Image
 from s3_servers import one_loader, rclone_server
 
 from defuse_core.config import ReviewSection, RunFile
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, StoreSettingsError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling.annotators import LabelStudioAnnotators
+from services.labeling.annotators import RENEWAL_S, LabelStudioAnnotators
+from services.labeling.api_types import BucketStorage
 from services.labeling.tasks import ReviewTasks, bucket_storage, png
 from services.settings import BucketAccess, read_settings
 from services.storage import open_store
@@ -115,15 +116,41 @@ def test_shared_credentials_work_and_the_log_warns_what_annotators_can_read(
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "bucket").mkdir()
-    with rclone_server(tmp_path, *OWN.values(), port=urlsplit(pictures_address()).port) as endpoint:
+    port, flags = urlsplit(pictures_address()).port, ("--auth-key=renewed,renewed-secret",)
+    with rclone_server(tmp_path, *OWN.values(), port, flags) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         store, gallery = open_store("s3://bucket/runs"), digits_gallery(size=96)
         annotators = review_of(store, server, gallery, BucketAccess(share_own=True), inline_kb=1)
-        task = accounts[0].next_task(annotators.push(gallery).number)
+        number = annotators.push(gallery).number
+        task = accounts[0].next_task(number)
         address = f"{annotators.run.store.address}/run.yaml"
         assert read_through_label_studio(accounts[0], task.id, address).status_code == 200
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "renewed")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "renewed-secret")
+        connect, given = annotators.client.connect_bucket, []
+
+        def connect_and_note(project: int, storage: BucketStorage) -> None:
+            connect(project, storage)
+            given.append((project, storage.aws_access_key_id, storage.aws_secret_access_key))
+
+        monkeypatch.setattr(annotators.client, "connect_bucket", connect_and_note)
+        annotators._renew_credentials(gallery)  # too early
+        annotators.renewed_s -= RENEWAL_S
+        annotators._renew_credentials(gallery)
+        annotators._renew_credentials(gallery)
+        assert given == [(number, "renewed", "renewed-secret")]
+        assert read_through_label_studio(accounts[0], task.id, address).status_code == 200
     assert f"can read all of {annotators.run.store.address}" in caplog.text
+
+
+def test_credentials_of_this_process_that_cannot_be_read_are_an_error_of_the_store(bucket, monkeypatch):
+    for name in OWN:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/nonexistent/token")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
+    with pytest.raises(StoreSettingsError, match=r"^s3://bucket/runs: .*/nonexistent/token: No such file"):
+        bucket_storage(bucket, "shared", BucketAccess(share_own=True))
 
 
 def test_wrong_credentials_are_found_before_anything_is_pushed(access, bucket, server):

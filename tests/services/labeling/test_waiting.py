@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from label_studio_live import digits_gallery
 
-from defuse_core.errors import InputError, LabelsPending
+from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
 from defuse_core.review.overrides import override_verdict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -62,6 +62,31 @@ def test_shared_credentials_are_renewed_while_answers_come_one_after_another(
     )
     assert len(review.annotators.review(review.gallery).answer) == 3
     assert renewed == [number] * renewals
+
+
+@pytest.mark.parametrize("failure", [InputError, StoreError, ServiceError])
+def test_a_renewal_of_credentials_that_fails_for_the_moment_is_tried_again(
+    make_review, monkeypatch, accounts, caplog, failure
+):
+    def renew(_: object) -> None:
+        if failures:
+            raise failures.pop()
+
+    review = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1)
+    failures = [failure("no answer")]
+    review.annotators.push(review.gallery)
+    review.annotators.wait, left = True, list(review.tasks().values())
+    review.annotators.settings = replace(
+        review.annotators.settings, label_studio_s3=BucketAccess(share_own=True)
+    )
+    monkeypatch.setattr(ReviewProject, "renew_credentials", renew)
+    monkeypatch.setattr("services.labeling.annotators.RENEWAL_S", 0)
+    monkeypatch.setattr(
+        "services.labeling.annotators.sleep",
+        lambda _: accounts[0].answer(left.pop().id, "image", "8") if left else None,
+    )
+    assert len(review.annotators.review(review.gallery).answer) == 3
+    assert not failures and caplog.text.count("no answer") == 1
 
 
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
