@@ -39,13 +39,15 @@ def plain_section(section: ClassifierSection) -> ClassifierSection:
 
 
 def with_stated_range(section: dict[str, Any] | None) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return section `classifier` with the input range that a folder of Hugging Face's states, and a note of it."""
+    """Return section `classifier` with the input range that a Hugging Face folder states, and a note of it."""
     if section is None or section.get("architecture") != "transformers" or "input_range" in section:
         return section, []
     file = Path(section["weights"], "preprocessor_config.json")
     try:
         stated = json.loads(file.read_text())
         mean, sd = (np.array(stated[name], dtype=float) for name in ("image_mean", "image_std"))
+        if np.isnan([*mean.flat, *sd.flat]).any():  # null
+            return section, []
         if not (stated.get("do_normalize", True) and stated.get("do_rescale", True)):
             return section, []
         for name, (shift, factor) in INPUT_RANGES.items():
@@ -57,7 +59,7 @@ def with_stated_range(section: dict[str, Any] | None) -> tuple[dict[str, Any] | 
         return section, []
     return section, [
         f"{file} states mean {mean.tolist()} and standard deviation {sd.tolist()}, for which there is no "
-        "classifier.input_range; with architecture: custom, a function can normalise so"
+        "classifier.input_range; with architecture: custom, a function can normalise with these"
     ]
 
 
@@ -124,17 +126,19 @@ def to_range(images: Tensor, name: str) -> Tensor:
 
 def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> object:
     """Return what the network itself returns for images in [0, 1], with its own hooks, without those of `adapt`."""
-    hooks = (classifier._forward_pre_hooks, classifier._forward_hooks)
-    before = [dict(each) for each in hooks]
+    before, after = classifier._forward_pre_hooks, classifier._forward_hooks
+    first = {key: hook for key, hook in before.items() if _is_of(hook, _before)}
+    last = {key: hook for key, hook in after.items() if _is_of(hook, _after)}
     try:
-        for each in hooks:
-            for key in [key for key, hook in each.items() if _is_of(hook, _before) or _is_of(hook, _after)]:
-                del each[key]
+        for hooks, of_adapt in ((before, first), (after, last)):
+            for key in of_adapt:
+                del hooks[key]
         returned: object = classifier(to_range(images, input_range))
     finally:
-        for each, all_of_them in zip(hooks, before, strict=True):
-            each.clear()
-            each.update(all_of_them)  # in their order
+        own = dict(before)  # a hook may have removed itself
+        before.clear()
+        before.update(first | own)
+        after.update(last)
     return returned
 
 

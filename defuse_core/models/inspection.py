@@ -3,7 +3,7 @@
 What torch's loaders do with the bytes of a file (torch 2.13):
 
 - Both read the zip archive with torch's own reader. Python's `zipfile` can find other entries in the same bytes, so
-  the inspection uses torch's reader too, and refuses an archive in which the two differ.
+  the inspection uses torch's reader too, and refuses an archive in which the two find different names.
 - `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
   (`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs
   some of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names
@@ -116,7 +116,9 @@ def _expect_harmless_code(code: str, where: str) -> None:
             )
         if token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
             raise _refusal(where, token)
-        is_library = token == "ops" and tokens[at - 1 : at] != ["."]
+        is_library = (
+            token == "ops" and tokens[at - 1 : at] != ["."] and after[:1] != [":"]
+        )  # a field of that name
         if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):
             raise _refusal(where, "".join([token, *after]))
         if token == "__torch__" and (
@@ -128,8 +130,8 @@ def _expect_harmless_code(code: str, where: str) -> None:
 
 def _refusal(where: str, found: str) -> ModelError:
     return ModelError(
-        f"{where}: its code uses {found}, which can touch files or run at loading, so it is not loaded; export the "
-        "network with torch.export.save, or use architecture: custom"
+        f"{where}: its code uses {found}, which can touch files or run at loading, so it is not loaded; rename a layer "
+        "or attribute of that name, export the network with torch.export.save, or use architecture: custom"
     )
 
 

@@ -80,11 +80,11 @@ def far_better_range(by_range: dict[str, float], given: str) -> str | None:
 def probe_classifier(
     classifier: nn.Module, section: ClassifierSection, images: Images, classes: Sequence[str]
 ) -> ClassifierProbe:
-    """Return what some 512 training images show: accuracy by input range, and the order of the classes.
+    """Return what SAMPLE training images, or some more, show: accuracy by input range, and the order of the classes.
 
-    At least two images of each class are taken, where it has them. The order is that of the model's own class names
-    where it has those of the data set. Else it is fitted, and counts where it is clearly better on half of the images,
-    which the order that is judged was not fitted to.
+    At least two images of each class are taken, where it has them, so rare classes count more. The order is that of the
+    model's own class names where it has those of the data set. Else it is fitted, and counts where it is clearly better
+    on half of the images, which the order that is judged was not fitted to.
     """
     sample = images.take(_sample_of(images.labels, len(classes)))
     external = section.architecture in EXTERNAL

@@ -114,8 +114,8 @@ def copy_for_inference(module: nn.Module) -> nn.Module:
 def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     """Return the bytes from which load_program builds the module as it is in eval mode; the module stays unchanged.
 
-    It returns the logits alone. `images` (n, channels, H, W), two or more, is what it is traced with. Raises ModelError
-    where the module fails on them, and where torch.export cannot follow its code.
+    It returns the logits alone, but a TorchScript module is stored as it is. `images` (n, channels, H, W), two or more,
+    is what it is traced with. Raises ModelError where the module fails on them or torch.export cannot follow its code.
     """
     net = copy_for_inference(module)
     # a class of the output would have to be known to each reader

@@ -108,10 +108,10 @@ def count_units(gallery: Gallery, labels: I64, more: MoreImages | None) -> Units
     return Units(failing, total, "photograph" if gallery.track is None else "track")
 
 
-def share_misclassified(share: float, labelled: int) -> str:
-    """Return in words how much of a component's labelled images is misclassified."""
+def share_misclassified(share: float, labelled: int, of: str = "") -> str:
+    """Return in words how much of a component's labelled images is misclassified; `of` names their photographs."""
     verb = "is" if labelled == 1 else "are"
-    return f"{percent(share, 0)} of {count_of(labelled, 'labelled image')} {verb} misclassified"
+    return f"{percent(share, 0)} of {count_of(labelled, 'labelled image')}{of} {verb} misclassified"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +130,9 @@ class Shares:
         count = int(self.labelled[component])
         if self.units is None:
             return share_misclassified(share, count)
-        images, verb = count_of(count, "labelled image"), "is" if count == 1 else "are"
         total = int(self.units.total[component])
-        of, mean = count_of(total, self.units.name), float(self.units.failing[component]) / total
-        text = f"{percent(share, 0)} of {images} of {of} {verb} misclassified"
+        mean = float(self.units.failing[component]) / total
+        text = share_misclassified(share, count, f" of {count_of(total, self.units.name)}")
         if abs(mean - share) < ROUNDING:
             return text
         return f"{text}, {percent(mean, 0)} on average over the {self.units.name}s"

@@ -184,7 +184,7 @@ class LabelStudioAnnotators:
         try:
             ReviewProject(self.client, self.run, self._tasks(gallery), access=access).renew_credentials()
             self.renewed_s = monotonic()
-        except (InputError, StoreError) as failure:
+        except (InputError, ServiceError, StoreError) as failure:
             log.warning("review: the credentials for the pictures are not renewed, trying again: %s", failure)
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:

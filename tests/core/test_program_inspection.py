@@ -28,6 +28,16 @@ class Writes(nn.Module):
         return logits
 
 
+class WithOps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.ops(images)
+        return logits
+
+
 def scripted(net: nn.Module) -> bytes:
     file = io.BytesIO()
     torch.jit.save(torch.jit.script(net.eval()), file)
@@ -110,6 +120,10 @@ def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused():
         load_program(packed(entries), "net.pt")
 
 
+def test_a_layer_may_be_called_ops():
+    load_program(scripted(WithOps()), "net.pt")
+
+
 def test_archives_that_can_be_read_in_two_ways_are_refused():
     harmful, harmless = rewritten(CALL, CALL), rewritten(CALL, "None")
     code = next(name for name, data in harmful if CALL.encode() in data)
@@ -119,6 +133,9 @@ def test_archives_that_can_be_read_in_two_ways_are_refused():
             load_program(data, "net.pt")
     with pytest.raises(ModelError, match="zip archive are ambiguous"):
         load_program(packed([*harmless, (code.replace(".py", ".PY"), b"")]), "net.pt")
+    shown, read = ([*harmless, (f"archive/extra/{name}", b"")] for name in "xy")
+    with pytest.raises(ModelError, match="zip archive are ambiguous"):
+        load_program(two_directories(shown, read), "net.pt")
     polyglot = packed(harmless)
     with pytest.raises(ModelError, match="zip archive are ambiguous"):
         load_program(polyglot[:4] + b"PTMF" + polyglot[8:], "net.pt")

@@ -35,7 +35,7 @@ def test_only_a_scenario_that_is_worse_is_red(tmp_path: Path, own: list[float], 
     card = words_of(run.store.read("report.html")).split('id="scenario-0"')[1].split("</article>")[0]
     assert told in card
     assert ('<span class="bad">' in card) is coloured
-    assert '<div class="quiet">accepted as ' in card  # as text, which a tooltip is not everywhere
+    assert '<div class="reason">accepted as ' in card  # as text, which a tooltip is not everywhere
 
 
 @pytest.mark.parametrize(("moved", "times"), [(0.0, 1), (0.02, 2)])

@@ -87,6 +87,7 @@ def test_a_renewal_of_credentials_that_fails_for_the_moment_is_tried_again(
     )
     assert len(review.annotators.review(review.gallery).answer) == 3
     assert not failures and caplog.text.count("no answer") == 1
+    assert "the credentials for the pictures are not renewed, trying again: no answer" in caplog.text
 
 
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
