@@ -9,11 +9,12 @@ What torch's loaders do with the bytes of a file (torch 2.13):
   some of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names
   in its code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files.
 - `torch.export.load` unpickles: tensors marked `use_pickle`, opaque constants, archives of older releases, and sample
-  inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes), looks up
-  functions by dotted names, and loads compiled libraries (`aotinductor`).
+  inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes), writes
+  names into code that it then runs, looks up functions and types by dotted names, which imports their modules, and
+  loads compiled libraries (`aotinductor`).
 
-Hence a file is loaded only if all of it is understood: known entries, text that splits into known tokens, no name of an
-operator or class that is not torch's own. It may still take long, use much memory, or hit a bug of torch.
+Hence a file is loaded only if all of it is understood: known entries, text that splits into known tokens, plain names,
+no name of an operator or class that is not torch's own. It may still take long, use much memory, or hit a bug of torch.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from defuse_core.errors import ModelError
 
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
-    r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)"
+    r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)",
+    re.ASCII,
 )
-OPERATORS = re.compile(
-    r"torch\.ops\.aten\.\w+\.\w+|torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
-    r"|math\.(ceil|floor|trunc|sqrt)"
-    r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)"
+OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
+OTHER_OPERATORS = re.compile(
+    r"torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)|math\.(ceil|floor|trunc|sqrt)"
+    r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)",
+    re.ASCII,
 )
 FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
 FILES_OF_SCRIPT = re.compile(
@@ -46,7 +49,7 @@ FILES_OF_SCRIPT = re.compile(
 )
 # What torch writes: no comments, no adjacent or triple-quoted texts, no escape that spells a letter.
 TOKENS = re.compile(
-    r"""(?P<space>[ \n]+)|[A-Za-z_]\w*|\d+(\.\d*)?(e[+-]?\d+)?j?(?!\w)|[()[\]{}:,.=<>+*/%@!&|^~-]"""
+    r"""(?P<space>[ \n]+)|[A-Za-z_]\w*|\d+(\.\d*)?(e[+-]?\d+)?j?(?!\w)|\.\.\.|[()[\]{}:,.=<>+*/%@!&|^~-]"""
     r"""|(?P<text>"([^"\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*"|'([^'\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*')"""
     r"""|(?P<unknown>.{1,40})""",
     re.ASCII,
@@ -55,12 +58,30 @@ OF_PRIM = re.compile(
     r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
     r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
 )
-CUSTOM_CLASS = re.compile(rb"torch[.\n]classes")  # in a pickle a line ends between module and name
+CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
 NAMES_IN_EXPRESSIONS = re.compile(
     r"[su]\d+|L|args|kwargs|size|and|or|not|Eq|Ne|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ceiling|floor|True|False"
-    r"|Symbol|positive|nonnegative|integer"
+    r"|Symbol|positive|nonnegative|integer|Add|Mul|Pow|Integer|Rational",
+    re.ASCII,
 )
-IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+NAMES_OF_INPUTS = {"as_name", "forward_arg_names", "name"}
+# Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
+PLAIN = re.compile(r"[\w.]*", re.ASCII)
+TEXTS = {
+    "torch_version": re.compile(r"[\w.+-]*", re.ASCII),
+    **dict.fromkeys(("as_string", "as_strings"), re.compile(r"[\w ,.:>+-]*", re.ASCII)),
+    **dict.fromkeys(NAMES_OF_INPUTS, re.compile(r"([A-Za-z_]\w*)?", re.ASCII)),
+}
+CHECKED = {
+    "target",
+    "as_operator",
+    "expr_str",
+    "guards_code",
+    "in_spec",
+    "out_spec",
+}  # by other rules than TEXTS
+CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 
 
 def program_kind(data: bytes) -> str | None:
@@ -97,7 +118,7 @@ def _expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
     for name in names:
         if not FILES_OF_SCRIPT.fullmatch(name):
             raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
-        if name.endswith("pkl") and CUSTOM_CLASS.search(reader.get_record(name)):
+        if name.endswith("pkl") and CUSTOM_CLASS.search(reader.get_record(name).decode("latin-1")):
             raise _refusal(where, "torch.classes")
         if name.endswith(".py"):
             _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
@@ -114,11 +135,11 @@ def _expect_harmless_code(code: str, where: str) -> None:
                 f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
                 "save it again, or export the network with torch.export.save"
             )
-        if token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
+        is_class = match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
+        if is_class or token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
             raise _refusal(where, token)
-        is_library = (
-            token == "ops" and tokens[at - 1 : at] != ["."] and after[:1] != [":"]
-        )  # a field of that name
+        is_field = tokens[at - 1 : at] == ["."] or after[:1] == [":"]
+        is_library = token == "ops" and not is_field
         if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):
             raise _refusal(where, "".join([token, *after]))
         if token == "__torch__" and (
@@ -147,6 +168,7 @@ def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
         text = reader.get_record(f"data/{part}/model_{part}_config.json")
         _expect_own_devices(text, where)
         config = json.loads(text)["config"]
+        _expect_harmless_text(config, where)
         if pickled := [tensor for tensor, meta in config.items() if meta["use_pickle"]]:
             raise ModelError(
                 f"{where}: {pickled[0]} is pickled, and nothing is unpickled; export a plain tensor"
@@ -180,12 +202,10 @@ def _other_device(where: str) -> ModelError:
     )
 
 
-def _expect_harmless_text(model: dict[str, Any], where: str) -> None:
-    """Raise ModelError for an operator or an expression in the program that is not torch's own."""
+def _expect_harmless_text(model: Any, where: str) -> None:
+    """Raise ModelError for an operator, an expression or another text in the JSON of a program that is not known."""
     for key, text in _strings(model):
-        if (key == "target" and not OPERATORS.fullmatch(text)) or any(
-            f"aten.{name}." in text for name in FILE_OPERATORS
-        ):
+        if key in {"target", "as_operator"} and not _is_harmless_operator(text):
             raise ModelError(
                 f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"
             )
@@ -193,27 +213,62 @@ def _expect_harmless_text(model: dict[str, Any], where: str) -> None:
             raise ModelError(
                 f"{where}: holds the expression {text[:80]!r}, which is more than sizes; export it again"
             )
-        if key in {"forward_arg_names", "name"} and text and not IDENTIFIER.fullmatch(text):
-            raise ModelError(f"{where}: {text[:80]!r} is no name of an input or a value; export it again")
+        if key in {"in_spec", "out_spec"} and text and not _are_plain_containers(json.loads(text)[1]):
+            raise ModelError(
+                f"{where}: its inputs or outputs are more than tensors in tuples, lists and dictionaries; export a "
+                "network that takes and returns such"
+            )
+        if key not in CHECKED and not TEXTS.get(key, PLAIN).fullmatch(text):
+            raise ModelError(
+                f"{where}: holds {text[:80]!r}, which torch.export does not write; export it again"
+            )
+
+
+def _is_harmless_operator(target: str) -> bool:
+    """Whether a name is that of an operator that torch has and that touches no files."""
+    of_aten = OF_ATEN.fullmatch(target)
+    if of_aten is None:
+        return bool(OTHER_OPERATORS.fullmatch(target))
+    name, overload = of_aten[1], "" if of_aten[2] == "default" else of_aten[2]
+    overloads = torch._C._jit_get_operation(f"aten::{name}")[1] or ()
+    return name not in FILE_OPERATORS and overload in overloads
+
+
+def _are_plain_containers(spec: dict[str, Any]) -> bool:
+    """Whether a tree of inputs or outputs, of which torch looks up types by name, has types of CONTAINERS alone."""
+    keys = json.loads(spec["context"] or "null")
+    return (
+        spec["type"] in CONTAINERS
+        and (keys is None or (isinstance(keys, list) and all(PLAIN.fullmatch(str(key)) for key in keys)))
+        and all(map(_are_plain_containers, spec["children_spec"]))
+    )
 
 
 def _is_arithmetic(expression: str) -> bool:
     """Whether an expression holds nothing but sizes of the inputs, numbers and arithmetic."""
-    bare = re.sub(r"\['\w+'\]|'[su]\d+'", "", expression)
+    bare = re.sub(r"\['\w+'\]|'[su]\d+'", "", expression, flags=re.ASCII)
     names = IDENTIFIER.findall(bare)
-    return bool(re.fullmatch(r"[\w\[\]().,\s<>=!+\-*/%]*", bare)) and all(
+    return bool(re.fullmatch(r"[\w\[\]().,\s<>=!+\-*/%]*", bare, re.ASCII)) and all(
         NAMES_IN_EXPRESSIONS.fullmatch(name) for name in names
     )
 
 
 def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, text) for every text in a tree of JSON; metadata, which nothing evaluates, is left out."""
+    """Yield (key, text) for every text in a tree of JSON, and ("", key) for its keys, without the metadata of nodes."""
     if isinstance(tree, dict):
         for name, value in tree.items():
-            if name != "metadata":
-                yield from _strings(value, name)
+            yield "", name
+            yield from _strings(value, name)
     elif isinstance(tree, list):
         for value in tree:
-            yield from _strings(value, key)
+            yield from _strings(_without_metadata(value) if key == "nodes" else value, key)
     elif isinstance(tree, str):
         yield key, tree
+
+
+def _without_metadata(node: Any) -> Any:
+    """Return a node of a program without the texts that say where it was written, of which nothing is evaluated."""
+    metadata = node.get("metadata") if isinstance(node, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        return node
+    return {name: value for name, value in node.items() if name != "metadata"}

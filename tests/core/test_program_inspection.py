@@ -1,10 +1,13 @@
-"""Files of TorchScript that could touch files are refused before torch reads them; ordinary ones are loaded."""
+"""Files of TorchScript and torch.export that could do more than compute are refused; ordinary ones are loaded."""
 
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +96,9 @@ def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]
         '__torch__.torch.classes.profiling._RecordFunction("stolen.pt")',
         "other = __torch__.torch",
         'other = getattr(__torch__.torch, "classes")',
+        'if isinstance(images, int):\n      ...\n    ops.image.write_file("stolen.pt", images)',
+        'other : Optional["torch.classes.quantized.X"] = None',
+        'other : Optional["torch .\\nclasses.quantized.X"] = None',
         "other = (__torch__)",
     ],
 )
@@ -111,10 +117,13 @@ def test_default_values_of_torchscript_which_run_at_loading_are_inspected_too():
         load_program(packed(entries), "net.pt")
 
 
-def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused():
+@pytest.mark.parametrize(
+    "name", [b"torch\nclasses.quantized.X", b"torch .classes.quantized\nX", b"torch.\nclasses.X\nY"]
+)
+def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused(name):
     entries = [
-        (name, b"c__torch__.torch\nclasses.quantized.X\n" + data if name.endswith("data.pkl") else data)
-        for name, data in rewritten(CALL, "None")
+        (entry, b"c__torch__." + name + b"\n" + data if entry.endswith("data.pkl") else data)
+        for entry, data in rewritten(CALL, "None")
     ]
     with pytest.raises(ModelError, match=r"its code uses torch\.classes"):
         load_program(packed(entries), "net.pt")
@@ -163,3 +172,90 @@ def test_torchscript_of_torchvisions_networks_is_loaded(name):
     torchvision = pytest.importorskip("torchvision")
     net = getattr(torchvision.models, name)(num_classes=3).eval()
     load_program(scripted(net), "net.pt")
+
+
+class Resized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.layer(images.reshape(images.shape[0], -1)) + images.shape[0] * 2
+        return logits
+
+
+@pytest.fixture(scope="module")
+def exported() -> list[tuple[str, bytes]]:
+    """The entries of a program whose sizes have arithmetic."""
+    batch, file = torch.export.Dim("batch"), io.BytesIO()
+    torch.export.save(
+        torch.export.export(Resized().eval(), (torch.rand(2, 3, 2, 2),), dynamic_shapes=({0: batch},)), file
+    )
+    source = zipfile.ZipFile(file)
+    return [(name, source.read(name)) for name in source.namelist()]
+
+
+def node(program: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = program["graph_module"]["graph"]["nodes"][0]
+    return found
+
+
+def tensors(program: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = program["graph_module"]["graph"]["tensor_values"]
+    return found
+
+
+def spec(kind: str, context: object) -> str:
+    return json.dumps([1, {"type": kind, "context": json.dumps(context), "children_spec": []}])
+
+
+def call(program: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = program["graph_module"]["module_call_graph"][0]["signature"]
+    return found
+
+
+CODE = "__import__('os').system('id')"
+# of a program: what would make torch run other code, at the latest when the network runs
+CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "calls torch.os.system": lambda program: node(program).update(target="torch.os.system"),
+    "calls torch.ops.image": lambda program: node(program).update(
+        inputs=[{"arg": {"as_operator": "torch.ops.image.write_file.default"}}]
+    ),
+    "calls torch.ops.aten.save": lambda program: node(program).update(target="torch.ops.aten.save.default"),
+    "calls torch.ops.aten.__dir__": lambda program: node(program).update(
+        target="torch.ops.aten.__dir__.__call__"
+    ),
+    'holds the expression "__import__': lambda program: tensors(program).update(
+        metadata={"sizes": [{"as_expr": {"expr_str": CODE}}]}
+    ),
+    "holds the expression 'ｏ": lambda program: program.update(guards_code=["ｏｐｅｎ(1)"]),
+    "holds 'a\"": lambda program: node(program).update(
+        inputs=[{"parameter": {"parameter_name": 'a"' + CODE}}]
+    ),
+    'holds "z=': lambda program: node(program).update(outputs=[{"as_sym_int": {"as_name": f"z={CODE}"}}]),
+    "holds \"' \\+": lambda program: node(program).update(inputs=[{"as_string": f"' + {CODE} + '"}]),
+    "holds 'b c'": lambda program: tensors(program).update({"b c": {}}),
+    "more than tensors in tuples": lambda program: call(program).update(
+        out_spec=spec("builtins.tuple", {"__enum__": True, "fqn": "this:d", "name": "x"})
+    ),
+    "more than tensors in": lambda program: call(program).update(in_spec=spec("collections.defaultdict", {})),
+    "its inputs or outputs are more": lambda program: call(program).update(
+        in_spec=spec("builtins.dict", [CODE])
+    ),
+}
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_a_program_that_makes_torch_run_other_code_is_refused_unread(said, exported, monkeypatch):
+    monkeypatch.setattr(torch.export, "load", lambda *_, **__: pytest.fail("torch read it"))
+    entries = dict(exported)
+    file = next(name for name in entries if name.endswith("models/model.json"))
+    program = json.loads(entries[file])
+    CHANGES[said](program)
+    entries[file] = json.dumps(program).encode()
+    with pytest.raises(ModelError, match=f"net\\.pt2: .*{said}"):
+        load_program(packed(list(entries.items())), "net.pt2")
+
+
+def test_a_program_whose_sizes_have_arithmetic_is_loaded(exported):
+    assert load_program(packed(exported), "net.pt2")(torch.rand(4, 3, 2, 2)).shape == (4, 3)
