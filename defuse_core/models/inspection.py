@@ -67,7 +67,7 @@ NAMES_IN_EXPRESSIONS = re.compile(
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 NAMES_OF_INPUTS = {"as_name", "forward_arg_names", "name"}
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
-PLAIN = re.compile(r"[\w.]*", re.ASCII)
+PLAIN = re.compile(r"[\w.-]*", re.ASCII)  # a part of a network may be called block1-0
 TEXTS = {
     "torch_version": re.compile(r"[\w.+-]*", re.ASCII),
     **dict.fromkeys(("as_string", "as_strings"), re.compile(r"[\w ,.:>+-]*", re.ASCII)),

@@ -177,11 +177,11 @@ def test_torchscript_of_torchvisions_networks_is_loaded(name):
 class Resized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(12, 3)
+        self.parts = nn.ModuleDict({"part-1": nn.Linear(12, 3)})
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.layer(images.reshape(images.shape[0], -1)) + images.shape[0] * 2
-        return logits
+        logits: torch.Tensor = self.parts["part-1"](images.reshape(images.shape[0], -1))
+        return logits + images.shape[0] * 2
 
 
 @pytest.fixture(scope="module")
