@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import io
 import json
+import keyword
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -36,8 +38,13 @@ FILES_OF_PROGRAM = re.compile(
     re.ASCII,
 )
 OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
-OTHER_OPERATORS = re.compile(
-    r"torch\.sym_\w+|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)|math\.(ceil|floor|trunc|sqrt)"
+# Operators that call a graph of the program, and the place of the graph among their inputs.
+WRAPPERS = {
+    "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,
+    "torch.ops.higher_order.wrap_with_autocast": 4,
+}
+ARITHMETIC = re.compile(
+    r"torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)",
     re.ASCII,
 )
@@ -58,6 +65,11 @@ OF_PRIM = re.compile(
     r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
     r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
 )
+OPERATIONS_OF_PICKLES = re.compile(
+    r"PROTO|GLOBAL|EMPTY_(TUPLE|LIST|DICT)|MARK|SETITEMS?|APPENDS?|TUPLE[123]?|REDUCE|BUILD|NEWOBJ|(LONG_)?BIN(PUT|GET)"
+    r"|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|SHORT_BINSTRING|NEW(TRUE|FALSE)|NONE|BINPERSID|STOP"
+)
+CLASS_IN_PICKLE = re.compile(r"[\w.]+ [\w.]+", re.ASCII)  # module and name
 CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
 NAMES_IN_EXPRESSIONS = re.compile(
     r"[su]\d+|L|args|kwargs|size|and|or|not|Eq|Ne|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ceiling|floor|True|False"
@@ -65,22 +77,18 @@ NAMES_IN_EXPRESSIONS = re.compile(
     re.ASCII,
 )
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-NAMES_OF_INPUTS = {"as_name", "forward_arg_names", "name"}
+NAMES_OF_VALUES = {"as_name", "forward_arg_names", "name"}
+NAMES_IN_CODE = {  # of what torch writes from a program
+    "self", "getattr", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "_operator"
+}  # fmt: skip
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)  # a part of a network may be called block1-0
 TEXTS = {
     "torch_version": re.compile(r"[\w.+-]*", re.ASCII),
     **dict.fromkeys(("as_string", "as_strings"), re.compile(r"[\w ,.:>+-]*", re.ASCII)),
-    **dict.fromkeys(NAMES_OF_INPUTS, re.compile(r"([A-Za-z_]\w*)?", re.ASCII)),
+    **dict.fromkeys(NAMES_OF_VALUES, re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)),
 }
-CHECKED = {
-    "target",
-    "as_operator",
-    "expr_str",
-    "guards_code",
-    "in_spec",
-    "out_spec",
-}  # by other rules than TEXTS
+CHECKED = {"target", "expr_str", "guards_code", "in_spec", "out_spec"}  # by other rules than TEXTS
 CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 
 
@@ -118,10 +126,34 @@ def _expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
     for name in names:
         if not FILES_OF_SCRIPT.fullmatch(name):
             raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
-        if name.endswith("pkl") and CUSTOM_CLASS.search(reader.get_record(name).decode("latin-1")):
-            raise _refusal(where, "torch.classes")
+        if name.endswith("pkl"):
+            _expect_harmless_pickle(reader.get_record(name), f"{where}: {name}")
         if name.endswith(".py"):
             _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
+
+
+def _expect_harmless_pickle(data: bytes, where: str) -> None:
+    """Raise ModelError for a pickle, which C++ reads, with a class of C++, or a name that is not a plain one.
+
+    C++ parses the names of classes, and the texts that restore_type_tag gets, as TorchScript: quotes, escapes and
+    spaces in them could hide a class.
+    """
+    texts, has_types = list[str](), False
+    for operation, found, _ in pickletools.genops(data):
+        argument = str(found)
+        if not OPERATIONS_OF_PICKLES.fullmatch(operation.name):
+            raise ModelError(
+                f"{where} holds {operation.name}, which torch.jit.save does not write; save it again"
+            )
+        if operation.name == "GLOBAL":
+            has_types |= argument == "torch.jit._pickle restore_type_tag"
+            if not CLASS_IN_PICKLE.fullmatch(argument) or CUSTOM_CLASS.search(argument):
+                raise _refusal(where, argument)
+        elif operation.name == "BINUNICODE":
+            texts.append(argument)
+    for text in texts:
+        if CUSTOM_CLASS.search(text) or (has_types and set(text) & set("\"'\\")):
+            raise _refusal(where, text[:80])
 
 
 def _expect_harmless_code(code: str, where: str) -> None:
@@ -135,7 +167,9 @@ def _expect_harmless_code(code: str, where: str) -> None:
                 f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
                 "save it again, or export the network with torch.export.save"
             )
-        is_class = match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
+        is_class = (token == "classes" and tokens[max(at - 2, 0) : at] == ["torch", "."]) or (
+            match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
+        )
         if is_class or token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
             raise _refusal(where, token)
         is_field = tokens[at - 1 : at] == ["."] or after[:1] == [":"]
@@ -186,7 +220,9 @@ def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
         raise _other_device(where) from error
     text = reader.get_record("models/model.json")
     _expect_own_devices(text, where)
-    _expect_harmless_text(json.loads(text), where)
+    program = json.loads(text)
+    _expect_harmless_text(program, where)
+    _expect_graphs_where_they_are_called(program, where)
 
 
 def _expect_own_devices(text: bytes, where: str) -> None:
@@ -205,7 +241,7 @@ def _other_device(where: str) -> ModelError:
 def _expect_harmless_text(model: Any, where: str) -> None:
     """Raise ModelError for an operator, an expression or another text in the JSON of a program that is not known."""
     for key, text in _strings(model):
-        if key in {"target", "as_operator"} and not _is_harmless_operator(text):
+        if key == "target" and not _is_harmless_operator(text):
             raise ModelError(
                 f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"
             )
@@ -218,17 +254,57 @@ def _expect_harmless_text(model: Any, where: str) -> None:
                 f"{where}: its inputs or outputs are more than tensors in tuples, lists and dictionaries; export a "
                 "network that takes and returns such"
             )
-        if key not in CHECKED and not TEXTS.get(key, PLAIN).fullmatch(text):
+        is_taken = key in NAMES_OF_VALUES and (text in NAMES_IN_CODE or keyword.iskeyword(text))
+        if is_taken or (key not in CHECKED and not TEXTS.get(key, PLAIN).fullmatch(text)):
             raise ModelError(
                 f"{where}: holds {text[:80]!r}, which torch.export does not write; export it again"
             )
+
+
+def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
+    """Raise ModelError for a graph or operator that is a value, a call of a value, or text that arithmetic gets.
+
+    A value that is no tensor or number could be an attribute of a Python object, and lead to any other.
+    """
+    wrappers = called = 0
+    for node in _nodes(program):
+        inputs = [each["arg"] for each in node["inputs"]]
+        if node["target"] in WRAPPERS:
+            wrappers += 1
+            called += "as_graph" in inputs[WRAPPERS[node["target"]]]
+        if ARITHMETIC.fullmatch(node["target"]) and any(key.startswith("as_string") for key in _keys(inputs)):
+            raise ModelError(
+                f"{where}: gives {node['target']} a text, which torch.export does not; export it again"
+            )
+    keys = _keys(program)
+    if not keys.count("as_graph") == called == wrappers or "as_operator" in keys:
+        raise ModelError(
+            f"{where}: holds a function as a value, which is not loaded; export it without control flow"
+        )
+
+
+def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the nodes of all graphs in a tree of JSON."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _nodes(value, name)
+    elif isinstance(tree, list):
+        for value in tree:
+            if key == "nodes":
+                yield value
+            yield from _nodes(value, key)
+
+
+def _keys(tree: Any) -> list[str]:
+    """Return all keys of a tree of JSON, as often as they occur."""
+    return [text for key, text in _strings(tree) if not key]
 
 
 def _is_harmless_operator(target: str) -> bool:
     """Whether a name is that of an operator that torch has and that touches no files."""
     of_aten = OF_ATEN.fullmatch(target)
     if of_aten is None:
-        return bool(OTHER_OPERATORS.fullmatch(target))
+        return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))
     name, overload = of_aten[1], "" if of_aten[2] == "default" else of_aten[2]
     overloads = torch._C._jit_get_operation(f"aten::{name}")[1] or ()
     return name not in FILE_OPERATORS and overload in overloads
@@ -261,7 +337,7 @@ def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(value, name)
     elif isinstance(tree, list):
         for value in tree:
-            yield from _strings(_without_metadata(value) if key == "nodes" else value, key)
+            yield from _strings(PARTS[key](value) if key in PARTS else value, key)
     elif isinstance(tree, str):
         yield key, tree
 
@@ -272,3 +348,13 @@ def _without_metadata(node: Any) -> Any:
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         return node
     return {name: value for name, value in node.items() if name != "metadata"}
+
+
+def _with_argument(value: Any) -> Any:
+    """Return an input of a node, whose name is that of the operator's argument and not one of a value."""
+    if not isinstance(value, dict) or "name" not in value:
+        return value
+    return {("argument" if name == "name" else name): each for name, each in value.items()}
+
+
+PARTS = {"nodes": _without_metadata, "inputs": _with_argument}  # of lists with this key

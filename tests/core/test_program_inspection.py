@@ -98,6 +98,7 @@ def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]
         'other = getattr(__torch__.torch, "classes")',
         'if isinstance(images, int):\n      ...\n    ops.image.write_file("stolen.pt", images)',
         'other : Optional["torch.classes.quantized.X"] = None',
+        "other : Optional[torch.classes.quantized.X] = None",
         'other : Optional["torch .\\nclasses.quantized.X"] = None',
         "other = (__torch__)",
     ],
@@ -118,14 +119,25 @@ def test_default_values_of_torchscript_which_run_at_loading_are_inspected_too():
 
 
 @pytest.mark.parametrize(
-    "name", [b"torch\nclasses.quantized.X", b"torch .classes.quantized\nX", b"torch.\nclasses.X\nY"]
+    "added",
+    [
+        b"c__torch__.torch.classes.quantized\nX\n",
+        b"c__torch__.torch .classes.quantized\nX\n",
+        b"c__torch__.torch.\nclasses.X\n",
+        b'c"torch\\056classes.aten\nOpaqueObject"\n',
+        b'c"tor" "ch.classes.aten\nOpaqueObject"\n',
+        b"X\x16\x00\x00\x00torch.classes.aten.X.Y",
+        b'ctorch.jit._pickle\nrestore_type_tag\nX\x0e\x00\x00\x00"tor" "ch.cla"',
+        b"i__torch__\nX\n",
+    ],
 )
-def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused(name):
+def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused(added, monkeypatch):
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch read it"))
     entries = [
-        (entry, b"c__torch__." + name + b"\n" + data if entry.endswith("data.pkl") else data)
+        (entry, data[:2] + added + data[2:] if entry.endswith("data.pkl") else data)
         for entry, data in rewritten(CALL, "None")
     ]
-    with pytest.raises(ModelError, match=r"its code uses torch\.classes"):
+    with pytest.raises(ModelError, match=r"net\.pt: archive|net\.pt: data\.pkl( holds INST|: its code uses)"):
         load_program(packed(entries), "net.pt")
 
 
@@ -179,14 +191,17 @@ class Resized(nn.Module):
         super().__init__()
         self.parts = nn.ModuleDict({"part-1": nn.Linear(12, 3)})
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.parts["part-1"](images.reshape(images.shape[0], -1))
-        return logits + images.shape[0] * 2
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            shifted = torch.sin(input)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits: torch.Tensor = self.parts["part-1"](shifted.reshape(input.shape[0], -1))
+        return logits.float() + input.shape[0] * 2
 
 
 @pytest.fixture(scope="module")
 def exported() -> list[tuple[str, bytes]]:
-    """The entries of a program whose sizes have arithmetic."""
+    """The entries of a program whose sizes have arithmetic, and parts of another precision or without gradients."""
     batch, file = torch.export.Dim("batch"), io.BytesIO()
     torch.export.save(
         torch.export.export(Resized().eval(), (torch.rand(2, 3, 2, 2),), dynamic_shapes=({0: batch},)), file
@@ -218,7 +233,7 @@ CODE = "__import__('os').system('id')"
 # of a program: what would make torch run other code, at the latest when the network runs
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "calls torch.os.system": lambda program: node(program).update(target="torch.os.system"),
-    "calls torch.ops.image": lambda program: node(program).update(
+    "holds a function as a value": lambda program: node(program).update(
         inputs=[{"arg": {"as_operator": "torch.ops.image.write_file.default"}}]
     ),
     "calls torch.ops.aten.save": lambda program: node(program).update(target="torch.ops.aten.save.default"),
@@ -234,6 +249,16 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     'holds "z=': lambda program: node(program).update(outputs=[{"as_sym_int": {"as_name": f"z={CODE}"}}]),
     "holds \"' \\+": lambda program: node(program).update(inputs=[{"as_string": f"' + {CODE} + '"}]),
+    "holds a function": lambda program: node(program).update(
+        inputs=[{"arg": {"as_graph": {"name": "backward"}}}]
+    ),
+    "holds 'self'": lambda program: node(program).update(outputs=[{"as_tensor": {"name": "self"}}]),
+    "holds '__globals__'": lambda program: node(program).update(
+        outputs=[{"as_tensor": {"name": "__globals__"}}]
+    ),
+    "gives _operator.getitem a text": lambda program: node(program).update(
+        target="_operator.getitem", inputs=[{"arg": {"as_string": "os"}}]
+    ),
     "holds 'b c'": lambda program: tensors(program).update({"b c": {}}),
     "more than tensors in tuples": lambda program: call(program).update(
         out_spec=spec("builtins.tuple", {"__enum__": True, "fqn": "this:d", "name": "x"})
@@ -257,5 +282,5 @@ def test_a_program_that_makes_torch_run_other_code_is_refused_unread(said, expor
         load_program(packed(list(entries.items())), "net.pt2")
 
 
-def test_a_program_whose_sizes_have_arithmetic_is_loaded(exported):
+def test_a_program_with_arithmetic_on_sizes_and_with_nested_graphs_is_loaded(exported):
     assert load_program(packed(exported), "net.pt2")(torch.rand(4, 3, 2, 2)).shape == (4, 3)
