@@ -19,6 +19,7 @@ no name of an operator or class that is not torch's own. It may still take long,
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import keyword
@@ -41,7 +42,7 @@ OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 # Operators that call a graph of the program, and the place of the graph among their inputs.
 WRAPPERS = {
     "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,
-    "torch.ops.higher_order.wrap_with_autocast": 4,
+    (AUTOCAST := "torch.ops.higher_order.wrap_with_autocast"): 4,
 }
 ARITHMETIC = re.compile(
     r"torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
@@ -67,7 +68,7 @@ OF_PRIM = re.compile(
 )
 OPERATIONS_OF_PICKLES = re.compile(
     r"PROTO|GLOBAL|EMPTY_(TUPLE|LIST|DICT)|MARK|SETITEMS?|APPENDS?|TUPLE[123]?|REDUCE|BUILD|NEWOBJ|(LONG_)?BIN(PUT|GET)"
-    r"|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|SHORT_BINSTRING|NEW(TRUE|FALSE)|NONE|BINPERSID|STOP"
+    r"|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|NEW(TRUE|FALSE)|NONE|BINPERSID|STOP"
 )
 CLASS_IN_PICKLE = re.compile(r"[\w.]+ [\w.]+", re.ASCII)  # module and name
 CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
@@ -78,6 +79,7 @@ NAMES_IN_EXPRESSIONS = re.compile(
 )
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 NAMES_OF_VALUES = {"as_name", "forward_arg_names", "name"}
+NAMES_OF_PARTS = {"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
 NAMES_IN_CODE = {  # of what torch writes from a program
     "self", "getattr", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "_operator"
 }  # fmt: skip
@@ -202,6 +204,7 @@ def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
         text = reader.get_record(f"data/{part}/model_{part}_config.json")
         _expect_own_devices(text, where)
         config = json.loads(text)["config"]
+        _expect_harmless_text([{"parameter_name": name} for name in config], where)
         _expect_harmless_text(config, where)
         if pickled := [tensor for tensor, meta in config.items() if meta["use_pickle"]]:
             raise ModelError(
@@ -254,7 +257,9 @@ def _expect_harmless_text(model: Any, where: str) -> None:
                 f"{where}: its inputs or outputs are more than tensors in tuples, lists and dictionaries; export a "
                 "network that takes and returns such"
             )
-        is_taken = key in NAMES_OF_VALUES and (text in NAMES_IN_CODE or keyword.iskeyword(text))
+        is_taken = (key in NAMES_OF_PARTS and not _is_free(text)) or (
+            key in NAMES_OF_VALUES and (text in NAMES_IN_CODE or keyword.iskeyword(text))
+        )
         if is_taken or (key not in CHECKED and not TEXTS.get(key, PLAIN).fullmatch(text)):
             raise ModelError(
                 f"{where}: holds {text[:80]!r}, which torch.export does not write; export it again"
@@ -268,19 +273,36 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
     """
     wrappers = called = 0
     for node in _nodes(program):
-        inputs = [each["arg"] for each in node["inputs"]]
-        if node["target"] in WRAPPERS:
+        target, inputs = node["target"], node["inputs"]
+        place = WRAPPERS.get(target)
+        if place is not None:
+            graph = inputs[place]["arg"].get("as_graph")
             wrappers += 1
-            called += "as_graph" in inputs[WRAPPERS[node["target"]]]
-        if ARITHMETIC.fullmatch(node["target"]) and any(key.startswith("as_string") for key in _keys(inputs)):
-            raise ModelError(
-                f"{where}: gives {node['target']} a text, which torch.export does not; export it again"
+            called += (
+                graph is not None and _is_free(graph["name"]) and all(each["kind"] == 1 for each in inputs)
             )
+        if not OF_ATEN.fullmatch(target):
+            values = [each["arg"] for at, each in enumerate(inputs) if at != place]
+            texts = sum(key.startswith("as_string") for key in _keys(values))
+            if texts > (target == AUTOCAST):  # the kind of its device
+                raise ModelError(
+                    f"{where}: gives {target} a text, which torch.export does not; export it again"
+                )
     keys = _keys(program)
     if not keys.count("as_graph") == called == wrappers or "as_operator" in keys:
         raise ModelError(
             f"{where}: holds a function as a value, which is not loaded; export it without control flow"
         )
+
+
+def _is_free(name: str) -> bool:
+    """Whether no part of a dotted name is an attribute that each program has, such as a method: no tensor is."""
+    return not any(part.startswith("__") or hasattr(_empty_program(), part) for part in name.split("."))
+
+
+@functools.cache
+def _empty_program() -> torch.fx.GraphModule:
+    return torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
 
 
 def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:

@@ -215,6 +215,12 @@ def node(program: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def wrapper(program: dict[str, Any]) -> dict[str, Any]:
+    """Return the node whose graph is computed without gradients."""
+    nodes: list[dict[str, Any]] = program["graph_module"]["graph"]["nodes"]
+    return next(each for each in nodes if each["target"].endswith("wrap_with_set_grad_enabled"))
+
+
 def tensors(program: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = program["graph_module"]["graph"]["tensor_values"]
     return found
@@ -258,6 +264,16 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "gives _operator.getitem a text": lambda program: node(program).update(
         target="_operator.getitem", inputs=[{"arg": {"as_string": "os"}}]
+    ),
+    "holds 'to_folder": lambda program: node(program).update(
+        inputs=[{"parameter": {"parameter_name": "to_folder.__func__.__builtins__"}}]
+    ),
+    "gives torch.ops.higher_order.wrap": lambda program: wrapper(program)["inputs"].append(
+        {"name": "", "arg": {"as_string": "os"}, "kind": 1}
+    ),
+    "holds a function as": lambda program: wrapper(program)["inputs"][1].update(kind=2),
+    "a function as a value": lambda program: wrapper(program)["inputs"][1]["arg"]["as_graph"].update(
+        name="to_folder"
     ),
     "holds 'b c'": lambda program: tensors(program).update({"b c": {}}),
     "more than tensors in tuples": lambda program: call(program).update(
