@@ -127,7 +127,9 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
         before, started = running.output(), time.monotonic()
         assert running.stop_group() == 0
         assert time.monotonic() - started < 30  # for so long serve.shutdown waits for the controller alone
-        assert running.output().removeprefix(before) == ""
+        # Ray's own line, in seldom cases, of a task that it cannot report to a driver that ends
+        said = running.output().removeprefix(before).splitlines()
+        assert [line for line in said if "Failed to push error to driver" not in line] == []
     wait_until(lambda: not folder.exists())
 
 
