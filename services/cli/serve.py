@@ -84,8 +84,8 @@ def check(
     defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
     """
     if suite is not None:
-        options: dict[str, Any] = {"classifier": classifier, "weights": weights, "overrides": overrides}
-        check_suite(suite, run, store, as_json=as_json, junit=junit, **options)
+        check_suite(suite, run, store, as_json=as_json, classifier=classifier, weights=weights,
+                    overrides=overrides, junit=junit)  # fmt: skip
         return
     expect_no_suite_options(classifier, weights, overrides, junit)
     if run is None:
