@@ -7,13 +7,29 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 
 import torch
 
+_chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)
+
 
 def device() -> torch.device:
-    """Return the GPU of this process if torch can use one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU of this process if torch can use one, else the CPU; inside computing_on its device."""
+    return _chosen.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def computing_on(chosen: torch.device) -> Iterator[None]:
+    """Let `chosen` be this process's device inside the block.
+
+    A network that is to compute elsewhere is loaded so: an exported program cannot be moved once it is loaded.
+    """
+    before = _chosen.set(chosen)
+    try:
+        yield
+    finally:
+        _chosen.reset(before)
 
 
 def device_name() -> str:

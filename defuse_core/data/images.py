@@ -272,13 +272,16 @@ class Splits:
         """Return the number of images of each part that exists."""
         return {name: len(images) for name, images in self.parts().items()}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *names: str) -> str:
         """Return a SHA-256, in hex, over class names, shapes, all labels and the pixels of some images.
 
-        Reads at most 128 evenly spaced images of each part, so it can miss a change elsewhere.
+        It is of the named parts, or of all. Reads at most 128 evenly spaced images of each, so it can miss a change
+        elsewhere.
         """
         digest = hashlib.sha256("\0".join(self.classes).encode())
-        for name, images in self.parts().items():
+        parts = self.parts()
+        for name in names or parts:
+            images = parts[name]
             digest.update(f"\0{name} {images.pixels.dtype} {images.pixels.shape}\0".encode())
             digest.update(np.ascontiguousarray(images.labels, "<i8").data)
             sample = images.pixels[evenly_spaced(len(images), FINGERPRINT_IMAGES)]

@@ -27,13 +27,14 @@ from defuse_core.artifacts import (
     Verdicts,
     Weights,
 )
-from defuse_core.config import ClassifierSection
+from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import reopen_splits
+from defuse_core.device import computing_on
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, no_lambda_chosen, one_line
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
-from defuse_core.models.adapters import as_logits, plain_section, to_range
+from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, plain_section, raw_output, scaled
 from defuse_core.models.programs import SOURCE
 from defuse_core.review.undecided import why_undecided
 from defuse_core.runs import UNFINISHED, Run
@@ -41,6 +42,7 @@ from defuse_core.runs import UNFINISHED, Run
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
 COMPARED_IMAGES = 1000
 BATCH = 100
+FACTS = "defuse.json"
 TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
 
 Answer = Callable[[F32], F32]  # images (n, channels, H, W) in [0, 1] -> logits (n, C)
@@ -62,26 +64,28 @@ def export_model(run: Run, path: Path) -> ExportedModel:
 
     .safetensors holds the state dict under the network's own names, and as metadata what that network gets and
     returns: input_range, outputs and class_order (JSON: for each of `classes` the index of its output, or null).
-    .pt2 and .onnx hold the whole network, from images in [0, 1] to logits, for batches of any size. A file at `path`
-    is replaced only by one that passes. Raises InputError where the run has no corrected classifier or `path` cannot
-    be written, ModelError where the answers differ.
+    .pt2 and .onnx hold the whole network, from images in [0, 1] to logits in the order of `classes`, for batches of any
+    size. Every file names the run, the classes (JSON), channels and image_size: .onnx in metadata_props, .pt2 as a JSON
+    object in its extra file FACTS. A file at `path` is replaced only by one that passes. Raises InputError where the
+    run has no corrected classifier or `path` cannot be written, ModelError where the answers differ.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(
             f"--to {path}: expected a file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
         )
     models, classifier = corrected_classifier(run)
-    section, example = run.spec.classifier, _example(run)
+    example, facts = _example(run), _facts(run, models)
     with writing("--to", path):
         path.parent.mkdir(parents=True, exist_ok=True)
     expect_writable("--to", path)
+    network = ClassifierForExport(classifier, run.spec.classifier)
     with _failure_named(path):
         if path.suffix == ".safetensors":
             data, answer = _as_safetensors(run, models, classifier, path)
         elif path.suffix == ".pt2":
-            data, answer = _as_program(ClassifierForExport(classifier, section), example)
+            data, answer = _as_program(network, example, facts)
         else:
-            data, answer = _as_onnx(ClassifierForExport(classifier, section), example, path)
+            data, answer = _as_onnx(network, example, facts, path)
     images, source = compared_images(run, models)
     done = _compared(path, classifier, answer, images, source)
     replace_file("--to", path, data)
@@ -97,7 +101,7 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
         raise InputError(
             f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"
         )
-    return models, _on_cpu(load_classifier(run.spec, sweep.weights, len(models.classes)))
+    return models, _load_on_cpu(run.spec, sweep.weights, len(models.classes), "the run's classifier")
 
 
 def why_not_corrected(run: Run) -> str:
@@ -125,9 +129,11 @@ def undecided_of(run: Run) -> str | None:
     )
 
 
-def _on_cpu(module: nn.Module) -> nn.Module:
-    """Return the module in eval mode, in the memory layout that the exporters expect."""
-    moved: nn.Module = module.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+def _load_on_cpu(spec: RunFile, weights: Weights, classes: int, where: str) -> nn.Module:
+    """Return the classifier in eval mode, in the memory layout that the exporters expect."""
+    with computing_on(torch.device("cpu")):
+        module = load_classifier(spec, weights, classes, where)
+    moved: nn.Module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return moved.eval()
 
 
@@ -138,15 +144,23 @@ class ClassifierForExport(nn.Module):
         super().__init__()
         self.net = classifier.net if isinstance(classifier, SelfContainedClassifier) else classifier
         self.training = False  # its parts are in eval mode; an exported program has no other
-        self.section = section if isinstance(classifier, SelfContainedClassifier) else None
+        is_external = section.architecture in EXTERNAL
+        self.input_range = section.input_range if is_external else "0..1"
+        self.outputs = section.outputs if is_external else "logits"
+        # buffers, since a tensor that is made in a call stays on the CPU where the exported program is moved
+        shift, factor = map(torch.tensor, INPUT_RANGES[self.input_range])
+        order = None if section.class_order is None else torch.tensor(section.class_order)
+        self.shift: Tensor
+        self.factor: Tensor
+        self.order: Tensor | None
+        for name, tensor in (("shift", shift), ("factor", factor), ("order", order)):
+            self.register_buffer(name, tensor)
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) in [0, 1] -> logits (n, C)."""
-        if self.section is None:
-            logits: Tensor = self.net(images)
-            return logits
-        returned = self.net(to_range(images, self.section.input_range))
-        return as_logits(returned, self.section.outputs, self.section.class_order)
+        if self.input_range != "0..1":
+            images = scaled(images, self.shift, self.factor)
+        return as_logits(raw_output(self.net, images, "0..1"), self.outputs, self.order)
 
 
 def plain_weights(classifier: nn.Module) -> Weights:
@@ -159,20 +173,30 @@ def plain_weights(classifier: nn.Module) -> Weights:
     return {names[name]: tensor.cpu().contiguous().numpy() for name, tensor in state.items()}
 
 
+def _facts(run: Run, models: Models) -> dict[str, str]:
+    """Return what a user of the network has to know beside it, as the metadata of its file."""
+    data = run.spec.data
+    return {
+        "run": run.name,
+        "classes": json.dumps(models.classes),
+        "channels": str(data.channels),
+        "image_size": str(data.image_size),
+    }
+
+
 def _as_safetensors(run: Run, models: Models, classifier: nn.Module, path: Path) -> tuple[bytes, Answer]:
     section = plain_section(run.spec.classifier)
     facts = {
+        **_facts(run, models),
         "format": "pt",
-        "run": run.name,
-        "classes": json.dumps(models.classes),
         "class_order": json.dumps(section.class_order),
         "architecture": section.architecture,
         "input_range": section.input_range,
         "outputs": section.outputs,
     }
     data = save(plain_weights(classifier), metadata=facts)
-    again = load_classifier(run.spec, _full(classifier, load(data)), len(models.classes), str(path))
-    return data, _answers_of(_on_cpu(again))
+    again = _load_on_cpu(run.spec, _full(classifier, load(data)), len(models.classes), str(path))
+    return data, _answers_of(again)
 
 
 def _full(classifier: nn.Module, plain: Weights) -> Weights:
@@ -185,14 +209,14 @@ def _full(classifier: nn.Module, plain: Weights) -> Weights:
     return full
 
 
-def _as_program(module: nn.Module, example: Tensor) -> tuple[bytes, Answer]:
+def _as_program(module: nn.Module, example: Tensor, facts: dict[str, str]) -> tuple[bytes, Answer]:
     exported = io.BytesIO()
-    torch.export.save(_traced(module, example), exported)
+    torch.export.save(_traced(module, example), exported, extra_files={FACTS: json.dumps(facts)})
     program = torch.export.load(io.BytesIO(exported.getvalue()))
     return exported.getvalue(), _answers_of(program.module())
 
 
-def _as_onnx(module: nn.Module, example: Tensor, path: Path) -> tuple[bytes, Answer]:
+def _as_onnx(module: nn.Module, example: Tensor, facts: dict[str, str], path: Path) -> tuple[bytes, Answer]:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
@@ -210,7 +234,10 @@ def _as_onnx(module: nn.Module, example: Tensor, path: Path) -> tuple[bytes, Ans
         verbose=False,
     )
     assert exported is not None  # without a file name, torch returns the program
-    data: bytes = exported.model_proto.SerializeToString()
+    proto = exported.model_proto
+    for key, value in facts.items():
+        proto.metadata_props.add(key=key, value=value)
+    data: bytes = proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

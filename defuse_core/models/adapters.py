@@ -118,7 +118,12 @@ def to_range(images: Tensor, name: str) -> Tensor:
     """Return images in [0, 1] in another of INPUT_RANGES; grey images are normalised by ImageNet's mean colour."""
     if name == "0..1":
         return images
-    shift, factor = (images.new_tensor(values).view(1, -1, 1, 1) for values in INPUT_RANGES[name])
+    return scaled(images, *(images.new_tensor(values) for values in INPUT_RANGES[name]))
+
+
+def scaled(images: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Return (images - shift) / factor, both of which are per channel; for grey images the mean of each."""
+    shift, factor = (values.view(1, -1, 1, 1) for values in (shift, factor))
     if images.shape[1] == 1:
         shift, factor = shift.mean(dim=1, keepdim=True), factor.mean(dim=1, keepdim=True)
     return (images - shift) / factor
@@ -142,12 +147,12 @@ def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> objec
     return returned
 
 
-def as_logits(returned: Any, outputs: str, order: Sequence[int] | None) -> Tensor:
+def as_logits(returned: Any, outputs: str, order: Sequence[int] | Tensor | None) -> Tensor:
     """Return logits (n, C), in the order of the data set's classes, of whatever a classifier returned."""
     logits = find_logits(returned)[0].float()  # which autocast in a network leaves in bfloat16
     if outputs == "probabilities":
         logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
-    return logits if order is None else logits[:, list(order)]
+    return logits if order is None else logits[:, order if isinstance(order, Tensor) else list(order)]
 
 
 def find_logits(returned: Any) -> tuple[Tensor, str]:

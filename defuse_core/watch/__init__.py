@@ -48,6 +48,11 @@ MIN_ANSWERS = 10  # wrong ones, and right ones, that a detector can be fitted on
 CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed
 BATCH = 256
 MOST_CERTAIN = -50.0  # log-odds of an error below which differences are rounding
+SEEN = (  # Models.validation_from_training: errors are rarer on such images, and easier to find
+    "Failing inputs cannot be found: the validation images are a share of the training images, which the classifier "
+    "has probably seen, so nothing can be calibrated on them; give validation images that it was not trained on (such "
+    "as a folder named validation)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +262,8 @@ def watch_classifier(
             _answers(classifier, vae, images, regions, gaussians)
             for images in (splits.validation, splits.test)
         ]
-    return regions, _measure(spec, parts[0], parts[1], gaussians)
+    problem = SEEN if models.validation_from_training else _problem(*parts)
+    return regions, _measure(spec, parts[0], parts[1], gaussians, problem)
 
 
 def _answers(
@@ -283,8 +289,9 @@ def _answers(
     return Answers(table, images.labels, own, region, images.tracks)
 
 
-def _measure(spec: RunFile, validation: Answers, test: Answers, gaussians: tuple[F64, F64]) -> FailureWatch:
-    problem = _problem(validation, test)
+def _measure(
+    spec: RunFile, validation: Answers, test: Answers, gaussians: tuple[F64, F64], problem: str
+) -> FailureWatch:
     methods: tuple[MeasuredDetector, ...] = ()
     if not problem:
         with threadpool_limits(limits=1):  # sums in another order round otherwise

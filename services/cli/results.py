@@ -51,7 +51,9 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
 
     The written classifier is compared with the run's own on 1,000 images. A .safetensors file has the names of the
     network itself, and input_range, outputs, classes and class_order in its metadata; .pt2 and .onnx map images in
-    [0, 1] to logits.
+    [0, 1] to logits. Their metadata (.onnx: metadata_props; .pt2: extra file defuse.json) has the classes in the order
+    of the logits, channels and image_size. Images of other sizes are resized bilinearly for it, without a crop; MNIST's
+    are padded where image_size is 32.
 
     \b
     defuse export digits --to model.safetensors

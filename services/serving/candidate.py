@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from defuse_core.artifacts import (
     F64,
     I64,
+    Bool,
     Corrections,
     Gallery,
     Models,
@@ -27,9 +28,10 @@ from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
-from defuse_core.errors import CheckFailed, InputError, StoreError
+from defuse_core.errors import CheckFailed, InputError, StoreError, percent
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import undecided_of, why_not_corrected
+from defuse_core.intervals import ROUNDING
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
@@ -40,11 +42,11 @@ from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 9  # of the stored candidate; part of its key in the run, so that one of another format is made again
+FORMAT = 10  # of the stored candidate; in its key in the run, so that one of another format is made again
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that describe a candidate.
-NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "after", "components_digest")
+NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "after", "judged", "components_digest")
 
 
 class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`
@@ -64,6 +66,9 @@ class CorrectionSummary:
     scenario_after: float
     annotators: str  # people, or reference models
     made: str  # time of the checks, 2026-01-31T12:00:00Z
+    # fingerprint of the clean images, of their pixels and labels wherever they are stored; empty where the classifier
+    # has probably seen them, and in older versions
+    clean_images: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +95,9 @@ class Candidate:
     recall: F64  # (A, L) share of the held-out scenario images within those distances
     failures: FailureWatch  # finds failing inputs
     components_digest: str  # of the run that `scenario` counts in, also with another λ
+    # (A,) whether `before` and `after` are by the judges' label of each image; else, and in older versions (None), they
+    # are by the scenario's one label
+    judged: Bool | None = None
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
@@ -99,6 +107,37 @@ class Candidate:
         """What its clients rely on: channels and edge of the images, and the names of the classes."""
         data = self.run_file().data
         return data.channels, data.image_size, tuple(self.classes)
+
+    def interface_error(self, current: Candidate) -> str:
+        """Return that clients of `current`, which is in production, rely on another interface, as a line."""
+        expected, found = (
+            f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
+            for channels, size, classes in (current.interface, self.interface)
+        )
+        return f"interface: expected {expected} as in production, found {found}"
+
+    def accuracy_error(self, current: Candidate, number: int) -> str | None:
+        """Return that it is less accurate than `current`, version `number` in production, by more than check.max_loss.
+
+        None otherwise; with a warning unless both were measured on the same images, which neither has seen.
+        """
+        ours, theirs = self.summary, current.summary
+        if not ours.clean_images or ours.clean_images != theirs.clean_images:
+            log.warning(
+                "run %s is not compared with version %d in production: nothing shows that their clean accuracies are "
+                "of the same images, which neither has seen",
+                self.run,
+                number,
+            )
+            return None
+        most = self.run_file().check.max_loss
+        if theirs.clean_after - ours.clean_after <= most + ROUNDING:
+            return None
+        change = f"{percent(theirs.clean_after, 2)} (version {number}) to {percent(ours.clean_after, 2)}"
+        return (
+            f"accuracy in production: {change} on the same {ours.clean_split} images, expected a loss of at most "
+            f"{100 * most:.2f} points"
+        )
 
     def failed_checks(self) -> list[str]:
         """Return one line for each check that failed."""
@@ -235,6 +274,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     progress("checking the corrected classifier", 1, 2, "steps")
     regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
     progress("checking the corrected classifier", 2, 2, "steps")
+    before, after, judged = report.scenario_accuracies()
     candidate = Candidate(
         run=run.name,
         spec=spec.model_dump(mode="json"),
@@ -247,8 +287,9 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
         scenario=corrections.scenario,
         labels=corrections.labels,
         most_common_error=most_common_errors(artifacts.gallery, artifacts.verdicts, corrections.scenario),
-        before=report.scenario_before,
-        after=report.scenario_after,
+        before=before,
+        after=after,
+        judged=judged,
         failures=failures,
         components_digest=components_digest(artifacts.gallery),
         **vars(regions),
@@ -268,4 +309,5 @@ def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSum
         scenario_after=float(report.scenario_after.mean()),
         annotators=artifacts.votes.answered_by,
         made=utc_now(),
+        clean_images=report.fingerprint,
     )

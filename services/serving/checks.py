@@ -56,6 +56,23 @@ class CandidateReport:
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
     dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
     own_label: Check | None = None  # None without judges that are as good as the classifier
+    by_own_label: F64 | None = None  # (A, 2) as own_label_accuracies
+    fingerprint: str = ""  # of the clean images; empty where the classifier has probably seen them
+
+    def scenario_accuracies(self) -> tuple[F64, F64, Bool]:
+        """Return each scenario's accuracy before and after, and whether judges measured both, (A,) each.
+
+        By the judges' label of each image, as in the report's first sentences; else by the scenario's one label.
+        """
+        if self.by_own_label is None:
+            return self.scenario_before, self.scenario_after, np.zeros(len(self.scenario), np.bool_)
+        before, after = self.by_own_label.T
+        judged: Bool = np.isfinite(before) & np.isfinite(after)
+        before, after = (
+            np.where(judged, own, one)
+            for own, one in ((before, self.scenario_before), (after, self.scenario_after))
+        )
+        return before, after, judged
 
     def checks(self, limits: CheckSection) -> list[Check]:
         """Return every check of section `check`, in the order in which they are shown."""
@@ -137,6 +154,7 @@ def evaluate_candidate(
             _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
         )
     part = compared_images(models)
+    judged_on = None if part is None else models.images[part]
     return CandidateReport(
         split=split,
         classes=models.classes,
@@ -147,9 +165,22 @@ def evaluate_candidate(
         scenario_before=before[1].reshape(len(corrections.labels), -1).mean(axis=1),
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
-        dependence=_dependence(spec, split),
-        own_label=own_label_check(corrections, evidence, None if part is None else models.images[part]),
+        dependence=_dependence(spec, models, split),
+        own_label=own_label_check(corrections, evidence, judged_on),
+        by_own_label=own_label_accuracies(evidence, judged_on),
+        fingerprint=splits.fingerprint(split) if split == part else "",
     )
+
+
+def own_label_accuracies(evidence: Evidence | None, images: int | None = None) -> F64 | None:
+    """Return the accuracy before and after on each scenario, (A, 2), by the label that most judges give each image.
+
+    nan where judges label no image of the scenario. None without judges, and where they are worse than the classifier
+    on so many real `images`: what they say of its answers is not reliable then.
+    """
+    if evidence is None or are_worse(evidence.judges.tolist(), evidence.before_test, images):
+        return None
+    return evidence.scenario_own_label[:, [BEFORE, DEFUSE]]
 
 
 def own_label_check(
@@ -158,12 +189,12 @@ def own_label_check(
     """Return whether no scenario is significantly worse by the label that most judges give each held-out image.
 
     It names the worst one. Before and after are compared picture by picture; those of one photograph or track count
-    once. None where judges label no scenario, and where they are worse than the classifier on so many real `images`:
-    what they say of its answers is not reliable then.
+    once. None where judges label no scenario, or own_label_accuracies returns none.
     """
-    if evidence is None or are_worse(evidence.judges.tolist(), evidence.before_test, images):
+    accuracies = own_label_accuracies(evidence, images)
+    if evidence is None or accuracies is None:
         return None
-    before, after = evidence.scenario_own_label[:, BEFORE], evidence.scenario_own_label[:, DEFUSE]
+    before, after = accuracies.T
     rows = np.flatnonzero(np.isfinite(before) & np.isfinite(after))
     if not len(rows):
         return None
@@ -178,10 +209,12 @@ def own_label_check(
     return Check("own label", not is_worse.any(), line, found=max(0.0, loss))
 
 
-def _dependence(spec: RunFile, split: str) -> str:
+def _dependence(spec: RunFile, models: Models, split: str) -> str:
     """Return what the correction has seen of the images of one part; empty where nothing."""
     if split == "train":
         return "the classifier was trained on these images"
+    if split == "validation" and models.validation_from_training:
+        return "the classifier has probably seen these images"
     chosen = split == "validation" and spec.correct.choose_by in ("tune", "validation")
     return "λ was chosen on these images" if chosen else ""
 

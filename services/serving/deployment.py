@@ -41,6 +41,7 @@ from services.storage import open_store
 
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
+GAUGES_S = 5.0  # between two times that the gauges are set
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
 
 
@@ -137,6 +138,8 @@ class ClassifierDeployment:
             async with self._timeout():
                 output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, model))
             self._count_failures(output)
+            if isinstance(output, Exception) and not is_out_of_memory(output):
+                self._count_error(model, len(pixels), output)  # also where the canary answers instead
             if canary is not None:
                 theirs = await self._canary_output(answer)
                 self._compare(active, canary, output, theirs)
@@ -145,14 +148,16 @@ class ClassifierDeployment:
         if isinstance(output, Exception):
             if is_out_of_memory(output):
                 raise MemoryError(str(output)) from output
-            self.metrics.errors.inc(len(pixels), {"version": model.name})
-            log.error("version %s failed: %s", model.name, output)
             raise RequestError(500, "the classifier failed on this input")
         if active.shadow is not None:
             report = partial(self._compare, active, active.shadow, output)
             self._start(self._shadow.run(ShadowRequest(active.shadow, pixels, report)))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
+
+    def _count_error(self, model: LoadedModel, images: int, error: Exception) -> None:
+        self.metrics.errors.inc(images, {"version": model.name})
+        log.error("version %s failed: %s", model.name, error)
 
     def _count_failures(self, output: PredictionResult) -> None:
         """Count what `check_health` looks at; a ModelError is of the input and the version, whatever the replica."""
@@ -244,8 +249,7 @@ class ClassifierDeployment:
             self._count_comparison(other, comparison)
         else:
             statistics.add_errors(len(ours.probabilities))
-            self.metrics.errors.inc(len(ours.probabilities), {"version": other.name})
-            log.error("version %s failed: %s", other.name, theirs)
+            self._count_error(other, len(ours.probabilities), theirs)
         reason = statistics.reason_to_end(self.settings)
         # Comparisons of earlier roles still arrive: `other` may be in production by now.
         if reason and statistics is self.active.statistics:
@@ -288,18 +292,25 @@ class ClassifierDeployment:
 
     @contextlib.asynccontextmanager
     async def following_registry(self) -> AsyncIterator[None]:
-        """Poll the registry while the block runs."""
-        task = asyncio.get_running_loop().create_task(self._poll_registry())
+        """Poll the registry, and keep the gauges, while the block runs."""
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(self._poll_registry()), loop.create_task(self._keep_gauges())]
         try:
             yield
         finally:
-            task.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _keep_gauges(self) -> None:
+        """Set the gauges again and again: Ray forgets one that is not set for 20 s."""
+        while True:
+            self._set_gauges(ActiveVersions())
+            await asyncio.sleep(GAUGES_S)
 
     async def _poll_registry(self) -> None:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
         reported = ""  # why no version could be loaded at the last poll
         while True:
-            self._set_gauges(ActiveVersions())  # Ray forgets a gauge that is not set again
             await asyncio.sleep(self.settings.poll_s)
             try:
                 versions = await asyncio.to_thread(self.watcher.load_changes, self.active)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from defuse_core.artifacts import F32, F64, Bool
 from defuse_core.config import RunFile, ServeSection
-from defuse_core.device import device
+from defuse_core.device import computing_on, device
 from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier, load_vae
 from defuse_core.report.evidence_schema import WatchFigures
@@ -35,7 +35,7 @@ class ScenarioMatch(BaseModel):
     explains: bool = Field(
         description="whether the answer is the scenario's label, or what its failures were mistaken for"
     )
-    fixed: bool = Field(description="whether this version is right in the scenario")
+    fixed: bool = Field(description="whether this version is right in the scenario, as in /v1/model")
     distance: float = Field(description="Mahalanobis distance from the codes of the scenario's own images")
     nearer_share: float = Field(description="share of the training images at a smaller distance")
 
@@ -104,12 +104,11 @@ class LoadedModel:
         spec = candidate.run_file()
         self.input_spec = InputSpec.of(spec, settings)
         where = f"version {self.name}"
-        self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where).to(
-            self.device
-        )
         self.watch_figures = candidate.watch_figures(settings)
         self.detector = _detector(candidate, self.watch_figures)
-        self.watch = self._load_watch(spec, where)
+        with computing_on(self.device):
+            self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where)
+            self.watch = self._load_watch(spec, where)
         share, levels = settings.watch_share, candidate.levels
         # (A,) distances below which this share of the training images are
         self.thresholds = np.array([np.interp(share, levels, each) for each in candidate.distances])
@@ -207,7 +206,8 @@ class LoadedModel:
             self._match(int(j), float(output.distances[row, j]), answer)
             for j in np.flatnonzero(output.inside[row])
         ]
-        return sorted(matches, key=lambda match: match.nearer_share)
+        # shares are 0 for all that are nearer than every training image
+        return sorted(matches, key=lambda match: (match.nearer_share, match.distance))
 
     def _match(self, j: int, distance: float, answer: int) -> ScenarioMatch:
         candidate = self.candidate
@@ -259,7 +259,11 @@ class ScenarioInfo(BaseModel):
 
     scenario: int
     name: str
-    fixed: bool
+    fixed: bool = Field(description="whether accuracy_after reaches check.min_scenario_accuracy")
+    judged: bool = Field(
+        description="whether both accuracies are by the judges' label of each image; else they are by the scenario's "
+        "one label"
+    )
     accuracy_before: float = Field(description="on images of the scenario that were not tuned on")
     accuracy_after: float
     watched_share: float = Field(
@@ -283,7 +287,7 @@ class ModelInfo(BaseModel):
     clean_split: str = Field(description="the images that clean accuracy was measured on")
     clean_accuracy_before: float
     clean_accuracy_after: float
-    scenario_accuracy_before: float
+    scenario_accuracy_before: float = Field(description="mean over the scenarios, by the one label of each")
     scenario_accuracy_after: float
     classes: list[str]
     channels: int
@@ -343,6 +347,7 @@ def _scenario_infos(model: LoadedModel, share: float) -> list[ScenarioInfo]:
             scenario=int(candidate.scenario[j]),
             name=name,
             fixed=bool(model.fixed[j]),
+            judged=candidate.judged is not None and bool(candidate.judged[j]),
             accuracy_before=float(candidate.before[j]),
             accuracy_after=float(candidate.after[j]),
             watched_share=share,

@@ -29,6 +29,7 @@ ENDED = "ended the "  # how the action of a change begins that ends a canary or 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
+CHANGED = "production changed just now; see `defuse promote` for the new state"
 
 
 @dataclass(frozen=True)
@@ -238,15 +239,22 @@ class Registry:
         )
 
     def assign(
-        self, number: int, request: PromotionRequest, failed_checks: tuple[str, ...] | None = None
+        self,
+        number: int,
+        request: PromotionRequest,
+        failed_checks: tuple[str, ...] | None = None,
+        checked: RegistryState | None = None,
     ) -> RegistryState:
         """Give version `number` the role of the request; an earlier canary or shadow ends.
 
-        `failed_checks` are what it was forced over; None where nothing was checked. Raises InputError for a canary or
-        shadow without another version in production.
+        `failed_checks` are what it was forced over in the state `checked`; None where nothing was checked. Raises
+        InputError for a canary or shadow without another version in production, and where another version than in
+        `checked` is.
         """
 
         def updates(state: RegistryState) -> dict[str, Any]:
+            if checked is not None and state.production not in (checked.production, number):
+                raise InputError(CHANGED)
             request.require_other_in_production(state, number)
             role: dict[str, Any] = {"production": number, "previous": state.rollback_targets(number)}
             if request.shadow:
@@ -301,7 +309,7 @@ class Registry:
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production != current.production or not state.previous:
-                raise InputError("production changed just now; see `defuse promote` for the new state")
+                raise InputError(CHANGED)
             return {"production": state.previous[-1], "previous": state.previous[:-1], **NO_CANARY}
 
         return self.change(f"rolled back from version {current.production}", by, why, updates)
@@ -343,42 +351,40 @@ def promote(registry: Registry, candidate: Candidate, request: PromotionRequest)
     """Return the state after `candidate` got its role.
 
     Raises CheckFailed naming the first reason against it, and InputError for a canary or shadow without another version
-    in production; both leave the registry unchanged.
+    in production, or where production changes meanwhile; all leave the roles unchanged.
     """
-    failed = promotion_errors(registry, candidate)
+    state = registry.state()
+    failed = promotion_errors(registry, state, candidate, request)
     if failed and request.force is None:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
     # before the version is added, since a run with a version cannot be deleted
-    state = registry.state()
     request.require_other_in_production(state, max(state.versions_with(candidate.digest), default=None))
     number = registry.add(candidate, request.by, request.reason, forced=bool(failed))
-    return registry.assign(number, request, tuple(failed))
+    return registry.assign(number, request, tuple(failed), state)
 
 
-def promotion_errors(registry: Registry, candidate: Candidate) -> list[str]:
+def promotion_errors(
+    registry: Registry, state: RegistryState, candidate: Candidate, request: PromotionRequest
+) -> list[str]:
     """Return the reasons against promoting `candidate`, one line each."""
-    failed, state = candidate.failed_checks(), registry.state()
-    production = state.production
+    failed, production = candidate.failed_checks(), state.production
     if production is None or candidate.digest == state.digest_of(production):
         return failed
     try:
-        current = registry.load(production).interface
+        current = registry.load(production)
     except DefuseError as error:
-        return [
-            *failed,
-            f"interface: version {production} in production cannot be read to compare it ({error})",
-        ]
-    if candidate.interface == current:
+        reason = f"interface: version {production} in production cannot be read to compare it ({error})"
+        return [*failed, reason]
+    if candidate.interface != current.interface:
+        return [*failed, candidate.interface_error(current)]
+    worse = candidate.accuracy_error(current, production)
+    if worse is None:
         return failed
-    return [
-        *failed,
-        f"interface: expected {_describe(*current)} as in production, found {_describe(*candidate.interface)}",
-    ]
-
-
-def _describe(channels: int, size: int, classes: tuple[str, ...]) -> str:
-    return f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
+    if request.shadow or request.canary is not None:
+        log.warning("%s; it needs --force to replace version %d", worse, production)
+        return failed
+    return [*failed, worse]
 
 
 def _version_key(number: int) -> str:

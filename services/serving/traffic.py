@@ -8,7 +8,7 @@ replica samples the inputs that it receives into the same slots. So the store ho
 scenario, for any number of replicas and restarts. Within a scenario, inputs are drawn without replacement with weights
 that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received since its
 start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with equal
-weight.
+weight. After a write that fails, or once the scenario's folder was deleted, its sample starts again.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ class Reservoir:
         self._bounded: set[str] = set()  # folders without slots above the capacity
         self._random = np.random.default_rng()
         self._pending = 0
+        self._failing = False  # the last write
         self._thread = ThreadPoolExecutor(1, "reservoir")
 
     def offer(self, run: str, sampled: SampledInput) -> None:
@@ -149,21 +150,29 @@ class Reservoir:
         key = math.log(1 - self._random.random()) / weight  # the largest keys of all inputs are the sample
         if self._pending >= MAX_PENDING_WRITES or (len(kept) == self.capacity and key <= kept[0][0]):
             return
-        slot = len(kept) if len(kept) < self.capacity else heapq.heappop(kept)[1]
+        is_full = len(kept) == self.capacity
+        slot = heapq.heappop(kept)[1] if is_full else len(kept)
         heapq.heappush(kept, (key, slot))
         self._pending += 1
-        self._thread.submit(self._write, f"{folder}/{slot:04d}.safetensors", sampled)
+        self._thread.submit(self._write, f"{folder}/{slot:04d}.safetensors", sampled, is_full)
 
-    def _write(self, key: str, sampled: SampledInput) -> None:
+    def _write(self, key: str, sampled: SampledInput, replaces: bool) -> None:
+        """Store the input; `replaces` says that this replica has stored one under `key` before."""
         folder = key.rpartition("/")[0]
         try:
             self._expect_store()
             if folder not in self._bounded:
                 self._delete_slots_above(folder)
                 self._bounded.add(folder)
+            if replaces and not self.store.exists(key):
+                self._kept.pop(folder, None)  # somebody has deleted the sample
             self.store.write(key, encode(sampled))
+            self._failing = False
         except DefuseError as error:
-            log.warning("an input was not stored: %s", error)
+            self._kept.pop(folder, None)  # its slots would count as filled
+            if not self._failing:
+                log.warning("an input was not stored: %s (logged once until one is)", error)
+            self._failing = True
         finally:
             self._pending -= 1
 

@@ -25,6 +25,7 @@ from defuse_core.export.pictures import export_scenarios, folder_names
 from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.files import filling
 from defuse_core.models import build_classifier, weights_of
+from defuse_core.models.programs import load_program
 from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -118,6 +119,7 @@ def test_a_program_in_another_range_is_exported_for_images_from_0_to_1(store, tm
         done = export_model(run, tmp_path / f"model{suffix}")
         assert done.same_answers == done.images
     again = torch.export.load(tmp_path / "model.pt2").module()
+    load_program((tmp_path / "model.pt2").read_bytes(), "model.pt2")  # with its metadata
     images = images_of(run)[:50]
     torch.testing.assert_close(again(images), net(images * 255), atol=1e-3, rtol=1e-3)
     assert set(load_file(tmp_path / "model.safetensors")) == set(net.state_dict())

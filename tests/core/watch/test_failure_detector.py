@@ -13,7 +13,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import ServeSection
 from defuse_core.intervals import auroc
 from defuse_core.report.build_evidence import calibration_error, watch_figures
-from defuse_core.watch import METHODS, Answers, FailureWatch, _measure, answer_scores
+from defuse_core.watch import METHODS, Answers, FailureWatch, _measure, _problem, answer_scores
 from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis
 from tests.conftest import tiny
 
@@ -37,7 +37,7 @@ def answers(images: int, seed: int, shown: bool = True, distance: float = 0.0) -
 
 
 def watch(validation: Answers, test: Answers) -> FailureWatch:
-    return _measure(tiny(), validation, test, GAUSSIANS)
+    return _measure(tiny(), validation, test, GAUSSIANS, _problem(validation, test))
 
 
 @pytest.fixture(scope="module")

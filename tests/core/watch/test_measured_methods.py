@@ -172,7 +172,8 @@ def test_answers_that_are_taken_keep_all_that_is_theirs():
 
 def test_each_part_of_a_watch_is_of_its_own_images():
     validation, test = made_answers(200, 0, tracks=True), made_answers(120, 1, tracks=True)
-    found = _measure(tiny(), validation, test, (np.zeros((3, 2)), np.stack([np.eye(2)] * 3)))
+    gaussians = np.zeros((3, 2)), np.stack([np.eye(2)] * 3)
+    found = _measure(tiny(), validation, test, gaussians, "")
     for part, given in (("validation", validation), ("test", test)):
         for name in ("wrong", "region", "tracks"):
             np.testing.assert_array_equal(getattr(found, f"{part}_{name}"), getattr(given, name))
@@ -193,6 +194,19 @@ def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tin
             (found.test_wrong, splits.test),
         ):
             np.testing.assert_array_equal(wrong, predict(classifier, images) != images.labels)
+
+
+def test_nothing_is_calibrated_on_validation_images_that_the_classifier_has_probably_seen(
+    tiny_spec, tiny_models
+):
+    codes = np.zeros((1, 4, tiny_spec.vae.latent_dim), np.float32)
+    fixes = Corrections(np.array([0]), np.array([3]), codes, codes)
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    assert watch_classifier(tiny_spec, tiny_models, fixes, {}, splits)[1].methods
+    seen = dataclasses.replace(tiny_models, validation_from_training=True)
+    figures = watch_figures(watch_classifier(tiny_spec, seen, fixes, {}, splits)[1], ServeSection())
+    assert (figures.method, figures.threshold) == (None, None)
+    assert "a share of the training images, which the classifier has probably seen" in figures.verdict
 
 
 def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tiny_models, monkeypatch):

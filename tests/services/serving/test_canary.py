@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from defuse_core.config import ServeSection
+from defuse_core.runs import Run
 from services.serving.active_versions import CanaryStatistics, Comparison, is_above, is_in_canary
 from services.serving.batching import PredictionResult, ShadowRequest, ShadowRunner
+from services.serving.candidate import prepare_candidate
 from services.serving.model import LoadedModel, ModelOutput
+from services.serving.registry import PromotionRequest, Registry, promote
+from tests.services.serving.test_deployment import new_replica, post, put
 
 LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)
 
@@ -217,3 +221,22 @@ def test_a_shadow_that_computes_too_long_is_an_error_and_one_that_waits_for_the_
         1,
         2,
     ]  # each alone, not together
+
+
+def test_an_error_of_production_counts_though_the_canary_answers(own_store, pictures, monkeypatch, caplog):
+    put(own_store, "first")
+    second = prepare_candidate(Run.open(own_store, "second"))[1]
+    promote(Registry(own_store), second, PromotionRequest("ana", "", canary=0.999))
+    replica, predict, counted = new_replica(own_store), LoadedModel.predict, []
+
+    def fail(model: LoadedModel, pixels: Any) -> Any:
+        if model.number == 1:
+            raise RuntimeError("an input of production")
+        return predict(model, pixels)
+
+    monkeypatch.setattr(LoadedModel, "predict", fail)
+    monkeypatch.setattr(replica.metrics.errors, "inc", lambda *count: counted.append(count))
+    reply = asyncio.run(post(replica, pictures[0]))
+    assert (reply.status_code, reply.json()["version"]) == (200, "2")
+    assert counted == [(1, {"version": "1"})]
+    assert "version 1 failed: an input of production" in caplog.text

@@ -12,11 +12,14 @@ from sample_findings import sample_findings
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Scenarios, Sweep, Verdicts
 from defuse_core.codec import encode
 from defuse_core.config import CheckSection
+from defuse_core.data import Splits
 from defuse_core.errors import CheckFailed
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_check
+from services.serving.model import LoadedModel, ModelInfo
+from services.serving.registry_state import EMPTY
 from tests.services.serving.test_serve_commands import check, run
 
 
@@ -81,6 +84,25 @@ def test_without_judged_units_there_is_no_check_by_own_label():
     assert own_label_check(corrections, None) is None
     nobody = own_labels([np.nan, np.nan], [np.nan, np.nan])
     assert own_label_check(corrections, replace(evidence, scenario_own_label=nobody)) is None
+
+
+def test_a_server_shows_the_accuracies_that_judges_measured_and_else_those_by_one_label(own_store):
+    run_dir = Run.open(own_store, "first")
+    plain = prepare_candidate(run_dir)[1]
+    assert plain.judged.tolist() == [False, False]
+    measured = own_labels([0.58, np.nan], [0.6, 0.9])
+    evidence = replace(sample_evidence(np.full((2, 4), 0.5)), scenario_own_label=measured)
+    run_dir.store.write("evidence.safetensors", encode(evidence))
+    candidate = prepare_candidate(run_dir)[1]
+    assert candidate.judged.tolist() == [True, False] and candidate.digest == plain.digest
+    assert (candidate.before[0], candidate.after[0]) == (0.58, 0.6)
+    assert (candidate.before[1], candidate.after[1]) == (plain.before[1], plain.after[1])
+    model = LoadedModel(candidate, candidate.run_file().serve)
+    page = ModelInfo.of(model, EMPTY, None, None).scenarios
+    assert [(each.judged, each.fixed, each.accuracy_after) for each in page] == [
+        (True, False, 0.6),
+        (False, True, plain.after[1]),
+    ]
 
 
 def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check_without_them(own_store):
@@ -149,10 +171,33 @@ def test_clean_accuracy_on_images_that_the_correction_has_seen_says_so(
     stored = Run.open(own_store, "first")
     correct = stored.spec.correct.model_copy(update={"choose_by": choose_by})
     spec = stored.spec.model_copy(update={"correct": correct})
-    artefacts = (stored.require(Models), stored.require(Corrections), stored.require(Sweep))
-    report = evaluate_candidate(spec, *artefacts, replace(splits, **parts))
-    (line,) = (check.line for check in report.checks(spec.check) if check.name == "clean accuracy")
-    assert line.endswith(end)
+    models, others = stored.require(Models), (stored.require(Corrections), stored.require(Sweep))
+    ends = {False: end}
+    if "test" in parts and "validation" not in parts:
+        ends[True] = "points (not independent: the classifier has probably seen these images)"
+    for seen, expected in ends.items():
+        models = replace(models, validation_from_training=seen)
+        report = evaluate_candidate(spec, models, *others, replace(splits, **parts))
+        (line,) = (check.line for check in report.checks(spec.check) if check.name == "clean accuracy")
+        assert line.endswith(expected)
+
+
+def test_clean_images_are_identified_by_what_they_show_unless_the_classifier_may_know_them(own_store, splits):
+    stored = Run.open(own_store, "first")
+    models, others = stored.require(Models), (stored.require(Corrections), stored.require(Sweep))
+
+    def identified(models: Models, splits: Splits) -> str:
+        return evaluate_candidate(stored.spec, models, *others, splits).fingerprint
+
+    known = identified(models, splits)
+    assert known and known == prepare_candidate(stored)[1].summary.clean_images
+    fewer = replace(splits, train=splits.train.take(slice(0, 100)))
+    assert identified(models, fewer) == known != fewer.fingerprint()
+    assert identified(models, replace(splits, test=splits.test.take(slice(0, 100)))) not in (known, "")
+    untested = replace(models, accuracy={"train": 1.0, "validation": 1.0})
+    without = replace(splits, test=None)
+    assert identified(untested, without) == splits.fingerprint("validation")
+    assert identified(replace(untested, validation_from_training=True), without) == ""
 
 
 def test_scenario_accuracies_that_equal_the_limit_pass():

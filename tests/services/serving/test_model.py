@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from defuse_core.config import ServeSection
 from services.serving.batching import PredictionRequest, predict_batch
-from services.serving.model import LoadedModel
+from services.serving.model import LoadedModel, verify_candidate
 
 
 def test_a_request_that_fails_does_not_affect_the_rest_of_its_batch(candidate, pixels):
@@ -21,3 +22,13 @@ def test_a_request_that_fails_does_not_affect_the_rest_of_its_batch(candidate, p
     first, bad, last = (result for result in predict_batch(jobs))
     assert isinstance(bad, Exception)
     np.testing.assert_allclose(np.concatenate([first.probabilities, last.probabilities]), alone, atol=1e-5)
+
+
+def test_a_version_that_is_to_compute_on_the_cpu_is_loaded_there_beside_a_gpu(candidate, pixels, monkeypatch):
+    """An exported program that was loaded for a GPU would keep tensors there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert LoadedModel(candidate, ServeSection(device="cpu")).predict(pixels[:1]).probabilities.shape == (
+        1,
+        10,
+    )
+    verify_candidate(candidate)

@@ -28,6 +28,7 @@ from services.serving.monitoring import (
 )
 from services.serving.registry import Registry
 from tests.ports import free_port
+from tests.services.serving.test_deployment import new_replica, put
 
 NODE, DEAD = {"Alive": True}, {"Alive": False}
 
@@ -251,3 +252,19 @@ def test_a_node_that_dies_within_its_answer_is_left_out(reply):
         node.start()
         assert _scrape(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics") == ""
         node.join()
+
+
+def test_the_gauges_are_set_again_between_two_polls(own_store, monkeypatch):
+    """Ray forgets a gauge that is not set for 20 s, and serve.poll_s may be longer."""
+    put(own_store, "first")
+    replica, roles = new_replica(own_store, poll_s=60.0), []
+    monkeypatch.setattr("services.serving.deployment.GAUGES_S", 0.01)
+    monkeypatch.setattr(replica.metrics, "set_roles", lambda before, now: roles.append(now))
+
+    async def wait() -> None:
+        async with replica.following_registry():
+            while len(roles) < 3:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(wait(), 20))
+    assert roles[:3] == [{"production": "1"}] * 3

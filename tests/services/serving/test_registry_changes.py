@@ -77,6 +77,67 @@ def test_the_first_failed_check_is_named_and_the_others_are_counted(registry, ca
         promote(registry, failing(candidates[0], "one", "two", "three"), ANA)
 
 
+def with_accuracy(candidate: Candidate, **fields: object) -> Candidate:
+    return dataclasses.replace(candidate, summary=dataclasses.replace(candidate.summary, **fields))
+
+
+def test_a_run_that_is_less_accurate_than_production_is_promoted_only_with_a_reason(
+    registry, candidates, caplog
+):
+    best, worse, equal = (
+        with_accuracy(candidates[n], clean_after=accuracy)
+        for n, accuracy in enumerate((0.974, 0.909, 0.974 - candidates[0].run_file().check.max_loss))
+    )
+    promote(registry, best, ANA)
+    line = (
+        r"accuracy in production: 97\.40 % \(version 1\) to 90\.90 % on the same test images, expected a loss"
+    )
+    with pytest.raises(CheckFailed, match=f"run-2 is not promoted: {line}"):
+        promote(registry, worse, ANA)
+    assert registry.state().sequence == 2 and not caplog.text
+    promote(registry, equal, ANA)
+    promote(registry, best, ANA)
+    for role in (CANARY, SHADOW):
+        assert promote(registry, worse, role).failed_checks == ()
+        assert "97.40 % (version 1) to 90.90 %" in caplog.text and "needs --force" in caplog.text
+        caplog.clear()
+    (forced,) = promote(registry, worse, dataclasses.replace(ANA, force="a drill")).failed_checks
+    assert forced.startswith("accuracy in production: 97.40 % (version 1) to 90.90 %")
+
+
+@pytest.mark.parametrize("which", ["other images", "known images", "older version"])
+def test_accuracies_on_other_images_are_not_compared_and_a_line_says_so(registry, candidates, caplog, which):
+    ours, theirs = {
+        "other images": ("a", "b"),
+        "known images": ("", ""),
+        "older version": ("a", ""),
+    }[which]
+    promote(registry, with_accuracy(candidates[0], clean_after=0.97, clean_images=theirs), ANA)
+    assert not caplog.text
+    worse = with_accuracy(candidates[1], clean_after=0.91, clean_images=ours)
+    assert promote(registry, worse, ANA).failed_checks == ()
+    assert "run run-2 is not compared with version 1 in production" in caplog.text
+
+
+@pytest.mark.parametrize("role", [ANA, CANARY])
+def test_a_promotion_whose_checks_were_made_beside_another_production_changes_no_role(
+    registry, candidates, monkeypatch, role
+):
+    promote(registry, candidates[0], ANA)
+    add = Registry.add
+
+    def add_after_another(self, candidate, *others, **named):
+        if candidate is candidates[1]:
+            promote(Registry(FolderStore(registry.store.folder.parent)), candidates[2], ANA)
+        return add(self, candidate, *others, **named)
+
+    monkeypatch.setattr(Registry, "add", add_after_another)
+    with pytest.raises(InputError, match="production changed just now"):
+        promote(registry, candidates[1], role)
+    state = registry.state()
+    assert (state.versions[state.production].run, state.canary) == ("run-3", None)
+
+
 @pytest.mark.parametrize("role", [CANARY, SHADOW])
 def test_a_canary_or_shadow_keeps_what_it_was_forced_over(registry, candidates, role):
     promote(registry, candidates[0], ANA)

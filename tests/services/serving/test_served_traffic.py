@@ -85,7 +85,7 @@ class RecordingExecutor:
     def __init__(self, slots):
         self.slots = slots
 
-    def submit(self, _, key, seen):
+    def submit(self, _, key, seen, replaces):
         self.slots[key] = seen.predicted
 
 
@@ -184,6 +184,32 @@ def test_a_store_that_fails_is_a_warning_and_other_files_in_a_sample_stay(tmp_pa
     reservoir._thread.shutdown()
     assert "an input was not stored: " in caplog.text and reservoir._pending == 0
     assert store.within(f"traffic/a/{FOLDER}/003").list() == ["0000.safetensors", "notes.safetensors"]
+
+
+def offer_in_turn(reservoir: Reservoir, count: int, failure: float | None = None) -> None:
+    for number in range(count):
+        image = np.full((1, 2, 2), number / count, np.float32)
+        reservoir.offer("a", sampled_input(image, 3, number % 10, failure))
+        while reservoir._pending:
+            time.sleep(0.001)
+
+
+def test_a_sample_whose_writes_failed_or_whose_folder_is_deleted_starts_again(tmp_path, monkeypatch, caplog):
+    store = FolderStore(tmp_path)
+    reservoir, write = Reservoir(store, 5), FolderStore.write
+
+    def fail(*_):
+        raise StoreError("read-only")
+
+    monkeypatch.setattr(FolderStore, "write", fail)
+    offer_in_turn(reservoir, 200)
+    assert caplog.text.count("an input was not stored") == 1
+    monkeypatch.setattr(FolderStore, "write", write)
+    offer_in_turn(reservoir, 20, 0.0)
+    assert len(read_traffic(store, "a", DRAWN)) == 5
+    assert delete_traffic(store, "a") == 5
+    offer_in_turn(reservoir, 20, 0.9)  # of which the first is likelier than the sample
+    assert len(read_traffic(store, "a", DRAWN)) == 5
 
 
 @pytest.mark.parametrize("left", [None, "", "traffic"])

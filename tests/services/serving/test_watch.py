@@ -146,6 +146,17 @@ def test_the_nearest_scenario_that_explains_the_answer_explains_the_alarm(candid
     assert found.explanation == "8 read as 3 (scenario 1)"
 
 
+def test_of_two_scenarios_nearer_than_all_training_images_the_nearer_one_is_the_first(candidate):
+    served = LoadedModel(candidate, ServeSection())
+    output = replace(
+        served.predict(np.zeros((1, 1, 16, 16), np.float32)),
+        distances=np.array([[0.02, 0.01]], np.float32),
+        inside=np.ones((1, 2), np.bool_),
+    )
+    matches = served.predictions(output)[0].scenarios or []
+    assert [(match.scenario, match.nearer_share) for match in matches] == [(1, 0.0), (0, 0.0)]
+
+
 def test_a_scenario_without_a_wrong_answer_is_not_called_read_as_itself(candidate):
     same = replace(candidate, most_common_error=candidate.labels)
     assert same.scenario_names()[0] == "3 misread (scenario 0)"
