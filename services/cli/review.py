@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def review() -> None:
-    """Show and control the review of a run's scenarios, by people or by models.
+    """Show and control the review of a run's scenarios.
 
     \b
     Ask people:  defuse run deploy/runs/digits.yaml --name asked --set review.annotators=label-studio
