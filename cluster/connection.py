@@ -43,8 +43,8 @@ def connect(address: str | None, cpus: int = 0) -> bool:
 
     The embedded Ray has at least `cpus` CPUs, whatever the machine has.
 
-    Raises InputError for an address of another kind and for a folder of temporary files that Ray cannot use,
-    ComputeError where no cluster answers or Ray does not start.
+    Raises InputError for an address of another kind, another token than the cluster's and a folder of temporary files
+    that Ray cannot use, ComputeError where no cluster answers or Ray does not start.
     """
     if ray.is_initialized():
         return False
@@ -74,12 +74,12 @@ def connect(address: str | None, cpus: int = 0) -> bool:
             "node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"
         )
     if found := connection_error(address, CONNECT_WITHIN_S):
-        raise ComputeError(_unreachable(address, found))
+        raise _unreachable(address, found)
     try:
         with kept_sigterm_handler():
             ray.init(address=address, **quiet)
     except Exception as error:
-        raise ComputeError(_unreachable(address, one_line(error))) from error
+        raise _unreachable(address, one_line(error)) from error
     return True
 
 
@@ -120,10 +120,12 @@ def prepare_embedded_ray() -> None:
         )
 
 
-def _unreachable(address: str, found: str) -> str:
+def _unreachable(address: str, found: str) -> DefuseError:
     if any(word in found.lower() for word in ("token", "authenticat", "unauthorized")):
-        return f"Ray at {address} {OTHER_TOKEN}"
-    return f"no Ray cluster answers at {address} ({found}); check --address or RAY_ADDRESS: it is port 6379 of the head"
+        return InputError(f"Ray at {address} {OTHER_TOKEN}")
+    return ComputeError(
+        f"no Ray cluster answers at {address} ({found}); check --address or RAY_ADDRESS: it is port 6379 of the head"
+    )
 
 
 def require_absolute_root(root: Path | None) -> None:

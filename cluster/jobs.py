@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
@@ -53,7 +54,7 @@ class Jobs:
     """The jobs of the cluster whose head answers at `address`, such as http://head:8265."""
 
     def __init__(self, address: str) -> None:
-        """Connect. Raises InputError for another kind of address, ComputeError where no head answers."""
+        """Connect. Raises InputError for another kind of address or another token, ComputeError if no head answers."""
         if not address.startswith(("http://", "https://")):
             raise InputError(
                 f"--address {without_credentials(address)}: expected the address of Ray's dashboard, http://HEAD:8265"
@@ -150,6 +151,17 @@ class Jobs:
                 received += len(text)
                 yield text
 
+    def _past_a_proxy(self) -> str:
+        """Return what to do where requests go through a proxy of the environment, which may not reach the head."""
+        if (
+            requests.utils.select_proxy(self.address, requests.utils.get_environ_proxies(self.address))
+            is None
+        ):
+            return ""
+        return (
+            f"; if the proxy of HTTP_PROXY does not reach it, set NO_PROXY={urlsplit(self.address).hostname}"
+        )
+
     def _without_credentials(self, error: Exception) -> str:
         return without_credentials(str(error), self.address)
 
@@ -158,11 +170,11 @@ class Jobs:
         try:
             yield
         except AuthenticationError as error:
-            raise ComputeError(f"{self.shown} {OTHER_TOKEN}") from error
+            raise InputError(f"{self.shown} {OTHER_TOKEN}") from error
         except (ConnectionError, requests.RequestException) as error:
             raise ComputeError(
-                f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); check --address: "
-                "it is the head's port 8265, not 6379"
+                f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); check --address or "
+                f"RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379{self._past_a_proxy()}"
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:

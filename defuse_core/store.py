@@ -53,7 +53,8 @@ def checked_name(name: str) -> str:
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(
-            f"run name {name!r}: expected letters, digits, dots, dashes and underscores, at most 100"
+            f"run name {name!r}: expected letters (a to z), digits, dots, dashes and underscores, at most 100, the "
+            "first a letter or digit"
         )
     return name
 

@@ -84,6 +84,8 @@ class MlflowTracking:
     def __enter__(self) -> Self:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", TIMEOUT_S)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", RETRIES)
+        # mlflow sends records of its use to an address of its own, unless this is set before it is imported
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self.update("RUNNING")
         self.run.listeners.append(self.update)
         return self

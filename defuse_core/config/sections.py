@@ -27,8 +27,8 @@ class DataSection(Section):
     download: bool = False
     """Whether a data set that is not at root may be downloaded there."""
     image_size: int = Field(32, ge=8, le=512)
-    """Height and width, pixels. Pictures are stretched to this square, without crop or padding; those of an .npz have
-    that size already. Paper: 32 for MNIST (28 padded, here too) and SVHN, 128 for signs."""
+    """Height and width, pixels, to which pictures are stretched, without a crop; those of an .npz have that size
+    already. Paper: 32 for MNIST (28 padded, here too) and SVHN, 128 for signs."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
     train_images: int | None = Field(None, ge=1)
@@ -48,15 +48,17 @@ class ClassifierSection(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
-    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 the classifier is used unchanged.
-    resnet18: torchvision's own file will do, such as resnet18-f37072fd.pth, with a new last layer."""
+    """What to start from: a .safetensors (or weights-only .pt) file, for program its own file, for transformers its
+    folder. With epochs 0 the classifier is used unchanged. resnet18: torchvision's own file will do, such as
+    resnet18-f37072fd.pth, with a new last layer."""
     timm_model: str | None = None
     """timm: the name of the architecture, such as resnet18 or convnext_tiny. Nothing is downloaded."""
     input_range: Literal["0..1", "-1..1", "imagenet", "0..255"] = "0..1"
     """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18; imagenet subtracts
     ImageNet's mean and divides by its standard deviation."""
     outputs: Literal["logits", "probabilities"] = "logits"
-    """What the classifier returns, unless it is cnn or resnet18; of probabilities the logarithm is used."""
+    """What the classifier returns, unless it is cnn or resnet18; probabilities are what a softmax returns, and their
+    logarithm is used."""
     class_order: tuple[int, ...] | None = None
     """For each class of the data set, in order, the index of its logit, if the classifier numbers them differently."""
     imagenet: bool = False
@@ -72,11 +74,11 @@ class ClassifierSection(Section):
     hidden: int = Field(256, ge=1)
     """cnn: width of the two fully connected layers. Paper: 256."""
     optimizer: Literal["adadelta", "adam"] = "adadelta"
-    """Paper: adadelta for MNIST, adam otherwise."""
+    """The optimiser that trains the classifier. Paper: adadelta for MNIST, adam otherwise."""
     learning_rate: float = Field(1.0, gt=0)
-    """Paper: 1 for MNIST, 0.001 otherwise."""
+    """The optimiser's step size. Paper: 1 for MNIST, 0.001 otherwise."""
     epochs: int = Field(5, ge=0)
-    """0 uses `weights` unchanged. Paper: 5 for MNIST, 20 for signs, 10 for SVHN."""
+    """Passes over the training images; 0 uses `weights` unchanged. Paper: 5 for MNIST, 20 for signs, 10 for SVHN."""
     batch_size: int = Field(64, ge=2)
     """Images per step. Paper: 64 for MNIST, 256 for signs, 2048 for SVHN."""
     keep: Literal["last", "best_validation"] = "last"
@@ -113,7 +115,8 @@ class VaeSection(Section):
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """0 uses `weights` (or a custom module) unchanged. Paper: 800 for MNIST and signs, 400 for SVHN."""
+    """Passes over the images; 0 uses `weights` (or a custom module) unchanged. Paper: 800 for MNIST and signs, 400 for
+    SVHN."""
     batch_size: int = Field(2048, ge=2)
     """Images per step. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -178,7 +181,7 @@ class DistillSection(Section):
     """Ψ is sampled down to so many codes, without replacement. null fits all of Ψ, on all workers, from the fit to a
     sample of 50,000; with engine torch. Paper: 50,000."""
     max_components: int = Field(100, ge=1)
-    """K. Paper: 100."""
+    """K, the most components, of all mixtures together. Paper: 100."""
     min_weight: float = Field(0.01, ge=0, lt=1)
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
@@ -190,7 +193,7 @@ class DistillSection(Section):
     """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
     and equal to rounding. Paper: scikit-learn."""
     max_iterations: int = Field(500, ge=1)
-    """Paper: scikit-learn's default, 100."""
+    """Iterations after which a fit ends that has not converged. Paper: scikit-learn's default, 100."""
     tolerance: float = Field(1e-3, gt=0)
     """Change of the lower bound at which the fit has converged. Paper: scikit-learn's default, 0.001."""
 
@@ -337,7 +340,7 @@ class CorrectSection(Section):
     lambdas: tuple[float, ...] = Field((0.01, 0.1, 1.0, 10.0), min_length=1)
     """Weights of the scenarios, λ, to try; one fine-tuning each. Paper: the 17 values from 1e-10 to 1000."""
     epochs: int = Field(3, ge=1)
-    """Epochs each. Paper: 3 for MNIST, 5 otherwise."""
+    """Passes over the training images, for each λ. Paper: 3 for MNIST, 5 otherwise."""
     batch_size: int = Field(256, ge=2)
     """Training images per step, D, and as many images of scenarios, D_f. Paper: 256; 2048 for SVHN."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -359,10 +362,10 @@ class CorrectSection(Section):
     train_images: int | None = Field(None, ge=1)
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"
-    """Which accuracy picks the epoch of each λ, and then λ. tune: of those that lose at most max_loss and
-    max_class_loss, highest accuracy on the tuned scenario images (epochs: in whole percent; λ: within one point of the
-    best), and then highest clean accuracy. last: the last epoch of the only λ. Paper: train for MNIST, validation
-    otherwise."""
+    """Which accuracy picks the epoch of each λ, and then λ. tune: the best on the scenarios within max_loss and
+    max_class_loss; this is the accuracy on the tuned scenario images (epochs: in whole percent; λ: within one point of
+    the best), and then the highest clean accuracy. last: the last epoch of the only λ. Paper: train for MNIST,
+    validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     max_class_loss: float | None = Field(None, ge=0, le=1)

@@ -103,8 +103,6 @@ def _as_yaml(value: Any) -> str:
 def _comment(field: FieldDescription, value: Any) -> str:
     """Return what the field means, without what the paper has; of a field with named values, nothing about others."""
     text = field.meaning.partition(" Paper:")[0].removesuffix(" Ours.").rstrip(".")
-    if text.startswith(("Paper:", "Ours")):
-        return ""
     names = field.values.split(" | ")
     if not (isinstance(value, str) and value in names):
         return _short(text)

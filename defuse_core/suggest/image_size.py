@@ -89,7 +89,9 @@ def _with_outputs(
     except ProbabilitiesError:
         if own is None:
             raise
-    return _sized(facts, own | {"outputs": "probabilities"}, asked, progress)
+    sized = _sized(facts, own | {"outputs": "probabilities"}, asked, progress)
+    note = "classifier.outputs is set to probabilities, as the classifier ends with a softmax or its like"
+    return replace(sized, notes=(*sized.notes, note))
 
 
 def _sized(

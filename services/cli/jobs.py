@@ -47,7 +47,8 @@ MOST_MB = 99  # Ray's dashboard takes 100 MiB at most
 address_option = click.option(
     "--address",
     callback=given,
-    help=f"Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else {LOCAL_DASHBOARD}]",
+    help="Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is an http:// address, else "
+    f"{LOCAL_DASHBOARD}]",
 )
 
 

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @click.group()
 def review() -> None:
-    """Show and control the review of a run's scenarios by people.
+    """Show and control the review of a run's scenarios.
 
     \b
-    Begin with:  defuse run deploy/runs/digits.yaml --set review.annotators=label-studio
+    Ask people:  defuse run deploy/runs/digits.yaml --name asked --set review.annotators=label-studio
     """
 
 
@@ -178,7 +178,12 @@ def _later_answers(
 )
 @click.option("--reason", callback=given, help="The reason, which the report shows; not with --vote.")
 @click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
-@click.option("--redo", is_flag=True, help="Delete the verdicts and corrections that exist already.")
+@click.option(
+    "--redo",
+    is_flag=True,
+    help="Necessary once the run has its verdicts: delete them and the correction, which the same `defuse run` makes "
+    "again.",
+)
 def set_(
     name: str,
     scenario: int,
@@ -190,12 +195,12 @@ def set_(
     author: str | None,
     redo: bool,
 ) -> None:
-    """Override the vote on SCENARIO of RUN.
+    """Override the vote on SCENARIO of RUN, of people or of models.
 
     \b
-    defuse review set digits 3 --label 8 --reason "thick eights, checked on paper"
-    defuse review set digits 5 --reject --reason "not digits at all"
-    defuse review set digits 5 --vote
+    defuse review set digits 3 --label 8 --reason "thick eights, checked on paper" --redo
+    defuse review set digits 5 --reject --reason "not digits at all" --redo
+    defuse review set digits 5 --vote --redo
     """
     from defuse_core.review.overrides import override_verdict, withdraw_decisions
 
@@ -285,7 +290,7 @@ def install() -> None:
     "--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port on loopback."
 )
 def up(port: int) -> None:
-    """Start the server, installed first if necessary; takes about half a minute the first time."""
+    """Start the server; the first time, install it before (about 1 GB, a minute), and wait half a minute."""
     from services.labeling.local_server import up as start_server
 
     server = start_server(read_settings().cache, port, _print_progress)

@@ -60,7 +60,8 @@ if TYPE_CHECKING:
 @click.option(
     "--image-size",
     type=click.IntRange(8, 512),
-    help="Height and width that pictures are resized to; what your classifier was trained on. [default: from both]",
+    help="Even height and width to resize pictures to (not those of an .npz), such as your classifier was trained on. "
+    "[default: the pictures' own if your classifier takes it, else one that suits it]",
 )
 @click.option("--out", type=GivenPath(), help="Run file to write. [default: the name of IMAGES, with .yaml]")
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")
@@ -170,11 +171,7 @@ def fields(section: str | None) -> None:
 @set_option
 @until_option
 @track_option
-@click.option(
-    "--wait",
-    is_flag=True,
-    help="Wait for people's answers and check for them every so often, instead of exit code 3.",
-)
+@click.option("--wait", is_flag=True, help="Wait for people's answers instead of ending with exit code 3.")
 @click.option(
     "--profile",
     type=click.Choice(STEPS),
@@ -193,6 +190,9 @@ def run(
     profile: str | None,
 ) -> None:
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
+
+    A run keeps its settings: others need another --name, except data.root, vae.accept, check.*, serve.*, most of
+    resources.*, and values added to correct.lambdas.
 
     \b
     Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,

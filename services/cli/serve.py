@@ -73,7 +73,9 @@ def check(
     overrides: tuple[str, ...],
     junit: Path | None,
 ) -> None:
-    """Check the corrected classifier of RUN against section `check` of its run file. Exits 1 if a check fails.
+    """Check the corrected classifier of RUN against section `check` of its run file.
+
+    Exits 1 if a check fails, if no λ was chosen, or if the run could not tell; 0 if there was nothing to correct.
 
     The limits are those in STORE/RUN/run.yaml. After a change of check.* in your own file give `defuse run` again.
 
@@ -142,7 +144,7 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
     "--force",
     metavar="REASON",
     callback=given,
-    help="Promote although checks fail, for this reason.",
+    help="Promote although checks fail, or inputs or classes differ, for this reason.",
 )
 @by_option
 @why_option
@@ -155,9 +157,10 @@ def promote(
     by: str | None,
     why: str | None,
 ) -> None:
-    """Put the corrected classifier of RUN into production if `defuse check` passes. Without RUN, show all versions.
+    """Put the corrected classifier of RUN into production. Without RUN, show all versions.
 
-    Running servers follow within seconds; no request is lost.
+    Exits 1 if `defuse check` does not pass, or if inputs or classes differ from the version in production. Running
+    servers follow within seconds; no request is lost.
 
     \b
     defuse promote mnist --canary 5%

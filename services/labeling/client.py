@@ -354,7 +354,9 @@ def _unreachable(address: str) -> ServiceError:
 
 def _status_error(address: str, status: int, body: Any) -> DefuseError:
     if status == 401:
-        problem = "rejects the token (401); set LABEL_STUDIO_API_KEY to a valid one"
+        problem = (
+            "rejects the token (401); set LABEL_STUDIO_API_KEY to one that it shows under Account & Settings"
+        )
         return InputError(f"Label Studio at {address} {problem}")
     if status == 403:
         problem = "forbids this request to the token's account (403); use an administrator's token"

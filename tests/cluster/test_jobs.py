@@ -258,7 +258,7 @@ def await_status(head: str, job: str, status: str) -> None:
 )
 def test_without_the_right_token_one_line_says_what_to_set(head: str, changes: dict[str, str]) -> None:
     refused = defuse("jobs", "list", "--address", head, cwd=ROOT, **changes)
-    assert refused.returncode == 4
+    assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in refused.stderr
     assert "wrong" * 8 not in refused.stderr
@@ -273,7 +273,7 @@ def test_joining_without_the_right_token_says_so_soon(
 ) -> None:
     begun = time.monotonic()
     refused = defuse("run", "own.yaml", "--address", f"127.0.0.1:{gcs_port}", cwd=place, **changes)
-    assert refused.returncode == 4, refused.stderr
+    assert refused.returncode == 2, refused.stderr
     assert "requires another token than this process has: set RAY_AUTH_MODE=token and" in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert time.monotonic() - begun < WAIT_S
@@ -308,6 +308,19 @@ def test_an_address_that_does_not_answer_is_given_up_soon(monkeypatch: pytest.Mo
         with pytest.raises(ComputeError, match=rf"no Ray dashboard answers at {address} \(ReadTimeout\)"):
             jobs.Jobs(address)
     assert time.monotonic() - begun < 18  # less than by default
+
+
+@pytest.mark.parametrize(("unproxied", "is_named"), [("", True), ("head", False)])
+def test_a_dashboard_behind_a_proxy_that_does_not_reach_it_is_named_for_no_proxy(
+    unproxied: str, is_named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, unproxied)
+    with pytest.raises(ComputeError, match=r"no Ray dashboard answers at http://head:8265 \(") as failure:
+        jobs.Jobs("http://head:8265")
+    assert str(failure.value).endswith("set NO_PROXY=head") is is_named
 
 
 def test_a_job_that_the_dashboard_finds_too_large_is_bad_input(

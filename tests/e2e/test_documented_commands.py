@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 
 import pytest
 
@@ -58,3 +59,19 @@ def test_files_named_in_a_readme_exist(page):
     linked = [page.parent / path for path in re.findall(r"\]\(([^)#:]+)\)", text)]
     named = [ROOT / path for path in re.findall(r"(?<![\w/])(?:deploy|tests)/[\w/.-]+\.\w+", text)]
     assert [str(path) for path in (*linked, *named) if not path.exists()] == []
+
+
+def test_each_extra_is_named_in_the_readme():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    extras = set(project["optional-dependencies"]) - {"dev"}
+    assert {name for name in extras if f"`{name}`" not in text} == set()
+
+
+def test_each_variable_that_settings_read_is_in_the_table_of_the_deployment():
+    table = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
+    settings = (ROOT / "services/settings.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'(?:get|is_on)\("([A-Z_0-9]+)"\)', settings))
+    linked = {name for name in names if re.match("LABEL_STUDIO_(HOST|S3_)", name)}
+    assert len(names) > len(linked) > 0
+    assert {name for name in names - linked if f"`{name}`" not in table} == set()

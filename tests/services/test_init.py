@@ -94,10 +94,8 @@ def test_comments_explain_the_value_that_is_written(pictures, tmp_path, monkeypa
     assert "architecture: cnn # cnn is Figure 7" in lines
     written = "\n".join(lines)
     assert "architecture: convolutional # convolutional has batch normalisation" in written
-    assert re.search(r"^epochs: \d+ # 0 uses `weights` unchanged$", written, re.MULTILINE)
-    assert re.search(
-        r"^epochs: \d+ # 0 uses `weights` \(or a custom module\) unchanged$", written, re.MULTILINE
-    )
+    for passes in ("training images; 0 uses `weights`", r"images; 0 uses `weights` \(or a custom module\)"):
+        assert re.search(rf"^epochs: \d+ # Passes over the {passes} unchanged$", written, re.MULTILINE)
 
 
 def test_more_minutes_give_more_epochs(pictures, tmp_path, monkeypatch, capsys):
@@ -117,9 +115,9 @@ def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
     torch.jit.script(net).save("own.pt")
     tree, out = start(monkeypatch, capsys, pictures, "--classifier", "own.pt")
     section = tree["classifier"]
-    assert section["architecture"] == "program"
-    assert (section["epochs"], section["outputs"]) == (0, "probabilities")
+    assert (section["architecture"], section["epochs"], section["outputs"]) == ("program", 0, "probabilities")
     assert section.get("input_range") == "0..255"
+    assert "note        classifier.outputs is set to probabilities" in out
     assert re.search(
         r"^classifier  right on .*% of \d+ training images with inputs in 0..255 \(used\), ", out, re.M
     )

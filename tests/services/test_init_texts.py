@@ -49,11 +49,18 @@ def test_a_comment_prefers_the_clause_of_the_value_and_else_says_what_all_values
     assert _comment(described["vae.decode"], "anchored").startswith("anchored, for photographs, moves")
     assert _comment(described["classifier.keep"], "last") == "Which epoch's weights are kept"
     assert _comment(described["distill.engine"], "scikit-learn") == ""
+    assert _comment(described["correct.choose_by"], "tune").startswith(
+        "tune: the best on the scenarios within"
+    )
+    assert "for program its own file, for transformers its folder" in _comment(
+        described["classifier.weights"], "parts.pt2"
+    )
 
 
 def test_every_field_is_described_with_a_meaning():
     described = describe_fields()
     assert all(field.meaning for field in described)
+    assert [field.name for field in described if field.meaning.startswith(("Paper:", "Ours"))] == []
     names = {field.name for field in described}
     for section, info in RunFile.model_fields.items():
         fields = getattr(info.annotation, "model_fields", None)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from services.settings import read_settings
 from services.tracking import MlflowTracking, expect_mlflow
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, one_line
 from tests.sample_findings import sample_findings
 from tests.services.serving.synthetic_runs import make_run
@@ -285,3 +288,27 @@ def test_a_missing_package_or_address_is_one_line_before_anything_starts(tmp_pat
     code, _, err = call(monkeypatch, capsys, *command)
     assert (code, "pip install 'defuse[mlflow]'" in one_line(err)) == (2, True)
     assert not (tmp_path / "runs").exists()
+
+
+REPORTS_TO_NOBODY = """
+from pathlib import Path
+from types import SimpleNamespace
+from defuse_core.config import load_run_file
+from services.settings import read_settings
+from services.tracking import MlflowTracking
+run = SimpleNamespace(name="digits", spec=load_run_file(Path("deploy/runs/digits.yaml")), listeners=[])
+with MlflowTracking(run, read_settings()):
+    from mlflow.telemetry import get_telemetry_client
+    assert get_telemetry_client() is None
+"""
+
+
+def test_mlflow_sends_no_records_of_its_use(tmp_path):
+    """In an environment without the variables of tests and CI, under which mlflow sends none by itself."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+    unreachable = {"HTTPS_PROXY": "http://127.0.0.1:1", "MLFLOW_TRACKING_URI": f"file://{tmp_path}"}
+    program = [sys.executable, "-c", REPORTS_TO_NOBODY]
+    done = subprocess.run(
+        program, env=kept | unreachable, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from sample_evidence import sample_evidence
 from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run, with_verdicts
 
 from defuse_core.artifacts import FailedTrial, Health, ReferenceSet, Sweep
-from defuse_core.report import write_report
+from defuse_core.report import notices, write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.correction_notices import (
     no_better_than_baseline,
@@ -31,6 +32,7 @@ from defuse_core.report.notices import (
     worse_references,
 )
 from defuse_core.runs import Run
+from tests.conftest import ROOT
 
 
 def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
@@ -344,3 +346,11 @@ def test_what_unreliable_judges_say_is_in_no_other_notice(tmp_path: Path):
 
     assert len(of_judges(notices(0.99))) == 3
     assert of_judges(notices(0.4)) == [] and any("The judges are worse" in text for text in notices(0.4))
+
+
+@pytest.mark.parametrize(
+    "words", ["Could not tell", "None of the", "No failure scenario was found", "Nothing was corrected"]
+)
+def test_the_readme_says_what_to_do_after_each_headline_that_disappoints(words: str):
+    assert words in inspect.getsource(notices)
+    assert f"*{words}" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())

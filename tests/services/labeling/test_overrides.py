@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import Corrections, Override, Verdicts, Votes
@@ -21,6 +24,8 @@ from defuse_core.review.overrides import (
 )
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import FROM_VERDICTS
+from services.cli import defuse
+from services.cli.review import set_
 
 
 @pytest.fixture
@@ -234,3 +239,14 @@ def test_a_vote_is_not_reopened_beside_a_driver_nor_where_models_gave_it(judged,
     with pytest.raises(InputError, match="asks reference models"):
         reopen_vote(asks_models)
     assert asks_models.store.exists("votes.safetensors")
+
+
+@pytest.mark.parametrize("line", re.findall("defuse (review set .*)", str(set_.help)))
+def test_each_example_of_the_help_works_on_a_run_that_has_its_verdicts(line, judged, tmp_path):
+    if "--vote" in line:
+        override_verdict(judged, 2, None, author="Ada", reason="blurred", redo=True)
+        judged.once("review", Verdicts, judged_verdicts)
+    line = re.sub(r"digits \d", f"{judged.name} 2", line)
+    done = CliRunner().invoke(defuse, [*shlex.split(line), "--store", str(tmp_path)])
+    assert (done.exit_code, done.exception) == (0, None)
+    assert "`defuse run` continues with it" in done.output
