@@ -258,12 +258,12 @@ def _is_free(name: str) -> bool:
     """Whether no part of a tensor's dotted name is an attribute that its module has, such as a method, or a graph.
 
     The first part is an attribute of the program, the others of plain modules, which torch makes. torch also writes the
-    name, in small letters, as that of a variable into code where `self` is the program.
+    name, in small letters, as that of a variable into code: there `self` is the program.
     """
     first, *others = name.split(".")
     return not (
         "__" in {part[:2] for part in (first, *others)}
-        or name.lower() == "self"
+        or name.lower() in NAMES_IN_CODE
         or first in SET_BY_TORCH
         or GRAPH.fullmatch(first)
         or hasattr(_empty_program(), first)

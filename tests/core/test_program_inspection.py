@@ -239,6 +239,7 @@ def test_sample_inputs_are_tensors_in_plain_containers_with_plain_keys(
     [
         "self",
         "SELF",
+        "_operator",
         "meta.weight",
         "_guards_fn",
         "submod_1.weight",
