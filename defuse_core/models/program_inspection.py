@@ -382,7 +382,9 @@ def _without_free_texts(node: Any) -> Any:
         del kept["metadata"]
     if OF_ATEN.fullmatch(str(node.get("target"))):
         kept["inputs"] = [
-            {**each, "arg": {**each["arg"], "as_string": ""}} if "as_string" in each.get("arg", {}) else each
+            {**each, "arg": {**each["arg"], "as_string": ""}}
+            if isinstance(each.get("arg", {}).get("as_string"), str)
+            else each
             for each in node["inputs"]
         ]
     return kept
