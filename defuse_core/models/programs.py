@@ -1,7 +1,7 @@
 """Classifiers that other tools saved: TorchScript, torch.export, Hugging Face transformers and timm.
 
-The first two need no code of the user; `inspection` checks a file before torch reads it. The checked bytes, not the
-path, are what torch reads.
+The first two need no code of the user; `program_inspection` checks a file before torch reads it. The checked bytes,
+not the path, are what torch reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
-from defuse_core.models.inspection import expect_harmless, program_kind
+from defuse_core.models.program_inspection import expect_harmless, program_kind
 
 OTHER_WAY = (
     "name its factory and its weights in settings instead "

@@ -4,14 +4,11 @@ What torch's loaders do with the bytes of a file (torch 2.13):
 
 - Both read the zip archive with torch's own reader. Python's `zipfile` can find other entries in the same bytes, so
   the inspection uses torch's reader too, and refuses an archive in which the two find different names.
-- `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
-  (`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs
-  some of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names
-  in its code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files.
+- `torch.jit.load` compiles and runs the code of the archive: see `script_inspection`.
 - `torch.export.load` unpickles: tensors marked `use_pickle`, opaque constants, archives of older releases, and sample
   inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes), writes
-  names into code that it then runs, looks up functions and types by dotted names, which imports their modules, and
-  loads compiled libraries (`aotinductor`).
+  names, and the keys of sample inputs, into code that it then runs, looks up functions and types by dotted names, which
+  imports their modules, and loads compiled libraries (`aotinductor`).
 
 Hence a file is loaded only if all of it is understood: known entries, text that splits into known tokens, plain names,
 no name of an operator or class that is not torch's own. It may still take long, use much memory, or hit a bug of torch.
@@ -19,11 +16,11 @@ no name of an operator or class that is not torch's own. It may still take long,
 
 from __future__ import annotations
 
+import ast
 import functools
 import io
 import json
 import keyword
-import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
@@ -32,6 +29,7 @@ from typing import Any
 import torch
 
 from defuse_core.errors import ModelError
+from defuse_core.models.script_inspection import FILE_OPERATORS, expect_harmless_script
 
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
@@ -49,48 +47,47 @@ ARITHMETIC = re.compile(
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)",
     re.ASCII,
 )
-FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
-FILES_OF_SCRIPT = re.compile(
-    r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
-    r"|extra/.*",
-    re.ASCII,
+# Expressions: symbols of sizes, texts that Symbol and Float get, and by their key in the JSON characters and functions.
+SIZE = re.compile(r"[su]\d+", re.ASCII)
+SIZE_OR_NUMBER = re.compile(r"[su]\d+|-?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
+OF_SYMPY = (
+    "Symbol|Integer|Rational|Float|Add|Mul|Pow|Eq|Ne|Max|Min|max|min|ceiling|floor|Mod|PythonMod|ModularIndexing|FloorDiv"
+    "|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv|PowByNatural|FloatPow|ToFloat|TruncToFloat|(Trunc|Floor|Ceil|Round)ToInt"
+    "|Equality|Unequality|(Strict)?(Greater|Less)Than"
 )
-# What torch writes: no comments, no adjacent or triple-quoted texts, no escape that spells a letter.
-TOKENS = re.compile(
-    r"""(?P<space>[ \n]+)|[A-Za-z_]\w*|\d+(\.\d*)?(e[+-]?\d+)?j?(?!\w)|\.\.\.|[()[\]{}:,.=<>+*/%@!&|^~-]"""
-    r"""|(?P<text>"([^"\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*"|'([^'\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*')"""
-    r"""|(?P<unknown>.{1,40})""",
-    re.ASCII,
-)
-OF_PRIM = re.compile(
-    r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
-    r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
-)
-OPERATIONS_OF_PICKLES = re.compile(
-    r"PROTO|GLOBAL|EMPTY_(TUPLE|LIST|DICT)|MARK|SETITEMS?|APPENDS?|TUPLE[123]?|REDUCE|BUILD|NEWOBJ|(LONG_)?BIN(PUT|GET)"
-    r"|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|NEW(TRUE|FALSE)|NONE|BINPERSID|STOP"
-)
-CLASS_IN_PICKLE = re.compile(r"[\w.]+ [\w.]+", re.ASCII)  # module and name
-CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
-NAMES_IN_EXPRESSIONS = re.compile(
-    r"[su]\d+|L|args|kwargs|size|and|or|not|Eq|Ne|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ceiling|floor|True|False"
-    r"|Symbol|positive|nonnegative|integer|Add|Mul|Pow|Integer|Rational",
-    re.ASCII,
-)
-IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+KEYWORDS = {"positive", "nonnegative", "integer", "precision"}
+EXPRESSIONS = {
+    "expr_str": (re.compile(r"[\w().,' <>=!+*/%-]*", re.ASCII), re.compile(OF_SYMPY)),
+    "guards_code": (
+        re.compile(r"[\w\[\]().,' <>=!+*/%-]*", re.ASCII),
+        re.compile(rf"{OF_SYMPY}|math\.(ceil|floor|trunc|sqrt)|torch\.sym_[a-z]+"),
+    ),
+}
 NAMES_OF_VALUES = {"as_name", "forward_arg_names", "name"}
 NAMES_OF_PARTS = {"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
 NAMES_IN_CODE = {  # of what torch writes from a program
     "self", "getattr", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "_operator"
 }  # fmt: skip
+SET_BY_TORCH = {
+    "_guards_fn",
+    "_in_spec",
+    "_out_spec",
+    "range_constraints",
+    "validate_inputs",
+}  # in its module
+GRAPH = re.compile(r"submod_\d+", re.ASCII)  # the names that torch writes
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
-PLAIN = re.compile(r"[\w.-]*", re.ASCII)  # a part of a network may be called block1-0
+PLAIN = re.compile(r"[\w.-]*", re.ASCII)
+NO_TEXT = re.compile(r"(?!)")  # of other values, such as as_int: torch would take a text, too
+LABEL = re.compile(r"[\w. -]*", re.ASCII)  # of a layer or an output, such as block1-0 or "head a"
 TEXTS = {
     "torch_version": re.compile(r"[\w.+-]*", re.ASCII),
     **dict.fromkeys(("as_string", "as_strings"), re.compile(r"[\w ,.:>+-]*", re.ASCII)),
-    **dict.fromkeys(NAMES_OF_VALUES, re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)),
+    **dict.fromkeys(("as_float", "as_floats"), re.compile(r"-?Infinity|NaN")),
+    **dict.fromkeys((*NAMES_OF_VALUES, "argument"), re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)),
+    **dict.fromkeys((*NAMES_OF_PARTS, "fqn"), LABEL),
 }
-CHECKED = {"target", "expr_str", "guards_code", "in_spec", "out_spec"}  # by other rules than TEXTS
+CHECKED = {*EXPRESSIONS, "target", "in_spec", "out_spec", "as_operator"}  # by other rules than TEXTS
 CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 
 
@@ -118,78 +115,9 @@ def expect_harmless(data: bytes, where: str) -> None:
             "not loaded; save the network again"
         )
     if program_kind(data) == "torchscript":
-        _expect_harmless_script(reader, names, where)
+        expect_harmless_script(reader, names, where)
     else:
         _expect_harmless_program(reader, names, where)
-
-
-def _expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
-    """Raise ModelError for anything in a TorchScript file that could touch files, or that is not understood."""
-    for name in names:
-        if not FILES_OF_SCRIPT.fullmatch(name):
-            raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
-        if name.endswith("pkl"):
-            _expect_harmless_pickle(reader.get_record(name), f"{where}: {name}")
-        if name.endswith(".py"):
-            _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
-
-
-def _expect_harmless_pickle(data: bytes, where: str) -> None:
-    """Raise ModelError for a pickle, which C++ reads, with a class of C++, or a name that is not a plain one.
-
-    C++ parses the names of classes, and the texts that restore_type_tag gets, as TorchScript: quotes, escapes and
-    spaces in them could hide a class.
-    """
-    texts, has_types = list[str](), False
-    for operation, found, _ in pickletools.genops(data):
-        argument = str(found)
-        if not OPERATIONS_OF_PICKLES.fullmatch(operation.name):
-            raise ModelError(
-                f"{where} holds {operation.name}, which torch.jit.save does not write; save it again"
-            )
-        if operation.name == "GLOBAL":
-            has_types |= argument == "torch.jit._pickle restore_type_tag"
-            if not CLASS_IN_PICKLE.fullmatch(argument) or CUSTOM_CLASS.search(argument):
-                raise _refusal(where, argument)
-        elif operation.name == "BINUNICODE":
-            texts.append(argument)
-    for text in texts:
-        if CUSTOM_CLASS.search(text) or (has_types and set(text) & set("\"'\\")):
-            raise _refusal(where, text[:80])
-
-
-def _expect_harmless_code(code: str, where: str) -> None:
-    """Raise ModelError for TorchScript code that does not split into tokens, or has a name that is not allowed."""
-    found = [match for match in TOKENS.finditer(code) if not match["space"]]
-    tokens = [match[0] for match in found]
-    for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
-        after = tokens[at + 1 : at + 5]
-        if match["unknown"] or (match["text"] and at and found[at - 1]["text"]):
-            raise ModelError(
-                f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
-                "save it again, or export the network with torch.export.save"
-            )
-        is_class = (token == "classes" and tokens[max(at - 2, 0) : at] == ["torch", "."]) or (
-            match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
-        )
-        if is_class or token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
-            raise _refusal(where, token)
-        is_field = tokens[at - 1 : at] == ["."] or after[:1] == [":"]
-        is_library = token == "ops" and not is_field
-        if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):
-            raise _refusal(where, "".join([token, *after]))
-        if token == "__torch__" and (
-            after[:1] != ["."]
-            or (after[1:2] == ["torch"] and (after[2:3] != ["."] or after[3:] == ["classes"]))
-        ):
-            raise _refusal(where, "".join([token, *after]))
-
-
-def _refusal(where: str, found: str) -> ModelError:
-    return ModelError(
-        f"{where}: its code uses {found}, which can touch files or run at loading, so it is not loaded; rename a layer "
-        "or attribute of that name, export the network with torch.export.save, or use architecture: custom"
-    )
 
 
 def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
@@ -200,32 +128,62 @@ def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
                 f"{where}: holds {name}, and only plain tensors and torch's operators are loaded (no pickle); "
                 "export the network without custom objects or compiled code"
             )
+    tensors = set[str]()
     for part in ("weights", "constants"):
         text = reader.get_record(f"data/{part}/model_{part}_config.json")
         _expect_own_devices(text, where)
         config = json.loads(text)["config"]
-        _expect_harmless_text([{"parameter_name": name} for name in config], where)
-        _expect_harmless_text(config, where)
+        tensors |= config.keys()
+        _expect_harmless_text([list(config.values()), *({"parameter_name": name} for name in config)], where)
         if pickled := [tensor for tensor, meta in config.items() if meta["use_pickle"]]:
             raise ModelError(
                 f"{where}: {pickled[0]} is pickled, and nothing is unpickled; export a plain tensor"
             )
-    inputs = reader.get_record("data/sample_inputs/model.pt")
-    try:
-        torch.load(io.BytesIO(inputs), weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise ModelError(
-            f"{where}: its sample inputs would be unpickled; export the network with tensors as sample inputs"
-        ) from error
-    try:  # as torch.export.load does, which unpickles them where this fails
-        torch.load(io.BytesIO(inputs), weights_only=True)
-    except Exception as error:
-        raise _other_device(where) from error
+    _expect_harmless_inputs(reader.get_record("data/sample_inputs/model.pt"), where)
     text = reader.get_record("models/model.json")
     _expect_own_devices(text, where)
     program = json.loads(text)
     _expect_harmless_text(program, where)
     _expect_graphs_where_they_are_called(program, where)
+    tensors |= {text for key, text in _strings(program) if key in NAMES_OF_PARTS}
+    for name in tensors:  # what follows the name of a tensor would be an attribute of that tensor
+        if any(name[: dot.start()] in tensors for dot in re.finditer(r"\.", name)):
+            raise ModelError(
+                f"{where}: holds {name[:80]!r} inside a tensor, which torch.export does not write; export it again"
+            )
+
+
+def _expect_harmless_inputs(data: bytes, where: str) -> None:
+    """Raise ModelError for sample inputs that would be unpickled, or whose keys torch would write into code."""
+    if not data:  # the program was saved without
+        return
+    try:
+        inputs = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ModelError(
+            f"{where}: its sample inputs would be unpickled; export the network with tensors as sample inputs"
+        ) from error
+    if not _are_plain_inputs(inputs):
+        raise ModelError(
+            f"{where}: its sample inputs are more than tensors, numbers and plain texts in tuples, lists and "
+            "dictionaries with plain keys; export the network with such"
+        )
+    try:  # as torch.export.load does, which unpickles them where this fails
+        torch.load(io.BytesIO(data), weights_only=True)
+    except Exception as error:
+        raise _other_device(where) from error
+
+
+def _are_plain_inputs(tree: Any) -> bool:
+    """Whether a tree of sample inputs, whose keys torch writes into code, has no other types and keys than known."""
+    if type(tree) is dict:
+        keys_are_plain = all(type(key) in (str, int) and LABEL.fullmatch(str(key)) for key in tree)
+        return keys_are_plain and all(map(_are_plain_inputs, tree.values()))
+    if type(tree) in (tuple, list):
+        return all(map(_are_plain_inputs, tree))
+    if type(tree) is str:
+        return bool(TEXTS["as_string"].fullmatch(tree))
+    return tree is None or type(tree) in (torch.Tensor, int, float, bool)
 
 
 def _expect_own_devices(text: bytes, where: str) -> None:
@@ -248,7 +206,7 @@ def _expect_harmless_text(model: Any, where: str) -> None:
             raise ModelError(
                 f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"
             )
-        if key in {"expr_str", "guards_code"} and not _is_arithmetic(text):
+        if key in EXPRESSIONS and not _is_expression(text, *EXPRESSIONS[key]):
             raise ModelError(
                 f"{where}: holds the expression {text[:80]!r}, which is more than sizes; export it again"
             )
@@ -260,9 +218,11 @@ def _expect_harmless_text(model: Any, where: str) -> None:
         is_taken = (key in NAMES_OF_PARTS and not _is_free(text)) or (
             key in NAMES_OF_VALUES and (text in NAMES_IN_CODE or keyword.iskeyword(text))
         )
-        if is_taken or (key not in CHECKED and not TEXTS.get(key, PLAIN).fullmatch(text)):
+        known = TEXTS.get(key, NO_TEXT if key.startswith("as_") else PLAIN)
+        if is_taken or (key not in CHECKED and not known.fullmatch(text)):
             raise ModelError(
-                f"{where}: holds {text[:80]!r}, which torch.export does not write; export it again"
+                f"{where}: holds {text[:80]!r}, which torch could take for another name or for code; rename the layer, "
+                "argument or key of that name and export the network again"
             )
 
 
@@ -278,9 +238,8 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
         if place is not None:
             graph = inputs[place]["arg"].get("as_graph")
             wrappers += 1
-            called += (
-                graph is not None and _is_free(graph["name"]) and all(each["kind"] == 1 for each in inputs)
-            )
+            is_graph = graph is not None and GRAPH.fullmatch(graph["name"])
+            called += bool(is_graph and all(each["kind"] == 1 for each in inputs))
         if not OF_ATEN.fullmatch(target):
             values = [each["arg"] for at, each in enumerate(inputs) if at != place]
             texts = sum(key.startswith("as_string") for key in _keys(values))
@@ -296,8 +255,20 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
 
 
 def _is_free(name: str) -> bool:
-    """Whether no part of a dotted name is an attribute that each program has, such as a method: no tensor is."""
-    return not any(part.startswith("__") or hasattr(_empty_program(), part) for part in name.split("."))
+    """Whether no part of a tensor's dotted name is an attribute that its module has, such as a method, or a graph.
+
+    The first part is an attribute of the program, the others of plain modules, which torch makes. torch also writes the
+    name, in small letters, as that of a variable into code: there `self` is the program.
+    """
+    first, *others = name.split(".")
+    return not (
+        "__" in {part[:2] for part in (first, *others)}
+        or name.lower() in NAMES_IN_CODE
+        or first in SET_BY_TORCH
+        or GRAPH.fullmatch(first)
+        or hasattr(_empty_program(), first)
+        or any(hasattr(torch.nn.Module(), part) for part in others)
+    )
 
 
 @functools.cache
@@ -337,22 +308,60 @@ def _are_plain_containers(spec: dict[str, Any]) -> bool:
     keys = json.loads(spec["context"] or "null")
     return (
         spec["type"] in CONTAINERS
-        and (keys is None or (isinstance(keys, list) and all(PLAIN.fullmatch(str(key)) for key in keys)))
+        and (keys is None or (isinstance(keys, list) and all(LABEL.fullmatch(str(key)) for key in keys)))
         and all(map(_are_plain_containers, spec["children_spec"]))
     )
 
 
-def _is_arithmetic(expression: str) -> bool:
-    """Whether an expression holds nothing but sizes of the inputs, numbers and arithmetic."""
-    bare = re.sub(r"\['\w+'\]|'[su]\d+'", "", expression, flags=re.ASCII)
-    names = IDENTIFIER.findall(bare)
-    return bool(re.fullmatch(r"[\w\[\]().,\s<>=!+\-*/%]*", bare, re.ASCII)) and all(
-        NAMES_IN_EXPRESSIONS.fullmatch(name) for name in names
-    )
+def _is_expression(text: str, characters: re.Pattern[str], functions: re.Pattern[str]) -> bool:
+    """Whether a text is arithmetic of numbers and sizes, which calls `functions` alone."""
+    try:
+        return bool(characters.fullmatch(text)) and _is_arithmetic(
+            ast.parse(text, mode="eval").body, functions
+        )
+    except SyntaxError:
+        return False
+
+
+def _is_arithmetic(node: ast.AST, functions: re.Pattern[str]) -> bool:
+    """Whether a part of an expression is a number, a size, or an operation or function of such parts."""
+    known: object = False
+    parts = list[ast.AST]()
+    match node:
+        case ast.Constant(value=value):
+            known = type(value) in (bool, int, float)
+        case ast.Name(id=name):
+            known = SIZE.fullmatch(name)
+        case ast.Subscript():
+            known = _is_input(node)
+        case ast.BinOp() | ast.UnaryOp() | ast.BoolOp() | ast.Compare():
+            known, parts = True, [part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr)]
+        case ast.Call(func=ast.Name(id="Symbol" | "Float"), args=[ast.Constant(value=str(text))]):
+            known, parts = SIZE_OR_NUMBER.fullmatch(text), [*node.keywords]
+        case ast.Call():
+            known, parts = functions.fullmatch(ast.unparse(node.func)), [*node.args, *node.keywords]
+        case ast.keyword(arg=name, value=part):
+            known, parts = name in KEYWORDS, [part]
+    return bool(known) and all(_is_arithmetic(part, functions) for part in parts)
+
+
+def _is_input(node: ast.expr) -> bool:
+    """Whether a part of an expression is an input of the program, or a size of it: L['images'][0].size()[2]."""
+    match node:
+        case ast.Subscript(
+            value=ast.Call(func=ast.Attribute(value=tensor, attr="size"), args=[], keywords=[]),
+            slice=ast.Constant(value=int()),
+        ):
+            node = tensor
+    while isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        if type(node.slice.value) not in (int, str) or not LABEL.fullmatch(str(node.slice.value)):
+            return False
+        node = node.value
+    return isinstance(node, ast.Name) and node.id == "L"
 
 
 def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, text) for every text in a tree of JSON, and ("", key) for its keys, without the metadata of nodes."""
+    """Yield (key, text) for every text in a tree of JSON, and ("", key) for its keys, but free texts of nodes."""
     if isinstance(tree, dict):
         for name, value in tree.items():
             yield "", name
@@ -364,12 +373,21 @@ def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, tree
 
 
-def _without_metadata(node: Any) -> Any:
-    """Return a node of a program without the texts that say where it was written, of which nothing is evaluated."""
-    metadata = node.get("metadata") if isinstance(node, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+def _without_free_texts(node: Any) -> Any:
+    """Return a node of a program without texts of which nothing is evaluated: its metadata, and what aten gets."""
+    if not isinstance(node, dict):
         return node
-    return {name: value for name, value in node.items() if name != "metadata"}
+    metadata, kept = node.get("metadata"), dict(node)
+    if isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()):
+        del kept["metadata"]
+    if OF_ATEN.fullmatch(str(node.get("target"))):
+        kept["inputs"] = [
+            {**each, "arg": {**each["arg"], "as_string": ""}}
+            if isinstance(each.get("arg", {}).get("as_string"), str)
+            else each
+            for each in node["inputs"]
+        ]
+    return kept
 
 
 def _with_argument(value: Any) -> Any:
@@ -379,4 +397,4 @@ def _with_argument(value: Any) -> Any:
     return {("argument" if name == "name" else name): each for name, each in value.items()}
 
 
-PARTS = {"nodes": _without_metadata, "inputs": _with_argument}  # of lists with this key
+PARTS = {"nodes": _without_free_texts, "inputs": _with_argument}  # of lists with this key

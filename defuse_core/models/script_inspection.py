@@ -1,0 +1,115 @@
+"""Inspect the code and the pickles of a TorchScript file as text before torch reads them, and refuse the unknown.
+
+`torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
+(`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs some
+of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names in its
+code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from typing import Any
+
+from defuse_core.errors import ModelError
+
+FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
+FILES_OF_SCRIPT = re.compile(
+    r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
+    r"|extra/.*",
+    re.ASCII,
+)
+# What torch writes: no comments, no adjacent or triple-quoted texts, no escape that spells a letter.
+TOKENS = re.compile(
+    r"""(?P<space>[ \n]+)|[A-Za-z_]\w*|\d+(\.\d*)?(e[+-]?\d+)?j?(?!\w)|\.\.\.|[()[\]{}:,.=<>+*/%@!&|^~-]"""
+    r"""|(?P<text>"([^"\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*"|'([^'\\\n]|\\[abfnrtv'"\\]|\\[23][0-7]{2})*')"""
+    r"""|(?P<unknown>.{1,40})""",
+    re.ASCII,
+)
+OF_PRIM = re.compile(
+    r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
+    r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
+)
+OPERATIONS_OF_PICKLES = re.compile(
+    r"PROTO|GLOBAL|EMPTY_(TUPLE|LIST|DICT)|MARK|SETITEMS?|APPENDS?|TUPLE[123]?|REDUCE|BUILD|NEWOBJ|(LONG_)?BIN(PUT|GET)"
+    r"|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|NEW(TRUE|FALSE)|NONE|BINPERSID|STOP"
+)
+CLASS_IN_PICKLE = re.compile(r"[\w.]+ [\w.]+", re.ASCII)  # module and name
+CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
+COMMENT = re.compile(r"#.*")  # torch drops it, too
+
+
+def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
+    """Raise ModelError for anything in a TorchScript file that could touch files, or that is not understood."""
+    for name in names:
+        if not FILES_OF_SCRIPT.fullmatch(name):
+            raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
+        if name.endswith("pkl"):
+            _expect_harmless_pickle(reader.get_record(name), f"{where}: {name}")
+        if name.endswith(".py"):
+            _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
+
+
+def _expect_harmless_pickle(data: bytes, where: str) -> None:
+    """Raise ModelError for a pickle, which C++ reads, with a class of C++, or a name that is not a plain one.
+
+    C++ parses the names of classes, and the texts that restore_type_tag gets, as TorchScript: quotes, escapes,
+    comments and spaces in them could hide a class.
+    """
+    texts, has_types = list[str](), False
+    for operation, found, _ in pickletools.genops(data):
+        argument = str(found)
+        if not OPERATIONS_OF_PICKLES.fullmatch(operation.name):
+            raise ModelError(
+                f"{where} holds {operation.name}, which torch.jit.save does not write; save it again"
+            )
+        if operation.name == "GLOBAL":
+            has_types |= argument == "torch.jit._pickle restore_type_tag"
+            if not CLASS_IN_PICKLE.fullmatch(argument) or CUSTOM_CLASS.search(argument):
+                raise _refusal(where, argument)
+        elif operation.name == "BINUNICODE":
+            texts.append(argument)
+    for text in texts:
+        if CUSTOM_CLASS.search(text) or CUSTOM_CLASS.search(COMMENT.sub("", text)):
+            raise _refusal(where, text[:80])
+        if has_types and set(text) & set("\"'\\"):
+            raise ModelError(
+                f"{where} holds the text {text[:80]!r}: beside an attribute that is a list or dictionary, no text may "
+                "have quotes or backslashes, which could hide a class of C++; remove them, such as from the names of "
+                "classes, or export the network with torch.export.save"
+            )
+
+
+def _expect_harmless_code(code: str, where: str) -> None:
+    """Raise ModelError for TorchScript code that does not split into tokens, or has a name that is not allowed."""
+    found = [match for match in TOKENS.finditer(code) if not match["space"]]
+    tokens = [match[0] for match in found]
+    for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
+        after = tokens[at + 1 : at + 5]
+        if match["unknown"] or (match["text"] and at and found[at - 1]["text"]):
+            raise ModelError(
+                f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
+                "save it again, or export the network with torch.export.save"
+            )
+        is_class = (token == "classes" and tokens[max(at - 2, 0) : at] == ["torch", "."]) or (
+            match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
+        )
+        if is_class or token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
+            raise _refusal(where, token)
+        is_field = tokens[at - 1 : at] == ["."] or after[:1] == [":"]
+        is_library = token == "ops" and not is_field
+        if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):
+            raise _refusal(where, "".join([token, *after]))
+        if token == "__torch__" and (
+            after[:1] != ["."]
+            or (after[1:2] == ["torch"] and (after[2:3] != ["."] or after[3:] == ["classes"]))
+        ):
+            raise _refusal(where, "".join([token, *after]))
+
+
+def _refusal(where: str, found: str) -> ModelError:
+    return ModelError(
+        f"{where}: its code uses {found}, which can touch files or run at loading, so it is not loaded; rename a layer "
+        "or attribute of that name, export the network with torch.export.save, or use architecture: custom"
+    )

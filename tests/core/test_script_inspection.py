@@ -1,0 +1,202 @@
+"""Files of TorchScript that could do more than compute with tensors are refused; ordinary ones are loaded."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from defuse_core.errors import ModelError
+from defuse_core.models.programs import load_program
+from defuse_core.models.script_inspection import FILE_OPERATORS
+
+CALL = 'torch.save(images, "stolen.pt")'
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch.save(images, "stolen.pt")
+        logits: torch.Tensor = self.layer(images.flatten(1))
+        return logits
+
+
+class WithOps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.ops(images)
+        return logits
+
+
+def scripted(net: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net.eval()), file)
+    return file.getvalue()
+
+
+def rewritten(old: str, new: str) -> list[tuple[str, bytes]]:
+    """Return the entries of the scripted Writes, `old` replaced in its code."""
+    source = zipfile.ZipFile(io.BytesIO(scripted(Writes())))
+    entries = {name: source.read(name) for name in source.namelist()}
+    code = next(name for name, text in entries.items() if name.endswith(".py") and old.encode() in text)
+    entries[code] = entries[code].replace(old.encode(), new.encode())
+    return list(entries.items())
+
+
+def packed(entries: list[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]]) -> bytes:
+    """Return a zip file in which Python finds the entries `shown`, and torch `read`."""
+    first, second = packed(read), packed(shown)
+    data = bytearray(first[:-22] + second)
+    (at,) = struct.unpack_from("<I", first, len(first) - 6)  # where the directory of `read` is
+    struct.pack_into("<I", data, len(data) - 6, at)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        'torch .save(images, "stolen.pt")',
+        'torch. save(images, "stolen.pt")',
+        'torch.\\\n      save(images, "stolen.pt")',
+        'torch. # a comment\n      save(images, "stolen.pt")',
+        '(torch.save)(images, "stolen.pt")',
+        'getattr(torch, "save")(images, "stolen.pt")',
+        'getattr(torch, "sa" "ve")(images, "stolen.pt")',
+        'getattr(torch, "\\163ave")(images, "stolen.pt")',
+        'images.save("stolen.pt")',
+        'ops.aten.save(images, "stolen.pt")',
+        'ops .aten.save(images, "stolen.pt")',
+        '"stolen.pt".from_file(True, 4)',
+        'getattr(ops, "quantized").linear(images)',
+        "other = ops",
+        "ops.prim.PythonOp(images)",
+        "ops.prim.rpc_sync(images)",
+        '__torch__.torch.classes.profiling._RecordFunction("stolen.pt")',
+        "other = __torch__.torch",
+        'other = getattr(__torch__.torch, "classes")',
+        'if isinstance(images, int):\n      ...\n    ops.image.write_file("stolen.pt", images)',
+        'other : Optional["torch.classes.quantized.X"] = None',
+        "other : Optional[torch.classes.quantized.X] = None",
+        'other : Optional["torch .\\nclasses.quantized.X"] = None',
+        "other = (__torch__)",
+    ],
+)
+def test_torchscript_that_could_touch_files_is_refused_unread(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch read it"))
+    with pytest.raises(ModelError, match=r"net\.pt: its code (uses|holds) .*, so it is not loaded"):
+        load_program(packed(rewritten(CALL, call)), "net.pt")
+
+
+def test_default_values_of_torchscript_which_run_at_loading_are_inspected_too():
+    entries = rewritten(
+        "images: Tensor)", 'images: Tensor,\n    more: Tensor=torch.from_file("stolen.pt", True, 4))'
+    )
+    with pytest.raises(ModelError, match="its code uses from_file"):
+        load_program(packed(entries), "net.pt")
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        b"c__torch__.torch.classes.quantized\nX\n",
+        b"c__torch__.torch .classes.quantized\nX\n",
+        b"c__torch__.torch.\nclasses.X\n",
+        b'c"torch\\056classes.aten\nOpaqueObject"\n',
+        b'c"tor" "ch.classes.aten\nOpaqueObject"\n',
+        b"X\x16\x00\x00\x00torch.classes.aten.X.Y",
+        b'ctorch.jit._pickle\nrestore_type_tag\nX\x0e\x00\x00\x00"tor" "ch.cla"',
+        b"X\x2e\x00\x00\x00Dict[str, torch #x\n.classes.aten.OpaqueObject]",
+        b"i__torch__\nX\n",
+    ],
+)
+def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused(added, monkeypatch):
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: pytest.fail("torch read it"))
+    entries = [
+        (entry, data[:2] + added + data[2:] if entry.endswith("data.pkl") else data)
+        for entry, data in rewritten(CALL, "None")
+    ]
+    with pytest.raises(
+        ModelError, match=r"net\.pt: archive|net\.pt: data\.pkl( holds (INST|the text)|: its code uses)"
+    ):
+        load_program(packed(entries), "net.pt")
+
+
+class WithClassNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = ["cat's eye", "disc"]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * len(self.names)
+
+
+def test_a_text_with_quotes_beside_a_list_of_texts_is_named_in_the_message():
+    with pytest.raises(
+        ModelError, match=r'holds the text "cat\'s eye".*no text may have quotes or backslashes'
+    ):
+        load_program(scripted(WithClassNames()), "net.pt")
+
+
+def test_a_layer_may_be_called_ops():
+    load_program(scripted(WithOps()), "net.pt")
+
+
+def test_archives_that_can_be_read_in_two_ways_are_refused():
+    harmful, harmless = rewritten(CALL, CALL), rewritten(CALL, "None")
+    code = next(name for name, data in harmful if CALL.encode() in data)
+    other = f"other/{code.partition('/')[2]}", b""
+    for data in (two_directories(harmless, harmful), packed([*harmful, other])):
+        with pytest.raises(ModelError, match=r"net\.pt: .*(uses save|torch cannot read)"):
+            load_program(data, "net.pt")
+    with pytest.raises(ModelError, match="zip archive are ambiguous"):
+        load_program(packed([*harmless, (code.replace(".py", ".PY"), b"")]), "net.pt")
+    shown, read = ([*harmless, (f"archive/extra/{name}", b"")] for name in "xy")
+    with pytest.raises(ModelError, match="zip archive are ambiguous"):
+        load_program(two_directories(shown, read), "net.pt")
+    polyglot = packed(harmless)
+    with pytest.raises(ModelError, match="zip archive are ambiguous"):
+        load_program(polyglot[:4] + b"PTMF" + polyglot[8:], "net.pt")
+    with pytest.raises(ModelError, match=r"holds model\.json"):
+        load_program(packed([*harmless, ("archive/model.json", b"{}")]), "net.pt")
+
+
+def test_save_and_from_file_are_the_only_operators_of_torch_that_take_a_files_name():
+    found = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        for argument in schema.arguments
+        if "str" in str(argument.type)
+        and any(word in argument.name for word in ("file", "path", "dir", "url"))
+    }
+    assert {name for name in found if name.startswith(("aten::", "prim::"))} == {
+        f"aten::{name}" for name in FILE_OPERATORS
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v3_small", "convnext_tiny"]
+)  # their code has types of torchvision.ops
+def test_torchscript_of_torchvisions_networks_is_loaded(name):
+    torchvision = pytest.importorskip("torchvision")
+    net = getattr(torchvision.models, name)(num_classes=3).eval()
+    load_program(scripted(net), "net.pt")
