@@ -41,7 +41,6 @@ from defuse_core.identify import SAMPLE_CODES
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
-from defuse_core.review.consensus import expect_cleanlab, review_consensus, review_verdicts
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
     filter_corrections,
@@ -51,7 +50,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.verdicts import doubtful
+from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import settle_precision
@@ -255,8 +254,9 @@ def _verdicts(
 ) -> Verdicts:
     """Decide on every component; where reference models annotate and doubt remains, again on more images."""
     review = run.spec.review
-    asked = ask_models_once(run, compute, gallery) if review.consensus == "crowdlab" else None
-    consensus = review_consensus(review, votes, asked)
+    consensus = None
+    if review.consensus == "crowdlab":
+        consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery).mean(axis=0))
     judge = partial(review_verdicts, review, gallery, votes, consensus=consensus)
     first = judge(read_overrides(run.store))
     unsure = doubtful(first, review.rho)

@@ -55,9 +55,8 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
-from defuse_core.review.consensus import count_not_majority
 from defuse_core.review.undecided import why_undecided
-from defuse_core.review.verdicts import is_misclassified, most_common_error
+from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch import FailureWatch
 

@@ -20,8 +20,8 @@ from defuse_core.errors import DataError, InputError, RunMismatchError, StoreErr
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.report import parse_report
-from defuse_core.review.consensus import review_verdicts
 from defuse_core.review.overrides import override_verdict
+from defuse_core.review.verdicts import review_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train_side_by_side
