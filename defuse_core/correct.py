@@ -35,8 +35,7 @@ from defuse_core.training import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.augment import random_affine
-from defuse_core.training.batches import DeviceImages
+from defuse_core.training.batches import DeviceImages, random_affine
 from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 

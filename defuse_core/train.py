@@ -43,8 +43,7 @@ from defuse_core.review.undecided import why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.data_parallel import averaged, seed_dropout, worker_minibatches
+from defuse_core.training.batches import DeviceImages, averaged, seed_dropout, worker_minibatches
 from defuse_core.training.precision import accuracy_as_in_f32, right_by_part
 from defuse_core.training.reference_models import load_reference_models
 from defuse_core.training.train_vae import initial_vae, train_vae

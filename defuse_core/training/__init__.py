@@ -21,7 +21,7 @@ from defuse_core.config import CorrectSection, VaeSection
 from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError, percent
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import SHARED_STORE, Store
-from defuse_core.training.data_parallel import is_first_worker, mean_over_workers, require_same_on_all_workers
+from defuse_core.training.batches import is_first_worker, mean_over_workers, require_same_on_all_workers
 
 log = logging.getLogger("defuse")
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch

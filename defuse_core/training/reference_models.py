@@ -54,8 +54,7 @@ from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Losses, minibatches, train_step
-from defuse_core.training.augment import augment
-from defuse_core.training.batches import DeviceImages
+from defuse_core.training.batches import DeviceImages, augment
 
 log = logging.getLogger("defuse")
 LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up

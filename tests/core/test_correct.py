@@ -15,7 +15,7 @@ from defuse_core.models import accuracy, load_classifier, predict, weights_of
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training import cycle, train_step
-from defuse_core.training.augment import random_affine
+from defuse_core.training.batches import random_affine
 from defuse_core.trials import run_trial, trial_key
 from defuse_core.tuning_data import reviewed_failures
 from tests.conftest import fine_tuning_data, tiny
