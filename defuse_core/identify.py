@@ -24,7 +24,7 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import DamagedError, StoreError
-from defuse_core.map_ahead import map_ahead
+from defuse_core.files import map_ahead
 from defuse_core.models import (
     Decoder,
     Vae,

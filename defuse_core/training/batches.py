@@ -27,7 +27,7 @@ from defuse_core.data import Images
 from defuse_core.data.images import PictureFiles
 from defuse_core.device import device
 from defuse_core.errors import ComputeError, DataError
-from defuse_core.map_ahead import map_ahead
+from defuse_core.files import map_ahead
 from defuse_core.models import to_tensor
 from defuse_core.seeds import torch_seed
 
