@@ -28,8 +28,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
 from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_classifier, load_vae, predict
-from defuse_core.protocols import Compute, Progress, SweepRequest
-from defuse_core.review.sample import in_tasks
+from defuse_core.protocols import Compute, Progress, SweepRequest, map_in_tasks
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
@@ -168,7 +167,7 @@ def choose_unreviewed(
     found = compute.task("correct", _draw_allowed, spec, psi, run.store, scenarios, verdicts)
     found = found.take(np.arange(min(len(found), EXAMINED * wanted)))
     of_all = spec, models, references, found
-    clear = in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
+    clear = map_in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
     return found.take(np.flatnonzero(np.array(clear, np.bool_))[:wanted])
 
 
