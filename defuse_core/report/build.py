@@ -28,7 +28,6 @@ from defuse_core.distill.sources import certain_source_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
-from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
 from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence, watch_figures
 from defuse_core.report.schema import (
@@ -87,7 +86,7 @@ def build_report(
             reconstruction=models.reconstruction,
             reconstruction_flips=models.reconstruction_flips,
             kl_per_dimension=tuple(models.kl_per_dimension.tolist()),
-            collapsed=int((models.kl_per_dimension < COLLAPSED_BELOW).sum()),
+            collapsed=models.health.collapsed,
             health=HealthFigures.model_validate(models.health, from_attributes=True),
         ),
         mixture=Mixture(
@@ -101,7 +100,7 @@ def build_report(
         votes=_votes(found),
         overrides=tuple(_decision(override, models.classes) for override in verdicts.overrides),
         evidence=None if evidence is None else evidence_figures(found, evidence),
-        watch=None if watch is None else watch_figures(watch, run.spec.serve, run.spec.serve.watch),
+        watch=None if watch is None else watch_figures(watch, run.spec.serve),
         per_class=_per_class(models.classes, evaluation, run.spec.check.max_class_loss),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),

@@ -198,9 +198,9 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     )
 
 
-def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = True) -> WatchFigures:
-    """Return the figures of the best method; without `codes`, of the best one that needs no encoder."""
-    best = watch.best(codes)
+def watch_figures(watch: FailureWatch, settings: ServeSection) -> WatchFigures:
+    """Return the figures of the best method; without `serve.watch`, of the best one that needs no encoder."""
+    best = watch.best(settings.watch)
     problem = watch.objection(best)
     if best is None:
         return WatchFigures(

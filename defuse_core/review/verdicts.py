@@ -162,6 +162,12 @@ def most_common_errors(gallery: Gallery, verdicts: Verdicts, components: I64) ->
     return errors
 
 
+def scenario_name(label: str, mistaken_for: str, number: int) -> str:
+    """Return `8 read as 3 (scenario 12)`; `8 misread` where it is mistaken for its label, as no answer was wrong."""
+    confusion = "misread" if mistaken_for == label else f"read as {mistaken_for}"
+    return f"{label} {confusion} (scenario {number})"
+
+
 def most_common(labels: I64) -> int | None:
     """Return the most common of (R,) labels, the lowest of equals; None where no image has one."""
     known = labels[labels != NONE_OF_THE_ABOVE]
