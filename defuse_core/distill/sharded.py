@@ -20,8 +20,11 @@ from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.components import (
     WHOLE,
+    Cell,
     FittedCell,
+    Sources,
     components_of,
+    count_sources,
     failures_by_component,
     fit_mixture,
     kept_components,
@@ -42,7 +45,6 @@ from defuse_core.distill.mixture import (
     prior_covariance,
     summed_statistics,
 )
-from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import shard_of_psi, subsample_psi
 from defuse_core.protocols import Compute, Partitions, Progress
 from defuse_core.store import Store
@@ -51,7 +53,6 @@ log = logging.getLogger("defuse")
 PART_CODES = 2**16  # that a part holds at least, if Ψ has so many
 MOST_PARTS = 1024
 LOG_EVERY = 10  # iterations
-Cell = tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
 
 
 @dataclass(frozen=True, eq=False)

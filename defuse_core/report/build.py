@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import ChoiceRule
-from defuse_core.distill.sources import certain_source_error
+from defuse_core.distill.components import certain_source_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence

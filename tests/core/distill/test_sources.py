@@ -12,9 +12,8 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
-from defuse_core.distill.components import no_scenarios
+from defuse_core.distill.components import Sources, certain_source_error, count_sources, no_scenarios
 from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, without_undivided
-from defuse_core.distill.sources import Sources, certain_source_error, count_sources
 from defuse_core.seeds import generator
 from tests.sample_components import sample_failures, sample_scenarios
 
