@@ -126,14 +126,13 @@ def expect_same_images(run: Run) -> None:
 
     A step that is yet to be made notices that by itself, on the machine that reads the images.
     """
-    data = run.spec.data
+    root = run.spec.data.root
     is_finished = run.store.exists("evaluation.safetensors")
-    if data.root is None or not is_finished or (models := run.load(Models)) is None:
+    if root is None or not is_finished or (models := run.load(Models)) is None:
         return
     with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
-        if data.root.exists():
-            here = data.model_copy(update={"download": False})
-            reopen_splits(here, run.spec.seed, models.data_fingerprint)
+        if root.exists():
+            reopen_splits(run.spec.with_fields("data", download=False), models.data_fingerprint)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:

@@ -78,7 +78,7 @@ def load_fine_tuning_data(models: Models, request: SweepRequest, *, progress: Pr
 
 def expect_training_images(spec: RunFile, models: Models, *, progress: Progress) -> None:
     """Raise DataError or RunMismatchError where the images that the run was trained on are missing or have changed."""
-    reopen_splits(spec.data, spec.seed, models.data_fingerprint)
+    reopen_splits(spec, models.data_fingerprint)
 
 
 def load_clean_images(
@@ -91,7 +91,7 @@ def load_clean_images(
     lose its class.
     """
     progress("loading images to fine-tune on", 0, 1, "sets")
-    splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
+    splits = reopen_splits(spec, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
     if len(left_out):
         left_out = np.union1d(left_out, track_mates(train, left_out, tuned))
@@ -235,7 +235,7 @@ def decode_failures(spec: RunFile, models: Models, vae: Vae, failures: Failures)
     """
     if spec.vae.decode == "plain":
         return decode_codes(vae, failures.codes)
-    train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
+    train = reopen_splits(spec, models.data_fingerprint).train
     parts = []
     for first in range(0, max(1, len(failures)), CODES_AT_ONCE):  # a single, empty part where there are none
         some = failures.take(np.arange(first, min(first + CODES_AT_ONCE, len(failures))))

@@ -61,7 +61,7 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     fits = fit_mixtures(failures, spec.distill, spec.seed, progress)
     scenarios = fits.scenarios()
     if spec.vae.decode == "anchored" and len(scenarios):
-        train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+        train = reopen_splits(spec, data_fingerprint).train
         anchored = component_failures(fits.members(), train, spec.seed)
         scenarios = without_undivided(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)

@@ -286,7 +286,7 @@ def sampled_failures(
         # all of the cell's for a component that no code of the sample belongs to
         by_component = failures_by_component(cell.fit, members)
         found.extend(own if len(own) else members for own in by_component)
-    train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+    train = reopen_splits(spec, data_fingerprint).train
     kept, _ = kept_components(fitted, spec.distill)
     return component_failures([found[row] for row in kept], train, spec.seed)
 

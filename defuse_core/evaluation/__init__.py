@@ -73,7 +73,7 @@ class Findings:
 
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
     """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
-    on_disk = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    on_disk = reopen_splits(spec, found.models.data_fingerprint)
     splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
     classes = len(found.models.classes)
     before = found.models.classifier

@@ -105,7 +105,7 @@ def probe_images(train: Images) -> Images:
 def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress) -> Health:
     """Return the health of an anchored β-VAE by the reference models' answers on moved training images."""
     progress("moving training images", 0, 1, "sets")
-    train = probe_images(reopen_splits(spec.data, spec.seed, models.data_fingerprint).train)
+    train = probe_images(reopen_splits(spec, models.data_fingerprint).train)
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
     def answer(images: F32) -> I64:

@@ -233,9 +233,7 @@ def train_one(
 
     Raises RunMismatchError if the images are not those of `fingerprint`, if given.
     """
-    splits = (
-        reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
-    )
+    splits = reopen_splits(spec, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     key = f"training/{name}-{number}.safetensors"
     found = _stored(store, key, splits.fingerprint())
     if found is None:

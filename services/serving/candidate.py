@@ -222,7 +222,7 @@ def _digest(candidate: Candidate) -> str:
 
 def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     spec, corrections = run.spec, artifacts.corrections
-    splits = reopen_splits(spec.data, spec.seed, artifacts.models.data_fingerprint)
+    splits = reopen_splits(spec, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
     report = evaluate_candidate(
         spec, artifacts.models, corrections, artifacts.sweep, splits, artifacts.evidence
