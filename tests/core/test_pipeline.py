@@ -71,9 +71,9 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     entries = finished[0].manifest()["artefacts"]
     tuned = []
 
-    def counting(spec, models, tuning, lam, store):
+    def counting(tuning, lam, store):
         tuned.extend([lam] if not store.exists(trial_key(lam)) else [])
-        yield from run_trial(spec, models, tuning, lam, store)
+        yield from run_trial(tuning, lam, store)
 
     monkeypatch.setattr("defuse_core.trials.run_trial", counting)
     run, _ = whole_run(tmp_path, tiny(correct={"lambdas": lambdas}))
