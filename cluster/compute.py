@@ -113,7 +113,7 @@ class RayCompute:
         except RayError as error:  # a result whose node was lost, and that could not be made again
             raise as_defuse_error(error, step) from error
 
-    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+    def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         from cluster.train import run_together  # imports pandas and more
 
         listener, workers = self._join_cluster(), self.spec.resources.train_workers

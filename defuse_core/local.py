@@ -142,7 +142,7 @@ class LocalCompute:
             for task, call in numbered(calls)
         ]
 
-    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+    def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         log.warning("%s: resources.train_workers needs Ray; one worker does all", step)
         self.task(step, function, *args)
 

@@ -36,7 +36,7 @@ from defuse_core.evaluation import (
     without_fold,
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
-from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.identify import SAMPLE_CODES
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
@@ -53,7 +53,7 @@ from defuse_core.review.tighten import tighten
 from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
-from defuse_core.training.precision import settle_precision
+from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import (
     ask_models_once,
     judges,
@@ -73,7 +73,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     spec, store = run.spec, run.store
     if spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
-    settle_precision(run, compute)
+    resolve_precision(run, compute)
     expect_same_images(run)
     models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None
@@ -150,7 +150,7 @@ def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | 
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
     if anchored and references is not None:
-        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        measure = partial(compute.task, "train", measure_perturbed, spec, models, references)
         models = replace(models, health=run.once("train", Health, measure))
     if run.until != "train" and anchored:
         expect_healthy(spec, models)

@@ -104,7 +104,7 @@ class Compute(Protocol):
 
     progress: Progress
 
-    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+    def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         """Run function(*args, progress=...) in resources.train_workers processes that form a torch process group.
 
         Raises RunFileError without room for them.

@@ -129,7 +129,7 @@ def train_side_by_side(
     if spec.resources.train_workers > 1:
         for training, epochs in zip(trainings, (spec.vae.epochs, spec.classifier.epochs), strict=True):
             if epochs > 0:
-                compute.together("train", *training)
+                compute.run_distributed("train", *training)
     elif _trains_both(spec):
         compute.tasks("train", [*(Call(*training) for training in trainings), *others])  # the longest first
     elif others:

@@ -23,7 +23,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
-from defuse_core.data.splits import mixed_order, track_mates
+from defuse_core.data.splits import stratified_order, track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
@@ -96,7 +96,7 @@ def load_clean_images(
     if len(left_out):
         left_out = np.union1d(left_out, track_mates(train, left_out, tuned))
     if wanted is not None and wanted < len(train):
-        order = mixed_order(train.labels, generator(spec.seed, "correct", "sample"))
+        order = stratified_order(train.labels, generator(spec.seed, "correct", "sample"))
         rows = np.sort(order[:wanted])
         train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)
     if len(left_out):

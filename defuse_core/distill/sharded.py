@@ -33,7 +33,7 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import component_failures, without_undivided
+from defuse_core.distill.draws import component_failures, with_both_halves
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -101,7 +101,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
         failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
-        scenarios = without_undivided(replace(scenarios, failures=failures))
+        scenarios = with_both_halves(replace(scenarios, failures=failures))
     log_scenarios(spec, scenarios)
     return scenarios
 

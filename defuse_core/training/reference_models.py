@@ -32,7 +32,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
-from defuse_core.data.splits import mixed_order, split_tracks
+from defuse_core.data.splits import split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import DataError, ModelError, StoreError
 from defuse_core.models import (
@@ -192,7 +192,7 @@ def _calls(
 ) -> list[Call[TrainedClassifier]]:
     """Return the trainings of a set: independent, one call each, which makes what `store` does not hold yet."""
     count = set_section(spec, name).count
-    return [Call(train_one, spec, name, number, fingerprint, store) for number in range(count)]
+    return [Call(trained_classifier, spec, name, number, fingerprint, store) for number in range(count)]
 
 
 def _merge(trained: Sequence[TrainedClassifier]) -> ReferenceSet:
@@ -220,7 +220,7 @@ class TrainedClassifier:
     data_fingerprint: str  # of the images trained on
 
 
-def train_one(
+def trained_classifier(
     spec: RunFile,
     name: SetName,
     number: int,
@@ -237,7 +237,7 @@ def train_one(
     key = f"training/{name}-{number}.safetensors"
     found = _stored(store, key, splits.fingerprint())
     if found is None:
-        found = _train_one(spec, name, number, splits, progress)
+        found = _train(spec, name, number, splits, progress)
         store.write(key, encode(found))
     return found
 
@@ -254,7 +254,7 @@ def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | Non
     return found if found.data_fingerprint == fingerprint else None
 
 
-def _train_one(
+def _train(
     spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
 ) -> TrainedClassifier:
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
@@ -288,7 +288,7 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
             )
         train = part
     if section.train_images is not None and section.train_images < len(train):
-        order = mixed_order(train.labels, generator(spec.seed, name, "sample"))
+        order = stratified_order(train.labels, generator(spec.seed, name, "sample"))
         train = train.take(np.sort(order[: section.train_images]))
     return train
 

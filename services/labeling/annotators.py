@@ -220,10 +220,10 @@ class LabelStudioAnnotators:
         compute = self.compute
         if compute is None:  # `defuse review push`, outside `defuse run`
             from defuse_core.local import LocalCompute
-            from defuse_core.training.precision import settle_precision
+            from defuse_core.training.precision import resolve_precision
 
             compute = LocalCompute()
-            settle_precision(self.run, compute)
+            resolve_precision(self.run, compute)
         return ask_models_once(self.run, compute, gallery)
 
 
