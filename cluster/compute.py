@@ -389,6 +389,7 @@ def _copied(value: T) -> T:
 def _in_worker(
     step: str, task: int, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
 ) -> tuple[None, T]:
+    """Call the function in this worker, with the devices that Ray gave it; its reports go to the driver's actor."""
     with reporting(progress_actor, task) as progress:
         log.debug("%s: in %s", step, claim_devices(step))
         return None, profile.call(step, function, *args, progress=progress, task=task)

@@ -88,7 +88,7 @@ def draw_noise(section: IdentifySection, sigma: F32, rng: np.random.Generator) -
 
 
 def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.Generator) -> F32:
-    """Return ε of Algorithm 1, line 5, scaled and, with identify.center, centred at 0."""
+    """Return ε of Algorithm 1, line 5, of `shape`, scaled and, with identify.center, centred at 0."""
     noise = rng.beta(section.a, section.b, size=shape)
     if section.center:
         noise -= section.a / (section.a + section.b)

@@ -169,6 +169,7 @@ class LocalCompute:
         return [self._sweep(models, request) for request in requests]
 
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
+        """Fine-tune each stack of λ in turn, and choose; continues the trials that the request's store holds."""
         spec = request.spec
         if request.is_empty:
             return collect_sweep(spec, models, [], comparison=request.comparison)

@@ -253,6 +253,7 @@ def _classifier_epoch(
     epoch: int,
     progress: Progress,
 ) -> float:
+    """Train for one epoch, counted from 0; return the mean loss of its steps, in nats."""
     training.module.train()
     seed_dropout(spec.seed, "classifier", "dropout", epoch)
     total = spec.classifier.epochs * len(images)

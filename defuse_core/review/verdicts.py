@@ -42,7 +42,7 @@ def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
 
 
 def majority(counts: I64) -> I64:
-    """Return the class with the most votes along the last axis, or NONE_OF_THE_ABOVE for a tie or no vote."""
+    """(..., C) -> the class with the most votes, (...), or NONE_OF_THE_ABOVE for a tie or no vote."""
     most = counts.max(axis=-1, keepdims=True)
     unique = ((counts == most).sum(axis=-1) == 1) & (most[..., 0] > 0)
     return np.where(unique, counts.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
@@ -133,7 +133,7 @@ def count_not_majority(labels: I64, votes: Votes, classes: int) -> int:
 
 
 def is_misclassified(predicted: I64, labels: I64) -> Bool:
-    """Return whether the classifier's answer differs from the label; False where the label is missing."""
+    """Return whether each answer differs from its label, in their shape; False where the label is missing."""
     wrong: Bool = (labels != NONE_OF_THE_ABOVE) & (labels != predicted)
     return wrong
 
@@ -187,7 +187,7 @@ class Units:
 
 
 def outcomes(predicted: I64, labels: I64) -> I64:
-    """Return 1 for each misclassified image, 0 for one that is right, -1 for one without a label."""
+    """Return 1 for each misclassified image, 0 for one that is right, -1 for one without a label, in their shape."""
     return np.where(labels == NONE_OF_THE_ABOVE, -1, labels != predicted).astype(np.int64)
 
 
@@ -379,6 +379,7 @@ def _agreement(counts: I64) -> F64:
 
 
 def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:
+    """Replace, in place, the labels, (S,), and reasons of overridden components."""
     for override in overrides:
         label = override.label
         labels[override.scenario] = NONE_OF_THE_ABOVE if label is None else label

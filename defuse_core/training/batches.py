@@ -124,7 +124,10 @@ class DeviceImages:
         return self._labels[torch.from_numpy(rows).to(device())]
 
     def batches(self, order: Iterable[I64]) -> Iterator[tuple[I64, Tensor, Tensor]]:
-        """Yield rows, images and labels of each minibatch of `order`; image files are read ahead."""
+        """Yield rows, (n,), images, (n, channels, H, W) in [0, 1], and labels, (n,), of each minibatch of `order`.
+
+        Image files are read ahead.
+        """
         if self._loader is not None:
             for rows, pixels in self._loader.batches(order):
                 yield rows, to_tensor(pixels), self.labels(rows)
@@ -182,7 +185,7 @@ class MinibatchPart:
 def worker_minibatches(
     images: DeviceImages, order: Iterable[I64]
 ) -> Iterator[tuple[MinibatchPart, Tensor, Tensor]]:
-    """Yield this worker's part of each minibatch of `order`, with its images and labels."""
+    """Yield this worker's part of each minibatch, with its images, (n, channels, H, W) in [0, 1], and labels, (n,)."""
     minibatches = list(order)
     mine = [MinibatchPart.of(len(rows)) for rows in minibatches]
     read = images.batches(rows[part.rows] for rows, part in zip(minibatches, mine, strict=True))
@@ -215,7 +218,7 @@ def averaged(trained: nn.Module, loss: Callable[P, R], *, all_used: bool) -> Cal
 
 
 def mean_over_workers(values: Tensor) -> Tensor:
-    """Return the mean of `values` over the workers, which all call this at the same time."""
+    """Return the mean of `values` over the workers, in the shape of `values`; all call this at the same time."""
     if group_size() == 1:
         return values
     total = values.clone()
@@ -269,10 +272,11 @@ def _affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
 
 
 def augment(images: Tensor, rng: np.random.Generator, part: MinibatchPart | None = None) -> Tensor:
-    """Return each image randomly rotated, scaled, shifted, and darkened or brightened; most are blurred.
+    """Return each image, (n, channels, H, W) in [0, 1], randomly rotated, scaled, shifted, and darkened or brightened.
 
-    Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a person reads them all
-    the same. Numbers are drawn for the whole minibatch of which `images` are this worker's `part`.
+    Most are blurred. Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a
+    person reads them all the same. Numbers are drawn for the whole minibatch, of which `images` are this worker's
+    `part`.
     """
     count, rows = (len(images), slice(None)) if part is None else (part.count, part.rows)
     angle, scale = rng.uniform(-0.2, 0.2, count)[rows], rng.uniform(0.85, 1.15, count)[rows]

@@ -257,6 +257,7 @@ def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | Non
 def _train(
     spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
 ) -> TrainedClassifier:
+    """Return model `number` of a set, trained on the set's part of the training images, with its accuracies."""
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     if number == 0:
         _warn_of_missing_classes(spec, name, splits, train.labels)
