@@ -284,7 +284,6 @@ def _answers(
 
 
 def _measure(spec: RunFile, validation: Answers, test: Answers, gaussians: tuple[F64, F64]) -> FailureWatch:
-    """Fit and measure all methods; `gaussians` are the means (C, Z) and covariances (C, Z, Z) of the classes' codes."""
     problem = _problem(validation, test)
     methods: tuple[MeasuredDetector, ...] = ()
     if not problem:
