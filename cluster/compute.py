@@ -113,7 +113,7 @@ class RayCompute:
         except RayError as error:  # a result whose node was lost, and that could not be made again
             raise as_defuse_error(error, step) from error
 
-    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+    def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         from cluster.train import run_together  # imports pandas and more
 
         listener, workers = self._join_cluster(), self.spec.resources.train_workers
@@ -389,6 +389,7 @@ def _copied(value: T) -> T:
 def _in_worker(
     step: str, task: int, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
 ) -> tuple[None, T]:
+    """Call the function in this worker, with the devices that Ray gave it; its reports go to the driver's actor."""
     with reporting(progress_actor, task) as progress:
         log.debug("%s: in %s", step, claim_devices(step))
         return None, profile.call(step, function, *args, progress=progress, task=task)

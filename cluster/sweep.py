@@ -20,6 +20,7 @@ from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
 from defuse_core.codec import decode
+from defuse_core.correct import FineTuning
 from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.local import UNTRACED, Profile
 from defuse_core.protocols import Progress, SweepRequest
@@ -141,7 +142,7 @@ def _trial(
         log.debug("correct: λ = %s in %s", names_of(lams), location)
         clean, scenario = ray.get(list(images[number]))
         data = FineTuningData(clean, scenario, request.repetition)
-        made = run_stack(request.spec, models, data, lams, request.store)
+        made = run_stack(FineTuning(request.spec, models, data), lams, request.store)
         epochs, diverged = dict.fromkeys(lams, 0), list[tuple[float, str]]()
         for lam, outcome in profile.first(STEP, f"{trace_name(lams)}-{number}", made):
             if isinstance(outcome, Trial):  # one that is given up counts as all of its epochs

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import I64, Bool, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
 from defuse_core.config import CorrectSection, RunFile
-from defuse_core.data import Images, Splits
+from defuse_core.data import Images
 from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import ComputeError, DefuseError, ModelError, no_lambda_chosen
 from defuse_core.intervals import ROUNDING, certain_loss
@@ -35,8 +35,7 @@ from defuse_core.training import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.augment import random_affine
-from defuse_core.training.batches import DeviceImages
+from defuse_core.training.batches import DeviceImages, random_affine
 from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 
@@ -45,15 +44,82 @@ EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean
 SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
 
 
+@dataclass(frozen=True, eq=False)
+class FineTuning:
+    """What all λ and epochs of one sweep share."""
+
+    spec: RunFile
+    models: Models
+    data: FineTuningData
+
+    @property
+    def rule(self) -> ChoiceRule:
+        return ChoiceRule(self.spec.correct, self.models.accuracy)
+
+    def classifier(self, weights: Weights) -> nn.Module:
+        """Return the classifier with these weights, in eval mode."""
+        return load_classifier(self.spec, weights, len(self.models.classes))
+
+    def new_trial(self, lam: float) -> Trial:
+        """Return the trial of λ before its first epoch."""
+        return Trial(lam, (), self.models.classifier, {}, self.models.classifier, 0, False)
+
+    def score(self, classifier: nn.Module, lam: float, epoch: int, loss: float) -> SweepRow:
+        """Return the row of an epoch with this mean loss, with the accuracies of a classifier in eval mode."""
+        if not self.rule.needs_score(epoch):
+            return SweepRow(lam, epoch, loss)
+        scenario = self.data.scenario
+        parts = {**self.data.clean.parts(), "tune": scenario.tune, "scenario": scenario.held_out}
+        right = right_by_part(classifier, parts, self.spec.resources.arithmetic("answers"))
+        shares = {name: float(each.mean()) if len(each) else math.nan for name, each in right.items()}
+        return SweepRow(
+            lam,
+            epoch,
+            loss,
+            train=shares["train"],
+            validation=shares.get("validation"),
+            test=shares.get("test"),
+            tune=shares["tune"],
+            scenario=shares["scenario"],
+            class_loss=self._class_loss(right),
+        )
+
+    def _class_loss(self, right: Mapping[str, Bool]) -> float:
+        """Return the largest accuracy, a fraction of 1, that a class certainly lost on training or validation images.
+
+        Each by itself, since the training images, which are many, lose little. On validation images alone with
+        vae.decode: anchored: D lacks images at which held-out failures are anchored. Images of one track count once.
+        """
+        counted = {"validation"} if self.spec.vae.decode == "anchored" else {"train", "validation"}
+        classes = len(self.models.classes)
+        worst = 0.0
+        for part, images in self.data.clean.parts().items():
+            if part in counted:
+                before = np.nan_to_num(self.models.class_accuracy[part])
+                counts = np.bincount(images.labels, minlength=classes)
+                after = np.bincount(images.labels, right[part], minlength=classes) / np.maximum(counts, 1)
+                loss = certain_loss(before, after, _units_of_each(images, classes))
+                worst = max(worst, float(loss.max()))
+        return worst
+
+
+def _units_of_each(images: Images, classes: int) -> I64:
+    """Return the number of tracks of each class, or of images where they have no tracks, (C,)."""
+    labels = images.labels
+    if images.tracks is not None:
+        labels = np.unique(np.stack([labels, images.tracks]), axis=1)[0]
+    return np.bincount(labels, minlength=classes)
+
+
 class TuningSteps:
     """The minibatches of fine-tuning: in each step some images of D and as many of D_f, the same ones for every λ."""
 
-    def __init__(self, spec: RunFile, tuning: FineTuningData) -> None:
-        self.spec = spec
-        self.clean = DeviceImages(tuning.clean.train, spec.resources.readers)
-        self.scenario = DeviceImages(tuning.scenario.d_f)
+    def __init__(self, tuning: FineTuning) -> None:
+        self.spec, data = tuning.spec, tuning.data
+        self.clean = DeviceImages(data.clean.train, self.spec.resources.readers)
+        self.scenario = DeviceImages(data.scenario.d_f)
         # split and sample of the images have streams of their own: every repetition is on the same ones
-        self.streams = ("correct", "repetition", tuning.repetition) if tuning.repetition else ("correct",)
+        self.streams = ("correct", "repetition", data.repetition) if data.repetition else ("correct",)
 
     def epoch(self, epoch: int, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield images of D and then of D_f, (2 B, channels, H, W), with their labels, (B,) each, for one pass over D.
@@ -76,28 +142,21 @@ class TuningSteps:
             yield both, labels, self.scenario.labels(wrong)
 
 
-def new_trial(models: Models, lam: float) -> Trial:
-    """Return the trial of λ before its first epoch."""
-    return Trial(lam, (), models.classifier, {}, models.classifier, 0, False)
-
-
-def fine_tune(
-    spec: RunFile, models: Models, tuning: FineTuningData, lam: float, trial: Trial | None
-) -> Iterator[Trial]:
+def fine_tune(tuning: FineTuning, lam: float, trial: Trial | None) -> Iterator[Trial]:
     """Yield the trial of one λ after each epoch; `trial` resumes one. On one CPU thread, or this process's GPU.
 
     It ends after correct.epochs, or after an epoch that loses more clean accuracy than correct.stop_at_loss.
     """
-    trial = trial or new_trial(models, lam)
-    classifier = load_classifier(spec, trial.weights, len(models.classes))
+    spec, trial = tuning.spec, trial or tuning.new_trial(lam)
+    classifier = tuning.classifier(trial.weights)
     optimizer = Adam(classifier.parameters(), spec.correct.learning_rate)
     load_optimizer_state(optimizer, trial.moments)
-    steps, rule = TuningSteps(spec, tuning), ChoiceRule(spec.correct, models.accuracy)
+    steps = TuningSteps(tuning)
     for epoch in range(len(trial.rows) + 1, spec.correct.epochs + 1):
         with cpu_threads(1):
             loss = _epoch(spec, classifier, optimizer, steps, lam, epoch)
-            row = score(spec, models, classifier, tuning, lam, epoch, loss)
-        trial = after_epoch(rule, trial, row, weights_of(classifier), optimizer_state(optimizer))
+            row = tuning.score(classifier, lam, epoch, loss)
+        trial = after_epoch(tuning.rule, trial, row, weights_of(classifier), optimizer_state(optimizer))
         yield trial
         if trial.done:
             return
@@ -150,61 +209,6 @@ def require_progress(before: Weights, classifier: nn.Module, moments: Weights, l
         return
     what = "changed no weight" if finite else "overflowed"
     raise ModelError(f"training with λ = {lam:g} diverged: an epoch {what}")
-
-
-def score(
-    spec: RunFile,
-    models: Models,
-    classifier: nn.Module,
-    tuning: FineTuningData,
-    lam: float,
-    epoch: int,
-    loss: float,
-) -> SweepRow:
-    """Return the row of an epoch with this mean loss, with the accuracies of a classifier in eval mode."""
-    if not ChoiceRule(spec.correct, models.accuracy).needs_score(epoch):
-        return SweepRow(lam, epoch, loss)
-    clean = tuning.clean.parts()
-    parts = {**clean, "tune": tuning.scenario.tune, "scenario": tuning.scenario.held_out}
-    right = right_by_part(classifier, parts, spec.resources.arithmetic("answers"))
-    shares = {name: float(each.mean()) if len(each) else math.nan for name, each in right.items()}
-    return SweepRow(
-        lam,
-        epoch,
-        loss,
-        train=shares["train"],
-        validation=shares.get("validation"),
-        test=shares.get("test"),
-        tune=shares["tune"],
-        scenario=shares["scenario"],
-        class_loss=_class_loss(spec, models, tuning.clean, right),
-    )
-
-
-def _class_loss(spec: RunFile, models: Models, clean: Splits, right: Mapping[str, Bool]) -> float:
-    """Return the largest accuracy that a class has certainly lost on training or on validation images.
-
-    Each by itself, since the training images, which are many, lose little. On validation images alone with vae.decode:
-    anchored: D lacks images at which held-out failures are anchored. Images of one track count once.
-    """
-    counted = {"validation"} if spec.vae.decode == "anchored" else {"train", "validation"}
-    classes = len(models.classes)
-    worst = 0.0
-    for part, images in clean.parts().items():
-        if part in counted:
-            before = np.nan_to_num(models.class_accuracy[part])
-            counts = np.bincount(images.labels, minlength=classes)
-            after = np.bincount(images.labels, right[part], minlength=classes) / np.maximum(counts, 1)
-            worst = max(worst, float(certain_loss(before, after, _units_of_each(images, classes)).max()))
-    return worst
-
-
-def _units_of_each(images: Images, classes: int) -> I64:
-    """Return the number of tracks of each class, or of images where they have no tracks, (C,)."""
-    labels = images.labels
-    if images.tracks is not None:
-        labels = np.unique(np.stack([labels, images.tracks]), axis=1)[0]
-    return np.bincount(labels, minlength=classes)
 
 
 @dataclass(frozen=True)

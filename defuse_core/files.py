@@ -1,6 +1,7 @@
 """Files and folders: written whole or not at all, locked, and errors of the file system in one line.
 
-First those of a store, then those that people name by an option of a command.
+First those of a store, then those that people name by an option of a command; last, items that are read ahead in
+threads.
 """
 
 from __future__ import annotations
@@ -8,16 +9,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from defuse_core.errors import InputError, StoreError
 
+A = TypeVar("A")
+B = TypeVar("B")
+
+READ_AHEAD = 8  # objects of a store that are read at once
 UNFINISHED = ".unfinished"  # suffix of what is being written
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
@@ -216,3 +224,17 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_AHEAD) -> Iterator[B]:
+    """Yield function(item) of each item, in order, while threads work on the next `ahead` items.
+
+    So many results are in memory at most. Raises what the function raises, once its item is due.
+    """
+    left = iter(items)
+    with ThreadPoolExecutor(ahead, "defuse-read") as pool:
+        due = deque(pool.submit(function, item) for item in itertools.islice(left, ahead))
+        while due:
+            result = due.popleft().result()
+            due.extend(pool.submit(function, item) for item in itertools.islice(left, 1))
+            yield result

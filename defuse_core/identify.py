@@ -12,7 +12,9 @@ import hashlib
 import logging
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import DamagedError, StoreError
-from defuse_core.map_ahead import map_ahead
+from defuse_core.files import map_ahead
 from defuse_core.models import (
     Decoder,
     Vae,
@@ -45,6 +47,7 @@ from defuse_core.training.reference_models import load_reference_models, mean_pr
 log = logging.getLogger("defuse")
 SHARDS = 512  # that a training set has at most, unless they would be larger than SHARD_DECODINGS
 SHARD_DECODINGS = 2**19  # of a shard at most: two minutes of a CPU core, about a second of a GPU
+COUNTS = ("images", "decodings", "images_with_any", "zero_noise_flips", "failing")  # fields of Shard and Psi
 SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
 
 
@@ -85,7 +88,7 @@ def draw_noise(section: IdentifySection, sigma: F32, rng: np.random.Generator) -
 
 
 def beta_noise(section: IdentifySection, shape: tuple[int, ...], rng: np.random.Generator) -> F32:
-    """Return ε of Algorithm 1, line 5, scaled and, with identify.center, centred at 0."""
+    """Return ε of Algorithm 1, line 5, of `shape`, scaled and, with identify.center, centred at 0."""
     noise = rng.beta(section.a, section.b, size=shape)
     if section.center:
         noise -= section.a / (section.a + section.b)
@@ -105,7 +108,7 @@ def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
 def open_training_images(spec: RunFile, models: Models, *, progress: Progress = silent) -> Images:
     """Return the training images. Raises DataError, or RunMismatchError for images other than those trained on."""
     progress("opening the training images", 0, 1, "sets")
-    return reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
+    return reopen_splits(spec, models.data_fingerprint).train
 
 
 class Identifier:
@@ -242,16 +245,15 @@ class Identifier:
         return margin_bound(lambda rows: self._logits(decoder, codes[rows], rows), len(codes))
 
 
+def _totals(parts: Sequence[Shard] | Sequence[Psi]) -> dict[str, Any]:
+    """Return the sum of each of COUNTS over all parts."""
+    return {name: sum(getattr(part, name) for part in parts) for name in COUNTS}
+
+
 def _merge(shards: list[Shard], seconds: float) -> Shard:
-    return Shard(
-        failures=Failures.concatenate([shard.failures for shard in shards]),
-        images=sum(shard.images for shard in shards),
-        decodings=sum(shard.decodings for shard in shards),
-        images_with_any=sum(shard.images_with_any for shard in shards),
-        zero_noise_flips=sum(shard.zero_noise_flips for shard in shards),
-        seconds=seconds,
-        failing=sum(shard.failing for shard in shards),
-    )
+    """Return one shard with the failures of all, whose computation took `seconds` together."""
+    failures = Failures.concatenate([shard.failures for shard in shards])
+    return Shard(failures=failures, seconds=seconds, **_totals(shards))
 
 
 def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
@@ -282,13 +284,9 @@ def save_shard(store: Store, shard: Shard) -> Psi:
 def _counts_of(shard: Shard) -> Psi:
     return Psi(
         codes=np.array([len(shard.failures)], np.int64),
-        images=shard.images,
-        decodings=shard.decodings,
-        images_with_any=shard.images_with_any,
-        zero_noise_flips=shard.zero_noise_flips,
         worker_seconds=shard.seconds,
-        failing=shard.failing,
         fingerprint=shard.fingerprint,
+        **_totals([shard]),
     )
 
 
@@ -320,13 +318,9 @@ def gather_shards(counts: dict[int, Psi]) -> Psi:
     done = [counts[index] for index in sorted(counts)]
     return Psi(
         codes=np.array([shard.total for shard in done], np.int64),
-        images=sum(shard.images for shard in done),
-        decodings=sum(shard.decodings for shard in done),
-        images_with_any=sum(shard.images_with_any for shard in done),
-        zero_noise_flips=sum(shard.zero_noise_flips for shard in done),
         worker_seconds=sum(shard.worker_seconds for shard in done),
-        failing=sum(shard.failing for shard in done),
         fingerprint=done[0].fingerprint if done else "",
+        **_totals(done),
     )
 
 

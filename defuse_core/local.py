@@ -22,14 +22,14 @@ from torch.profiler import ProfilerActivity
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep
+from defuse_core.correct import FineTuning, collect_sweep
 from defuse_core.device import is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
 from defuse_core.store import Store
 from defuse_core.trials import is_trial_failure, names_of, run_stack, stacks_of, trace_name
-from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
+from defuse_core.tuning_data import load_fine_tuning_data
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -142,7 +142,7 @@ class LocalCompute:
             for task, call in numbered(calls)
         ]
 
-    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+    def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         log.warning("%s: resources.train_workers needs Ray; one worker does all", step)
         self.task(step, function, *args)
 
@@ -169,13 +169,14 @@ class LocalCompute:
         return [self._sweep(models, request) for request in requests]
 
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
+        """Fine-tune each stack of λ in turn, and choose; continues the trials that the request's store holds."""
         spec = request.spec
         if request.is_empty:
             return collect_sweep(spec, models, [], comparison=request.comparison)
-        tuning = load_fine_tuning_data(models, request, progress=self.progress)
+        tuning = FineTuning(spec, models, load_fine_tuning_data(models, request, progress=self.progress))
         trials, failures = list[Trial](), dict[float, DefuseError]()
         for lams in stacks_of(spec.correct):
-            for lam, outcome in self._stack(spec, models, tuning, lams, request.store).items():
+            for lam, outcome in self._stack(tuning, lams, request.store).items():
                 if isinstance(outcome, Trial):
                     trials.append(outcome)
                 else:
@@ -185,11 +186,11 @@ class LocalCompute:
         return collect_sweep(spec, models, trials, failures, comparison=request.comparison)
 
     def _stack(
-        self, spec: RunFile, models: Models, tuning: FineTuningData, lams: tuple[float, ...], store: Store
+        self, tuning: FineTuning, lams: tuple[float, ...], store: Store
     ) -> dict[float, Trial | DefuseError]:
         """Return of each λ the finished trial or the error that it is left out for; raises one that ends the sweep."""
         made = dict[float, Trial | DefuseError]()
-        trials = run_stack(spec, models, tuning, lams, store)
+        trials = run_stack(tuning, lams, store)
         try:
             for lam, outcome in self.profile.first("correct", trace_name(lams), trials):
                 if isinstance(outcome, ModelError) or outcome.done:

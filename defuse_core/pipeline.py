@@ -36,12 +36,11 @@ from defuse_core.evaluation import (
     without_fold,
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
-from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.identify import SAMPLE_CODES
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
-from defuse_core.review.consensus import expect_cleanlab, review_consensus, review_verdicts
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
     filter_corrections,
@@ -51,10 +50,10 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.verdicts import doubtful
+from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
-from defuse_core.training.precision import settle_precision
+from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import (
     ask_models_once,
     judges,
@@ -74,7 +73,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     spec, store = run.spec, run.store
     if spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
-    settle_precision(run, compute)
+    resolve_precision(run, compute)
     expect_same_images(run)
     models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None
@@ -127,14 +126,13 @@ def expect_same_images(run: Run) -> None:
 
     A step that is yet to be made notices that by itself, on the machine that reads the images.
     """
-    data = run.spec.data
+    root = run.spec.data.root
     is_finished = run.store.exists("evaluation.safetensors")
-    if data.root is None or not is_finished or (models := run.load(Models)) is None:
+    if root is None or not is_finished or (models := run.load(Models)) is None:
         return
     with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
-        if data.root.exists():
-            here = data.model_copy(update={"download": False})
-            reopen_splits(here, run.spec.seed, models.data_fingerprint)
+        if root.exists():
+            reopen_splits(run.spec.with_fields("data", download=False), models.data_fingerprint)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
@@ -152,7 +150,7 @@ def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | 
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
     if anchored and references is not None:
-        measure = partial(compute.task, "train", measure_moved, spec, models, references)
+        measure = partial(compute.task, "train", measure_perturbed, spec, models, references)
         models = replace(models, health=run.once("train", Health, measure))
     if run.until != "train" and anchored:
         expect_healthy(spec, models)
@@ -255,8 +253,9 @@ def _verdicts(
 ) -> Verdicts:
     """Decide on every component; where reference models annotate and doubt remains, again on more images."""
     review = run.spec.review
-    asked = ask_models_once(run, compute, gallery) if review.consensus == "crowdlab" else None
-    consensus = review_consensus(review, votes, asked)
+    consensus = None
+    if review.consensus == "crowdlab":
+        consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery).mean(axis=0))
     judge = partial(review_verdicts, review, gallery, votes, consensus=consensus)
     first = judge(read_overrides(run.store))
     unsure = doubtful(first, review.rho)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from defuse_core.data import Images
 from defuse_core.store import Store
 
 T = TypeVar("T")
+
+AT_ONCE = 8  # rows, such as components or scenarios, that one task of map_in_tasks works on
 
 
 class Progress(Protocol):
@@ -101,7 +104,7 @@ class Compute(Protocol):
 
     progress: Progress
 
-    def together(self, step: str, function: Callable[..., None], *args: object) -> None:
+    def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         """Run function(*args, progress=...) in resources.train_workers processes that form a torch process group.
 
         Raises RunFileError without room for them.
@@ -131,6 +134,24 @@ class Compute(Protocol):
 
         Raises ModelError or ComputeError if every trial of a request that is no comparison failed for good.
         """
+
+
+def map_in_tasks(
+    compute: Compute,
+    step: str,
+    count: int,
+    function: Callable[..., list[T]],
+    *args: object,
+    at_once: int = AT_ONCE,
+) -> list[T]:
+    """Return what function(*args, rows, progress=...) returns for ranges of `count` rows, one task each, in order.
+
+    The function computes with one thread. No result depends on the ranges, of `at_once` rows: every row has its own
+    seed, or none.
+    """
+    ranges = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    results = compute.tasks(step, [Call(function, *args, rows, one_thread=True) for rows in ranges])
+    return list(itertools.chain(*results))
 
 
 class Annotators(Protocol):

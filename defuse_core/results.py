@@ -145,7 +145,7 @@ class RunResult:
 
     @cached_property
     def _splits(self) -> Splits:
-        return reopen_splits(self.run.spec.data, self.run.spec.seed, self._models.data_fingerprint)
+        return reopen_splits(self.run.spec, self._models.data_fingerprint)
 
     def _part(self, name: str) -> Images:
         part = self._splits.parts().get(name)

@@ -43,8 +43,7 @@ from defuse_core.review.undecided import why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.data_parallel import averaged, seed_dropout, worker_minibatches
+from defuse_core.training.batches import DeviceImages, averaged, seed_dropout, worker_minibatches
 from defuse_core.training.precision import accuracy_as_in_f32, right_by_part
 from defuse_core.training.reference_models import load_reference_models
 from defuse_core.training.train_vae import initial_vae, train_vae
@@ -130,7 +129,7 @@ def train_side_by_side(
     if spec.resources.train_workers > 1:
         for training, epochs in zip(trainings, (spec.vae.epochs, spec.classifier.epochs), strict=True):
             if epochs > 0:
-                compute.together("train", *training)
+                compute.run_distributed("train", *training)
     elif _trains_both(spec):
         compute.tasks("train", [*(Call(*training) for training in trainings), *others])  # the longest first
     elif others:
@@ -254,6 +253,7 @@ def _classifier_epoch(
     epoch: int,
     progress: Progress,
 ) -> float:
+    """Train for one epoch, counted from 0; return the mean loss of its steps, in nats."""
     training.module.train()
     seed_dropout(spec.seed, "classifier", "dropout", epoch)
     total = spec.classifier.epochs * len(images)

@@ -16,26 +16,22 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, Models, Trial, Weights
+from defuse_core.artifacts import F64, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
-    ChoiceRule,
+    FineTuning,
     TuningSteps,
     after_epoch,
     changes_weights,
     fine_tune,
-    new_trial,
     require_progress,
-    score,
 )
-from defuse_core.data import Images
 from defuse_core.device import autocast, cpu_threads, device, is_out_of_memory
 from defuse_core.errors import ANOTHER_NAME, DamagedError, DefuseError, ModelError, StoreError, one_line
-from defuse_core.models import load_classifier, set_weights, to_tensor, weights_of
+from defuse_core.models import set_weights, to_tensor, weights_of
 from defuse_core.store import Store
 from defuse_core.training import Adam, Optimizer, load_optimizer_state, optimizer_state, train_step
-from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
 PROBED = 4  # images of which a stack has to give the same logits as its classifiers one by one
@@ -61,7 +57,7 @@ def trace_name(lams: Sequence[float]) -> str:
 
 
 def run_stack(
-    spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float], store: Store
+    tuning: FineTuning, lams: Sequence[float], store: Store
 ) -> Iterator[tuple[float, Trial | ModelError]]:
     """Yield λ and its trial after each of its epochs, once `store` holds it, or the error of a λ that diverged.
 
@@ -69,11 +65,11 @@ def run_stack(
     repeats its last epoch alone, so that the others play no part in the verdict. The rest goes on as a smaller stack.
     An error of the classifier's own code is raised once every other λ has had its turn.
     """
-    alone = lams if len(lams) == 1 else (yield from _run_together(spec, models, tuning, lams, store))
+    alone = lams if len(lams) == 1 else (yield from _run_together(tuning, lams, store))
     failure: Exception | None = None
     for lam in alone:
         try:
-            for trial in run_trial(spec, models, tuning, lam, store):
+            for trial in run_trial(tuning, lam, store):
                 yield lam, trial
         except ModelError as error:
             yield lam, error
@@ -86,27 +82,27 @@ def run_stack(
 
 
 def _run_together(
-    spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float], store: Store
+    tuning: FineTuning, lams: Sequence[float], store: Store
 ) -> Generator[tuple[float, Trial], None, list[float]]:
     """Train what can be trained together. Returns the λ that are left: for each that is not done, a trial alone."""
     groups: dict[int, Group] = {}
     alone = []
     for lam in lams:
-        trial = read_trial(store, lam) or new_trial(models, lam)
+        trial = read_trial(store, lam) or tuning.new_trial(lam)
         if trial.done:
             alone.append(lam)  # its trial alone is the stored one
         else:
             groups.setdefault(len(trial.rows), {})[lam] = trial
     if any(len(group) > 1 for group in groups.values()):
-        why = _why_not_stacked(spec, models, tuning.clean.train)
+        why = _why_not_stacked(tuning)
         if why is not None:
-            _log_not_stacked(spec.correct, lams, why)
+            _log_not_stacked(tuning.spec.correct, lams, why)
             return list(lams)
     for epochs in sorted(groups):
         group = groups[epochs]
         while len(group) > 1:
             made: Group = {}
-            for made in _fine_tune(spec, models, tuning, group):
+            for made in _fine_tune(tuning, group):
                 for trial in made.values():
                     write_trial(store, trial)
                 yield from made.items()
@@ -121,9 +117,7 @@ def trial_key(lam: float) -> str:
     return f"lam-{lam!r}.safetensors"
 
 
-def run_trial(
-    spec: RunFile, models: Models, tuning: FineTuningData, lam: float, store: Store
-) -> Iterator[Trial]:
+def run_trial(tuning: FineTuning, lam: float, store: Store) -> Iterator[Trial]:
     """Yield the trial of one λ after each epoch, once `store` holds it; continues the one that is stored there.
 
     Another process may work on the same trial, one that was given up for lost: fewer epochs never replace more.
@@ -132,7 +126,7 @@ def run_trial(
     if stored is not None and stored.done:
         yield stored
         return
-    for trial in fine_tune(spec, models, tuning, lam, stored):
+    for trial in fine_tune(tuning, lam, stored):
         write_trial(store, trial)
         yield trial
 
@@ -228,18 +222,18 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in module.named_buffers() if buffer.dtype != torch.uint8)
 
 
-def _fine_tune(spec: RunFile, models: Models, tuning: FineTuningData, group: Group) -> Iterator[Group]:
+def _fine_tune(tuning: FineTuning, group: Group) -> Iterator[Group]:
     """Yield the trials after each further epoch, until one of them is done, or is missing since it diverged."""
-    template = load_classifier(spec, models.classifier, len(models.classes))
-    stack = Stack(template, [trial.weights for trial in group.values()])
+    spec = tuning.spec
+    stack = Stack(tuning.classifier(tuning.models.classifier), [trial.weights for trial in group.values()])
     optimizer = Adam(stack.parameters.values(), spec.correct.learning_rate)
     load_optimizer_state(optimizer, _stacked_moments([trial.moments for trial in group.values()]))
-    steps, complete = TuningSteps(spec, tuning), True
+    steps, complete = TuningSteps(tuning), True
     while complete:
         epoch = 1 + len(next(iter(group.values())).rows)
         with cpu_threads(1):
             losses = _epoch(spec, stack, optimizer, steps, list(group), epoch)
-            made = _trials_after_epoch(spec, models, tuning, stack, optimizer, group, losses)
+            made = _trials_after_epoch(tuning, stack, optimizer, group, losses)
         yield made
         complete = made.keys() == group.keys() and not any(trial.done for trial in made.values())
         group = made
@@ -273,17 +267,10 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _trials_after_epoch(
-    spec: RunFile,
-    models: Models,
-    tuning: FineTuningData,
-    stack: Stack,
-    optimizer: Optimizer,
-    group: Group,
-    losses: F64,
+    tuning: FineTuning, stack: Stack, optimizer: Optimizer, group: Group, losses: F64
 ) -> Group:
-    """Return the trials of the group with one more epoch, without those that it made diverge."""
+    """Return the trials with one more epoch, of `losses` (steps, n), without those that it made diverge."""
     moments, made = optimizer_state(optimizer), {}
-    rule = ChoiceRule(spec.correct, models.accuracy)
     for index, (lam, trial) in enumerate(group.items()):
         classifier, loss = stack.classifier(index), float(losses[:, index].mean())
         own = {name: array if _is_shared(name) else array[index, ...] for name, array in moments.items()}
@@ -292,11 +279,11 @@ def _trials_after_epoch(
                 raise ModelError(f"its loss became {loss}")
             if changes_weights(len(losses), optimizer):
                 require_progress(trial.weights, classifier, own, lam)
-            row = score(spec, models, classifier, tuning, lam, len(trial.rows) + 1, loss)
+            row = tuning.score(classifier, lam, len(trial.rows) + 1, loss)
         except ModelError as error:
             log.info("correct: λ = %g leaves its stack and repeats its epoch alone: %s", lam, error)
         else:
-            made[lam] = after_epoch(rule, trial, row, weights_of(classifier), own)
+            made[lam] = after_epoch(tuning.rule, trial, row, weights_of(classifier), own)
     return made
 
 
@@ -314,13 +301,13 @@ def _is_shared(name: str) -> bool:
     return name.endswith("/step")
 
 
-def _why_not_stacked(spec: RunFile, models: Models, images: Images) -> str | None:
+def _why_not_stacked(tuning: FineTuning) -> str | None:
     """Return why the classifier does not compute stacked what it computes alone, or None where it does."""
-    batch = to_tensor(images.batch(slice(0, PROBED)))
+    batch = to_tensor(tuning.data.clean.train.batch(slice(0, PROBED)))
     try:
         with cpu_threads(1):
-            template = load_classifier(spec, models.classifier, len(models.classes))
-            return _difference(Stack(template, [models.classifier, _shrunk(models.classifier)]), batch)
+            weights = tuning.models.classifier
+            return _difference(Stack(tuning.classifier(weights), [weights, _shrunk(weights)]), batch)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -23,13 +23,12 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
-from defuse_core.data.splits import mixed_order, track_mates
+from defuse_core.data.splits import stratified_order, track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
 from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_classifier, load_vae, predict
-from defuse_core.protocols import Compute, Progress, SweepRequest
-from defuse_core.review.sample import in_tasks
+from defuse_core.protocols import Compute, Progress, SweepRequest, map_in_tasks
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
@@ -79,7 +78,7 @@ def load_fine_tuning_data(models: Models, request: SweepRequest, *, progress: Pr
 
 def expect_training_images(spec: RunFile, models: Models, *, progress: Progress) -> None:
     """Raise DataError or RunMismatchError where the images that the run was trained on are missing or have changed."""
-    reopen_splits(spec.data, spec.seed, models.data_fingerprint)
+    reopen_splits(spec, models.data_fingerprint)
 
 
 def load_clean_images(
@@ -92,12 +91,12 @@ def load_clean_images(
     lose its class.
     """
     progress("loading images to fine-tune on", 0, 1, "sets")
-    splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
+    splits = reopen_splits(spec, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
     if len(left_out):
         left_out = np.union1d(left_out, track_mates(train, left_out, tuned))
     if wanted is not None and wanted < len(train):
-        order = mixed_order(train.labels, generator(spec.seed, "correct", "sample"))
+        order = stratified_order(train.labels, generator(spec.seed, "correct", "sample"))
         rows = np.sort(order[:wanted])
         train, left_out = train.take(rows), np.flatnonzero(np.isin(rows, left_out)).astype(np.int64)
     if len(left_out):
@@ -168,7 +167,7 @@ def choose_unreviewed(
     found = compute.task("correct", _draw_allowed, spec, psi, run.store, scenarios, verdicts)
     found = found.take(np.arange(min(len(found), EXAMINED * wanted)))
     of_all = spec, models, references, found
-    clear = in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
+    clear = map_in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
     return found.take(np.flatnonzero(np.array(clear, np.bool_))[:wanted])
 
 
@@ -236,7 +235,7 @@ def decode_failures(spec: RunFile, models: Models, vae: Vae, failures: Failures)
     """
     if spec.vae.decode == "plain":
         return decode_codes(vae, failures.codes)
-    train = reopen_splits(spec.data, spec.seed, models.data_fingerprint).train
+    train = reopen_splits(spec, models.data_fingerprint).train
     parts = []
     for first in range(0, max(1, len(failures)), CODES_AT_ONCE):  # a single, empty part where there are none
         some = failures.take(np.arange(first, min(first + CODES_AT_ONCE, len(failures))))

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from defuse_core.config import WITHOUT_ROOT, DataSection
+from defuse_core.config import WITHOUT_ROOT, DataSection, RunFile
 from defuse_core.data.benchmarks import open_digits, open_mnist, open_mnist_5000, open_signs, open_svhn
 from defuse_core.data.folder import folder_classes, log_parts, open_folder, overlooked
 from defuse_core.data.images import Images, PictureFiles, Splits, data_root
@@ -66,12 +66,12 @@ def check_class_names(data: DataSection) -> None:
             npz_classes(data.root)
 
 
-def reopen_splits(data: DataSection, seed: int, fingerprint: str) -> Splits:
+def reopen_splits(spec: RunFile, fingerprint: str) -> Splits:
     """Return the Splits that a run was trained on. Raises RunMismatchError if the images have changed since."""
-    splits = open_splits(data, seed)
+    splits = open_splits(spec.data, spec.seed)
     if splits.fingerprint() != fingerprint:
         raise RunMismatchError(
-            f"data.root {data.root}: the images differ from those that the run was trained on; "
+            f"data.root {spec.data.root}: the images differ from those that the run was trained on; "
             "restore them, or start a new run"
         )
     return splits

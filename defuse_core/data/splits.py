@@ -13,7 +13,7 @@ from defuse_core.errors import DataError, count_of
 from defuse_core.seeds import generator
 
 
-def mixed_order(labels: I64, rng: np.random.Generator) -> I64:
+def stratified_order(labels: I64, rng: np.random.Generator) -> I64:
     """Return all rows (N,) in a random order in which every prefix has about the same class proportions."""
     rows, position = _spread(labels, rng)
     return rows[np.argsort(position, kind="stable")]
@@ -51,7 +51,7 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
             f"data.validation_share: {share} of {count_of(len(images), 'image')} is {count}, "
             "and each part needs at least one; add images or change the share"
         )
-    order = mixed_order(images.labels, rng)
+    order = stratified_order(images.labels, rng)
     is_only_one = np.bincount(images.labels)[images.labels] == 1  # of its class, which is kept
     order = order[np.argsort(is_only_one[order], kind="stable")]
     return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
@@ -83,7 +83,7 @@ def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tupl
         rows, position = _spread(images.labels, rng)
         return np.sort(rows[position < share]), np.sort(rows[position >= share])
     _, first, track = np.unique(images.tracks, return_index=True, return_inverse=True)
-    order = mixed_order(images.labels[first], rng)
+    order = stratified_order(images.labels[first], rng)
     in_first = np.isin(track, order[: round(share * len(order))])
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
 
@@ -121,6 +121,6 @@ def sample(train: Images, limit: int | None, seed: int) -> Images:
     _, first, track, frames = np.unique(
         train.unit, return_index=True, return_inverse=True, return_counts=True
     )
-    order = mixed_order(train.labels[first], rng)
+    order = stratified_order(train.labels[first], rng)
     fitting = max(1, int(np.searchsorted(np.cumsum(frames[order]), limit, side="right")))
     return train.take(np.flatnonzero(np.isin(track, order[:fitting])))

@@ -1,11 +1,15 @@
 """§3.2.2: distill Ψ into failure scenarios with Dirichlet-process Gaussian mixtures.
 
 The paper fits one mixture to all codes. `distill.by: cell` fits one to each cell (class of the source images, answer of
-the classifier), so that no component straddles classes.
+the classifier), so that no component straddles classes. The number of training images that its codes come from decides
+whether a component is kept; how surely f gets these wrong itself, its place with `distill.order: source-error`.
+
+Axis, beside those of artifacts/__init__.py: k components of one mixture.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
@@ -28,7 +32,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import component_failures, without_undivided
+from defuse_core.distill.draws import component_failures, with_both_halves
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -36,13 +40,14 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
-from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import subsample_psi
+from defuse_core.intervals import exact_lower
 from defuse_core.protocols import Progress
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
+Cell = tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
 WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
 
 
@@ -56,9 +61,9 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     fits = fit_mixtures(failures, spec.distill, spec.seed, progress)
     scenarios = fits.scenarios()
     if spec.vae.decode == "anchored" and len(scenarios):
-        train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+        train = reopen_splits(spec, data_fingerprint).train
         anchored = component_failures(fits.members(), train, spec.seed)
-        scenarios = without_undivided(replace(scenarios, failures=anchored))
+        scenarios = with_both_halves(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -119,7 +124,7 @@ def components_of(weight: float, section: DistillSection) -> int:
 
 
 def small_cell(
-    cell: tuple[int, int], codes: int, weight: float, support: int, section: DistillSection
+    cell: Cell, codes: int, weight: float, support: int, section: DistillSection
 ) -> DroppedComponent:
     """Return a cell that is dropped, since it holds no component over ε, or a single code, which is no cluster."""
     reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
@@ -129,11 +134,87 @@ def small_cell(
 
 
 @dataclass(frozen=True, eq=False)
+class Sources:
+    """The training images of k components. Those of one track show the same object: together they count once."""
+
+    support: I64  # (k,) distinct training images of the codes that belong most to each component
+    wrong: F64  # (k,) how many of these images f itself gets wrong
+    # k of (n, 3): the tracks of these images, how many images each has, and how many of them f gets wrong; None where
+    # images have no tracks
+    tracks: tuple[F64, ...] | None = None
+
+    @staticmethod
+    def joined(parts: Sequence[Sources]) -> Sources:
+        """Return the sources of the same components over all parts of Ψ, which have no image in common."""
+        support = np.sum([part.support for part in parts], axis=0)
+        wrong = np.sum([part.wrong for part in parts], axis=0)
+        tables = [part.tracks for part in parts if part.tracks is not None]
+        if len(tables) < len(parts):
+            return Sources(support, wrong)
+        return Sources(support, wrong, tuple(_merged(of_parts) for of_parts in zip(*tables, strict=True)))
+
+    @staticmethod
+    def of_all(mixtures: Sequence[Sources]) -> Sources:
+        """Return the sources of the components of all mixtures, one mixture after the other."""
+        tables = [part.tracks for part in mixtures if part.tracks is not None]
+        return Sources(
+            np.concatenate([part.support for part in mixtures]),
+            np.concatenate([part.wrong for part in mixtures]),
+            tuple(itertools.chain(*tables)) if len(tables) == len(mixtures) else None,
+        )
+
+    def error(self) -> F64:
+        """Return the share of the images of each component that f itself gets wrong, (k,); nan where it has none."""
+        error: F64 = self.wrong / np.maximum(self.support, 1)
+        return np.where(self.support > 0, error, np.nan)
+
+    def certain_error(self) -> F64:
+        """Return the lower 95 % bound of the error on the images of each component, (k,); 0 without any.
+
+        Where images have tracks it is that of the error on tracks. The bound is Clopper and Pearson's, since there may
+        be one or two of either.
+        """
+        total, wrong = self.wrong_tracks() or (self.support, self.wrong)
+        return exact_lower(wrong.astype(np.int64), total)
+
+    def wrong_tracks(self) -> tuple[I64, F64] | None:
+        """Return how many tracks each component has, (k,), and of how many f gets most images wrong; None without."""
+        if self.tracks is None:
+            return None
+        count = np.array([len(table) for table in self.tracks], np.int64)
+        wrong = [(2 * table[:, 2] > table[:, 1]).sum() for table in self.tracks]
+        return count, np.array(wrong, np.float64)
+
+
+def count_sources(by_component: Sequence[Failures]) -> Sources:
+    """Return the training images that the failures of each component come from."""
+    support, wrong = np.zeros(len(by_component), np.int64), np.zeros(len(by_component))
+    tables = list[F64]()
+    for row, failures in enumerate(by_component):
+        images, first = np.unique(failures.source, return_index=True)
+        support[row] = len(images)
+        of_image: F64 = failures.source_wrong[first].astype(np.float64)
+        wrong[row] = of_image.sum()
+        if failures.source_track is not None:
+            table = [failures.source_track[first], np.ones(len(images)), of_image]
+            tables.append(_merged([np.stack(table, axis=1)]))
+    return Sources(support, wrong, tuple(tables) if len(tables) == len(by_component) else None)
+
+
+def _merged(tables: Sequence[F64]) -> F64:
+    """Return one row of each track, (n, 3), with the sums over its rows in all tables."""
+    rows = np.concatenate(tables)
+    tracks, of_track = np.unique(rows[:, 0], return_inverse=True)
+    counts = [np.bincount(of_track, rows[:, column], minlength=len(tracks)) for column in (1, 2)]
+    return np.stack([tracks, *counts], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
 class FittedCell:
     """A mixture that was fitted to `codes` codes, which are the share `weight` of all."""
 
     fit: FittedMixture
-    cell: tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
+    cell: Cell
     codes: int
     weight: float
     sources: Sources
@@ -152,9 +233,7 @@ def failures_by_component(fit: FittedMixture, members: Failures) -> list[Failure
     return [members.take(owner == component) for component in range(len(fit.weights))]
 
 
-def fit_mixture(
-    codes: F32, components: int, section: DistillSection, seed: int, cell: tuple[int, int]
-) -> FittedMixture:
+def fit_mixture(codes: F32, components: int, section: DistillSection, seed: int, cell: Cell) -> FittedMixture:
     """Return the mixture over (n, Z) codes, by scikit-learn's variational inference (the paper names EM).
 
     The defaults are scikit-learn's, too, but for `prior_covariance`. One thread, so that sums round alike on every
@@ -209,7 +288,7 @@ class Fits:
     by_component: list[Failures] = field(default_factory=list)  # that belong most to each, cell by cell
     small: list[DroppedComponent] = field(default_factory=list)  # cells without a mixture
 
-    def add(self, fit: FittedMixture, cell: tuple[int, int], members: Failures) -> None:
+    def add(self, fit: FittedMixture, cell: Cell, members: Failures) -> None:
         """Add the mixture of a cell, which was fitted to `members`."""
         own, weight = failures_by_component(fit, members), len(members) / len(self.failures)
         self.cells.append(FittedCell(fit, cell, len(members), weight, count_sources(own)))
@@ -306,3 +385,11 @@ def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] =
         all_covariances=no_covariances,
         dropped=dropped,
     )
+
+
+def certain_source_error(scenarios: Scenarios) -> F64:
+    """Return the `Sources.certain_error` of components whose shares of wrong images are stored, (S,)."""
+    total, wrong = scenarios.source_tracks, scenarios.wrong_tracks
+    if total is None or wrong is None:
+        total, wrong = scenarios.support, np.nan_to_num(scenarios.source_error) * scenarios.support
+    return exact_lower(np.rint(wrong).astype(np.int64), total)

@@ -142,7 +142,7 @@ def _image_order(failures: ComponentFailures, component: int, rng: np.random.Gen
 
 
 def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
-    """Return the failures of one component at its held-out images, or at the others; `without_undivided` left some."""
+    """Return the failures of one component at its held-out images, or at the others; `with_both_halves` left some."""
     half: I64 = np.flatnonzero(failures.anchors.held_out[failures.anchor[component]] == held_out)
     return half
 
@@ -217,7 +217,7 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
 
     They are drawn by seed, and each image gives as many as the others where it has so many. Images of one track are
     held out together, since they show the same object. Components whose images are all in one half are among them
-    (see `without_undivided`).
+    (see `with_both_halves`).
     """
     chosen = [
         own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
@@ -266,10 +266,10 @@ def held_out_half(used: I64, units: int, rng: np.random.Generator) -> Bool:
         missing = max(0, len(own) // 2 - int(held[own].sum()))
         held[rng.permutation(own[free[own]])[:missing]] = True
         free[own] = False
-    return _repaired(several, held, rng)
+    return _with_fewest_undivided(several, held, rng)
 
 
-def _repaired(several: list[I64], held: Bool, rng: np.random.Generator) -> Bool:
+def _with_fewest_undivided(several: list[I64], held: Bool, rng: np.random.Generator) -> Bool:
     """Return the halves in which the fewest components are undivided, of those that a local search passes.
 
     The search is WalkSAT: a unit of a random undivided component changes halves, the one that leaves the fewest
@@ -301,7 +301,7 @@ def _repaired(several: list[I64], held: Bool, rng: np.random.Generator) -> Bool:
     return best
 
 
-def without_undivided(scenarios: Scenarios) -> Scenarios:
+def with_both_halves(scenarios: Scenarios) -> Scenarios:
     """Return the components with photographs in both halves; the others become dropped ones.
 
     Those would be measured on the photographs that they are tuned on, or tuned on photographs that others are measured

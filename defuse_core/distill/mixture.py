@@ -226,7 +226,7 @@ def partial_sums(codes: F32, center: F64, table: F64) -> tuple[F64, float]:
 
 
 def summed_statistics(partial: Sequence[tuple[F64, float]], table: F64) -> Statistics:
-    """Return the statistics of all rows from the results of partial_sums, added up in order."""
+    """Return the statistics of all rows from the results of partial_sums with `table` (P, K), added up in order."""
     coefficients = torch.from_numpy(table)
     sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
     for part, evidence in partial:
@@ -314,6 +314,7 @@ def maximise(prior: F64, statistics: Statistics) -> Posterior:
 
 
 def _precision_roots(covariances: F64) -> F64:
+    """Return upper triangular roots U, (K, Z, Z), with U Uᵀ the inverse of each covariance."""
     inverse: F64 = np.linalg.inv(np.linalg.cholesky(covariances))
     return np.ascontiguousarray(np.tril(inverse).transpose(0, 2, 1))
 
@@ -340,6 +341,7 @@ def _log_weights(posterior: Posterior) -> F64:
 
 
 def _log_det_roots(posterior: Posterior) -> F64:
+    """Return the log determinant of each precision root, (K,)."""
     log_det: F64 = np.log(np.diagonal(posterior.precision_roots, axis1=1, axis2=2)).sum(axis=1)
     return log_det
 

@@ -20,8 +20,11 @@ from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.components import (
     WHOLE,
+    Cell,
     FittedCell,
+    Sources,
     components_of,
+    count_sources,
     failures_by_component,
     fit_mixture,
     kept_components,
@@ -30,7 +33,7 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import component_failures, without_undivided
+from defuse_core.distill.draws import component_failures, with_both_halves
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -42,7 +45,6 @@ from defuse_core.distill.mixture import (
     prior_covariance,
     summed_statistics,
 )
-from defuse_core.distill.sources import Sources, count_sources
 from defuse_core.identify import shard_of_psi, subsample_psi
 from defuse_core.protocols import Compute, Partitions, Progress
 from defuse_core.store import Store
@@ -51,7 +53,6 @@ log = logging.getLogger("defuse")
 PART_CODES = 2**16  # that a part holds at least, if Ψ has so many
 MOST_PARTS = 1024
 LOG_EVERY = 10  # iterations
-Cell = tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
         failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
-        scenarios = without_undivided(replace(scenarios, failures=failures))
+        scenarios = with_both_halves(replace(scenarios, failures=failures))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -285,7 +286,7 @@ def sampled_failures(
         # all of the cell's for a component that no code of the sample belongs to
         by_component = failures_by_component(cell.fit, members)
         found.extend(own if len(own) else members for own in by_component)
-    train = reopen_splits(spec.data, spec.seed, data_fingerprint).train
+    train = reopen_splits(spec, data_fingerprint).train
     kept, _ = kept_components(fitted, spec.distill)
     return component_failures([found[row] for row in kept], train, spec.seed)
 

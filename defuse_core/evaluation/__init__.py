@@ -71,18 +71,9 @@ class Findings:
     judges: ReferenceSet | None = None  # None with judges.count 0
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What one classifier scores; nan where there is nothing to score on."""
-
-    overall: F64  # (3,) validation, test, scenario
-    per_class: F64  # (C,)
-    scenario: F64  # (A,)
-
-
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
     """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
-    on_disk = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    on_disk = reopen_splits(spec, found.models.data_fingerprint)
     splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
     classes = len(found.models.classes)
     before = found.models.classifier
@@ -98,11 +89,12 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
         progress("drawing the latent space", 0, 1, "pictures")
         points, kind, component = latent_map(spec, found, splits.train, store)
     tested = np.zeros(0, np.int64) if splits.test is None else splits.test.labels
+    accuracy, per_class, scenario = (np.stack(part) for part in zip(*scores, strict=True))
     return Evaluation(
-        accuracy=np.stack([score.overall for score in scores]),
-        per_class=np.stack([score.per_class for score in scores]),
+        accuracy=accuracy,
+        per_class=per_class,
         per_class_images=np.bincount(tested, minlength=classes).astype(np.int64),
-        scenario=np.stack([score.scenario for score in scores]),
+        scenario=scenario,
         gallery_after=after.reshape(found.gallery.predicted.shape),
         points=points,
         point_kind=kind,
@@ -110,10 +102,16 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
     )
 
 
-def _score(spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings) -> Scores:
+def _score(
+    spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings
+) -> tuple[F64, F64, F64]:
+    """Return accuracies on validation, test and scenario images, (3,), in each class, (C,), and scenario, (A,).
+
+    nan where there is nothing to score on.
+    """
     classes, scenarios = len(found.models.classes), len(found.fixes.labels)
     if not weights:
-        return Scores(np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan))
+        return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan)
     classifier = load_classifier(spec, weights, classes)
     right = [_right(classifier, images) for images in (splits.validation, splits.test, held_out)]
     overall = [float(hits.mean()) if len(hits) else math.nan for hits in right]
@@ -121,7 +119,7 @@ def _score(spec: RunFile, weights: Weights, splits: Splits, held_out: Images, fo
     if splits.test is not None:
         per_class = class_accuracy(right[1], splits.test.labels, classes)
     scenario = right[2].reshape(scenarios, -1).mean(axis=1) if scenarios else np.zeros(0)
-    return Scores(np.array(overall), per_class, scenario)
+    return np.array(overall), per_class, scenario
 
 
 def _right(classifier: nn.Module, images: Images | None) -> F64:

@@ -119,12 +119,12 @@ class Evidence:
 
 def gather_evidence(spec: RunFile, found: Findings, controls: Controls, *, progress: Progress) -> Evidence:
     """Return what the judges find. Raises RunMismatchError if the images changed since the run was trained."""
-    splits = reopen_splits(spec.data, spec.seed, found.models.data_fingerprint)
+    splits = reopen_splits(spec, found.models.data_fingerprint)
     with cpu_threads(spec.resources.train_threads):
-        return _Evidence(spec, found, controls, splits, progress).gather()
+        return _Judging(spec, found, controls, splits, progress).gather()
 
 
-class _Evidence:
+class _Judging:
     """The models and images that all figures share, loaded once."""
 
     def __init__(

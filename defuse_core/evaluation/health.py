@@ -78,7 +78,7 @@ def mean_kl(vae: Vae, images: Images) -> F64:
     return per_dimension
 
 
-def moved_images(spec: RunFile, vae: Vae, images: Images, rng: np.random.Generator) -> F32:
+def perturbed_images(spec: RunFile, vae: Vae, images: Images, rng: np.random.Generator) -> F32:
     """Return each image as one draw of the noise of identification moves it, (n, channels, H, W)."""
     mu, sigma = encode_posterior(vae, images, PROBE_BATCH)
     one = spec.identify.model_copy(update={"draws": 1})
@@ -86,14 +86,16 @@ def moved_images(spec: RunFile, vae: Vae, images: Images, rng: np.random.Generat
     return decoder_at(spec, vae, images, PROBE_BATCH).decode(codes, np.arange(len(images)))
 
 
-def moved_answers(spec: RunFile, vae: Vae, images: Images, answer: Callable[[F32], I64]) -> tuple[I64, I64]:
+def perturbed_answers(
+    spec: RunFile, vae: Vae, images: Images, answer: Callable[[F32], I64]
+) -> tuple[I64, I64]:
     """Return the answers to n images, and to the same images moved by noise, each (n,)."""
     still, moved = [], []
     rng = generator(spec.seed, "health")
     for start in range(0, len(images), PROBE_BATCH):
         batch = images.take(slice(start, start + PROBE_BATCH))
         still.append(answer(batch.batch()))
-        moved.append(answer(moved_images(spec, vae, batch, rng)))
+        moved.append(answer(perturbed_images(spec, vae, batch, rng)))
     return np.concatenate(still), np.concatenate(moved)
 
 
@@ -102,10 +104,12 @@ def probe_images(train: Images) -> Images:
     return train.take(evenly_spaced(len(train), PROBE_IMAGES))
 
 
-def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress) -> Health:
+def measure_perturbed(
+    spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress
+) -> Health:
     """Return the health of an anchored β-VAE by the reference models' answers on moved training images."""
     progress("moving training images", 0, 1, "sets")
-    train = probe_images(reopen_splits(spec.data, spec.seed, models.data_fingerprint).train)
+    train = probe_images(reopen_splits(spec, models.data_fingerprint).train)
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
     def answer(images: F32) -> I64:
@@ -113,7 +117,7 @@ def measure_moved(spec: RunFile, models: Models, references: ReferenceSet, *, pr
         return answers
 
     with cpu_threads(spec.resources.train_threads):
-        still, moved = moved_answers(spec, load_vae(spec, models.vae), train, answer)
+        still, moved = perturbed_answers(spec, load_vae(spec, models.vae), train, answer)
     health = measure_health(train.labels, still, moved, models.kl_per_dimension, anchored=True)
     health = replace(health, judged_by=REFERENCES)
     log_health(health, models.classes)
@@ -126,11 +130,11 @@ def health_after_training(
     """Return the β-VAE's health by the classifier's answers, of which `answers` (n,) are those on reconstructions.
 
     An anchored one is measured on moved images, and never blind for their answers: that the classifier fails on them
-    is what is looked for. Reference models decide on that later (`measure_moved`).
+    is what is looked for. Reference models decide on that later (`measure_perturbed`).
     """
     if spec.vae.decode == "plain":
         return measure_health(images.labels, predict(classifier, images), answers, kl)
-    still, moved = moved_answers(spec, vae, images, lambda batch: predict(classifier, batch))
+    still, moved = perturbed_answers(spec, vae, images, lambda batch: predict(classifier, batch))
     health = measure_health(images.labels, still, moved, kl, anchored=True)
     blind = health.verdict == "blind" and health.collapsed < health.dimensions
     return replace(health, verdict="poor") if blind else health
@@ -231,7 +235,7 @@ def reconstruction_strip(spec: RunFile, vae: Vae, images: Images) -> bytes:
     originals = images.batch(rows)
     shown = [originals, decode_codes(vae, encode_images(vae, originals))]
     if spec.vae.decode == "anchored":
-        shown.append(moved_images(spec, vae, images.take(rows), generator(spec.seed, "health", "strip")))
+        shown.append(perturbed_images(spec, vae, images.take(rows), generator(spec.seed, "health", "strip")))
     grid = np.stack(shown)  # (2 or 3, n, channels, H, W)
     scale = max(1, STRIP_SIDE // originals.shape[3])
     pixels = _tile(grid).repeat(scale, axis=0).repeat(scale, axis=1)

@@ -275,7 +275,7 @@ def _answers_of(module: nn.Module) -> Answer:
 def compared_images(run: Run, models: Models) -> tuple[F32, str]:
     """Return up to 1,000 images (n, channels, H, W) of the data set, or the reviewed ones where it is not available."""
     try:
-        splits = reopen_splits(run.spec.data, run.spec.seed, models.data_fingerprint)
+        splits = reopen_splits(run.spec, models.data_fingerprint)
     except (DataError, RunMismatchError):
         gallery = run.load(Gallery)
         assert gallery is not None  # a sweep comes after it

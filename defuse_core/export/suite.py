@@ -47,7 +47,7 @@ from defuse_core.models import (
 )
 from defuse_core.models.adapters import plain_section
 from defuse_core.models.probe import far_better_range
-from defuse_core.review.verdicts import most_common_errors
+from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.tuning_data import held_out_images
 
@@ -78,8 +78,7 @@ class SuiteScenario(BaseModel):
     @property
     def name(self) -> str:
         """What a table calls it: `8 read as 3 (scenario 12)`; `8 misread` where the run's classifier was right."""
-        confusion = "misread" if self.mistaken_for == self.label else f"read as {self.mistaken_for}"
-        return f"{self.label} {confusion} (scenario {self.number})"
+        return scenario_name(self.label, self.mistaken_for, self.number)
 
 
 class SuiteClassifier(BaseModel):

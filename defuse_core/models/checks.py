@@ -21,7 +21,7 @@ from defuse_core.models.adapters import (
     raw_output,
     reason_of,
 )
-from defuse_core.models.layout import settle_layout, to_tensor
+from defuse_core.models.layout import to_tensor, use_default_layout_if_needed
 from defuse_core.models.vae import gradients_of
 
 log = logging.getLogger("defuse")
@@ -55,7 +55,7 @@ def check_outputs(
     """
     batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
     first = batch[:2].clone()
-    settle_layout(classifier.eval(), first.clone())
+    use_default_layout_if_needed(classifier.eval(), first.clone())
     with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too
         _expect_shape(_call(classifier, first, remedy), len(first), classes)
         if not torch.equal(first, batch[:2]):

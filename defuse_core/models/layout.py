@@ -19,7 +19,8 @@ from defuse_core.models.vae import Vae
 def to_device(module: nn.Module, data: DataSection | None = None) -> nn.Module:
     """Move `module` to this process's device, in the memory layout in which convolutions are fastest.
 
-    With `data`, which has the size of its images, a network of a user's own is settled as by settle_layout.
+    With `data`, which has the size of its images, a network of a user's own gets torch's default layout where its code
+    takes no other (`use_default_layout_if_needed`).
     """
     if device().type == "cpu":
         for part in module.modules():
@@ -28,11 +29,11 @@ def to_device(module: nn.Module, data: DataSection | None = None) -> nn.Module:
     module.to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
     if data is not None:
         blank = np.zeros((2, data.channels, data.image_size, data.image_size), np.float32)
-        settle_layout(module, to_tensor(blank))
+        use_default_layout_if_needed(module, to_tensor(blank))
     return module
 
 
-def settle_layout(network: nn.Module, images: Tensor) -> None:
+def use_default_layout_if_needed(network: nn.Module, images: Tensor) -> None:
     """Move a classifier or β-VAE back to torch's default layout where its code takes no other; else change nothing.
 
     Such code is x.view(n, -1) after a convolution. It is looked for with `images`, two or more in the layout of

@@ -24,13 +24,17 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.correct import ChoiceRule
-from defuse_core.distill.sources import certain_source_error
+from defuse_core.distill.components import certain_source_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
-from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.intervals import ROUNDING
-from defuse_core.report.build_evidence import defined, evidence_figures, scenario_evidence, watch_figures
+from defuse_core.report.build_evidence import (
+    evidence_figures,
+    finite_or_none,
+    scenario_evidence,
+    watch_figures,
+)
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -55,9 +59,8 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
-from defuse_core.review.consensus import count_not_majority
 from defuse_core.review.undecided import why_undecided
-from defuse_core.review.verdicts import is_misclassified, most_common_error
+from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch import FailureWatch
 
@@ -88,21 +91,21 @@ def build_report(
             reconstruction=models.reconstruction,
             reconstruction_flips=models.reconstruction_flips,
             kl_per_dimension=tuple(models.kl_per_dimension.tolist()),
-            collapsed=int((models.kl_per_dimension < COLLAPSED_BELOW).sum()),
+            collapsed=models.health.collapsed,
             health=HealthFigures.model_validate(models.health, from_attributes=True),
         ),
         mixture=Mixture(
             converged=found.scenarios.converged,
             iterations=found.scenarios.iterations,
             codes_used=found.scenarios.codes_used,
-            lower_bound=defined(found.scenarios.lower_bound),
-            last_change=defined(found.scenarios.last_change),
+            lower_bound=finite_or_none(found.scenarios.lower_bound),
+            last_change=finite_or_none(found.scenarios.last_change),
             weights=tuple(np.sort(found.scenarios.all_weights)[::-1].tolist()),
         ),
         votes=_votes(found),
         overrides=tuple(_decision(override, models.classes) for override in verdicts.overrides),
         evidence=None if evidence is None else evidence_figures(found, evidence),
-        watch=None if watch is None else watch_figures(watch, run.spec.serve, run.spec.serve.watch),
+        watch=None if watch is None else watch_figures(watch, run.spec.serve),
         per_class=_per_class(models.classes, evaluation, run.spec.check.max_class_loss),
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
@@ -159,11 +162,16 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
 
 
 def _accuracies(table: F64, evidence: Evidence | None) -> Accuracies:
-    rows = [Accuracy(validation=defined(v), test=defined(t), scenario=defined(s)) for v, t, s in table]
+    rows = [
+        Accuracy(validation=finite_or_none(v), test=finite_or_none(t), scenario=finite_or_none(s))
+        for v, t, s in table
+    ]
     plain = None
     if evidence is not None:
         validation, test = map(_mean, evidence.plain_clean)
-        plain = Accuracy(validation=validation, test=test, scenario=defined(evidence.one_label[PLAIN, 0]))
+        plain = Accuracy(
+            validation=validation, test=test, scenario=finite_or_none(evidence.one_label[PLAIN, 0])
+        )
     return Accuracies(before=rows[0], baseline=rows[1], plain=plain, defuse=rows[2])
 
 
@@ -218,7 +226,9 @@ def _scenario(
     found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
 ) -> Scenario:
     verdicts, scenarios, classes = found.verdicts, found.scenarios, found.models.classes
-    held_out = (None, None, None) if column is None else tuple(map(defined, evaluation.scenario[:, column]))
+    held_out = (
+        (None, None, None) if column is None else tuple(map(finite_or_none, evaluation.scenario[:, column]))
+    )
     mistaken = (
         None
         if column is None
@@ -236,8 +246,8 @@ def _scenario(
         accepted=column is not None,
         label=None if column is None else classes[verdicts.labels[number]],
         reason=verdicts.reasons[number],
-        misclassified=defined(verdicts.misclassified[number]),
-        purity=defined(verdicts.purity[number]),
+        misclassified=finite_or_none(verdicts.misclassified[number]),
+        purity=finite_or_none(verdicts.purity[number]),
         agreement=_mean(verdicts.agreement[number]),
         mistaken_for=None if mistaken is None else classes[mistaken],
         before=held_out[0],
@@ -246,7 +256,7 @@ def _scenario(
         evidence=None if evidence is None or column is None else scenario_evidence(found, evidence, column),
         tuning_agreement=None
         if column is None or found.fixes.kept is None
-        else defined(found.fixes.kept[column]),
+        else finite_or_none(found.fixes.kept[column]),
     )
 
 
@@ -277,11 +287,11 @@ def _tradeoff(rule: ChoiceRule, sweep: Sweep) -> tuple[TradeOff, ...]:
         TradeOff(
             lam=row.lam,
             epoch=row.epoch,
-            train=defined(row.train),
-            validation=defined(row.validation),
-            test=defined(row.test),
-            tune=defined(row.tune),
-            scenario=defined(row.scenario),
+            train=finite_or_none(row.train),
+            validation=finite_or_none(row.validation),
+            test=finite_or_none(row.test),
+            tune=finite_or_none(row.tune),
+            scenario=finite_or_none(row.scenario),
             chosen=row == sweep.chosen,
         )
         for row in rule.best_rows(sweep.rows)
@@ -316,9 +326,9 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation, max_loss: float) 
         ClassAccuracy(
             name=name,
             images=n,
-            before=defined(b),
-            baseline=defined(u),
-            defuse=defined(d),
+            before=finite_or_none(b),
+            baseline=finite_or_none(u),
+            defuse=finite_or_none(d),
             loses_too_much=b - d > max_loss + ROUNDING,
         )
         for name, n, (b, u, d) in columns

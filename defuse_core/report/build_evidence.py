@@ -58,11 +58,11 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
             count=len(evidence.judges),
             accuracy=_values(evidence.judges),
             reference_models=() if references is None else _values(references),
-            classifier=defined(evidence.before_test),
+            classifier=finite_or_none(evidence.before_test),
             worse=are_worse(
-                _values(evidence.judges), defined(evidence.before_test), found.models.images.get(part)
+                _values(evidence.judges), finite_or_none(evidence.before_test), found.models.images.get(part)
             ),
-            labelled=defined(evidence.labelled),
+            labelled=finite_or_none(evidence.labelled),
         ),
         purity=share_of(evidence.purity),
         own_label=_four(evidence, "own_label", corrected),
@@ -86,7 +86,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         against_baseline=_against_baseline(found, evidence),
         mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
         mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
-        krippendorff=defined(evidence.krippendorff),
+        krippendorff=finite_or_none(evidence.krippendorff),
     )
 
 
@@ -155,7 +155,9 @@ def _left_out(evidence: Evidence, which: Bool) -> LeftOutScenarios:
     if not which.any():
         return LeftOutScenarios(count=0)
     right = evidence.scenario_left_out
-    before, plain = (defined(evidence.scenario_own_label[which, column].mean()) for column in (BEFORE, PLAIN))
+    before, plain = (
+        finite_or_none(evidence.scenario_own_label[which, column].mean()) for column in (BEFORE, PLAIN)
+    )
     return LeftOutScenarios(
         count=int(which.sum()),
         before=before,
@@ -175,15 +177,15 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
         if is_testable(evidence.pairs_with_before[column, 0]):
             worse_than_before = bool(evidence.worse_than_before[column])
-    right = dict(zip(CLASSIFIERS, map(defined, evidence.scenario_own_label[column]), strict=True))
+    right = dict(zip(CLASSIFIERS, map(finite_or_none, evidence.scenario_own_label[column]), strict=True))
     return ScenarioEvidence(
         name=evidence.names[column],
-        purity=defined(evidence.scenario_purity[column]),
+        purity=finite_or_none(evidence.scenario_purity[column]),
         before=right["before"],
         baseline=right["baseline"],
         plain=right["plain"],
         defuse=None if found.sweep.chosen is None else right["defuse"],
-        left_out=defined(evidence.scenario_left_out[column]),
+        left_out=finite_or_none(evidence.scenario_left_out[column]),
         confirmed=confirmed,
         worse=worse,
         worse_than_before=worse_than_before,
@@ -191,16 +193,16 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         independent_images=units,
         at_fault=cast(Literal["classifier", "β-VAE", "unclear"], evidence.at_fault[column]),
         support=int(found.scenarios.support[number]),
-        real_error=defined(real.error[column]),
-        real_error_of_class=defined(real.error_of_label[column]),
-        real_error_of_all=defined(real.error_of_all),
+        real_error=finite_or_none(real.error[column]),
+        real_error_of_class=finite_or_none(real.error_of_label[column]),
+        real_error_of_all=finite_or_none(real.error_of_all),
         seen_in_real_data=bool(real.seen[column]) if real.testable[column] else None,
     )
 
 
-def watch_figures(watch: FailureWatch, settings: ServeSection, codes: bool = True) -> WatchFigures:
-    """Return the figures of the best method; without `codes`, of the best one that needs no encoder."""
-    best = watch.best(codes)
+def watch_figures(watch: FailureWatch, settings: ServeSection) -> WatchFigures:
+    """Return the figures of the best method; without `serve.watch`, of the best one that needs no encoder."""
+    best = watch.best(settings.watch)
     problem = watch.objection(best)
     if best is None:
         return WatchFigures(
@@ -291,13 +293,13 @@ def share_of(row: F64) -> Share:
     return Share(value=value, low=low, high=high)
 
 
-def defined(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """Return the value, or None where it is missing, nan or infinite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _values(values: F64) -> tuple[float | None, ...]:
-    return tuple(defined(value) for value in values.tolist())
+    return tuple(finite_or_none(value) for value in values.tolist())
 
 
 def _four(

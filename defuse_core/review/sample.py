@@ -4,11 +4,8 @@ classifier and the reference models answer on such draws.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -28,7 +25,7 @@ from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draws, stacked, wide_draws
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
-from defuse_core.protocols import Call, Compute, Progress
+from defuse_core.protocols import Compute, Progress, map_in_tasks
 from defuse_core.review.verdicts import majority, outcomes, tally
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (
@@ -38,9 +35,7 @@ from defuse_core.training.reference_models import (
     votes_of_models,
 )
 
-T = TypeVar("T")
 log = logging.getLogger("defuse")
-AT_ONCE = 8  # components or scenarios that one task examines
 MORE_DRAWS = 3  # times as many further draws where correct.filter leaves too few
 FEW_AGREE = 0.1  # share of draws with the scenario's label below which its label is in doubt
 
@@ -185,7 +180,7 @@ def filter_corrections(
     what remains of all is repeated. A scenario whose label the reference models see in no draw keeps the last ones: its
     label is the annotators'. The codes to test on are not filtered.
     """
-    filtered = in_tasks(
+    filtered = map_in_tasks(
         compute, "correct", len(fixes.labels), _filtered, spec, models, references, scenarios, fixes
     )
     kept = np.array([share for _, share in filtered])
@@ -268,21 +263,3 @@ class Examiner:
         """Return the classifier's answers, (n,), and the reference models' probabilities, (W, n, C)."""
         images = self.decoder.decode(draws.codes, draws.anchors)
         return predict(self.classifier, images), model_probabilities(self.references, images)
-
-
-def in_tasks(
-    compute: Compute,
-    step: str,
-    count: int,
-    function: Callable[..., list[T]],
-    *args: object,
-    at_once: int = AT_ONCE,
-) -> list[T]:
-    """Return what function(*args, rows, progress=...) returns for ranges of `count` rows, one task each, in order.
-
-    The function computes with one thread. No result depends on the ranges, of `at_once` rows: every row has its own
-    seed, or none.
-    """
-    ranges = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
-    results = compute.tasks(step, [Call(function, *args, rows, one_thread=True) for rows in ranges])
-    return list(itertools.chain(*results))

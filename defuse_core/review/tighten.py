@@ -21,8 +21,8 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
 from defuse_core.errors import percent
 from defuse_core.intervals import wilson_lower
-from defuse_core.protocols import Compute, Progress
-from defuse_core.review.sample import Examiner, in_tasks
+from defuse_core.protocols import Compute, Progress, map_in_tasks
+from defuse_core.review.sample import Examiner
 from defuse_core.review.verdicts import most_common
 from defuse_core.seeds import generator
 
@@ -36,7 +36,9 @@ def tighten(
     spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, compute: Compute
 ) -> Scenarios:
     """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
-    found = in_tasks(compute, "distill", len(scenarios), _search_taus, spec, models, references, scenarios)
+    found = map_in_tasks(
+        compute, "distill", len(scenarios), _search_taus, spec, models, references, scenarios
+    )
     return with_taus(spec, scenarios, found)
 
 

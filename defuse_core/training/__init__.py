@@ -21,7 +21,7 @@ from defuse_core.config import CorrectSection, VaeSection
 from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError, percent
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import SHARED_STORE, Store
-from defuse_core.training.data_parallel import is_first_worker, mean_over_workers, require_same_on_all_workers
+from defuse_core.training.batches import is_first_worker, mean_over_workers, require_same_on_all_workers
 
 log = logging.getLogger("defuse")
 CHECKPOINT_EVERY_S = 20.0  # a killed training repeats at most this much work and one epoch
@@ -29,7 +29,10 @@ CHECK_LOSS_EVERY = 100  # steps after which a training that diverged is noticed 
 
 
 def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield one epoch of row indices in a fresh order, without a last batch of one (batch normalisation needs two)."""
+    """Yield one epoch of row indices in a fresh order, up to `batch_size` at a time.
+
+    Without a last batch of one, since batch normalisation needs two.
+    """
     order = rng.permutation(count)
     for start in range(0, count, batch_size):
         rows = order[start : start + batch_size]
@@ -38,7 +41,7 @@ def minibatches(count: int, batch_size: int, rng: np.random.Generator) -> Iterat
 
 
 def cycle(count: int, size: int, rng: np.random.Generator) -> Iterator[I64]:
-    """Yield `size` of `count` rows without end, with a fresh shuffle for each pass."""
+    """Yield `size` of `count` rows, (size,), without end, with a fresh shuffle for each pass."""
     rows: I64 = np.zeros(0, np.int64)
     while True:
         while len(rows) < size:
@@ -130,7 +133,7 @@ Optimizer = torch.optim.Optimizer | Adam
 
 
 def train_step(loss: Tensor, optimizer: Optimizer) -> None:
-    """Take one optimisation step."""
+    """Take one optimisation step on `loss`, a scalar."""
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

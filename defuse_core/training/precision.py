@@ -116,7 +116,7 @@ ENOUGH_S = 0.3  # of measuring one kind
 MIN_GAIN = 1.1  # bf16 is chosen from this ratio of times on: it costs some accuracy of the weights
 
 
-def settle_precision(run: Run, compute: Compute) -> None:
+def resolve_precision(run: Run, compute: Compute) -> None:
     """Put what is measured in the place of resources.precision: auto in the run's settings.
 
     The choice is stored with the run, so that a run which is resumed on another machine keeps it.

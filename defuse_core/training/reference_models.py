@@ -32,7 +32,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import STEPS, ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
-from defuse_core.data.splits import mixed_order, split_tracks
+from defuse_core.data.splits import split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import DataError, ModelError, StoreError
 from defuse_core.models import (
@@ -54,8 +54,7 @@ from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Losses, minibatches, train_step
-from defuse_core.training.augment import augment
-from defuse_core.training.batches import DeviceImages
+from defuse_core.training.batches import DeviceImages, augment
 
 log = logging.getLogger("defuse")
 LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up
@@ -193,7 +192,7 @@ def _calls(
 ) -> list[Call[TrainedClassifier]]:
     """Return the trainings of a set: independent, one call each, which makes what `store` does not hold yet."""
     count = set_section(spec, name).count
-    return [Call(train_one, spec, name, number, fingerprint, store) for number in range(count)]
+    return [Call(trained_classifier, spec, name, number, fingerprint, store) for number in range(count)]
 
 
 def _merge(trained: Sequence[TrainedClassifier]) -> ReferenceSet:
@@ -221,7 +220,7 @@ class TrainedClassifier:
     data_fingerprint: str  # of the images trained on
 
 
-def train_one(
+def trained_classifier(
     spec: RunFile,
     name: SetName,
     number: int,
@@ -234,13 +233,11 @@ def train_one(
 
     Raises RunMismatchError if the images are not those of `fingerprint`, if given.
     """
-    splits = (
-        reopen_splits(spec.data, spec.seed, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
-    )
+    splits = reopen_splits(spec, fingerprint) if fingerprint else open_splits(spec.data, spec.seed)
     key = f"training/{name}-{number}.safetensors"
     found = _stored(store, key, splits.fingerprint())
     if found is None:
-        found = _train_one(spec, name, number, splits, progress)
+        found = _train(spec, name, number, splits, progress)
         store.write(key, encode(found))
     return found
 
@@ -257,9 +254,10 @@ def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | Non
     return found if found.data_fingerprint == fingerprint else None
 
 
-def _train_one(
+def _train(
     spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
 ) -> TrainedClassifier:
+    """Return model `number` of a set, trained on the set's part of the training images, with its accuracies."""
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     if number == 0:
         _warn_of_missing_classes(spec, name, splits, train.labels)
@@ -291,7 +289,7 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
             )
         train = part
     if section.train_images is not None and section.train_images < len(train):
-        order = mixed_order(train.labels, generator(spec.seed, name, "sample"))
+        order = stratified_order(train.labels, generator(spec.seed, name, "sample"))
         train = train.take(np.sort(order[: section.train_images]))
     return train
 

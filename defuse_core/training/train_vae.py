@@ -38,10 +38,10 @@ from defuse_core.training import (
     set_learning_rate,
     train_step,
 )
-from defuse_core.training.augment import augment
-from defuse_core.training.batches import DeviceImages
-from defuse_core.training.data_parallel import (
+from defuse_core.training.batches import (
+    DeviceImages,
     MinibatchPart,
+    augment,
     averaged,
     drawn_normal,
     seed_dropout,

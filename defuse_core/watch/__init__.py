@@ -242,7 +242,7 @@ def watch_run(
     spec: RunFile, models: Models, fixes: Corrections, corrected: Weights, *, progress: Progress
 ) -> FailureWatch:
     """Return the watch of a run's corrected classifier, or of the one before where nothing was corrected."""
-    splits = reopen_splits(spec.data, spec.seed, models.data_fingerprint)
+    splits = reopen_splits(spec, models.data_fingerprint)
     progress("measuring how well failing inputs are found", 0, 1, "classifiers")
     return watch_classifier(spec, models, fixes, corrected, splits)[1]
 

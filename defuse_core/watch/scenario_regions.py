@@ -110,6 +110,7 @@ def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRe
 
 
 def _row(anchors: I64 | None, scenario: int) -> I64 | None:
+    """Return the anchors of the pictures of one scenario, (n,); None where they are decoded plainly."""
     return None if anchors is None else anchors[scenario]
 
 
@@ -131,6 +132,7 @@ def _fit_gaussians(decoder: Decoder, corrections: Corrections, least: float) -> 
 
 
 def _floor(variance: float, latent: int) -> F64:
+    """Return what is added to a covariance of this mean variance, (Z, Z), so that it can be inverted."""
     return max(VARIANCE_FLOOR * variance, LEAST_VARIANCE) * np.eye(latent)
 
 

@@ -132,20 +132,21 @@ def _expect_people(run: Run) -> None:
 
 def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) -> Verdicts:
     """Return the verdicts that `defuse run` will make from people's stored votes; of traffic, store them."""
-    from defuse_core.review.consensus import review_consensus, review_verdicts
     from defuse_core.review.overrides import read_overrides
+    from defuse_core.review.verdicts import crowdlab_consensus, review_verdicts
     from defuse_core.training.reference_models import Prelabels
 
     if _is_of_traffic(run.name):
         from services.labeling.annotators import store_traffic_verdicts  # needs Label Studio's client
 
         return store_traffic_verdicts(run, votes)
-    review, stored = run.spec.review, None
+    review, consensus = run.spec.review, None
     if review.consensus == "crowdlab":
         stored = run.load(Prelabels)
         if stored is None:
             print_by_majority(console)
-    consensus = review_consensus(review, votes, None if stored is None else stored.probabilities)
+        else:
+            consensus = crowdlab_consensus(votes, stored.probabilities.mean(axis=0))
     return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 

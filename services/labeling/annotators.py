@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
 from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
-from defuse_core.review.consensus import review_verdicts, stops_when_sure
 from defuse_core.review.overrides import read_overrides
+from defuse_core.review.verdicts import review_verdicts, stops_when_sure
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.training.reference_models import Prelabels, ask_models_once
@@ -220,10 +220,10 @@ class LabelStudioAnnotators:
         compute = self.compute
         if compute is None:  # `defuse review push`, outside `defuse run`
             from defuse_core.local import LocalCompute
-            from defuse_core.training.precision import settle_precision
+            from defuse_core.training.precision import resolve_precision
 
             compute = LocalCompute()
-            settle_precision(self.run, compute)
+            resolve_precision(self.run, compute)
         return ask_models_once(self.run, compute, gallery)
 
 

@@ -21,7 +21,7 @@ from defuse_core.artifacts import I64, Gallery, Votes
 from defuse_core.errors import InputError, RunBusyError, ServiceError
 from defuse_core.protocols import Compute, Progress
 from defuse_core.runs import Run
-from defuse_core.training.precision import settle_precision
+from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow, choice_result
@@ -148,7 +148,7 @@ def _votes_of_models(run: Run, compute: Compute, gallery: Gallery) -> Votes:
         return models.review(gallery)
     try:
         with run.store.lock():
-            settle_precision(run, compute)
+            resolve_precision(run, compute)
             return models.review(gallery)
     except RunBusyError as error:
         raise RunBusyError(

@@ -23,14 +23,14 @@ from scipy.optimize import linear_sum_assignment
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
 from defuse_core.config import ReviewSection
 from defuse_core.errors import first_few
-from defuse_core.review.consensus import (
+from defuse_core.review.verdicts import (
     Consensus,
     count_not_majority,
-    review_consensus,
+    crowdlab_consensus,
     review_verdicts,
     stops_when_sure,
+    tally,
 )
-from defuse_core.review.verdicts import tally
 from services.labeling.annotations import (
     UNKNOWN,
     DiscardedAnnotation,
@@ -234,7 +234,9 @@ def review_status(
     given = np.zeros(shape, np.int64)
     np.add.at(given, (votes.scenario, votes.image), 1)
     review, sure = tasks.review, np.zeros(shape, bool)
-    consensus = review_consensus(review, votes, probabilities)
+    consensus = None
+    if review.consensus == "crowdlab" and probabilities is not None:
+        consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
     if consensus is not None and stops_when_sure(review):
         sure = consensus.sure(review.certainty)
     missing = np.where(sure, 0, review.answers_per_task - given)

@@ -23,7 +23,7 @@ from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, without_credentials
-from defuse_core.review.consensus import LEAST_ANSWERS, stops_when_sure
+from defuse_core.review.verdicts import LEAST_ANSWERS, stops_when_sure
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.labeling.api_types import (

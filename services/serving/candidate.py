@@ -35,7 +35,7 @@ from defuse_core.intervals import ROUNDING
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
-from defuse_core.review.verdicts import most_common_errors
+from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch import FailureWatch, watch_classifier
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
@@ -146,16 +146,11 @@ class Candidate:
     def scenario_names(self) -> list[str]:
         """Return the name of each failure scenario: `8 read as 3 (scenario 12)`."""
         rows = zip(self.labels, self.most_common_error, self.scenario, strict=True)
-        return [f"{self._confusion(label, error)} (scenario {number})" for label, error, number in rows]
-
-    def _confusion(self, label: int, error: int) -> str:
-        """Return what is mistaken for what in a scenario; `error` is the label where no answer was wrong."""
-        name = self.classes[label]
-        return f"{name} misread" if error == label else f"{name} read as {self.classes[error]}"
+        return [scenario_name(self.classes[label], self.classes[error], n) for label, error, n in rows]
 
     def watch_figures(self, settings: ServeSection) -> WatchFigures:
         """Return how well failing inputs are found with these settings."""
-        return watch_figures(self.failures, settings, settings.watch)
+        return watch_figures(self.failures, settings)
 
 
 def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
@@ -266,7 +261,7 @@ def _digest(candidate: Candidate) -> str:
 
 def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     spec, corrections = run.spec, artifacts.corrections
-    splits = reopen_splits(spec.data, spec.seed, artifacts.models.data_fingerprint)
+    splits = reopen_splits(spec, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
     report = evaluate_candidate(
         spec, artifacts.models, corrections, artifacts.sweep, splits, artifacts.evidence

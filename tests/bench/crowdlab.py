@@ -18,8 +18,7 @@ import numpy as np
 
 from defuse_core.artifacts import F32, I64, Bool, Gallery, ReferenceSet, Votes
 from defuse_core.config.sections import ClassifierSet
-from defuse_core.review.consensus import LEAST_ANSWERS, crowdlab_consensus
-from defuse_core.review.verdicts import majority, tally
+from defuse_core.review.verdicts import LEAST_ANSWERS, crowdlab_consensus, majority, tally
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import Models, Trial
 from defuse_core.config import Arithmetic, RunFile, load_run_file
+from defuse_core.correct import FineTuning
 from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, cpu_threads, device
 from defuse_core.models import build_classifier, build_vae, to_device, to_tensor, weights_of
@@ -113,7 +114,9 @@ def stacked(spec: RunFile, count: int, arithmetic: Arithmetic) -> dict[str, floa
     def run(place: int, stacks: list[tuple[float, ...]]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for lams in stacks:
-                for lam, trial in run_stack(spec, models, tuning, lams, FolderStore(Path(folder))):
+                for lam, trial in run_stack(
+                    FineTuning(spec, models, tuning), lams, FolderStore(Path(folder))
+                ):
                     assert isinstance(trial, Trial)
                     made[place][lam] = trial
 

@@ -20,7 +20,7 @@ from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.protocols import Progress, silent
 from defuse_core.store import FolderStore, Store
 from defuse_core.train import train_part
-from defuse_core.training.data_parallel import is_first_worker
+from defuse_core.training.batches import is_first_worker
 
 Unless = Callable[[bytes], bool] | None
 

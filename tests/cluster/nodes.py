@@ -217,7 +217,7 @@ def more_training_workers_than_gpus(cluster: Cluster, models: Models, folder: Pa
     spec = tiny(resources={"gpus_per_worker": 0.5, "train_workers": 5, "train_threads": 1})
     try:
         with RayCompute(None, spec) as compute:
-            compute.together("train", note_working_dir, folder)
+            compute.run_distributed("train", note_working_dir, folder)
     except RunFileError as error:
         return {"finished": True, "refused": str(error)}
     return {"finished": True, "refused": None}

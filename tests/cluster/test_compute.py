@@ -15,8 +15,7 @@ from cluster.resources import WorkerResources
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
-from defuse_core.protocols import Call
-from defuse_core.review.sample import in_tasks
+from defuse_core.protocols import Call, map_in_tasks
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, wait_for_the_end_of
@@ -133,7 +132,7 @@ def test_a_task_holds_the_cpus_that_it_computes_with() -> None:
     with RayCompute(None, tiny(resources={"train_threads": 2})) as compute:
         calls = [Call(held_cpus), Call(held_cpus, one_thread=True)]
         assert compute.tasks("review", calls) == [2, 1]
-        assert in_tasks(compute, "review", 2, held_by_rows, at_once=1) == [1, 1]
+        assert map_in_tasks(compute, "review", 2, held_by_rows, at_once=1) == [1, 1]
 
 
 def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order(

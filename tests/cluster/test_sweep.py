@@ -16,7 +16,7 @@ from cluster.sweep import _failure
 from defuse_core.artifacts import Corrections, FailedTrial, Models, Sweep, Trial
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep
+from defuse_core.correct import FineTuning, collect_sweep
 from defuse_core.errors import ComputeError, InputError, RunBusyError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import SweepRequest
@@ -211,9 +211,9 @@ def test_fewer_epochs_never_replace_more(
     """A trial that was given up for lost goes on beside the one that took its place."""
     data = fine_tuning_data(local_spec, tiny_models, fixes)
     store = FolderStore(tmp_path)
-    given_up = run_trial(local_spec, tiny_models, data, 1.0, store)
+    given_up = run_trial(FineTuning(local_spec, tiny_models, data), 1.0, store)
     next(given_up)
-    *_, done = run_trial(local_spec, tiny_models, data, 1.0, store)
+    *_, done = run_trial(FineTuning(local_spec, tiny_models, data), 1.0, store)
     assert done.done
     next(given_up)
     stored = decode(Trial, store.read(trial_key(1.0)), "")
@@ -224,7 +224,7 @@ def test_an_unfinished_trial_is_never_read_as_finished(
     tiny_models: Models, fixes: Corrections, tmp_path: Path, local_spec: RunFile
 ) -> None:
     data = fine_tuning_data(local_spec, tiny_models, fixes)
-    trial = next(run_trial(local_spec, tiny_models, data, 1.0, FolderStore(tmp_path)))
+    trial = next(run_trial(FineTuning(local_spec, tiny_models, data), 1.0, FolderStore(tmp_path)))
     with pytest.raises(ComputeError, match="expected a finished trial with λ = 1, found 1 of 3 epochs; run"):
         collect_sweep(local_spec, tiny_models, [trial])
 
@@ -240,10 +240,10 @@ def test_a_damaged_trial_begins_again_and_that_is_logged(
 ) -> None:
     data = fine_tuning_data(local_spec, tiny_models, fixes)
     store = FolderStore(tmp_path)
-    *_, whole = run_trial(local_spec, tiny_models, data, 1.0, store)
+    *_, whole = run_trial(FineTuning(local_spec, tiny_models, data), 1.0, store)
     other = encode(replace(whole, lam=10.0))
     store.write(trial_key(1.0), other if damage == "of another λ" else store.read(trial_key(1.0))[:-5])
-    *_, again = run_trial(local_spec, tiny_models, data, 1.0, store)
+    *_, again = run_trial(FineTuning(local_spec, tiny_models, data), 1.0, store)
     assert again.rows == whole.rows
     assert any(f"{trial_key(1.0)}: " in line and "the trial begins again" in line for line in lines.lines)
 

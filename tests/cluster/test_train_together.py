@@ -40,7 +40,7 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     spec, here, there = together(), FolderStore(tmp_path / "one"), FolderStore(tmp_path / "two")
     train_part(spec, here, "vae", None, progress=silent)
     with RayCompute(None, spec) as compute:
-        compute.together("train", train_part_dying_once, spec, there, "vae", tmp_path / "killed")
+        compute.run_distributed("train", train_part_dying_once, spec, there, "vae", tmp_path / "killed")
     assert (tmp_path / "killed").exists()
     assert len(set(lines.processes("train: worker 0"))) == 2  # both were started again
     one, two = checkpoint(here, "vae"), checkpoint(there, "vae")
@@ -63,7 +63,7 @@ def two_heads(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("two-heads")
     own = {"architecture": "custom", "import_path": "tests.own_classifiers:TwoHeads", "epochs": 2}
     with RayCompute(None, together(classifier=own)) as compute:
-        compute.together(
+        compute.run_distributed(
             "train", train_part_noting, compute.spec, FolderStore(folder / "store"), "classifier", folder
         )
     return folder
@@ -91,7 +91,7 @@ def test_training_workers_that_were_granted_no_gpu_see_none(two_heads: Path) -> 
 def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
     spec = together(classifier={"epochs": 2, "optimizer": "adam", "learning_rate": 1e30})
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
-        compute.together("train", train_part, spec, FolderStore(tmp_path), "classifier", None)
+        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "classifier", None)
     assert len(set(lines.processes("train: worker 0"))) == 1
 
 
@@ -101,7 +101,7 @@ def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
         RayCompute(None, spec) as compute,
         pytest.raises(RunFileError, match="train_workers: 3 workers .* room for 2"),
     ):
-        compute.together("train", train_part, spec, FolderStore(tmp_path), "vae", None)
+        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "vae", None)
 
 
 def test_a_node_that_is_lost_between_two_trainings_is_waited_for(
@@ -109,8 +109,8 @@ def test_a_node_that_is_lost_between_two_trainings_is_waited_for(
 ) -> None:
     monkeypatch.setattr("cluster.resources.NODES_JOIN_WITHIN_S", 0.1)
     with RayCompute(None, together()) as compute:
-        compute.together("train", note_working_dir, tmp_path / "first")
+        compute.run_distributed("train", note_working_dir, tmp_path / "first")
         monkeypatch.setattr("cluster.resources.capacity", lambda worker: 1)
         with pytest.raises(ComputeError, match=r"waited 0 minutes for room for 2 workers of 1 CPU and 0 GPU"):
-            compute.together("train", note_working_dir, tmp_path / "second")
+            compute.run_distributed("train", note_working_dir, tmp_path / "second")
     assert "waiting for room for 2 workers of 1 CPU and 0 GPU each to join the cluster" in caplog.text

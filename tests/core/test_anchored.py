@@ -27,7 +27,7 @@ from defuse_core.distill.draws import (
     wide_draws,
 )
 from defuse_core.errors import VaeHealthError
-from defuse_core.evaluation.health import expect_healthy, measure_moved, with_measured_health
+from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.local import LocalCompute
@@ -315,7 +315,7 @@ def test_the_reference_models_judge_the_health_of_anchored_decoding(finished, ti
     assert (measured.judged_by, measured.anchored) == ("reference models", True)
     assert with_measured_health(finished, tiny_models).health == measured
     wild = SPEC.with_fields("identify", scale=300.0)
-    lost = measure_moved(wild, tiny_models, references, progress=silent)
+    lost = measure_perturbed(wild, tiny_models, references, progress=silent)
     assert lost.kept_right < measured.kept_right
     blind = Models(**{**vars(tiny_models), "health": lost})
     assert lost.verdict == "blind"

@@ -8,14 +8,14 @@ from torch.nn import functional
 
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.codec import encode
-from defuse_core.correct import ChoiceRule, collect_sweep, fine_tune
+from defuse_core.correct import ChoiceRule, FineTuning, collect_sweep, fine_tune
 from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training import cycle, train_step
-from defuse_core.training.augment import random_affine
+from defuse_core.training.batches import random_affine
 from defuse_core.trials import run_trial, trial_key
 from defuse_core.tuning_data import reviewed_failures
 from tests.conftest import fine_tuning_data, tiny
@@ -38,7 +38,7 @@ def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_
 
 
 def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_models, tuning):
-    *_, trial = fine_tune(tiny(correct={"epochs": 15}), tiny_models, tuning, 10.0, None)
+    *_, trial = fine_tune(FineTuning(tiny(correct={"epochs": 15}), tiny_models, tuning), 10.0, None)
     assert trial.rows[-1].scenario > 0.9
     assert trial.rows[-1].loss < trial.rows[0].loss
 
@@ -97,15 +97,14 @@ def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_mode
 
     monkeypatch.setattr("defuse_core.correct.random_affine", noting)
     spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(tuning.clean.train)})
-    *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    *_, done = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
     images = np.sort(np.stack([step.numpy().sum(axis=(1, 2, 3)) for step in seen]), axis=1)
     assert images.shape == (2, 2 * len(tuning.clean.train))  # D and as many of D_f, in each of two steps
     assert not np.isclose(images[0], images[1]).all()
     classifier = load_classifier(spec, done.best, 10)
     assert done.rows[done.best_epoch - 1].validation == accuracy(classifier, tuning.clean.validation)
-    *_, plain = fine_tune(
-        tiny(correct={"epochs": 2, "batch_size": len(tuning.clean.train)}), tiny_models, tuning, 1.0, None
-    )
+    spec = tiny(correct={"epochs": 2, "batch_size": len(tuning.clean.train)})
+    *_, plain = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
     assert len(seen) == 2
     assert plain.rows[0].loss != done.rows[0].loss
 
@@ -113,9 +112,10 @@ def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_mode
 @pytest.mark.parametrize(("schedule", "augmented"), [("constant", False), ("one_cycle", True)])
 def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(schedule, augmented, tiny_models, tuning):
     spec = tiny(correct={"epochs": 3, "schedule": schedule, "augment": augmented})
-    *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
-    first = next(fine_tune(spec, tiny_models, tuning, 1.0, None))
-    *_, resumed = fine_tune(spec, tiny_models, tuning, 1.0, first)
+    same = FineTuning(spec, tiny_models, tuning)
+    *_, whole = fine_tune(same, 1.0, None)
+    first = next(fine_tune(same, 1.0, None))
+    *_, resumed = fine_tune(same, 1.0, first)
     assert resumed.rows == whole.rows
     for name, array in whole.best.items():
         np.testing.assert_array_equal(resumed.best[name], array)
@@ -130,7 +130,7 @@ def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_mod
 
     monkeypatch.setattr("defuse_core.correct.train_step", noting)
     spec = tiny(correct={"epochs": 4, "schedule": "one_cycle", "learning_rate": 0.002})
-    list(fine_tune(spec, tiny_models, tuning, 1.0, None))
+    list(fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None))
     assert len(rates) == 4 * 5  # 300 images in batches of 64
     assert max(rates) == rates[1] == 0.002  # after a tenth of the steps
     assert rates[1:] == sorted(rates[1:], reverse=True)
@@ -139,13 +139,13 @@ def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_mod
 
 def test_a_last_epoch_of_one_step_at_rate_0_is_no_divergence(tiny_models, tuning):
     spec = tiny(correct={"epochs": 2, "schedule": "one_cycle", "batch_size": 300})
-    *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    *_, done = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
     assert [row.epoch for row in done.rows] == [1, 2]
 
 
 def test_only_the_last_epoch_of_a_cycle_may_be_chosen(tiny_models, tuning):
     spec = tiny(correct={"epochs": 3, "schedule": "one_cycle", "choose_by": "validation"})
-    *_, done = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    *_, done = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
     assert done.best_epoch == 3
     rows = ((0.99, 1.0, 1.0), (0.95, 0.9, 0.9))  # the first of two epochs is better
     models = models_with(0.9, tiny_models)
@@ -171,10 +171,10 @@ def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, 
         return classifier
 
     monkeypatch.setattr("defuse_core.correct.load_classifier", with_dropout)
-    spec = tiny(correct={"epochs": 2})
-    *_, first = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    same = FineTuning(tiny(correct={"epochs": 2}), tiny_models, tuning)
+    *_, first = fine_tune(same, 1.0, None)
     torch.rand(7)
-    *_, second = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    *_, second = fine_tune(same, 1.0, None)
     assert first.rows == second.rows
 
 
@@ -189,20 +189,20 @@ def test_each_step_has_as_many_scenario_images_as_clean_ones(tiny_spec, tiny_mod
         return classifier
 
     monkeypatch.setattr("defuse_core.correct.load_classifier", counting)
-    next(fine_tune(tiny_spec, tiny_models, tuning, 1.0, None))
+    next(fine_tune(FineTuning(tiny_spec, tiny_models, tuning), 1.0, None))
     assert sizes == [128, 128, 128, 128, 88]  # 300 images in batches of 64, and their like of D_f
 
 
 def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_run_again(
     tmp_path, tiny_spec, tiny_models, tuning
 ):
-    store = FolderStore(tmp_path)
-    killed = next(run_trial(tiny_spec, tiny_models, tuning, 1.0, store))
+    store, same = FolderStore(tmp_path), FineTuning(tiny_spec, tiny_models, tuning)
+    killed = next(run_trial(same, 1.0, store))
     assert len(killed.rows) == 1
-    *_, done = run_trial(tiny_spec, tiny_models, tuning, 1.0, store)
+    *_, done = run_trial(same, 1.0, store)
     assert [row.epoch for row in done.rows] == [1, 2]
     before = store.read(trial_key(1.0))
-    assert [trial.done for trial in run_trial(tiny_spec, tiny_models, tuning, 1.0, store)] == [True]
+    assert [trial.done for trial in run_trial(same, 1.0, store)] == [True]
     assert store.read(trial_key(1.0)) == before
 
 
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_trial_in_one_line(tiny_spec, tiny_m
         **{**vars(tiny_models), "classifier": {k: v * 1e30 for k, v in tiny_models.classifier.items()}}
     )
     with pytest.raises(ModelError, match="diverged"):
-        next(fine_tune(tiny_spec, broken, tuning, 1.0, None))
+        next(fine_tune(FineTuning(tiny_spec, broken, tuning), 1.0, None))
 
 
 def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_nothing(
@@ -228,7 +228,7 @@ def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_no
         predict(load_classifier(tiny_spec, sure, 10), tuning.clean.train.pixels) == tuning.clean.train.labels
     )
     known = replace(tuning, clean=replace(tuning.clean, train=tuning.clean.train.take(np.flatnonzero(right))))
-    trial = next(fine_tune(tiny_spec, replace(tiny_models, classifier=sure), known, 0.0, None))
+    trial = next(fine_tune(FineTuning(tiny_spec, replace(tiny_models, classifier=sure), known), 0.0, None))
     assert trial.rows[0].train == 1.0
 
 
@@ -237,14 +237,15 @@ def test_a_trial_with_lambda_0_learns_nothing_of_the_scenarios_from_batch_statis
     spec = tiny(classifier=own, correct={"augment": True})
     models = replace(tiny_models, classifier=weights_of(trained()))
     without = replace(tuning, scenario=replace(tuning.scenario, d_f=tuning.clean.train.take(slice(0, 48))))
-    plain, other = (next(fine_tune(spec, models, data, 0.0, None)).best for data in (tuning, without))
+    both = [FineTuning(spec, models, data) for data in (tuning, without)]
+    plain, other = (next(fine_tune(each, 0.0, None)).best for each in both)
     for name, array in plain.items():
         np.testing.assert_array_equal(array, other[name])
 
 
 def test_the_last_epoch_of_the_only_lambda_is_kept_whatever_it_scores(tiny_models, tuning):
     spec = tiny(correct={"lambdas": [1e-3], "epochs": 3, "choose_by": "last", "learning_rate": 0.1})
-    *_, made = fine_tune(spec, tiny_models, tuning, 1e-3, None)
+    *_, made = fine_tune(FineTuning(spec, tiny_models, tuning), 1e-3, None)
     assert made.best_epoch == 3
     assert collect_sweep(spec, tiny_models, [made]).chosen.epoch == 3
     with pytest.raises(RunFileError, match="choose_by last needs a single λ"):
@@ -376,7 +377,7 @@ def test_a_repetition_has_the_same_images_in_another_order(tiny_spec, tiny_model
     data = fine_tuning_data(spec, tiny_models, fixes)
     assert data.repetition == 0
     trained = [
-        [*fine_tune(spec, tiny_models, replace(data, repetition=number), 0.0, None)][-1].best
+        [*fine_tune(FineTuning(spec, tiny_models, replace(data, repetition=number)), 0.0, None)][-1].best
         for number in (0, 0, 1, 2)
     ]
     alike = [
@@ -389,10 +390,10 @@ def test_a_repetition_has_the_same_images_in_another_order(tiny_spec, tiny_model
 def test_a_repetition_that_was_stopped_goes_on_as_the_same_one(tiny_spec, tiny_models, fixes, tmp_path):
     spec = tiny(correct={"lambdas": (0.0,), "epochs": 2})
     data = fine_tuning_data(spec, tiny_models, fixes)
-    data = replace(data, repetition=1)
-    *_, whole = run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "whole"))
-    next(run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "stopped")))
-    *_, resumed = run_trial(spec, tiny_models, data, 0.0, FolderStore(tmp_path / "stopped"))
+    same = FineTuning(spec, tiny_models, replace(data, repetition=1))
+    *_, whole = run_trial(same, 0.0, FolderStore(tmp_path / "whole"))
+    next(run_trial(same, 0.0, FolderStore(tmp_path / "stopped")))
+    *_, resumed = run_trial(same, 0.0, FolderStore(tmp_path / "stopped"))
     assert encode(resumed) == encode(whole)
     request = SweepRequest(spec, fixes, None, FolderStore(tmp_path / "asked"), repetition=1)
     (sweep,) = LocalCompute().sweeps(tiny_models, [request])

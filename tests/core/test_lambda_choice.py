@@ -10,7 +10,7 @@ import torch
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import ChoiceRule, collect_sweep, fine_tune, score
+from defuse_core.correct import ChoiceRule, FineTuning, collect_sweep, fine_tune
 from defuse_core.models import accuracy, load_classifier
 from defuse_core.protocols import silent
 from defuse_core.tuning_data import load_clean_images
@@ -48,7 +48,7 @@ def test_each_part_of_the_data_is_scored_as_itself(tiny_models):
     fixes = Corrections(np.arange(2), np.array([8, 2]), codes, -codes)
     spec = tiny(correct={"epochs": 1})
     data = fine_tuning_data(spec, tiny_models, fixes)
-    *_, made = fine_tune(spec, tiny_models, data, 1.0, None)
+    *_, made = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     classifier, (row,) = load_classifier(spec, made.best, 10), made.rows
     found = (row.train, row.validation, row.test, row.tune, row.scenario)
     parts = (data.clean.train, data.clean.validation, data.clean.test, data.scenario.tune)
@@ -101,7 +101,7 @@ def test_what_a_class_has_lost_is_measured_on_training_and_on_validation_images(
     threes_lost = load_classifier(spec, tiny_models.classifier, 10)
     with torch.no_grad():
         [*threes_lost.parameters()][-1][3] = -1e6
-    row = score(spec, replace(tiny_models, class_accuracy=blind), threes_lost, data, 1.0, 1, 0.1)
+    row = FineTuning(spec, replace(tiny_models, class_accuracy=blind), data).score(threes_lost, 1.0, 1, 0.1)
     assert 0.8 < row.class_loss < 1
     of_one_track = replace(
         data,
@@ -110,18 +110,20 @@ def test_what_a_class_has_lost_is_measured_on_training_and_on_validation_images(
             **{part: replace(images, tracks=images.labels) for part, images in data.clean.parts().items()},
         ),
     )  # so that all threes of a part are a single piece of evidence
-    row = score(spec, replace(tiny_models, class_accuracy=blind), threes_lost, of_one_track, 1.0, 1, 0.1)
+    row = FineTuning(spec, replace(tiny_models, class_accuracy=blind), of_one_track).score(
+        threes_lost, 1.0, 1, 0.1
+    )
     assert row.class_loss < 0.3
     known = replace(tiny_models, class_accuracy={**blind, "validation": np.zeros(10)})
-    assert score(spec, known, threes_lost, data, 1.0, 1, 0.1).class_loss > 0.1
+    assert FineTuning(spec, known, data).score(threes_lost, 1.0, 1, 0.1).class_loss > 0.1
     # that training images, which are many more, lose nothing does not hide what is lost on validation images
     on_validation = replace(tiny_models, class_accuracy={**blind, "train": np.zeros(10)})
-    assert score(spec, on_validation, threes_lost, data, 1.0, 1, 0.1).class_loss > 0.5
+    assert FineTuning(spec, on_validation, data).score(threes_lost, 1.0, 1, 0.1).class_loss > 0.5
     # anchored, D lacks some training images, so that the accuracy before is not of the same ones
     anchored = spec.with_fields("vae", decode="anchored")
-    assert score(anchored, known, threes_lost, data, 1.0, 1, 0.1).class_loss == 0.0
+    assert FineTuning(anchored, known, data).score(threes_lost, 1.0, 1, 0.1).class_loss == 0.0
     kept = load_classifier(spec, tiny_models.classifier, 10)
-    assert score(spec, tiny_models, kept, data, 1.0, 1, 0.1).class_loss == 0.0
+    assert FineTuning(spec, tiny_models, data).score(kept, 1.0, 1, 0.1).class_loss == 0.0
 
 
 def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_accuracy_chooses():
@@ -180,11 +182,11 @@ def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked
     section, scored, tiny_models, tuning, monkeypatch
 ):
     spec = tiny(correct={"epochs": 3, **section})
-    *_, made = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    *_, made = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
     assert [row.epoch for row in made.rows if row.is_scored] == scored
     assert all(row.loss > 0 for row in made.rows) and len(made.rows) == 3
     monkeypatch.setattr("defuse_core.correct.ChoiceRule.needs_score", lambda *_: True)
-    *_, whole = fine_tune(spec, tiny_models, tuning, 1.0, None)
+    *_, whole = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
     assert all(row.is_scored for row in whole.rows)
     assert (made.best_epoch, made.rows[-1]) == (whole.best_epoch, whole.rows[-1])
     for name, array in whole.best.items():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from defuse_core.map_ahead import map_ahead
+from defuse_core.files import map_ahead
 from tests.waiting import WAIT_S
 
 

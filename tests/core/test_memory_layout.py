@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defuse_core.correct import FineTuning
 from defuse_core.data import open_splits
 from defuse_core.errors import ModelError
 from defuse_core.export import corrected_classifier, export_model
@@ -32,6 +33,7 @@ from defuse_core.store import FolderStore
 from defuse_core.training.precision import measure_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import _why_not_stacked
+from defuse_core.tuning_data import FineTuningData
 from tests.conftest import recommended, tiny
 
 HERE = "tests.core.test_memory_layout"
@@ -123,8 +125,8 @@ def test_a_run_of_networks_with_views_is_computed_to_its_end_and_exported(tmp_pa
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
     assert report.chosen is not None
     models, corrected = corrected_classifier(run)
-    images = open_splits(spec.data, spec.seed).train
-    assert _why_not_stacked(spec, models, images) is None
+    splits = open_splits(spec.data, spec.seed)
+    assert _why_not_stacked(FineTuning(spec, models, FineTuningData(splits, None))) is None
     done = export_model(run, tmp_path / "net.pt2")
     assert done.same_answers == done.images
     suite = save_suite(run, tmp_path / "suite")
@@ -132,8 +134,8 @@ def test_a_run_of_networks_with_views_is_computed_to_its_end_and_exported(tmp_pa
     again = grey()
     set_weights(again, weights_of(corrected), "the test")
     with torch.no_grad():
-        expected = again.eval()(torch.from_numpy(images.batch())).numpy()
-    np.testing.assert_allclose(predict_logits(corrected, images), expected, rtol=1e-4, atol=1e-5)
+        expected = again.eval()(torch.from_numpy(splits.train.batch())).numpy()
+    np.testing.assert_allclose(predict_logits(corrected, splits.train), expected, rtol=1e-4, atol=1e-5)
 
 
 class Transposing(Viewing):

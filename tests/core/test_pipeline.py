@@ -20,8 +20,8 @@ from defuse_core.errors import DataError, InputError, RunMismatchError, StoreErr
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.report import parse_report
-from defuse_core.review.consensus import review_verdicts
 from defuse_core.review.overrides import override_verdict
+from defuse_core.review.verdicts import review_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.store import FolderStore
 from defuse_core.train import train_side_by_side
@@ -71,9 +71,9 @@ def test_a_lambda_added_to_a_finished_run_is_tuned_alone_and_chosen_from_with_th
     entries = finished[0].manifest()["artefacts"]
     tuned = []
 
-    def counting(spec, models, tuning, lam, store):
+    def counting(tuning, lam, store):
         tuned.extend([lam] if not store.exists(trial_key(lam)) else [])
-        yield from run_trial(spec, models, tuning, lam, store)
+        yield from run_trial(tuning, lam, store)
 
     monkeypatch.setattr("defuse_core.trials.run_trial", counting)
     run, _ = whole_run(tmp_path, tiny(correct={"lambdas": lambdas}))

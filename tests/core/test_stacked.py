@@ -14,7 +14,7 @@ from torch import nn
 from defuse_core.artifacts import Models, SweepRow, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, changed_field
-from defuse_core.correct import fine_tune
+from defuse_core.correct import FineTuning, fine_tune
 from defuse_core.data import Splits
 from defuse_core.errors import ModelError
 from defuse_core.local import LocalCompute
@@ -56,13 +56,13 @@ def trials_in(store: Store, lams: Sequence[float]) -> dict[float, Trial]:
 def separate(
     spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float]
 ) -> dict[float, Trial]:
-    return {lam: [*fine_tune(spec, models, tuning, lam, None)][-1] for lam in lams}
+    return {lam: [*fine_tune(FineTuning(spec, models, tuning), lam, None)][-1] for lam in lams}
 
 
 def together(
     spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float], store: Store
 ) -> dict[float, Trial | ModelError]:
-    return dict(run_stack(spec, models, tuning, lams, store))
+    return dict(run_stack(FineTuning(spec, models, tuning), lams, store))
 
 
 def assert_close_rows(rows: Sequence[SweepRow], others: Sequence[SweepRow], rtol: float = 1e-5) -> None:
@@ -238,12 +238,14 @@ def test_an_interrupted_stack_goes_on_to_the_same_end_bit_for_bit(
     spec = stacking(**HARD, schedule=schedule, augment=augment, lambdas=lams)
     if with_hopeless:
         every_epoch_is_scored = spec.with_fields("correct", stop_at_loss=1.0)
-        first = {lam: next(fine_tune(every_epoch_is_scored, models, tuning, lam, None)) for lam in lams}
+        first = {
+            lam: next(fine_tune(FineTuning(every_epoch_is_scored, models, tuning), lam, None)) for lam in lams
+        }
         models = losing(models, first, 300.0)
         spec = spec.with_fields("correct", stop_at_loss=0.2)
     whole, stopped = (FolderStore(tmp_path / name) for name in ("whole", "stopped"))
     together(spec, models, tuning, lams, whole)
-    list(itertools.islice(run_stack(spec, models, tuning, lams, stopped), 3))
+    list(itertools.islice(run_stack(FineTuning(spec, models, tuning), lams, stopped), 3))
     assert {len(trial.rows) for trial in trials_in(stopped, lams).values()} == {1}
     together(spec, models, tuning, lams, stopped)
     for lam in lams:
@@ -257,7 +259,7 @@ def test_a_single_number_among_the_parameters_is_stored_and_resumed(tuning, tiny
     models = replace(tiny_models, classifier=weights_of(Scaled()))
     whole, stopped = (FolderStore(tmp_path / name) for name in ("whole", "stopped"))
     together(spec, models, tuning, LAMBDAS, whole)
-    list(itertools.islice(run_stack(spec, models, tuning, LAMBDAS, stopped), 3))
+    list(itertools.islice(run_stack(FineTuning(spec, models, tuning), LAMBDAS, stopped), 3))
     moments = [trial.moments["0/exp_avg"] for trial in trials_in(stopped, LAMBDAS).values()]
     assert all(moment.shape == () for moment in moments) and len(set(map(float, moments))) == 3
     together(spec, models, tuning, LAMBDAS, stopped)
@@ -274,7 +276,7 @@ def test_lambdas_of_unequal_epochs_are_not_stacked_together(tiny_models, tuning,
             super().__init__(template, weights)
 
     spec, store = stacking(), FolderStore(tmp_path)
-    next(run_trial(spec, tiny_models, tuning, 1.0, store))
+    next(run_trial(FineTuning(spec, tiny_models, tuning), 1.0, store))
     monkeypatch.setattr("defuse_core.trials.Stack", Noting)
     made = together(spec, tiny_models, tuning, LAMBDAS, store)
     assert sizes == [2, 2]  # the look whether it can be stacked, and λ = 0.01 with 10

@@ -24,8 +24,7 @@ from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import load_findings, run_defuse
-from defuse_core.protocols import silent
-from defuse_core.review.sample import in_tasks
+from defuse_core.protocols import map_in_tasks, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
@@ -160,9 +159,9 @@ def test_twice_as_many_are_examined_as_are_wanted(run_with_psi, tiny_models, ref
 
     def noting(compute, step, count, *rest, **options):
         examined.append(count)
-        return in_tasks(compute, step, count, *rest, **options)
+        return map_in_tasks(compute, step, count, *rest, **options)
 
-    monkeypatch.setattr("defuse_core.tuning_data.in_tasks", noting)
+    monkeypatch.setattr("defuse_core.tuning_data.map_in_tasks", noting)
     chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
     assert examined == [2 * 20] and len(chosen) <= 20
     monkeypatch.setattr("defuse_core.tuning_data.EXAMINED", 100)  # more of them are clear than are wanted

@@ -12,10 +12,10 @@ from defuse_core.data import Images
 from defuse_core.data.splits import (
     halves,
     hold_out,
-    mixed_order,
     random_rows,
     sample,
     split_tracks,
+    stratified_order,
     track_mates,
     with_validation,
 )
@@ -24,9 +24,9 @@ from defuse_core.seeds import generator
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(0, 1000))
-def test_every_beginning_of_a_mixed_order_has_each_class_in_proportion(labels: list[int], seed: int):
+def test_every_beginning_of_a_stratified_order_has_each_class_in_proportion(labels: list[int], seed: int):
     truth = np.array(labels)
-    order = mixed_order(truth, generator(seed, "test"))
+    order = stratified_order(truth, generator(seed, "test"))
     assert sorted(order.tolist()) == list(range(len(labels)))
     middle = len(labels) // 2
     for label in set(labels):
@@ -34,9 +34,9 @@ def test_every_beginning_of_a_mixed_order_has_each_class_in_proportion(labels: l
         assert abs((truth[order[:middle]] == label).sum() - expected) <= 5  # one per class
 
 
-def test_any_class_may_come_first_in_a_mixed_order():
+def test_any_class_may_come_first_in_a_stratified_order():
     truth = np.arange(30) % 3
-    first = {int(truth[mixed_order(truth, generator(seed, "test"))[0]]) for seed in range(50)}
+    first = {int(truth[stratified_order(truth, generator(seed, "test"))[0]]) for seed in range(50)}
     assert first == {0, 1, 2}
 
 

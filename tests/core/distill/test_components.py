@@ -15,6 +15,7 @@ from defuse_core.distill import components
 from defuse_core.distill.components import (
     WHOLE,
     FittedCell,
+    Sources,
     _largest_change,
     components_of,
     fit_mixture,
@@ -24,7 +25,6 @@ from defuse_core.distill.components import (
     small_cell,
 )
 from defuse_core.distill.mixture import FittedMixture
-from defuse_core.distill.sources import Sources
 from defuse_core.identify import save_shard
 from defuse_core.protocols import silent
 from defuse_core.store import FolderStore

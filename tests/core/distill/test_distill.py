@@ -5,9 +5,8 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.config import DistillSection
-from defuse_core.distill.components import fit_mixtures
+from defuse_core.distill.components import Sources, certain_source_error, count_sources, fit_mixtures
 from defuse_core.distill.draws import gaussian_codes
-from defuse_core.distill.sources import Sources, certain_source_error, count_sources
 from defuse_core.intervals import exact_lower
 from defuse_core.protocols import silent
 from tests.sample_components import sample_failures

@@ -12,9 +12,8 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
-from defuse_core.distill.components import no_scenarios
-from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, without_undivided
-from defuse_core.distill.sources import Sources, certain_source_error, count_sources
+from defuse_core.distill.components import Sources, certain_source_error, count_sources, no_scenarios
+from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, with_both_halves
 from defuse_core.seeds import generator
 from tests.sample_components import sample_failures, sample_scenarios
 
@@ -178,7 +177,7 @@ def test_components_that_cannot_be_divided_are_dropped_and_none_is_tuned_on_what
 ):
     # three pairs of three units are an odd circle
     scenarios = with_tracks([[0, 1], [1, 2], [0, 2], [3], [0, 1, 2, 3]], tracks)
-    kept = without_undivided(scenarios)
+    kept = with_both_halves(scenarios)
     assert len(kept) == 3
     reasons = [dropped.reason for dropped in kept.dropped]
     what = "track" if tracks else "photograph"
@@ -195,13 +194,13 @@ def test_components_that_cannot_be_divided_are_dropped_and_none_is_tuned_on_what
 
 
 def test_no_scenario_is_left_where_none_can_be_divided():
-    kept = without_undivided(with_tracks([[0], [1]], 2))
+    kept = with_both_halves(with_tracks([[0], [1]], 2))
     assert (len(kept), len(kept.dropped)) == (0, 2)
     assert len(decode(Scenarios, encode(kept), "scenarios").dropped) == 2
-    again = without_undivided(dataclasses.replace(with_tracks([[3]], 4), dropped=kept.dropped[:1]))
+    again = with_both_halves(dataclasses.replace(with_tracks([[3]], 4), dropped=kept.dropped[:1]))
     assert again.dropped[0] == kept.dropped[0] and len(again.dropped) == 2
 
 
 def test_scenarios_without_photographs_are_kept_as_they_are():
     plain = dataclasses.replace(with_tracks([[0]], 1), failures=None)
-    assert without_undivided(plain) is plain
+    assert with_both_halves(plain) is plain

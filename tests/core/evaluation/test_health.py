@@ -15,8 +15,8 @@ from defuse_core.evaluation.health import (
     health_after_training,
     log_health,
     measure_health,
-    moved_answers,
-    moved_images,
+    perturbed_answers,
+    perturbed_images,
     probe_images,
     reconstruction_errors,
     reconstruction_strip,
@@ -120,7 +120,7 @@ def test_each_image_is_moved_by_noise_of_its_own(tiny_models, monkeypatch):
         seen.append(images)
         return np.arange(len(images)) + 10 * len(seen)
 
-    still, moved = moved_answers(ANCHORED, load_vae(ANCHORED, tiny_models.vae), same, answer)
+    still, moved = perturbed_answers(ANCHORED, load_vae(ANCHORED, tiny_models.vae), same, answer)
     assert (still.tolist(), moved.tolist()) == ([10, 11, 30, 31], [20, 21, 40, 41])
     shown = np.concatenate([*seen[1::2], same.batch(slice(0, 1))])
     assert len(np.unique(shown.reshape(5, -1), axis=0)) == 5
@@ -170,7 +170,7 @@ def test_with_anchored_decoding_the_strip_has_the_originals_moved_in_a_third_row
     strip = reconstruction_strip(ANCHORED, vae, images)
     pixels = np.asarray(Image.open(io.BytesIO(strip)).convert("L"))
     assert pixels.shape == (3 * 16, 16 * 16)
-    moved = moved_images(ANCHORED, vae, shown, generator(ANCHORED.seed, "health", "strip"))
+    moved = perturbed_images(ANCHORED, vae, shown, generator(ANCHORED.seed, "health", "strip"))
     for row, expected in ((0, shown.batch()), (2, moved)):
         beside = np.concatenate([image[0] for image in expected], axis=1)
         np.testing.assert_allclose(pixels[16 * row : 16 * row + 16] / 255, beside, atol=0.6 / 255)

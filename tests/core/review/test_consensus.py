@@ -3,8 +3,7 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Votes
 from defuse_core.errors import RunFileError
-from defuse_core.review.consensus import count_not_majority, crowdlab_consensus
-from defuse_core.review.verdicts import majority, tally
+from defuse_core.review.verdicts import count_not_majority, crowdlab_consensus, majority, tally
 
 CLASSES, SHAPE = 4, (5, 20)
 RELIABLE, GUESSING = 0.95, 0.4

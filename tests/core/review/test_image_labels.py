@@ -8,8 +8,8 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts, Votes
 from defuse_core.config.base import fewest_units
 from defuse_core.intervals import significantly_over
-from defuse_core.review.consensus import crowdlab_consensus
 from defuse_core.review.verdicts import (
+    crowdlab_consensus,
     decide_verdicts,
     doubtful,
     majority,

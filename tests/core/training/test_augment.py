@@ -3,8 +3,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from defuse_core.training.augment import _affine_grid, _blurred, _transformed, augment, random_affine
-from defuse_core.training.data_parallel import MinibatchPart
+from defuse_core.training.batches import (
+    MinibatchPart,
+    _affine_grid,
+    _blurred,
+    _transformed,
+    augment,
+    random_affine,
+)
 
 
 def test_augmented_images_are_still_images_and_each_is_changed_its_own_way():

@@ -103,5 +103,5 @@ def test_a_run_file_that_names_a_precision_is_not_measured(monkeypatch):
     class Unasked:
         spec = tiny()
 
-    precision.settle_precision(Unasked, None)
+    precision.resolve_precision(Unasked, None)
     assert Unasked.spec == tiny()

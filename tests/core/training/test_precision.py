@@ -174,11 +174,11 @@ def test_a_run_keeps_the_precision_that_it_measured(tmp_path, monkeypatch):
     spec = tiny(resources={"precision": "auto"})
     assert spec.resources.arithmetic("vae") == "f32"
     run = Run.start(FolderStore(tmp_path), "a", spec)
-    precision.settle_precision(run, LocalCompute())
+    precision.resolve_precision(run, LocalCompute())
     assert run.spec.resources.arithmetic("vae") == run.spec.resources.arithmetic("answers") == "bf16"
     seconds.update(f32=1.0)  # another machine, on which bf16 is no faster
     again = Run.start(FolderStore(tmp_path), "a", spec)
-    precision.settle_precision(again, LocalCompute())
+    precision.resolve_precision(again, LocalCompute())
     assert again.spec.resources.arithmetic("vae") == "bf16"
     assert again.load(MeasuredPrecision).chosen["classifier"] == "bf16"
 

@@ -24,7 +24,7 @@ from defuse_core.training.reference_models import (
     ask_models,
     build_reference,
     load_reference_models,
-    train_one,
+    trained_classifier,
     training_calls,
     votes_of_models,
 )
@@ -77,7 +77,7 @@ def test_models_are_not_trained_to_be_asked_about_no_scenario(tmp_path):
 
 
 def train_first_judge(store: FolderStore, spec: RunFile = SPEC, progress=silent):
-    return train_one(spec, "judges", 0, None, store, progress=progress)
+    return trained_classifier(spec, "judges", 0, None, store, progress=progress)
 
 
 def nothing_to_train(*_: object) -> None:
@@ -139,7 +139,7 @@ def test_a_model_is_trained_on_augmented_images_at_a_rate_that_rises_and_falls(t
 
 def test_a_model_has_the_accuracy_that_it_has_on_all_images_of_each_part(tmp_path):
     made = [
-        train_one(SPEC, "reference", number, None, FolderStore(tmp_path), progress=silent)
+        trained_classifier(SPEC, "reference", number, None, FolderStore(tmp_path), progress=silent)
         for number in (0, 1)
     ]
     found = module._merge(made)
@@ -194,7 +194,7 @@ def test_a_model_whose_training_diverges_is_an_error_of_one_line(tmp_path, monke
 def test_missing_classes_are_told_once_of_a_set(tmp_path, caplog):
     spec = SPEC.with_fields("judges", train_images=5, share=0.0)
     for number in (0, 1):
-        train_one(spec, "judges", number, None, FolderStore(tmp_path), progress=silent)
+        trained_classifier(spec, "judges", number, None, FolderStore(tmp_path), progress=silent)
     assert caplog.text.count("the judges have no training images of") == 1
 
 

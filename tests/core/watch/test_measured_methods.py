@@ -68,7 +68,7 @@ def test_figures_of_all_methods_are_those_of_their_own_images(unlike):
 
 
 def test_without_codes_the_figures_are_those_of_a_method_that_needs_none(unlike):
-    on, off = (watch_figures(unlike, ServeSection(), codes) for codes in (True, False))
+    on, off = (watch_figures(unlike, ServeSection(watch=codes)) for codes in (True, False))
     assert (on.method, off.method) == (METHODS[2], METHODS[0])
     for part, wrong, probability in (
         (off.validation, unlike.validation_wrong, unlike.methods[0].validation),
