@@ -19,8 +19,8 @@ from defuse_core.report.formatting import before_after, date_time, duration, siz
 from defuse_core.report.notices import headline
 from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import Store
-from services.cli.console import Terminal
-from services.cli.tables import add_row, new_table, print_accuracy, print_fitting, print_table, print_text
+from services.cli.console import Terminal, add_row, new_table, print_fitting, print_table
+from services.cli.tables import print_accuracy, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
