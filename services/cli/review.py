@@ -26,7 +26,7 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling.annotators import AnswerChanges
+    from services.labeling.annotations import AnswerChanges
     from services.labeling.local_server import LocalServer
 
 
@@ -100,7 +100,8 @@ def status(name: str, store: str, as_json: bool) -> None:
         if as_json:
             print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
         return
-    from services.labeling.annotators import LabelStudioAnnotators, store_traffic_verdicts
+    from services.labeling.annotators import LabelStudioAnnotators
+    from services.serving.traffic import store_traffic_verdicts
 
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
@@ -135,10 +136,9 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
     from defuse_core.review.overrides import read_overrides
     from defuse_core.review.verdicts import crowdlab_consensus, review_verdicts
     from defuse_core.training.reference_models import Prelabels
+    from services.serving.traffic import store_traffic_verdicts
 
     if _is_of_traffic(run.name):
-        from services.labeling.annotators import store_traffic_verdicts  # needs Label Studio's client
-
         return store_traffic_verdicts(run, votes)
     review, consensus = run.spec.review, None
     if review.consensus == "crowdlab":
@@ -157,7 +157,8 @@ def _later_answers(
     if run.spec.review.annotators != "label-studio":
         return None, None
     try:
-        from services.labeling.annotators import LabelStudioAnnotators, answer_changes
+        from services.labeling.annotations import answer_changes
+        from services.labeling.annotators import LabelStudioAnnotators
 
         annotators = LabelStudioAnnotators(run, read_settings())
         status, _ = annotators.status(gallery)
@@ -363,7 +364,7 @@ def _following(name: str) -> str:
 
 def _open_traffic_review(name: str, store: str) -> str:
     from defuse_core.runs import Run
-    from services.labeling.annotators import open_traffic_review
+    from services.serving.traffic import open_traffic_review
     from services.storage import open_store
 
     opened = open_store(store)

@@ -17,7 +17,7 @@ from services.cli.console import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
-    from services.labeling.annotators import AnswerChanges
+    from services.labeling.annotations import AnswerChanges
     from services.labeling.status import ReviewStatus
     from services.labeling.tasks import TaskSubject
 
