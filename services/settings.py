@@ -104,6 +104,24 @@ def fits_a_header(token: str) -> bool:
     return re.fullmatch(r"[\x21-\x7e]+", token) is not None
 
 
+def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
+    """Return the address without a slash at its end.
+
+    Raises InputError for anything but a plain http(s) address.
+    """
+    try:
+        parts = urlsplit(address.strip())
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"{variable}: expected an address such as https://labels.example.org")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise InputError(
+            f"{variable}: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
+        )
+    return address.strip().rstrip("/")
+
+
 def proxy_for(address: str) -> str | None:
     """Return the HTTP proxy that the environment names for an address (HTTP_PROXY, NO_PROXY, ...); None for none."""
     parts = urlsplit(address)
