@@ -22,8 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from defuse_core.artifacts import I64, Votes
 from defuse_core.errors import InputError, count_of
 from defuse_core.store import Store
-from services.labeling.api_types import RESULT_ROW, Annotation, Task
 from services.labeling.interface import LABEL, answers_by_name
+from services.labeling.records import RESULT_ROW, Annotation, Task
 from services.labeling.tasks import ReviewTasks, TaskSubject
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from services.labeling.annotations import PulledAnnotations, read_annotations, r
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
-from services.labeling.state import ProjectState, read_state, update_state
+from services.labeling.records import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
 from services.labeling.tasks import ReviewTasks, prelabels_by_task, warn_of_large_pictures
 from services.settings import Settings

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
-from services.labeling.api_types import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.labeling.records import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, proxy_for
 
 try:

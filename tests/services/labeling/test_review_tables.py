@@ -24,7 +24,7 @@ from services.cli.review_tables import (
     summarize_result,
 )
 from services.labeling.annotations import AnswerChanges, read_annotations
-from services.labeling.api_types import Task
+from services.labeling.records import Task
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 

@@ -20,7 +20,7 @@ from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import votes_of_models
 from services.cli import defuse
 from services.labeling.client import LabelStudioClient
-from services.labeling.state import read_state
+from services.labeling.records import read_state
 from services.serving.traffic import (
     Reservoir,
     SampledInput,
