@@ -266,15 +266,19 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
 
 
 def _expect_uploadable(folder: Path) -> None:
-    from cluster.jobs import WITHOUT_UPLOAD
-
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     largest = max(files, key=lambda path: files[path])
     if sum(files.values()) > MOST_MB * 2**20:
-        raise InputError(
+        raise _too_large(
             f"the job is {sum(files.values()) / 2**20:.0f} MiB ({largest.relative_to(folder)} alone "
-            f"{files[largest] / 2**20:.0f}), and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
+            f"{files[largest] / 2**20:.0f})"
         )
+
+
+def _too_large(found: str) -> InputError:
+    from cluster.jobs import WITHOUT_UPLOAD
+
+    return InputError(f"{found}, and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}")
 
 
 def _with_weights(spec: RunFile, folder: Path) -> RunFile:
@@ -297,8 +301,6 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
 
     Raises InputError before it copies more than Ray accepts.
     """
-    from cluster.jobs import WITHOUT_UPLOAD
-
     copied, largest = 0, (0, "")
 
     def copy_file(file: str, to: str) -> None:
@@ -307,9 +309,7 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
         copied, largest = copied + size, max(largest, (size, file))
         if copied > MOST_MB * 2**20:
             alone = f" ({largest[1]} alone {largest[0] / 2**20:.0f})" if source.is_dir() else ""
-            raise InputError(
-                f"{field} {source}: over {MOST_MB} MiB{alone}, and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
-            )
+            raise _too_large(f"{field} {source}: over {MOST_MB} MiB{alone}")
         _copy_file(file, to)
 
     target.parent.mkdir(exist_ok=True)
