@@ -91,7 +91,7 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64 | Non
     ]
     # what the files hold, in levels of a 255th
     stored = [Images(to_levels(part.images), part.labels).batch() for part in parts]
-    corrected = bool(found.sweep.weights)
+    corrected = found.sweep.has_correction
     answers = [(predict(before, each), predict(after, each) if corrected else None) for each in stored]
     return found.models, [(part, *both) for part, both in zip(parts, answers, strict=True)]
 

@@ -319,7 +319,7 @@ def _suite_of(run: Run) -> Suite:
     models, fixes = found.models, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
-    if not found.sweep.weights:
+    if not found.sweep.has_correction:
         raise InputError(
             f"run {run.name} corrected nothing, so a suite of it would require nothing; {why_not_corrected(run)}"
         )

@@ -230,7 +230,7 @@ def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
                 f"run {name}: expected the {what} of the suite (run {asked.run}), {first_few(expected)}, "
                 f"found {first_few(got)}"
             )
-    if not found.sweep.weights:
+    if not found.sweep.has_correction:
         click.echo(
             f"note: run {name} corrected nothing: the classifier that it debugged is checked", err=True
         )
