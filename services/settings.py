@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 from defuse_core.errors import InputError
 
@@ -124,6 +123,8 @@ def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
 
 def proxy_for(address: str) -> str | None:
     """Return the HTTP proxy that the environment names for an address (HTTP_PROXY, NO_PROXY, ...); None for none."""
+    from urllib.request import getproxies_environment, proxy_bypass  # imports ssl
+
     parts = urlsplit(address)
     if parts.hostname is None or proxy_bypass(parts.netloc):
         return None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError, escape_control_characters
 from defuse_core.files import FULL_DISK
 from services import stopped_exit_code
@@ -34,6 +33,7 @@ from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
+    from defuse_core.config import RunFile
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 RUN_EXIT_CODES = (2, 3, 4)  # of a `defuse run` that did not finish
@@ -254,6 +254,7 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
     code, InputError for more than Ray accepts, ComputeError where the disk is full.
     """
     from cluster.connection import require_absolute_root
+    from defuse_core.config import dump_run_file, model_sections
 
     require_absolute_root(spec.data.root)
     for package in PACKAGES:
@@ -283,6 +284,8 @@ def _too_large(found: str) -> InputError:
 
 def _with_weights(spec: RunFile, folder: Path) -> RunFile:
     """Copy the weights that the run file names, and return it with their paths in the working directory."""
+    from defuse_core.config import model_sections, with_weights
+
     copies = {}
     for name, section in model_sections(spec).items():
         if section.weights is not None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import MOST_MINUTES, STEPS
 from defuse_core.errors import DamagedError, InputError, count_of
+from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
 from services.cli.options import (
     CLASSIFIER_HELP,

@@ -22,7 +22,6 @@ from defuse_core.report.formatting import (
     spread,
     unbroken,
 )
-from defuse_core.report.notices import caveats, headline, worse_judges
 from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
 
     `correct` is that of the run file.
     """
+    from defuse_core.report.notices import caveats, headline  # imports scipy
+
     console = console or Terminal()
     print_text(console, headline(report, correct), "bold")
     for warning in caveats(report, correct):
@@ -278,6 +279,8 @@ def _baseline(report: Report) -> list[str]:
 
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
+    from defuse_core.report.notices import worse_judges
+
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
     parts, judged = list[str](), report.scenarios.false_by_judges
     if false is not None:

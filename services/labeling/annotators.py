@@ -8,11 +8,11 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from defuse_core.artifacts import F32, Gallery, Votes
-from defuse_core.config import STEPS
 from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.verdicts import stops_when_sure
 from defuse_core.runs import Run
+from defuse_core.steps import STEPS
 from defuse_core.training.reference_models import Prelabels, ask_models_once
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
 from services.labeling.client import LabelStudioClient
