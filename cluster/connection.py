@@ -61,11 +61,11 @@ def connect(address: str | None, cpus: int = 0) -> bool:
         except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
             if is_temporary_folder_unusable(error):
                 raise InputError(
-                    f"Ray did not start on this machine ({one_line(error)}); set RAY_TMPDIR to a folder that can be "
-                    f"written, whose path has at most {MAX_TEMPORARY_FOLDER} characters"
+                    f"Ray did not start on this machine ({explained_line(error)}); set RAY_TMPDIR to a folder that can "
+                    f"be written, whose path has at most {MAX_TEMPORARY_FOLDER} characters"
                 ) from error
             raise ComputeError(
-                f"Ray did not start on this machine ({one_line(error)}); {START_AGAIN}"
+                f"Ray did not start on this machine ({explained_line(error)}); {START_AGAIN}"
             ) from error
         return True
     if "://" in address:
@@ -79,7 +79,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
         with kept_sigterm_handler():
             ray.init(address=address, **quiet)
     except Exception as error:
-        raise _unreachable(address, one_line(error)) from error
+        raise _unreachable(address, explained_line(error)) from error
     return True
 
 
@@ -162,10 +162,10 @@ def as_defuse_error(error: BaseException, where: str) -> DefuseError:
     cause = cause_of(error)
     if isinstance(cause, DefuseError):
         return cause
-    return ComputeError(f"{where}: {one_line(error)}")
+    return ComputeError(f"{where}: {explained_line(error)}")
 
 
-def one_line(error: BaseException) -> str:
+def explained_line(error: BaseException) -> str:
     """Return the cause of `error` as one line, without the traceback that Ray puts around it."""
     cause = cause_of(error)
     if isinstance(cause, DefuseError):

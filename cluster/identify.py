@@ -28,7 +28,7 @@ from ray.exceptions import (
 )
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cluster.connection import as_defuse_error, one_line
+from cluster.connection import as_defuse_error, explained_line
 from cluster.progress import ProgressListener, count, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
@@ -241,7 +241,7 @@ class ShardQueue:
 
     def _drop(self, worker: Worker, error: RayError) -> None:
         """Go on without a worker that cannot start. Raises ComputeError where no other is left."""
-        worker.state, why = "dropped", f"worker {worker.number} does not start: {one_line(error)}"
+        worker.state, why = "dropped", f"worker {worker.number} does not start: {explained_line(error)}"
         if all(each.state == "dropped" for each in self.workers):
             raise ComputeError(f"identify: {why}") from error
         log.warning("identify: going on without a worker: %s", why)
@@ -290,7 +290,7 @@ class ShardQueue:
         if self.losses[index] >= MAX_LOSSES:
             name = shard_name(self.context.spec, self.context.images, index)
             raise ComputeError(
-                f"identify: {name} was lost {MAX_LOSSES + 1} times with its worker: {one_line(error)}; "
+                f"identify: {name} was lost {MAX_LOSSES + 1} times with its worker: {explained_line(error)}; "
                 "check that it fits in memory, then run again to continue"
             ) from error
         log.warning(

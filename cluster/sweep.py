@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
 
-from cluster.connection import as_defuse_error, cause_of, is_worker_lost, one_line
+from cluster.connection import as_defuse_error, cause_of, explained_line, is_worker_lost
 from cluster.progress import ProgressListener, reporting, set_running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
@@ -98,7 +98,7 @@ def _failure(error: Exception, lams: Sequence[float]) -> DefuseError:
     cause = cause_of(error)
     if is_worker_lost(error) or not is_trial_failure(cause):
         raise as_defuse_error(error, f"correct: λ = {names_of(lams)}")
-    return cause if isinstance(cause, DefuseError) else ComputeError(one_line(error))
+    return cause if isinstance(cause, DefuseError) else ComputeError(explained_line(error))
 
 
 def _outcome(request: SweepRequest, failed: dict[float, DefuseError]) -> Outcome:

@@ -25,7 +25,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from defuse_core.config import (
-    MOST_MINUTES,
     DataSection,
     RunFile,
     first_problem,
@@ -42,6 +41,7 @@ from defuse_core.pipeline import expect_same_images, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
 from defuse_core.results import RunResult, is_complete
 from defuse_core.runs import IMAGES, Run, has_made_something
+from defuse_core.steps import MOST_MINUTES
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
 from defuse_core.suggest.image_size import LARGEST, SMALLEST

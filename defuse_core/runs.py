@@ -19,7 +19,6 @@ import yaml
 from defuse_core.artifacts import Models, Votes
 from defuse_core.codec import decode, encode
 from defuse_core.config import (
-    STEPS,
     RunFile,
     added_lambdas,
     changed_field,
@@ -38,6 +37,7 @@ from defuse_core.errors import (
     StoreError,
     first_few,
 )
+from defuse_core.steps import STEPS
 from defuse_core.store import GONE, Store
 
 log = logging.getLogger("defuse")

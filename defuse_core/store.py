@@ -17,8 +17,6 @@ from operator import not_
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from tenacity import RetryError, Retrying, retry_if_result, stop_after_delay, wait_fixed
-
 from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.files import (
     FULL_DISK,
@@ -264,6 +262,14 @@ class FolderStore:
 
     def _name_holder(self, handle: TextIO, holder: str) -> None:
         """Write down who holds the folder, while nobody is between asking for that and writing."""
+        from tenacity import (  # imports asyncio
+            RetryError,
+            Retrying,
+            retry_if_result,
+            stop_after_delay,
+            wait_fixed,
+        )
+
         retry = Retrying(retry=retry_if_result(not_), stop=stop_after_delay(GATE_S), wait=wait_fixed(0.05))
         with (self.folder / GATE).open("a+") as gate:
             try:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
 
 from defuse_core.errors import InputError
 
@@ -104,8 +103,28 @@ def fits_a_header(token: str) -> bool:
     return re.fullmatch(r"[\x21-\x7e]+", token) is not None
 
 
+def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
+    """Return the address without a slash at its end.
+
+    Raises InputError for anything but a plain http(s) address.
+    """
+    try:
+        parts = urlsplit(address.strip())
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(f"{variable}: expected an address such as https://labels.example.org")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise InputError(
+            f"{variable}: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
+        )
+    return address.strip().rstrip("/")
+
+
 def proxy_for(address: str) -> str | None:
     """Return the HTTP proxy that the environment names for an address (HTTP_PROXY, NO_PROXY, ...); None for none."""
+    from urllib.request import getproxies_environment, proxy_bypass  # imports ssl
+
     parts = urlsplit(address)
     if parts.hostname is None or proxy_bypass(parts.netloc):
         return None

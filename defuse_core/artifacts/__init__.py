@@ -236,6 +236,10 @@ class Sweep:
     weights: Weights  # of the classifier; empty where `chosen` is None
     failed: tuple[FailedTrial, ...]
 
+    @property
+    def has_correction(self) -> bool:
+        return self.chosen is not None
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:

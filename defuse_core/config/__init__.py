@@ -14,8 +14,6 @@ from defuse_core.config.loading import (
     parse_yaml,
 )
 from defuse_core.config.run_file import (
-    MOST_MINUTES,
-    STEPS,
     Arithmetic,
     CheckSection,
     PrecisionSection,

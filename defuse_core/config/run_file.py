@@ -22,10 +22,6 @@ from defuse_core.config.sections import (
     VaeSection,
 )
 
-STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
-MOST_MINUTES = 10_000  # that a run can be planned for
-
-
 Arithmetic = Literal["f32", "bf16"]
 
 

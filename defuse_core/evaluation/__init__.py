@@ -212,7 +212,7 @@ def control_spec(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
 
 def folds(fixes: Corrections, sweep: Sweep) -> Sequence[int]:
     """Return the numbers of the folds: none with fewer than two accepted scenarios, or without a correction."""
-    return (0, 1) if len(fixes.labels) > 1 and sweep.chosen is not None else ()
+    return (0, 1) if len(fixes.labels) > 1 and sweep.has_correction else ()
 
 
 def fold_of(fixes: Corrections) -> I64:

@@ -150,7 +150,7 @@ class _Judging:
 
     def _chosen(self, sweep: Sweep) -> nn.Module | None:
         """Return the classifier that a sweep chose; None where it chose none."""
-        return load_classifier(self.spec, sweep.weights, self.classes) if sweep.weights else None
+        return load_classifier(self.spec, sweep.weights, self.classes) if sweep.has_correction else None
 
     def labels(self, images: F32) -> I64:
         """Return the label that most judges give each image, (n,), or NONE_OF_THE_ABOVE where they are tied."""

@@ -1,4 +1,4 @@
-"""The corrected classifier as .safetensors, .pt2 or .onnx, compared with the run's own on 1,000 images."""
+"""What a finished run holds, and its corrected classifier as .safetensors, .pt2 or .onnx, compared on 1,000 images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from defuse_core.artifacts import (
     F32,
+    Corrections,
     Gallery,
     Models,
     Psi,
@@ -86,7 +87,7 @@ def export_model(run: Run, path: Path) -> ExportedModel:
             data, answer = _as_program(network, example, facts)
         else:
             data, answer = _as_onnx(network, example, facts, path)
-    images, source = compared_images(run, models)
+    images, source = _sample_images(run, models)
     done = _compared(path, classifier, answer, images, source)
     replace_file("--to", path, data)
     return done
@@ -97,7 +98,7 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
     models, sweep = run.load(Models), run.load(Sweep)
     if models is None or sweep is None:
         raise run.lacks(UNFINISHED)
-    if not sweep.weights:
+    if not sweep.has_correction:
         raise InputError(
             f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"
         )
@@ -126,6 +127,36 @@ def undecided_of(run: Run) -> str | None:
         references=run.load(ReferenceSet, "references"),
         psi=run.load(Psi),
         scenarios=run.load(Scenarios),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """What a finished run holds of its scenarios and classifiers."""
+
+    spec: RunFile
+    models: Models
+    gallery: Gallery
+    verdicts: Verdicts
+    fixes: Corrections
+    sweep: Sweep
+
+    def classifiers(self) -> tuple[nn.Module, nn.Module]:
+        """Return the classifier before and after the correction; the same where nothing was corrected."""
+        weights = self.models.classifier, self.sweep.weights or self.models.classifier
+        before, after = (load_classifier(self.spec, each, len(self.models.classes)) for each in weights)
+        return before, after
+
+
+def load_finished(run: Run) -> FinishedRun:
+    """Return what is stored of a finished run. Raises InputError for one that is not finished."""
+    return FinishedRun(
+        run.spec,
+        run.require(Models),
+        run.require(Gallery),
+        run.require(Verdicts),
+        run.require(Corrections),
+        run.require(Sweep),
     )
 
 
@@ -272,7 +303,7 @@ def _answers_of(module: nn.Module) -> Answer:
     return answer
 
 
-def compared_images(run: Run, models: Models) -> tuple[F32, str]:
+def _sample_images(run: Run, models: Models) -> tuple[F32, str]:
     """Return up to 1,000 images (n, channels, H, W) of the data set, or the reviewed ones where it is not available."""
     try:
         splits = reopen_splits(run.spec, models.data_fingerprint)

@@ -15,8 +15,7 @@ from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
-from defuse_core.export import undecided_of
-from defuse_core.export.pictures import FinishedRun, load_finished
+from defuse_core.export import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.models.programs import SOURCE
@@ -73,8 +72,10 @@ class _Side:
         return classes[int(self.labels[row])], classes[int(self.errors[row])]
 
 
-def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
-    """Return the accepted scenarios of run A, then those of run B that match none of A's.
+def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | None]]:
+    """Return the accepted scenarios of run A, then those of B that match none of A's; and why A and B could not tell.
+
+    The reason is None for a run that could tell whether its classifier has failure scenarios.
 
     A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures. Original is the
     classifier that a run debugged, corrected the one after its correction.
@@ -93,13 +94,14 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
-    for run, side in ((a, side_a), (b, side_b)):
-        if undecided := undecided_of(run):
+    undecided = [undecided_of(run) for run in (a, b)]
+    for run, side, reason in ((a, side_a, undecided[0]), (b, side_b, undecided[1])):
+        if reason:
             log.warning(
                 "run %s could not tell whether its classifier has failure scenarios: %s; so it does not mean "
                 "that there are none",
                 run.name,
-                undecided,
+                reason,
             )
         elif guessing := why_guessing(side.found.models):
             log.warning("run %s: %s; what is fixed, broken or new says nothing then", run.name, guessing)
@@ -118,7 +120,7 @@ def compare_runs(a: Run, b: Run) -> list[ComparedScenario]:
             scores = _scores(side_a, side_b, side_b.pictures[row], int(side_b.labels[row]))
             state = _state_of_b_alone(scores, fixed_at)
             rows.append(ComparedScenario(state, *side_b.confusion(row), None, number, *scores))
-    return rows
+    return rows, undecided
 
 
 def _state(scores: tuple[float, float, float, float], fixed_at: float, same_classifier: bool) -> State:

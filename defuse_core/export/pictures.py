@@ -9,24 +9,21 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from defuse_core.artifacts import (
     F32,
     I64,
     NONE_OF_THE_ABOVE,
-    Corrections,
     Gallery,
     Models,
-    Sweep,
     Verdicts,
 )
-from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
+from defuse_core.export import load_finished
 from defuse_core.files import expect_new_folder, filling
-from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.models import load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images, tuning_images
 
@@ -58,36 +55,6 @@ class LabelledPictures:
     images: F32  # (n, channels, H, W)
     labels: I64  # (n,)
     scenario: I64  # (n,)
-
-
-@dataclass(frozen=True, eq=False)
-class FinishedRun:
-    """What a finished run holds of its scenarios and classifiers."""
-
-    spec: RunFile
-    models: Models
-    gallery: Gallery
-    verdicts: Verdicts
-    fixes: Corrections
-    sweep: Sweep
-
-    def classifiers(self) -> tuple[nn.Module, nn.Module]:
-        """Return the classifier before and after the correction; the same where nothing was corrected."""
-        weights = self.models.classifier, self.sweep.weights or self.models.classifier
-        before, after = (load_classifier(self.spec, each, len(self.models.classes)) for each in weights)
-        return before, after
-
-
-def load_finished(run: Run) -> FinishedRun:
-    """Return what is stored of a finished run. Raises InputError for one that is not finished."""
-    return FinishedRun(
-        run.spec,
-        run.require(Models),
-        run.require(Gallery),
-        run.require(Verdicts),
-        run.require(Corrections),
-        run.require(Sweep),
-    )
 
 
 def export_scenarios(run: Run, folder: Path) -> int:
@@ -124,7 +91,7 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64 | Non
     ]
     # what the files hold, in levels of a 255th
     stored = [Images(to_levels(part.images), part.labels).batch() for part in parts]
-    corrected = bool(found.sweep.weights)
+    corrected = found.sweep.has_correction
     answers = [(predict(before, each), predict(after, each) if corrected else None) for each in stored]
     return found.models, [(part, *both) for part, both in zip(parts, answers, strict=True)]
 

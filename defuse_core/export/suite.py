@@ -31,8 +31,7 @@ from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError, percent
-from defuse_core.export import why_not_corrected
-from defuse_core.export.pictures import load_finished
+from defuse_core.export import load_finished, why_not_corrected
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,
@@ -320,7 +319,7 @@ def _suite_of(run: Run) -> Suite:
     models, fixes = found.models, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
-    if not found.sweep.weights:
+    if not found.sweep.has_correction:
         raise InputError(
             f"run {run.name} corrected nothing, so a suite of it would require nothing; {why_not_corrected(run)}"
         )

@@ -74,7 +74,7 @@ def build_report(
 ) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
     models, psi, verdicts = found.models, found.psi, found.verdicts
-    if found.sweep.chosen is None:
+    if not found.sweep.has_correction:
         evaluation = _without_correction(evaluation)
     return Report(
         version=VERSION,
@@ -218,7 +218,7 @@ def _own_labels(found: Findings, evaluation: Evaluation, *, tuned_on: bool) -> O
         _ratio(int((labelled & (answers[accepted] == labels)).sum()), images)
         for answers in (found.gallery.predicted, evaluation.gallery_after)
     )
-    corrected = found.sweep.chosen is not None
+    corrected = found.sweep.has_correction
     return OwnLabels(before=before, defuse=after if corrected else None, images=images, tuned_on=tuned_on)
 
 

@@ -52,7 +52,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     references = None if found.references is None else getattr(found.references, part)
     errors = most_common_errors(found.gallery, found.verdicts, found.fixes.scenario)
     known = has_known_confusion(found, errors)
-    corrected = found.sweep.chosen is not None
+    corrected = found.sweep.has_correction
     return EvidenceFigures(
         judges=Judges(
             count=len(evidence.judges),
@@ -108,7 +108,7 @@ def _real_failures(evidence: Evidence, corrected: bool) -> FourShares:
 
 
 def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
-    if found.sweep.chosen is None or not np.isfinite(evidence.own_label[PLAIN, 0]):
+    if not found.sweep.has_correction or not np.isfinite(evidence.own_label[PLAIN, 0]):
         return AgainstPlain(scenarios=None, left_out=None, real_failures=None, test=None)
     return AgainstPlain(
         scenarios=_scenario_pairs(evidence.scenario_own_label[:, DEFUSE], evidence.scenario_plain),
@@ -119,7 +119,7 @@ def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
 
 
 def _against_baseline(found: Findings, evidence: Evidence) -> AgainstBaseline:
-    if found.sweep.chosen is None:
+    if not found.sweep.has_correction:
         return AgainstBaseline(scenarios=None, real_failures=None)
     _, baseline, _, defuse = evidence.scenario_own_label.T
     return AgainstBaseline(
@@ -171,7 +171,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     """Return the figures of the accepted scenario at place `column` of the accepted ones."""
     number, real = int(found.fixes.scenario[column]), evidence.real
     units, confirmed, worse, worse_than_before = None, None, None, None
-    if found.sweep.chosen is not None:
+    if found.sweep.has_correction:
         units = int(evidence.units[column])
         if is_testable(np.array(units)):
             confirmed, worse = bool(evidence.confirmed[column]), bool(evidence.worse[column])
@@ -184,7 +184,7 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
         before=right["before"],
         baseline=right["baseline"],
         plain=right["plain"],
-        defuse=None if found.sweep.chosen is None else right["defuse"],
+        defuse=right["defuse"] if found.sweep.has_correction else None,
         left_out=finite_or_none(evidence.scenario_left_out[column]),
         confirmed=confirmed,
         worse=worse,

@@ -172,7 +172,7 @@ def draw_gallery_rows(
     tile = 0.74 if accepted else 0.52  # inches
     side = 1.75 if names_are_short(found.models.classes) else 2.9  # width of the text at the left, in images
     width = side + found.gallery.images.shape[1]
-    answers = "before" if found.sweep.chosen is None else "before (left) and after (right)"
+    answers = "before (left) and after (right)" if found.sweep.has_correction else "before"
     foot = [
         f"Corners: the classifier's answer {answers}; {CORNERS}",
         *_key(rows, found, evaluation, width * tile),
@@ -223,7 +223,7 @@ def _draw_row(
         )
         before, after = found.gallery.predicted[row.number, i], evaluation.gallery_after[row.number, i]
         answers = [(before, left + 0.05, "left")]
-        if found.sweep.chosen is not None:
+        if found.sweep.has_correction:
             answers.append((after, left + 0.89, "right"))
         for answer, x, end in answers:
             kind = "" if labels[i] == NONE_OF_THE_ABOVE else "right" if answer == labels[i] else "wrong"

@@ -189,7 +189,7 @@ def _reviewed_tile(row: Scenario, place: int, found: Findings, evaluation: Evalu
         kind = "" if unlabelled else "right" if answer == label else "wrong"
         return Badge(formatting.answer_text(classes, answer), kind)
 
-    corrected = found.sweep.chosen is not None
+    corrected = found.sweep.has_correction
     differs = row.label is not None and not unlabelled and classes[label] != row.label
     return _image_tile(
         image,

@@ -30,7 +30,7 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.config import STEPS, ClassifierSection, ClassifierSet, RunFile
+from defuse_core.config import ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
@@ -52,6 +52,7 @@ from defuse_core.models.checks import ProbabilitiesError, check_outputs
 from defuse_core.protocols import Call, Compute, Progress
 from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
+from defuse_core.steps import STEPS
 from defuse_core.store import Store
 from defuse_core.training import Losses, minibatches, train_step
 from defuse_core.training.batches import DeviceImages, augment

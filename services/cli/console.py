@@ -1,4 +1,4 @@
-"""The terminal, and the progress of a long command: bars on a terminal, plain lines in a log."""
+"""The terminal: its tables, and the progress of a long command, as bars or as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import errno
 import logging
 import os
 import time
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Self, cast
 
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0
 WIDTH = 80  # columns where the terminal says that it has none
+UNBOUNDED = 1000  # columns, in which every table fits
+FOLDED = 10  # columns that a text needs which is broken anywhere
 
 
 class Terminal(Console):
@@ -28,6 +35,76 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError, as click does: rich would exit with 1, which means that a check failed."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
+    """Return an empty table whose first `texts` columns hold text, and the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for place, column in enumerate(columns):
+        if place < texts:
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def add_row(table: Table, *cells: str | Text) -> None:
+    """Add a row; square brackets in a class name are text, not rich's markup."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table; where rich would cut its cells, those of each row below each other, with their headings."""
+    if needed_width(console, table) <= console.width:
+        console.print(table)
+        if table.caption:
+            console.print()  # a table without one ends with a blank line
+        return
+    if table.title:
+        console.print(Text(str(table.title), style="bold"))
+    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
+        if number:
+            console.print()
+        for place, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
+            heading = f"{column.header}: " if column.header else ""
+            console.print(Text.assemble("  " if place else "", heading, cast(str | Text, cell)))
+    if table.caption:
+        console.print(Text(str(table.caption), style="dim"))
+    console.print()
+
+
+def needed_width(console: Console, table: Table) -> int:
+    """Return the width from which on rich cuts no cell: a column that may wrap needs its longest word."""
+    unbounded = console.options.update_width(UNBOUNDED)
+    width = Measurement.get(console, unbounded, table).maximum
+    for column in table.columns:
+        if not column.no_wrap:
+            cells = [Measurement.get(console, unbounded, cell) for cell in (column.header, *column.cells)]
+            word = (
+                max(FOLDED, column.min_width or 0)
+                if column.overflow == "fold"
+                else max(cell.minimum for cell in cells)
+            )
+            width -= max(0, max(cell.maximum for cell in cells) - word)
+    return width
+
+
+def print_fitting(
+    make: Callable[[int, Sequence[str]], Table],
+    columns: Sequence[str],
+    dropped: Sequence[str],
+    console: Console,
+) -> None:
+    """Print make(width, columns); a narrow terminal shows fewer columns, rather than parts of each.
+
+    One in which the fewest do not fit shows all of them, below each other.
+    """
+    for count in range(len(dropped) + 1):
+        table = make(console.width, [name for name in columns if name not in dropped[:count]])
+        if needed_width(console, table) <= console.width:
+            print_table(console, table)
+            return
+    print_table(console, make(UNBOUNDED, columns))
 
 
 def _rate(made: int, elapsed: float) -> str:

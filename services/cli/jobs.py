@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import RunFile, dump_run_file, model_sections, with_weights
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError, escape_control_characters
 from defuse_core.files import FULL_DISK
 from services import stopped_exit_code
@@ -34,6 +33,7 @@ from services.settings import read_settings, variables
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
+    from defuse_core.config import RunFile
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 RUN_EXIT_CODES = (2, 3, 4)  # of a `defuse run` that did not finish
@@ -254,6 +254,7 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
     code, InputError for more than Ray accepts, ComputeError where the disk is full.
     """
     from cluster.connection import require_absolute_root
+    from defuse_core.config import dump_run_file, model_sections
 
     require_absolute_root(spec.data.root)
     for package in PACKAGES:
@@ -266,19 +267,25 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
 
 
 def _expect_uploadable(folder: Path) -> None:
-    from cluster.jobs import WITHOUT_UPLOAD
-
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     largest = max(files, key=lambda path: files[path])
     if sum(files.values()) > MOST_MB * 2**20:
-        raise InputError(
+        raise _too_large(
             f"the job is {sum(files.values()) / 2**20:.0f} MiB ({largest.relative_to(folder)} alone "
-            f"{files[largest] / 2**20:.0f}), and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
+            f"{files[largest] / 2**20:.0f})"
         )
+
+
+def _too_large(found: str) -> InputError:
+    from cluster.jobs import WITHOUT_UPLOAD
+
+    return InputError(f"{found}, and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}")
 
 
 def _with_weights(spec: RunFile, folder: Path) -> RunFile:
     """Copy the weights that the run file names, and return it with their paths in the working directory."""
+    from defuse_core.config import model_sections, with_weights
+
     copies = {}
     for name, section in model_sections(spec).items():
         if section.weights is not None:
@@ -297,8 +304,6 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
 
     Raises InputError before it copies more than Ray accepts.
     """
-    from cluster.jobs import WITHOUT_UPLOAD
-
     copied, largest = 0, (0, "")
 
     def copy_file(file: str, to: str) -> None:
@@ -307,9 +312,7 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
         copied, largest = copied + size, max(largest, (size, file))
         if copied > MOST_MB * 2**20:
             alone = f" ({largest[1]} alone {largest[0] / 2**20:.0f})" if source.is_dir() else ""
-            raise InputError(
-                f"{field} {source}: over {MOST_MB} MiB{alone}, and Ray accepts {MOST_MB + 1} MiB: {WITHOUT_UPLOAD}"
-            )
+            raise _too_large(f"{field} {source}: over {MOST_MB} MiB{alone}")
         _copy_file(file, to)
 
     target.parent.mkdir(exist_ok=True)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.config import STEPS, apply_override
 from defuse_core.errors import InputError, RunFileError, has_control_characters
+from defuse_core.steps import STEPS
 from defuse_core.store import RESERVED, checked_name
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, 
 
     Raises RunFileError for another field, and for no usable value.
     """
+    from defuse_core.config import apply_override
+
     for override in overrides:
         if not override.strip().startswith(f"{section}."):
             raise RunFileError(f"--set {override}: expected {section}.field=value")

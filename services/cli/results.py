@@ -215,7 +215,7 @@ def _measured(result: SuiteResult) -> str:
 
 def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
     """Return the corrected classifier of a run, or the one that it debugged where it corrected nothing."""
-    from defuse_core.export.pictures import load_finished
+    from defuse_core.export import load_finished
     from defuse_core.models import to_device
 
     found = load_finished(open_run(name or "", store))
@@ -230,7 +230,7 @@ def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
                 f"run {name}: expected the {what} of the suite (run {asked.run}), {first_few(expected)}, "
                 f"found {first_few(got)}"
             )
-    if not found.sweep.weights:
+    if not found.sweep.has_correction:
         click.echo(
             f"note: run {name} corrected nothing: the classifier that it debugged is checked", err=True
         )
@@ -295,19 +295,21 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     \b
     defuse compare parts-v1 parts-v2
     """
-    from defuse_core.export import undecided_of
     from defuse_core.export.compare import compare_runs
     from services.cli.tables import print_comparison
 
-    runs = {"a": open_run(run_a, store), "b": open_run(run_b, store)}
-    rows = compare_runs(runs["a"], runs["b"])
-    right_from = runs["b"].spec.check.min_scenario_accuracy
+    earlier, later = open_run(run_a, store), open_run(run_b, store)
+    rows, undecided = compare_runs(earlier, later)
+    right_from = later.spec.check.min_scenario_accuracy
     if as_json:
-        undecided = {side: undecided_of(run) for side, run in runs.items()}
-        scenarios = [dataclasses.asdict(row) for row in rows]
-        print_json(
-            {"a": run_a, "b": run_b, "undecided": undecided, "right_from": right_from, "scenarios": scenarios}
-        )
+        page = {
+            "a": run_a,
+            "b": run_b,
+            "undecided": {"a": undecided[0], "b": undecided[1]},
+            "right_from": right_from,
+            "scenarios": [dataclasses.asdict(row) for row in rows],
+        }
+        print_json(page)
     elif not rows:
         click.echo(f"neither {run_a} nor {run_b} accepted a failure scenario")
     else:

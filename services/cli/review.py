@@ -10,23 +10,14 @@ import click
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
-from services.cli.console import ProgressDisplay, Terminal
 from services.cli.options import given, json_option, print_json, store_option
-from services.cli.review_tables import (
-    print_by_majority,
-    print_closed,
-    print_result,
-    print_skips,
-    print_status,
-    summarize_result,
-    summarize_status,
-)
 from services.settings import read_settings
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
     from defuse_core.runs import Run
-    from services.labeling.annotators import AnswerChanges
+    from services.cli.console import Terminal
+    from services.labeling.annotations import AnswerChanges
     from services.labeling.local_server import LocalServer
 
 
@@ -83,6 +74,8 @@ def status(name: str, store: str, as_json: bool) -> None:
     Label Studio.
     """
     from defuse_core.artifacts import Verdicts, Votes
+    from services.cli import review_tables
+    from services.cli.console import Terminal
 
     opened, gallery = _open(name, store)
     console = Terminal(markup=False)  # what annotators typed is no markup
@@ -95,12 +88,13 @@ def status(name: str, store: str, as_json: bool) -> None:
             verdicts = _verdicts_from(opened, gallery, votes, console)
         changes, failure = _later_answers(opened, gallery, votes)
         later = changes, None if failure is None else str(failure)
-        print_result(gallery, votes, verdicts, console)
-        print_closed(name, *later, console)
+        review_tables.print_result(gallery, votes, verdicts, console)
+        review_tables.print_closed(name, *later, console)
         if as_json:
-            print_json(asdict(summarize_result(name, gallery, votes, verdicts, *later)))
+            print_json(asdict(review_tables.summarize_result(name, gallery, votes, verdicts, *later)))
         return
-    from services.labeling.annotators import LabelStudioAnnotators, store_traffic_verdicts
+    from services.labeling.annotators import LabelStudioAnnotators
+    from services.serving.traffic import store_traffic_verdicts
 
     annotators = LabelStudioAnnotators(opened, read_settings())
     found, state = annotators.status(gallery)
@@ -108,14 +102,14 @@ def status(name: str, store: str, as_json: bool) -> None:
     console.print(f"Label at {label_at}", soft_wrap=True)
     console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
     task_url = partial(annotators.client.task_url, state.number)
-    print_status(found, console)
-    print_skips(name, found, task_url, console)
-    summary = summarize_status(name, found, task_url)
+    review_tables.print_status(found, console)
+    review_tables.print_skips(name, found, task_url, console)
+    summary = review_tables.summarize_status(name, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
     if _is_of_traffic(name) and not found.outstanding:  # `defuse run` finishes a run's own review
         votes = found.final_votes(state)
         verdicts = store_traffic_verdicts(opened, votes)
-        summary = summarize_result(name, gallery, votes, verdicts, None, None)
+        summary = review_tables.summarize_result(name, gallery, votes, verdicts, None, None)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
     if as_json:
         print_json(asdict(summary))
@@ -135,10 +129,10 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
     from defuse_core.review.overrides import read_overrides
     from defuse_core.review.verdicts import crowdlab_consensus, review_verdicts
     from defuse_core.training.reference_models import Prelabels
+    from services.cli.review_tables import print_by_majority
+    from services.serving.traffic import store_traffic_verdicts
 
     if _is_of_traffic(run.name):
-        from services.labeling.annotators import store_traffic_verdicts  # needs Label Studio's client
-
         return store_traffic_verdicts(run, votes)
     review, consensus = run.spec.review, None
     if review.consensus == "crowdlab":
@@ -157,7 +151,8 @@ def _later_answers(
     if run.spec.review.annotators != "label-studio":
         return None, None
     try:
-        from services.labeling.annotators import LabelStudioAnnotators, answer_changes
+        from services.labeling.annotations import answer_changes
+        from services.labeling.annotators import LabelStudioAnnotators
 
         annotators = LabelStudioAnnotators(run, read_settings())
         status, _ = annotators.status(gallery)
@@ -335,6 +330,7 @@ def simulate(name: str, store: str) -> None:
     Use it to try out a whole review without people; the votes are those of models.
     """
     from defuse_core.local import LocalCompute
+    from services.cli.console import ProgressDisplay
     from services.labeling.annotators import LabelStudioAnnotators
     from services.labeling.local_server import running_server
     from services.labeling.simulate import simulate as simulate_annotators
@@ -363,7 +359,7 @@ def _following(name: str) -> str:
 
 def _open_traffic_review(name: str, store: str) -> str:
     from defuse_core.runs import Run
-    from services.labeling.annotators import open_traffic_review
+    from services.serving.traffic import open_traffic_review
     from services.storage import open_store
 
     opened = open_store(store)

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from defuse_core.errors import count_of, percent
-from services.cli.tables import print_table
+from services.cli.console import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
-    from services.labeling.annotators import AnswerChanges
+    from services.labeling.annotations import AnswerChanges
     from services.labeling.status import ReviewStatus
     from services.labeling.tasks import TaskSubject
 
@@ -138,7 +138,7 @@ def _findings(gallery: Gallery, verdicts: Verdicts) -> Sequence[str]:
     """Return the reason of each verdict; of traffic, where nothing is decided, how often the served model is wrong."""
     if gallery.failure is None:
         return verdicts.reasons
-    from defuse_core.review.verdicts import share_misclassified  # imports torch
+    from defuse_core.review.verdicts import share_misclassified  # imports scipy
 
     counts = zip(verdicts.misclassified.tolist(), verdicts.labelled.tolist(), strict=True)
     return [share_misclassified(wrong, total) if total else "no image has a label" for wrong, total in counts]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.config import MOST_MINUTES, STEPS
 from defuse_core.errors import DamagedError, InputError, count_of
+from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
 from services.cli.options import (
     CLASSIFIER_HELP,
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from defuse_core.runs import Run
     from defuse_core.store import Store
     from defuse_core.suggest import Plan
-    from services.cli.console import ProgressDisplay
 
 
 @click.command(short_help="Look at images and a classifier, and write a run file.")
@@ -203,6 +202,7 @@ def run(
     """
     from defuse_core.config import load_run_file
     from defuse_core.data import check_class_names, expect_root
+    from defuse_core.local import LocalCompute, Profile
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.cli.console import ProgressDisplay
@@ -228,9 +228,15 @@ def run(
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until)
         traces = started.store.list("profile/") if profile is not None else []
+        traced = Profile(profile, started.store)
+        computing: AbstractContextManager[Compute] = contextlib.nullcontext(LocalCompute(display, traced))
+        if where == "ray":
+            from cluster.compute import on_ray
+
+            computing = on_ray(address, display, traced)(started)
         with contextlib.suppress(ReachedStep):
             tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
-            with tracking, _compute(where, address, started, display, profile) as compute:
+            with tracking, computing as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
     _note_untraced(started, profile, traces)
     if found is None:  # printed only now: a terminal would show it in the middle of a bar
@@ -330,19 +336,6 @@ def delete(run: str, store: str, yes: bool) -> None:
         sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
     click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
-
-
-def _compute(
-    where: str, address: str | None, run: Run, display: ProgressDisplay, profile: str | None
-) -> AbstractContextManager[Compute]:
-    from defuse_core.local import LocalCompute, Profile
-
-    traced = Profile(profile, run.store)
-    if where == "local":
-        return contextlib.nullcontext(LocalCompute(display, traced))
-    from cluster.compute import on_ray
-
-    return on_ray(address, display, traced)(run)
 
 
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:

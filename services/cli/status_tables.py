@@ -13,14 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.artifacts import Models
-from defuse_core.config import STEPS
 from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of, percent
 from defuse_core.report.formatting import before_after, date_time, duration, size
-from defuse_core.report.notices import headline
 from defuse_core.runs import UNFINISHED, Run
+from defuse_core.steps import STEPS
 from defuse_core.store import Store
-from services.cli.console import Terminal
-from services.cli.tables import add_row, new_table, print_accuracy, print_fitting, print_table, print_text
+from services.cli.console import Terminal, add_row, new_table, print_fitting, print_table
+from services.cli.tables import print_accuracy, print_text
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -222,6 +221,8 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
+        from defuse_core.report.notices import headline  # imports scipy
+
         print_text(console, headline(report, run.spec.correct), "bold")
         console.print()
         print_accuracy(report, console)

@@ -6,11 +6,9 @@ import functools
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, get_args
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -24,8 +22,7 @@ from defuse_core.report.formatting import (
     spread,
     unbroken,
 )
-from defuse_core.report.notices import caveats, headline, worse_judges
-from services.cli.console import Terminal
+from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
 
 if TYPE_CHECKING:
     from defuse_core.config import CorrectSection
@@ -40,8 +37,6 @@ COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A aft
 DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
 TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lines are hard to read
-UNBOUNDED = 1000  # columns, in which every table fits
-FOLDED = 10  # columns that a text needs which is broken anywhere
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 
 
@@ -50,6 +45,8 @@ def print_report(report: Report, correct: CorrectSection, console: Console | Non
 
     `correct` is that of the run file.
     """
+    from defuse_core.report.notices import caveats, headline  # imports scipy
+
     console = console or Terminal()
     print_text(console, headline(report, correct), "bold")
     for warning in caveats(report, correct):
@@ -69,58 +66,6 @@ def print_text(console: Console, text: str, style: str, widest: int = TEXT_WIDTH
     """Print text in lines of at most `widest` columns, which do not break before a percent sign."""
     lines = textwrap.wrap(unbroken(text), min(console.width, widest))
     console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
-
-
-def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
-    """Return an empty table whose first `texts` columns hold text, and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for place, column in enumerate(columns):
-        if place < texts:
-            table.add_column(column, no_wrap=True, overflow="ellipsis")
-        else:
-            table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def add_row(table: Table, *cells: str | Text) -> None:
-    """Add a row; square brackets in a class name are text, not rich's markup."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
-
-
-def print_table(console: Console, table: Table) -> None:
-    """Print a table; where rich would cut its cells, those of each row below each other, with their headings."""
-    if _needed_width(console, table) <= console.width:
-        console.print(table)
-        if table.caption:
-            console.print()  # a table without one ends with a blank line
-        return
-    if table.title:
-        console.print(Text(str(table.title), style="bold"))
-    for number, cells in enumerate(zip(*(column.cells for column in table.columns), strict=True)):
-        if number:
-            console.print()
-        for place, (column, cell) in enumerate(zip(table.columns, cells, strict=True)):
-            heading = f"{column.header}: " if column.header else ""
-            console.print(Text.assemble("  " if place else "", heading, cast(str | Text, cell)))
-    if table.caption:
-        console.print(Text(str(table.caption), style="dim"))
-    console.print()
-
-
-def _needed_width(console: Console, table: Table) -> int:
-    """Return the width from which on rich cuts no cell: a column that may wrap needs its longest word."""
-    unbounded = console.options.update_width(UNBOUNDED)
-    width = Measurement.get(console, unbounded, table).maximum
-    for column in table.columns:
-        if not column.no_wrap:
-            cells = [Measurement.get(console, unbounded, cell) for cell in (column.header, *column.cells)]
-            word = (
-                max(FOLDED, column.min_width or 0)
-                if column.overflow == "fold"
-                else max(cell.minimum for cell in cells)
-            )
-            width -= max(0, max(cell.maximum for cell in cells) - word)
-    return width
 
 
 def print_accuracy(report: Report, console: Console) -> None:
@@ -149,7 +94,7 @@ def _accuracy_table(report: Report, _: int, columns: Sequence[str]) -> Table:
 def _print_evidence(evidence: EvidenceFigures, console: Console) -> None:
     """Print the accuracies that independent models confirm, each with its 95 % interval if that fits."""
     whole, short = (_evidence_table(evidence, text) for text in (interval, _without_interval))
-    fitting = [table for table in (whole, short) if _needed_width(console, table) <= console.width]
+    fitting = [table for table in (whole, short) if needed_width(console, table) <= console.width]
     print_table(console, next(iter(fitting), whole))
 
 
@@ -210,24 +155,6 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
         cells = dict(zip(COMPARED, (row.state, *labels, *numbers, *shares), strict=True))
         add_row(table, *(cells[name] for name in columns))
     return table
-
-
-def print_fitting(
-    make: Callable[[int, Sequence[str]], Table],
-    columns: Sequence[str],
-    dropped: Sequence[str],
-    console: Console,
-) -> None:
-    """Print make(width, columns); a narrow terminal shows fewer columns, rather than parts of each.
-
-    One in which the fewest do not fit shows all of them, below each other.
-    """
-    for count in range(len(dropped) + 1):
-        table = make(console.width, [name for name in columns if name not in dropped[:count]])
-        if _needed_width(console, table) <= console.width:
-            print_table(console, table)
-            return
-    print_table(console, make(UNBOUNDED, columns))
 
 
 def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table:
@@ -352,6 +279,8 @@ def _baseline(report: Report) -> list[str]:
 
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
+    from defuse_core.report.notices import worse_judges
+
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
     parts, judged = list[str](), report.scenarios.false_by_judges
     if false is not None:

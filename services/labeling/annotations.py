@@ -2,12 +2,14 @@
 
 The server validates nothing, so each annotation is validated here; those that do not count are listed with the reason.
 It also forgets who gave an annotation when that account is deleted, so the authors are stored in the run at each pull.
+People can still answer once the votes are stored: `answer_changes` counts what they gave, changed and deleted since.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from defuse_core.artifacts import I64
+from defuse_core.artifacts import I64, Votes
 from defuse_core.errors import InputError, count_of
 from defuse_core.store import Store
-from services.labeling.api_types import RESULT_ROW, Annotation, Task
 from services.labeling.interface import LABEL, answers_by_name
+from services.labeling.records import RESULT_ROW, Annotation, Task
 from services.labeling.tasks import ReviewTasks, TaskSubject
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ AnswerTable: TypeAlias = NDArray[np.void]  # of ANSWER_DTYPE
 Authors: TypeAlias = dict[int, int]  # annotation id -> user id
 BY_USER = TypeAdapter(dict[int, list[int]])  # user id -> ids of annotations, as they are stored
 Labels: TypeAlias = tuple[int, ...]  # a class or none-of-the-above for each image of a task
+Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,3 +296,45 @@ class AnnotationReader:
         if not isinstance(choices[0], str) or choices[0] not in self.answer_of:
             return control, f"the choice {choices[0]!r:.60} is not one of the classes"
         return control, self.answer_of[choices[0]]
+
+
+@dataclass(frozen=True)
+class AnswerChanges:
+    """How many answers were added, changed and deleted after the votes were stored."""
+
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+
+    def __str__(self) -> str:
+        counts = {"given": self.added, "changed": self.changed, "deleted": self.deleted}
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChanges:
+    """Return how the answers of `now` differ from those of `before`, by task and annotator.
+
+    With review.real_names an account that was renamed or deleted since then has another name: equal answers to a task
+    under a name that was not there before and under one that is not there any more are then the same ones.
+    """
+    old, new = _by_task(tasks, before), _by_task(tasks, now)
+    changed = sum(new[key] != answers for key, answers in old.items() if key in new)
+    added, deleted, renamed = new.keys() - old.keys(), old.keys() - new.keys(), 0
+    if tasks.review.real_names:
+        names_before, names_now = {name for _, name in old}, {name for _, name in new}
+        came = Counter(new[key] for key in added if key[1] not in names_before)
+        gone = Counter(old[key] for key in deleted if key[1] not in names_now)
+        renamed = (came & gone).total()
+    return AnswerChanges(len(added) - renamed, changed, len(deleted) - renamed)
+
+
+def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
+    """Return the answers by task and annotator's name."""
+    images = tasks.gallery.predicted.shape[1]
+    position = votes.scenario * images + votes.image
+    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    columns = (position.tolist(), votes.annotator.tolist(), votes.answer.tolist())
+    for row, annotator, answer in zip(*columns, strict=True):
+        task = row // (images // tasks.per_scenario)
+        found.setdefault((task, votes.annotators[annotator]), []).append((row, answer))
+    return {key: tuple(sorted(answers)) for key, answers in found.items()}

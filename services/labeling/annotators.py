@@ -1,35 +1,24 @@
-"""LabelStudioAnnotators: people answer, in a Label Studio project of the run's own.
-
-Reviews of inputs that a server received, and that were in a failure scenario of its run, are reviews of their own:
-
-    <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
-
-People can still answer once the votes are stored: `answer_changes` counts what they gave, changed and deleted since.
-"""
+"""LabelStudioAnnotators: people answer, in a Label Studio project of the run's own."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
-from dataclasses import dataclass
 from functools import cached_property
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from defuse_core.artifacts import F32, Gallery, Verdicts, Votes
-from defuse_core.config import STEPS
+from defuse_core.artifacts import F32, Gallery, Votes
 from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
 from defuse_core.review.overrides import read_overrides
-from defuse_core.review.verdicts import review_verdicts, stops_when_sure
+from defuse_core.review.verdicts import stops_when_sure
 from defuse_core.runs import Run
-from defuse_core.store import Store
+from defuse_core.steps import STEPS
 from defuse_core.training.reference_models import Prelabels, ask_models_once
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
-from services.labeling.state import ProjectState, read_state, update_state
+from services.labeling.records import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
 from services.labeling.tasks import ReviewTasks, prelabels_by_task, warn_of_large_pictures
 from services.settings import Settings
@@ -38,7 +27,6 @@ if TYPE_CHECKING:
     from defuse_core.protocols import Compute
 
 log = logging.getLogger("defuse")
-Answers: TypeAlias = tuple[tuple[int, int], ...]  # of one annotator to one task: images by row, and classes
 # after which Label Studio gets this process's credentials again: those of a role may have 10 minutes left
 RENEWAL_S = 600
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
@@ -225,111 +213,3 @@ class LabelStudioAnnotators:
             compute = LocalCompute()
             resolve_precision(self.run, compute)
         return ask_models_once(self.run, compute, gallery)
-
-
-def traffic_reviews(store: Store, run: str) -> list[str]:
-    """Return the names of the run's reviews of traffic, oldest first: mnist/traffic-1, mnist/traffic-2, ..."""
-    folder = store.within(run)
-    found = (re.match(r"traffic-(\d+)/gallery\.safetensors$", key) for key in folder.list("traffic-"))
-    return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
-
-
-def open_traffic_review(store: Store, run: Run) -> Run:
-    """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
-
-    Raises InputError if no scenario has as many such inputs as run.spec.review.images, or if they are not of this run.
-    """
-    from services.serving.traffic import new_inputs, read_traffic, traffic_gallery
-
-    known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
-    if known and known[-1].load(Votes) is None:
-        return known[-1]
-    shown = {
-        image.tobytes()
-        for review in known
-        for scenario in review.require(Gallery).images
-        for image in scenario
-    }
-    drawn, wanted = run.require(Gallery), run.spec.review.images
-    traffic = read_traffic(store, run.name, drawn)
-    new = new_inputs(traffic, shown)
-    newest = {scenario: inputs[-wanted:] for scenario, inputs in new.items() if len(inputs) >= wanted}
-    if not newest:
-        raise InputError(
-            f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
-            "serve it with a larger `serve.reservoir`, or wait for more traffic"
-        )
-    if len(new) > len(newest):
-        log.info(
-            "review: left out %d of %d scenarios, which have fewer than %d inputs that no review has shown",
-            len(new) - len(newest),
-            len(new),
-            wanted,
-        )
-    versions = {sampled.version for inputs in newest.values() for sampled in inputs}
-    if len(versions) > 1:
-        in_order = sorted(versions, key=lambda version: (len(version), version))
-        log.info("review: inputs of versions %s are counted together", ", ".join(in_order))
-    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
-    spec = run.spec.with_fields(
-        "review",
-        annotators="label-studio",
-        prelabel=False,
-        stop_early=False,
-        accept="share",  # a report on the served model, not a decision about a scenario
-        consensus="majority",
-    )
-    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
-    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
-    review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
-    return review
-
-
-def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
-    """Store the votes of a review of traffic, once all answers are in, and the verdicts that follow from them."""
-    section, gallery = review.spec.review, review.require(Gallery)
-    with review.store.lock():
-        stored = review.once("review", Votes, lambda: votes)
-        return review.once("review", Verdicts, lambda: review_verdicts(section, gallery, stored))
-
-
-@dataclass(frozen=True)
-class AnswerChanges:
-    """How many answers were added, changed and deleted after the votes were stored."""
-
-    added: int = 0
-    changed: int = 0
-    deleted: int = 0
-
-    def __str__(self) -> str:
-        counts = {"given": self.added, "changed": self.changed, "deleted": self.deleted}
-        return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-
-
-def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChanges:
-    """Return how the answers of `now` differ from those of `before`, by task and annotator.
-
-    With review.real_names an account that was renamed or deleted since then has another name: equal answers to a task
-    under a name that was not there before and under one that is not there any more are then the same ones.
-    """
-    old, new = _by_task(tasks, before), _by_task(tasks, now)
-    changed = sum(new[key] != answers for key, answers in old.items() if key in new)
-    added, deleted, renamed = new.keys() - old.keys(), old.keys() - new.keys(), 0
-    if tasks.review.real_names:
-        names_before, names_now = {name for _, name in old}, {name for _, name in new}
-        came = Counter(new[key] for key in added if key[1] not in names_before)
-        gone = Counter(old[key] for key in deleted if key[1] not in names_now)
-        renamed = (came & gone).total()
-    return AnswerChanges(len(added) - renamed, changed, len(deleted) - renamed)
-
-
-def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
-    """Return the answers by task and annotator's name."""
-    images = tasks.gallery.predicted.shape[1]
-    position = votes.scenario * images + votes.image
-    found: dict[tuple[int, str], list[tuple[int, int]]] = {}
-    columns = (position.tolist(), votes.annotator.tolist(), votes.answer.tolist())
-    for row, annotator, answer in zip(*columns, strict=True):
-        task = row // (images // tasks.per_scenario)
-        found.setdefault((task, votes.annotators[annotator]), []).append((row, answer))
-    return {key: tuple(sorted(answers)) for key, answers in found.items()}

@@ -19,9 +19,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
-from services.labeling.api_types import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
-from services.labeling.tokens import RenewedToken
-from services.settings import fits_a_header, proxy_for
+from services.labeling.records import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.settings import checked_address, fits_a_header, proxy_for
 
 try:
     from label_studio_sdk import LabelStudio
@@ -243,22 +242,24 @@ class LabelStudioClient:
                 raise
 
 
-def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
-    """Return the address without a slash at its end.
+class RenewedToken(httpx.Auth):
+    """Renews the access token, and repeats the request, once where the server rejects it.
 
-    Raises InputError for anything but a plain http(s) address.
+    A personal access token is exchanged for access tokens that are valid for five minutes. The SDK renews one when it
+    has expired by this machine's clock, which may be late.
     """
-    try:
-        parts = urlsplit(address.strip())
-    except ValueError:
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{variable}: expected an address such as https://labels.example.org")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise InputError(
-            f"{variable}: expected a plain address; set the token in LABEL_STUDIO_API_KEY instead"
-        )
-    return address.strip().rstrip("/")
+
+    def __init__(self, tokens: Any) -> None:
+        """`tokens` are those of the SDK's client."""
+        self.tokens = tokens
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        response = yield request
+        is_renewal = request.url.path.endswith("/api/token/refresh/")
+        if response.status_code == 401 and not is_renewal and not self.tokens._use_legacy_token:
+            self.tokens._access_token = None
+            request.headers["Authorization"] = f"Bearer {self.tokens.api_key}"
+            yield request
 
 
 def _project(found: Any) -> Project:

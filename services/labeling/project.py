@@ -19,19 +19,17 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
-from services.labeling.api_types import (
+from services.labeling.client import LabelStudioClient, RejectedRequestError
+from services.labeling.interface import interface_edit
+from services.labeling.records import (
+    STATE_KEY,
     BucketStorage,
     PreselectedAnswer,
     Project,
     ProjectSettings,
+    ProjectState,
     Task,
     TaskImport,
-)
-from services.labeling.client import LabelStudioClient, RejectedRequestError
-from services.labeling.interface import interface_edit
-from services.labeling.state import (
-    STATE_KEY,
-    ProjectState,
     new_mark,
     new_secret,
     read_state,

@@ -24,11 +24,17 @@ from defuse_core.runs import Run
 from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import QUEUED_TASK_ROW, ChoiceResult, QueuedTaskRow, choice_result
 from services.labeling.client import translated_errors
 from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
-from services.labeling.state import read_state, update_state
+from services.labeling.records import (
+    QUEUED_TASK_ROW,
+    ChoiceResult,
+    QueuedTaskRow,
+    choice_result,
+    read_state,
+    update_state,
+)
 from services.labeling.tasks import ReviewTasks
 
 log = logging.getLogger("defuse")

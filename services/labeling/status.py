@@ -39,7 +39,7 @@ from services.labeling.annotations import (
     SkippedTask,
 )
 from services.labeling.client import LabelStudioClient
-from services.labeling.state import ProjectState
+from services.labeling.records import ProjectState
 from services.labeling.tasks import ReviewTasks
 
 log = logging.getLogger("defuse")

@@ -26,7 +26,8 @@ from defuse_core.errors import InputError, without_credentials
 from defuse_core.review.verdicts import LEAST_ANSWERS, stops_when_sure
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.labeling.api_types import (
+from services.labeling.interface import LABEL, choice_names, instructions, label_config
+from services.labeling.records import (
     BucketStorage,
     ImageData,
     PageData,
@@ -38,7 +39,6 @@ from services.labeling.api_types import (
     TaskMeta,
     choice_result,
 )
-from services.labeling.interface import LABEL, choice_names, instructions, label_config
 from services.settings import BucketAccess
 
 if TYPE_CHECKING:

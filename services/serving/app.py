@@ -26,7 +26,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
-from cluster.connection import connection, one_line
+from cluster.connection import connection, explained_line
 from cluster.ray_compat import deployment_version, log_folder, shut_down_serve
 from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
@@ -302,7 +302,7 @@ def deploy(args: ServeArgs) -> None:
         try:
             serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
         except (RuntimeError, RayError, RayServeException) as error:
-            why = _replica_error() or one_line(error)
+            why = _replica_error() or explained_line(error)
             raise ComputeError(f"the application did not start: {why}") from error
 
 
@@ -393,4 +393,4 @@ def _translate_errors(context: str) -> Iterator[None]:
     except ValidationError as error:
         raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
     except (RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
-        raise ComputeError(f"{context}: {one_line(error)}") from error
+        raise ComputeError(f"{context}: {explained_line(error)}") from error

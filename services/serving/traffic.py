@@ -9,6 +9,10 @@ scenario, for any number of replicas and restarts. Within a scenario, inputs are
 that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received since its
 start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with equal
 weight. After a write that fails, or once the scenario's folder was deleted, its sample starts again.
+
+People review the inputs that were in a failure scenario of their run in reviews of their own:
+
+    <run>/traffic-1/     run.yaml, the Gallery of inputs, the state of the project, votes and verdicts
 """
 
 from __future__ import annotations
@@ -16,15 +20,17 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from defuse_core.artifacts import F32, NO_SCENARIO, Gallery
+from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.codec import array_digest, decode, encode
 from defuse_core.errors import DefuseError, InputError, StoreError
+from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")
@@ -116,6 +122,72 @@ def traffic_gallery(inputs: Mapping[int, Sequence[SampledInput]], classes: tuple
         numbers=numbers,
         failure=np.array([[sampled.failure for sampled in row] for row in rows], np.float64),  # nan for None
     )
+
+
+def traffic_reviews(store: Store, run: str) -> list[str]:
+    """Return the names of the run's reviews of traffic, oldest first: mnist/traffic-1, mnist/traffic-2, ..."""
+    folder = store.within(run)
+    found = (re.match(r"traffic-(\d+)/gallery\.safetensors$", key) for key in folder.list("traffic-"))
+    return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
+
+
+def open_traffic_review(store: Store, run: Run) -> Run:
+    """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
+
+    Raises InputError if no scenario has as many such inputs as run.spec.review.images, or if they are not of this run.
+    """
+    known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
+    if known and known[-1].load(Votes) is None:
+        return known[-1]
+    shown = {
+        image.tobytes()
+        for review in known
+        for scenario in review.require(Gallery).images
+        for image in scenario
+    }
+    drawn, wanted = run.require(Gallery), run.spec.review.images
+    traffic = read_traffic(store, run.name, drawn)
+    new = new_inputs(traffic, shown)
+    newest = {scenario: inputs[-wanted:] for scenario, inputs in new.items() if len(inputs) >= wanted}
+    if not newest:
+        raise InputError(
+            f"no scenario of run {run.name} has {wanted} inputs that were not reviewed yet, of {len(traffic)} kept; "
+            "serve it with a larger `serve.reservoir`, or wait for more traffic"
+        )
+    if len(new) > len(newest):
+        log.info(
+            "review: left out %d of %d scenarios, which have fewer than %d inputs that no review has shown",
+            len(new) - len(newest),
+            len(new),
+            wanted,
+        )
+    versions = {sampled.version for inputs in newest.values() for sampled in inputs}
+    if len(versions) > 1:
+        in_order = sorted(versions, key=lambda version: (len(version), version))
+        log.info("review: inputs of versions %s are counted together", ", ".join(in_order))
+    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
+    spec = run.spec.with_fields(
+        "review",
+        annotators="label-studio",
+        prelabel=False,
+        stop_early=False,
+        accept="share",  # a report on the served model, not a decision about a scenario
+        consensus="majority",
+    )
+    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
+    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
+    review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
+    return review
+
+
+def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
+    """Store the votes of a review of traffic, once all answers are in, and the verdicts that follow from them."""
+    from defuse_core.review.verdicts import review_verdicts  # imports scipy
+
+    section, gallery = review.spec.review, review.require(Gallery)
+    with review.store.lock():
+        stored = review.once("review", Votes, lambda: votes)
+        return review.once("review", Verdicts, lambda: review_verdicts(section, gallery, stored))
 
 
 def delete_traffic(store: Store, run: str) -> int:

@@ -28,9 +28,8 @@ from sklearn.datasets import load_digits
 
 from defuse_core.artifacts import Gallery
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import choice_result
 from services.labeling.project import ReviewProject
-from services.labeling.state import read_state, write_state
+from services.labeling.records import choice_result, read_state, write_state
 from services.labeling.tasks import ReviewTasks, batches
 
 SIZES, ANSWERS, IMAGES = (250, 1000, 4000, 16000), 5, 10

@@ -20,10 +20,11 @@ from botocore.exceptions import ClientError
 
 from defuse_core.artifacts import Models
 from defuse_core.codec import decode
-from defuse_core.config import STEPS, RunFile, load_run_file
+from defuse_core.config import RunFile, load_run_file
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import run_defuse
 from defuse_core.runs import ReachedStep, Run
+from defuse_core.steps import STEPS
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.storage import open_store

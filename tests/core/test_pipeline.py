@@ -15,7 +15,6 @@ from defuse_core.artifacts import (
     Sweep,
     Verdicts,
 )
-from defuse_core.config import STEPS
 from defuse_core.errors import DataError, InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
@@ -23,6 +22,7 @@ from defuse_core.report import parse_report
 from defuse_core.review.overrides import override_verdict
 from defuse_core.review.verdicts import review_verdicts
 from defuse_core.runs import ReachedStep, Run
+from defuse_core.steps import STEPS
 from defuse_core.store import FolderStore
 from defuse_core.train import train_side_by_side
 from defuse_core.training.reference_models import ReferenceAnnotators

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from defuse_core.artifacts import Gallery, Models, Scenarios, Sweep
+from defuse_core.artifacts import Gallery, Models, Scenarios, Sweep, SweepRow
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
@@ -151,7 +151,7 @@ def test_a_module_with_the_corrected_weights_answers_as_the_stored_network(field
     weights = weights_of(build_classifier(spec, 10))
     run = Run.start(FolderStore(tmp_path), "a", spec)
     run.store.write("models.safetensors", encode(replace(tiny_models, classifier=weights)))
-    run.store.write("sweep.safetensors", encode(Sweep((), None, weights, ())))
+    run.store.write("sweep.safetensors", encode(Sweep((), SweepRow(1.0, 1, 0.0), weights, ())))
     is_resnet = spec.classifier.architecture == "resnet18"
     like = resnet18(num_classes=10) if is_resnet else build_classifier(tiny(), 10)
     result, images = RunResult(run), torch.rand(5, 1, 16, 16)

@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Fold
 
 def test_scenarios_persist_are_fixed_or_come_back(store):
     def states(later: str) -> dict[str, str]:
-        rows = compare_runs(Run.open(store, "first"), Run.open(store, later))
+        rows, _ = compare_runs(Run.open(store, "first"), Run.open(store, later))
         return {row.label: row.state for row in rows}
 
     assert states("same") == {"3": "persisting", "8": "persisting"}
@@ -52,7 +52,7 @@ def test_the_source_of_a_program_is_none_of_its_weights():
 
 
 def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classifier_fails_too(store):
-    rows = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
+    rows, _ = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
     assert [(row.label, row.state, row.number_a, row.number_b) for row in rows] == [
         ("3", "persisting", 0, 0),
         ("8", "found now", None, 1),
@@ -62,7 +62,7 @@ def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classi
 
 def test_scenarios_that_the_earlier_classifier_passes_are_new_or_right_in_both(store):
     def states(earlier: str, later: str) -> dict[str, str]:
-        rows = compare_runs(Run.open(store, earlier), Run.open(store, later))
+        rows, _ = compare_runs(Run.open(store, earlier), Run.open(store, later))
         return {row.label: row.state for row in rows}
 
     assert states("never-wrong", "first") == {"3": "new", "8": "new"}
@@ -71,7 +71,7 @@ def test_scenarios_that_the_earlier_classifier_passes_are_new_or_right_in_both(s
 
 def test_a_scenario_that_a_correction_breaks_is_neither_fixed_nor_new(store, monkeypatch, capsys):
     def states(earlier: str, later: str) -> dict[str, str]:
-        rows = compare_runs(Run.open(store, earlier), Run.open(store, later))
+        rows, _ = compare_runs(Run.open(store, earlier), Run.open(store, later))
         assert all(row.before_a < 0.5 < row.after_a for row in rows if earlier == "first")
         return {row.label: row.state for row in rows}
 

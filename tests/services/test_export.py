@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from defuse_core.artifacts import Sweep
+from defuse_core.artifacts import Sweep, SweepRow
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
@@ -114,7 +114,7 @@ def test_a_program_in_another_range_is_exported_for_images_from_0_to_1(store, tm
     models = train(spec, progress=silent)
     run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
     run.store.write("models.safetensors", encode(models))
-    run.store.write("sweep.safetensors", encode(Sweep((), None, models.classifier, ())))
+    run.store.write("sweep.safetensors", encode(Sweep((), SweepRow(1.0, 1, 0.0), models.classifier, ())))
     for suffix in (".pt2", ".safetensors"):
         done = export_model(run, tmp_path / f"model{suffix}")
         assert done.same_answers == done.images
@@ -148,7 +148,7 @@ def test_the_file_says_what_its_network_gets_and_returns(
     weights = weights_of(build_classifier(spec, 10))
     run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
     run.store.write("models.safetensors", encode(dataclasses.replace(tiny_models, classifier=weights)))
-    run.store.write("sweep.safetensors", encode(Sweep((), None, weights, ())))
+    run.store.write("sweep.safetensors", encode(Sweep((), SweepRow(1.0, 1, 0.0), weights, ())))
     export_model(run, tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "np") as file:
         facts = file.metadata()

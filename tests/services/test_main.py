@@ -121,6 +121,21 @@ def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
     assert last.startswith("defuse: unexpected ZeroDivisionError")
 
 
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [
+        ("services.cli", {"numpy", "scipy", "torch", "ray", "pydantic", "asyncio", "ssl", "rich.progress"}),
+        ("services.cli.status_tables", {"scipy", "torch", "ray", "asyncio", "ssl"}),
+    ],
+)
+def test_no_command_waits_for_what_others_need(module, late):
+    """--help and completions took a second, of which a tenth was theirs."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {*shown.stdout.split()}
+    assert module in imported and not imported & late
+
+
 def test_a_working_directory_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tmp_path.rmdir()

@@ -66,7 +66,7 @@ class Setting:
             name: np.roll(array, by, axis=0) if name in names else array
             for name, array in self.models.classifier.items()
         }
-        return Sweep((), None, weights, ())
+        return Sweep((), SweepRow(1.0, 1, 0.0), weights, ())
 
     def answers(self, sweep: Sweep, images) -> np.ndarray:
         return predict(load_classifier(self.spec, sweep.weights, 10), images)

@@ -23,11 +23,10 @@ from defuse_core.artifacts import Gallery
 from defuse_core.runs import Run
 from services.labeling import project
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import Task
 from services.labeling.client import LabelStudioClient
 from services.labeling.local_server import LocalServer
+from services.labeling.records import ProjectState, Task, read_state
 from services.labeling.simulate import AnnotatorAccount
-from services.labeling.state import ProjectState, read_state
 from services.labeling.tasks import ReviewTasks, TaskSubject
 from tests.conftest import MakeOnce
 

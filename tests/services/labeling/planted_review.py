@@ -11,7 +11,7 @@ from label_studio_live import review_run
 
 from defuse_core.artifacts import Gallery
 from defuse_core.runs import Run
-from services.labeling.api_types import Annotation, Task, choice_result
+from services.labeling.records import Annotation, Task, choice_result
 from services.labeling.tasks import ReviewTasks
 
 ANNOTATORS, IMAGES = 5, 10

@@ -16,7 +16,7 @@ from defuse_core.report.build import build_report
 from defuse_core.review.overrides import override_verdict
 from defuse_core.review.verdicts import decide_verdicts
 from services.labeling.annotations import ANSWER_DTYPE, select_counted
-from services.labeling.api_types import choice_result
+from services.labeling.records import choice_result
 from services.labeling.tasks import ReviewTasks
 
 

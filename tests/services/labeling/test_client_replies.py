@@ -13,7 +13,8 @@ import pytest
 from proxy import Proxy, Reply
 
 from defuse_core.errors import InputError, ServiceError
-from services.labeling.client import LabelStudioClient, checked_address, translated_errors
+from services.labeling.client import LabelStudioClient, translated_errors
+from services.settings import checked_address
 
 PAGE = Reply(404, "<!doctype html><html></html>", "text/html")
 NOT_FOUND = Reply(404, '{"detail": "Not found."}')

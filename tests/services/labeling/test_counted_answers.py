@@ -20,7 +20,7 @@ from services.labeling.annotations import (
     select_counted,
     store_authors,
 )
-from services.labeling.api_types import choice_result
+from services.labeling.records import choice_result
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from services.labeling.local_server import (
     running_server,
     up,
 )
+from services.labeling.records import read_state, write_state
 from services.labeling.simulate import simulate
-from services.labeling.state import read_state, write_state
 
 SERVER = LocalServer("http://127.0.0.1:1", 1, 2**22 + 1, "admin@defuse.local", "password", "token")
 

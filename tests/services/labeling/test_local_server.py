@@ -17,7 +17,6 @@ from label_studio_live import digits_gallery, live_home, review_run, settings_fo
 from defuse_core.errors import InputError, ServiceError
 from services.cli import defuse
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import choice_result
 from services.labeling.local_server import (
     Installation,
     _is_label_studio,
@@ -27,6 +26,7 @@ from services.labeling.local_server import (
     start,
     up,
 )
+from services.labeling.records import choice_result
 from tests.ports import free_port
 
 

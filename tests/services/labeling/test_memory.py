@@ -8,9 +8,8 @@ from types import SimpleNamespace
 from planted_review import ANNOTATORS, IMAGES, answered_tasks, blank_review
 
 from services.labeling.annotations import read_annotations
-from services.labeling.api_types import Project
 from services.labeling.project import ReviewProject
-from services.labeling.state import write_state
+from services.labeling.records import Project, write_state
 from services.labeling.status import review_status
 
 

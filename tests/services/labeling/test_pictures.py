@@ -23,7 +23,7 @@ from defuse_core.errors import InputError, StoreSettingsError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling.annotators import RENEWAL_S, LabelStudioAnnotators
-from services.labeling.api_types import BucketStorage
+from services.labeling.records import BucketStorage
 from services.labeling.tasks import ReviewTasks, bucket_storage, png
 from services.settings import BucketAccess, read_settings
 from services.storage import open_store

@@ -14,10 +14,8 @@ from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override
 from services.cli.review_tables import print_status, summarize_status
-from services.labeling.annotations import read_annotations
-from services.labeling.annotators import AnswerChanges, answer_changes
-from services.labeling.api_types import choice_result
-from services.labeling.state import ProjectState
+from services.labeling.annotations import AnswerChanges, answer_changes, read_annotations
+from services.labeling.records import ProjectState, choice_result
 from services.labeling.status import ReviewStatus, review_status, update_queue
 
 STATE = ProjectState("mark", "digest", "secret", project=1)

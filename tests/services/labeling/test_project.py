@@ -16,7 +16,7 @@ from proxy import Reply
 
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from services.labeling import tasks
-from services.labeling.state import write_state
+from services.labeling.records import write_state
 from services.labeling.tasks import ReviewTasks, digest
 
 

@@ -17,11 +17,10 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.annotators import LabelStudioAnnotators
-from services.labeling.api_types import choice_result
 from services.labeling.client import LabelStudioClient
 from services.labeling.project import ReviewProject
+from services.labeling.records import choice_result, update_state, write_state
 from services.labeling.simulate import AnnotatorAccount
-from services.labeling.state import update_state, write_state
 from services.labeling.tasks import PresentTasks, ReviewTasks
 
 

@@ -11,7 +11,7 @@ from label_studio_live import digits_gallery
 
 from defuse_core.errors import InputError
 from defuse_core.store import FolderStore
-from services.labeling.state import ProjectState, gallery_digest, read_state, update_state, write_state
+from services.labeling.records import ProjectState, gallery_digest, read_state, update_state, write_state
 
 
 def test_the_number_of_an_annotator_never_changes():

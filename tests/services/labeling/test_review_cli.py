@@ -18,8 +18,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import Prelabels, votes_of_models
 from services.cli import defuse
-from services.labeling.api_types import choice_result
-from services.labeling.state import read_state, write_state
+from services.labeling.records import choice_result, read_state, write_state
 
 TRUTH = (8, 3, 0, 1)
 

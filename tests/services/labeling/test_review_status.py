@@ -13,7 +13,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts, majority, tally
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
-from services.labeling.state import ProjectState
+from services.labeling.records import ProjectState
 from services.labeling.status import reachable_labels, review_status, verdict_is_final
 
 

@@ -23,9 +23,8 @@ from services.cli.review_tables import (
     print_status,
     summarize_result,
 )
-from services.labeling.annotations import read_annotations
-from services.labeling.annotators import AnswerChanges
-from services.labeling.api_types import Task
+from services.labeling.annotations import AnswerChanges, read_annotations
+from services.labeling.records import Task
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 

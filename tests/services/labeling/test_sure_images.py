@@ -18,7 +18,7 @@ from defuse_core.errors import LabelsPending
 from defuse_core.training.reference_models import Prelabels
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
-from services.labeling.api_types import choice_result
+from services.labeling.records import choice_result
 from services.labeling.status import review_status, update_queue
 from services.labeling.tasks import ReviewTasks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -16,11 +17,17 @@ from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from defuse_core.training.reference_models import votes_of_models
 from services.cli import defuse
-from services.labeling.annotators import open_traffic_review, traffic_reviews
 from services.labeling.client import LabelStudioClient
-from services.labeling.state import read_state
-from services.serving.traffic import Reservoir, SampledInput, components_digest
+from services.labeling.records import read_state
+from services.serving.traffic import (
+    Reservoir,
+    SampledInput,
+    components_digest,
+    open_traffic_review,
+    traffic_reviews,
+)
 from tests.ports import free_port
 
 COMPONENTS = components_digest(digits_gallery())
@@ -109,6 +116,17 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
     assert "2 unknown 100 % of 3 labelled images are misclassified" in shown
     assert "It is unknown whether answers have come since then: Label Studio at http://127.0.0.1" in shown
     assert review.load(Verdicts) is not None
+
+
+def test_stored_votes_are_concluded_without_the_client_of_label_studio(served, tmp_path, monkeypatch):
+    review = open_traffic_review(FolderStore(tmp_path), served)
+    review.once("review", Votes, lambda: votes_of_models(np.full((1, 1, 3, 10), 0.1, np.float32), 0.0))
+    for name in ("annotators", "client"):
+        monkeypatch.delitem(sys.modules, f"services.labeling.{name}")
+    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    done = CliRunner().invoke(defuse, ["review", "status", review.name, "--store", str(tmp_path)])
+    assert done.exit_code == 0 and review.load(Verdicts) is not None
+    assert "Label Studio needs its client here" in " ".join(done.output.split())
 
 
 def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served, accounts, server, tmp_path):

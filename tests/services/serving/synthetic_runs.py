@@ -40,7 +40,7 @@ def copied_store(store: FolderStore, folder: Path) -> FolderStore:
 def make_run(
     store: Store, name: str, spec: RunFile, models: Models, splits: Splits, corrected: Weights
 ) -> Run:
-    """Return a finished run whose corrected classifier has the weights `corrected`.
+    """Return a finished run whose corrected classifier has the weights `corrected`; where empty, nothing was corrected.
 
     Its two accepted scenarios are Gaussians of the training images of two classes, which the original confuses.
     """
@@ -61,9 +61,7 @@ def make_run(
         _votes(),
         verdicts,
         sample_corrections(spec, scenarios, verdicts),
-        Sweep(
-            rows=(), chosen=SweepRow(1.0, 2, 0.1, 0.99, 0.98, 0.98, 1.0, 0.95), weights=corrected, failed=()
-        ),
+        Sweep((), SweepRow(1.0, 2, 0.1, 0.99, 0.98, 0.98, 1.0, 0.95) if corrected else None, corrected, ()),
     ):
         run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
     return run
