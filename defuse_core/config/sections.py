@@ -57,8 +57,7 @@ class ClassifierSection(Section):
     """What pixels are converted to before the classifier sees them, unless it is cnn or resnet18; imagenet subtracts
     ImageNet's mean and divides by its standard deviation."""
     outputs: Literal["logits", "probabilities"] = "logits"
-    """What the classifier returns, unless it is cnn or resnet18; probabilities are what a softmax returns, and their
-    logarithm is used."""
+    """What the classifier returns, unless it is cnn or resnet18; probabilities are those of a softmax."""
     class_order: tuple[int, ...] | None = None
     """For each class of the data set, in order, the index of its logit, if the classifier numbers them differently."""
     imagenet: bool = False
@@ -115,8 +114,7 @@ class VaeSection(Section):
     beta: float = Field(0.4, ge=0)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
-    """Passes over the images; 0 uses `weights` (or a custom module) unchanged. Paper: 800 for MNIST and signs, 400 for
-    SVHN."""
+    """Passes over the images; 0 uses `weights` (or a custom module) unchanged. Paper: 800; 400 for SVHN."""
     batch_size: int = Field(2048, ge=2)
     """Images per step. Paper: 2048."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -363,9 +361,8 @@ class CorrectSection(Section):
     """Fine-tune with only so many training images, drawn by seed. Paper: all."""
     choose_by: Literal["train", "validation", "tune", "last"] = "tune"
     """Which accuracy picks the epoch of each λ, and then λ. tune: the best on the scenarios within max_loss and
-    max_class_loss; this is the accuracy on the tuned scenario images (epochs: in whole percent; λ: within one point of
-    the best), and then the highest clean accuracy. last: the last epoch of the only λ. Paper: train for MNIST,
-    validation otherwise."""
+    max_class_loss; first by tuned images (epochs: in whole percent; λ: within one point), then by clean ones. last: the
+    last epoch of the only λ. Paper: train for MNIST, validation otherwise."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     max_class_loss: float | None = Field(None, ge=0, le=1)

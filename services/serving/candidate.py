@@ -212,7 +212,7 @@ class _RunArtifacts:
             sweep=run.require(Sweep),
             evidence=run.load(Evidence),
         )
-        if not artifacts.sweep.weights:
+        if not artifacts.sweep.has_correction:
             raise _nothing_to_serve(run, artifacts)
         return artifacts
 
