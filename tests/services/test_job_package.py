@@ -290,11 +290,17 @@ def test_code_in_the_current_folder_comes_before_that_on_the_path(
     assert (tmp_path / "job/mine/here.py").is_file()
 
 
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
 def test_a_package_of_two_models_is_copied_once_and_installed_ones_are_on_the_nodes(
-    tmp_path: Path, package: Path, small_root: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str,
+    tmp_path: Path,
+    package: Path,
+    small_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (package / "__init__.py").touch()
-    installed = tmp_path / "site-packages"
+    installed = tmp_path / folder
     installed.mkdir()
     (installed / "theirs.py").touch()
     monkeypatch.syspath_prepend(installed)
@@ -303,6 +309,10 @@ def test_a_package_of_two_models_is_copied_once_and_installed_ones_are_on_the_no
     spec = tiny(review={"reference": own}, judges=own | {"import_path": "mine.other:build"})
     build_working_dir(spec, tmp_path / "job")
     _copy_module("judges.import_path", "theirs:build", tmp_path / "job")
+    assert capsys.readouterr().err == (
+        "judges.import_path theirs:build: theirs is installed here, so it is not uploaded: every node needs it "
+        "installed\n"
+    )
     assert {path.name for path in (tmp_path / "job").iterdir()} == {*PACKAGES, "mine", "weights", RUN_FILE}
 
 
