@@ -20,6 +20,7 @@ from ray._private.runtime_env.packaging import create_package
 from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
+from defuse_core.runs import source_digest
 from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, _row, build_working_dir
 from tests.conftest import tiny
 
@@ -249,6 +250,7 @@ def test_caches_and_ignore_files_stay_behind(tmp_path: Path, package: Path, smal
     for name in ("mine", *PACKAGES):
         files = {str(path.relative_to(job / name)) for path in (job / name).rglob("*") if path.is_file()}
         assert files == {"nets.py", "sub/deep.py"}
+    assert source_digest(job) == source_digest(small_root)
 
 
 def test_a_job_may_be_as_large_as_ray_takes_and_the_largest_file_is_named(tmp_path: Path) -> None:
