@@ -62,23 +62,19 @@ def test_messages_name_the_packages_of_each_extra() -> None:
         assert f"pip install {' '.join(Requirement(line).name for line in extras[extra])}" in sources, extra
 
 
-def test_what_the_dependencies_need_on_linux_is_pinned_too() -> None:
-    missing = set()
-    for name in (
-        "ray",
-        "boto3",
-        "click",
-        "matplotlib",
-        "scikit-learn",
-        "pydantic",
-        "rich",
-        "label-studio-sdk",
-    ):
-        for need in (Requirement(line) for line in requires(name) or []):
-            wanted = need.marker is None or need.marker.evaluate({"extra": "serve", "sys_platform": "linux"})
-            if wanted and canonicalize_name(need.name) not in pins():
-                missing.add(need.name)
-    assert missing <= CHOSEN_BY_THE_USER
+def test_what_the_dependencies_need_at_any_depth_is_pinned_too() -> None:
+    pinned, seen, needs = pins(), set(), declared()
+    while needs:
+        need = needs.pop()
+        name = canonicalize_name(need.name)
+        if name in CHOSEN_BY_THE_USER | {"setuptools"} or (name, frozenset(need.extras)) in seen:
+            continue
+        assert name in pinned, need
+        seen.add((name, frozenset(need.extras)))
+        for further in map(Requirement, requires(name) or []):
+            extras = ("", *need.extras)
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
+                needs.append(further)
 
 
 def test_torch_is_left_to_the_user() -> None:
