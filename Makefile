@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Type checkers and editors find an editable install by a path (compat), not by setuptools' hook.
+EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
 # What commands import is compiled once; pip would compile every file of every package, for minutes.
 COMPILED := cluster.sweep, label_studio_sdk, matplotlib.pyplot, ray.serve, ray.train.torch, services.cli, torchvision
 # Processes of tests. On two cores three: some tests wait for servers at any time.
@@ -22,7 +24,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Defuse needs Python 3.11 to 3.13; set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt $(EDITABLE)
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(COMPILED)'
 	touch $@
 

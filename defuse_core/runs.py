@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -375,9 +376,21 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return what a run is made with now: Python, the platform and the packages whose numerics matter."""
-    packages = ("defuse", "torch", "torchvision", "numpy", "scikit-learn", "ray")
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in packages:
+    for package in ("defuse", "torch", "torchvision", "numpy", "scikit-learn", "ray"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    # of a job the code is uploaded, and need not be installed
+    found["defuse"] = f"{found.get('defuse', '')}+{source_digest(Path(__file__).parents[1])}"
     return found
+
+
+@functools.cache
+def source_digest(root: Path) -> str:
+    """Return eight digits of a digest of the packages' sources in `root`: a version can name many commits."""
+    digest, packages = hashlib.sha256(), ("cluster", "defuse_core", "services")
+    found = (file for package in packages for file in (root / package).rglob("*.py"))
+    for file in sorted(file for file in found if file.is_file()):  # Emacs locks a file by a link to nothing
+        digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size} ".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]

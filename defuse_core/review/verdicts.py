@@ -70,9 +70,7 @@ def stops_when_sure(review: ReviewSection) -> bool:
 def expect_cleanlab() -> None:
     """Raise RunFileError without the package cleanlab."""
     if importlib.util.find_spec("cleanlab") is None:
-        raise RunFileError(
-            "review.consensus: crowdlab needs the package cleanlab; pip install 'defuse[crowdlab]'"
-        )
+        raise RunFileError("review.consensus: crowdlab needs the package cleanlab; pip install cleanlab")
 
 
 def crowdlab_consensus(votes: Votes, probabilities: F32) -> Consensus:

@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -19,7 +20,7 @@ import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from services import stopped_exit_code, stopped_line, stopping_on_sigterm
-from services.cli.jobs import jobs, submit
+from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.results import compare, export, suite
 from services.cli.review import label_studio, review
 from services.cli.run import delete, fields, init, report, run, status
@@ -107,11 +108,23 @@ def main() -> None:
 
 
 def _expect_working_directory() -> None:
-    """End where the working directory is gone: torch ends the process without a reason then."""
+    """End where the working directory is gone, or hides a package of Defuse.
+
+    torch ends the process without a reason in the first case. Ray's workers look for modules there first of all.
+    """
     try:
-        Path.cwd()
+        here = Path.cwd()
     except FileNotFoundError:
         _fail("the working directory was deleted; change to another one", InputError.exit_code)
+    for name in PACKAGES:
+        found = PathFinder.find_spec(name, [str(here)])
+        # a folder without __init__.py has no origin, and hides nothing
+        if found and found.origin and Path(found.origin).parent.resolve() != (ROOT / name).resolve():
+            _fail(
+                f"{found.origin} has the name of a package of Defuse and hides it from Ray's workers; rename it, or "
+                "run defuse in another folder",
+                InputError.exit_code,
+            )
 
 
 def _run_command() -> None:

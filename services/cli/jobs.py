@@ -39,6 +39,7 @@ LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 RUN_EXIT_CODES = (2, 3, 4)  # of a `defuse run` that did not finish
 PACKAGES = ("defuse_core", "cluster", "services")
 ROOT = Path(__file__).parents[2]
+INSTALLED = {"site-packages", "dist-packages"}  # folders of pip, the second one of Debian's Python
 RUN_FILE = "run.yaml"
 # Ray would leave out what ignore files name
 SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gitignore", ".rayignore")
@@ -95,9 +96,9 @@ def submit(
 ) -> None:
     """Run RUNFILE as a job on a Ray cluster, follow its log, and end with its exit code.
 
-    Uploads the run file, the weights that it names, the top-level package or module of each import_path, and Defuse
-    itself. Nodes need its dependencies (deploy/Dockerfile is an image with them), and other modules that this package
-    imports. No environment variable is uploaded but those that --env names: nodes have their own AWS_* and
+    Uploads the run file, the weights that it names, the top-level package or module of each import_path unless it is
+    installed by pip, and Defuse itself. Nodes need its dependencies (deploy/Dockerfile is an image with them), and any
+    other module. No environment variable is uploaded but those that --env names: nodes have their own AWS_* and
     LABEL_STUDIO_*. With token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here.
 
     \b
@@ -335,7 +336,7 @@ def _copy(source: Path, target: Path, field: str, *, dangling_links: bool = True
 
 
 def _copy_module(field: str, import_path: str, folder: Path) -> None:
-    """Copy the top-level package or module of a user's model, unless it is in site-packages or copied already."""
+    """Copy the top-level package or module of a user's model, unless it is installed or copied already."""
     name = import_path.partition(":")[0].partition(".")[0]
     if name in PACKAGES:
         raise ModelError(f"{field} {import_path}: {name} is a package of Defuse; rename yours")
@@ -351,6 +352,8 @@ def _copy_module(field: str, import_path: str, folder: Path) -> None:
     else:
         source = Path(str(found.origin))
         target = folder / source.name
-    if "site-packages" in source.parts or target.exists():
-        return
-    _copy(source, target, field, dangling_links=False)  # Emacs locks a file by a link to nothing
+    if INSTALLED & {*source.parts}:
+        note = f"{name} is installed here, so it is not uploaded: every node needs it installed"
+        click.echo(f"{field} {import_path}: {note}", err=True)
+    elif not target.exists():
+        _copy(source, target, field, dangling_links=False)  # Emacs locks a file by a link to nothing

@@ -16,18 +16,17 @@ from dataclasses import asdict, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
 from services.labeling.records import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, proxy_for
 
 try:
+    import httpx
     from label_studio_sdk import LabelStudio
     from label_studio_sdk.core.api_error import ApiError
     from label_studio_sdk.core.parse_error import ParsingError
 except ModuleNotFoundError as error:
-    raise InputError("Label Studio needs its client here: pip install 'defuse[label-studio]'") from error
+    raise InputError("Label Studio needs its client here: pip install label-studio-sdk httpx") from error
 
 REPEAT: Any = {"max_retries": 2}  # for requests that have the same effect twice as once
 ONCE: Any = {"max_retries": 0}

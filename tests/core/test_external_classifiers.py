@@ -164,7 +164,7 @@ def exported(tmp_path_factory) -> Path:
         ("data/sample_inputs/model.pt", lambda path: saved(Bomb()), "sample inputs would be unpickled"),
         ("data/constants/opaque_obj_0", lambda path: pickle.dumps(Bomb()), "holds data/constants/opaque_obj_0"),
         ("data/aotinductor/model/a.so", lambda path: b"", "holds data/aotinductor/model/a.so"),
-        ("data/weights/model.pt", lambda path: saved(Bomb()), "holds data/weights/model.pt"),
+        ("data/weights/model.pt", lambda path: saved(Bomb()), "a pickle, as torch 2.8 .* torch 2.9 or newer"),
         (
             "data/weights/model_weights_config.json",
             lambda path: b'{"config": {"w": {"path_name": "weight_0", "use_pickle": true}}}',

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ import yaml
 from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
 from defuse_core.pipeline import rewrite_report
-from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
+from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, source_digest, utc_now
 from defuse_core.store import FolderStore
-from tests.conftest import tiny
+from tests.conftest import ROOT, tiny
 
 
 @pytest.fixture
@@ -178,6 +179,18 @@ def test_the_manifest_names_device_images_annotators_and_the_versions_of_all_art
     assert manifest["versions"]["python"] == f"2.7, {now}"
     (warning,) = caplog.messages  # of the first artefact alone
     assert f"made with python 2.7, and now with {now}" in warning
+
+
+def test_each_state_of_the_code_is_a_version_of_its_own(store, tmp_path):
+    for root in ("before", "same", "after"):
+        (tmp_path / root / "cluster").mkdir(parents=True)
+        (tmp_path / root / "cluster/sweep.py").write_text("x = 2" if root == "after" else "x = 1")
+        (tmp_path / root / "cluster/.#sweep.py").symlink_to("nobody@nowhere")
+    before, same, after = (source_digest(tmp_path / root) for root in ("before", "same", "after"))
+    assert before == same != after
+    run = Run.start(store, "a", tiny())
+    run.once("identify", Psi, psi)
+    assert run.manifest()["versions"]["defuse"] == f"{metadata.version('defuse')}+{source_digest(ROOT)}"
 
 
 def test_times_are_those_of_greenwich(monkeypatch):

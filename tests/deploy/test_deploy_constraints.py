@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from importlib.metadata import requires
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from shipped import DEPLOY, ROOT, document, ray_specs
+
+from services.cli.jobs import PACKAGES
 
 CHOSEN_BY_THE_USER = {"torch", "torchvision", "defuse"}
 
@@ -23,11 +26,15 @@ def pinned_version(name: str) -> str:
     return specifier.version
 
 
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
 def declared() -> list[Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [
-        *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
+        *project()["dependencies"],
+        *(line for extra in project()["optional-dependencies"].values() for line in extra),
     ]
     return [Requirement(line) for line in lines]
 
@@ -45,23 +52,29 @@ def test_each_declared_dependency_is_pinned_within_its_bounds() -> None:
             assert pinned_version(canonicalize_name(need.name)) in need.specifier, need
 
 
-def test_what_the_dependencies_need_on_linux_is_pinned_too() -> None:
-    missing = set()
-    for name in (
-        "ray",
-        "boto3",
-        "click",
-        "matplotlib",
-        "scikit-learn",
-        "pydantic",
-        "rich",
-        "label-studio-sdk",
-    ):
-        for need in (Requirement(line) for line in requires(name) or []):
-            wanted = need.marker is None or need.marker.evaluate({"extra": "serve", "sys_platform": "linux"})
-            if wanted and canonicalize_name(need.name) not in pins():
-                missing.add(need.name)
-    assert missing <= CHOSEN_BY_THE_USER
+def test_messages_name_the_packages_of_each_extra() -> None:
+    """`defuse[EXTRA]` would install another project's package: `defuse` on PyPI is not this one."""
+    extras = project()["optional-dependencies"]
+    files = (file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    assert "defuse[" not in sources
+    for extra in extras.keys() - {"dev"}:
+        assert f"pip install {' '.join(Requirement(line).name for line in extras[extra])}" in sources, extra
+
+
+def test_what_the_dependencies_need_at_any_depth_is_pinned_too() -> None:
+    pinned, seen, needs = pins(), set(), declared()
+    while needs:
+        need = needs.pop()
+        name = canonicalize_name(need.name)
+        if name in CHOSEN_BY_THE_USER | {"setuptools"} or (name, frozenset(need.extras)) in seen:
+            continue
+        assert name in pinned, need
+        seen.add((name, frozenset(need.extras)))
+        for further in map(Requirement, requires(name) or []):
+            extras = ("", *need.extras)
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
+                needs.append(further)
 
 
 def test_torch_is_left_to_the_user() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from importlib import resources
 
 import jsonschema
+from packaging.specifiers import SpecifierSet
 from shipped import ROOT, load
 
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
@@ -18,4 +20,13 @@ def test_the_workflow_has_githubs_form_and_runs_what_ci_runs() -> None:
     jsonschema.validate(tree, json.loads(text.read_text(encoding="utf-8")))
     steps = tree["jobs"]["test"]["steps"]
     assert steps[-1]["run"] == "bash .ci/run" and (ROOT / ".ci" / "run").is_file()
-    assert tree["jobs"]["test"]["strategy"]["matrix"]["python"][0] == "3.11"
+
+
+def test_the_workflow_and_the_makefile_take_the_pythons_that_pip_takes() -> None:
+    tested = load(WORKFLOW)["jobs"]["test"]["strategy"]["matrix"]["python"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = SpecifierSet(project["requires-python"])
+    assert tested == [version for version in (f"3.{minor}" for minor in range(30)) if version in wanted]
+    least, most = (int(version.partition(".")[2]) for version in (tested[0], tested[-1]))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"(3, {least}) <= sys.version_info < (3, {most + 1})" in makefile

@@ -20,6 +20,7 @@ from ray._private.runtime_env.packaging import create_package
 from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
+from defuse_core.runs import source_digest
 from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, _row, build_working_dir
 from tests.conftest import tiny
 
@@ -249,6 +250,7 @@ def test_caches_and_ignore_files_stay_behind(tmp_path: Path, package: Path, smal
     for name in ("mine", *PACKAGES):
         files = {str(path.relative_to(job / name)) for path in (job / name).rglob("*") if path.is_file()}
         assert files == {"nets.py", "sub/deep.py"}
+    assert source_digest(job) == source_digest(small_root)
 
 
 def test_a_job_may_be_as_large_as_ray_takes_and_the_largest_file_is_named(tmp_path: Path) -> None:
@@ -290,11 +292,17 @@ def test_code_in_the_current_folder_comes_before_that_on_the_path(
     assert (tmp_path / "job/mine/here.py").is_file()
 
 
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
 def test_a_package_of_two_models_is_copied_once_and_installed_ones_are_on_the_nodes(
-    tmp_path: Path, package: Path, small_root: Path, monkeypatch: pytest.MonkeyPatch
+    folder: str,
+    tmp_path: Path,
+    package: Path,
+    small_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (package / "__init__.py").touch()
-    installed = tmp_path / "site-packages"
+    installed = tmp_path / folder
     installed.mkdir()
     (installed / "theirs.py").touch()
     monkeypatch.syspath_prepend(installed)
@@ -303,6 +311,10 @@ def test_a_package_of_two_models_is_copied_once_and_installed_ones_are_on_the_no
     spec = tiny(review={"reference": own}, judges=own | {"import_path": "mine.other:build"})
     build_working_dir(spec, tmp_path / "job")
     _copy_module("judges.import_path", "theirs:build", tmp_path / "job")
+    assert capsys.readouterr().err == (
+        "judges.import_path theirs:build: theirs is installed here, so it is not uploaded: every node needs it "
+        "installed\n"
+    )
     assert {path.name for path in (tmp_path / "job").iterdir()} == {*PACKAGES, "mine", "weights", RUN_FILE}
 
 

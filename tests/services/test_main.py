@@ -144,6 +144,27 @@ def test_a_working_directory_that_was_deleted_is_one_line(tmp_path, monkeypatch,
     assert err == "defuse: the working directory was deleted; change to another one\n"
 
 
+@pytest.mark.parametrize("file", ["cluster.py", "services/__init__.py"])
+def test_a_module_that_hides_a_package_of_defuse_from_workers_is_one_line(
+    file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cluster").mkdir()  # a namespace: the package, wherever it is, comes before it
+    assert call(monkeypatch, capsys, "--version")[0] == 0
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    code, _, err = call(monkeypatch, capsys, "--version")
+    assert code == 2
+    assert err.startswith(
+        f"defuse: {tmp_path / file} has the name of a package of Defuse and hides it from Ray's"
+    )
+
+
+def test_a_folder_that_holds_this_defuse_hides_nothing(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert call(monkeypatch, capsys, "--version")[0] == 0
+
+
 def commands(command: click.Command) -> Iterator[click.Command]:
     yield command
     for below in command.commands.values() if isinstance(command, click.Group) else []:

@@ -168,10 +168,11 @@ def test_a_personal_access_token_does_as_well_as_a_legacy_one(server):
     LabelStudioClient(server.address, made.json()["token"]).check_access()
 
 
-def test_without_the_client_library_it_is_said_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+@pytest.mark.parametrize("missing", ["label_studio_sdk", "httpx"])
+def test_without_the_client_library_it_is_said_what_to_install(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "services.labeling.client")
-    with pytest.raises(InputError, match=r"pip install 'defuse\[label-studio\]'"):
+    with pytest.raises(InputError, match="pip install label-studio-sdk httpx"):
         importlib.import_module("services.labeling.client")
 
 
