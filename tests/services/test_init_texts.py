@@ -79,6 +79,8 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     told = call(monkeypatch, capsys, "fields", "--help")[1]
     assert f"Sections: {', '.join(headings)}." in " ".join(told.split())
     code, _, err = call(monkeypatch, capsys, "fields", "vea")
+    assert code == 2 and "did you mean vae?" in err
+    code, _, err = call(monkeypatch, capsys, "fields", "nothing")
     assert code == 2
     assert "no such section or field; the run file has seed, data, classifier" in one_line(err)
 
