@@ -140,6 +140,8 @@ def expect_writable(option: str, path: Path) -> None:
     with writing(option, path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a pipe or a device, which a file would replace
+            raise OSError(errno.EINVAL, "no ordinary file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

@@ -93,7 +93,8 @@ def _given(path: object) -> object:
     if isinstance(path, int | float | date):
         kind = "date" if isinstance(path, date) else "value" if isinstance(path, bool) else "number"
         raise ValueError(
-            f"expected a path, found the {kind} {str(path).lower()}; put the name in quotes, with --set in two: 'a.b=\"...\"'"
+            f"expected a path, found the {kind} {str(path).lower()}; put the name in quotes, "
+            "with --set in two: 'a.b=\"...\"'"
         )
     return path
 

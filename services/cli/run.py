@@ -91,7 +91,7 @@ def init(
         raise InputError(
             f"{images} is no folder of images and no .npz file; did you mean `defuse run {images}`?"
         )
-    path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
+    path = out or Path(f"{usable_name(images.absolute().name.removesuffix('.npz'))}.yaml")
     if not force:
         expect_new_file("--out", path)
     if not path.parent.is_dir():
