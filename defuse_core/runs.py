@@ -325,7 +325,8 @@ class Run:
             return {}
         except ValueError:  # no UTF-8, or no JSON
             found = None
-        if not isinstance(found, dict) or not isinstance(found.get("artefacts", {}), dict):
+        entries = found.get("artefacts", {}) if isinstance(found, dict) else None
+        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
             raise DamagedError(
                 f"{self.store.address}/{key}: expected what Defuse wrote there, found damaged JSON; delete it and run "
                 f"again: {consequence}"
@@ -341,6 +342,12 @@ class Run:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what `_note` writes of an artefact."""
+    kinds = {"step": str, "made": str, "seconds": int | float, "bytes": int}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kinds[key]) for key in kinds)
 
 
 def utc_now() -> str:

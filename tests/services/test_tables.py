@@ -310,7 +310,7 @@ def test_runs_are_listed_with_where_they_are(tmp_path: Path):
 
 def test_a_run_that_cannot_be_listed_is_named_with_what_is_damaged_in_it(tmp_path: Path):
     a_run(tmp_path, "readable")
-    a_run(tmp_path, "damaged").store.write("manifest.json", b"{")
+    a_run(tmp_path, "damaged").store.write("manifest.json", b'{"artefacts": {"models": {}}}')
     FolderStore(tmp_path).write("broken/run.yaml", b"seed: 2023-02-30")
     console = terminal(300)
     print_runs(FolderStore(tmp_path), console)
