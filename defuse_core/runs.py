@@ -118,8 +118,8 @@ def no_such_run(store: Store, name: str) -> InputError:
         runs = [found for found in store.folders() if store.exists(f"{found}/run.yaml")]
     like = difflib.get_close_matches(name, runs, n=1)
     known = [*like, *(found for found in runs if found not in like)]
-    has = f"which has {first_few(known)}" if known else "which has no runs; choose another one with --store"
-    return InputError(f"no run called {name} in {store.address}, {has}")
+    has = first_few(known) if known else "no runs; choose another one with --store, or store= in Python"
+    return InputError(f"no run called {name} in {store.address}, which has {has}")
 
 
 class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached

@@ -85,13 +85,30 @@ def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
         raise RunFileError(f"{where}: {first_problem(error, RunFile)}") from error
 
 
+def expect_fields(tree: dict[str, Any], where: str) -> None:
+    """Raise RunFileError naming the first field of a part of a run file that is unknown or wrong in any run file.
+
+    Fields that are missing, or that do not go with others, are left to parse_run_file.
+    """
+    try:
+        RunFile.model_validate(tree)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["type"] not in {"missing", "value_error"}]
+        if wrong:
+            raise RunFileError(f"{where}: {_first_of(wrong, RunFile)}") from error
+
+
 def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
     """Return the first invalid field of `section` with what was expected and found, in one line.
 
     An unknown field comes first: the one that is missing may be the one that was misspelt.
     """
+    return _first_of(error.errors(), section)
+
+
+def _first_of(details: list[ErrorDetails], section: type[BaseModel]) -> str:
     problems: dict[str, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
+    for detail in details:
         problems.setdefault(_field_at(detail["loc"], section), []).append(detail)
     # a section in a union of types fails in a field of its own, and for not being one of the other types
     problems = {
