@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import platform
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -71,8 +72,6 @@ WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file na
 SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
 # Fields of section review that say how people are asked; free until their votes are stored.
 UNTIL_VOTES = ("answers_per_task", "stop_early", "certainty", "real_names")
-
-
 MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
 
 
@@ -304,6 +303,12 @@ class Run:
         """Return the error of a run that has not made something yet: `what`, unless the run itself is gone."""
         return InputError(f"run {self.name} {what}" if self.exists() else f"{self.store.address}: {GONE}")
 
+    def command(self, words: str, *options: str) -> str:
+        """Return `defuse WORDS RUN OPTIONS`, with --store unless the run is in the default store."""
+        store = self.store.address.removesuffix(f"/{self.name}")
+        where = [] if store == str(Path("runs").absolute()) else ["--store", store]
+        return shlex.join(["defuse", *words.split(), self.name, *options, *where])
+
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size.
 
@@ -325,8 +330,7 @@ class Run:
             return {}
         except ValueError:  # no UTF-8, or no JSON
             found = None
-        entries = found.get("artefacts", {}) if isinstance(found, dict) else None
-        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        if not isinstance(found, dict) or not _are_entries(found.get("artefacts", {})):
             raise DamagedError(
                 f"{self.store.address}/{key}: expected what Defuse wrote there, found damaged JSON; delete it and run "
                 f"again: {consequence}"
@@ -344,10 +348,13 @@ class Run:
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def _is_entry(entry: Any) -> bool:
-    """Whether this is what `_note` writes of an artefact."""
+def _are_entries(entries: Any) -> bool:
+    """Whether these are what `_note` writes of artefacts."""
     kinds = {"step": str, "made": str, "seconds": int | float, "bytes": int}
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kinds[key]) for key in kinds)
+    return isinstance(entries, dict) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kinds[key]) for key in kinds)
+        for entry in entries.values()
+    )
 
 
 def utc_now() -> str:

@@ -368,7 +368,7 @@ def test_a_report_of_another_version_is_named_with_the_command_that_writes_it_ag
         console = terminal(300)
         show(console)
         assert "older: report.json is another version's" in text_of(console)
-        assert "`defuse report older` writes it again" in text_of(console)
+        assert f"`defuse report older --store {tmp_path}` writes it again" in text_of(console)
 
 
 def test_status_shows_the_health_of_the_vae_as_soon_as_it_is_trained(tmp_path: Path):
