@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import json
 import logging
 import platform
@@ -38,6 +37,7 @@ from defuse_core.errors import (
     StoreError,
     first_few,
 )
+from defuse_core.files import digest_of
 from defuse_core.steps import STEPS
 from defuse_core.store import GONE, Store
 
@@ -86,17 +86,8 @@ def _weights_digests(spec: RunFile) -> dict[str, str]:
     for name, section in model_sections(spec).items():
         with contextlib.suppress(OSError):  # the code that reads the weights raises it
             if section.weights is not None:
-                digests[f"{name}.weights"] = _digest_of(section.weights)
+                digests[f"{name}.weights"] = digest_of(section.weights)
     return digests
-
-
-def _digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or over the digests of a folder's files (classifier.architecture: transformers)."""
-    if path.is_dir():
-        inside = "".join(_digest_of(file) for file in sorted(path.iterdir()) if file.is_file())
-        return hashlib.sha256(inside.encode()).hexdigest()
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _damaged(store: Store, name: str) -> str:
@@ -115,8 +106,7 @@ def no_such_run(store: Store, name: str) -> InputError:
     runs = list[str]()
     with contextlib.suppress(StoreError):  # a store that gives a run need not list them
         runs = [found for found in store.folders() if store.exists(f"{found}/run.yaml")]
-    like = difflib.get_close_matches(name, runs, n=1)
-    known = [*like, *(found for found in runs if found not in like)]
+    known = list(dict.fromkeys([*difflib.get_close_matches(name, runs, n=1), *runs]))
     has = first_few(known) if known else "no runs; choose another one with --store, or store= in Python"
     return InputError(f"no run called {name} in {store.address}, which has {has}")
 
