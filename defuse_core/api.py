@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from defuse_core.config import (
     DataSection,
     RunFile,
+    expect_fields,
     first_problem,
     flat_fields,
     load_run_file,
@@ -142,7 +143,8 @@ def open(run: str | os.PathLike[str], store: str | os.PathLike[str] | Store | No
     """
     name = os.fspath(run)
     if store is None:
-        store, name = Path(name).parent, Path(name).name
+        path = Path(name) if Path(name).name else Path.cwd()  # of `.`
+        store, name = path.parent, path.name
     return RunResult(Run.open(_opened(store), checked_name(name)))
 
 
@@ -236,6 +238,7 @@ class _Given:
         """Return the run file, once the images and the classifier that it names are in place."""
         if not self.arrays and "data" not in self.settings:
             raise DataError("debug: expected train=(images, labels), or settings with data; found neither")
+        expect_fields(self.settings, "settings")  # before images are stored and speeds are measured
         sections: dict[str, Any] = {}
         base = _tree(recorded) if self.is_over_plan else {}
         if self.arrays:

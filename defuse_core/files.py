@@ -1,7 +1,7 @@
 """Files and folders: written whole or not at all, locked, and errors of the file system in one line.
 
-First those of a store, then those that people name by an option of a command; last, items that are read ahead in
-threads.
+First those of a store, then those that people name by an option of a command, and digests; last, items that are read
+ahead in threads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import itertools
 import os
 import secrets
@@ -140,6 +141,8 @@ def expect_writable(option: str, path: Path) -> None:
     with writing(option, path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # a pipe or a device, which a file would replace
+            raise OSError(errno.EINVAL, "no ordinary file")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -224,6 +227,15 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or over the digests of a folder's files."""
+    if path.is_dir():
+        inside = "".join(digest_of(file) for file in sorted(path.iterdir()) if file.is_file())
+        return hashlib.sha256(inside.encode()).hexdigest()
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], ahead: int = READ_AHEAD) -> Iterator[B]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import platform
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -38,6 +39,7 @@ from defuse_core.errors import (
     StoreError,
     first_few,
 )
+from defuse_core.files import digest_of
 from defuse_core.steps import STEPS
 from defuse_core.store import GONE, Store
 
@@ -72,8 +74,6 @@ WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file na
 SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
 # Fields of section review that say how people are asked; free until their votes are stored.
 UNTIL_VOTES = ("answers_per_task", "stop_early", "certainty", "real_names")
-
-
 MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
 
 
@@ -88,17 +88,8 @@ def _weights_digests(spec: RunFile) -> dict[str, str]:
     for name, section in model_sections(spec).items():
         with contextlib.suppress(OSError):  # the code that reads the weights raises it
             if section.weights is not None:
-                digests[f"{name}.weights"] = _digest_of(section.weights)
+                digests[f"{name}.weights"] = digest_of(section.weights)
     return digests
-
-
-def _digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or over the digests of a folder's files (classifier.architecture: transformers)."""
-    if path.is_dir():
-        inside = "".join(_digest_of(file) for file in sorted(path.iterdir()) if file.is_file())
-        return hashlib.sha256(inside.encode()).hexdigest()
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _damaged(store: Store, name: str) -> str:
@@ -117,10 +108,9 @@ def no_such_run(store: Store, name: str) -> InputError:
     runs = list[str]()
     with contextlib.suppress(StoreError):  # a store that gives a run need not list them
         runs = [found for found in store.folders() if store.exists(f"{found}/run.yaml")]
-    like = difflib.get_close_matches(name, runs, n=1)
-    known = [*like, *(found for found in runs if found not in like)]
-    has = f"which has {first_few(known)}" if known else "which has no runs; choose another one with --store"
-    return InputError(f"no run called {name} in {store.address}, {has}")
+    known = list(dict.fromkeys([*difflib.get_close_matches(name, runs, n=1), *runs]))
+    has = first_few(known) if known else "no runs; choose another one with --store, or store= in Python"
+    return InputError(f"no run called {name} in {store.address}, which has {has}")
 
 
 class ReachedStep(Exception):  # noqa: N818 - not an error: --until was reached
@@ -305,6 +295,12 @@ class Run:
         """Return the error of a run that has not made something yet: `what`, unless the run itself is gone."""
         return InputError(f"run {self.name} {what}" if self.exists() else f"{self.store.address}: {GONE}")
 
+    def command(self, words: str, *options: str) -> str:
+        """Return `defuse WORDS RUN OPTIONS`, with --store unless the run is in the default store."""
+        store = self.store.address.removesuffix(f"/{self.name}")
+        where = [] if store == str(Path("runs").absolute()) else ["--store", store]
+        return shlex.join(["defuse", *words.split(), self.name, *options, *where])
+
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size.
 
@@ -326,7 +322,7 @@ class Run:
             return {}
         except ValueError:  # no UTF-8, or no JSON
             found = None
-        if not isinstance(found, dict) or not isinstance(found.get("artefacts", {}), dict):
+        if not isinstance(found, dict) or not _are_entries(found.get("artefacts", {})):
             raise DamagedError(
                 f"{self.store.address}/{key}: expected what Defuse wrote there, found damaged JSON; delete it and run "
                 f"again: {consequence}"
@@ -342,6 +338,15 @@ class Run:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         self.store.write("manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def _are_entries(entries: Any) -> bool:
+    """Whether these are what `_note` writes of artefacts."""
+    kinds = {"step": str, "made": str, "seconds": int | float, "bytes": int}
+    return isinstance(entries, dict) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), kinds[key]) for key in kinds)
+        for entry in entries.values()
+    )
 
 
 def utc_now() -> str:

@@ -7,6 +7,7 @@ from defuse_core.config.loading import (
     changed_field,
     changed_value,
     dump_run_file,
+    expect_fields,
     first_problem,
     flat_fields,
     load_run_file,

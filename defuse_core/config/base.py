@@ -87,13 +87,14 @@ def _whole_above_one(gpus: float) -> float:
 
 
 def _given(path: object) -> object:
-    """Refuse an empty path, which Path takes for the current folder, and what YAML takes for a number or a date."""
+    """Refuse an empty path, which Path takes for the current folder, and a name that YAML takes for no text."""
     if path == "":
         raise ValueError("expected a path, found an empty one; write . for the current folder")
-    if isinstance(path, int | float | date) and not isinstance(path, bool):
-        kind = "date" if isinstance(path, date) else "number"
+    if isinstance(path, int | float | date):
+        kind = "date" if isinstance(path, date) else "value" if isinstance(path, bool) else "number"
         raise ValueError(
-            f"expected a path, found the {kind} {path}; put the name in quotes, with --set in two: 'a.b=\"...\"'"
+            f"expected a path, found the {kind} {str(path).lower()}; put the name in quotes, "
+            "with --set in two: 'a.b=\"...\"'"
         )
     return path
 

@@ -85,22 +85,43 @@ def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:
         raise RunFileError(f"{where}: {first_problem(error, RunFile)}") from error
 
 
+def expect_fields(tree: dict[str, Any], where: str) -> None:
+    """Raise RunFileError naming the first field of a part of a run file that is unknown or wrong in any run file.
+
+    Fields that are missing, or that do not go with others, are left to parse_run_file.
+    """
+    try:
+        RunFile.model_validate(tree)
+    except ValidationError as error:
+        wrong = [each for each in error.errors() if each["type"] not in {"missing", "value_error"}]
+        if wrong:
+            raise RunFileError(f"{where}: {_first_of(wrong, RunFile)}") from error
+
+
 def first_problem(error: ValidationError, section: type[BaseModel]) -> str:
-    """Return the first invalid field of `section` with what was expected and found, in one line."""
+    """Return the first invalid field of `section` with what was expected and found, in one line.
+
+    An unknown field comes first: the one that is missing may be the one that was misspelt.
+    """
+    return _first_of(error.errors(), section)
+
+
+def _first_of(details: list[ErrorDetails], section: type[BaseModel]) -> str:
     problems: dict[str, list[ErrorDetails]] = {}
-    for detail in error.errors(include_url=False):
+    for detail in details:
         problems.setdefault(_field_at(detail["loc"], section), []).append(detail)
     # a section in a union of types fails in a field of its own, and for not being one of the other types
     problems = {
         at: found for at, found in problems.items() if not any(p.startswith(f"{at}.") for p in problems)
     }
+    for field, (first, *_) in problems.items():
+        if first["type"] == "extra_forbidden":
+            return f"{field}: unknown field{_meant(field, section)}"
     field, (first, *others) = next(iter(problems.items()))
-    if first["type"] == "extra_forbidden":
-        return f"{field}: unknown field{_meant(field, section)}"
     message = _message(first).removeprefix("Value error, ")
     for other in others:  # the field has a union of types
         message += " or " + _message(other).removeprefix("expected ")
-    found = "" if first["type"] in {"missing", "value_error"} else f", found {first['input']!r}"
+    found = "" if first["type"] in {"missing", "value_error"} else f", found {_found(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field + ': ' if field else ''}{message}{found}{more}"
 
@@ -116,17 +137,26 @@ def _meant(field: str, section: type[BaseModel]) -> str:
             lambda inner, name: f"{name}: {{{inner}}}", reversed(sections), f"{last}: ..."
         )
         return f"; write it in its section: {{{fields}}}, without a dot"
-    beside = [name for name in known if name.rpartition(".")[0] == field.rpartition(".")[0]]
-    close = difflib.get_close_matches(field, beside, 1, 0.7)
-    return f"; did you mean {close[0]}?" if close else ""
+    at, dot, last = field.lower().rpartition(".")  # every field is in lower case
+    beside = [name.removeprefix(at + dot) for name in known if name.rpartition(".")[0] == at]
+    close = difflib.get_close_matches(last, beside, 1)
+    return f"; did you mean {at}{dot}{close[0]}?" if close else ""
 
 
 def _message(detail: ErrorDetails) -> str:
     """Return pydantic's message in the words of Defuse and YAML."""
     return {
+        "missing": "expected a value, found none",
+        "path_type": "expected a path",
+        "too_short": f"expected a list of at least {detail.get('ctx', {}).get('min_length')}",
         "tuple_type": "expected a list",
         "model_type": "expected a section with fields",
     }.get(detail["type"], detail["msg"].replace("Input should be ", "expected "))
+
+
+def _found(value: object) -> str:
+    """Return a value of a run file as a message shows it."""
+    return _as_yaml(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
@@ -203,9 +233,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             f"--set {override}: expected a value, found none; is the variable set? write {path}=null to unset the field"
         )
     for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
+        below = tree.get(section, {})
+        if not isinstance(below, dict):
             raise RunFileError(f"--set {override}: {section} is not a section")
+        tree[section] = dict(below)  # another section can be a YAML alias of this one
+        tree = tree[section]
     try:
         value, comment = parse_yaml(text), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
@@ -267,9 +299,8 @@ def describe_fields(section: str | None = None) -> list[FieldDescription]:
 def _beside(name: str) -> str:
     """Return what there is where a section or field was looked for that does not exist."""
     parts, at = [field.name.split(".") for field in _fields(RunFile, "")], name.split(".")[:-1]
-    while at and not any(names[: len(at)] == at for names in parts):
+    while not (beside := {names[len(at)]: None for names in parts if names[:-1][: len(at)] == at}):
         at.pop()
-    beside = dict.fromkeys(names[len(at)] for names in parts if names[: len(at)] == at)
     return f"; {'.'.join(at) or 'the run file'} has {', '.join(beside)}"
 
 
@@ -282,6 +313,8 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDescription]:
             default = "required" if info.is_required() else _as_yaml(info.default)
             meaning = " ".join((info.description or "").split())
             yield FieldDescription(prefix + name, _values(info), default, meaning)
+            for inner in filter(_is_section, typing.get_args(kind)):
+                yield from _fields(inner, f"{prefix}{name}.")
 
 
 def _values(info: FieldInfo) -> str:

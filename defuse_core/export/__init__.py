@@ -111,7 +111,7 @@ def why_not_corrected(run: Run) -> str:
     if verdicts is not None and len(verdicts.accepted):
         sweep = run.require(Sweep)
         return no_lambda_chosen(len({row.lam for row in sweep.rows}), len(sweep.failed))
-    return f"no failure scenario was accepted; `defuse report {run.name}` says why"
+    return f"no failure scenario was accepted; `{run.command('report')}` says why"
 
 
 def undecided_of(run: Run) -> str | None:

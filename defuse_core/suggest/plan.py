@@ -274,7 +274,7 @@ def _set_sizes(
     if count < FEW_IMAGES and 2 * trained <= enough:
         warnings.append(
             f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
-            f"images to be as accurate as the classifier; give more than {minutes:g} minutes (--minutes, or "
+            f"images to be as accurate as the classifier; give more than {count_of(minutes, 'minute')} (--minutes, or "
             "minutes= in Python)"
         )
     if own and tree["classifier"]["epochs"]:

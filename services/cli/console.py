@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Self, cast
@@ -29,6 +30,8 @@ class Terminal(Console):
 
     def __init__(self, *, stderr: bool = False, markup: bool = True) -> None:
         super().__init__(stderr=stderr, markup=markup, emoji=False)  # `:cat:` in a class name is text
+        if self.is_dumb_terminal:  # rich takes 80 columns for it, whatever COLUMNS says
+            self.size = shutil.get_terminal_size()
         if self.width < 1:  # COLUMNS=0, as in some editors and containers
             self.width = WIDTH
 

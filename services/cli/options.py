@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -50,17 +49,21 @@ def number(context: click.Context, parameter: click.Parameter, value: float) -> 
 
 
 class GivenPath(click.Path):
-    """The type of a path. Raises BadParameter for an empty one, which Path takes for the current folder."""
+    """The type of a path, with ~ expanded, which shells leave after `--to=`.
+
+    Raises BadParameter for an empty one, which Path takes for the current folder.
+    """
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | bytes | os.PathLike[str]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if value == "":
             self.fail(EMPTY, param, ctx)
-        return super().convert(value, param, ctx)
+        try:
+            return Path(str(super().convert(value, param, ctx))).expanduser()
+        except RuntimeError:
+            self.fail(f"{value}: expected the home of an existing user after ~", param, ctx)
 
 
 store_option = click.option(
@@ -190,12 +193,13 @@ def classifier_fields(text: str | None, weights: Path | None) -> dict[str, Any] 
     if path.is_dir():
         _expect_none(weights, text, "its weights are in the folder")
         return {"architecture": "transformers", "weights": str(path.absolute())}
-    if path.suffix == ".py":
-        outside = path.is_absolute() or ".." in path.parts
-        module = path.stem if outside else ".".join(path.with_suffix("").parts)
+    script, function = Path(str(path).partition(":")[0]), text.partition(":")[2] or "build"
+    if script.suffix == ".py":
+        outside = script.is_absolute() or ".." in script.parts
+        module = script.stem if outside else ".".join(script.with_suffix("").parts)
         raise InputError(
             f"--classifier {text}: a Python file; name the function in it that returns the network: --classifier "
-            f"{module}:build"
+            f"{module}:{function}"
         )
     if path.suffix == ".safetensors":
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -128,7 +129,7 @@ def save(run: str, store: str, out: Path) -> None:
                        f"({percent(scenario.before)} before, {percent(scenario.after)} after)")  # fmt: skip
     pictures = count_of(scenarios[0].pictures, "picture")
     click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
-               f"defuse check --suite {out} --classifier ...")  # fmt: skip
+               f"defuse check --suite {shlex.quote(str(out))} --classifier ...")  # fmt: skip
 
 
 def expect_no_suite_options(

@@ -58,9 +58,9 @@ def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
     click.echo(f"label at {annotators.client.labeling_url(state.number)}")
     click.echo(f"annotators get an account at {annotators.client.invitation()}")
     if opened.store.exists("votes.safetensors"):
-        click.echo(f"voting is closed: answers count only after `defuse review reopen {name}`")
+        click.echo(f"voting is closed: answers count only after `{opened.command('review reopen')}`")
     if from_traffic:
-        click.echo(f"`defuse review status {name}` shows the answers")
+        click.echo(f"`{opened.command('review status')}` shows the answers")
 
 
 @review.command(short_help="Show answers, and where to label.")
@@ -89,7 +89,7 @@ def status(name: str, store: str, as_json: bool) -> None:
         changes, failure = _later_answers(opened, gallery, votes)
         later = changes, None if failure is None else str(failure)
         review_tables.print_result(gallery, votes, verdicts, console)
-        review_tables.print_closed(name, *later, console)
+        review_tables.print_closed(opened, *later, console)
         if as_json:
             print_json(asdict(review_tables.summarize_result(name, gallery, votes, verdicts, *later)))
         return
@@ -103,7 +103,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
     task_url = partial(annotators.client.task_url, state.number)
     review_tables.print_status(found, console)
-    review_tables.print_skips(name, found, task_url, console)
+    review_tables.print_skips(opened, found, task_url, console)
     summary = review_tables.summarize_status(name, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
     if _is_of_traffic(name) and not found.outstanding:  # `defuse run` finishes a run's own review
@@ -166,7 +166,10 @@ def _later_answers(
 @click.argument("scenario", type=int)
 @store_option
 @click.option(
-    "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
+    "--label",
+    metavar="NAME_OR_INDEX",
+    callback=given,
+    help="Accept the scenario as a failure, with this class as label.",
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
 @click.option(
@@ -234,7 +237,7 @@ def reopen(name: str, store: str, discard: bool) -> None:
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened)
-    click.echo(f"the vote of {name} is open again; `{_following(name)}` takes in all answers")
+    click.echo(f"the vote of {name} is open again; `{_following(opened)}` takes in all answers")
 
 
 def _expect_no_answer_lost(run: Run, gallery: Gallery, votes: Votes) -> None:
@@ -344,7 +347,7 @@ def simulate(name: str, store: str) -> None:
     annotators = LabelStudioAnnotators(opened, settings)
     with ProgressDisplay() as display:
         total = simulate_annotators(annotators, gallery, server, LocalCompute(display), display)
-    click.echo(f"answered {count_of(total, 'task')}; `{_following(name)}` continues with the answers")
+    click.echo(f"answered {count_of(total, 'task')}; `{_following(opened)}` continues with the answers")
 
 
 def _is_of_traffic(name: str) -> bool:
@@ -352,9 +355,9 @@ def _is_of_traffic(name: str) -> bool:
     return "/" in name
 
 
-def _following(name: str) -> str:
+def _following(run: Run) -> str:
     """Return the command that takes in the answers of a review: of a run, or of the traffic of a version."""
-    return f"defuse review status {name}" if _is_of_traffic(name) else "defuse run"
+    return run.command("review status") if _is_of_traffic(run.name) else "defuse run"
 
 
 def _open_traffic_review(name: str, store: str) -> str:

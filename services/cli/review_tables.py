@@ -17,6 +17,7 @@ from services.cli.console import print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
+    from defuse_core.runs import Run
     from services.labeling.annotations import AnswerChanges
     from services.labeling.status import ReviewStatus
     from services.labeling.tasks import TaskSubject
@@ -262,7 +263,7 @@ def _print_discarded(status: ReviewStatus, console: Console) -> None:
         console.print(f"{foreign} that Defuse did not import: answers there are not counted.")
 
 
-def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
+def print_skips(run: Run, status: ReviewStatus, task_url: Callable[[int], str], console: Console) -> None:
     """Print the skips and unreadable answers that keep a task from its answers, and how to resolve them."""
     skips = status.blocking_skips()
     for skip in skips[:ROWS_SHOWN]:
@@ -275,20 +276,20 @@ def print_skips(name: str, status: ReviewStatus, task_url: Callable[[int], str],
     if skips:
         console.print(
             f"{len(skips)} skipped or not readable, in tasks that lack answers. Label Studio does not hand these out "
-            f"to the same people again: let others answer, or `defuse review push {name} --repair` deletes the "
-            "skips and the unreadable answers (end a waiting `defuse run --wait` first; nothing is lost).",
+            f"to the same people again: let others answer, or `{run.command('review push', '--repair')}` "
+            "deletes the skips and the unreadable answers (end a waiting `defuse run --wait` first; nothing is lost).",
             soft_wrap=True,
         )
 
 
-def print_closed(name: str, changes: AnswerChanges | None, unknown: str | None, console: Console) -> None:
+def print_closed(run: Run, changes: AnswerChanges | None, unknown: str | None, console: Console) -> None:
     """Print that answers are not taken in any more, and people's changes since, or why these are `unknown`."""
-    console.print(f"Voting is closed: the votes of {name} are stored.")
+    console.print(f"Voting is closed: the votes of {run.name} are stored.")
     if unknown is not None:
         console.print(f"It is unknown whether answers have come since then: {unknown}", soft_wrap=True)
     if changes is not None and str(changes):
         lost = ", and loses those that were deleted" if changes.deleted else ""
-        command = f"defuse review reopen {name}{' --discard' if changes.deleted else ''}"
+        command = run.command("review reopen", *(["--discard"] if changes.deleted else []))
         console.print(
             f"{changes} since then, not counted; `{command}` uses the answers as they are now{lost}.",
             soft_wrap=True,

@@ -91,7 +91,7 @@ def init(
         raise InputError(
             f"{images} is no folder of images and no .npz file; did you mean `defuse run {images}`?"
         )
-    path = out or Path(f"{usable_name(images.absolute().stem)}.yaml")
+    path = out or Path(f"{usable_name(images.absolute().name.removesuffix('.npz'))}.yaml")
     if not force:
         expect_new_file("--out", path)
     if not path.parent.is_dir():
@@ -254,7 +254,7 @@ def status(name: str | None, store: str, as_json: bool) -> None:
     """Show how far RUN is, or list the runs.
 
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
-    continues it.
+    continues it. Sizes are of a step's artefacts, without its shards, trials and checkpoints.
 
     \b
     defuse status

@@ -44,7 +44,7 @@ ARTEFACTS = {  # step -> what it has stored in the run when it is done, apart fr
 @dataclass(frozen=True)
 class StepState:
     """The state of one step: "done", "under way", "stopped" (begun, and no driver works on the run), "waits for people"
-    or "to do".
+    or "to do". `bytes` are of its artefacts, without shards, trials and checkpoints.
     """
 
     step: str
@@ -259,8 +259,8 @@ def _stored_report(run: Run) -> Report | None:
 
 def _unread_report(run: Run) -> str:
     return (
-        f"{run.name}: report.json is another version's, or damaged; `defuse report {run.name}` writes it again or says "
-        "why not"
+        f"{run.name}: report.json is another version's, or damaged; `{run.command('report')}` writes it again or "
+        "says why not"
     )
 
 

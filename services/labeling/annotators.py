@@ -115,7 +115,7 @@ class LabelStudioAnnotators:
         state = read_state(self.run.store, gallery)
         if state.project is None:
             raise InputError(
-                f"run {self.run.name} was not pushed yet; `defuse review push {self.run.name}` does"
+                f"run {self.run.name} was not pushed yet; `{self.run.command('review push')}` does"
             )
         return self._pull(gallery, state)
 
@@ -181,7 +181,7 @@ class LabelStudioAnnotators:
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
             + (
-                f"{skips} were skipped or are not readable, see `defuse review status {self.run.name}`; "
+                f"{skips} were skipped or are not readable, see `{self.run.command('review status')}`; "
                 if skips
                 else ""
             )

@@ -78,7 +78,7 @@ class ReviewProject:
         self.access, self.prelabels = access or BucketAccess(), prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
         self.is_closed = run.store.exists("votes.safetensors")
-        self.repair_command = f"`defuse review push {run.name} --repair`"
+        self.repair_command = f"`{run.command('review push', '--repair')}`"
 
     def push(self) -> ProjectState:
         """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
@@ -90,7 +90,8 @@ class ReviewProject:
             if self.is_closed:
                 raise InputError(
                     f"the votes of run {self.run.name} are stored, and {self.client.address} has no project with their "
-                    f"answers; `defuse review reopen {self.run.name} --discard` deletes the votes, to ask people again"
+                    f"answers; `{self.run.command('review reopen', '--discard')}` deletes the votes, to ask people "
+                    "again"
                 )
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
                 kept = set_aside(self.run.store, self.state, STATE_KEY, AUTHORS_KEY)
@@ -140,7 +141,7 @@ class ReviewProject:
         if missing.any() and not self.state.pushed:
             raise InputError(
                 f"project {self.state.number} has {len(self.tasks) - missing.sum()} of {len(self.tasks)} tasks: its "
-                f"push is under way or was interrupted; `defuse review push {self.run.name}` completes it"
+                f"push is under way or was interrupted; `{self.run.command('review push')}` completes it"
             )
         if missing.any():
             raise InputError(self._deleted(np.flatnonzero(missing).tolist()))

@@ -114,7 +114,7 @@ def simulate(
     state = read_state(run.store, gallery)
     if state.project is None or state.address != server.address:
         raise InputError(
-            f"run {run.name} is not in the local Label Studio; `defuse review push {run.name}` first"
+            f"run {run.name} is not in the local Label Studio; `{run.command('review push')}` first"
         )
     if not state.simulated and annotators.status(gallery)[0].pulled.annotators():
         raise InputError(

@@ -168,11 +168,14 @@ def test_every_field_has_a_description():
             "resources.precision.vae: expected 'f32' or 'bf16', found 'fp16'$",
         ),
         ("resources.precision={x: f32}", "resources.precision.x: unknown field$"),
+        ("resources.precision.vea=f32", "resources.precision.vea: .*mean resources.precision.vae[?]$"),
+        ("VAE.epochs=3", "VAE: unknown field; did you mean vae[?]$"),
         (
             "resources.precision=fp16",
             "resources.precision: expected 'auto', 'f32' or 'bf16' or a section with fields, found 'fp16'$",
         ),
         ("correct.lambdas=1", "correct.lambdas: expected a list, found 1$"),
+        ("correct.lambdas=[]", r"correct.lambdas: expected a list of at least 1, found \[\]$"),
         ("data=[]", "data: expected a section with fields, found \\[\\]$"),
         ("identify.draws=0", "identify.draws: .*greater than or equal to 1, found 0"),
         ("identify.a=.nan", "identify.a: .*finite"),
@@ -237,6 +240,8 @@ def test_every_field_has_a_description():
             "data.root=2024-01-31",
             "data.root: expected a path, found the date 2024-01-31; put the name in quotes",
         ),
+        ("data.root=no", "data.root: expected a path, found the value false; put the name in quotes"),
+        ("data.root={}", "data.root: expected a path, found {}$"),
         ("data.root=~nobody-of-this-name/x", "data.root: .*home of an existing user"),
     ],
 )
@@ -259,7 +264,10 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
         ("data: " + 3000 * "[" + 3000 * "]", "expected YAML, found sections nested too deeply"),
         ("- 1", "expected sections"),
         ("", "expected sections"),
-        ("seed: 1", "data: Field required"),
+        ("seed: 1", "data: expected a value, found none$"),
+        ("data:", "data: expected a section with fields, found null$"),
+        ("Data: {name: digits}", "Data: unknown field; did you mean data[?]$"),
+        ("data: {nmae: digits}", "data.nmae: unknown field; did you mean data.name[?]$"),
     ],
 )
 def test_a_file_that_is_no_run_file_is_explained(content, message, tmp_path):

@@ -14,7 +14,7 @@ from defuse_core.config import (
     load_run_file,
     parse_run_file,
 )
-from defuse_core.config.loading import FieldDescription, describe_fields
+from defuse_core.config.loading import FieldDescription, describe_fields, flat_fields
 from defuse_core.errors import InputError, RunFileError
 from tests.conftest import TINY, tiny
 
@@ -70,6 +70,21 @@ def test_one_field_or_section_is_described_alone_and_a_part_of_a_name_is_none():
         describe_fields("vae.bet")
     with pytest.raises(InputError, match=r"fields vae.nothing: .*; vae has architecture, .*, beta, "):
         describe_fields("vae.nothing")
+    with pytest.raises(InputError, match=r"fields VAE.beta: .*; did you mean vae.beta\?"):
+        describe_fields("VAE.beta")
+
+
+def test_each_field_of_a_section_that_is_a_choice_is_described(described):
+    spec = tiny(resources={"precision": {}})
+    names = flat_fields(spec.model_dump(mode="json"))
+    assert "resources.precision.vae" in names
+    assert all(described[name].meaning for name in names)
+
+
+def test_a_name_below_a_field_is_answered_with_what_its_section_has(described):
+    for name in described:
+        with pytest.raises(InputError, match=rf"fields {name}.x: no such section or field; "):
+            describe_fields(f"{name}.x")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +115,7 @@ def tiny_with(fields: dict[str, dict[str, object]]) -> RunFile:
 def test_a_file_with_a_missing_field_and_a_wrong_one_says_nothing_of_what_was_found_for_the_missing():
     with pytest.raises(RunFileError) as refused:
         parse_run_file({"data": {"channels": 2}}, "here")
-    assert str(refused.value) == "here: data.name: Field required (and 1 more)"
+    assert str(refused.value) == "here: data.name: expected a value, found none (and 1 more)"
 
 
 def test_a_written_run_file_has_its_sections_in_their_order_and_text_as_it_is():
@@ -138,6 +153,14 @@ def test_a_section_that_the_file_has_not_is_begun_by_an_override(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": TINY["data"]}))
     spec = load_run_file(tmp_path / "run.yaml", ("review.reference.count=4", "review.reference.epochs=2"))
     assert (spec.review.reference.count, spec.review.reference.epochs) == (4, 2)
+
+
+def test_an_override_leaves_the_section_that_is_an_alias_of_its_own(tmp_path):
+    nets = "review: {reference: &nets {epochs: 4, count: 4}}\njudges: *nets\n"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": TINY["data"]}) + nets)
+    spec = load_run_file(tmp_path / "run.yaml", ("judges.epochs=9", "review.reference.count=3"))
+    assert (spec.review.reference.epochs, spec.judges.epochs) == (4, 9)
+    assert (spec.review.reference.count, spec.judges.count) == (3, 4)
 
 
 def test_keys_of_a_mapping_may_be_lists_and_equal_text_of_another_type_is_another_key(tmp_path):

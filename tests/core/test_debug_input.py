@@ -196,6 +196,26 @@ def test_what_cannot_be_is_refused_in_one_line(case, tmp_path):
     assert not list(tmp_path.rglob("models.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"vae": {"epoch": 3}}, "^settings: vae.epoch: unknown field; did you mean vae.epochs"),
+        ({"data": {"channels": 2}}, "^settings: data.channels: expected 1 or 3, found 2"),
+        ({"review": {"rho": 2}}, "^settings: review.rho: expected less than 1"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_stored(settings, line, tmp_path):
+    with pytest.raises(RunFileError, match=line):
+        defuse.debug(**arguments(tmp_path, settings=settings))
+    assert not list(tmp_path.rglob("inputs"))
+
+
+def test_a_run_is_opened_from_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"no run called {tmp_path.name} in {tmp_path.parent}"):
+        defuse.open(".")
+
+
 def test_what_a_call_left_that_failed_before_the_run_began_is_replaced(tmp_path):
     images, labels = digits()
     odd = np.pad(images, ((0, 0), (0, 1), (0, 1)))

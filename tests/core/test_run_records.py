@@ -65,7 +65,12 @@ def test_a_run_with_a_field_of_another_version_names_the_file_and_says_what_to_d
         )
 
 
-@pytest.mark.parametrize("text", [b"{", b"\xff", b"[]", b'{"artefacts": []}'])
+ENTRY = {"step": "train", "made": "2026-01-31T12:00:00Z", "seconds": 1, "bytes": 2}
+ENTRIES = [None, {}, ENTRY | {"seconds": "1"}, ENTRY | {"step": None}, ENTRY | {"made": 3}]
+DAMAGED = [json.dumps({"artefacts": {"models": entry}}).encode() for entry in ENTRIES]
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[]", b'{"artefacts": []}', *DAMAGED])
 def test_a_damaged_manifest_is_named(store, text):
     run = Run.start(store, "a", tiny())
     run.store.write("manifest.json", text)

@@ -122,3 +122,9 @@ def test_a_line_of_a_check_needs_no_terminal_and_no_output(monkeypatch, capsys):
     assert capsys.readouterr().out == "ok     accuracy: 90.00 %\n"
     monkeypatch.setattr("sys.stdout", None)  # what Python makes of `>&-`
     echo_marked("ok", "accuracy: 90.00 %")
+
+
+def test_a_terminal_that_can_do_nothing_but_text_is_as_wide_as_it_says(monkeypatch):
+    for name, value in {"TERM": "dumb", "COLUMNS": "60", "FORCE_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert console.Terminal().width == 60

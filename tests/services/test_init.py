@@ -360,6 +360,7 @@ def test_what_cannot_be_is_refused_in_one_line(options, line, tmp_path, monkeypa
         ("日本", None, "images.yaml", "defuse run images.yaml"),
         ("traffic", None, "traffic-images.yaml", "defuse run traffic-images.yaml"),
         ("a" * 120, None, "a" * 90 + ".yaml", f"defuse run {'a' * 90}.yaml"),
+        ("digits.v2", None, "digits.v2.yaml", "defuse run digits.v2.yaml"),
         ("digits", "my run.yaml", "my run.yaml", "defuse run 'my run.yaml' --name my-run"),
     ],
 )

@@ -80,6 +80,11 @@ def test_the_sigmoid_of_a_classifier_that_the_run_trains_is_noted(monkeypatch, c
             ["own/nets.py", "--weights", "digits.npz"],
             "name the function in it that returns the network: --classifier own.nets:build",
         ),
+        (["./nets.py:make"], "name the function in it that returns the network: --classifier nets:make"),
+        (
+            ["own/nets.py:make"],
+            "name the function in it that returns the network: --classifier own.nets:make",
+        ),
         (["json.loads"], "found no such file; did you mean json:loads?"),
         (["json"], "found no such file; did you mean json:build?"),
         (["json.decoder"], "found no such file; did you mean json.decoder:build?"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
@@ -79,8 +81,20 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     told = call(monkeypatch, capsys, "fields", "--help")[1]
     assert f"Sections: {', '.join(headings)}." in " ".join(told.split())
     code, _, err = call(monkeypatch, capsys, "fields", "vea")
+    assert code == 2 and "did you mean vae?" in err
+    code, _, err = call(monkeypatch, capsys, "fields", "nothing")
     assert code == 2
     assert "no such section or field; the run file has seed, data, classifier" in one_line(err)
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_a_pipe_is_not_replaced_by_a_run_file(force, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    code, _, err = call(monkeypatch, capsys, "init", tmp_path, "--out", "pipe", *force)
+    assert code == 2
+    assert "--out pipe: cannot be written (no ordinary file); choose another place" in one_line(err)
+    assert Path("pipe").is_fifo()
 
 
 def test_a_run_file_that_is_replaced_stays_where_the_disk_is_full(tmp_path, monkeypatch, capsys):

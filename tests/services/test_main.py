@@ -190,6 +190,14 @@ def test_an_empty_path_is_not_taken_for_the_current_folder(monkeypatch, capsys):
             path.type.convert("", path, None)
 
 
+def test_a_tilde_is_the_users_home_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # bash leaves the tilde of --to=~/model.pt2
+    for path in (p for each in commands(defuse) for p in each.params if isinstance(p.type, click.Path)):
+        assert path.type.convert("~/one", path, None) == tmp_path / "one"
+        with pytest.raises(click.BadParameter, match="expected the home of an existing user after ~"):
+            path.type.convert("~nobody-of-this-name/one", path, None)
+
+
 def test_text_with_control_characters_is_refused(monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "status", "--store", "a\x1b[2J")
     assert code == 2

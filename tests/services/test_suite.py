@@ -213,14 +213,14 @@ def saved(store: FolderStore, name: str, folder: Path, monkeypatch, capsys) -> t
 
 
 def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path, monkeypatch, capsys):
-    page, out = saved(store, "unimproved", tmp_path / "suite", monkeypatch, capsys)
+    folder, weights = tmp_path / "my suite", files / "bad.safetensors"
+    page, out = saved(store, "unimproved", folder, monkeypatch, capsys)
     assert [scenario["least"] for scenario in page["scenarios"]] == [0, 0]
     assert out.count("nothing is required, since the correction did not improve it") == 2
-    weights = files / "bad.safetensors"
-    bad = ["check", "--suite", tmp_path / "suite", "--classifier", NET, "--weights", weights]
+    assert f"next: defuse check --suite '{folder}' --classifier ..." in out
+    bad = ["check", "--suite", folder, "--classifier", NET, "--weights", weights]
     code, out, err = call(monkeypatch, capsys, *bad, "--junit", tmp_path / "a.xml")
-    assert (code, out.count("ok "), out.count("–      ")) == (2, 0, 2)
-    assert "nothing is required" in out
+    assert (code, out.count("ok "), out.count("–      "), out.count("nothing is required")) == (2, 0, 2, 2)
     assert "nothing is required of any scenario, so every classifier would pass" in one_line(err)
     (tests,) = JUnitXml.fromfile(str(tmp_path / "a.xml"))
     assert (tests.tests, tests.failures, tests.skipped) == (2, 0, 2)

@@ -310,7 +310,7 @@ def test_runs_are_listed_with_where_they_are(tmp_path: Path):
 
 def test_a_run_that_cannot_be_listed_is_named_with_what_is_damaged_in_it(tmp_path: Path):
     a_run(tmp_path, "readable")
-    a_run(tmp_path, "damaged").store.write("manifest.json", b"{")
+    a_run(tmp_path, "damaged").store.write("manifest.json", b'{"artefacts": {"models": {}}}')
     FolderStore(tmp_path).write("broken/run.yaml", b"seed: 2023-02-30")
     console = terminal(300)
     print_runs(FolderStore(tmp_path), console)
@@ -368,7 +368,7 @@ def test_a_report_of_another_version_is_named_with_the_command_that_writes_it_ag
         console = terminal(300)
         show(console)
         assert "older: report.json is another version's" in text_of(console)
-        assert "`defuse report older` writes it again" in text_of(console)
+        assert f"`defuse report older --store {tmp_path}` writes it again" in text_of(console)
 
 
 def test_status_shows_the_health_of_the_vae_as_soon_as_it_is_trained(tmp_path: Path):

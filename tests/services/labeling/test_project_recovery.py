@@ -57,7 +57,7 @@ def test_tasks_of_a_push_that_was_interrupted_are_not_said_to_be_deleted(make_re
     with pytest.raises(KeyboardInterrupt):
         review.annotators.push(review.gallery)
     with pytest.raises(
-        InputError, match=r"has 5 of 12 tasks: its push .* `defuse review push run\d+` completes"
+        InputError, match=r"has 5 of 12 tasks: its push .* `defuse review push run\d+ --store .*` completes"
     ):
         review.annotators.status(review.gallery)
 

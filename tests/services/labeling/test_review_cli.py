@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -124,9 +125,14 @@ def test_stored_votes_are_shown_without_the_client_of_label_studio(cli, make_rev
     assert "votes of reference models stored" in shown and "Voting is closed" in shown
 
 
+def test_a_label_from_an_unset_variable_is_refused(cli):
+    shown = " ".join(cli("review", "set", "mine", "0", "--label", "", "--reason", "seen").output.split())
+    assert "'--label': expected a value, found an empty one; is the variable set?" in shown
+
+
 def test_status_before_a_push_says_what_to_type(cli, make_review):
     review = make_review()
-    with pytest.raises(InputError, match=f"`defuse review push {review.run.name}`"):
+    with pytest.raises(InputError, match=f"`defuse review push {review.run.name} --store /.*` does"):
         cli("review", "status", review.run.name)
 
 
@@ -206,8 +212,8 @@ def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answer
     found = json.loads(cli("review", "status", name, "--json").stdout)
     assert (found["closed"], found["given"], found["wanted"]) == (True, 8, 0)
     assert found["changes"] == {"added": 0, "changed": 1, "deleted": 0} and found["label_at"] is None
-    assert f"`defuse review reopen {name}`" in shown
-    assert "is open again" in cli("review", "reopen", name).output
+    (proposed,) = re.findall(f"`defuse (review reopen {name} --store .*?)`", shown)
+    assert "is open again" in CliRunner().invoke(defuse, proposed.split()).output
     assert review.run.load(Votes) is None
     votes = review.annotators.review(review.gallery)
     here = (votes.scenario == 0) & (votes.image == 0)
@@ -231,14 +237,16 @@ def test_votes_are_not_reopened_where_label_studio_has_lost_their_answers(cli, m
     if loss == "the project":
         review.api._sdk.projects.delete(id=number)
         gone = rf"--discard gives up: project {number} was deleted from .*the stored votes of run {name} hold"
-        with pytest.raises(InputError, match=f"`defuse review reopen {name} --discard` deletes the votes"):
+        with pytest.raises(
+            InputError, match=f"`defuse review reopen {name} --discard --store .*` deletes the votes"
+        ):
             cli("review", "push", name, "--repair")
         assert review.state.number == number
     else:
-        assert f"only after `defuse review reopen {name}`" in cli("review", "push", name).output
+        assert f"only after `defuse review reopen {name} --store " in cli("review", "push", name).output
         review.api.delete_annotation(review.tasks()["s000-i00"].annotations[0].id)
         gone = "1 answer of the votes were deleted in Label Studio"
-        assert f"`defuse review reopen {name} --discard`" in " ".join(
+        assert f"`defuse review reopen {name} --discard --store " in " ".join(
             cli("review", "status", name).output.split()
         )
     with pytest.raises(InputError, match=gone):
@@ -320,7 +328,7 @@ def test_status_shows_skips_with_the_task_and_what_resolves_them(cli, make_revie
         f"Skipped: annotator-1 on scenario 1, image 2, {review.api.task_url(review.state.number, task)}"
         in shown
     )
-    assert f"`defuse review push {name} --repair` deletes the skips" in shown
+    assert re.search(f"`defuse review push {name} --repair --store /[^ ]+` deletes the skips", shown)
 
 
 def test_the_address_for_annotators_can_be_another_than_that_of_the_api(cli, make_review, monkeypatch):

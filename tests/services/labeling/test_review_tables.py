@@ -15,6 +15,8 @@ from rich.console import Console
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery, Override, Votes
 from defuse_core.review.verdicts import decide_verdicts
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.cli.review_tables import (
     ROWS_SHOWN,
     print_closed,
@@ -27,6 +29,7 @@ from services.labeling.annotations import AnswerChanges, read_annotations
 from services.labeling.records import Task
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
+from tests.conftest import tiny
 
 NAMES = {1: "Ada", 2: "Ben", 3: "Cem"}
 
@@ -120,7 +123,9 @@ def test_the_first_answers_that_do_not_count_are_listed_and_the_others_counted(
 
 def test_the_first_skips_of_tasks_that_lack_answers_are_listed_and_all_counted(tmp_path: Path) -> None:
     def skips_of(status: ReviewStatus) -> list[str]:
-        return shown(lambda console: print_skips("mine", status, lambda task: f"/task/{task}", console))
+        return shown(
+            lambda console: print_skips(mine(tmp_path), status, lambda task: f"/task/{task}", console)
+        )
 
     full = {0: "88"}
     lines = skips_of(status_of(tmp_path, full, skips=ROWS_SHOWN + 2))
@@ -169,21 +174,27 @@ def test_answers_of_people_with_one_name_are_added_and_a_page_is_one_answer(form
     assert [scenario.scenario for scenario in found.scenarios] == [7, None, 3]
 
 
-def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known() -> None:
+def mine(folder: Path) -> Run:
+    return Run(FolderStore(folder), "mine", tiny())
+
+
+def test_a_closed_vote_says_what_came_since_and_where_that_is_not_known(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = mine(tmp_path / "runs")  # which commands take without --store
     closed = "Voting is closed: the votes of mine are stored."
     since = " since then, not counted; `defuse review reopen mine{}` uses the answers as they are now"
     given, lost = AnswerChanges(added=2), AnswerChanges(added=2, deleted=1)
     unknown = "It is unknown whether answers have come since then: no server"
-    assert shown(lambda console: print_closed("mine", AnswerChanges(), None, console)) == [closed]
-    assert shown(lambda console: print_closed("mine", given, None, console)) == [
+    assert shown(lambda console: print_closed(run, AnswerChanges(), None, console)) == [closed]
+    assert shown(lambda console: print_closed(run, given, None, console)) == [
         closed,
         f"2 given{since.format('')}.",
     ]
-    assert shown(lambda console: print_closed("mine", lost, None, console)) == [
+    assert shown(lambda console: print_closed(run, lost, None, console)) == [
         closed,
         f"2 given, 1 deleted{since.format(' --discard')}, and loses those that were deleted.",
     ]
-    assert shown(lambda console: print_closed("mine", None, "no server", console)) == [
+    assert shown(lambda console: print_closed(run, None, "no server", console)) == [
         closed,
         unknown,
     ]

@@ -85,7 +85,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
 ):
     name = f"{served.name}/traffic-1"
     assert (
-        f"`defuse review status {name}` shows the answers"
+        f"`defuse review status {name} --store {tmp_path}` shows the answers"
         in cli("push", served.name, "--from-traffic").output
     )
     review = Run.open(FolderStore(tmp_path), name)

@@ -36,6 +36,7 @@ def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):
         ({"batch": 3}, r"serve\.batch: "),
         ({"batch_size": 0}, r"serve\.batch_size: "),
         ({"min_replicas": 3}, "exceeds max_replicas"),
+        ({"watch_images": 500}, "--set serve.watch_images: counts at a promotion"),
     ],
 )
 def test_an_invalid_setting_is_named(planted, settings, words):
