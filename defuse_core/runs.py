@@ -370,12 +370,8 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
             continue
         found[name] = f"{earlier}, {version}"
         if name != "platform":  # it names the kernel, too
-            log.warning(
-                "so far this run was made with %s %s, and now with %s: its results can differ from those of either",
-                name,
-                earlier,
-                version,
-            )
+            text = "so far this run was made with %s %s, and now with %s: its results can differ from those of either"
+            log.warning(text, name, earlier, version)
     return found
 
 

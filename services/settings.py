@@ -145,5 +145,7 @@ def is_on(name: str) -> bool:
 def variables(names: Sequence[str]) -> dict[str, str]:
     """Return the named variables, for the environment of a job. Raises InputError for one that is not set."""
     if missing := [name for name in names if name not in os.environ]:
-        raise InputError(f"--env {missing[0]}: expected a variable that is set in this environment")
+        name, is_pair, _ = missing[0].partition("=")  # docker's NAME=VALUE: no message shows the value
+        expected = "the name alone of a variable" if is_pair else "a variable"
+        raise InputError(f"--env {name}: expected {expected} that is set in this environment")
     return {name: os.environ[name] for name in names}

@@ -109,7 +109,7 @@ def submit(
 
     spec = load_run_file(runfile, overrides)
     check_class_names(spec.data)
-    run = run_name(name, runfile)
+    run, passed_on = run_name(name, runfile), variables(wanted)
     command = [python, "-m", "services.cli", "run", RUN_FILE, "--name", run, "--store", _shared(store)]
     command += ["--until", until]
     if track is not None:
@@ -118,7 +118,7 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
         build_working_dir(spec, Path(folder))
         with _full_disk_named():  # Ray packs the folder in another one
-            job_id = jobs.submit(shlex.join(command), Path(folder), run, variables(wanted))
+            job_id = jobs.submit(shlex.join(command), Path(folder), run, passed_on)
     if detach:
         click.echo(job_id)
         return

@@ -126,6 +126,10 @@ def test_a_job_gets_variables_that_are_set_empty_ones_included(monkeypatch):
     assert variables(["DEFUSE_A", "DEFUSE_B"]) == {"DEFUSE_A": "1", "DEFUSE_B": ""}
     with pytest.raises(InputError, match="--env DEFUSE_C: expected a variable that is set"):
         variables(["DEFUSE_A", "DEFUSE_C"])
+    with pytest.raises(
+        InputError, match="^--env DEFUSE_A: expected the name alone of a variable that is set"
+    ):
+        variables(["DEFUSE_A=secret"])
 
 
 @pytest.mark.parametrize(
