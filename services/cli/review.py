@@ -140,7 +140,7 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
         if stored is None:
             print_by_majority(console)
         else:
-            consensus = crowdlab_consensus(votes, stored.probabilities.mean(axis=0))
+            consensus = crowdlab_consensus(votes, stored.probabilities)
     return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 
