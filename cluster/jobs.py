@@ -115,7 +115,7 @@ class Jobs:
                 job, disconnects = self.get(job_id), 0
                 if job.is_over:
                     return job
-            except (ComputeError, InputError) as error:  # such as a 403 of the proxy of a head that starts again
+            except (ComputeError, InputError) as error:  # also a refusal, as while the head starts again
                 disconnects += 1
                 if disconnects > MAX_DISCONNECTS:
                     raise ComputeError(

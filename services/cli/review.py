@@ -286,7 +286,7 @@ def install() -> None:
     "--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port on loopback."
 )
 def up(port: int) -> None:
-    """Start the server; the first time, install it before (about 1 GB, a minute), and wait half a minute."""
+    """Start the server; the first time it is installed (about 1 GB), which takes a minute and a half."""
     from services.labeling.local_server import up as start_server
 
     server = start_server(read_settings().cache, port, _print_progress)
