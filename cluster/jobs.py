@@ -101,7 +101,7 @@ class Jobs:
 
         Raises ComputeError where the connection is lost for good, and what `show` raises.
         """
-        self.get(job_id)  # raises at once for an unknown job or an address without a dashboard
+        self.get(job_id)  # raises at once for an unknown job, another token or an address without a dashboard
         shown = 0  # characters
         disconnects = 0  # since something was shown, or a connection ended as it should
         while True:
@@ -115,7 +115,7 @@ class Jobs:
                 job, disconnects = self.get(job_id), 0
                 if job.is_over:
                     return job
-            except ComputeError as error:
+            except (ComputeError, InputError) as error:  # also a refusal, as while the head starts again
                 disconnects += 1
                 if disconnects > MAX_DISCONNECTS:
                     raise ComputeError(

@@ -255,7 +255,7 @@ def _verdicts(
     review = run.spec.review
     consensus = None
     if review.consensus == "crowdlab":
-        consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery).mean(axis=0))
+        consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery))
     judge = partial(review_verdicts, review, gallery, votes, consensus=consensus)
     first = judge(read_overrides(run.store))
     unsure = doubtful(first, review.rho)

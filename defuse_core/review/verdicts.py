@@ -74,18 +74,18 @@ def expect_cleanlab() -> None:
 
 
 def crowdlab_consensus(votes: Votes, probabilities: F32) -> Consensus:
-    """Return the label of each image and its quality, for class probabilities (S, R, C) of a model that did not vote.
+    """Return the label of each image and its quality, for class probabilities (W, S, R, C) of models that did not vote.
 
-    Annotators count by how often they agree with the others and with the model. The label is the likeliest of the
-    classes that at least LEAST_ANSWERS annotators chose. Where no class has as many, it is the majority, of unknown
-    quality unless a single annotator answered; a tie there has no label, and neither has an image for which nobody
-    chose a class. Where no image has two answers, each has the one that was given, of unknown quality. Raises
+    Annotators count by how often they agree with the others and with the mean of the models. The label is the likeliest
+    of the classes that at least LEAST_ANSWERS annotators chose. Where no class has as many, it is the majority, of
+    unknown quality unless a single annotator answered; a tie there has no label, and neither has an image for which
+    nobody chose a class. Where no image has two answers, each has the one that was given, of unknown quality. Raises
     RunFileError without the package cleanlab.
     """
     expect_cleanlab()
     from cleanlab.multiannotator import get_label_quality_multiannotator
 
-    scenarios, images, classes = probabilities.shape
+    _, scenarios, images, classes = probabilities.shape
     answers = np.full((scenarios * images, len(votes.annotators)), np.nan)
     named = votes.answer != NONE_OF_THE_ABOVE
     row = votes.scenario * images + votes.image
@@ -95,7 +95,9 @@ def crowdlab_consensus(votes: Votes, probabilities: F32) -> Consensus:
         return Consensus(majority(given), np.zeros((scenarios, images)), given.max(axis=2))
     voted, used = answered.any(axis=1), answered.any(axis=0)  # images and annotators with an answer
     # A tie of votes and probabilities would be broken by numpy's global generator: let no two classes be equal.
-    apart = np.float64(probabilities.reshape(-1, classes)[voted]) + 1e-6 / np.arange(1, classes + 1)
+    apart = np.float64(probabilities.mean(axis=0).reshape(-1, classes)[voted]) + 1e-6 / np.arange(
+        1, classes + 1
+    )
     asked = answers[np.ix_(voted, used)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on few votes, which the intervals of the report state

@@ -140,7 +140,7 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
         if stored is None:
             print_by_majority(console)
         else:
-            consensus = crowdlab_consensus(votes, stored.probabilities.mean(axis=0))
+            consensus = crowdlab_consensus(votes, stored.probabilities)
     return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 
@@ -289,7 +289,7 @@ def install() -> None:
     "--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port on loopback."
 )
 def up(port: int) -> None:
-    """Start the server; the first time, install it before (about 1 GB, a minute), and wait half a minute."""
+    """Start the server; the first time it is installed (about 1 GB), which takes a minute and a half."""
     from services.labeling.local_server import up as start_server
 
     server = start_server(read_settings().cache, port, _print_progress)

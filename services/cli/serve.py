@@ -144,7 +144,7 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
     "--force",
     metavar="REASON",
     callback=given,
-    help="Promote although checks fail, or inputs or classes differ, for this reason.",
+    help="Promote although checks fail, inputs or classes differ, or accuracy is lower, for this reason.",
 )
 @by_option
 @why_option
@@ -159,15 +159,15 @@ def promote(
 ) -> None:
     """Put the corrected classifier of RUN into production. Without RUN, show all versions.
 
-    Exits 1 if `defuse check` does not pass, or if inputs or classes differ from the version in production. Running
-    servers follow within seconds; no request is lost.
+    Exits 1 if `defuse check` does not pass, or if, compared with the version in production, inputs or classes differ or
+    clean accuracy is lower by more than check.max_loss. Running servers follow within seconds; no request is lost.
 
     \b
     defuse promote mnist --canary 5%
     defuse promote mnist --why "canary within limits"
     """
+    from services.serving.promotion import promote as promote_candidate
     from services.serving.registry import PromotionRequest
-    from services.serving.registry import promote as promote_candidate
 
     registry = _registry(store)
     if run is None:
@@ -179,10 +179,10 @@ def promote(
         raise click.UsageError("--canary and --shadow exclude each other")
     share = parse_share(canary) if canary else None
     request = PromotionRequest(by or local_user("--by"), why or "", force, share, shadow)
-    opened = open_run(run, store)
-    candidate = _candidate(opened)
+    opened, before = open_run(run, store), registry.state()
+    candidate = _candidate(opened)  # takes minutes, in which another version may go into production
     with _protected_from_deletion(opened):
-        state = promote_candidate(registry, candidate, request)
+        state = promote_candidate(registry, candidate, request, before)
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production
     assert promoted is not None  # it has one of the roles

@@ -236,7 +236,7 @@ def review_status(
     review, sure = tasks.review, np.zeros(shape, bool)
     consensus = None
     if review.consensus == "crowdlab" and probabilities is not None:
-        consensus = crowdlab_consensus(votes, probabilities.mean(axis=0))
+        consensus = crowdlab_consensus(votes, probabilities)
     if consensus is not None and stops_when_sure(review):
         sure = consensus.sure(review.certainty)
     missing = np.where(sure, 0, review.answers_per_task - given)

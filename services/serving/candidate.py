@@ -42,11 +42,11 @@ from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 10  # of the stored candidate; in its key in the run, so that one of another format is made again
+FORMAT = 11  # of the stored candidate; in its key in the run, so that one of another format is made again
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
-# Fields that describe a candidate.
-NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "after", "judged", "components_digest")
+# Fields that only describe a candidate; `after` and `judged` decide which scenarios are fixed.
+NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "components_digest")
 
 
 class NothingCorrected(InputError):  # noqa: N818 - an outcome, and a good one for `defuse check`
@@ -67,8 +67,8 @@ class CorrectionSummary:
     annotators: str  # people, or reference models
     made: str  # time of the checks, 2026-01-31T12:00:00Z
     # fingerprint of the clean images, of their pixels and labels wherever they are stored; empty where the classifier
-    # has probably seen them, and in older versions
-    clean_images: str = ""
+    # was probably trained on them, and None in older versions
+    clean_images: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,30 +108,36 @@ class Candidate:
         data = self.run_file().data
         return data.channels, data.image_size, tuple(self.classes)
 
-    def interface_error(self, current: Candidate) -> str:
-        """Return that clients of `current`, which is in production, rely on another interface, as a line."""
+    def interface_error(self, current: Candidate) -> str | None:
+        """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
+        if self.interface == current.interface:
+            return None
         expected, found = (
             f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
             for channels, size, classes in (current.interface, self.interface)
         )
         return f"interface: expected {expected} as in production, found {found}"
 
+    def why_not_compared(self, current: Candidate) -> str | None:
+        """Return why its clean accuracy cannot be compared with that of `current`, which is in production.
+
+        None if both were measured on the same images, on which neither classifier was trained.
+        """
+        ours, theirs = self.summary.clean_images, current.summary.clean_images
+        if theirs is None:
+            return "an older Defuse did not store on which images that was measured; promote its run again"
+        if not ours or not theirs:
+            return "it was measured on images on which a classifier was probably trained"
+        return None if ours == theirs else "it was measured on other images"
+
     def accuracy_error(self, current: Candidate, number: int) -> str | None:
         """Return that it is less accurate than `current`, version `number` in production, by more than check.max_loss.
 
-        None otherwise; with a warning unless both were measured on the same images, which neither has seen.
+        None otherwise, and where the two cannot be compared.
         """
-        ours, theirs = self.summary, current.summary
-        if not ours.clean_images or ours.clean_images != theirs.clean_images:
-            log.warning(
-                "run %s is not compared with version %d in production: nothing shows that their clean accuracies are "
-                "of the same images, which neither has seen",
-                self.run,
-                number,
-            )
-            return None
-        most = self.run_file().check.max_loss
-        if theirs.clean_after - ours.clean_after <= most + ROUNDING:
+        ours, theirs, most = self.summary, current.summary, self.run_file().check.max_loss
+        loss = theirs.clean_after - ours.clean_after
+        if loss <= most + ROUNDING or self.why_not_compared(current):
             return None
         change = f"{percent(theirs.clean_after, 2)} (version {number}) to {percent(ours.clean_after, 2)}"
         return (

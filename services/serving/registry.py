@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError, percent
+from defuse_core.errors import DamagedError, DefuseError, InputError, StoreError, percent
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
@@ -29,7 +29,7 @@ ENDED = "ended the "  # how the action of a change begins that ends a canary or 
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
-CHANGED = "production changed just now; see `defuse promote` for the new state"
+CHANGED = "production changed meanwhile; see `defuse promote` for the new state"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PromotionRequest:
 
     by: str
     why: str
-    force: str | None = None  # the reason to promote although checks failed
+    force: str | None = None  # the reason to promote although checks fail, or production speaks against it
     canary: float | None = None  # its share of the requests, 0 to 1
     shadow: bool = False
 
@@ -345,46 +345,6 @@ class _GoneError(StoreError):
         super().__init__(
             f"{store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
         )
-
-
-def promote(registry: Registry, candidate: Candidate, request: PromotionRequest) -> RegistryState:
-    """Return the state after `candidate` got its role.
-
-    Raises CheckFailed naming the first reason against it, and InputError for a canary or shadow without another version
-    in production, or where production changes meanwhile; all leave the roles unchanged.
-    """
-    state = registry.state()
-    failed = promotion_errors(registry, state, candidate, request)
-    if failed and request.force is None:
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
-    # before the version is added, since a run with a version cannot be deleted
-    request.require_other_in_production(state, max(state.versions_with(candidate.digest), default=None))
-    number = registry.add(candidate, request.by, request.reason, forced=bool(failed))
-    return registry.assign(number, request, tuple(failed), state)
-
-
-def promotion_errors(
-    registry: Registry, state: RegistryState, candidate: Candidate, request: PromotionRequest
-) -> list[str]:
-    """Return the reasons against promoting `candidate`, one line each."""
-    failed, production = candidate.failed_checks(), state.production
-    if production is None or candidate.digest == state.digest_of(production):
-        return failed
-    try:
-        current = registry.load(production)
-    except DefuseError as error:
-        reason = f"interface: version {production} in production cannot be read to compare it ({error})"
-        return [*failed, reason]
-    if candidate.interface != current.interface:
-        return [*failed, candidate.interface_error(current)]
-    worse = candidate.accuracy_error(current, production)
-    if worse is None:
-        return failed
-    if request.shadow or request.canary is not None:
-        log.warning("%s; it needs --force to replace version %d", worse, production)
-        return failed
-    return [*failed, worse]
 
 
 def _version_key(number: int) -> str:

@@ -8,7 +8,7 @@ replica samples the inputs that it receives into the same slots. So the store ho
 scenario, for any number of replicas and restarts. Within a scenario, inputs are drawn without replacement with weights
 that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received since its
 start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with equal
-weight. After a write that fails, or once the scenario's folder was deleted, its sample starts again.
+weight. The slot of a write that failed takes the next input. A replica does not notice that its files were deleted.
 
 People review the inputs that were in a failure scenario of their run in reviews of their own:
 
@@ -21,6 +21,7 @@ import heapq
 import logging
 import math
 import re
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def read_traffic(store: Store, run: str, drawn: Gallery) -> list[SampledInput]:
     run of this name received. Raises InputError where none are left.
     """
     folder = store.within("traffic").within(run)
-    found, remedy = list[SampledInput](), f"delete {folder.address} to start a new sample"
+    found = list[SampledInput]()
+    remedy = f"delete {folder.address} and restart the server to start a new sample"
     for key in folder.list():
         try:
             found.append(decode(SampledInput, folder.read(key), f"{folder.address}/{key}", remedy))
@@ -212,41 +214,51 @@ class Reservoir:
         self._random = np.random.default_rng()
         self._pending = 0
         self._failing = False  # the last write
+        self._lock = threading.Lock()  # of _kept and _pending
         self._thread = ThreadPoolExecutor(1, "reservoir")
 
     def offer(self, run: str, sampled: SampledInput) -> None:
         """Store the input, or not: the higher its failure probability, the likelier it is in the sample."""
         folder = _folder(run, sampled)
-        kept = self._kept.setdefault(folder, [])
         weight = 1.0 if sampled.failure is None else max(sampled.failure, MIN_WEIGHT)
         key = math.log(1 - self._random.random()) / weight  # the largest keys of all inputs are the sample
-        if self._pending >= MAX_PENDING_WRITES or (len(kept) == self.capacity and key <= kept[0][0]):
-            return
-        is_full = len(kept) == self.capacity
-        slot = heapq.heappop(kept)[1] if is_full else len(kept)
-        heapq.heappush(kept, (key, slot))
-        self._pending += 1
-        self._thread.submit(self._write, f"{folder}/{slot:04d}.safetensors", sampled, is_full)
+        with self._lock:
+            kept = self._kept.setdefault(folder, [])
+            is_full = len(kept) == self.capacity
+            if self._pending >= MAX_PENDING_WRITES or (is_full and key <= kept[0][0]):
+                return
+            slot = heapq.heappop(kept)[1] if is_full else len(kept)
+            heapq.heappush(kept, (key, slot))
+            self._pending += 1
+        self._thread.submit(self._write, folder, (key, slot), sampled)
 
-    def _write(self, key: str, sampled: SampledInput, replaces: bool) -> None:
-        """Store the input; `replaces` says that this replica has stored one under `key` before."""
-        folder = key.rpartition("/")[0]
+    def _write(self, folder: str, drawn: tuple[float, int], sampled: SampledInput) -> None:
+        """Store the input that was drawn with this key into this slot of the folder."""
         try:
             self._expect_store()
             if folder not in self._bounded:
                 self._delete_slots_above(folder)
                 self._bounded.add(folder)
-            if replaces and not self.store.exists(key):
-                self._kept.pop(folder, None)  # somebody has deleted the sample
-            self.store.write(key, encode(sampled))
+            self.store.write(f"{folder}/{drawn[1]:04d}.safetensors", encode(sampled))
             self._failing = False
         except DefuseError as error:
-            self._kept.pop(folder, None)  # its slots would count as filled
+            self._free(folder, drawn)
             if not self._failing:
-                log.warning("an input was not stored: %s (logged once until one is)", error)
+                log.warning(
+                    "an input was not stored: %s (further failures are not logged until one is stored)", error
+                )
             self._failing = True
         finally:
-            self._pending -= 1
+            with self._lock:
+                self._pending -= 1
+
+    def _free(self, folder: str, drawn: tuple[float, int]) -> None:
+        """Let the next input have the slot, unless another one was drawn into it meanwhile."""
+        with self._lock:
+            kept = self._kept[folder]
+            if drawn in kept:
+                kept[kept.index(drawn)] = (-math.inf, drawn[1])
+                heapq.heapify(kept)
 
     def _expect_store(self) -> None:
         """Raise StoreError for a folder that was moved or unmounted: a write would make another one in its place."""

@@ -84,7 +84,7 @@ def where_unsure(
     turn = rng.random(answers.shape).argsort(axis=0)  # in which round each annotator would answer
     given = np.full(reviewed.truth.shape, LEAST_ANSWERS)
     while True:
-        consensus = crowdlab_consensus(votes_of(answers, turn < given), reviewed.models)
+        consensus = crowdlab_consensus(votes_of(answers, turn < given), reviewed.models[None])
         wanted = ~consensus.sure(certainty) & (given < ANSWERS)
         if not wanted.any():
             return consensus.labels, float(given.mean())
@@ -100,7 +100,7 @@ def row(reviewed: Reviewed, error: float, certainties: list[float], seeds: int) 
         votes = votes_of(answers, np.ones(answers.shape, bool))
         labels = [
             majority(tally(votes, reviewed.shape, classes)),
-            crowdlab_consensus(votes, reviewed.models).labels,
+            crowdlab_consensus(votes, reviewed.models[None]).labels,
         ]
         counts = []
         for certainty in certainties:

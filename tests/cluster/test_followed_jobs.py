@@ -19,7 +19,7 @@ from aiohttp import web
 
 from cluster import jobs
 from cluster.jobs import Jobs
-from defuse_core.errors import ComputeError
+from defuse_core.errors import ComputeError, InputError
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call
 from tests.ports import free_port
@@ -36,6 +36,7 @@ class Head:
 
     def __init__(self) -> None:
         self.status, self.exit_code, self.is_silent, self.tails = "RUNNING", 0, False, 0
+        self.refusals = 0  # questions that it answers with 403, as a proxy before a head that starts again
         self.drops = 0  # connections that it loses in the middle of the log; 0: it falls silent there
         self.address = f"http://127.0.0.1:{free_port()}"
 
@@ -63,6 +64,9 @@ class Head:
         end = time.monotonic() + SILENCE_S
         while self.is_silent and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        if self.refusals:
+            self.refusals -= 1
+            return web.json_response({}, status=403)
         return web.json_response(answer())
 
     async def _tail(self, request: web.Request) -> web.WebSocketResponse:
@@ -129,6 +133,22 @@ def test_a_connection_that_is_lost_again_and_again_without_a_new_character_is_gi
     with pytest.raises(ComputeError, match=rf"^job j1: lost the connection to {head.address} \("):
         Jobs(head.address).follow("j1", shown.append)
     assert (shown, head.tails) == ([LOG[:15]], jobs.MAX_DISCONNECTS + 1)
+
+
+def test_a_refusal_after_the_first_contact_is_a_lost_connection(head: Head) -> None:
+    def show(_: str) -> None:
+        head.status, head.refusals = "SUCCEEDED", 2
+
+    assert Jobs(head.address).follow("j1", show).status == "SUCCEEDED"
+
+    def show_no_more(_: str) -> None:
+        head.refusals = 100
+
+    with pytest.raises(ComputeError, match=r"^job j1: lost the connection to .* \(.* requires another token"):
+        Jobs(head.address).follow("j1", show_no_more)
+    head.refusals = 1
+    with pytest.raises(InputError, match="requires another token"):
+        Jobs(head.address).follow("j1", print)
 
 
 @pytest.mark.parametrize(

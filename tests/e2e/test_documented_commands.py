@@ -68,10 +68,16 @@ def test_each_extra_is_named_in_the_readme():
     assert {name for name in extras if f"`{name}`" not in text} == set()
 
 
-def test_each_variable_that_settings_read_is_in_the_table_of_the_deployment():
-    table = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
-    settings = (ROOT / "services/settings.py").read_text(encoding="utf-8")
-    names = set(re.findall(r'(?:get|is_on)\("([A-Z_0-9]+)"\)', settings))
+READ = r'(?:get|is_on)\("([A-Z_0-9]{4,})"|"([A-Z_0-9]+)" not in os\.environ|"(DEFUSE_[A-Z_]+)"'
+
+
+def test_each_variable_that_is_read_is_in_the_table_of_the_deployment():
+    page = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in page.split("\n## ")[1].splitlines() if line.startswith("|"))
+    sources = (path for folder in ("cluster", "services") for path in (ROOT / folder).rglob("*.py"))
+    found = (re.findall(READ, path.read_text(encoding="utf-8")) for path in sources)
+    names = {"".join(match) for matches in found for match in matches} - {"CUDA_VISIBLE_DEVICES"}
+    assert names >= {"DEFUSE_UNAUTHENTICATED_RAY", "RAY_AUTH_TOKEN_PATH", "MLFLOW_TRACKING_TOKEN", "TMPDIR"}
     linked = {name for name in names if re.match("LABEL_STUDIO_(HOST|S3_)", name)}
     assert len(names) > len(linked) > 0
     assert {name for name in names - linked if f"`{name}`" not in table} == set()

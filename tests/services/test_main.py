@@ -14,9 +14,13 @@ import click
 import pytest
 
 import services
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.cli import GROUPS, defuse
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
+from tests.e2e.test_documented_commands import every_command
+from tests.sample_findings import sample_spec
 
 
 @pytest.fixture
@@ -122,18 +126,25 @@ def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "late"),
+    ("words", "late"),
     [
-        ("services.cli", {"numpy", "scipy", "torch", "ray", "pydantic", "asyncio", "ssl", "rich.progress"}),
-        ("services.cli.status_tables", {"scipy", "torch", "ray", "asyncio", "ssl"}),
+        (
+            [[*path, "--help"] for path, _ in every_command()],
+            {"numpy", "scipy", "torch", "ray", "pydantic", "asyncio", "ssl", "rich.progress"},
+        ),
+        ([["status", "--store", "."]], {"scipy", "torch", "ray", "asyncio", "ssl"}),
     ],
 )
-def test_no_command_waits_for_what_others_need(module, late):
-    """--help and completions took a second, of which a tenth was theirs."""
-    code = f"import sys, {module}; print(*sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    imported = {*shown.stdout.split()}
-    assert module in imported and not imported & late
+def test_help_and_the_list_of_runs_import_nothing_that_other_commands_need(words, late, tmp_path):
+    Run.start(FolderStore(tmp_path), "mine", sample_spec())
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from services.cli import defuse; "
+    code += f"[defuse.main(each, standalone_mode=False) for each in {words}]; print(*sys.modules, file=sys.stderr)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    imported = {*shown.stderr.split()}
+    assert "services.cli.jobs" in imported and not imported & late
+    assert shown.stdout.count("Usage: ") == len(words) or "mine" in shown.stdout
 
 
 def test_a_working_directory_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):

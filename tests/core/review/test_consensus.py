@@ -33,7 +33,7 @@ def crowd(seed=0, per_image=3) -> tuple[Votes, np.ndarray, np.ndarray]:
 def test_where_several_classes_have_two_votes_it_is_right_more_often_than_the_majority():
     votes, probabilities, truth = crowd(per_image=5)
     by_majority = (majority(tally(votes, SHAPE, CLASSES)) == truth).mean()
-    assert (crowdlab_consensus(votes, probabilities).labels == truth).mean() > by_majority + 0.02
+    assert (crowdlab_consensus(votes, probabilities[None]).labels == truth).mean() > by_majority + 0.02
 
 
 def unanimous_but_for_the_models(people=5):
@@ -50,7 +50,7 @@ def unanimous_but_for_the_models(people=5):
 @pytest.mark.parametrize("people", [2, 5])
 def test_sure_models_do_not_overrule_people_who_all_give_the_same_answer(people):
     votes, probabilities = unanimous_but_for_the_models(people)
-    consensus = crowdlab_consensus(votes, probabilities)
+    consensus = crowdlab_consensus(votes, probabilities[None])
     assert (consensus.labels[0, 0], consensus.chosen[0, 0]) == (3, people)
     assert consensus.quality[0, 0] < consensus.quality.ravel()[1:].min()
 
@@ -63,7 +63,7 @@ def test_no_image_has_a_label_that_too_few_people_chose(seed, per_image):
     votes.answer[rng.random(len(votes.answer)) < 0.1] = NONE_OF_THE_ABOVE
     given = tally(votes, SHAPE, CLASSES)
     probabilities = rng.dirichlet(np.full(CLASSES, 0.05), SHAPE).astype(np.float32)  # sure, and of anything
-    labels = crowdlab_consensus(votes, probabilities).labels
+    labels = crowdlab_consensus(votes, probabilities[None]).labels
     chosen = np.where(
         labels == NONE_OF_THE_ABOVE, 0, np.take_along_axis(given, labels[..., None], axis=2)[..., 0]
     )
@@ -89,7 +89,7 @@ def test_an_image_for_which_nobody_chose_a_class_has_no_label():
     votes, probabilities, truth = crowd(per_image=5)
     votes.answer[:] = truth[votes.scenario, votes.image]
     votes.answer[(votes.scenario == 2) & (votes.image == 3)] = NONE_OF_THE_ABOVE
-    labels = crowdlab_consensus(votes, probabilities).labels
+    labels = crowdlab_consensus(votes, probabilities[None]).labels
     assert labels[2, 3] == NONE_OF_THE_ABOVE
     assert (labels != NONE_OF_THE_ABOVE).sum() == labels.size - 1
 
@@ -97,7 +97,7 @@ def test_an_image_for_which_nobody_chose_a_class_has_no_label():
 def test_without_any_answer_there_is_no_label():
     votes, probabilities, _ = crowd()
     votes.answer[:] = NONE_OF_THE_ABOVE
-    assert (crowdlab_consensus(votes, probabilities).labels == NONE_OF_THE_ABOVE).all()
+    assert (crowdlab_consensus(votes, probabilities[None]).labels == NONE_OF_THE_ABOVE).all()
 
 
 def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
@@ -111,7 +111,7 @@ def test_a_tie_of_votes_and_probabilities_has_the_same_label_in_every_process():
     found = []
     for seed in range(4):
         np.random.seed(seed)  # the global generator, which must not matter
-        found.append(crowdlab_consensus(votes, probabilities).labels)
+        found.append(crowdlab_consensus(votes, probabilities[None]).labels)
     assert all(np.array_equal(labels, found[0]) for labels in found)
     assert (found[0] != NONE_OF_THE_ABOVE).all()
 
@@ -122,7 +122,7 @@ def test_where_no_image_has_two_answers_each_has_its_own(asked):
     votes.answer[votes.annotator != np.array(asked)[(votes.scenario + votes.image) % len(asked)]] = (
         NONE_OF_THE_ABOVE
     )
-    labels = crowdlab_consensus(votes, probabilities).labels
+    labels = crowdlab_consensus(votes, probabilities[None]).labels
     np.testing.assert_array_equal(labels, majority(tally(votes, SHAPE, CLASSES)))
     assert (labels == truth).mean() > 0.9
 
@@ -131,7 +131,7 @@ def test_without_its_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     votes, probabilities, _ = crowd()
     with pytest.raises(RunFileError, match=r"pip install 'defuse\[crowdlab\]'"):
-        crowdlab_consensus(votes, probabilities)
+        crowdlab_consensus(votes, probabilities[None])
 
 
 def test_an_image_on_which_people_and_model_agree_is_surer_than_one_on_which_they_do_not():
@@ -140,7 +140,7 @@ def test_an_image_on_which_people_and_model_agree_is_surer_than_one_on_which_the
     pairs = tally(votes, SHAPE, CLASSES)
     agreed = (pairs.max(axis=2) == 2) & (pairs.argmax(axis=2) == probabilities.argmax(axis=2))
     split = (pairs.sum(axis=2) == 2) & (pairs.max(axis=2) == 1)
-    consensus = crowdlab_consensus(votes, probabilities)
+    consensus = crowdlab_consensus(votes, probabilities[None])
     assert agreed.sum() > 10 and split.any()
     assert consensus.quality[agreed].min() > consensus.quality[split].max()
     assert (consensus.labels == truth)[agreed].all()
@@ -150,17 +150,17 @@ def test_a_model_and_one_person_are_never_sure_nor_is_anybody_where_no_image_has
     votes, probabilities, _ = crowd()
     one = np.flatnonzero(votes.image == 0)
     votes.answer[one[votes.annotator[one] > 0]] = NONE_OF_THE_ABOVE
-    sure = crowdlab_consensus(votes, probabilities).sure(1e-9)
+    sure = crowdlab_consensus(votes, probabilities[None]).sure(1e-9)
     assert not sure[:, 0].any() and sure[:, 1:].mean() > 0.5
     votes.answer[votes.annotator > 0] = NONE_OF_THE_ABOVE
-    assert not crowdlab_consensus(votes, probabilities).quality.any()
+    assert not crowdlab_consensus(votes, probabilities[None]).quality.any()
 
 
 def test_the_models_do_not_decide_between_two_people_who_disagree():
     votes, probabilities, _ = crowd()
     votes.answer[votes.annotator > 1] = NONE_OF_THE_ABOVE
     given = tally(votes, SHAPE, CLASSES)
-    consensus = crowdlab_consensus(votes, probabilities)
+    consensus = crowdlab_consensus(votes, probabilities[None])
     split = (given.sum(axis=2) == 2) & (given.max(axis=2) == 1)
     assert split.any() and (consensus.labels[split] == NONE_OF_THE_ABOVE).all()
     assert not consensus.quality[split].any() and not consensus.chosen[split].any()
@@ -173,6 +173,6 @@ def test_the_order_of_the_votes_changes_neither_labels_nor_quality():
     order = np.random.default_rng(1).permutation(len(votes.answer))
     columns = (votes.scenario, votes.image, votes.annotator, votes.answer, votes.when)
     mixed = Votes(*(column[order] for column in columns), votes.annotators, "people", {})
-    one, other = (crowdlab_consensus(each, probabilities) for each in (votes, mixed))
+    one, other = (crowdlab_consensus(each, probabilities[None]) for each in (votes, mixed))
     np.testing.assert_array_equal(one.labels, other.labels)
     np.testing.assert_array_equal(one.quality, other.quality)

@@ -117,5 +117,5 @@ def test_an_annotator_who_never_chose_a_class_changes_no_label():
     two = annotator < 2
     columns = (votes.scenario[two], image[two], annotator[two], votes.answer[two], times[two])
     probabilities = rng.dirichlet(np.ones(3), (1, 12)).astype(np.float32)
-    without = crowdlab_consensus(Votes(*columns, ("a", "b"), "people", {}), probabilities).labels
-    np.testing.assert_array_equal(crowdlab_consensus(votes, probabilities).labels, without)
+    without = crowdlab_consensus(Votes(*columns, ("a", "b"), "people", {}), probabilities[None]).labels
+    np.testing.assert_array_equal(crowdlab_consensus(votes, probabilities[None]).labels, without)

@@ -19,7 +19,8 @@ from services.serving.active_versions import (
     is_in_canary,
 )
 from services.serving.model import LoadedModel
-from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.promotion import promote
+from services.serving.registry import PromotionRequest, Registry
 from services.serving.registry_state import EMPTY, RegistryState
 
 ANA = PromotionRequest(by="ana", why="")

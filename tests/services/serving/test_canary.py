@@ -16,7 +16,8 @@ from services.serving.active_versions import CanaryStatistics, Comparison, is_ab
 from services.serving.batching import PredictionResult, ShadowRequest, ShadowRunner
 from services.serving.candidate import prepare_candidate
 from services.serving.model import LoadedModel, ModelOutput
-from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.promotion import promote
+from services.serving.registry import PromotionRequest, Registry
 from tests.services.serving.test_deployment import new_replica, post, put
 
 LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)

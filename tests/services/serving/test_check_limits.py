@@ -145,6 +145,6 @@ def test_a_candidate_is_checked_by_the_labels_of_judges_where_they_are_known_and
     names = [[check.name for check in found.checks] for found in (first, judged)]
     assert "own label" not in names[0] and set(names[1]) == {*names[0], "own label"}
     assert told == [("checking the corrected classifier", step, 2, "steps") for step in range(3)]
-    assert judged.digest == first.digest != ""  # checks are no part of what is served
+    assert judged.digest != first.digest  # by the judges' labels, other scenarios may be fixed
     again_key, again = prepare_candidate(run, lambda *progress: told.append(progress))
     assert (again_key, encode(again), len(told)) == (key, encode(judged), 3)

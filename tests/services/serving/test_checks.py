@@ -94,7 +94,7 @@ def test_a_server_shows_the_accuracies_that_judges_measured_and_else_those_by_on
     evidence = replace(sample_evidence(np.full((2, 4), 0.5)), scenario_own_label=measured)
     run_dir.store.write("evidence.safetensors", encode(evidence))
     candidate = prepare_candidate(run_dir)[1]
-    assert candidate.judged.tolist() == [True, False] and candidate.digest == plain.digest
+    assert candidate.judged.tolist() == [True, False] and candidate.digest != plain.digest
     assert (candidate.before[0], candidate.after[0]) == (0.58, 0.6)
     assert (candidate.before[1], candidate.after[1]) == (plain.before[1], plain.after[1])
     model = LoadedModel(candidate, candidate.run_file().serve)

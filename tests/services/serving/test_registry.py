@@ -20,7 +20,8 @@ from services.serving import candidate as candidate_module
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
 from services.serving.model import LoadedModel, ModelInfo, verify_candidate
-from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, promote
+from services.serving.promotion import promote
+from services.serving.registry import DamagedVersionError, PromotionRequest, Registry
 from services.serving.registry_state import EMPTY
 
 ANA = PromotionRequest(by="ana", why="for a test")

@@ -11,7 +11,8 @@ from defuse_core.store import FolderStore
 from services.serving import registry as registry_module
 from services.serving.candidate import Candidate
 from services.serving.checks import Check
-from services.serving.registry import PromotionRequest, Registry, promote
+from services.serving.promotion import promote
+from services.serving.registry import PromotionRequest, Registry
 from services.serving.registry_state import EMPTY
 
 ANA = PromotionRequest(by="ana", why="for a test")
@@ -105,18 +106,35 @@ def test_a_run_that_is_less_accurate_than_production_is_promoted_only_with_a_rea
     assert forced.startswith("accuracy in production: 97.40 % (version 1) to 90.90 %")
 
 
-@pytest.mark.parametrize("which", ["other images", "known images", "older version"])
-def test_accuracies_on_other_images_are_not_compared_and_a_line_says_so(registry, candidates, caplog, which):
-    ours, theirs = {
-        "other images": ("a", "b"),
-        "known images": ("", ""),
-        "older version": ("a", ""),
-    }[which]
+@pytest.mark.parametrize(
+    ("ours", "theirs", "reason"),
+    [
+        ("a", "b", "it was measured on other images"),
+        ("", "", "it was measured on images on which a classifier was probably trained"),
+        ("a", None, "an older Defuse did not store on which images that was measured; promote its run again"),
+    ],
+)
+def test_accuracies_on_other_images_are_not_compared_and_a_line_says_why(
+    registry, candidates, caplog, ours, theirs, reason
+):
     promote(registry, with_accuracy(candidates[0], clean_after=0.97, clean_images=theirs), ANA)
-    assert not caplog.text
     worse = with_accuracy(candidates[1], clean_after=0.91, clean_images=ours)
+    with pytest.raises(CheckFailed):
+        promote(registry, failing(worse, "worse"), ANA)
+    assert not caplog.text
     assert promote(registry, worse, ANA).failed_checks == ()
-    assert "run run-2 is not compared with version 1 in production" in caplog.text
+    line = "clean accuracy of run run-2 is not compared with that of version 1 in production"
+    assert caplog.messages == [f"{line}: {reason}"]
+
+
+@pytest.mark.parametrize("role", [ANA, CANARY])
+def test_a_version_that_went_into_production_during_the_checks_is_not_replaced(registry, candidates, role):
+    before = promote(registry, candidates[0], ANA)
+    now = promote(registry, candidates[2], ANA)
+    with pytest.raises(InputError, match="production changed meanwhile"):
+        promote(registry, candidates[1], role, before)
+    assert registry.state() == now  # nor was a version added
+    assert promote(registry, candidates[2], ANA, before).production == now.production
 
 
 @pytest.mark.parametrize("role", [ANA, CANARY])
@@ -132,7 +150,7 @@ def test_a_promotion_whose_checks_were_made_beside_another_production_changes_no
         return add(self, candidate, *others, **named)
 
     monkeypatch.setattr(Registry, "add", add_after_another)
-    with pytest.raises(InputError, match="production changed just now"):
+    with pytest.raises(InputError, match="production changed meanwhile"):
         promote(registry, candidates[1], role)
     state = registry.state()
     assert (state.versions[state.production].run, state.canary) == ("run-3", None)
@@ -217,7 +235,7 @@ def test_a_rollback_that_another_one_overtakes_leaves_production(registry, candi
     def overtake(_: Candidate) -> None:
         registry.roll_back("cy", "first")
 
-    with pytest.raises(InputError, match="production changed just now"):
+    with pytest.raises(InputError, match="production changed meanwhile"):
         registry.roll_back("bo", "", overtake)
     assert (registry.state().production, registry.state().by) == (2, "cy")
 

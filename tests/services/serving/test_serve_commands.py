@@ -22,8 +22,8 @@ from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
+from services.serving.promotion import promote as promote_candidate
 from services.serving.registry import PromotionRequest, Registry
-from services.serving.registry import promote as promote_candidate
 from tests.sample_findings import sample_findings
 
 
@@ -269,6 +269,18 @@ def test_promote_of_a_failing_candidate_needs_a_reason(own_store):
         run(promote, "swapped", "--store", own_store.address)
     run(promote, "swapped", "--store", own_store.address, "--force", "a drill")
     assert Registry(own_store).state().versions[1].forced
+
+
+def test_promote_does_not_replace_what_went_into_production_while_it_checked(own_store, monkeypatch):
+    def prepare_beside_another(opened, *others, **named):
+        second = prepare_candidate(Run.open(own_store, "second"))[1]
+        promote_candidate(Registry(own_store), second, PromotionRequest("bo", ""))
+        return prepare_candidate(opened, *others, **named)
+
+    monkeypatch.setattr("services.serving.candidate.prepare_candidate", prepare_beside_another)
+    with pytest.raises(InputError, match="production changed meanwhile"):
+        run(promote, "first", "--store", own_store.address)
+    assert [info.run for info in Registry(own_store).state().versions.values()] == ["second"]
 
 
 def test_promote_says_which_version_it_equals_and_what_it_was_forced_over(own_store):

@@ -85,15 +85,15 @@ class RecordingExecutor:
     def __init__(self, slots):
         self.slots = slots
 
-    def submit(self, _, key, seen, replaces):
-        self.slots[key] = seen.predicted
+    def submit(self, _, folder, drawn, seen):
+        self.slots[folder, drawn[1]] = seen.predicted
 
 
 def test_every_input_has_the_same_chance_to_be_stored(tmp_path):
     reservoir = Reservoir(FolderStore(tmp_path), 4)
     kept = np.zeros(40)
     for _ in range(400):
-        slots: dict[str, int] = {}
+        slots: dict[tuple[str, int], int] = {}
         reservoir._kept.clear()
         reservoir._thread = RecordingExecutor(slots)
         for number in range(40):
@@ -107,7 +107,7 @@ def test_the_likelier_an_input_fails_the_likelier_it_is_stored(tmp_path):
     reservoir = Reservoir(FolderStore(tmp_path), 10)
     kept = np.zeros(2)
     for _ in range(100):
-        slots: dict[str, int] = {}
+        slots: dict[tuple[str, int], int] = {}
         reservoir._kept.clear()
         reservoir._thread = RecordingExecutor(slots)
         for number in range(100):
@@ -159,7 +159,7 @@ def test_an_input_that_is_replaced_while_the_sample_is_read_is_left_out(tmp_path
 
 
 def test_inputs_above_the_number_of_writes_that_may_wait_are_dropped(tmp_path):
-    reservoir, slots = Reservoir(FolderStore(tmp_path), 100), dict[str, int]()
+    reservoir, slots = Reservoir(FolderStore(tmp_path), 100), dict[tuple[str, int], int]()
     reservoir._thread = RecordingExecutor(slots)  # which is never done
     for number in range(70):
         reservoir.offer("r", sampled_input(np.zeros((1, 1, 1), np.float32), 0, number))
@@ -194,21 +194,31 @@ def offer_in_turn(reservoir: Reservoir, count: int, failure: float | None = None
             time.sleep(0.001)
 
 
-def test_a_sample_whose_writes_failed_or_whose_folder_is_deleted_starts_again(tmp_path, monkeypatch, caplog):
+def test_a_slot_whose_write_failed_takes_the_next_input_and_the_others_stay(tmp_path, monkeypatch, caplog):
     store = FolderStore(tmp_path)
     reservoir, write = Reservoir(store, 5), FolderStore.write
 
     def fail(*_):
         raise StoreError("read-only")
 
+    offer_in_turn(reservoir, 1000, 0.9)
     monkeypatch.setattr(FolderStore, "write", fail)
-    offer_in_turn(reservoir, 200)
+    while reservoir._kept[f"a/{FOLDER}/003"][0][0] > -np.inf:  # until an input is drawn
+        offer_in_turn(reservoir, 1, 0.9)
+    offer_in_turn(reservoir, 10, 0.9)
     assert caplog.text.count("an input was not stored") == 1
     monkeypatch.setattr(FolderStore, "write", write)
-    offer_in_turn(reservoir, 20, 0.0)
-    assert len(read_traffic(store, "a", DRAWN)) == 5
-    assert delete_traffic(store, "a") == 5
-    offer_in_turn(reservoir, 20, 0.9)  # of which the first is likelier than the sample
+    offer_in_turn(reservoir, 20, 0.001)
+    assert [sampled.failure for sampled in read_traffic(store, "a", DRAWN)] == [0.9] * 4 + [0.001]
+
+
+def test_a_sample_whose_first_writes_failed_is_filled(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    reservoir = Reservoir(store, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(reservoir, "store", FolderStore(tmp_path / "moved" / "traffic"))
+        offer_in_turn(reservoir, 200)
+    offer_in_turn(reservoir, 5)
     assert len(read_traffic(store, "a", DRAWN)) == 5
 
 
@@ -244,7 +254,7 @@ def test_a_sample_that_cannot_be_read_is_an_error_that_says_what_to_delete(tmp_p
     store = FolderStore(tmp_path)
     store.write("traffic/mnist/003/0001.safetensors", encode(ForeignInput(3)))
     with pytest.raises(
-        DamagedError, match=r"found ForeignInput; delete .*traffic/mnist to start a new sample"
+        DamagedError, match=r"found ForeignInput; delete .*traffic/mnist and restart the server to start"
     ):
         read_traffic(store, "mnist", DRAWN)
 
