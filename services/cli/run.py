@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 @click.option(
     "--image-size",
     type=click.IntRange(8, 512),
-    help="Even height and width to resize pictures to (not those of an .npz), such as your classifier was trained on. "
+    help="Height and width that pictures are resized to, an even number, best as your classifier was trained on; an "
+    ".npz keeps its own. "
     "[default: the pictures' own if your classifier takes it, else one that suits it]",
 )
 @click.option("--out", type=GivenPath(), help="Run file to write. [default: the name of IMAGES, with .yaml]")
@@ -229,11 +230,13 @@ def run(
         started = Run.start(opened, name, spec, until)
         traces = started.store.list("profile/") if profile is not None else []
         traced = Profile(profile, started.store)
-        computing: AbstractContextManager[Compute] = contextlib.nullcontext(LocalCompute(display, traced))
+        computing: AbstractContextManager[Compute]
         if where == "ray":
             from cluster.compute import on_ray
 
             computing = on_ray(address, display, traced)(started)
+        else:
+            computing = contextlib.nullcontext(LocalCompute(display, traced))
         with contextlib.suppress(ReachedStep):
             tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
             with tracking, computing as compute:
