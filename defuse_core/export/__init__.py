@@ -184,8 +184,10 @@ class ClassifierForExport(nn.Module):
         self.shift: Tensor
         self.factor: Tensor
         self.order: Tensor | None
-        for name, tensor in (("shift", shift), ("factor", factor), ("order", order)):
-            self.register_buffer(name, tensor)
+        self.register_buffer("order", order)
+        if self.input_range != "0..1":
+            self.register_buffer("shift", shift)
+            self.register_buffer("factor", factor)
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) in [0, 1] -> logits (n, C)."""
