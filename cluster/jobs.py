@@ -151,16 +151,13 @@ class Jobs:
                 received += len(text)
                 yield text
 
-    def _past_a_proxy(self) -> str:
+    def _proxy_hint(self) -> str:
         """Return what to do where requests go through a proxy of the environment, which may not reach the head."""
-        if (
-            requests.utils.select_proxy(self.address, requests.utils.get_environ_proxies(self.address))
-            is None
-        ):
+        address = self.address
+        if not requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)):
             return ""
-        return (
-            f"; if the proxy of HTTP_PROXY does not reach it, set NO_PROXY={urlsplit(self.address).hostname}"
-        )
+        host = urlsplit(address).hostname
+        return f"; if the proxy of the environment does not reach it, add {host} to NO_PROXY"
 
     def _without_credentials(self, error: Exception) -> str:
         return without_credentials(str(error), self.address)
@@ -174,7 +171,7 @@ class Jobs:
         except (ConnectionError, requests.RequestException) as error:
             raise ComputeError(
                 f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); check --address or "
-                f"RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379{self._past_a_proxy()}"
+                f"RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379{self._proxy_hint()}"
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:

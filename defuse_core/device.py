@@ -21,7 +21,7 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def computing_on(chosen: torch.device) -> Iterator[None]:
-    """Let `chosen` be this process's device inside the block.
+    """Let device() be `chosen` inside the block, in this thread alone: threads that start inside do not see it.
 
     A network that is to compute elsewhere is loaded so: an exported program cannot be moved once it is loaded.
     """

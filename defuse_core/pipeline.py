@@ -138,7 +138,7 @@ def expect_same_images(run: Run) -> None:
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
     """Return what is trained, once `expect_healthy` accepts the β-VAE, and the reference models if they take part.
 
-    With vae.decode: anchored its health is what the reference models answer on moved images.
+    With vae.decode: anchored its health is what the reference models answer on perturbed images.
     """
     spec, store = run.spec, run.store
     guide = reference_models(run, compute) if spec.vae.guide_weight else None

@@ -262,19 +262,17 @@ class FolderStore:
 
     def _name_holder(self, handle: TextIO, holder: str) -> None:
         """Write down who holds the folder, while nobody is between asking for that and writing."""
-        from tenacity import (  # imports asyncio
-            RetryError,
-            Retrying,
-            retry_if_result,
-            stop_after_delay,
-            wait_fixed,
-        )
+        import tenacity  # late: it imports asyncio
 
-        retry = Retrying(retry=retry_if_result(not_), stop=stop_after_delay(GATE_S), wait=wait_fixed(0.05))
+        retry = tenacity.Retrying(
+            retry=tenacity.retry_if_result(not_),
+            stop=tenacity.stop_after_delay(GATE_S),
+            wait=tenacity.wait_fixed(0.05),
+        )
         with (self.folder / GATE).open("a+") as gate:
             try:
                 retry(locked_at_once, gate)
-            except RetryError as error:
+            except tenacity.RetryError as error:
                 raise RunBusyError(
                     f"{self.folder}: a worker of an earlier driver is in the middle of a write; end it and run again"
                 ) from error

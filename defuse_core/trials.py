@@ -269,7 +269,7 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 def _trials_after_epoch(
     tuning: FineTuning, stack: Stack, optimizer: Optimizer, group: Group, losses: F64
 ) -> Group:
-    """Return the trials with one more epoch, of `losses` (steps, n), without those that it made diverge."""
+    """Return the trials after an epoch with these losses, (steps, n); those that diverged in it are left out."""
     moments, made = optimizer_state(optimizer), {}
     for index, (lam, trial) in enumerate(group.items()):
         classifier, loss = stack.classifier(index), float(losses[:, index].mean())

@@ -7,8 +7,8 @@ The verdict, on training images that the classifier gets right:
     poor   anything between
 
 With vae.decode: anchored a reconstruction is the image itself. So the verdict is on images as the noise of
-identification moves them, and the reference models take the place of the classifier: where the classifier alone fails,
-a failure is found; where the reference models fail too, the noise has destroyed the picture.
+identification perturbs them, and the reference models take the place of the classifier: where the classifier alone
+fails, a failure is found; where the reference models fail too, the noise has destroyed the picture.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def mean_kl(vae: Vae, images: Images) -> F64:
 
 
 def perturbed_images(spec: RunFile, vae: Vae, images: Images, rng: np.random.Generator) -> F32:
-    """Return each image as one draw of the noise of identification moves it, (n, channels, H, W)."""
+    """Return each image as one draw of the noise of identification perturbs it, (n, channels, H, W)."""
     mu, sigma = encode_posterior(vae, images, PROBE_BATCH)
     one = spec.identify.model_copy(update={"draws": 1})
     codes = mu + draw_noise(one, sigma, rng)[:, 0]
@@ -89,14 +89,14 @@ def perturbed_images(spec: RunFile, vae: Vae, images: Images, rng: np.random.Gen
 def perturbed_answers(
     spec: RunFile, vae: Vae, images: Images, answer: Callable[[F32], I64]
 ) -> tuple[I64, I64]:
-    """Return the answers to n images, and to the same images moved by noise, each (n,)."""
-    still, moved = [], []
+    """Return the answers to n images, and to the same images perturbed by noise, each (n,)."""
+    originals, perturbed = [], []
     rng = generator(spec.seed, "health")
     for start in range(0, len(images), PROBE_BATCH):
         batch = images.take(slice(start, start + PROBE_BATCH))
-        still.append(answer(batch.batch()))
-        moved.append(answer(perturbed_images(spec, vae, batch, rng)))
-    return np.concatenate(still), np.concatenate(moved)
+        originals.append(answer(batch.batch()))
+        perturbed.append(answer(perturbed_images(spec, vae, batch, rng)))
+    return np.concatenate(originals), np.concatenate(perturbed)
 
 
 def probe_images(train: Images) -> Images:
@@ -107,8 +107,8 @@ def probe_images(train: Images) -> Images:
 def measure_perturbed(
     spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress
 ) -> Health:
-    """Return the health of an anchored β-VAE by the reference models' answers on moved training images."""
-    progress("moving training images", 0, 1, "sets")
+    """Return the health of an anchored β-VAE by the reference models' answers on perturbed training images."""
+    progress("perturbing training images", 0, 1, "sets")
     train = probe_images(reopen_splits(spec, models.data_fingerprint).train)
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
@@ -117,8 +117,8 @@ def measure_perturbed(
         return answers
 
     with cpu_threads(spec.resources.train_threads):
-        still, moved = perturbed_answers(spec, load_vae(spec, models.vae), train, answer)
-    health = measure_health(train.labels, still, moved, models.kl_per_dimension, anchored=True)
+        originals, perturbed = perturbed_answers(spec, load_vae(spec, models.vae), train, answer)
+    health = measure_health(train.labels, originals, perturbed, models.kl_per_dimension, anchored=True)
     health = replace(health, judged_by=REFERENCES)
     log_health(health, models.classes)
     return health
@@ -129,13 +129,13 @@ def health_after_training(
 ) -> Health:
     """Return the β-VAE's health by the classifier's answers, of which `answers` (n,) are those on reconstructions.
 
-    An anchored one is measured on moved images, and never blind for their answers: that the classifier fails on them
-    is what is looked for. Reference models decide on that later (`measure_perturbed`).
+    An anchored one is measured on perturbed images, and never blind for their answers: that the classifier fails on
+    them is what is looked for. Reference models decide on that later (`measure_perturbed`).
     """
     if spec.vae.decode == "plain":
         return measure_health(images.labels, predict(classifier, images), answers, kl)
-    still, moved = perturbed_answers(spec, vae, images, lambda batch: predict(classifier, batch))
-    health = measure_health(images.labels, still, moved, kl, anchored=True)
+    originals, perturbed = perturbed_answers(spec, vae, images, lambda batch: predict(classifier, batch))
+    health = measure_health(images.labels, originals, perturbed, kl, anchored=True)
     blind = health.verdict == "blind" and health.collapsed < health.dimensions
     return replace(health, verdict="poor") if blind else health
 
@@ -199,7 +199,7 @@ def judge_gets(health: Health) -> str:
 
 
 def pictures_judged(health: Health) -> str:
-    """Return what the verdict is on: reconstructions, or images moved by noise."""
+    """Return what the verdict is on: reconstructions, or images perturbed by noise."""
     return "them once moved by the noise" if health.anchored else "their reconstructions"
 
 
@@ -229,7 +229,7 @@ def _remedy(spec: RunFile, health: Health) -> str:
 def reconstruction_strip(spec: RunFile, vae: Vae, images: Images) -> bytes:
     """Return a PNG with originals in its first row and their reconstructions in the second.
 
-    With vae.decode: anchored a third row has the originals as the noise of identification moves them.
+    With vae.decode: anchored a third row has the originals as the noise of identification perturbs them.
     """
     rows = evenly_spaced(len(images), STRIP_IMAGES)
     originals = images.batch(rows)

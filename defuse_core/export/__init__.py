@@ -1,4 +1,4 @@
-"""What a finished run holds, and its corrected classifier as .safetensors, .pt2 or .onnx, compared on 1,000 images."""
+"""The corrected classifier of a finished run as .safetensors, .pt2 or .onnx, compared with it on 1,000 images."""
 
 from __future__ import annotations
 
@@ -16,28 +16,15 @@ import torch
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
-from defuse_core.artifacts import (
-    F32,
-    Corrections,
-    Gallery,
-    Models,
-    Psi,
-    ReferenceSet,
-    Scenarios,
-    Sweep,
-    Verdicts,
-    Weights,
-)
+from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import computing_on
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, no_lambda_chosen, one_line
-from defuse_core.evaluation.health import with_measured_health
 from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, plain_section, raw_output, scaled
 from defuse_core.models.programs import SOURCE
-from defuse_core.review.undecided import why_undecided
 from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
@@ -114,52 +101,6 @@ def why_not_corrected(run: Run) -> str:
     return f"no failure scenario was accepted; `{run.command('report')}` says why"
 
 
-def undecided_of(run: Run) -> str | None:
-    """Return why a finished run could not tell whether its classifier has failure scenarios; None where it could."""
-    verdicts = run.require(Verdicts)
-    if len(verdicts.accepted):
-        return None
-    return why_undecided(
-        run.spec,
-        run.require(Gallery),
-        verdicts,
-        models=with_measured_health(run, run.require(Models)),
-        references=run.load(ReferenceSet, "references"),
-        psi=run.load(Psi),
-        scenarios=run.load(Scenarios),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class FinishedRun:
-    """What a finished run holds of its scenarios and classifiers."""
-
-    spec: RunFile
-    models: Models
-    gallery: Gallery
-    verdicts: Verdicts
-    fixes: Corrections
-    sweep: Sweep
-
-    def classifiers(self) -> tuple[nn.Module, nn.Module]:
-        """Return the classifier before and after the correction; the same where nothing was corrected."""
-        weights = self.models.classifier, self.sweep.weights or self.models.classifier
-        before, after = (load_classifier(self.spec, each, len(self.models.classes)) for each in weights)
-        return before, after
-
-
-def load_finished(run: Run) -> FinishedRun:
-    """Return what is stored of a finished run. Raises InputError for one that is not finished."""
-    return FinishedRun(
-        run.spec,
-        run.require(Models),
-        run.require(Gallery),
-        run.require(Verdicts),
-        run.require(Corrections),
-        run.require(Sweep),
-    )
-
-
 def _load_on_cpu(spec: RunFile, weights: Weights, classes: int, where: str) -> nn.Module:
     """Return the classifier in eval mode, in the memory layout that the exporters expect."""
     with computing_on(torch.device("cpu")):
@@ -184,8 +125,10 @@ class ClassifierForExport(nn.Module):
         self.shift: Tensor
         self.factor: Tensor
         self.order: Tensor | None
-        for name, tensor in (("shift", shift), ("factor", factor), ("order", order)):
-            self.register_buffer(name, tensor)
+        self.register_buffer("order", order)
+        if self.input_range != "0..1":
+            self.register_buffer("shift", shift)
+            self.register_buffer("factor", factor)
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) in [0, 1] -> logits (n, C)."""

@@ -15,7 +15,7 @@ from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
-from defuse_core.export import FinishedRun, load_finished, undecided_of
+from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import encode_images, load_vae, predict
 from defuse_core.models.programs import SOURCE

@@ -21,7 +21,7 @@ from defuse_core.artifacts import (
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError
-from defuse_core.export import load_finished
+from defuse_core.export.finished import load_finished
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import load_vae, predict
 from defuse_core.runs import Run

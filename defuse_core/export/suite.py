@@ -31,7 +31,8 @@ from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError, percent
-from defuse_core.export import load_finished, why_not_corrected
+from defuse_core.export import why_not_corrected
+from defuse_core.export.finished import load_finished
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,

@@ -38,22 +38,20 @@ FILES_OF_PROGRAM = re.compile(
 )
 OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 # Operators that call a graph of the program, and the place of the graph among their inputs.
-WRAPPERS = {
-    "torch.ops.higher_order.wrap_with_set_grad_enabled": 1,
-    (AUTOCAST := "torch.ops.higher_order.wrap_with_autocast"): 4,
-}
+AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
+WRAPPERS = {"torch.ops.higher_order.wrap_with_set_grad_enabled": 1, AUTOCAST: 4}
 ARITHMETIC = re.compile(
     r"torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)",
     re.ASCII,
 )
-# Expressions: symbols of sizes, texts that Symbol and Float get, and by their key in the JSON characters and functions.
-SIZE = re.compile(r"[su]\d+", re.ASCII)
-SIZE_OR_NUMBER = re.compile(r"[su]\d+|-?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
+# Expressions: symbols of sizes and numbers, what Symbol and Float get, and by key in the JSON characters and functions.
+SIZE = re.compile(r"([su]|zu?f)\d+", re.ASCII)
+SIZE_OR_NUMBER = re.compile(rf"{SIZE.pattern}|-?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 OF_SYMPY = (
     "Symbol|Integer|Rational|Float|Add|Mul|Pow|Eq|Ne|Max|Min|max|min|ceiling|floor|Mod|PythonMod|ModularIndexing|FloorDiv"
     "|CeilDiv|CleanDiv|IntTrueDiv|FloatTrueDiv|PowByNatural|FloatPow|ToFloat|TruncToFloat|(Trunc|Floor|Ceil|Round)ToInt"
-    "|Equality|Unequality|(Strict)?(Greater|Less)Than"
+    "|Equality|Unequality|(Strict)?(Greater|Less)Than|And|Or|Not"
 )
 KEYWORDS = {"positive", "nonnegative", "integer", "precision"}
 EXPRESSIONS = {
@@ -208,7 +206,8 @@ def _expect_harmless_text(model: Any, where: str) -> None:
             )
         if key in EXPRESSIONS and not _is_expression(text, *EXPRESSIONS[key]):
             raise ModelError(
-                f"{where}: holds the expression {text[:80]!r}, which is more than sizes; export it again"
+                f"{where}: holds the expression {text[:80]!r}, which is more than arithmetic of sizes; export it with "
+                "fixed height and width, or without sizes that depend on values"
             )
         if key in {"in_spec", "out_spec"} and text and not _are_plain_containers(json.loads(text)[1]):
             raise ModelError(
@@ -258,22 +257,23 @@ def _is_free(name: str) -> bool:
     """Whether no part of a tensor's dotted name is an attribute that its module has, such as a method, or a graph.
 
     The first part is an attribute of the program, the others of plain modules, which torch makes. torch also writes the
-    name, in small letters, as that of a variable into code: there `self` is the program.
+    name, in small letters and with _ for other characters, as a variable into code: there `self` is the program.
     """
     first, *others = name.split(".")
+    program, module = _empty_modules()
     return not (
         "__" in {part[:2] for part in (first, *others)}
-        or name.lower() in NAMES_IN_CODE
+        or re.sub(r"\W+", "_", name).lower() in NAMES_IN_CODE
         or first in SET_BY_TORCH
         or GRAPH.fullmatch(first)
-        or hasattr(_empty_program(), first)
-        or any(hasattr(torch.nn.Module(), part) for part in others)
+        or hasattr(program, first)
+        or any(hasattr(module, part) for part in others)
     )
 
 
 @functools.cache
-def _empty_program() -> torch.fx.GraphModule:
-    return torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+def _empty_modules() -> tuple[torch.fx.GraphModule, torch.nn.Module]:
+    return torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph()), torch.nn.Module()
 
 
 def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:
@@ -286,11 +286,6 @@ def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:
             if key == "nodes":
                 yield value
             yield from _nodes(value, key)
-
-
-def _keys(tree: Any) -> list[str]:
-    """Return all keys of a tree of JSON, as often as they occur."""
-    return [text for key, text in _strings(tree) if not key]
 
 
 def _is_harmless_operator(target: str) -> bool:
@@ -360,19 +355,6 @@ def _is_input(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "L"
 
 
-def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, text) for every text in a tree of JSON, and ("", key) for its keys, but free texts of nodes."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield "", name
-            yield from _strings(value, name)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _strings(PARTS[key](value) if key in PARTS else value, key)
-    elif isinstance(tree, str):
-        yield key, tree
-
-
 def _without_free_texts(node: Any) -> Any:
     """Return a node of a program without texts of which nothing is evaluated: its metadata, and what aten gets."""
     if not isinstance(node, dict):
@@ -398,3 +380,21 @@ def _with_argument(value: Any) -> Any:
 
 
 PARTS = {"nodes": _without_free_texts, "inputs": _with_argument}  # of lists with this key
+
+
+def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, text) for every text in a tree of JSON, and ("", key) for its keys, but free texts of nodes."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield "", name  # like a text below an empty key, which is inspected as a key is
+            yield from _strings(value, name)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _strings(PARTS[key](value) if key in PARTS else value, key)
+    elif isinstance(tree, str):
+        yield key, tree
+
+
+def _keys(tree: Any) -> list[str]:
+    """Return all keys of a tree of JSON, as often as they occur."""
+    return [text for key, text in _strings(tree) if not key]

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export.passes import move_to_device_pass
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
@@ -165,11 +166,8 @@ def _load_script(data: bytes) -> nn.Module:
 def _load_exported(data: bytes, where: str) -> nn.Module:
     program = torch.export.load(io.BytesIO(data))
     _expect_any_batch(program, where)
-    if device().type != "cpu":  # the graph names devices where it makes tensors
-        from torch.export.passes import move_to_device_pass
-
-        program = move_to_device_pass(program, device())
-    return program.module()
+    # also to the CPU: the graph names the device of the export where it makes tensors
+    return move_to_device_pass(program, device()).module()
 
 
 def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None:

@@ -204,10 +204,10 @@ def known_validation_images(report: Report) -> str | None:
     if not are_worse([before.test], before.validation, images):
         return None
     return (
-        "The classifier has probably seen the validation images. It gets "
-        f"{percent(before.validation)} of them right and {percent(before.test)} of the test images. If they are a "
-        "share of its training images (data.validation_share), they show little about the accuracy that a λ costs and "
-        "about failing inputs; then give validation images that it was not trained on (a folder named validation)."
+        "The classifier has probably seen the validation images, which are a share of the training images "
+        f"(data.validation_share). It gets {percent(before.validation)} of them right and {percent(before.test)} of "
+        "the test images, so they show little about the accuracy that a λ costs; give validation images that it was "
+        "not trained on (a folder named validation)."
     )
 
 

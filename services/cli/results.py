@@ -216,7 +216,7 @@ def _measured(result: SuiteResult) -> str:
 
 def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
     """Return the corrected classifier of a run, or the one that it debugged where it corrected nothing."""
-    from defuse_core.export import load_finished
+    from defuse_core.export.finished import load_finished
     from defuse_core.models import to_device
 
     found = load_finished(open_run(name or "", store))

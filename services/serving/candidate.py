@@ -30,7 +30,8 @@ from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError, percent
 from defuse_core.evaluation.evidence import Evidence
-from defuse_core.export import undecided_of, why_not_corrected
+from defuse_core.export import why_not_corrected
+from defuse_core.export.finished import undecided_of
 from defuse_core.intervals import ROUNDING
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures

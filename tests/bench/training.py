@@ -108,15 +108,13 @@ def stacked(spec: RunFile, count: int, arithmetic: Arithmetic) -> dict[str, floa
     )
     clean, held_out = learnable(spec, TUNED_ON, 1), learnable(spec, CLASSES, 3)
     scenes = ScenarioImages(learnable(spec, TUNED_ON, 2), CLASSES, held_out)
-    tuning = FineTuningData(Splits(clean, None, None, names), scenes)
+    data = FineTuningData(Splits(clean, None, None, names), scenes)
     made: list[dict[float, Trial]] = [{}, {}]
 
     def run(place: int, stacks: list[tuple[float, ...]]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for lams in stacks:
-                for lam, trial in run_stack(
-                    FineTuning(spec, models, tuning), lams, FolderStore(Path(folder))
-                ):
+                for lam, trial in run_stack(FineTuning(spec, models, data), lams, FolderStore(Path(folder))):
                     assert isinstance(trial, Trial)
                     made[place][lam] = trial
 

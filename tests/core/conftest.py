@@ -20,5 +20,5 @@ def fixes() -> Corrections:
 
 
 @pytest.fixture(scope="module")
-def tuning(tiny_models: Models, fixes: Corrections) -> FineTuningData:
+def data(tiny_models: Models, fixes: Corrections) -> FineTuningData:
     return fine_tuning_data(tiny(), tiny_models, fixes)

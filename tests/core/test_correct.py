@@ -22,23 +22,23 @@ from tests.conftest import fine_tuning_data, tiny
 from tests.own_classifiers import trained
 
 
-def test_tuning_pairs_every_decoded_code_with_its_scenarios_label(tuning):
-    assert tuning.scenario.tune.labels.tolist() == [8] * 24 + [2] * 24
-    assert tuning.scenario.tune.pixels.shape == (48, 1, 16, 16)
-    assert not np.array_equal(tuning.scenario.tune.pixels, tuning.scenario.held_out.pixels)
+def test_tuning_pairs_every_decoded_code_with_its_scenarios_label(data):
+    assert data.scenario.tune.labels.tolist() == [8] * 24 + [2] * 24
+    assert data.scenario.tune.pixels.shape == (48, 1, 16, 16)
+    assert not np.array_equal(data.scenario.tune.pixels, data.scenario.held_out.pixels)
 
 
 def test_the_baseline_tunes_on_reviewed_failures_and_is_tested_on_the_same_held_out_images(
-    tiny_spec, tiny_models, fixes, tuning
+    tiny_spec, tiny_models, fixes, data
 ):
-    reviewed = tuning.clean.train.take(slice(0, 5))
+    reviewed = data.clean.train.take(slice(0, 5))
     baseline = fine_tuning_data(tiny_spec, tiny_models, fixes, reviewed)
     assert len(baseline.scenario.tune) == 5
-    np.testing.assert_array_equal(baseline.scenario.held_out.pixels, tuning.scenario.held_out.pixels)
+    np.testing.assert_array_equal(baseline.scenario.held_out.pixels, data.scenario.held_out.pixels)
 
 
-def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_models, tuning):
-    *_, trial = fine_tune(FineTuning(tiny(correct={"epochs": 15}), tiny_models, tuning), 10.0, None)
+def test_fine_tuning_with_a_large_lambda_learns_the_scenarios(tiny_spec, tiny_models, data):
+    *_, trial = fine_tune(FineTuning(tiny(correct={"epochs": 15}), tiny_models, data), 10.0, None)
     assert trial.rows[-1].scenario > 0.9
     assert trial.rows[-1].loss < trial.rows[0].loss
 
@@ -88,7 +88,7 @@ def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
-def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_models, tuning, monkeypatch):
+def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_models, data, monkeypatch):
     seen = []
 
     def noting(images, rng):
@@ -96,32 +96,32 @@ def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_mode
         return seen[-1]
 
     monkeypatch.setattr("defuse_core.correct.random_affine", noting)
-    spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(tuning.clean.train)})
-    *_, done = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
+    spec = tiny(correct={"epochs": 2, "augment": True, "batch_size": len(data.clean.train)})
+    *_, done = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     images = np.sort(np.stack([step.numpy().sum(axis=(1, 2, 3)) for step in seen]), axis=1)
-    assert images.shape == (2, 2 * len(tuning.clean.train))  # D and as many of D_f, in each of two steps
+    assert images.shape == (2, 2 * len(data.clean.train))  # D and as many of D_f, in each of two steps
     assert not np.isclose(images[0], images[1]).all()
     classifier = load_classifier(spec, done.best, 10)
-    assert done.rows[done.best_epoch - 1].validation == accuracy(classifier, tuning.clean.validation)
-    spec = tiny(correct={"epochs": 2, "batch_size": len(tuning.clean.train)})
-    *_, plain = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
+    assert done.rows[done.best_epoch - 1].validation == accuracy(classifier, data.clean.validation)
+    spec = tiny(correct={"epochs": 2, "batch_size": len(data.clean.train)})
+    *_, plain = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     assert len(seen) == 2
     assert plain.rows[0].loss != done.rows[0].loss
 
 
 @pytest.mark.parametrize(("schedule", "augmented"), [("constant", False), ("one_cycle", True)])
-def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(schedule, augmented, tiny_models, tuning):
+def test_an_interrupted_trial_goes_on_to_the_same_end_bit_for_bit(schedule, augmented, tiny_models, data):
     spec = tiny(correct={"epochs": 3, "schedule": schedule, "augment": augmented})
-    same = FineTuning(spec, tiny_models, tuning)
-    *_, whole = fine_tune(same, 1.0, None)
-    first = next(fine_tune(same, 1.0, None))
-    *_, resumed = fine_tune(same, 1.0, first)
+    tuning = FineTuning(spec, tiny_models, data)
+    *_, whole = fine_tune(tuning, 1.0, None)
+    first = next(fine_tune(tuning, 1.0, None))
+    *_, resumed = fine_tune(tuning, 1.0, first)
     assert resumed.rows == whole.rows
     for name, array in whole.best.items():
         np.testing.assert_array_equal(resumed.best[name], array)
 
 
-def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_models, tuning, monkeypatch):
+def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_models, data, monkeypatch):
     rates = []
 
     def noting(loss, optimizer):
@@ -130,22 +130,22 @@ def test_the_learning_rate_of_a_cycle_falls_to_nothing_at_the_last_step(tiny_mod
 
     monkeypatch.setattr("defuse_core.correct.train_step", noting)
     spec = tiny(correct={"epochs": 4, "schedule": "one_cycle", "learning_rate": 0.002})
-    list(fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None))
+    list(fine_tune(FineTuning(spec, tiny_models, data), 1.0, None))
     assert len(rates) == 4 * 5  # 300 images in batches of 64
     assert max(rates) == rates[1] == 0.002  # after a tenth of the steps
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert rates[-1] == 0.0
 
 
-def test_a_last_epoch_of_one_step_at_rate_0_is_no_divergence(tiny_models, tuning):
+def test_a_last_epoch_of_one_step_at_rate_0_is_no_divergence(tiny_models, data):
     spec = tiny(correct={"epochs": 2, "schedule": "one_cycle", "batch_size": 300})
-    *_, done = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
+    *_, done = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     assert [row.epoch for row in done.rows] == [1, 2]
 
 
-def test_only_the_last_epoch_of_a_cycle_may_be_chosen(tiny_models, tuning):
+def test_only_the_last_epoch_of_a_cycle_may_be_chosen(tiny_models, data):
     spec = tiny(correct={"epochs": 3, "schedule": "one_cycle", "choose_by": "validation"})
-    *_, done = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
+    *_, done = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     assert done.best_epoch == 3
     rows = ((0.99, 1.0, 1.0), (0.95, 0.9, 0.9))  # the first of two epochs is better
     models = models_with(0.9, tiny_models)
@@ -162,7 +162,7 @@ def test_a_hopeless_lambda_is_given_up_after_the_epoch_that_loses_too_much(tiny_
     assert sweep.chosen is None
 
 
-def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, tuning, monkeypatch):
+def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, data, monkeypatch):
     def with_dropout(*asked):
         classifier = load_classifier(*asked)
         classifier.register_forward_pre_hook(
@@ -171,14 +171,14 @@ def test_dropout_is_drawn_alike_whatever_ran_in_the_process_before(tiny_models, 
         return classifier
 
     monkeypatch.setattr("defuse_core.correct.load_classifier", with_dropout)
-    same = FineTuning(tiny(correct={"epochs": 2}), tiny_models, tuning)
-    *_, first = fine_tune(same, 1.0, None)
+    tuning = FineTuning(tiny(correct={"epochs": 2}), tiny_models, data)
+    *_, first = fine_tune(tuning, 1.0, None)
     torch.rand(7)
-    *_, second = fine_tune(same, 1.0, None)
+    *_, second = fine_tune(tuning, 1.0, None)
     assert first.rows == second.rows
 
 
-def test_each_step_has_as_many_scenario_images_as_clean_ones(tiny_spec, tiny_models, tuning, monkeypatch):
+def test_each_step_has_as_many_scenario_images_as_clean_ones(tiny_spec, tiny_models, data, monkeypatch):
     sizes = []
 
     def counting(*asked):
@@ -189,20 +189,20 @@ def test_each_step_has_as_many_scenario_images_as_clean_ones(tiny_spec, tiny_mod
         return classifier
 
     monkeypatch.setattr("defuse_core.correct.load_classifier", counting)
-    next(fine_tune(FineTuning(tiny_spec, tiny_models, tuning), 1.0, None))
+    next(fine_tune(FineTuning(tiny_spec, tiny_models, data), 1.0, None))
     assert sizes == [128, 128, 128, 128, 88]  # 300 images in batches of 64, and their like of D_f
 
 
 def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_run_again(
-    tmp_path, tiny_spec, tiny_models, tuning
+    tmp_path, tiny_spec, tiny_models, data
 ):
-    store, same = FolderStore(tmp_path), FineTuning(tiny_spec, tiny_models, tuning)
-    killed = next(run_trial(same, 1.0, store))
+    store, tuning = FolderStore(tmp_path), FineTuning(tiny_spec, tiny_models, data)
+    killed = next(run_trial(tuning, 1.0, store))
     assert len(killed.rows) == 1
-    *_, done = run_trial(same, 1.0, store)
+    *_, done = run_trial(tuning, 1.0, store)
     assert [row.epoch for row in done.rows] == [1, 2]
     before = store.read(trial_key(1.0))
-    assert [trial.done for trial in run_trial(same, 1.0, store)] == [True]
+    assert [trial.done for trial in run_trial(tuning, 1.0, store)] == [True]
     assert store.read(trial_key(1.0)) == before
 
 
@@ -211,41 +211,39 @@ def test_every_lambda_has_a_key_of_its_own():
     assert len({trial_key(lam) for lam in lambdas}) == len(lambdas)
 
 
-def test_a_loss_that_is_not_finite_stops_the_trial_in_one_line(tiny_spec, tiny_models, tuning):
+def test_a_loss_that_is_not_finite_stops_the_trial_in_one_line(tiny_spec, tiny_models, data):
     broken = Models(
         **{**vars(tiny_models), "classifier": {k: v * 1e30 for k, v in tiny_models.classifier.items()}}
     )
     with pytest.raises(ModelError, match="diverged"):
-        next(fine_tune(FineTuning(tiny_spec, broken, tuning), 1.0, None))
+        next(fine_tune(FineTuning(tiny_spec, broken, data), 1.0, None))
 
 
 def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_nothing(
-    tiny_spec, tiny_models, tuning
+    tiny_spec, tiny_models, data
 ):
     last = sorted(name for name in tiny_models.classifier if name.endswith(".bias"))[-1].removesuffix("bias")
     sure = {k: v * 1e6 if k.startswith(last) else v for k, v in tiny_models.classifier.items()}
-    right = (
-        predict(load_classifier(tiny_spec, sure, 10), tuning.clean.train.pixels) == tuning.clean.train.labels
-    )
-    known = replace(tuning, clean=replace(tuning.clean, train=tuning.clean.train.take(np.flatnonzero(right))))
+    right = predict(load_classifier(tiny_spec, sure, 10), data.clean.train.pixels) == data.clean.train.labels
+    known = replace(data, clean=replace(data.clean, train=data.clean.train.take(np.flatnonzero(right))))
     trial = next(fine_tune(FineTuning(tiny_spec, replace(tiny_models, classifier=sure), known), 0.0, None))
     assert trial.rows[0].train == 1.0
 
 
-def test_a_trial_with_lambda_0_learns_nothing_of_the_scenarios_from_batch_statistics(tiny_models, tuning):
+def test_a_trial_with_lambda_0_learns_nothing_of_the_scenarios_from_batch_statistics(tiny_models, data):
     own = {"architecture": "custom", "import_path": "tests.own_classifiers:trained", "epochs": 1}
     spec = tiny(classifier=own, correct={"augment": True})
     models = replace(tiny_models, classifier=weights_of(trained()))
-    without = replace(tuning, scenario=replace(tuning.scenario, d_f=tuning.clean.train.take(slice(0, 48))))
-    both = [FineTuning(spec, models, data) for data in (tuning, without)]
+    without = replace(data, scenario=replace(data.scenario, d_f=data.clean.train.take(slice(0, 48))))
+    both = FineTuning(spec, models, data), FineTuning(spec, models, without)
     plain, other = (next(fine_tune(each, 0.0, None)).best for each in both)
     for name, array in plain.items():
         np.testing.assert_array_equal(array, other[name])
 
 
-def test_the_last_epoch_of_the_only_lambda_is_kept_whatever_it_scores(tiny_models, tuning):
+def test_the_last_epoch_of_the_only_lambda_is_kept_whatever_it_scores(tiny_models, data):
     spec = tiny(correct={"lambdas": [1e-3], "epochs": 3, "choose_by": "last", "learning_rate": 0.1})
-    *_, made = fine_tune(FineTuning(spec, tiny_models, tuning), 1e-3, None)
+    *_, made = fine_tune(FineTuning(spec, tiny_models, data), 1e-3, None)
     assert made.best_epoch == 3
     assert collect_sweep(spec, tiny_models, [made]).chosen.epoch == 3
     with pytest.raises(RunFileError, match="choose_by last needs a single λ"):
@@ -363,11 +361,11 @@ def test_reviewed_failures_are_the_labelled_images_that_the_classifier_gets_wron
     assert wrong.pixels[:, 0, 0, 0].tolist() == [0.0, 0.75]
 
 
-def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(tiny_spec, fixes, tuning, tmp_path):
+def test_nothing_accepted_or_nothing_wrong_leaves_nothing_to_tune_on(tiny_spec, fixes, data, tmp_path):
     none = Corrections(*(part[:0] for part in (fixes.scenario, fixes.labels, fixes.tune, fixes.test)))
     store = FolderStore(tmp_path)
     assert SweepRequest(tiny_spec, none, None, store).is_empty
-    assert SweepRequest(tiny_spec, fixes, tuning.scenario.tune.take(slice(0, 0)), store).is_empty
+    assert SweepRequest(tiny_spec, fixes, data.scenario.tune.take(slice(0, 0)), store).is_empty
     assert not SweepRequest(tiny_spec, fixes, None, store).is_empty
 
 
@@ -390,10 +388,10 @@ def test_a_repetition_has_the_same_images_in_another_order(tiny_spec, tiny_model
 def test_a_repetition_that_was_stopped_goes_on_as_the_same_one(tiny_spec, tiny_models, fixes, tmp_path):
     spec = tiny(correct={"lambdas": (0.0,), "epochs": 2})
     data = fine_tuning_data(spec, tiny_models, fixes)
-    same = FineTuning(spec, tiny_models, replace(data, repetition=1))
-    *_, whole = run_trial(same, 0.0, FolderStore(tmp_path / "whole"))
-    next(run_trial(same, 0.0, FolderStore(tmp_path / "stopped")))
-    *_, resumed = run_trial(same, 0.0, FolderStore(tmp_path / "stopped"))
+    tuning = FineTuning(spec, tiny_models, replace(data, repetition=1))
+    *_, whole = run_trial(tuning, 0.0, FolderStore(tmp_path / "whole"))
+    next(run_trial(tuning, 0.0, FolderStore(tmp_path / "stopped")))
+    *_, resumed = run_trial(tuning, 0.0, FolderStore(tmp_path / "stopped"))
     assert encode(resumed) == encode(whole)
     request = SweepRequest(spec, fixes, None, FolderStore(tmp_path / "asked"), repetition=1)
     (sweep,) = LocalCompute().sweeps(tiny_models, [request])

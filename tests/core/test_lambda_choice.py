@@ -179,14 +179,14 @@ def test_of_a_sample_of_the_training_images_those_that_are_left_out_are_missing(
     ],
 )
 def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked_are_scored(
-    section, scored, tiny_models, tuning, monkeypatch
+    section, scored, tiny_models, data, monkeypatch
 ):
     spec = tiny(correct={"epochs": 3, **section})
-    *_, made = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
+    *_, made = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     assert [row.epoch for row in made.rows if row.is_scored] == scored
     assert all(row.loss > 0 for row in made.rows) and len(made.rows) == 3
     monkeypatch.setattr("defuse_core.correct.ChoiceRule.needs_score", lambda *_: True)
-    *_, whole = fine_tune(FineTuning(spec, tiny_models, tuning), 1.0, None)
+    *_, whole = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     assert all(row.is_scored for row in whole.rows)
     assert (made.best_epoch, made.rows[-1]) == (whole.best_epoch, whole.rows[-1])
     for name, array in whole.best.items():

@@ -33,7 +33,7 @@ from defuse_core.store import FolderStore
 from defuse_core.training.precision import measure_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import _why_not_stacked
-from defuse_core.tuning_data import FineTuningData
+from defuse_core.tuning_data import FineTuningData, ScenarioImages
 from tests.conftest import recommended, tiny
 
 HERE = "tests.core.test_memory_layout"
@@ -126,7 +126,8 @@ def test_a_run_of_networks_with_views_is_computed_to_its_end_and_exported(tmp_pa
     assert report.chosen is not None
     models, corrected = corrected_classifier(run)
     splits = open_splits(spec.data, spec.seed)
-    assert _why_not_stacked(FineTuning(spec, models, FineTuningData(splits, None))) is None
+    data = FineTuningData(splits, ScenarioImages(splits.train, len(splits.classes), splits.train))
+    assert _why_not_stacked(FineTuning(spec, models, data)) is None
     done = export_model(run, tmp_path / "net.pt2")
     assert done.same_answers == done.images
     suite = save_suite(run, tmp_path / "suite")

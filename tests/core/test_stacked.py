@@ -54,15 +54,15 @@ def trials_in(store: Store, lams: Sequence[float]) -> dict[float, Trial]:
 
 
 def separate(
-    spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float]
+    spec: RunFile, models: Models, data: FineTuningData, lams: Sequence[float]
 ) -> dict[float, Trial]:
-    return {lam: [*fine_tune(FineTuning(spec, models, tuning), lam, None)][-1] for lam in lams}
+    return {lam: [*fine_tune(FineTuning(spec, models, data), lam, None)][-1] for lam in lams}
 
 
 def together(
-    spec: RunFile, models: Models, tuning: FineTuningData, lams: Sequence[float], store: Store
+    spec: RunFile, models: Models, data: FineTuningData, lams: Sequence[float], store: Store
 ) -> dict[float, Trial | ModelError]:
-    return dict(run_stack(FineTuning(spec, models, tuning), lams, store))
+    return dict(run_stack(FineTuning(spec, models, data), lams, store))
 
 
 def assert_close_rows(rows: Sequence[SweepRow], others: Sequence[SweepRow], rtol: float = 1e-5) -> None:
@@ -129,11 +129,11 @@ def test_a_stack_has_the_logits_gradients_and_batch_statistics_of_its_classifier
     [("constant", False, "f32"), ("one_cycle", True, "f32"), ("one_cycle", False, "bf16")],
 )
 def test_stacked_trials_equal_separate_ones_up_to_rounding(
-    schedule, augment, precision, tiny_models, tuning, tmp_path
+    schedule, augment, precision, tiny_models, data, tmp_path
 ):
     spec = stacking(schedule=schedule, augment=augment).with_fields("resources", precision=precision)
-    alone = separate(spec, tiny_models, tuning, LAMBDAS)
-    made = together(spec, tiny_models, tuning, LAMBDAS, FolderStore(tmp_path))
+    alone = separate(spec, tiny_models, data, LAMBDAS)
+    made = together(spec, tiny_models, data, LAMBDAS, FolderStore(tmp_path))
     tolerance = 1e-5 if precision == "f32" else 1e-2
     for lam, trial in made.items():
         assert (trial.lam, trial.done, trial.best_epoch) == (lam, True, alone[lam].best_epoch)
@@ -144,13 +144,13 @@ def test_stacked_trials_equal_separate_ones_up_to_rounding(
     assert made.keys() == alone.keys()
 
 
-def test_batch_normalisation_and_dropout_give_the_same_answers_stacked(tiny_models, tuning, tmp_path):
+def test_batch_normalisation_and_dropout_give_the_same_answers_stacked(tiny_models, data, tmp_path):
     """Biases before a batch normalisation differ more: their gradient is rounding alone, and Adam scales it up."""
     spec = with_classifier(stacking(epochs=2, augment=True, schedule="one_cycle"), OWN)
     models = replace(tiny_models, classifier=weights_of(trained()))
-    alone = separate(spec, models, tuning, LAMBDAS)
-    made = together(spec, models, tuning, LAMBDAS, FolderStore(tmp_path))
-    shown = tuning.clean.train.pixels
+    alone = separate(spec, models, data, LAMBDAS)
+    made = together(spec, models, data, LAMBDAS, FolderStore(tmp_path))
+    shown = data.clean.train.pixels
     for lam, trial in made.items():
         assert [row.loss for row in trial.rows] == pytest.approx(
             [row.loss for row in alone[lam].rows], rel=1e-4
@@ -161,11 +161,11 @@ def test_batch_normalisation_and_dropout_give_the_same_answers_stacked(tiny_mode
         np.testing.assert_allclose(first, second, atol=0.05)
 
 
-def test_the_running_statistics_of_a_stacked_resnet18_are_those_of_its_trials(tiny_models, tuning, tmp_path):
+def test_the_running_statistics_of_a_stacked_resnet18_are_those_of_its_trials(tiny_models, data, tmp_path):
     spec = with_classifier(stacking(epochs=1, batch_size=24), {"architecture": "resnet18", "stem": "small"})
     models = replace(tiny_models, classifier=weights_of(built("resnet18", 0)))
-    some = Splits(tuning.clean.train.take(slice(24)), None, None, tuning.clean.classes)
-    short, lams = replace(tuning, clean=some), (0.1, 10.0)
+    some = Splits(data.clean.train.take(slice(24)), None, None, data.clean.classes)
+    short, lams = replace(data, clean=some), (0.1, 10.0)
     alone = separate(spec, models, short, lams)
     made = together(spec, models, short, lams, FolderStore(tmp_path))
     for lam, trial in made.items():
@@ -180,7 +180,7 @@ def test_the_running_statistics_of_a_stacked_resnet18_are_those_of_its_trials(ti
 
 @pytest.mark.parametrize("lam", [1e30, 1e39])
 def test_a_lambda_that_diverges_is_left_out_and_does_no_harm_to_its_stack(
-    lam, tiny_models, fixes, tuning, tmp_path
+    lam, tiny_models, fixes, data, tmp_path
 ):
     spec = stacking(lambdas=(1.0, lam, 10.0))
     stacked, single = (
@@ -212,13 +212,13 @@ def losing(models: Models, alone: dict[float, Trial], hopeless: float) -> Models
 HARD = {"max_loss": 0.2, "epochs": 3, "learning_rate": 0.01, "choose_by": "tune"}
 
 
-def test_a_hopeless_lambda_leaves_the_stack_and_the_others_go_on(tiny_models, tuning, tmp_path):
+def test_a_hopeless_lambda_leaves_the_stack_and_the_others_go_on(tiny_models, data, tmp_path):
     lams = (0.01, 300.0, 0.1)
-    plain = separate(stacking(1, **HARD | {"epochs": 1}), tiny_models, tuning, lams)
+    plain = separate(stacking(1, **HARD | {"epochs": 1}), tiny_models, data, lams)
     models = losing(tiny_models, plain, 300.0)
     spec = stacking(**HARD, stop_at_loss=0.2, lambdas=lams)
-    alone = separate(spec, models, tuning, lams)
-    made = together(spec, models, tuning, lams, FolderStore(tmp_path))
+    alone = separate(spec, models, data, lams)
+    made = together(spec, models, data, lams, FolderStore(tmp_path))
     assert len(made[300.0].rows) == 1 and made[300.0].done
     assert {lam: len(trial.rows) for lam, trial in made.items()} == {
         lam: len(trial.rows) for lam, trial in alone.items()
@@ -232,41 +232,41 @@ def test_a_hopeless_lambda_leaves_the_stack_and_the_others_go_on(tiny_models, tu
 @pytest.mark.parametrize(("schedule", "augment"), [("constant", False), ("one_cycle", True)])
 @pytest.mark.parametrize("with_hopeless", [False, True])
 def test_an_interrupted_stack_goes_on_to_the_same_end_bit_for_bit(
-    schedule, augment, with_hopeless, tiny_models, tuning, tmp_path
+    schedule, augment, with_hopeless, tiny_models, data, tmp_path
 ):
     lams, models = (0.01, 300.0, 0.1), tiny_models
     spec = stacking(**HARD, schedule=schedule, augment=augment, lambdas=lams)
     if with_hopeless:
         every_epoch_is_scored = spec.with_fields("correct", stop_at_loss=1.0)
         first = {
-            lam: next(fine_tune(FineTuning(every_epoch_is_scored, models, tuning), lam, None)) for lam in lams
+            lam: next(fine_tune(FineTuning(every_epoch_is_scored, models, data), lam, None)) for lam in lams
         }
         models = losing(models, first, 300.0)
         spec = spec.with_fields("correct", stop_at_loss=0.2)
     whole, stopped = (FolderStore(tmp_path / name) for name in ("whole", "stopped"))
-    together(spec, models, tuning, lams, whole)
-    list(itertools.islice(run_stack(FineTuning(spec, models, tuning), lams, stopped), 3))
+    together(spec, models, data, lams, whole)
+    list(itertools.islice(run_stack(FineTuning(spec, models, data), lams, stopped), 3))
     assert {len(trial.rows) for trial in trials_in(stopped, lams).values()} == {1}
-    together(spec, models, tuning, lams, stopped)
+    together(spec, models, data, lams, stopped)
     for lam in lams:
         assert stopped.read(trial_key(lam)) == whole.read(trial_key(lam))
     assert len(trials_in(whole, lams)[300.0].rows) == (1 if with_hopeless else 3)
 
 
-def test_a_single_number_among_the_parameters_is_stored_and_resumed(tuning, tiny_models, tmp_path):
+def test_a_single_number_among_the_parameters_is_stored_and_resumed(data, tiny_models, tmp_path):
     spec = with_classifier(stacking(), OWN | {"import_path": "tests.own_classifiers:Scaled"})
     torch.manual_seed(0)
     models = replace(tiny_models, classifier=weights_of(Scaled()))
     whole, stopped = (FolderStore(tmp_path / name) for name in ("whole", "stopped"))
-    together(spec, models, tuning, LAMBDAS, whole)
-    list(itertools.islice(run_stack(FineTuning(spec, models, tuning), LAMBDAS, stopped), 3))
+    together(spec, models, data, LAMBDAS, whole)
+    list(itertools.islice(run_stack(FineTuning(spec, models, data), LAMBDAS, stopped), 3))
     moments = [trial.moments["0/exp_avg"] for trial in trials_in(stopped, LAMBDAS).values()]
     assert all(moment.shape == () for moment in moments) and len(set(map(float, moments))) == 3
-    together(spec, models, tuning, LAMBDAS, stopped)
+    together(spec, models, data, LAMBDAS, stopped)
     assert all(stopped.read(trial_key(lam)) == whole.read(trial_key(lam)) for lam in LAMBDAS)
 
 
-def test_lambdas_of_unequal_epochs_are_not_stacked_together(tiny_models, tuning, tmp_path, monkeypatch):
+def test_lambdas_of_unequal_epochs_are_not_stacked_together(tiny_models, data, tmp_path, monkeypatch):
     """As a process leaves them that is killed between two writes of an epoch."""
     sizes = []
 
@@ -276,35 +276,35 @@ def test_lambdas_of_unequal_epochs_are_not_stacked_together(tiny_models, tuning,
             super().__init__(template, weights)
 
     spec, store = stacking(), FolderStore(tmp_path)
-    next(run_trial(FineTuning(spec, tiny_models, tuning), 1.0, store))
+    next(run_trial(FineTuning(spec, tiny_models, data), 1.0, store))
     monkeypatch.setattr("defuse_core.trials.Stack", Noting)
-    made = together(spec, tiny_models, tuning, LAMBDAS, store)
+    made = together(spec, tiny_models, data, LAMBDAS, store)
     assert sizes == [2, 2]  # the look whether it can be stacked, and λ = 0.01 with 10
-    alone = separate(spec, tiny_models, tuning, LAMBDAS)
+    alone = separate(spec, tiny_models, data, LAMBDAS)
     for lam in LAMBDAS:
         assert_close_rows(made[lam].rows, alone[lam].rows)
     assert encode(made[1.0]) == encode(alone[1.0])
 
 
-def test_a_lambda_that_is_added_to_a_finished_stack_is_trained_alone(tiny_models, tuning, tmp_path):
+def test_a_lambda_that_is_added_to_a_finished_stack_is_trained_alone(tiny_models, data, tmp_path):
     store = FolderStore(tmp_path)
-    together(stacking(4), tiny_models, tuning, LAMBDAS, store)
+    together(stacking(4), tiny_models, data, LAMBDAS, store)
     before = {lam: store.read(trial_key(lam)) for lam in LAMBDAS}
     spec = stacking(4, lambdas=(*LAMBDAS, 3.0))
     (lams,) = stacks_of(spec.correct)
-    made = together(spec, tiny_models, tuning, lams, store)
+    made = together(spec, tiny_models, data, lams, store)
     assert {lam: store.read(trial_key(lam)) for lam in LAMBDAS} == before
-    assert encode(made[3.0]) == encode(separate(spec, tiny_models, tuning, [3.0])[3.0])
+    assert encode(made[3.0]) == encode(separate(spec, tiny_models, data, [3.0])[3.0])
     assert made.keys() == set(lams)
 
 
-def test_lambda_0_beside_a_stack_is_the_trial_that_it_is_alone(tiny_models, fixes, tuning, tmp_path):
+def test_lambda_0_beside_a_stack_is_the_trial_that_it_is_alone(tiny_models, fixes, data, tmp_path):
     spec, store = stacking(lambdas=(0.0, *LAMBDAS)), FolderStore(tmp_path)
     told = []
     compute = LocalCompute(lambda *args: told.append(args))
     (sweep,) = compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, store)])
     assert {row.lam for row in sweep.rows} == {0.0, *LAMBDAS}
-    assert store.read(trial_key(0.0)) == encode(separate(spec, tiny_models, tuning, [0.0])[0.0])
+    assert store.read(trial_key(0.0)) == encode(separate(spec, tiny_models, data, [0.0])[0.0])
     assert [args for args in told if args[0] == "fine-tuning over λ"] == [
         ("fine-tuning over λ", 1, 4, "trials"),
         ("fine-tuning over λ", 4, 4, "trials"),

@@ -36,14 +36,14 @@ def with_program(spec: RunFile, path: Path, models: Models) -> tuple[RunFile, Mo
     return with_classifier(spec, section), replace(models, classifier=weights)
 
 
-def test_a_program_of_torch_export_is_stacked_as_well(tiny_models, tuning, tmp_path, caplog):
+def test_a_program_of_torch_export_is_stacked_as_well(tiny_models, data, tmp_path, caplog):
     path = tmp_path / "net.pt2"
     shapes = ({0: torch.export.Dim("n")},)
     program = torch.export.export(trained(), (torch.rand(2, 1, 16, 16),), dynamic_shapes=shapes)
     torch.export.save(program, path)
     spec, models = with_program(stacking(), path, tiny_models)
-    alone = separate(spec, models, tuning, LAMBDAS)
-    made = together(spec, models, tuning, LAMBDAS, FolderStore(tmp_path / "run"))
+    alone = separate(spec, models, data, LAMBDAS)
+    made = together(spec, models, data, LAMBDAS, FolderStore(tmp_path / "run"))
     for lam, trial in made.items():
         assert_close_rows(trial.rows, alone[lam].rows)
         assert_close_weights(trial.best, alone[lam].best, atol=1e-5)
@@ -51,12 +51,12 @@ def test_a_program_of_torch_export_is_stacked_as_well(tiny_models, tuning, tmp_p
     assert "cannot be stacked" not in caplog.text
 
 
-def test_torchscript_is_not_stacked(tiny_models, tuning, tmp_path, caplog):
+def test_torchscript_is_not_stacked(tiny_models, data, tmp_path, caplog):
     torch.jit.script(trained()).save(tmp_path / "net.pt")
     spec, models = with_program(stacking(epochs=1), tmp_path / "net.pt", tiny_models)
-    made = together(spec, models, tuning, LAMBDAS, FolderStore(tmp_path / "run"))
+    made = together(spec, models, data, LAMBDAS, FolderStore(tmp_path / "run"))
     assert "cannot be stacked (it is TorchScript" in caplog.text
-    assert encode(made[1.0]) == encode(separate(spec, models, tuning, [1.0])[1.0])
+    assert encode(made[1.0]) == encode(separate(spec, models, data, [1.0])[1.0])
 
 
 @pytest.mark.parametrize(
@@ -69,16 +69,16 @@ def test_torchscript_is_not_stacked(tiny_models, tuning, tmp_path, caplog):
     ],
 )
 def test_a_classifier_that_cannot_be_stacked_is_logged_and_its_lambdas_are_trained_one_by_one(
-    classifier, why, tiny_models, tuning, tmp_path, caplog
+    classifier, why, tiny_models, data, tmp_path, caplog
 ):
     section = OWN | {"import_path": f"tests.own_classifiers:{classifier.__name__}"}
     spec = with_classifier(stacking(epochs=1), section)
     models = replace(tiny_models, classifier=weights_of(classifier()))
     caplog.set_level(logging.WARNING)
-    made = together(spec, models, tuning, LAMBDAS, FolderStore(tmp_path / "run"))
+    made = together(spec, models, data, LAMBDAS, FolderStore(tmp_path / "run"))
     (line,) = [line for line in caplog.messages if "cannot be stacked" in line]
     assert why in line and "correct.stack: 1" in line
-    alone = separate(spec, models, tuning, LAMBDAS)
+    alone = separate(spec, models, data, LAMBDAS)
     assert {lam: encode(trial) for lam, trial in made.items()} == {
         lam: encode(trial) for lam, trial in alone.items()
     }
@@ -111,7 +111,7 @@ def test_an_error_of_the_classifiers_code_about_one_lambda_leaves_out_that_one_a
 
 
 def test_an_error_of_the_classifiers_code_leaves_out_the_lambdas_that_are_not_done(
-    tiny_models, fixes, tuning, tmp_path, monkeypatch
+    tiny_models, fixes, data, tmp_path, monkeypatch
 ):
     """Nobody can tell which λ it is about; one that was given up before is kept."""
 
@@ -119,7 +119,7 @@ def test_an_error_of_the_classifiers_code_leaves_out_the_lambdas_that_are_not_do
         yield 10.0, done
         raise ZeroDivisionError("of a pixel by nothing")
 
-    done = separate(stacking(), tiny_models, tuning, [10.0])[10.0]
+    done = separate(stacking(), tiny_models, data, [10.0])[10.0]
     monkeypatch.setattr("defuse_core.local.run_stack", failing)
     (sweep,) = LocalCompute().sweeps(
         tiny_models, [SweepRequest(stacking(), fixes, None, FolderStore(tmp_path))]

@@ -35,6 +35,12 @@ def test_an_exported_network_of_ones_own_runs_on_another_device(own):
     assert exported.to("meta")(images.to("meta")).device.type == "meta"
 
 
+def test_an_exported_network_of_images_in_0_to_1_has_no_other_constants_than_its_own():
+    own = trained().state_dict()
+    exported = ClassifierForExport(trained(), tiny().classifier).state_dict()
+    assert exported.keys() == {f"net.{name}" for name in own}
+
+
 def test_a_classifier_is_exported_from_the_cpu_beside_a_gpu(store, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert export_model(opened(store), tmp_path / "model.safetensors").difference == 0.0

@@ -111,7 +111,7 @@ def test_errors_and_answers_are_of_each_reconstruction(tiny_spec, tiny_models, m
     np.testing.assert_array_equal(answers, predict(classifier, decoded))
 
 
-def test_each_image_is_moved_by_noise_of_its_own(tiny_models, monkeypatch):
+def test_each_image_is_perturbed_by_noise_of_its_own(tiny_models, monkeypatch):
     monkeypatch.setattr("defuse_core.evaluation.health.PROBE_BATCH", 2)
     same = open_splits(ANCHORED.data, ANCHORED.seed).train.take(np.zeros(4, np.int64))
     seen = []
@@ -120,8 +120,8 @@ def test_each_image_is_moved_by_noise_of_its_own(tiny_models, monkeypatch):
         seen.append(images)
         return np.arange(len(images)) + 10 * len(seen)
 
-    still, moved = perturbed_answers(ANCHORED, load_vae(ANCHORED, tiny_models.vae), same, answer)
-    assert (still.tolist(), moved.tolist()) == ([10, 11, 30, 31], [20, 21, 40, 41])
+    originals, perturbed = perturbed_answers(ANCHORED, load_vae(ANCHORED, tiny_models.vae), same, answer)
+    assert (originals.tolist(), perturbed.tolist()) == ([10, 11, 30, 31], [20, 21, 40, 41])
     shown = np.concatenate([*seen[1::2], same.batch(slice(0, 1))])
     assert len(np.unique(shown.reshape(5, -1), axis=0)) == 5
     np.testing.assert_array_equal(np.concatenate(seen[::2]), same.batch())
@@ -163,15 +163,15 @@ def test_the_upper_row_of_the_strip_is_the_originals(tiny_spec, tiny_models):
     assert not np.allclose(pixels[16:] / 255, expected, atol=0.1)
 
 
-def test_with_anchored_decoding_the_strip_has_the_originals_moved_in_a_third_row(tiny_models, monkeypatch):
+def test_an_anchored_strip_has_the_perturbed_originals_in_a_third_row(tiny_models, monkeypatch):
     monkeypatch.setattr("defuse_core.evaluation.health.STRIP_SIDE", 8)  # less than the images have
     images = open_splits(ANCHORED.data, ANCHORED.seed).train.take(slice(0, 61))
     vae, shown = load_vae(ANCHORED, tiny_models.vae), images.take(np.arange(0, 61, 4))
     strip = reconstruction_strip(ANCHORED, vae, images)
     pixels = np.asarray(Image.open(io.BytesIO(strip)).convert("L"))
     assert pixels.shape == (3 * 16, 16 * 16)
-    moved = perturbed_images(ANCHORED, vae, shown, generator(ANCHORED.seed, "health", "strip"))
-    for row, expected in ((0, shown.batch()), (2, moved)):
+    perturbed = perturbed_images(ANCHORED, vae, shown, generator(ANCHORED.seed, "health", "strip"))
+    for row, expected in ((0, shown.batch()), (2, perturbed)):
         beside = np.concatenate([image[0] for image in expected], axis=1)
         np.testing.assert_allclose(pixels[16 * row : 16 * row + 16] / 255, beside, atol=0.6 / 255)
 

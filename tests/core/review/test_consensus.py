@@ -1,3 +1,5 @@
+"""Majority and CROWDLAB votes: whose answers count for how much, and which label they give."""
+
 import numpy as np
 import pytest
 

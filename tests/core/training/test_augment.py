@@ -1,3 +1,5 @@
+"""Augmentation of minibatches: each image changed its own way, and still an image."""
+
 import numpy as np
 import pytest
 import torch
