@@ -345,10 +345,8 @@ def _unreachable(address: str) -> ServiceError:
     if proxy_for(address) is None:
         remedy = "start it or correct LABEL_STUDIO_URL, then run again"
     else:
-        scheme, host = urlsplit(address).scheme, urlsplit(address).hostname
-        remedy = (
-            f"if the proxy of {scheme.upper()}_PROXY does not reach it, set NO_PROXY={host}; else start it"
-        )
+        host = urlsplit(address).hostname
+        remedy = f"if the proxy of the environment does not reach it, add {host} to NO_PROXY; else start it"
     return ServiceError(f"Label Studio at {address} cannot be reached; {remedy}")
 
 

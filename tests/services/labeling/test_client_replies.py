@@ -60,7 +60,10 @@ def test_the_proxy_of_the_environment_is_named_where_a_server_cannot_be_reached(
         monkeypatch.delenv(name, raising=False)
     assert message().endswith("cannot be reached; start it or correct LABEL_STUDIO_URL, then run again")
     monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
-    assert "if the proxy of HTTP_PROXY does not reach it, set NO_PROXY=labels; else start it" in message()
+    assert (
+        "if the proxy of the environment does not reach it, add labels to NO_PROXY; else start it"
+        in message()
+    )
     monkeypatch.setenv("no_proxy", "labels")
     assert "PROXY" not in message()
 
@@ -73,7 +76,7 @@ def test_the_web_page_of_a_proxy_that_does_not_reach_the_server_is_no_failure_of
         client.check_access()
     monkeypatch.setenv("http_proxy", proxy.address)  # which answers in the server's place here, too
     monkeypatch.delenv("no_proxy", raising=False)
-    with pytest.raises(ServiceError, match=r"cannot be reached; if the proxy of HTTP_PROXY"):
+    with pytest.raises(ServiceError, match=r"cannot be reached; if the proxy of the environment"):
         client.check_access()
 
 
