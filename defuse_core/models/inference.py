@@ -25,8 +25,7 @@ from defuse_core.device import device
 from defuse_core.errors import ModelError, first_few
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.layout import to_device, to_tensor
-from defuse_core.models.program_inspection import program_kind
-from defuse_core.models.programs import SelfContainedClassifier, read_file
+from defuse_core.models.programs import SelfContainedClassifier, program_kind, read_file
 from defuse_core.models.vae import Vae, build_vae
 
 log = logging.getLogger("defuse")

@@ -1,14 +1,9 @@
-"""Inspect files of TorchScript and torch.export as zip and text before torch reads them, and refuse the unknown.
+"""Inspect files of torch.export as text before torch reads them, and refuse the unknown.
 
-What torch's loaders do with the bytes of a file (torch 2.13):
-
-- Both read the zip archive with torch's own reader. Python's `zipfile` can find other entries in the same bytes, so
-  the inspection uses torch's reader too, and refuses an archive in which the two find different names.
-- `torch.jit.load` compiles and runs the code of the archive: see `script_inspection`.
-- `torch.export.load` unpickles: tensors marked `use_pickle`, opaque constants, archives of older releases, and sample
-  inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes), writes
-  names, and the keys of sample inputs, into code that it then runs, looks up functions and types by dotted names, which
-  imports their modules, and loads compiled libraries (`aotinductor`).
+`torch.export.load` (torch 2.13) unpickles: tensors marked `use_pickle`, opaque constants, archives of older releases,
+and sample inputs that the weights-only loader refuses. It evaluates Python expressions (`guards_code`, symbolic sizes),
+writes names, and the keys of sample inputs, into code that it then runs, looks up functions and types by dotted names,
+which imports their modules and can load any library (`ctypes.cdll`), and loads compiled ones (`aotinductor`).
 
 Hence a file is loaded only if all of it is understood: known entries, text that splits into known tokens, plain names,
 no name of an operator or class that is not torch's own. It may still take long, use much memory, or hit a bug of torch.
@@ -22,14 +17,13 @@ import io
 import json
 import keyword
 import re
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from defuse_core.errors import ModelError
-from defuse_core.models.script_inspection import FILE_OPERATORS, expect_harmless_script
+from defuse_core.models.script_inspection import FILE_OPERATORS
 
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
@@ -73,7 +67,14 @@ GRAPH = re.compile(r"submod_\d+", re.ASCII)  # the names that torch writes
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)
 NO_TEXT = re.compile(r"(?!)")  # of other values, such as as_int: torch would take a text, too
 LABEL = re.compile(r"[\w. -]*", re.ASCII)  # of a layer or an output, such as block1-0 or "head a"
+# Where a node comes from: name,function;... of which torch looks up those of its own, and of operator and math.
+SOURCE = (
+    r"[^,;]*,(torch\.(nn\.functional\.|nn\.modules\.\w+\.|_C\._(nn|linalg|fft|special|sparse)\.|ops\.aten\.\w+\.)?\w+"
+    r"|_operator\.\w+|math\.\w+|(?!torch|_operator|math|#)[\w.]+)"
+)
+FREE_METADATA = {"stack_trace", "nn_module_stack", "torch_fn", "from_node", "custom"}  # nothing is looked up
 TEXTS = {
+    "source_fn_stack": re.compile(rf"{SOURCE}(;{SOURCE})*", re.ASCII),
     "torch_version": re.compile(r"[\w.+-]*", re.ASCII),
     **dict.fromkeys(("as_string", "as_strings"), re.compile(r"[\w ,.:>+-]*", re.ASCII)),
     **dict.fromkeys(("as_float", "as_floats"), re.compile(r"-?Infinity|NaN")),
@@ -84,36 +85,7 @@ CHECKED = {*EXPRESSIONS, "target", "in_spec", "out_spec", "as_operator"}  # by o
 CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 
 
-def program_kind(data: bytes) -> str | None:
-    """Return "torchscript" for the bytes of such an archive, "torch.export" for those of a program, else None."""
-    try:
-        listed = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except (zipfile.BadZipFile, ValueError):
-        return None
-    names = {name.partition("/")[2] or name for name in listed}
-    if "models/model.json" in names or "serialized_exported_program.json" in names:
-        return "torch.export"
-    return "torchscript" if any(name.startswith("code/") for name in names) else None
-
-
-def expect_harmless(data: bytes, where: str) -> None:
-    """Raise ModelError for a TorchScript or torch.export file that could do more than compute with tensors."""
-    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
-    names = reader.get_all_records()
-    listed = [name.partition("/")[2] for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
-    is_flatbuffer = data[4:8] == b"PTMF"  # which torch.jit.load reads in place of the zip archive
-    if is_flatbuffer or sorted(names) != sorted(listed) or len({name.lower() for name in names}) < len(names):
-        raise ModelError(
-            f"{where}: the entries of its zip archive are ambiguous (a name twice, or two lists of entries), so it is "
-            "not loaded; save the network again"
-        )
-    if program_kind(data) == "torchscript":
-        expect_harmless_script(reader, names, where)
-    else:
-        _expect_harmless_program(reader, names, where)
-
-
-def _expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
+def expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
     """Raise ModelError for anything in a torch.export file that torch would unpickle, evaluate or look up elsewhere."""
     for name in names:
         if re.fullmatch(r"data/(weights|constants)/model\.pt", name):
@@ -181,7 +153,9 @@ def _are_plain_inputs(tree: Any) -> bool:
         return all(map(_are_plain_inputs, tree))
     if type(tree) is str:
         return bool(TEXTS["as_string"].fullmatch(tree))
-    return tree is None or type(tree) in (torch.Tensor, int, float, bool)
+    if type(tree) is torch.Tensor:
+        return not vars(tree)  # torch would call an attribute of its own that is named as a method
+    return tree is None or type(tree) in (int, float, bool)
 
 
 def _expect_own_devices(text: bytes, where: str) -> None:
@@ -221,7 +195,7 @@ def _expect_harmless_text(model: Any, where: str) -> None:
         if is_taken or (key not in CHECKED and not known.fullmatch(text)):
             raise ModelError(
                 f"{where}: holds {text[:80]!r}, which torch could take for another name or for code; rename the layer, "
-                "argument or key of that name and export the network again"
+                "argument or key of that name and export the network again, with strict=False"
             )
 
 
@@ -356,20 +330,25 @@ def _is_input(node: ast.expr) -> bool:
 
 
 def _without_free_texts(node: Any) -> Any:
-    """Return a node of a program without texts of which nothing is evaluated: its metadata, and what aten gets."""
+    """Return a node of a program without texts of which nothing is evaluated: of its metadata, and what aten gets."""
     if not isinstance(node, dict):
         return node
     metadata, kept = node.get("metadata"), dict(node)
     if isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()):
-        del kept["metadata"]
+        kept["metadata"] = {key: text for key, text in metadata.items() if key not in FREE_METADATA}
     if OF_ATEN.fullmatch(str(node.get("target"))):
         kept["inputs"] = [
             {**each, "arg": {**each["arg"], "as_string": ""}}
-            if isinstance(each.get("arg", {}).get("as_string"), str)
+            if _is_free_text(each.get("arg", {}).get("as_string"))
             else each
             for each in node["inputs"]
         ]
     return kept
+
+
+def _is_free_text(value: Any) -> bool:
+    """Whether it is a text that stays one: torch leaves lines with a comment `# COUNTER: 1` out of its code."""
+    return isinstance(value, str) and "COUNTER" not in value
 
 
 def _with_argument(value: Any) -> Any:

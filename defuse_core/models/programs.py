@@ -1,7 +1,8 @@
 """Classifiers that other tools saved: TorchScript, torch.export, Hugging Face transformers and timm.
 
-The first two need no code of the user; `program_inspection` checks a file before torch reads it. The checked bytes,
-not the path, are what torch reads.
+The first two need no code of the user; `script_inspection` and `program_inspection` check a file before torch reads it.
+The checked bytes, not the path, are what torch reads, and its own zip reader is what both are read with: Python's can
+find other entries in the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import platform
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from torch.export.passes import move_to_device_pass
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
-from defuse_core.models.program_inspection import expect_harmless, program_kind
+from defuse_core.models.program_inspection import expect_harmless_program
+from defuse_core.models.script_inspection import expect_harmless_script
 
 OTHER_WAY = (
     "name its factory and its weights in settings instead "
@@ -78,6 +81,35 @@ def read_file(path: Path) -> bytes:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def program_kind(data: bytes) -> str | None:
+    """Return "torchscript" for the bytes of such an archive, "torch.export" for those of a program, else None."""
+    try:
+        listed = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except (zipfile.BadZipFile, ValueError):
+        return None
+    names = {name.partition("/")[2] or name for name in listed}
+    if "models/model.json" in names or "serialized_exported_program.json" in names:
+        return "torch.export"
+    return "torchscript" if any(name.startswith("code/") for name in names) else None
+
+
+def _expect_harmless(data: bytes, where: str) -> None:
+    """Raise ModelError for a TorchScript or torch.export file that could do more than compute with tensors."""
+    reader = torch._C.PyTorchFileReader(io.BytesIO(data))
+    names = reader.get_all_records()
+    listed = [name.partition("/")[2] for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
+    is_flatbuffer = data[4:8] == b"PTMF"  # which torch.jit.load reads in place of the zip archive
+    if is_flatbuffer or sorted(names) != sorted(listed) or len({name.lower() for name in names}) < len(names):
+        raise ModelError(
+            f"{where}: the entries of its zip archive are ambiguous (a name twice, or two lists of entries), so it is "
+            "not loaded; save the network again"
+        )
+    if program_kind(data) == "torchscript":
+        expect_harmless_script(reader, names, where)
+    else:
+        expect_harmless_program(reader, names, where)
+
+
 def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     """Return the classifier in the bytes of a TorchScript or torch.export file. Raises ModelError naming `where`."""
     kind = program_kind(data)
@@ -88,7 +120,7 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
             "classifier.architecture: custom, import_path and weights; the file is to hold the state dict)"
         )
     try:
-        expect_harmless(data, where)
+        _expect_harmless(data, where)
         net = _load_script(data) if kind == "torchscript" else _load_exported(data, where)
     except ModelError:
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -323,75 +323,43 @@ def test_no_tensor_has_the_name_of_a_part_of_torchs_module_or_of_another_tensor(
         load_program(packed(changed(exported, WEIGHTS, add)), "net.pt2")
 
 
-class WithNames(nn.Module):
-    """Has a layer inside another whose name is that of an attribute of programs, and names with spaces."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleDict({"graph": nn.Linear(12, 3), "head a": nn.Linear(3, 3)})
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"all scores": self.encoder["head a"](self.encoder["graph"](images.flatten(1)))}
-
-
-class WithFractions(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        half = nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear")
-        return half.mean((2, 3)) / images.shape[0] ** 0.5
-
-
-class WithWindows(nn.Module):
-    """Pads images to windows of 8 pixels, as Swin does."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = images.shape[2:]
-        padded = nn.functional.pad(images, (0, (8 - width % 8) % 8, 0, (8 - height % 8) % 8))
-        count, channels, height, width = padded.shape
-        windows = padded.view(count, channels, height // 8, 8, width // 8, 8).permute(0, 2, 4, 1, 3, 5)
-        means = windows.reshape(-1, channels, 8, 8).mean((2, 3))
-        return means.view(count, -1, channels).mean(1)
-
-
-class WithChoice(nn.Module):
-    """Has sizes that depend on the values of images."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        means = images.mean((2, 3))
-        bright = (means[:, 0] > 0).nonzero()[:, 0]
-        torch._check(bright.shape[0] >= 1)
-        return means + means.index_select(0, bright).sum(0)
-
-
-class WithBrightest(nn.Module):
-    """Divides images by the brightest pixel, a number."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.mean((2, 3)) / images.max().item()
-
-
-class WithCount(nn.Module):
-    """Gives conditions on a number of pixels, joined and negated."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        count: Any = (images.mean((2, 3)) > 0).sum().item()
-        torch._check((count >= 0) & (count <= images.shape[0] * 3))
-        torch._check(torch.sym_not(count == -1))
-        return images.mean((2, 3)) + count
+def test_a_program_without_sample_inputs_is_loaded(exported):
+    assert load_program(packed(exported | {INPUTS: b""}), "net.pt2")(torch.rand(4, 3, 2, 2)).shape == (4, 3)
 
 
 @pytest.mark.parametrize(
-    "make", [WithNames, WithFractions, WithWindows, WithChoice, WithBrightest, WithCount]
+    "source",
+    [
+        "a,torch.ctypes.cdll./folder/library",
+        "a,torchvision.ctypes.cdll./folder/library",
+        "a,torch.relu;b,torch.ctypes.cdll.folder/library",
+        "a,torch.nn.ctypes.cdll.library",
+        "a,math.b.c",
+        "a,#torch",
+    ],
 )
-def test_programs_with_names_sizes_and_conditions_of_many_kinds_are_loaded(make):
-    images, auto = torch.rand(2, 3, 16, 16), torch.export.Dim.AUTO
-    sizes = {0: torch.export.Dim("batch")} | ({} if make is WithNames else {2: auto, 3: auto})
-    net = make().eval()
-    if make is WithNames:
-        images = images[..., :2, :2]
-    program = torch.export.export(net, (images,), dynamic_shapes=(sizes,))
-    loaded = load_program(packed(entries_of(program)), "net.pt2")(images)
-    torch.testing.assert_close(loaded, net(images))
+def test_no_node_names_a_source_whose_lookup_loads_a_library(source, exported):
+    with pytest.raises(ModelError, match="holds 'a,"):
+        load_program(
+            packed(changed(exported, MODEL, first_node(metadata={"source_fn_stack": source}))), "net.pt2"
+        )
 
 
-def test_a_program_without_sample_inputs_is_loaded(exported):
-    assert load_program(packed(exported | {INPUTS: b""}), "net.pt2")(torch.rand(4, 3, 2, 2)).shape == (4, 3)
+def test_metadata_of_another_key_is_inspected_as_all_else(exported):
+    with pytest.raises(ModelError, match="holds 'a b'"):
+        load_program(packed(changed(exported, MODEL, first_node(metadata={"other": "a b"}))), "net.pt2")
+
+
+def test_no_sample_input_has_attributes_that_hide_its_methods(exported):
+    images, file = torch.rand(2, 3, 2, 2), io.BytesIO()
+    images.to = Counter  # type: ignore[method-assign,assignment]
+    torch.save(((images,), {}), file)
+    with pytest.raises(ModelError, match="its sample inputs"):
+        load_program(packed(exported | {INPUTS: file.getvalue()}), "net.pt2")
+
+
+def test_no_text_takes_its_line_out_of_the_code(exported):
+    text = [{"name": "approximate", "arg": {"as_string": "# COUNTER: 1"}, "kind": 2}]
+    change = first_node(target="torch.ops.aten.gelu.default", inputs=text)
+    with pytest.raises(ModelError, match="holds '# COUNTER: 1'"):
+        load_program(packed(changed(exported, MODEL, change)), "net.pt2")

@@ -132,7 +132,7 @@ def test_where_no_image_has_two_answers_each_has_its_own(asked):
 def test_without_its_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     votes, probabilities, _ = crowd()
-    with pytest.raises(RunFileError, match=r"pip install 'defuse\[crowdlab\]'"):
+    with pytest.raises(RunFileError, match="pip install cleanlab"):
         crowdlab_consensus(votes, probabilities[None])
 
 
