@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
 # What commands import is compiled once; pip would compile every file of every package, for minutes.
 COMPILED := cluster.sweep, label_studio_sdk, matplotlib.pyplot, ray.serve, ray.train.torch, services.cli, torchvision
+INSTALL_LABEL_STUDIO := 'from services.labeling.local_server import install; \
+	from services.settings import read_settings; install(read_settings().cache)'
 # Processes of tests. On two cores three: some tests wait for servers at any time.
 TESTS_AT_ONCE ?= 3
 
@@ -37,8 +39,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup  # Label Studio is installed, and lint runs, beside the tests; what failed there is printed last
-	$(BIN)/defuse label-studio install > $(VENV)/label-studio.log 2>&1 & installed=$$!; \
+# Label Studio is installed beside the tests' own environment, which waits for downloads; lint runs beside the tests.
+# What failed there is printed last.
+test:
+	mkdir -p $(VENV)
+	$(PYTHON) -c $(INSTALL_LABEL_STUDIO) > $(VENV)/label-studio.log 2>&1 & installed=$$!; \
+	$(MAKE) --no-print-directory setup || { kill $$installed; exit 1; }; \
 	$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linted=$$!; \
 	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder; failed=$$?; \
 	wait $$installed || { failed=1; cat $(VENV)/label-studio.log; }; \

@@ -23,8 +23,6 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from time import monotonic, sleep
 
-from pydantic import TypeAdapter, ValidationError
-
 from defuse_core.errors import InputError, ServiceError
 
 VERSIONS = "label-studio>=1.23,<1.24"
@@ -76,6 +74,11 @@ class Installation:
 
     def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not. Raises InputError where this user cannot read it."""
+        from pydantic import (  # an installation does without: `make test` begins with it
+            TypeAdapter,
+            ValidationError,
+        )
+
         try:
             return TypeAdapter(LocalServer).validate_json((self.folder / "server.json").read_bytes())
         except (FileNotFoundError, ValidationError):

@@ -27,6 +27,7 @@ from services.labeling.local_server import (
     up,
 )
 from services.labeling.records import choice_result
+from tests.conftest import ROOT
 from tests.ports import free_port
 
 
@@ -197,3 +198,9 @@ def test_a_server_is_recognised_without_the_program_ps(monkeypatch, tmp_path):
 def test_a_failed_installation_says_what_pip_said():
     with pytest.raises(ServiceError, match=r"installing Label Studio failed: .* failed with: no such thing"):
         _run("sh", "-c", "echo no such thing >&2; exit 1")
+
+
+def test_the_installation_is_imported_before_any_package_is_there():
+    """As `make test` does, which installs Label Studio beside its own environment."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import services.labeling.local_server, services.settings"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
