@@ -19,8 +19,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, F64, I64, Corrections
 from defuse_core.config import RunFile
@@ -45,29 +43,6 @@ def mahalanobis(codes: F32, means: F64, covariances: F64) -> F64:
         whitened = np.linalg.solve(np.linalg.cholesky(covariance), (codes - mean).T)  # (Z, n)
         distances[:, j] = np.linalg.norm(whitened, axis=0)
     return distances
-
-
-class Watch(nn.Module):
-    """`encode_images` and `mahalanobis` as one network, for a server: images -> distances from G Gaussians."""
-
-    roots: Tensor  # (G, Z, Z) inverse Cholesky factors
-    offsets: Tensor  # (G, Z) the same applied to the means
-
-    def __init__(self, vae: Vae, means: F64, covariances: F64) -> None:
-        super().__init__()
-        self.vae = vae
-        roots = np.linalg.inv(np.linalg.cholesky(covariances)) if len(means) else covariances
-        self.register_buffer("roots", torch.tensor(roots, dtype=torch.float32))
-        self.register_buffer(
-            "offsets", torch.tensor(np.einsum("aij,aj->ai", roots, means), dtype=torch.float32)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, channels, H, W) -> Mahalanobis distances (n, G)."""
-        mu = self.vae.encode(images)[0].float()  # (n, Z)
-        whitened = torch.einsum("aij,nj->nai", self.roots, mu) - self.offsets
-        distances: Tensor = whitened.norm(dim=2)
-        return distances
 
 
 def training_codes(spec: RunFile, vae: Vae, train: Images) -> tuple[F32, I64]:

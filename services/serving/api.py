@@ -8,7 +8,6 @@ import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,18 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from defuse_core.artifacts import F32
 from services.serving.deployment import ClassifierDeployment
 from services.serving.inputs import (
     FORM_TYPE,
     IMAGE_TYPES,
     JSON_TYPE,
-    InputSpec,
     content_type,
-    decode_body,
     uploaded_files,
 )
-from services.serving.limits import RejectedInput, RequestError, Unavailable
+from services.serving.limits import RequestError, Unavailable
 from services.serving.model import ModelInfo, PredictionResponse
 from services.serving.monitoring import metrics_page
 
@@ -39,8 +35,6 @@ DOCS_ROUTES = ("/docs", "/openapi.json")
 # The page /docs loads nothing, so that no script sees the token; FastAPI's own asks for the token, and loads a script
 # from another server.
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-# Images up to this are decoded faster here than in a thread.
-MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 
 
 class ErrorResponse(BaseModel):
@@ -237,28 +231,10 @@ async def _answer(deployment: ClassifierDeployment, request: Request) -> Respons
             async with deployment.form_parser:
                 files = await uploaded_files(request, body, spec.max_images)
         del body  # from here on the parts are all that is held of it
-        pixels = await _decode(deployment, media_type, files, spec, held)
+        pixels = await deployment.decode(media_type, files, spec, held)
         del files
         answer = await deployment.predict(active, pixels, key)
     return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)
-
-
-async def _decode(
-    deployment: ClassifierDeployment,
-    media_type: str,
-    files: list[bytes],
-    spec: InputSpec,
-    held: contextlib.ExitStack,
-) -> F32:
-    """Return the pixels; small images are decoded here, others in the decoding thread. Raises RequestError."""
-    inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
-    if sum(len(file) for file in files) <= MAX_INLINE_BYTES:
-        try:
-            return decode_body(media_type, files, inline)
-        except RejectedInput as rejected:
-            if rejected.status != 413 or inline == spec:
-                raise
-    return await deployment.decode(media_type, files, spec, held)
 
 
 def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from pydantic import BaseModel, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, F64, Bool
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.device import computing_on, device
 from defuse_core.errors import ModelError
-from defuse_core.models import load_classifier, load_vae
+from defuse_core.models import Vae, load_classifier, load_vae
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.watch import FailureDetector
-from defuse_core.watch.scenario_regions import Watch
 from services.serving.candidate import Candidate
 from services.serving.inputs import InputSpec
 from services.serving.registry_state import RegistryState
@@ -88,6 +87,29 @@ class ModelOutput:
         )
 
 
+class ScenarioDistances(nn.Module):
+    """What `encode_images` and `mahalanobis` of defuse_core compute, as one network."""
+
+    roots: Tensor  # (G, Z, Z) inverse Cholesky factors
+    offsets: Tensor  # (G, Z) the same applied to the means
+
+    def __init__(self, vae: Vae, means: F64, covariances: F64) -> None:
+        super().__init__()
+        self.vae = vae
+        roots = np.linalg.inv(np.linalg.cholesky(covariances)) if len(means) else covariances
+        self.register_buffer("roots", torch.tensor(roots, dtype=torch.float32))
+        self.register_buffer(
+            "offsets", torch.tensor(np.einsum("aij,aj->ai", roots, means), dtype=torch.float32)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, H, W) -> Mahalanobis distances (n, G)."""
+        mu = self.vae.encode(images)[0].float()  # (n, Z)
+        whitened = torch.einsum("aij,nj->nai", self.roots, mu) - self.offsets
+        distances: Tensor = whitened.norm(dim=2)
+        return distances
+
+
 class LoadedModel:
     """A version with its networks in memory."""
 
@@ -119,7 +141,7 @@ class LoadedModel:
             self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
-    def _load_watch(self, spec: RunFile, where: str) -> Watch | None:
+    def _load_watch(self, spec: RunFile, where: str) -> ScenarioDistances | None:
         """Return the distances from the A scenarios, and from the C classes where the detector needs them."""
         candidate = self.candidate
         means, covariances = candidate.means, candidate.covariances
@@ -129,7 +151,7 @@ class LoadedModel:
         if not self.settings.watch or not len(means):
             return None
         vae = load_vae(spec, candidate.vae, where)
-        return Watch(vae, means, covariances).to(self.device).eval()
+        return ScenarioDistances(vae, means, covariances).to(self.device).eval()
 
     def warm_up(self, batch: int) -> None:
         """Run the smallest and the largest batch, so that no request pays for the first pass; measure the time."""

@@ -115,7 +115,7 @@ def test_errors_that_nobody_expected_are_answered_in_json(
     def failing(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("services.serving.api.decode_body", failing)
+    monkeypatch.setattr("services.serving.deployment.decode_body", failing)
     put(own_store, "first")
     reply = asyncio.run(post(new_replica(own_store), pictures[0]))
     assert reply.status_code == status and words in reply.json()["error"]
@@ -309,7 +309,7 @@ def test_a_request_is_answered_by_the_version_that_it_was_decoded_for(own_store,
             replica._activate(versions)
         return pixels
 
-    monkeypatch.setattr("services.serving.api.decode_body", decode_and_switch)
+    monkeypatch.setattr("services.serving.deployment.decode_body", decode_and_switch)
 
     async def versions() -> list[str]:
         return [(await post(replica, pictures[0])).json()["version"] for _ in range(2)]

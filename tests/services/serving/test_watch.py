@@ -12,9 +12,9 @@ from scipy.spatial.distance import mahalanobis as reference
 from defuse_core.config import ServeSection
 from defuse_core.models import encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.runs import Run
-from defuse_core.watch.scenario_regions import Watch, mahalanobis
+from defuse_core.watch.scenario_regions import mahalanobis
 from services.serving.candidate import prepare_candidate
-from services.serving.model import LoadedModel, ModelInfo
+from services.serving.model import LoadedModel, ModelInfo, ScenarioDistances
 from services.serving.registry_state import EMPTY
 
 
@@ -23,7 +23,7 @@ def test_distances_are_mahalanobis_distances_from_each_component(candidate, good
     images = torch.from_numpy(pixels[:7])
     with torch.inference_mode():
         codes = vae.encode(images)[0].numpy()
-        found = Watch(vae, candidate.means, candidate.covariances)(images).numpy()
+        found = ScenarioDistances(vae, candidate.means, candidate.covariances)(images).numpy()
     inverses = [np.linalg.inv(c) for c in candidate.covariances]
     expected = [[reference(c, m, i) for m, i in zip(candidate.means, inverses, strict=True)] for c in codes]
     np.testing.assert_allclose(found, expected, rtol=1e-3)
