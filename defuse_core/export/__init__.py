@@ -120,15 +120,14 @@ class ClassifierForExport(nn.Module):
         self.input_range = section.input_range if is_external else "0..1"
         self.outputs = section.outputs if is_external else "logits"
         # buffers, since a tensor that is made in a call stays on the CPU where the exported program is moved
-        shift, factor = map(torch.tensor, INPUT_RANGES[self.input_range])
         order = None if section.class_order is None else torch.tensor(section.class_order)
         self.shift: Tensor
         self.factor: Tensor
         self.order: Tensor | None
         self.register_buffer("order", order)
         if self.input_range != "0..1":
-            self.register_buffer("shift", shift)
-            self.register_buffer("factor", factor)
+            for name, values in zip(("shift", "factor"), INPUT_RANGES[self.input_range], strict=True):
+                self.register_buffer(name, torch.tensor(values))
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, H, W) in [0, 1] -> logits (n, C)."""

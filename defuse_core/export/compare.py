@@ -95,7 +95,7 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
     undecided = [undecided_of(run) for run in (a, b)]
-    for run, side, reason in ((a, side_a, undecided[0]), (b, side_b, undecided[1])):
+    for run, side, reason in zip((a, b), (side_a, side_b), undecided, strict=True):
         if reason:
             log.warning(
                 "run %s could not tell whether its classifier has failure scenarios: %s; so it does not mean "

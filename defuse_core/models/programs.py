@@ -93,8 +93,8 @@ def program_kind(data: bytes) -> str | None:
     return "torchscript" if any(name.startswith("code/") for name in names) else None
 
 
-def _expect_harmless(data: bytes, where: str) -> None:
-    """Raise ModelError for a TorchScript or torch.export file that could do more than compute with tensors."""
+def _expect_harmless(data: bytes, kind: str, where: str) -> None:
+    """Raise ModelError for a file of `program_kind` kind that could do more than compute with tensors."""
     reader = torch._C.PyTorchFileReader(io.BytesIO(data))
     names = reader.get_all_records()
     listed = [name.partition("/")[2] for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
@@ -104,7 +104,7 @@ def _expect_harmless(data: bytes, where: str) -> None:
             f"{where}: the entries of its zip archive are ambiguous (a name twice, or two lists of entries), so it is "
             "not loaded; save the network again"
         )
-    if program_kind(data) == "torchscript":
+    if kind == "torchscript":
         expect_harmless_script(reader, names, where)
     else:
         expect_harmless_program(reader, names, where)
@@ -120,7 +120,7 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
             "classifier.architecture: custom, import_path and weights; the file is to hold the state dict)"
         )
     try:
-        _expect_harmless(data, where)
+        _expect_harmless(data, kind, where)
         net = _load_script(data) if kind == "torchscript" else _load_exported(data, where)
     except ModelError:
         raise

@@ -74,10 +74,8 @@ class Installation:
 
     def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not. Raises InputError where this user cannot read it."""
-        from pydantic import (  # an installation does without: `make test` begins with it
-            TypeAdapter,
-            ValidationError,
-        )
+        # late: an installation does without it, and `make test` begins with one
+        from pydantic import TypeAdapter, ValidationError
 
         try:
             return TypeAdapter(LocalServer).validate_json((self.folder / "server.json").read_bytes())
