@@ -98,6 +98,11 @@ def digits_of(digits: int, *shares: float) -> int:
     return digits
 
 
+def decimal(value: float, digits: int) -> str:
+    """Return a number between 0 and 1, 0.97, with the `digits_of` it needs."""
+    return f"{value:.{digits_of(digits - 2, value) + 2}f}"
+
+
 def one_line(error: Exception | str, limit: int = 200) -> str:
     """Return at most `limit` characters of an error, or of its message, on one line."""
     return " ".join(str(error).split())[:limit]

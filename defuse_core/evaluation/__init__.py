@@ -203,6 +203,11 @@ class Controls:
     plain: tuple[Sweep, ...]  # P of λ = 0, which differ in their random numbers alone; never empty
     folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
 
+    @property
+    def made(self) -> tuple[Sweep, ...]:
+        """Plain trainings but those that failed for good; all if each did."""
+        return tuple(sweep for sweep in self.plain if sweep.has_correction) or self.plain
+
 
 def control_spec(spec: RunFile, lam: float, sweep: Sweep) -> RunFile:
     """Return the run file of a control with this λ, for as many epochs as the chosen correction."""

@@ -11,7 +11,7 @@ J = 3 numbers of a share (share, low, high).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -135,11 +135,10 @@ class _Judging:
         self.vae = load_vae(spec, found.models.vae)
         self.before = load_classifier(spec, found.models.classifier, self.classes)
         self.baseline, self.corrected = self._chosen(found.baseline), self._chosen(found.sweep)
-        self.plain, self.folds = (
-            [self._chosen(sweep) for sweep in sweeps] for sweeps in (controls.plain, controls.folds)
-        )
+        plain = controls.made
+        self.plain, self.folds = ([self._chosen(sweep) for sweep in made] for made in (plain, controls.folds))
         self.defuse = self.before if self.corrected is None else self.corrected
-        self.plain_rows = [sweep.chosen for sweep in controls.plain]
+        self.plain_rows = [sweep.chosen for sweep in plain]
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
         held_out = held_out_images(self.vae, found.fixes)
@@ -180,12 +179,14 @@ class _Judging:
         fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
         self.progress("asking the judges", 3, 4, "figures")
         real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, self._real_images())
+        has_test, rho = self.splits.test is not None, self.spec.review.rho
+        compared = compared_images(found.models)
+        if compared is None:  # no error on images that the classifier was trained on shows nothing
+            real = replace(real, testable=real.testable & real.seen)
         pairs, pairs_with_before = self._pairs(right, plain)
         tested, tested_plain, test_units = self._on_test_images()
         corrected = tested[DEFUSE] if self.corrected is not None else np.full_like(tested[DEFUSE], np.nan)
         defuse, scenario_plain = self._of_each(right[DEFUSE]), self._of_each(plain)
-        has_test, rho = self.splits.test is not None, self.spec.review.rho
-        compared = compared_images(found.models)
         assert found.judges is not None
         return Evidence(
             judges=found.judges.test if has_test else found.judges.validation,

@@ -89,8 +89,9 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
     - new: A's original is right, and A's corrected
     - found now: A's original is wrong, so the failure is not new
 
-    Scenarios match if they have the same label, and if most pictures of A's are inside the ellipsoid of B's in the
-    latent space of B. Raises InputError for unfinished runs and for other classes or images.
+    Scenarios match if they have the same label, and if most pictures of one are inside the ellipsoid of the other's in
+    the latent space of B; anchored ones seldom do unless they show the same photographs. Raises InputError for
+    unfinished runs and for other classes or images.
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
@@ -191,7 +192,7 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
     codes_a = [encode_images(vae, pictures) for pictures in a.pictures]
     codes_b = [encode_images(vae, pictures) for pictures in b.pictures]
     shares = {
-        (row, other): share_inside(codes_a[row], codes_b[other])
+        (row, other): matching_share(codes_a[row], codes_b[other])
         for row in range(len(a.labels))
         for other in range(len(b.labels))
         if a.labels[row] == b.labels[other]
@@ -201,6 +202,11 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
         if share >= MATCHING_SHARE and row not in matches and other not in matches.values():
             matches[row] = other
     return matches
+
+
+def matching_share(codes: F32, others: F32) -> float:
+    """Return the larger share that is inside the other: with a smaller τ a scenario fills a part of its ellipsoid."""
+    return max(share_inside(codes, others), share_inside(others, codes))
 
 
 def share_inside(codes: F32, others: F32) -> float:

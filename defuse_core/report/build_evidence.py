@@ -9,6 +9,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
+from defuse_core.errors import decimal
 from defuse_core.evaluation import Findings, has_known_confusion
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
 from defuse_core.intervals import (
@@ -230,7 +231,9 @@ def _found(part: str, figures: DetectionFigures | None) -> str:
     if figures is None or not figures.errors or figures.flagged is None:
         return ""
     area = figures.auroc
-    told = "" if area.value is None else f" AUROC {area.value:.2f} ({area.low:.2f}–{area.high:.2f}), and"
+    told = ""
+    if area.value is not None and area.low is not None and area.high is not None:
+        told = f" AUROC {decimal(area.value, 2)} ({decimal(area.low, 2)}–{decimal(area.high, 2)}), and"
     found = f"; on {part} images{told} {figures.flagged:,} of {figures.images:,} are flagged"
     if figures.recall.value is None:
         return found

@@ -85,7 +85,7 @@ def unconfirmed(report: Report) -> str | None:
     judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
     tested = [(number, found) for number, found in judged if found.confirmed is not None]
     few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
-    untold = f"On {count_of(few, 'scenario')} there are too few photographs to tell" if few else ""
+    untold = f"On {count_of(few, 'scenario')} there are too few independent images to tell" if few else ""
     if few and not tested:
         return f"{untold} whether the correction does more than plain further training (λ = 0)."
     rows = [number for number, found in tested if not found.confirmed]

@@ -68,8 +68,8 @@ class Judges(FigureModel):
     """Of the classifier before, on the same images. Null where it may have been trained on them
     (run.validation_from_training), since they compare nothing then."""
     worse: bool
-    """Whether the best judge gets certainly fewer of these images right than the classifier before: then figures by own
-    label are not to be relied on."""
+    """Whether the best judge gets fewer of these images right than the classifier before, certainly and by over two
+    points: then figures by own label are not to be relied on."""
     labelled: float | None
     """Share of the held-out images on which most judges agree. Only these have an own label."""
 
@@ -183,8 +183,9 @@ class ScenarioEvidence(FigureModel):
     """Whether, by own label, the correction is right on over half of the images; significantly more often than each
     plain training (sign tests over `independent_images`, one-sided, at a false discovery rate of 5 % over the
     scenarios, which counts pictures, for these trainings); and beyond what 95 of 100 further plain trainings would
-    reach (Student's t bound over `plain_each`). Of the scenarios that further training alone may fix, about one in
-    twenty is confirmed by chance. Null where nothing was corrected, and where there are too few images to tell."""
+    reach (Student's t bound over `plain_each`). Of the scenarios that further training alone may fix, one in twenty is
+    confirmed by chance, and up to one in ten if it fixes a scenario wholly or not at all. Null where nothing was
+    corrected, and where there are too few images to tell."""
     worse: bool | None
     """Whether each plain training is right significantly more often than the correction, and 95 of 100 further ones
     would be, likewise."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.errors import NONE, digits_of, percent
+from defuse_core.errors import NONE, decimal, digits_of, percent
 from defuse_core.report.evidence_schema import Pairs, Share
 from defuse_core.report.schema import Mean
 
@@ -61,10 +61,11 @@ def spread_of(values: Sequence[float | None], digits: int = 1) -> str:
 
 
 def score(share: Share) -> str:
-    """Return a number between 0 and 1 with its 95 % interval, not as a percentage: 0.97 (0.95–0.98)."""
+    """Return a number between 0 and 1 with its 95 % interval, not as a percentage: 0.970 (0.951–0.982)."""
     if share.value is None or share.low is None or share.high is None:
         return NONE
-    return f"{share.value:.3f} ({share.low:.3f}–{share.high:.3f})"
+    value, low, high = (decimal(each, 3) for each in (share.value, share.low, share.high))
+    return f"{value} ({low}–{high})"
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:

@@ -396,4 +396,5 @@ def krippendorff_alpha(votes: Votes, images: int) -> float:
     table[votes.annotator, units] = votes.answer
     if len(np.unique(votes.answer)) < 2 or not (np.isfinite(table).sum(axis=0) > 1).any():
         return float("nan")
-    return float(krippendorff.alpha(table, level_of_measurement="nominal"))
+    with np.errstate(invalid="ignore"):  # nan where images with several answers have all the same one
+        return float(krippendorff.alpha(table, level_of_measurement="nominal"))

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import NONE, CheckFailed, InputError, StoreError, escape_control_characters, percent
+from defuse_core.errors import (
+    NONE,
+    CheckFailed,
+    InputError,
+    StoreError,
+    decimal,
+    escape_control_characters,
+    percent,
+)
 from defuse_core.store import checked_name
 from services.cli.options import (
     CLASSIFIER_HELP,
@@ -50,18 +58,13 @@ why_option = click.option("--why", callback=given, help="Reason for the change, 
 @json_option
 @click.option("--suite", type=GivenPath(), help="Folder of a suite to check against.")
 @click.option(
-    "--classifier",
-    callback=given,
-    help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
+    "--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}"
 )
 @click.option("--weights", type=GivenPath(), help="With --classifier: its state dict.")
 @click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
     help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
-)
+)  # fmt: skip
 @click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write.")
 def check(
     run: str | None,
@@ -373,7 +376,7 @@ def _watch_in_short(info: VersionInfo) -> str:
         return ", does not find failing inputs"
     for part, where in ((info.watch.test, ""), (info.watch.validation, " on validation images")):
         if part is not None and part.auroc.value is not None:  # None without a wrong answer
-            return f", finds failing inputs (AUROC {part.auroc.value:.2f}{where})"
+            return f", finds failing inputs (AUROC {decimal(part.auroc.value, 2)}{where})"
     return ", finds failing inputs"
 
 
@@ -384,7 +387,7 @@ def _print_watch(figures: WatchFigures) -> None:
     click.echo(figures.verdict)
     for name, found in (("validation", figures.validation), ("test", figures.test)):
         if found is not None:
-            precision = NONE if found.average_precision is None else f"{found.average_precision:.2f}"
+            precision = NONE if found.average_precision is None else decimal(found.average_precision, 2)
             line = f"  {name}: {found.errors} of {found.images:,} answers are wrong; AUROC {score(found.auroc)}, "
             line += f"average precision {precision}"
             if figures.threshold is not None and found.calibration_error is not None:

@@ -303,4 +303,4 @@ def _reconstructions(report: Report) -> str:
     if not health.anchored:
         return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
     kept = percent(health.kept_right)
-    return f"{kept} of the answers of the {health.judged_by} outlast the noise (anchored decoding)"
+    return f"{kept} of the right answers of the {health.judged_by} outlast the noise (anchored decoding)"

@@ -13,11 +13,13 @@ from rich.console import Console
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Verdicts
 from defuse_core.codec import encode
 from defuse_core.export.compare import (
+    MATCHING_SHARE,
     ComparedScenario,
     _is_same_classifier,
     _state,
     _state_of_b_alone,
     compare_runs,
+    matching_share,
     share_inside,
 )
 from defuse_core.runs import Run
@@ -120,6 +122,15 @@ def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
     cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))
     assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
     assert share_inside((same + 9).astype(np.float32), cloud.astype(np.float32)) == 0
+
+
+def test_a_scenario_whose_draws_became_narrower_matches_itself_whichever_run_is_first():
+    """A component at τ / 4: few of the wide draws are inside the ellipsoid of the narrow ones, and all the reverse."""
+    codes = np.random.default_rng(0).normal(size=(2, 256, 16)).astype(np.float32)
+    wide, narrow = codes[0], codes[1] / 2
+    assert share_inside(wide, narrow) < MATCHING_SHARE < share_inside(narrow, wide)
+    for pair in ((wide, narrow), (narrow, wide)):
+        assert matching_share(*pair) > 0.9 and matching_share(pair[0], pair[1] + 9) == 0
 
 
 @pytest.mark.parametrize(

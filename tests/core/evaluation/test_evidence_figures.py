@@ -22,6 +22,8 @@ from defuse_core.tuning_data import held_out_images
 from tests.conftest import recommended
 from tests.sample_findings import sample_findings
 
+NOTHING_CHOSEN = Sweep((), None, {}, ())
+
 SCENARIOS, IMAGES = 3, 20
 
 
@@ -132,6 +134,13 @@ def test_left_out_scenarios_are_judged_after_the_correction_without_their_fold(s
     assert np.isnan(alone.plain_each[2]).all() and np.isfinite(alone.plain_each[0]).all()
 
 
+def test_a_plain_training_that_failed_for_good_is_not_compared_with_if_there_are_others(setting, evidence):
+    plain = (setting.shifted(2), NOTHING_CHOSEN, setting.shifted(1))
+    made = gather_evidence(setting.spec, setting.found, Controls(plain, ()), progress=silent)
+    np.testing.assert_array_equal(made.pairs, evidence.pairs[[0, 2]])
+    np.testing.assert_array_equal(made.scenario_plain, evidence.scenario_plain[[0, 2]])
+
+
 def test_wider_draws_and_pairs_tell_the_correction_from_plain_training(setting, evidence):
     controls = Controls((setting.shifted(1), setting.shifted(1)), ())
     made = gather_evidence(setting.spec, setting.found, controls, progress=silent)
@@ -211,6 +220,10 @@ def test_validation_images_that_the_classifier_may_know_compare_nothing(setting,
     found = dataclasses.replace(setting.found, models=models)
     made = gather_evidence(setting.spec, found, Controls((setting.shifted(1),), ()), progress=silent)
     assert np.isnan(made.before_test)
+    known = dataclasses.replace(found, models=dataclasses.replace(models, accuracy=accuracy))
+    tested = gather_evidence(setting.spec, known, Controls((setting.shifted(1),), ()), progress=silent).real
+    assert (tested.testable & ~tested.seen).any()
+    np.testing.assert_array_equal(made.real.testable, tested.testable & tested.seen)  # few errors say nothing
     for each, images in ((evidence, splits.validation), (made, splits.test)):  # what it has not seen
         wrong = (setting.answers(setting.shifted(0), images) != images.labels).mean()
         assert each.real.error_of_all == pytest.approx(wrong)

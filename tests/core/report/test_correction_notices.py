@@ -263,12 +263,14 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
         scenarios = report.scenarios.model_copy(update={"list": rows})
         return unconfirmed(report.model_copy(update={"scenarios": scenarios}))
 
-    assert (told(None, None, None) or "").startswith("On 3 scenarios there are too few photographs to tell")
+    assert (told(None, None, None) or "").startswith(
+        "On 3 scenarios there are too few independent images to tell"
+    )
     assert (told(None, False, True) or "").endswith(
-        "on: 1. On 1 scenario there are too few photographs to tell."
+        "on: 1. On 1 scenario there are too few independent images to tell."
     )
     assert told(True, None, None) == (
         "The correction is confirmed on 1 of 1 scenario that can be tested. On 2 scenarios there are too few "
-        "photographs to tell."
+        "independent images to tell."
     )
     assert told(True, True, True) is None

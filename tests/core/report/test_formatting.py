@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from defuse_core.errors import count_of, percent
+from defuse_core.errors import count_of, decimal, percent
 from defuse_core.report.evidence_schema import Share
 from defuse_core.report.formatting import (
     change,
@@ -16,11 +16,17 @@ from defuse_core.report.formatting import (
     lam_ranges,
     lam_text,
     numbers_text,
+    score,
     size,
     text_of,
     unbroken,
 )
 from tests.conftest import ROOT
+
+
+def test_a_score_that_is_not_perfect_is_not_rounded_to_one():
+    assert score(Share(value=0.9997, low=0.9991, high=1.0)) == "0.9997 (0.999–1.000)"
+    assert [decimal(value, 2) for value in (0.997, 0.97, 1.0, -0.05)] == ["0.997", "0.97", "1.00", "-0.05"]
 
 
 def test_a_share_by_definition_has_no_interval():
