@@ -70,10 +70,10 @@ T = TypeVar("T")
 
 def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     """Debug one classifier and return the report. Each artefact is made once per run."""
-    spec, store = run.spec, run.store
-    if spec.review.consensus == "crowdlab":
+    if run.spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
     resolve_precision(run, compute)
+    spec, store = run.spec, run.store  # with the precision that was measured
     expect_same_images(run)
     models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None

@@ -76,11 +76,14 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
         if scenarios.last_change is not None:
             change = f"{scenarios.last_change:.3g} nats, tolerance {spec.distill.tolerance:g}"
             state += f" (its bound changed by {change})"
+    weights = scenarios.all_weights
     log.info(
-        "kept %d of %d components with weight over %g, from %s codes; the fit %s after %d iterations",
+        "kept %d of %d components with weight over %g (lighter ones hold %.0f %% of the codes), from %s codes; the fit "
+        "%s after %d iterations",
         len(scenarios),
-        len(scenarios.all_weights),
+        len(weights),
         spec.distill.min_weight,
+        100 * weights[weights <= spec.distill.min_weight].sum(),
         f"{scenarios.codes_used:,}",
         state,
         scenarios.iterations,
@@ -119,8 +122,9 @@ def fit_mixtures(failures: Failures, section: DistillSection, seed: int, progres
 
 
 def components_of(weight: float, section: DistillSection) -> int:
-    """Return how many components a cell gets that holds this share of all codes."""
-    return max(1, round(section.max_components * weight))
+    """Return how many components a cell with this share of all codes gets: of 2 ε each, since those up to ε go."""
+    least = 2 * section.min_weight if section.by == "cell" else 0.0
+    return max(1, round(weight / max(least, 1 / section.max_components)))
 
 
 def small_cell(

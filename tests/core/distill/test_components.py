@@ -117,6 +117,13 @@ def test_a_cell_gets_the_nearest_number_of_components_and_one_at_least(weight, c
     assert components_of(weight, DistillSection(max_components=6)) == count
 
 
+@pytest.mark.parametrize(("weight", "count"), [(0.016, 1), (0.028, 1), (0.04, 2), (0.5, 25)])
+def test_a_cell_over_the_least_weight_is_not_cut_into_components_under_it(weight, count):
+    assert components_of(weight, DistillSection()) == count  # K = 100, ε = 0.01: each would weigh ε
+    assert components_of(weight, DistillSection(min_weight=0.0)) == round(100 * weight)
+    assert components_of(1.0, DistillSection(by="all")) == 100
+
+
 def test_a_small_cell_has_the_support_of_its_images_and_each_cell_is_told_as_it_begins():
     rng = np.random.default_rng(0)
     codes, told = rng.standard_normal((404, 3)).astype(np.float32), []
@@ -147,12 +154,14 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
         log_scenarios(spec, found)
         log_scenarios(spec, replace(found, last_change=None, dropped=()))
         log_scenarios(spec, replace(found, converged=True, dropped=()))
-    kept = "kept 2 of 6 components with weight over 0.1, from 1,000 codes; the fit"
+    kept = (
+        "kept 2 of 6 components with weight over 0.1 (lighter ones hold 18 % of the codes), from 1,000 codes;"
+    )
     assert [record.getMessage() for record in caplog.records] == [
-        f"{kept} had NOT converged (its bound changed by 0.5 nats, tolerance 0.001) after 40 iterations",
+        f"{kept} the fit had NOT converged (its bound changed by 0.5 nats, tolerance 0.001) after 40 iterations",
         "dropped 1 components or cells with too few codes or images, which hold 30 % of the codes",
-        f"{kept} had NOT converged after 40 iterations",
-        f"{kept} converged after 40 iterations",
+        f"{kept} the fit had NOT converged after 40 iterations",
+        f"{kept} the fit converged after 40 iterations",
     ]
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from defuse_core import pipeline
 from defuse_core.artifacts import MeasuredPrecision, ReferenceSet
 from defuse_core.codec import decode
 from defuse_core.config import changed_field
+from defuse_core.config.run_file import PrecisionSection
 from defuse_core.data import Images
 from defuse_core.data.images import PictureFiles
 from defuse_core.device import autocast
@@ -181,6 +183,28 @@ def test_a_run_keeps_the_precision_that_it_measured(tmp_path, monkeypatch):
     precision.resolve_precision(again, LocalCompute())
     assert again.spec.resources.arithmetic("vae") == "bf16"
     assert again.load(MeasuredPrecision).chosen["classifier"] == "bf16"
+
+
+def test_every_step_computes_in_the_precision_that_was_measured(tmp_path, monkeypatch):
+    """Identification and the sweep kept `auto`, which is f32, while the controls of the sweep were tuned in bf16."""
+    run = Run.start(FolderStore(tmp_path), "a", tiny(resources={"precision": "auto"}))
+    run.once(
+        "train",
+        MeasuredPrecision,
+        lambda: MeasuredPrecision(dict.fromkeys(PrecisionSection.model_fields, "bf16")),
+    )
+    monkeypatch.setattr(pipeline, "_healthy_models", lambda run, compute: (None, None))
+
+    class IdentifyError(Exception):
+        pass
+
+    class Recorder(LocalCompute):
+        def identify(self, spec, *arguments):
+            raise IdentifyError(spec.resources.arithmetic("answers"), spec.resources.arithmetic("classifier"))
+
+    with pytest.raises(IdentifyError) as found:
+        pipeline.run_defuse(run, Recorder(), None)
+    assert found.value.args == ("bf16", "bf16")
 
 
 def test_every_kind_of_computation_is_measured(tiny_spec):
