@@ -35,6 +35,7 @@ from defuse_core.config import (
 )
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, image_shape, splits_of
+from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
 from defuse_core.models import is_same_program, program_of
@@ -117,8 +118,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     opened = _opened(store)
     arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
     run_store = opened.within(checked_name(name))
-    devices = range(torch.cuda.device_count())
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices), run_store.lock():
+    with _ONE_AT_A_TIME, torch_defaults(), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
         run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
