@@ -24,6 +24,7 @@ from cluster.ray_compat import kept_working_dir
 from cluster.resources import WorkerResources, claim_devices
 from defuse_core.errors import DefuseError, ModelError
 from defuse_core.protocols import Progress, silent
+from defuse_core.training.batches import training_together
 
 log = logging.getLogger("defuse")
 MAX_FAILURES = 3  # the workers are started again this often; they continue from the last checkpoint
@@ -82,7 +83,8 @@ def _worker(config: dict[str, Any]) -> ModelError | None:
     with reporting(actor) if rank == 0 else contextlib.nullcontext(silent) as progress:
         log.debug("train: worker %d in %s", rank, claim_devices("train"))
         try:
-            config["function"](*config["args"], progress=progress)
+            with training_together():
+                config["function"](*config["args"], progress=progress)
         except ModelError as error:
             return error
     return None

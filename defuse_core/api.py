@@ -35,6 +35,7 @@ from defuse_core.config import (
 )
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, image_shape, splits_of
+from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
 from defuse_core.models import is_same_program, program_of
@@ -85,7 +86,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         classifier: Maps images (n, channels, H, W) in [0, 1] to logits (n, C), or to probabilities, or to an output
             with `.logits`. Other input ranges and orders of the classes are settings (classifier.input_range,
             classifier.class_order); a warning says where they seem to be needed. It is used as it is in eval mode,
-            also while it is fine-tuned, and is not changed. None: the run trains one, or the one of `settings`.
+            also while it is fine-tuned, and is not changed, but its hooks are called: remove those that collect
+            what they see. None: the run trains one, or the one of `settings`.
         train, validation, test: Images with integer labels (N,). Images are uint8, or floats in [0, 1], of shape
             (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W even, 8 to 512, and c of 1 or 3. Without `validation`,
             15 % of the training images are held out.
@@ -96,11 +98,12 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         settings: With `train`: the fields that differ from what `defuse init` suggests for these images, such as
             `{"vae": {"epochs": 20}}`. Or a whole run file: its path, or a RunFile. `defuse fields` lists all fields.
             Fields that a later call leaves out stay as earlier calls set them; a warning names them.
-        minutes: Time that a new run is planned for, on this machine. A run file has its own sizes.
+        minutes: Time that a new run is planned for, on this machine; later calls keep its plan. A run file has its
+            own sizes.
         compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
         annotators: Who labels the scenarios. Default: the reference models of the run. People:
             `lambda run, compute: LabelStudioAnnotators(run, read_settings())`, of services.labeling.annotators and
-            services.settings, with review.annotators: label-studio in `settings`.
+            services.settings. All but the reference models need review.annotators: label-studio in `settings`.
         progress: Called with what is done so far; see protocols.py.
 
     Raises:
@@ -117,12 +120,11 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     opened = _opened(store)
     arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
     run_store = opened.within(checked_name(name))
-    devices = range(torch.cuda.device_count())
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices), run_store.lock():
+    with _ONE_AT_A_TIME, torch_defaults(), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
         run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
-        given.keep_settings()
+        given.keep_settings(minutes)
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
             if not given.arrays:  # else they were compared just now
@@ -176,7 +178,10 @@ def _expect_module(classifier: object) -> None:
 
 
 def _expect_annotators(run: Run, annotators: object) -> None:
-    if run.spec.review.annotators == "label-studio" and annotators is ReferenceAnnotators:
+    people, given = run.spec.review.annotators == "label-studio", annotators is not ReferenceAnnotators
+    if given and not people:  # the models would answer, too
+        raise InputError("annotators: given, so set review.annotators: label-studio; found reference-models")
+    if people and not given:
         raise InputError(
             "review.annotators: label-studio: give annotators too (LabelStudioAnnotators of "
             "services.labeling.annotators), or set review.annotators: reference-models"
@@ -190,7 +195,10 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
         if part is None:
             continue
         if not isinstance(part, tuple | list) or len(part) != 2:
-            raise DataError(f"{name}: expected (images, labels), found {type(part).__name__}")
+            raise DataError(
+                f"{name}: expected (images, labels), found {type(part).__name__}; of a data set of pairs give "
+                "tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
+            )
         try:
             images, arrays[f"{name}_labels"] = (_array(values) for values in part)
         # a list of several shapes, or of what is no number
@@ -296,12 +304,16 @@ class _Given:
         meant = {"input_range": held.get("input_range", "0..1"), "class_order": held.get("class_order")}
         return {**section, **fixed, **meant, "epochs": epochs}
 
-    def keep_settings(self) -> None:
-        """Store the settings that calls gave; log those that still apply although this call omits them."""
+    def keep_settings(self, minutes: float) -> None:
+        """Store what calls set; log what still applies although this call omits it, or gives other `minutes`."""
         if not self.is_over_plan:
             return
         given = flat_fields(self.settings)
         known = json.loads(self.store.read(SETTINGS)) if self.begun and self.store.exists(SETTINGS) else {}
+        planned = known.pop("minutes", None if self.begun else minutes)
+        if planned not in (None, minutes):
+            reason = f"minutes={minutes:g} has no effect: the run was planned for {planned:g}"
+            log.warning("%s: %s; choose another name", self.store.address, reason)
         if left_out := [name for name in known if name not in given]:
             log.warning(
                 "%s: settings from earlier calls still apply although this call omits them: %s%s",
@@ -309,7 +321,8 @@ class _Given:
                 ", ".join(left_out[:3]),
                 f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
             )
-        self.store.write(SETTINGS, json.dumps(known | given, default=str, indent=1).encode())
+        kept = {**known, **given, "minutes": planned}
+        self.store.write(SETTINGS, json.dumps(kept, default=str, indent=1).encode())
 
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""

@@ -1,16 +1,29 @@
-"""The device of this process, how many threads it computes with, and in which format: numerics depend on each."""
+"""The device of this process, how many threads it computes with, and in which format: numerics depend on each.
+
+So `torch_defaults` gives the modes of a new process to a run in a program of the user's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
+# torch's flags of how it computes f32: convolutions and recurrent layers of GPUs, and the products of both
+_backends: Any = torch.backends  # its annotations lack some of them
+F32_FLAGS = (
+    _backends.cudnn.conv,
+    _backends.cudnn.rnn,
+    _backends.cuda.matmul,
+    _backends.mkldnn.matmul,
+    _backends.mkldnn.conv,
+    _backends.mkldnn.rnn,
+)
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)
 
 
@@ -49,16 +62,67 @@ def cpu_threads(count: int) -> Iterator[None]:
     whatever the machine has.
     """
     before, cudnn = torch.get_num_threads(), torch.backends.cudnn
-    flags = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    flags = cudnn.deterministic, cudnn.benchmark
     torch.set_num_threads(count)
-    # torch's default rounds the inputs of convolutions to 10 bits (TF32)
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
-    _keep_freed_memory()
+    cudnn.deterministic, cudnn.benchmark = True, False
+    _set_allocator(KEEPING)
+    try:
+        with _ieee_f32():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        cudnn.deterministic, cudnn.benchmark = flags
+
+
+@contextlib.contextmanager
+def _ieee_f32() -> Iterator[None]:
+    """Compute f32 in IEEE single precision: torch's default rounds the inputs of convolutions to 10 bits (TF32)."""
+    before = [flag.fp32_precision for flag in F32_FLAGS]
+    _set_f32_flags(["ieee"] * len(F32_FLAGS))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = flags
+        _set_f32_flags(before)
+
+
+def _set_f32_flags(precisions: Sequence[str]) -> None:
+    """Set F32_FLAGS, and torch's older flags to the same: where both differ torch.export and others fail."""
+    conv, rnn, product, product_on_cpu = precisions[:4]
+    torch.backends.cudnn.allow_tf32 = conv == rnn == "tf32"
+    rounded = "medium" if product_on_cpu == "bf16" else "high"
+    torch.set_float32_matmul_precision(rounded if product == "tf32" else "highest")
+    for flag, precision in zip(F32_FLAGS, precisions, strict=True):
+        # where it has this value by torch.backends.fp32_precision, it is to follow that one also later
+        flag.fp32_precision = "none"
+        if flag.fp32_precision != precision:
+            flag.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Compute as in a new process inside the block, whatever modes of torch the caller has set; they are set after it.
+
+    The caller's random numbers go on as before it, and freed memory is returned to the system again.
+    """
+    dtype, place = torch.get_default_dtype(), torch.get_default_device()
+    with contextlib.ExitStack() as modes:
+        modes.callback(_set_allocator, RETURNING)
+        modes.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if place.type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        for kind in {"cpu", device().type}:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        for mode in (torch.inference_mode(False), torch.enable_grad(), _ieee_f32(), forked_random()):
+            modes.enter_context(mode)
+        yield
+
+
+def forked_random() -> AbstractContextManager[None]:
+    """Let torch's random numbers, on the CPU and on all accelerators, go on after the block as before it."""
+    accelerator = torch.accelerator.current_accelerator()
+    kind = accelerator.type if accelerator else "cuda"
+    return torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind)
 
 
 def autocast(arithmetic: str) -> AbstractContextManager[object]:
@@ -83,10 +147,16 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Make glibc keep the memory of freed tensors: returning it and zeroing it again costs a fifth of the time."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
+# Large blocks come from the heap, which is never trimmed: to return and zero memory again costs a fifth of the time.
+KEEPING = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+# What glibc itself comes to in a process that frees large blocks; it no longer does once an option was set.
+RETURNING = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}
+
+
+def _set_allocator(options: Mapping[int, int]) -> None:
+    """Set what glibc does with the memory of freed tensors."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never trim it
+        for option, value in options.items():
+            libc.mallopt(option, value)

@@ -319,13 +319,13 @@ class ScenarioView:
     @property
     def images(self) -> F32:
         """The reviewed images, (R, channels, H, W) in [0, 1]."""
-        images: F32 = self._result._findings[0].gallery.images[self.number]
+        images: F32 = self._result._findings[0].gallery.images[self.number].copy()
         return images
 
     @property
     def codes(self) -> F32:
         """The latent codes of `images`, (R, Z)."""
-        codes: F32 = self._result._findings[0].gallery.codes[self.number]
+        codes: F32 = self._result._findings[0].gallery.codes[self.number].copy()
         return codes
 
     @property

@@ -234,9 +234,11 @@ def _fractions(pixels: npt.NDArray[Any], where: str) -> F32:
             image = int(np.flatnonzero(wrong)[0])
             values = f"{low[image]:.6g} to {high[image]:.6g}"
             found = "NaN" if "nan" in values else f"values from {values}"
+            remedy = "scale them to [0, 1] or save uint8"
+            if low[image] < 0:  # scaled by their extremes they would be other images to the classifier
+                remedy = "undo a normalisation (x * sd + mean) and let the classifier do it, or save uint8"
             raise DataError(
-                f"{where}: expected floats in [0, 1], found {found} in image {start + image}; "
-                "scale them to [0, 1] or save uint8"
+                f"{where}: expected floats in [0, 1], found {found} in image {start + image}; {remedy}"
             )
     fractions = pixels.astype(np.float32, copy=False)
     return fractions.clip(0, 1) if is_beyond else fractions

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from defuse_core.config import ClassifierSection
 from defuse_core.data import Images
 from defuse_core.data.images import evenly_spaced
+from defuse_core.device import forked_random
 from defuse_core.errors import ModelError
 from defuse_core.models.adapters import (
     EXTERNAL,
@@ -106,7 +107,7 @@ def expect_trainable(classifier: nn.Module, images: Images) -> None:
     batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
     state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     try:  # its code may switch gradients off in eval mode alone
-        with torch.random.fork_rng(range(torch.cuda.device_count())):  # dropout draws
+        with forked_random():  # dropout draws
             evaluated = _logits_with_gradient(classifier.eval(), batch, parameters)
             trained = _logits_with_gradient(classifier.train(), batch, parameters)
     finally:

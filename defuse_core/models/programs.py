@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import logging
@@ -132,8 +133,22 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     return SelfContainedClassifier(net, data)
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the network in the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while (
+        inner := getattr(module, "module" if isinstance(module, parallel) else "_orig_mod", None)
+    ) is not None:
+        module = inner
+    return module
+
+
 def copy_for_inference(module: nn.Module) -> nn.Module:
-    """Return a copy of the module on the CPU in eval mode. Raises ModelError where it holds what cannot be copied."""
+    """Return a copy of the module on the CPU in eval mode, of a wrapped one of the network itself.
+
+    Raises ModelError where it holds what cannot be copied.
+    """
+    module = _unwrapped(module)
     if not isinstance(module, torch.jit.ScriptModule):
         try:
             return copy.deepcopy(module).cpu().eval()
@@ -168,7 +183,9 @@ def program_of(module: nn.Module, images: torch.Tensor) -> bytes:
     try:
         with warnings.catch_warnings(), _quiet_exporter():
             warnings.simplefilter("ignore")
-            shapes = ({0: torch.export.Dim("images")},)
+            sizes: Any = {0: torch.export.Dim("images")}
+            takes = next(iter(inspect.signature(net.forward).parameters.values()))
+            shapes = ((sizes,),) if takes.kind is takes.VAR_POSITIONAL else (sizes,)  # forward(self, *inputs)
             torch.export.save(torch.export.export(net, (images,), dynamic_shapes=shapes, strict=False), out)
     except Exception as error:  # torch's exporter raises a dozen kinds of errors
         raise ModelError(

@@ -2,15 +2,17 @@
 
 Images are stored on this process's device where they fit, and read one batch ahead otherwise.
 
-The workers form a torch process group (cluster/train.py starts them). All see the same minibatches in the same order,
-so together they take the steps of a single worker, but for rounding, for dropout, whose masks each worker draws, and
-for batch normalisation on CPUs, which sees the worker's part of the minibatch. A process without a group is the only
-worker, and computes what it always did.
+The workers form a torch process group (cluster/train.py starts them, in `training_together`). All see the same
+minibatches in the same order, so together they take the steps of a single worker, but for rounding, for dropout, whose
+masks each worker draws, and for batch normalisation on CPUs, which sees the worker's part of the minibatch. Any other
+process is the only worker, also where the user's program has a process group.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,6 +36,7 @@ from defuse_core.seeds import torch_seed
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_together: ContextVar[bool] = ContextVar("together", default=False)
 DEVICE_SHARE = 0.25  # of the accelerator's free memory that a set of images may take
 
 
@@ -140,9 +143,19 @@ class DeviceImages:
             yield rows, to_tensor(read), self.labels(rows)
 
 
+@contextlib.contextmanager
+def training_together() -> Iterator[None]:
+    """Let the workers of this process's group train together inside the block, which all of them enter."""
+    before = _together.set(True)
+    try:
+        yield
+    finally:
+        _together.reset(before)
+
+
 def group_size() -> int:
     """Return the number of workers that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _together.get() else 1
 
 
 def worker_number() -> int:

@@ -18,7 +18,7 @@ from defuse_core.artifacts import I64, Bool, MeasuredPrecision
 from defuse_core.config import Arithmetic, PrecisionSection, RunFile
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.device import autocast, cpu_threads, device
+from defuse_core.device import autocast, cpu_threads, device, forked_random
 from defuse_core.models import (
     answers_from,
     build_classifier,
@@ -133,7 +133,7 @@ def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision
     """Return whether f32 or bf16 is faster for each kind of computation of the run, on this device."""
     classes = len(open_splits(spec.data, spec.seed).classes)  # first: an error of the images is said at once
     progress("measuring where bf16 is faster", 0, 1, "kinds")
-    with cpu_threads(spec.resources.train_threads), torch.random.fork_rng():
+    with cpu_threads(spec.resources.train_threads), forked_random():
         torch.manual_seed(torch_seed(spec.seed, "precision"))
         steps = _steps(spec, classes)
         seconds = {kind: _seconds(step) for kind, step in steps.items()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,12 +48,33 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> RunAlone:
     return RunAlone(store / "alone", expected, torch.rand(3))
 
 
-def test_runs_of_several_threads_give_the_same_as_one_alone(alone: RunAlone, tmp_path: Path) -> None:
+@pytest.fixture
+def _other_modes() -> Iterator[None]:
+    """Set what a program sets for all of its threads. torch.export fails with these flags."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def debug_in_modes(given: dict[str, Any]) -> None:
+    """Call `debug` as a program does that infers in bf16 on another device."""
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+        defuse.debug(**given)
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.float64, "meta")
+
+
+def test_runs_of_several_threads_give_the_same_as_one_alone_whatever_their_modes(
+    alone: RunAlone, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     names = ("one", "another")
     given = {name: arguments(tmp_path, name=name, settings=QUICK) for name in names}
     given["another"]["classifier"] = given["one"]["classifier"]
+    request.getfixturevalue("_other_modes")
     with ThreadPoolExecutor(2) as threads:
-        for run in [threads.submit(defuse.debug, **given[name]) for name in names]:
+        for run in [threads.submit(debug_in_modes, given[name]) for name in names]:
             run.result()
     for name in names:
         for made in ("models", "scenarios", "sweep"):

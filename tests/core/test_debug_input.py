@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.svm import SVC
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import defuse_core as defuse
 from defuse_core.artifacts import Models
@@ -62,6 +63,10 @@ def test_settings_that_later_calls_leave_out_hold_also_where_there_are_defaults(
     assert not any("still apply" in line for line in caplog.messages)
     assert settings_of(tmp_path, settings=first).check.min_scenario_accuracy == 0.123
     assert "still apply although this call omits them: check.min_scenario_accuracy" in caplog.messages[-1]
+    for _ in range(2):
+        caplog.clear()
+        settings_of(tmp_path, settings=first, minutes=60)
+        assert "minutes=60 has no effect: the run was planned for 30" in caplog.text
 
 
 def test_channels_that_a_later_call_leaves_out_hold(tmp_path):
@@ -76,6 +81,10 @@ FORMS = {
     "a tensor (N, 1, H, W)": (lambda x: torch.from_numpy(x[:, None] / 255), 1),
     "half floats": (lambda x: torch.from_numpy(x[:, None] / 255).half(), 1),
     "a list of tensors": (lambda x: [torch.from_numpy(each / 255).requires_grad_() for each in x], 1),
+    "pairs of a data set": (
+        lambda x: next(zip(*TensorDataset(torch.from_numpy(x[:40] / 255)), strict=True)),
+        1,
+    ),
     "lists": (lambda x: x[:40].tolist() and (x[:40] / 255).tolist(), 1),
 }
 
@@ -149,6 +158,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a class named twice": ({"classes": ["a", "b", "a"]}, DataError, "^debug: classes: .* found 'a' 2 times;"),
     "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"train: expected \(images, labels\), found ndarray"),
+    "a data set": (
+        {"train": TensorDataset(torch.rand(20, 16, 16), torch.arange(20) % 2)},
+        DataError,
+        r"found TensorDataset; of a data set of pairs give tuple\(zip\(\*dataset\)\)",
+    ),
+    "normalised": (
+        {"train": (np.linspace(-1, 3, 20 * 256).reshape(20, 16, 16), np.arange(20) % 2)},
+        DataError,
+        r"found values from -1 to .*; undo a normalisation \(x \* sd \+ mean\) and let the classifier do it",
+    ),
     "several sizes": (
         {"train": ([np.zeros((16, 16), np.uint8), np.zeros((16, 12), np.uint8)], [0, 1])},
         DataError,
@@ -184,6 +203,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"settings": SETTINGS | {"review": {"annotators": "label-studio"}}},
         InputError,
         "give annotators too",
+    ),
+    "people, but models are asked": (
+        {"annotators": lambda run, compute: None},
+        InputError,
+        "^annotators: given, so set review.annotators: label-studio; found reference-models",
     ),
 }  # fmt: skip
 

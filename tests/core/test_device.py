@@ -4,34 +4,84 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.backends import cudnn
+from torch.backends.cuda import matmul
 
-from defuse_core.device import computing_on, cpu_threads
+from defuse_core.device import F32_FLAGS, computing_on, cpu_threads, torch_defaults
 from defuse_core.local import LocalCompute
 from defuse_core.models.programs import load_program
 
+FLAGS = {
+    "torch's default": lambda: None,
+    "everything": lambda: setattr(torch.backends, "fp32_precision", "ieee"),
+    "rounded": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "cuDNN": lambda: setattr(cudnn, "fp32_precision", "ieee"),
+    "convolutions": lambda: setattr(cudnn.conv, "fp32_precision", "ieee"),
+    "products": lambda: torch.set_float32_matmul_precision("high"),
+    "products in bf16": lambda: torch.set_float32_matmul_precision("medium"),
+    "older": lambda: setattr(cudnn, "allow_tf32", False),
+}
 
-def test_f32_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+
+def older_flags() -> list[object]:
+    """What torch's older flags are; None where it refuses to read one beside the newer ones."""
+    found: list[object] = []
+    for read in (lambda: cudnn.allow_tf32, lambda: matmul.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append(None)
+    return found
+
+
+def newer_flags() -> list[str]:
+    return [flag.fp32_precision for flag in (torch.backends, cudnn, *F32_FLAGS)]
+
+
+@pytest.fixture
+def flags_of_a_new_process() -> Iterator[None]:
+    yield
+    torch.backends.fp32_precision = cudnn.fp32_precision = "none"
+    for flag in F32_FLAGS:
+        flag.fp32_precision = "none"
+    cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("flags_of_a_new_process")
+@pytest.mark.parametrize("name", FLAGS)
+def test_f32_is_not_rounded_and_the_callers_flags_are_left_as_they_were(name: str) -> None:
+    FLAGS[name]()
+    newer, older = newer_flags(), older_flags()
     with cpu_threads(1):
-        assert not torch.backends.cudnn.allow_tf32
+        with cpu_threads(2):
+            pass
+        assert newer_flags()[2:] == ["ieee"] * len(F32_FLAGS)
+        assert older_flags() == [False, False, "highest"]  # torch.export reads them
+    assert newer_flags() == newer
+    assert all(
+        after == before for after, before in zip(older_flags(), older, strict=True) if before is not None
+    )
+    torch.backends.fp32_precision = "bf16"  # of the caller, later
+    assert torch.backends.mkldnn.conv.fp32_precision == "bf16"
 
 
 def test_what_computes_reproducibly_leaves_the_callers_convolutions_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cudnn = torch.backends.cudnn
-    chosen = {"deterministic": False, "benchmark": True, "allow_tf32": True}
+    chosen = {"deterministic": False, "benchmark": True}
     for name, value in chosen.items():
         monkeypatch.setattr(cudnn, name, value)
     with cpu_threads(1):
         with cpu_threads(2):
             pass
-        assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
     assert {name: getattr(cudnn, name) for name in chosen} == chosen
 
 
@@ -43,6 +93,17 @@ def use_memory(*, progress: object) -> int:
     with cpu_threads(1):
         blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MB each
         return resident_bytes() + 0 * len(blocks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_that_the_caller_frees_after_a_run_is_returned() -> None:
+    with torch_defaults(), cpu_threads(1):
+        pass
+    blocks = [torch.ones(2**24) for _ in range(4)]  # 64 MB each
+    peak, last = resident_bytes(), blocks.pop()
+    blocks.clear()
+    assert resident_bytes() < peak - 150e6
+    assert len(last) == 2**24
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")

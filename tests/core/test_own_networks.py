@@ -17,11 +17,17 @@ from torch import nn
 from defuse_core.config import ClassifierSection
 from defuse_core.data import Images
 from defuse_core.errors import ModelError
-from defuse_core.models import load_pretrained, probe_classifier
+from defuse_core.models import is_same_program, load_pretrained, probe_classifier
 from defuse_core.models.adapters import adapt, with_stated_range
 from defuse_core.models.architectures import import_module
-from defuse_core.models.programs import load_program, open_transformers, program_of, transformers_from
-from tests.own_classifiers import digits, trained
+from defuse_core.models.programs import (
+    copy_for_inference,
+    load_program,
+    open_transformers,
+    program_of,
+    transformers_from,
+)
+from tests.own_classifiers import Net, digits, trained
 
 HERE = "tests.core.test_own_networks"
 CUSTOM = ClassifierSection(architecture="custom", import_path="a:b")
@@ -63,6 +69,31 @@ def test_a_program_returns_the_logits_of_an_output_alone():
     program = load_program(program_of(WithFeatures().eval(), images), "net")
     torch.testing.assert_close(program(images), trained()(images))
     assert "net.net.body.0.weight" in program.state_dict()
+
+
+class Starred(Net):
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs[0])
+
+
+WRAPPED = {
+    "compiled": lambda: torch.compile(trained(), backend="eager"),
+    "parallel": lambda: nn.DataParallel(trained()),
+    "compiled, parallel": lambda: torch.compile(nn.DataParallel(trained()), backend="eager"),
+    "starred": lambda: Starred().eval(),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_network_is_stored_under_its_own_names_without_a_wrapper_of_torch(name):
+    net, images = WRAPPED[name](), digits()
+    stored = program_of(net, torch.from_numpy(images.batch(slice(0, 8))))
+    program = load_program(stored, "net")
+    batch = torch.from_numpy(images.batch(slice(0, 3)))
+    torch.testing.assert_close(program(batch), net(batch))
+    assert "net.body.0.weight" in program.state_dict()
+    assert "body.0.weight" in copy_for_inference(net).state_dict()
+    assert is_same_program(net, stored, images)
 
 
 def test_a_program_of_a_network_of_transformers_is_read_without_transformers(tmp_path):

@@ -53,6 +53,8 @@ def test_a_scenario_has_the_images_codes_and_answers_of_its_number(sample):
         assert scenario.number == number
         np.testing.assert_array_equal(scenario.images, gallery.images[number])
         np.testing.assert_array_equal(scenario.codes, codes[number])
+        scenario.images[:], scenario.codes[:] = 7, 7  # as code that normalises in place
+        assert not (scenario.images == 7).any() and not (scenario.codes == 7).any()
         assert scenario.answers == tuple(str(answer) for answer in gallery.predicted[number])
         assert scenario.support == support[number]
 

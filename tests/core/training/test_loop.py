@@ -23,6 +23,7 @@ from defuse_core.training import (
     optimizer_state,
     train_step,
 )
+from defuse_core.training.batches import group_size, training_together
 
 KEY = "training/net.safetensors"
 
@@ -49,7 +50,14 @@ def train(started: Training, epochs: int) -> None:
 def train_in_group(rank: int, folder: Path, meeting: Path) -> None:
     """Be one of two workers that train together, each of which sees a store of its own."""
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    store = FolderStore(folder / str(rank))
+    assert group_size() == 1  # a group of the user's program
+    with training_together():
+        train_in_two_parts(rank, FolderStore(folder / str(rank)))
+    distributed.destroy_process_group()
+
+
+def train_in_two_parts(rank: int, store: FolderStore) -> None:
+    assert group_size() == 2
     with pytest.raises(ComputeError, match=r"one has 0, another 3"):
         training(store)
     train(training(store, "other"), 1)
@@ -59,7 +67,6 @@ def train_in_group(rank: int, folder: Path, meeting: Path) -> None:
     losses.add(torch.tensor(torch.inf if rank else 1.0))
     with pytest.raises(ModelError, match="training net diverged"):
         losses.mean()
-    distributed.destroy_process_group()
 
 
 def test_workers_train_together_from_one_checkpoint_which_the_first_writes_and_diverge_together(tmp_path):
