@@ -121,12 +121,11 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     with _ONE_AT_A_TIME, torch.random.fork_rng(devices), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
-        run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
+        spec = given.run_file(recorded, minutes, progress)
+        run = Run.start(opened, name, spec, expect=expect_same_images)
         given.keep_settings()
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
-            if not given.arrays:  # else they were compared just now
-                expect_same_images(run)
             return result
         started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
         with started as running:

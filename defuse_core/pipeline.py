@@ -74,7 +74,6 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     if spec.review.consensus == "crowdlab":
         expect_cleanlab()  # now, not after people have answered
     resolve_precision(run, compute)
-    expect_same_images(run)
     models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
-import hashlib
 import json
 import logging
 import platform
@@ -39,7 +37,7 @@ from defuse_core.errors import (
     StoreError,
     first_few,
 )
-from defuse_core.files import digest_of
+from defuse_core.files import digest_of, source_digest
 from defuse_core.steps import STEPS
 from defuse_core.store import GONE, Store
 
@@ -129,12 +127,20 @@ class Run:
         self.with_added: RunFile | None = None
 
     @classmethod
-    def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
+    def start(
+        cls,
+        store: Store,
+        name: str,
+        spec: RunFile,
+        until: str = STEPS[-1],
+        expect: Callable[[Run], None] = lambda run: None,
+    ) -> Run:
         """Return the run called `name`, new or to go on with. Hold its lock before.
 
         Raises RunMismatchError if its run file was another one in a field that changes results; a run that has made
         nothing yet takes the new one, and so does every run where no result changes; UNTIL_VOTES change none before
-        the votes are stored. Weights that the run file names are known by what is in their files.
+        the votes are stored. Weights that the run file names are known by what is in their files. What `expect` raises
+        of a run that exists leaves it unchanged.
         """
         run = cls(store, name, spec, until)
         if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
@@ -161,6 +167,7 @@ class Run:
             added_text = ", ".join(f"{lam:g}" for lam in added)
             log.info("correct: λ = %s to be added; run.yaml names them once they can be tuned", added_text)
             run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
+        expect(run)
         if not noted == found.spec == spec:
             run._note_settings(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
@@ -384,14 +391,3 @@ def versions() -> dict[str, str]:
     # of a job the code is uploaded, and need not be installed
     found["defuse"] = f"{found.get('defuse', '')}+{source_digest(Path(__file__).parents[1])}"
     return found
-
-
-@functools.cache
-def source_digest(root: Path) -> str:
-    """Return eight digits of a digest of the packages' sources in `root`: a version can name many commits."""
-    digest, packages = hashlib.sha256(), ("cluster", "defuse_core", "services")
-    found = (file for package in packages for file in (root / package).rglob("*.py"))
-    for file in sorted(file for file in found if file.is_file()):  # Emacs locks a file by a link to nothing
-        digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size} ".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]

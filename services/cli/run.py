@@ -204,7 +204,7 @@ def run(
     from defuse_core.config import load_run_file
     from defuse_core.data import check_class_names, expect_root
     from defuse_core.local import LocalCompute, Profile
-    from defuse_core.pipeline import run_defuse
+    from defuse_core.pipeline import expect_same_images, run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.cli.console import ProgressDisplay
     from services.cli.tables import print_report
@@ -227,7 +227,7 @@ def run(
         expect_mlflow(read_settings())
     found = None
     with opened.within(name).lock(), ProgressDisplay() as display:
-        started = Run.start(opened, name, spec, until)
+        started = Run.start(opened, name, spec, until, expect_same_images)
         traces = started.store.list("profile/") if profile is not None else []
         traced = Profile(profile, started.store)
         computing: AbstractContextManager[Compute]

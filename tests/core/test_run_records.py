@@ -17,8 +17,9 @@ import yaml
 
 from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
+from defuse_core.files import source_digest
 from defuse_core.pipeline import rewrite_report
-from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, source_digest, utc_now
+from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 
