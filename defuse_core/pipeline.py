@@ -32,6 +32,7 @@ from defuse_core.evaluation import (
     Findings,
     control_spec,
     evaluate,
+    expect_same_answers,
     folds,
     without_fold,
 )
@@ -80,6 +81,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
+    _expect_same_code(run, compute, models, gallery)
     verdicts = _verdicts_with_all_overrides(
         run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
     )
@@ -132,6 +134,13 @@ def expect_same_images(run: Run) -> None:
     with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
         if root.exists():
             reopen_splits(run.spec.with_fields("data", download=False), models.data_fingerprint)
+
+
+def _expect_same_code(run: Run, compute: Compute, models: Models, gallery: Gallery) -> None:
+    """Raise RunMismatchError where the user's code of the classifier has changed, before a step is made with it."""
+    is_finished = run.with_added is None and run.store.exists("evaluation.safetensors")
+    if run.spec.classifier.import_path is not None and not is_finished:
+        compute.task("review", expect_same_answers, run.spec, models, gallery)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:

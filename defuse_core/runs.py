@@ -385,7 +385,8 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Return what a run is made with now: Python, the platform and the packages whose numerics matter."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("defuse", "torch", "torchvision", "numpy", "scikit-learn", "ray"):
+    packages = ("defuse", "torch", "torchvision", "timm", "transformers", "numpy", "scikit-learn", "ray")
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     # of a job the code is uploaded, and need not be installed
