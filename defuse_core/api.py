@@ -32,6 +32,7 @@ from defuse_core.config import (
     flat_fields,
     load_run_file,
     parse_run_file,
+    with_absolute_root,
 )
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, image_shape, splits_of
@@ -122,6 +123,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
         spec = given.run_file(recorded, minutes, progress)
+        spec = with_absolute_root(spec) if compute is None else spec
         run = Run.start(opened, name, spec, expect=expect_same_images)
         given.keep_settings()
         _expect_annotators(run, annotators)

@@ -201,7 +201,7 @@ def run(
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
-    from defuse_core.config import load_run_file
+    from defuse_core.config import load_run_file, with_absolute_root
     from defuse_core.data import check_class_names, expect_root
     from defuse_core.local import LocalCompute, Profile
     from defuse_core.pipeline import expect_same_images, run_defuse
@@ -220,9 +220,10 @@ def run(
     opened, name = open_store(store), run_name(name, runfile)
     if where == "ray":
         address = address or read_settings().ray_address
-    # before a run is recorded, and before anything is measured; on a cluster the nodes alone may see the images
-    if address is None and not opened.within(name).exists("run.yaml"):
-        expect_root(spec.data)
+    if address is None:  # on a cluster the nodes alone may see the images
+        spec = with_absolute_root(spec)
+        if not opened.within(name).exists("run.yaml"):
+            expect_root(spec.data)  # before a run is recorded, and before anything is measured
     if track is not None:
         expect_mlflow(read_settings())
     found = None
