@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -123,9 +124,20 @@ def echo_marked(mark: str, text: str) -> None:
 
 
 def run_name(name: str | None, runfile: Path) -> str:
-    """Return the name of a run: `name`, else the run file's. Raises InputError for one that cannot name a folder."""
+    """Return the name of a run: `name`, else the run file's.
+
+    Raises InputError for one that cannot name a folder, and without `name` for the file of a run that exists.
+    """
     if name is not None:
         return checked_name(name)
+    run = runfile.absolute().parent
+    if runfile.name == "run.yaml" and any(
+        (run / file).exists() for file in ("settings.json", "manifest.json")
+    ):
+        raise InputError(
+            f"{runfile} is the file of run {run.name}; to continue it, give `--name {run.name} --store "
+            f"{shlex.quote(str(run.parent))}` too, and to begin a new run another --name"
+        )
     try:
         return checked_name(runfile.stem)
     except InputError as error:

@@ -91,3 +91,12 @@ def test_images_are_found_from_every_folder(tmp_path, monkeypatch, capsys):
     images = ("--set", "data.name=npz", "--set", "data.root=images.npz")
     call(monkeypatch, capsys, "run", "tiny.yaml", "--on", "local", *images)
     assert Run.open(FolderStore("runs"), "tiny").spec.data.root == tmp_path / "images.npz"
+
+
+def test_the_file_inside_a_run_begins_no_other_run(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "copy/runs/tiny/run.yaml"
+    code, _, err = call(monkeypatch, capsys, "run", file, "--on", "local")
+    assert code == 2
+    assert f"to continue it, give `--name tiny --store {tmp_path}/copy/runs` too" in one_line(err)
+    assert not (tmp_path / "runs").exists()
