@@ -192,14 +192,15 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
     tuned = [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
     requests, what = {}, "a control of the evidence"
     plain = control_spec(spec, 0.0, found.sweep)
+    trials = f"{plain.correct.epochs}-epochs"  # after an added λ perhaps others, which these cannot be continued to
     without = replace(fixes, unreviewed=None)  # with λ = 0 no image of D_f is seen
     for number, name in enumerate(PLAIN_NAMES):
-        store = run.store.within(f"trials/{name}")
+        store = run.store.within(f"trials/{name}/{trials}")
         requests[name] = SweepRequest(plain, without, None, store, fixes, number, what)
     for fold, name in enumerate(tuned):
         assert found.sweep.chosen is not None
         again = control_spec(spec, found.sweep.chosen.lam, found.sweep)
-        store, kept = run.store.within(f"trials/{name}"), without_fold(found, fold)
+        store, kept = run.store.within(f"trials/{name}/{trials}"), without_fold(found, fold)
         requests[name] = SweepRequest(again, kept, None, store, fixes, comparison=what)
     made = _sweeps(run, compute, "report", found.models, **requests)
     return Controls(tuple(made[name] for name in PLAIN_NAMES), tuple(made[name] for name in tuned))

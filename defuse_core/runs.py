@@ -65,7 +65,6 @@ FROM_VERDICTS = (
     "evidence",
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline has every λ, too
-CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 REPORT_FILES = ("report.json", "report.html", "figures/")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
@@ -165,7 +164,8 @@ class Run:
             )
         elif added:
             added_text = ", ".join(f"{lam:g}" for lam in added)
-            log.info("correct: λ = %s to be added; run.yaml names them once they can be tuned", added_text)
+            text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
+            log.info(text, added_text)
             run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
         expect(run)
         if not noted == found.spec == spec:
@@ -176,12 +176,12 @@ class Run:
     def add_lambdas(self) -> None:
         """Record the λ that were added, and delete what follows from the sweeps, once it can be made again.
 
-        Their trials stay, so that only those of the added λ are run.
+        All trials stay, so that only those of the added λ are run, and controls again only where the choice is another.
         """
         if self.with_added is None:
             return
         spec, self.with_added = self.with_added, None
-        self.delete(FROM_SWEEP, CONTROL_TRIALS)
+        self.delete(FROM_SWEEP)
         self._note_settings(spec)
         self.store.write("run.yaml", dump_run_file(spec).encode())
 
@@ -284,7 +284,7 @@ class Run:
             raise self.lacks(UNFINISHED)
         return artefact
 
-    def delete(self, names: Sequence[str], trials: tuple[str, ...]) -> None:
+    def delete(self, names: Sequence[str], trials: tuple[str, ...] = ()) -> None:
         """Delete artefacts, `trials` and the report; the first artefact last, to be safe to repeat."""
         files = [key for key in self.store.list() if key.startswith((*trials, *REPORT_FILES))]
         for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):

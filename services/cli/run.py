@@ -195,7 +195,7 @@ def run(
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
     A run keeps its settings: others need another --name, except data.root, vae.accept, check.*, serve.*, most of
-    resources.*, and values added to correct.lambdas.
+    resources.*, and values added to correct.lambdas, after which the report step is made again.
 
     \b
     Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,
