@@ -108,8 +108,10 @@ json_option = click.option(
 
 
 def print_json(page: dict[str, Any]) -> None:
-    """Print the result of a command that was given --json."""
-    click.echo(json.dumps(page), file=click.get_current_context().meta[STDOUT])
+    """Print the result of a command that was given --json; nothing where stdout is closed, as by `>&-`."""
+    stdout = click.get_current_context().meta[STDOUT]
+    if stdout is not None:  # which click takes for the current stdout, and that is stderr
+        click.echo(json.dumps(page), file=stdout)
 
 
 def echo_marked(mark: str, text: str) -> None:

@@ -247,7 +247,10 @@ def run(
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
     _note_untraced(started, profile, traces)
     if found is None:  # printed only now: a terminal would show it in the middle of a bar
-        click.echo(f"{name}: done until {until}; run again without --until to continue")
+        following = "run again without --until to continue"
+        if started.store.exists("report.json") and started.with_added is None:
+            following = f"the run is finished, see `{started.command('report')}`"
+        click.echo(f"{name}: done until {until}; {following}")
         return
     print_report(found, started.spec.correct)
     click.echo(f"\nreport: {started.store.address}/report.html")

@@ -38,7 +38,7 @@ def test_a_step_that_was_made_before_is_not_traced_in_silence(finished, monkeypa
         code, out, err = call(monkeypatch, capsys, *finished, "--profile", "train", *until)
         assert code == 0, err
         assert one_line(err).startswith("note: --profile train: nothing was traced, since nothing was left")
-    assert "done until train" in out
+    assert "tiny: done until train; the run is finished, see `defuse report tiny --store" in out
 
 
 def test_the_result_of_a_run_until_a_step_is_printed_once_its_bars_are_gone(finished, monkeypatch, capsys):
