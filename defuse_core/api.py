@@ -32,6 +32,7 @@ from defuse_core.config import (
     flat_fields,
     load_run_file,
     parse_run_file,
+    with_absolute_root,
 )
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, image_shape, splits_of
@@ -123,12 +124,12 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     with _ONE_AT_A_TIME, torch_defaults(), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
-        run = Run.start(opened, name, given.run_file(recorded, minutes, progress))
+        spec = given.run_file(recorded, minutes, progress)
+        spec = with_absolute_root(spec) if compute is None else spec
+        run = Run.start(opened, name, spec, expect=expect_same_images)
         given.keep_settings(minutes)
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
-            if not given.arrays:  # else they were compared just now
-                expect_same_images(run)
             return result
         started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
         with started as running:

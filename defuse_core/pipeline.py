@@ -32,6 +32,7 @@ from defuse_core.evaluation import (
     Findings,
     control_spec,
     evaluate,
+    expect_same_answers,
     folds,
     without_fold,
 )
@@ -74,13 +75,13 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         expect_cleanlab()  # now, not after people have answered
     resolve_precision(run, compute)
     spec, store = run.spec, run.store  # with the precision that was measured
-    expect_same_images(run)
     models, references = _healthy_models(run, compute)
     screen = references if spec.identify.screen == "reference-models" else None
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
     votes = run.once("review", Votes, lambda: annotators.review(gallery))
+    _expect_same_code(run, compute, models, gallery)
     verdicts = _verdicts_with_all_overrides(
         run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
     )
@@ -135,6 +136,13 @@ def expect_same_images(run: Run) -> None:
             reopen_splits(run.spec.with_fields("data", download=False), models.data_fingerprint)
 
 
+def _expect_same_code(run: Run, compute: Compute, models: Models, gallery: Gallery) -> None:
+    """Raise RunMismatchError where the user's code of the classifier has changed, before a step is made with it."""
+    is_finished = run.with_added is None and run.store.exists("evaluation.safetensors")
+    if run.spec.classifier.import_path is not None and not is_finished:
+        compute.task("review", expect_same_answers, run.spec, models, gallery)
+
+
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:
     """Return what is trained, once `expect_healthy` accepts the β-VAE, and the reference models if they take part.
 
@@ -184,14 +192,15 @@ def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
     tuned = [f"left_out_{fold}" for fold in folds(fixes, found.sweep)]
     requests, what = {}, "a control of the evidence"
     plain = control_spec(spec, 0.0, found.sweep)
+    trials = f"{plain.correct.epochs}-epochs"  # after an added λ perhaps others, which these cannot be continued to
     without = replace(fixes, unreviewed=None)  # with λ = 0 no image of D_f is seen
     for number, name in enumerate(PLAIN_NAMES):
-        store = run.store.within(f"trials/{name}")
+        store = run.store.within(f"trials/{name}/{trials}")
         requests[name] = SweepRequest(plain, without, None, store, fixes, number, what)
     for fold, name in enumerate(tuned):
         assert found.sweep.chosen is not None
         again = control_spec(spec, found.sweep.chosen.lam, found.sweep)
-        store, kept = run.store.within(f"trials/{name}"), without_fold(found, fold)
+        store, kept = run.store.within(f"trials/{name}/{trials}"), without_fold(found, fold)
         requests[name] = SweepRequest(again, kept, None, store, fixes, comparison=what)
     made = _sweeps(run, compute, "report", found.models, **requests)
     return Controls(tuple(made[name] for name in PLAIN_NAMES), tuple(made[name] for name in tuned))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
-import hashlib
 import json
 import logging
 import platform
@@ -39,7 +37,7 @@ from defuse_core.errors import (
     StoreError,
     first_few,
 )
-from defuse_core.files import digest_of
+from defuse_core.files import digest_of, source_digest
 from defuse_core.steps import STEPS
 from defuse_core.store import GONE, Store
 
@@ -67,7 +65,6 @@ FROM_VERDICTS = (
     "evidence",
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline has every λ, too
-CONTROL_TRIALS = ("trials/plain", "trials/left_out_")  # trials whose λ and epochs follow from the sweep
 REPORT_FILES = ("report.json", "report.html", "figures/")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
@@ -129,12 +126,20 @@ class Run:
         self.with_added: RunFile | None = None
 
     @classmethod
-    def start(cls, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> Run:
+    def start(
+        cls,
+        store: Store,
+        name: str,
+        spec: RunFile,
+        until: str = STEPS[-1],
+        expect: Callable[[Run], None] = lambda run: None,
+    ) -> Run:
         """Return the run called `name`, new or to go on with. Hold its lock before.
 
         Raises RunMismatchError if its run file was another one in a field that changes results; a run that has made
         nothing yet takes the new one, and so does every run where no result changes; UNTIL_VOTES change none before
-        the votes are stored. Weights that the run file names are known by what is in their files.
+        the votes are stored. Weights that the run file names are known by what is in their files. What `expect` raises
+        of a run that exists leaves it unchanged.
         """
         run = cls(store, name, spec, until)
         if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
@@ -159,8 +164,10 @@ class Run:
             )
         elif added:
             added_text = ", ".join(f"{lam:g}" for lam in added)
-            log.info("correct: λ = %s to be added; run.yaml names them once they can be tuned", added_text)
+            text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
+            log.info(text, added_text)
             run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
+        expect(run)
         if not noted == found.spec == spec:
             run._note_settings(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
@@ -169,12 +176,12 @@ class Run:
     def add_lambdas(self) -> None:
         """Record the λ that were added, and delete what follows from the sweeps, once it can be made again.
 
-        Their trials stay, so that only those of the added λ are run.
+        All trials stay, so that only those of the added λ are run, and controls again only where the choice is another.
         """
         if self.with_added is None:
             return
         spec, self.with_added = self.with_added, None
-        self.delete(FROM_SWEEP, CONTROL_TRIALS)
+        self.delete(FROM_SWEEP)
         self._note_settings(spec)
         self.store.write("run.yaml", dump_run_file(spec).encode())
 
@@ -277,7 +284,7 @@ class Run:
             raise self.lacks(UNFINISHED)
         return artefact
 
-    def delete(self, names: Sequence[str], trials: tuple[str, ...]) -> None:
+    def delete(self, names: Sequence[str], trials: tuple[str, ...] = ()) -> None:
         """Delete artefacts, `trials` and the report; the first artefact last, to be safe to repeat."""
         files = [key for key in self.store.list() if key.startswith((*trials, *REPORT_FILES))]
         for key in (*files, *(f"{name}.safetensors" for name in reversed(names))):
@@ -378,20 +385,10 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Return what a run is made with now: Python, the platform and the packages whose numerics matter."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("defuse", "torch", "torchvision", "numpy", "scikit-learn", "ray"):
+    packages = ("defuse", "torch", "torchvision", "timm", "transformers", "numpy", "scikit-learn", "ray")
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     # of a job the code is uploaded, and need not be installed
     found["defuse"] = f"{found.get('defuse', '')}+{source_digest(Path(__file__).parents[1])}"
     return found
-
-
-@functools.cache
-def source_digest(root: Path) -> str:
-    """Return eight digits of a digest of the packages' sources in `root`: a version can name many commits."""
-    digest, packages = hashlib.sha256(), ("cluster", "defuse_core", "services")
-    found = (file for package in packages for file in (root / package).rglob("*.py"))
-    for file in sorted(file for file in found if file.is_file()):  # Emacs locks a file by a link to nothing
-        digest.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size} ".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:8]

@@ -22,6 +22,7 @@ from defuse_core.config.run_file import (
     RunFile,
     ServeSection,
     model_sections,
+    with_absolute_root,
     with_weights,
 )
 from defuse_core.config.sections import (

@@ -263,6 +263,12 @@ def model_sections(spec: RunFile) -> dict[str, ClassifierSection | VaeSection | 
     }
 
 
+def with_absolute_root(spec: RunFile) -> RunFile:
+    """Return the run file with data.root as it is in this process; later commands on the run have other folders."""
+    root = spec.data.root
+    return spec if root is None else spec.with_fields("data", root=root.absolute())
+
+
 def with_weights(spec: RunFile, paths: Mapping[str, Path]) -> RunFile:
     """Return the run file with the weights of some model_sections at other paths."""
     tree = spec.model_dump()

@@ -68,7 +68,12 @@ def check_class_names(data: DataSection) -> None:
 
 def reopen_splits(spec: RunFile, fingerprint: str) -> Splits:
     """Return the Splits that a run was trained on. Raises RunMismatchError if the images have changed since."""
-    splits = open_splits(spec.data, spec.seed)
+    try:
+        splits = open_splits(spec.data, spec.seed)
+    except DataError as error:
+        if spec.data.root is None or spec.data.root.exists():
+            raise
+        raise DataError(f"{error}, by `defuse run RUNFILE --set data.root=PATH`") from error
     if splits.fingerprint() != fingerprint:
         raise RunMismatchError(
             f"data.root {spec.data.root}: the images differ from those that the run was trained on; "

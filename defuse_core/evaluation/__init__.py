@@ -36,13 +36,15 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.images import evenly_spaced
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
+from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
 from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
-from defuse_core.protocols import Progress
+from defuse_core.protocols import Progress, silent
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -51,6 +53,10 @@ from defuse_core.tuning_data import held_out_images
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
 MIN_CODES = 4  # for a perplexity of 1
 ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
+COMPARED_ANSWERS = 100  # stored answers that a classifier gives again
+OTHER_CODE = (
+    f"with the same weights, so its code has changed; restore that code, or run again under {ANOTHER_NAME}"
+)
 TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
 
 
@@ -84,6 +90,8 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
         for done, weights in enumerate(all_weights):
             progress("scoring the classifiers", done, len(all_weights), "classifiers")
             scores.append(_score(spec, weights, splits, held_out, found))
+        for part, share in zip(("validation", "test"), scores[0][0], strict=False):
+            expect_same_accuracy(found.models, part, float(share))
         corrected = load_classifier(spec, all_weights[-1], classes)
         after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
         progress("drawing the latent space", 0, 1, "pictures")
@@ -100,6 +108,38 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
         point_kind=kind,
         point_component=component,
     )
+
+
+def expect_same_accuracy(models: Models, part: str, accuracy: float) -> None:
+    """Raise RunMismatchError unless f has the accuracy on a part of the images that it had when the run began.
+
+    Up to 1 % of the answers, and two more, may be others: another device rounds differently.
+    """
+    known = models.accuracy.get(part)
+    if known is not None and abs(accuracy - known) > 0.01 + 2 / models.images[part]:
+        raise RunMismatchError(
+            f"the classifier gets {percent(accuracy, 2)} of the {part} images right, and got {percent(known, 2)} when "
+            f"the run began {OTHER_CODE}"
+        )
+
+
+def expect_same_answers(
+    spec: RunFile, models: Models, gallery: Gallery, *, progress: Progress = silent
+) -> None:
+    """Raise RunMismatchError unless f answers images of the gallery as when they were drawn.
+
+    Up to a tenth of the answers, and one more, may be others: failures can be near the boundary of two classes.
+    """
+    progress("comparing answers of the classifier", 0, 1, "classifiers")
+    images = gallery.images.reshape(-1, *gallery.images.shape[2:])
+    rows = evenly_spaced(len(images), COMPARED_ANSWERS)
+    answers = predict(load_classifier(spec, models.classifier, len(models.classes)), images[rows])
+    changed = int((answers != gallery.predicted.reshape(-1)[rows]).sum())
+    if changed > 1 + len(rows) / 10:
+        raise RunMismatchError(
+            f"the classifier answers {changed} of {len(rows)} stored images otherwise than when the run began "
+            f"{OTHER_CODE}"
+        )
 
 
 def _score(

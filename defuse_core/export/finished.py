@@ -17,6 +17,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.config import RunFile
+from defuse_core.evaluation import expect_same_answers
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier
 from defuse_core.review.undecided import why_undecided
@@ -35,7 +36,11 @@ class FinishedRun:
     sweep: Sweep
 
     def classifiers(self) -> tuple[nn.Module, nn.Module]:
-        """Return the classifier before and after the correction; the same where nothing was corrected."""
+        """Return the classifier before and after the correction; the same where nothing was corrected.
+
+        Raises RunMismatchError where its code has changed since the run began.
+        """
+        expect_same_answers(self.spec, self.models, self.gallery)
         weights = self.models.classifier, self.sweep.weights or self.models.classifier
         before, after = (load_classifier(self.spec, each, len(self.models.classes)) for each in weights)
         return before, after

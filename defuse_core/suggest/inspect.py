@@ -68,8 +68,11 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
         section = DataSection.model_validate(
             {"name": name, "root": root, "image_size": image_size, "channels": channels}
         )
-    except ValidationError as error:  # an .npz whose images are too small or too large
-        raise DataError(f"{called}: {first_problem(error, DataSection)}; resize the images") from error
+    except ValidationError as error:  # an .npz whose images are too small or too large, or the path
+        remedy = "resize the images"
+        if error.errors()[0]["loc"] == ("root",):
+            remedy = "rename it, or use a UTF-8 locale (LC_ALL=C.UTF-8)"
+        raise DataError(f"{called}: {first_problem(error, DataSection)}; {remedy}") from error
     splits = open_splits(section, 0)
     if len(splits.train) < FEWEST:
         raise DataError(f"{called}: {len(splits.train)} training images are too few; add images")

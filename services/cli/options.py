@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -15,15 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import InputError, RunFileError, has_control_characters
+from defuse_core.errors import DamagedError, InputError, RunFileError, has_control_characters
 from defuse_core.steps import STEPS
 from defuse_core.store import RESERVED, checked_name
 
 if TYPE_CHECKING:
     from defuse_core.runs import Run
+    from defuse_core.store import Store
 
 
 MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
+# what to do with a run that is in the registry
+COPY_IT = "copy its folder in the store, and change the copy (`defuse run` continues it with --name)"
 EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
 
 
@@ -104,8 +108,10 @@ json_option = click.option(
 
 
 def print_json(page: dict[str, Any]) -> None:
-    """Print the result of a command that was given --json."""
-    click.echo(json.dumps(page), file=click.get_current_context().meta[STDOUT])
+    """Print the result of a command that was given --json; nothing where stdout is closed, as by `>&-`."""
+    stdout = click.get_current_context().meta[STDOUT]
+    if stdout is not None:  # which click takes for the current stdout, and that is stderr
+        click.echo(json.dumps(page), file=stdout)
 
 
 def echo_marked(mark: str, text: str) -> None:
@@ -120,9 +126,20 @@ def echo_marked(mark: str, text: str) -> None:
 
 
 def run_name(name: str | None, runfile: Path) -> str:
-    """Return the name of a run: `name`, else the run file's. Raises InputError for one that cannot name a folder."""
+    """Return the name of a run: `name`, else the run file's.
+
+    Raises InputError for one that cannot name a folder, and without `name` for the file of a run that exists.
+    """
     if name is not None:
         return checked_name(name)
+    run = runfile.absolute().parent
+    if runfile.name == "run.yaml" and any(
+        (run / file).exists() for file in ("settings.json", "manifest.json")
+    ):
+        raise InputError(
+            f"{runfile} is the file of run {run.name}; to continue it, give `--name {run.name} --store "
+            f"{shlex.quote(str(run.parent))}` too, and to begin a new run another --name"
+        )
     try:
         return checked_name(runfile.stem)
     except InputError as error:
@@ -135,6 +152,30 @@ def open_run(name: str, store: str) -> Run:
     from services.storage import open_store
 
     return Run.open(open_store(store), checked_name(name))
+
+
+def expect_unregistered(store: Store, run: str, remedy: str) -> None:
+    """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
+    from defuse_core.artifacts import Gallery
+    from defuse_core.runs import Run
+    from services.serving.registry import Registry
+    from services.serving.traffic import components_digest
+
+    versions = Registry(store).state().versions.items()
+    # one folder where the file system ignores case
+    named = {number: info for number, info in versions if info.run.casefold() == run.casefold()}
+    components = None  # the run has none, or they cannot be read
+    with contextlib.suppress(InputError, DamagedError):
+        if named and (gallery := Run.open(store, run).load(Gallery)) is not None:
+            components = components_digest(gallery)
+    if made := [
+        number
+        for number, info in named.items()
+        if components == info.components_digest or (components is None and info.run == run)
+    ]:
+        raise InputError(
+            f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; {remedy}"
+        )
 
 
 def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import given, json_option, print_json, store_option
+from services.cli.options import COPY_IT, expect_unregistered, given, json_option, print_json, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def set_(
     defuse review set digits 5 --vote --redo
     """
     from defuse_core.review.overrides import override_verdict, withdraw_decisions
+    from services.storage import open_store
 
     if (label is not None) + reject + vote != 1:
         raise click.UsageError("give either --label NAME_OR_INDEX, --reject or --vote")
@@ -210,6 +211,8 @@ def set_(
     if _is_of_traffic(name):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
     opened, _ = _open(name, store)
+    if redo:
+        expect_unregistered(open_store(store), name, COPY_IT)
     if reason is None:
         decision = withdraw_decisions(opened, scenario, redo=redo)
     else:
@@ -232,8 +235,10 @@ def reopen(name: str, store: str, discard: bool) -> None:
     """
     from defuse_core.artifacts import Votes
     from defuse_core.review.overrides import reopen_vote
+    from services.storage import open_store
 
     opened, gallery = _open(name, store)
+    expect_unregistered(open_store(store), name, COPY_IT)
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened)

@@ -9,19 +9,22 @@ import sys
 import textwrap
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import DamagedError, InputError, count_of
+from defuse_core.errors import InputError, count_of
 from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
 from services.cli.options import (
     CLASSIFIER_HELP,
+    COPY_IT,
     GivenPath,
     address_option,
     classifier_fields,
+    expect_unregistered,
     given,
     json_option,
     name_option,
@@ -192,7 +195,7 @@ def run(
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
     A run keeps its settings: others need another --name, except data.root, vae.accept, check.*, serve.*, most of
-    resources.*, and values added to correct.lambdas.
+    resources.*, and values added to correct.lambdas, after which the report step is made again.
 
     \b
     Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,
@@ -201,7 +204,7 @@ def run(
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
     """
-    from defuse_core.config import load_run_file
+    from defuse_core.config import load_run_file, with_absolute_root
     from defuse_core.data import check_class_names, expect_root
     from defuse_core.local import LocalCompute, Profile
     from defuse_core.pipeline import run_defuse
@@ -220,14 +223,15 @@ def run(
     opened, name = open_store(store), run_name(name, runfile)
     if where == "ray":
         address = address or read_settings().ray_address
-    # before a run is recorded, and before anything is measured; on a cluster the nodes alone may see the images
-    if address is None and not opened.within(name).exists("run.yaml"):
-        expect_root(spec.data)
+    if address is None:  # on a cluster the nodes alone may see the images
+        spec = with_absolute_root(spec)
+        if not opened.within(name).exists("run.yaml"):
+            expect_root(spec.data)  # before a run is recorded, and before anything is measured
     if track is not None:
         expect_mlflow(read_settings())
     found = None
     with opened.within(name).lock(), ProgressDisplay() as display:
-        started = Run.start(opened, name, spec, until)
+        started = Run.start(opened, name, spec, until, partial(_expect_unchanged, opened))
         traces = started.store.list("profile/") if profile is not None else []
         traced = Profile(profile, started.store)
         computing: AbstractContextManager[Compute]
@@ -243,7 +247,10 @@ def run(
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
     _note_untraced(started, profile, traces)
     if found is None:  # printed only now: a terminal would show it in the middle of a bar
-        click.echo(f"{name}: done until {until}; run again without --until to continue")
+        following = "run again without --until to continue"
+        if started.store.exists("report.json") and started.with_added is None:
+            following = f"the run is finished, see `{started.command('report')}`"
+        click.echo(f"{name}: done until {until}; {following}")
         return
     print_report(found, started.spec.correct)
     click.echo(f"\nreport: {started.store.address}/report.html")
@@ -329,16 +336,26 @@ def delete(run: str, store: str, yes: bool) -> None:
     folder = Path(found.address)  # of a bucket: nothing that exists here
     if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here
         raise InputError(f"{folder} is a link to {folder.resolve()}; delete that run in its own store")
-    _expect_unregistered(opened, run)
+    expect_unregistered(opened, run, "keep it")
     with found.lock():
         keys = found.list()
         if not yes and not _confirmed(f"delete {count_of(len(keys), 'file')} in {found.address}?"):
             click.echo("defuse: nothing was deleted", err=True)
             raise click.exceptions.Exit(130)
-        _expect_unregistered(opened, run)  # it may have been promoted since, while the prompt waited
+        # it may have been promoted since, while the prompt waited
+        expect_unregistered(opened, run, "keep it")
         sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
     click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
+
+
+def _expect_unchanged(store: Store, run: Run) -> None:
+    """Raise RunMismatchError for other images, and InputError for a λ that is added to what is in the registry."""
+    from defuse_core.pipeline import expect_same_images
+
+    expect_same_images(run)
+    if run.with_added is not None:
+        expect_unregistered(store, run.name, COPY_IT)
 
 
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
@@ -367,28 +384,3 @@ def _confirmed(question: str) -> bool:
         return sys.stdin is not None and click.confirm(question)
     except click.Abort:
         return False
-
-
-def _expect_unregistered(store: Store, run: str) -> None:
-    """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
-    from defuse_core.artifacts import Gallery
-    from defuse_core.runs import Run
-    from services.serving.registry import Registry
-    from services.serving.traffic import components_digest
-
-    versions = Registry(store).state().versions.items()
-    # one folder where the file system ignores case
-    named = {number: info for number, info in versions if info.run.casefold() == run.casefold()}
-    components = None  # the run has none, or they cannot be read
-    with contextlib.suppress(InputError, DamagedError):
-        if named and (gallery := Run.open(store, run).load(Gallery)) is not None:
-            components = components_digest(gallery)
-    if made := [
-        number
-        for number, info in named.items()
-        if components == info.components_digest or (components is None and info.run == run)
-    ]:
-        raise InputError(
-            f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; "
-            "keep it"
-        )

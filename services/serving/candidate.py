@@ -206,7 +206,7 @@ class _RunArtifacts:
     verdicts: Verdicts
     corrections: Corrections
     sweep: Sweep
-    evidence: Evidence | None  # None without judges, and where it is not yet gathered
+    evidence: Evidence | None  # None without judges
 
     @classmethod
     def load(cls, run: Run) -> _RunArtifacts:
@@ -221,6 +221,8 @@ class _RunArtifacts:
         )
         if not artifacts.sweep.has_correction:
             raise _nothing_to_serve(run, artifacts)
+        if run.spec.judges.count:
+            run.require(Evidence)  # a check by own label that is not made would count as one that passes
         return artifacts
 
 
@@ -245,8 +247,7 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
 def _key(spec: RunFile, artifacts: _RunArtifacts) -> str:
     """Return where the run's store has the candidate of these artefacts and run-file fields, of this FORMAT.
 
-    Equal weights do not make equal candidates: with λ = 0 they are the same whatever was accepted, and evidence may be
-    gathered after a first check.
+    Equal weights do not make equal candidates: with λ = 0 they are the same whatever was accepted.
     """
     parts = (artifacts.sweep.weights, artifacts.corrections, artifacts.verdicts, artifacts.evidence)
     made_from = f"{[artefact_digest(part) for part in parts]}{_settings(spec)}{FORMAT}"

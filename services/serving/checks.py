@@ -13,6 +13,7 @@ from defuse_core.correct import overflowed
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError, first_few, percent
+from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import load_classifier, load_vae, predict
@@ -153,6 +154,7 @@ def evaluate_candidate(
         before, after = (
             _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
         )
+    expect_same_accuracy(models, split, float(before[0].mean()))
     part = compared_images(models)
     judged_on = None if part is None else models.images[part]
     return CandidateReport(

@@ -217,8 +217,11 @@ def test_a_finished_run_whose_images_have_changed_says_so(finished, store, tmp_p
     np.savez(images, **{**arrays, "train_images": 255 - arrays["train_images"]})
     with pytest.raises(RunMismatchError, match="the images differ from those that the run was trained on"):
         defuse.debug(settings=run_file, store=tmp_path / "runs", name="parts", compute=no_compute)
-    code, _, err = call(monkeypatch, capsys, "run", run_file, "--store", tmp_path / "runs", "--name", "parts")
+    before = run_file.read_bytes()
+    options = ("--store", tmp_path / "runs", "--name", "parts", "--set", "check.max_loss=0.001")
+    code, _, err = call(monkeypatch, capsys, "run", run_file, *options)
     assert (code, "the images differ" in err) == (2, True)
+    assert run_file.read_bytes() == before  # a refused command records nothing
 
 
 def test_a_report_of_another_version_is_computed_again(finished, store, tmp_path):

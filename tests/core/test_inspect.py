@@ -63,3 +63,11 @@ def test_what_is_neither_a_folder_nor_a_file_is_refused(name: str, tmp_path: Pat
     os.mkfifo(tmp_path / "pipe.npz")
     with pytest.raises(DataError, match=f"init .*/{name}: expected a folder of images, or an .npz file"):
         inspect_data(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a\ttab", "\udcc3ber"], ids=["a tab", "not in the locale's encoding"])
+def test_a_folder_whose_name_is_no_text_is_to_be_renamed(name: str, tmp_path: Path):
+    with pytest.raises(
+        DataError, match=r"root: expected text without control .*; rename it, or use a UTF-8 lo"
+    ):
+        inspect_data(write(tmp_path / name))

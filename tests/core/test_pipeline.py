@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from torch import nn
 
 from defuse_core.artifacts import (
     NONE_OF_THE_ABOVE,
@@ -156,6 +157,23 @@ def test_a_decision_of_a_person_counts_that_was_stored_just_before_the_verdicts(
     with pytest.raises(ReachedStep):
         run_defuse(run, LocalCompute(), None)
     assert len(run.load(Verdicts).overrides) == 2
+
+
+def test_a_run_is_not_continued_with_a_classifier_whose_code_has_changed(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
+    run = Run.open(FolderStore(tmp_path), "tiny")
+    run.store.delete("evaluation.safetensors")
+    monkeypatch.setattr("torch.nn.ReLU", nn.Sigmoid)  # the weights fit as before
+    with pytest.raises(RunMismatchError, match=r"% of the .* images right, and got .* its code has changed"):
+        run_defuse(run, LocalCompute(), None)
+    for name in ("corrections", "baseline", "sweep"):
+        run.store.delete(f"{name}.safetensors")
+    run.spec = run.spec.with_fields("classifier", import_path="nets:build")
+    with pytest.raises(
+        RunMismatchError, match=r"answers \d+ of \d+ stored images otherwise .* restore that code"
+    ):
+        run_defuse(run, LocalCompute(), None)
+    assert run.load(Corrections) is None
 
 
 def test_report_json_has_the_promised_fields(finished):

@@ -17,8 +17,9 @@ import yaml
 
 from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
+from defuse_core.files import source_digest
 from defuse_core.pipeline import rewrite_report
-from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, source_digest, utc_now
+from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 
@@ -122,13 +123,18 @@ def test_a_run_that_began_before_weights_were_noted_goes_on(store, tmp_path):
     Run.start(store, "a", spec)
 
 
-def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_is_made_again(store):
+def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_but_trials_is_made_again(store):
     run = Run.start(store, "a", tiny(correct={"lambdas": [1.0]}))
     run.once("identify", Psi, psi)
     gone = [f"{name}.safetensors" for name in {"baseline", "sweep", *FROM_SWEEP}]
     gone += ["report.json", "report.html", "figures/a.png"]
-    gone += ["trials/plain/1", "trials/plain_1/1", "trials/left_out_0/1"]
-    kept = ["verdicts.safetensors", "trials/defuse/1", "trials/baseline/1"]
+    kept = [
+        "verdicts.safetensors",
+        "trials/defuse/1",
+        "trials/baseline/1",
+        "trials/plain/1",
+        "trials/left_out_0/1",
+    ]
     for key in (*gone, *kept):
         run.store.write(key, b"1")
     artefacts = run.manifest()["artefacts"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,25 @@ def test_a_run_in_the_registry_is_not_deleted(own_store, monkeypatch, capsys):
     assert code == 2
     assert "version 1 in the registry was made from it" in one_line(err)
     assert own_store.exists("digits/run.yaml")
+
+
+def test_a_run_in_the_registry_is_not_changed_but_its_copy_is(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    stored = {key: own_store.read(key) for key in own_store.list()}
+    redo = ["0", "--reject", "--reason", "no digit", "--redo", *where]
+    more = own_store.folder / "digits" / "run.yaml", "--name", "digits", *where, "--on", "local"
+    for words in (
+        ["review", "set", "digits", *redo],
+        ["review", "reopen", "digits", "--discard", *where],
+        ["run", *more, "--set", "correct.lambdas=[0.001, 1.0, 10.0, 20.0]"],
+    ):
+        code, _, err = call(monkeypatch, capsys, *words)
+        assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True), err
+        assert "copy its folder in the store, and change the copy" in err
+    assert {key: own_store.read(key) for key in own_store.list()} == stored
+    shutil.copytree(own_store.folder / "digits", own_store.folder / "copy")
+    assert call(monkeypatch, capsys, "review", "set", "copy", *redo)[0] == 0
 
 
 def test_a_run_in_the_registry_is_not_deleted_by_another_case_of_its_name(own_store, monkeypatch, capsys):

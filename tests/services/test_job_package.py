@@ -20,7 +20,7 @@ from ray._private.runtime_env.packaging import create_package
 from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
-from defuse_core.runs import source_digest
+from defuse_core.files import source_digest
 from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, _row, build_working_dir
 from tests.conftest import tiny
 

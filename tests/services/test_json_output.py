@@ -66,6 +66,17 @@ def test_stdout_is_reserved_with_json_alone_and_until_the_command_ends(words, ca
     assert (printed.out, printed.err) == expected
 
 
+def test_a_closed_stdout_gets_no_json_and_stderr_neither(monkeypatch, capsys):
+    @click.command()
+    @json_option
+    def command(as_json: bool) -> None:
+        print_json({"β": 1})
+
+    monkeypatch.setattr("sys.stdout", None)  # what Python makes of `>&-`
+    command(["--json"], standalone_mode=False)
+    assert capsys.readouterr().err == ""
+
+
 def test_every_json_is_this_option():
     (reserve,) = json_option(lambda: None).__click_params__
     found = [

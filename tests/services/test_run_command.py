@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
-from tests.conftest import ROOT
-from tests.e2e.test_cli import call, one_line
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
+from tests.conftest import ROOT, TINY
+from tests.e2e.test_cli import call, npz, one_line
 from tests.waiting import WAIT_S
 
 
@@ -35,7 +38,7 @@ def test_a_step_that_was_made_before_is_not_traced_in_silence(finished, monkeypa
         code, out, err = call(monkeypatch, capsys, *finished, "--profile", "train", *until)
         assert code == 0, err
         assert one_line(err).startswith("note: --profile train: nothing was traced, since nothing was left")
-    assert "done until train" in out
+    assert "tiny: done until train; the run is finished, see `defuse report tiny --store" in out
 
 
 def test_the_result_of_a_run_until_a_step_is_printed_once_its_bars_are_gone(finished, monkeypatch, capsys):
@@ -78,3 +81,22 @@ def test_a_run_whose_images_are_not_there_is_not_begun(where, tmp_path, monkeypa
     assert code == 2
     assert "/gone does not exist; set it to the path of the mnist images" in one_line(err)
     assert not list(tmp_path.iterdir())
+
+
+def test_images_are_found_from_every_folder(tmp_path, monkeypatch, capsys):
+    npz(tmp_path / "images.npz")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("defuse_core.pipeline.run_defuse", lambda *_: 1 / 0)
+    images = ("--set", "data.name=npz", "--set", "data.root=images.npz")
+    call(monkeypatch, capsys, "run", "tiny.yaml", "--on", "local", *images)
+    assert Run.open(FolderStore("runs"), "tiny").spec.data.root == tmp_path / "images.npz"
+
+
+def test_the_file_inside_a_run_begins_no_other_run(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "copy/runs/tiny/run.yaml"
+    code, _, err = call(monkeypatch, capsys, "run", file, "--on", "local")
+    assert code == 2
+    assert f"to continue it, give `--name tiny --store {tmp_path}/copy/runs` too" in one_line(err)
+    assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from defuse_core.artifacts import Corrections, Models, Sweep
+from defuse_core.artifacts import Corrections, Gallery, Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.export.suite import (
@@ -24,7 +24,7 @@ from defuse_core.export.suite import (
     load_suite,
     save_suite,
 )
-from defuse_core.models import load_classifier, load_vae
+from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
@@ -105,6 +105,11 @@ def test_a_run_that_corrected_nothing_is_checked_by_the_classifier_that_it_debug
     own.store.write("sweep.safetensors", encode(Sweep((), None, {}, ())))
     if right:
         own.store.write("models.safetensors", encode(tiny_models))
+        gallery = own.require(Gallery)
+        images = gallery.images.reshape(-1, *gallery.images.shape[2:])
+        answers = predict(load_classifier(own.spec, tiny_models.classifier, 10), images)
+        gallery = replace(gallery, predicted=answers.reshape(gallery.predicted.shape))
+        own.store.write("gallery.safetensors", encode(gallery))
     code, out, err = call(monkeypatch, capsys, "check", "first", "--store", tmp_path, "--suite", suite)
     assert (code, "FAILED" in out) == (expected, not right)
     assert "note: run first corrected nothing: the classifier that it debugged is checked" in err

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from data_samples import SIZE, Arrays, error_of, noise, section
 
-from defuse_core.data import log_parts, open_splits
+from defuse_core.data import log_parts, open_splits, reopen_splits
 from defuse_core.data.npz import image_shape, npz_classes, rows_in_file
+from defuse_core.errors import DataError
+from tests.conftest import tiny
 
 GOOD: Arrays = {
     "train_images": noise(12, SIZE, SIZE, 3),
@@ -289,3 +291,11 @@ def test_a_named_pipe_is_refused_in_place_of_being_waited_for(tmp_path: Path):
     assert found.endswith(
         "pipe.npz: expected an .npz file, found a pipe, a device or a socket; check data.root"
     )
+
+
+def test_a_run_whose_images_were_moved_says_what_records_their_new_place(tmp_path: Path):
+    moved = tiny(data={"name": "npz", "root": str(tmp_path / "gone.npz")})
+    with pytest.raises(
+        DataError, match=r"gone\.npz does not exist; .* by `defuse run RUNFILE --set data\.root"
+    ):
+        reopen_splits(moved, "any")

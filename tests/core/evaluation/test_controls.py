@@ -32,7 +32,7 @@ from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import numbers_text, spread_of
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.runs import CONTROL_TRIALS, FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, SETTINGS, Run
+from defuse_core.runs import FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, SETTINGS, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import trial_key
@@ -250,9 +250,8 @@ def test_plain_trainings_are_stored_apart_and_differ_from_each_other(finished) -
         for other in made[number + 1 :]:
             assert any(not np.array_equal(first[key], other[key]) for key in first)
     for name in PLAIN_NAMES:
-        assert run.store.exists(f"trials/{name}/{trial_key(0.0)}")
-        # an added λ and a changed verdict make them again
-        assert name in FROM_SWEEP and f"trials/{name}/".startswith(CONTROL_TRIALS)
+        assert run.store.exists(f"trials/{name}/{run.require(Sweep).chosen.epoch}-epochs/{trial_key(0.0)}")
+        assert name in FROM_SWEEP  # an added λ and a changed verdict make them again
 
 
 def test_figures_of_plain_training_are_means_and_each_is_listed(finished) -> None:

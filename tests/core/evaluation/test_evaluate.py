@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -24,8 +25,11 @@ from defuse_core.evaluation import (
     shares_of_mixture,
 )
 from defuse_core.identify import gather_shards, save_shard
+from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
+from defuse_core.pipeline import _controls, load_findings
 from defuse_core.protocols import silent
+from defuse_core.runs import FROM_SWEEP, Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
 from tests.sample_components import sample_failures, sample_scenarios
@@ -193,3 +197,24 @@ def test_a_data_set_without_validation_and_a_mixture_without_components_have_no_
     assert np.isfinite(evaluation.accuracy[0, 1])
     assert evaluation.gallery_after.shape == found.gallery.predicted.shape
     assert set(evaluation.point_kind) == {TRAINING}
+
+
+def test_controls_are_tuned_again_after_an_added_lambda_only_where_other_epochs_are_chosen(
+    judged_run, tmp_path, monkeypatch
+):
+    shutil.copytree(judged_run.store.folder, tmp_path / "a")
+    run = Run.open(FolderStore(tmp_path), "a")
+    found, compute = load_findings(run)[0], LocalCompute()
+    assert found.sweep.chosen is not None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("defuse_core.trials.fine_tune", interrupted)
+    run.delete(FROM_SWEEP)
+    assert _controls(run, compute, found) is not None
+    run.delete(FROM_SWEEP)
+    chosen = dataclasses.replace(found.sweep.chosen, epoch=found.sweep.chosen.epoch + 1)
+    other = dataclasses.replace(found, sweep=dataclasses.replace(found.sweep, chosen=chosen))
+    with pytest.raises(KeyboardInterrupt):
+        _controls(run, compute, other)

@@ -24,7 +24,7 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Splits
 from defuse_core.distill.draws import gaussian_codes
-from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.models import accuracy, decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
@@ -47,10 +47,13 @@ def make_run(
     vae = load_vae(spec, models.vae)
     codes = encode_images(vae, splits.train)
     scenarios = _components(codes, splits.train.labels, (3, 8, 1))
-    before = dataclasses.replace(models, classifier=swap_classes(models.classifier, (3, 8)))
+    weights = swap_classes(models.classifier, (3, 8))
+    original = load_classifier(spec, weights, 10)
+    right = {part: accuracy(original, images) for part, images in splits.parts().items()}
+    before = dataclasses.replace(models, classifier=weights, accuracy=right)
     drawn = np.stack([_drawn(scenarios, component) for component in range(3)])
     images = decode_codes(vae, drawn.reshape(-1, drawn.shape[2]))
-    predicted = predict(load_classifier(spec, before.classifier, 10), images).reshape(drawn.shape[:2])
+    predicted = predict(original, images).reshape(drawn.shape[:2])
     shaped = images.reshape(*drawn.shape[:2], *images.shape[1:])
     verdicts = _verdicts(np.array([3, 8, -1]), drawn.shape[1])
     run = Run.start(store, name, spec)

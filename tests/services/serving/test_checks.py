@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from sample_evidence import sample_evidence
 from sample_findings import sample_findings
+from torch import nn
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Scenarios, Sweep, Verdicts
 from defuse_core.codec import encode
 from defuse_core.config import CheckSection
 from defuse_core.data import Splits
-from defuse_core.errors import CheckFailed
+from defuse_core.errors import CheckFailed, RunMismatchError
+from defuse_core.export.finished import load_finished
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
@@ -141,6 +143,16 @@ def test_a_candidate_is_made_again_after_a_changed_verdict_or_evidence_with_equa
     assert len(keys) == 4 and prepare_candidate(run_dir)[0] == key
 
 
+def test_a_classifier_whose_code_has_changed_is_neither_checked_nor_compared(own_store, monkeypatch):
+    for key in own_store.list("first/candidates/"):
+        own_store.delete(key)
+    monkeypatch.setattr("torch.nn.ReLU", nn.Sigmoid)  # the weights fit as before
+    with pytest.raises(RunMismatchError, match="of the test images right, and got .* its code has changed"):
+        run(check, "first", "--store", own_store.address)
+    with pytest.raises(RunMismatchError, match="stored images otherwise than when the run began"):
+        load_finished(Run.open(own_store, "first")).classifiers()
+
+
 def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
     """A report on clean images that the classifier before gets right, and one corrected scenario."""
     right = np.ones(len(labels), np.bool_)
@@ -194,7 +206,7 @@ def test_clean_images_are_identified_by_what_they_show_unless_the_classifier_may
     fewer = replace(splits, train=splits.train.take(slice(0, 100)))
     assert identified(models, fewer) == known != fewer.fingerprint()
     assert identified(models, replace(splits, test=splits.test.take(slice(0, 100)))) not in (known, "")
-    untested = replace(models, accuracy={"train": 1.0, "validation": 1.0})
+    untested = replace(models, accuracy={part: models.accuracy[part] for part in ("train", "validation")})
     without = replace(splits, test=None)
     assert identified(untested, without) == splits.fingerprint("validation")
     assert identified(replace(untested, validation_from_training=True), without) == ""

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Health, Models, Sweep, Verdicts
 from defuse_core.codec import encode
+from defuse_core.config import dump_run_file
 from defuse_core.errors import CheckFailed, InputError, RunFileError
 from defuse_core.report.evidence_schema import Share
 from defuse_core.runs import Run
@@ -151,6 +152,16 @@ def test_check_of_an_unfinished_run_names_the_command_that_shows_what_is_missing
         InputError, match="run begun is not finished; the `defuse run` command that began it, or in Python"
     ):
         run(check, "begun", "--store", str(tmp_path))
+
+
+def test_a_run_whose_judges_were_not_asked_yet_is_not_finished(own_store):
+    """The check of their own labels would be left out, and count as passed."""
+    spec = Run.open(own_store, "first").spec.with_fields("judges", count=3)
+    own_store.write("first/run.yaml", dump_run_file(spec).encode())
+    own_store.delete("first/settings.json")
+    for command in (check, promote, serve):
+        with pytest.raises(InputError, match="run first is not finished; the `defuse run` command"):
+            run(command, "first", "--store", own_store.address)
 
 
 @pytest.fixture
