@@ -79,14 +79,20 @@ class LabelStudioAnnotators:
         """
         if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
-        state = self.push(gallery)
+        state = read_state(self.run.store, gallery)
+        was_pushed = state.pushed
+        if not was_pushed:
+            state = self.push(gallery)
         status, state = self._pull(gallery, state)
+        if was_pushed and status.outstanding:  # else nobody needs the pictures, nor access to their bucket
+            state = self.push(gallery)
         while status.outstanding:
             if not self.wait:
                 raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
             log.info("%s", self._pending(status, state))
             status, state = self._poll(gallery, state, status.given)
-        self.push(gallery)  # raises if the project was edited in the meantime
+        for _ in ReviewProject(self.client, self.run, self._tasks(gallery)).pull():
+            pass  # raises if the project was edited in the meantime
         log.info("review: all answers are in; %d were not needed any more", status.saved)
         return status.final_votes(state)
 
