@@ -8,14 +8,21 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from defuse_core.artifacts import F32, Gallery, Votes
-from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
+from defuse_core.errors import (
+    DamagedError,
+    InputError,
+    LabelsPending,
+    ServiceError,
+    StoreError,
+    StoreSettingsError,
+)
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.verdicts import stops_when_sure
 from defuse_core.runs import Run
 from defuse_core.steps import STEPS
 from defuse_core.training.reference_models import Prelabels, ask_models_once
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
-from services.labeling.client import LabelStudioClient
+from services.labeling.client import LabelStudioClient, PageError
 from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
 from services.labeling.records import ProjectState, read_state, update_state
@@ -29,6 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 # after which Label Studio gets this process's credentials again: those of a role may have 10 minutes left
 RENEWAL_S = 600
+STORE_OUTAGE_S = (
+    3600  # without the store, after which waiting ends: the credentials of this process may have expired
+)
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -151,22 +161,26 @@ class LabelStudioAnnotators:
     def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
         """Return the next status with another number of answers than `given`, and the state.
 
-        A server that cannot be reached for a while is waited for.
+        A server that cannot be reached for a while is waited for, also where a proxy answers in its place, and so is
+        the store, for STORE_OUTAGE_S.
         """
-        pause_s, is_out = self.first_pause_s, False
+        pause_s, out_since = self.first_pause_s, 0.0
         while True:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
                 self._renew_credentials(gallery)
                 status, state = self._pull(gallery, state)
-            except ServiceError as failure:
+            except (ServiceError, PageError, StoreError) as failure:
+                out_since = out_since or monotonic()
+                too_long = isinstance(failure, StoreError) and monotonic() - out_since > STORE_OUTAGE_S
+                if too_long or isinstance(failure, DamagedError | StoreSettingsError):
+                    raise
                 log.warning("review: %s", failure)
-                is_out = True
                 continue
-            if is_out:
-                log.info("review: Label Studio answers again")
-                is_out = False
+            if out_since:
+                log.info("review: the wait goes on")
+                out_since = 0.0
             if status.given != given or not status.outstanding:
                 return status, state
 
