@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cached_property
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from defuse_core.errors import (
     ServiceError,
     StoreError,
     StoreSettingsError,
+    count_of,
 )
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.verdicts import stops_when_sure
@@ -66,6 +68,7 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
+    lost = 0  # answers of earlier pulls that the last one lacked
     renewed_s = 0.0  # when Label Studio last got this process's credentials, of time.monotonic
 
     def __init__(
@@ -141,7 +144,8 @@ class LabelStudioAnnotators:
         tasks, authors = self._tasks(gallery), read_authors(self.run.store)
         pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
         store_authors(self.run.store, authors, pulled)
-        annotators = pulled.annotators()
+        lost = pulled.lost(authors)
+        annotators = (*pulled.annotators(), *lost)
         # numbered in the state that the store has now: other commands may have changed it
         state = update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
         crowdlab = self.run.spec.review.consensus == "crowdlab"
@@ -154,9 +158,26 @@ class LabelStudioAnnotators:
             None if stored is None else stored.probabilities,
         )
         if not self.run.store.exists("votes.safetensors"):  # a closed review asks nobody any more
+            self._warn_of_lost(lost, state)
             update_queue(self.client, status)
         self.pull_s = monotonic() - started
         return status, state
+
+    def _warn_of_lost(self, lost: Counter[int], state: ProjectState) -> None:
+        """Warn where more answers are lost than at the last pull."""
+        if lost.total() > self.lost:
+            by = ", ".join(
+                f"{state.pseudonym(annotator)}: {count}" for annotator, count in lost.most_common()
+            )
+            log.warning(
+                "project %d has lost %s (%s): they were deleted in Label Studio, or an older backup was restored; `%s` "
+                "accepts that",
+                state.number,
+                count_of(lost.total(), "answer"),
+                by,
+                self.run.command("review push", "--repair"),
+            )
+        self.lost = lost.total()
 
     def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
         """Return the next status with another number of answers than `given`, and the state.

@@ -18,7 +18,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
-from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
+from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable
 from services.labeling.client import LabelStudioClient, RejectedRequestError
 from services.labeling.interface import interface_edit
 from services.labeling.records import (
@@ -109,7 +109,7 @@ class ReviewProject:
         self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
-            delete_skips(self.client, number, self.tasks, read_authors(self.run.store))
+            delete_skips(self.client, number, self.tasks)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
