@@ -37,15 +37,24 @@ def review() -> None:
 @click.option(
     "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, instead of drawn images."
 )
-def push(name: str, store: str, repair: bool, from_traffic: bool) -> None:
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --from-traffic, also while that review is open: --set review.answers_per_task=3",
+)
+def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tuple[str, ...]) -> None:
     """Send the images of RUN to Label Studio; those that it has already stay as they are.
 
     Inputs from traffic get a review of their own, called RUN/traffic-1, which every command here accepts as RUN.
     """
     from services.labeling.annotators import LabelStudioAnnotators
 
+    if overrides and not from_traffic:
+        raise click.UsageError("--set goes with --from-traffic; else give it to `defuse run`")
     if from_traffic:
-        name = _open_traffic_review(name, store)
+        name = _open_traffic_review(name, store, overrides)
     opened, gallery = _open(name, store)
     if opened.spec.review.annotators != "label-studio":
         raise InputError(
@@ -365,7 +374,7 @@ def _following(run: Run) -> str:
     return run.command("review status") if _is_of_traffic(run.name) else "defuse run"
 
 
-def _open_traffic_review(name: str, store: str) -> str:
+def _open_traffic_review(name: str, store: str, overrides: tuple[str, ...]) -> str:
     from defuse_core.runs import Run
     from services.serving.traffic import open_traffic_review
     from services.storage import open_store
@@ -373,7 +382,7 @@ def _open_traffic_review(name: str, store: str) -> str:
     opened = open_store(store)
     run = Run.open(opened, checked_name(name))
     with run.store.lock():
-        return open_traffic_review(opened, run).name
+        return open_traffic_review(opened, run, overrides).name
 
 
 def _checked_name(name: str) -> str:

@@ -113,6 +113,12 @@ class PulledAnnotations:
             annotation: annotator for annotation, annotator in chain(table, listed) if annotator != UNKNOWN
         }
 
+    def lost(self, authors: Authors) -> Counter[int]:
+        """Return how many annotations of each annotator in `authors`, those of earlier pulls, this one lacks."""
+        found = {discarded.annotation for discarded in self.discarded}
+        found.update(self.answers["annotation"].tolist(), (skip.annotation for skip in self.skips))
+        return Counter(annotator for annotation, annotator in authors.items() if annotation not in found)
+
 
 def read_annotations(
     tasks: Iterable[Task], review_tasks: ReviewTasks, authors: Authors | None = None
@@ -154,20 +160,30 @@ def store_authors(store: Store, known: Authors, pulled: PulledAnnotations) -> No
     """Store the authors of the pulled annotations beside those that are known already."""
     authors = known | pulled.authors()
     if authors != known:
-        by_user: dict[int, list[int]] = {}
-        for annotation, user in sorted(authors.items()):
-            by_user.setdefault(user, []).append(annotation)
-        store.write(AUTHORS_KEY, json.dumps(by_user).encode())
+        _write_authors(store, authors)
 
 
-def delete_skips(client: LabelStudioClient, project: int, tasks: ReviewTasks, authors: Authors) -> None:
-    """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again."""
-    pulled = read_annotations(client.tasks(project), tasks, authors)
+def _write_authors(store: Store, authors: Authors) -> None:
+    by_user: dict[int, list[int]] = {}
+    for annotation, user in sorted(authors.items()):
+        by_user.setdefault(user, []).append(annotation)
+    store.write(AUTHORS_KEY, json.dumps(by_user).encode())
+
+
+def delete_skips(client: LabelStudioClient, project: int, tasks: ReviewTasks) -> None:
+    """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again.
+
+    Forgets the authors of what is deleted, here or before.
+    """
+    pulled = read_annotations(client.tasks(project), tasks, read_authors(tasks.store))
     given = np.bincount(pulled.answers["task"], minlength=len(tasks))
     lacking = given < tasks.review.answers_per_task
     unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
+    authors = pulled.authors()
     for skip in (*pulled.skips, *unreadable):
         client.delete_annotation(skip.annotation)
+        authors.pop(skip.annotation, None)
+    _write_authors(tasks.store, authors)
     if unreadable:
         deleted = count_of(len(unreadable), "unreadable answer")
         log.warning("project %d: deleted %s to tasks that lack answers", project, deleted)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import cached_property
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from defuse_core.artifacts import F32, Gallery, Votes
-from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
+from defuse_core.errors import (
+    DamagedError,
+    InputError,
+    LabelsPending,
+    ServiceError,
+    StoreError,
+    StoreSettingsError,
+    count_of,
+)
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.verdicts import stops_when_sure
 from defuse_core.runs import Run
 from defuse_core.steps import STEPS
 from defuse_core.training.reference_models import Prelabels, ask_models_once
 from services.labeling.annotations import PulledAnnotations, read_annotations, read_authors, store_authors
-from services.labeling.client import LabelStudioClient
+from services.labeling.client import LabelStudioClient, PageError
 from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
 from services.labeling.records import ProjectState, read_state, update_state
@@ -29,6 +38,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 # after which Label Studio gets this process's credentials again: those of a role may have 10 minutes left
 RENEWAL_S = 600
+STORE_OUTAGE_S = (
+    3600  # without the store, after which waiting ends: the credentials of this process may have expired
+)
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -56,6 +68,7 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
+    lost = 0  # answers of earlier pulls that the last one lacked
     renewed_s = 0.0  # when Label Studio last got this process's credentials, of time.monotonic
 
     def __init__(
@@ -79,14 +92,20 @@ class LabelStudioAnnotators:
         """
         if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
-        state = self.push(gallery)
+        state = read_state(self.run.store, gallery)
+        was_pushed = state.pushed
+        if not was_pushed:
+            state = self.push(gallery)
         status, state = self._pull(gallery, state)
+        if was_pushed and status.outstanding:  # else nobody needs the pictures, nor access to their bucket
+            state = self.push(gallery)
         while status.outstanding:
             if not self.wait:
                 raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
             log.info("%s", self._pending(status, state))
             status, state = self._poll(gallery, state, status.given)
-        self.push(gallery)  # raises if the project was edited in the meantime
+        for _ in ReviewProject(self.client, self.run, self._tasks(gallery)).pull():
+            pass  # raises if the project was edited in the meantime
         log.info("review: all answers are in; %d were not needed any more", status.saved)
         return status.final_votes(state)
 
@@ -125,7 +144,8 @@ class LabelStudioAnnotators:
         tasks, authors = self._tasks(gallery), read_authors(self.run.store)
         pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
         store_authors(self.run.store, authors, pulled)
-        annotators = pulled.annotators()
+        lost = pulled.lost(authors)
+        annotators = (*pulled.annotators(), *lost)
         # numbered in the state that the store has now: other commands may have changed it
         state = update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
         crowdlab = self.run.spec.review.consensus == "crowdlab"
@@ -138,29 +158,50 @@ class LabelStudioAnnotators:
             None if stored is None else stored.probabilities,
         )
         if not self.run.store.exists("votes.safetensors"):  # a closed review asks nobody any more
+            self._warn_of_lost(lost, state)
             update_queue(self.client, status)
         self.pull_s = monotonic() - started
         return status, state
 
+    def _warn_of_lost(self, lost: Counter[int], state: ProjectState) -> None:
+        """Warn where more answers are lost than at the last pull."""
+        if lost.total() > self.lost:
+            by = ", ".join(
+                f"{state.pseudonym(annotator)}: {count}" for annotator, count in lost.most_common()
+            )
+            log.warning(
+                "project %d has lost %s (%s): they were deleted in Label Studio, or an older backup was restored; `%s` "
+                "accepts that",
+                state.number,
+                count_of(lost.total(), "answer"),
+                by,
+                self.run.command("review push", "--repair"),
+            )
+        self.lost = lost.total()
+
     def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
         """Return the next status with another number of answers than `given`, and the state.
 
-        A server that cannot be reached for a while is waited for.
+        A server that cannot be reached for a while is waited for, also where a proxy answers in its place, and so is
+        the store, for STORE_OUTAGE_S.
         """
-        pause_s, is_out = self.first_pause_s, False
+        pause_s, out_since = self.first_pause_s, 0.0
         while True:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
                 self._renew_credentials(gallery)
                 status, state = self._pull(gallery, state)
-            except ServiceError as failure:
+            except (ServiceError, PageError, StoreError) as failure:
+                out_since = out_since or monotonic()
+                too_long = isinstance(failure, StoreError) and monotonic() - out_since > STORE_OUTAGE_S
+                if too_long or isinstance(failure, DamagedError | StoreSettingsError):
+                    raise
                 log.warning("review: %s", failure)
-                is_out = True
                 continue
-            if is_out:
-                log.info("review: Label Studio answers again")
-                is_out = False
+            if out_since:
+                log.info("review: the wait goes on")
+                out_since = 0.0
             if status.given != given or not status.outstanding:
                 return status, state
 

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import logging
+import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,10 +35,18 @@ TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_ca
 PAGE_SIZE = 250  # tasks
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
 PAGES_PER_COLLECTION = 4
+TOKEN_PROBLEMS = {
+    401: "rejects the token (401); set LABEL_STUDIO_API_KEY to one that it shows under Account & Settings",
+    403: "forbids this request to the token's account (403); use an administrator's token",
+}
 
 
 class BlockedAddressError(InputError):
     """Label Studio does not connect to private or loopback addresses that a user names."""
+
+
+class PageError(InputError):
+    """In Label Studio's place something else sent a page: a proxy, a login, or the wrong server."""
 
 
 class RejectedRequestError(ServiceError):
@@ -45,10 +54,7 @@ class RejectedRequestError(ServiceError):
 
 
 class LabelStudioClient:
-    """A Label Studio server.
-
-    Every method raises ServiceError or InputError, in one line that says what to do.
-    """
+    """A Label Studio server. Every method raises ServiceError or InputError, in one line that says what to do."""
 
     def __init__(
         self, address: str, token: str, *, public_address: str | None = None, timeout_s: float = 60.0
@@ -254,8 +260,10 @@ class RenewedToken(httpx.Auth):
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         response = yield request
-        is_renewal = request.url.path.endswith("/api/token/refresh/")
-        if response.status_code == 401 and not is_renewal and not self.tokens._use_legacy_token:
+        if request.url.path.endswith("/api/token/refresh/"):
+            if "json" not in response.headers.get("Content-Type", ""):  # as which the SDK reads any reply
+                raise ApiError(headers=dict(response.headers), status_code=response.status_code, body="")
+        elif response.status_code == 401 and not self.tokens._use_legacy_token:
             self.tokens._access_token = None
             request.headers["Authorization"] = f"Bearer {self.tokens.api_key}"
             yield request
@@ -298,21 +306,16 @@ def _task(found: Any) -> Task:
 
 @contextlib.contextmanager
 def translated_errors(address: str) -> Iterator[None]:
-    """Raise failures of a request as ServiceError or InputError in one line.
-
-    The SDK's own errors contain headers and whole pages, so they are not chained.
-    """
+    """Raise failures of a request in one line; the SDK's own errors hold whole pages, so they are not chained."""
     try:
         yield
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
         raise InputError(f"LABEL_STUDIO_URL: {address} is not a usable address") from error
-    except httpx.ConnectError as error:
+    except (httpx.ConnectError, httpx.ProxyError) as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise InputError(
                 f"Label Studio at {address}: its certificate is not trusted; set SSL_CERT_FILE to that of your CA"
             ) from None
-        raise _unreachable(address) from None
-    except httpx.ProxyError:
         raise _unreachable(address) from None
     except httpx.TimeoutException:
         raise ServiceError(
@@ -323,7 +326,7 @@ def translated_errors(address: str) -> Iterator[None]:
             f"Label Studio at {address} cut the connection; run again, nothing is lost"
         ) from None
     except ApiError as error:
-        raise _status_error(address, error.status_code or 0, error.body) from None
+        raise _status_error(address, error) from None
     except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
         raise ServiceError(
             f"{address} sent a reply that Label Studio 1.23 does not send; check LABEL_STUDIO_URL"
@@ -350,37 +353,39 @@ def _unreachable(address: str) -> ServiceError:
     return ServiceError(f"Label Studio at {address} cannot be reached; {remedy}")
 
 
-def _status_error(address: str, status: int, body: Any) -> DefuseError:
-    if status == 401:
-        problem = (
-            "rejects the token (401); set LABEL_STUDIO_API_KEY to one that it shows under Account & Settings"
-        )
-        return InputError(f"Label Studio at {address} {problem}")
-    if status == 403:
-        problem = "forbids this request to the token's account (403); use an administrator's token"
-        return InputError(f"Label Studio at {address} {problem}")
+def _status_error(address: str, error: ApiError) -> DefuseError:
+    status, body = error.status_code or 0, error.body
+    if status < 500 and status != 429 and (300 <= status < 400 or not is_json(body)):
+        return _page_error(address, status, (error.headers or {}).get("location", ""))
+    if status in TOKEN_PROBLEMS:
+        return InputError(f"Label Studio at {address} {TOKEN_PROBLEMS[status]}")
     if status == 429:
         problem = "is limiting requests (429); wait a minute and run again"
     elif status >= 500 and not is_json(body) and proxy_for(address) is not None:
         return _unreachable(address)
     elif status >= 500:
         problem = f"failed ({status}); see its log, then run again, nothing is lost"
-    elif 300 <= status < 400:
-        return InputError(
-            f"{address} redirects elsewhere ({status}); set LABEL_STUDIO_URL to the final address"
-        )
-    elif not is_json(body):
-        page = f"answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
-        if status == 413:
-            page = (
-                "is behind a proxy that refuses a request as too large (413); raise its limit (nginx: "
-                "client_max_body_size), or lower review.inline_kb"
-            )
-        return InputError(f"{address} {page}")
     else:
         problem = f"did not accept the request ({status}): {_detail(body)}"
     kind = RejectedRequestError if status == 400 else ServiceError
     return kind(f"Label Studio at {address} {problem}")
+
+
+def _page_error(address: str, status: int, location: str) -> InputError:
+    """Return the error of a web page; `location` is where it redirects to."""
+    if status == 413:
+        return InputError(
+            f"{address} is behind a proxy that refuses a request as too large (413); raise its limit (nginx: "
+            "client_max_body_size), or lower review.inline_kb"
+        )
+    problem = f"answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
+    if 300 <= status < 400:
+        elsewhere = f"to {at[0]}" if (at := re.match("https?://[^/?#]+", location)) else "elsewhere"
+        problem = f"redirects {elsewhere} ({status}); set LABEL_STUDIO_URL to the final address"
+    bypass = f", or add {urlsplit(address).hostname} to NO_PROXY" if proxy_for(address) else ""
+    return PageError(
+        f"{address} {problem}, or let a login before it pass requests with a token to /api{bypass}"
+    )
 
 
 def is_json(body: Any) -> bool:

@@ -72,6 +72,14 @@ class Installation:
         self.data = self.folder / "data"
         self.log = self.folder / "server.log"
 
+    def is_installed(self) -> bool:
+        """Whether it has these versions, and a program whose Python exists: it can be removed, or the folder moved."""
+        try:
+            versions, program = (self.env / ".installed").read_text(), self.program.read_text()
+        except FileNotFoundError:
+            return False
+        return versions == VERSIONS and Path(program.partition("\n")[0].removeprefix("#!")).exists()
+
     def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not. Raises InputError where this user cannot read it."""
         # late: an installation does without it, and `make test` begins with one
@@ -126,9 +134,8 @@ def install(cache: Path, report: Callable[[str], None] = _silent) -> Installatio
     Raises ServiceError if pip fails.
     """
     installation = Installation(cache)
-    done = installation.env / ".installed"
     with installation.lock():
-        if not (done.is_file() and done.read_text() == VERSIONS):
+        if not installation.is_installed():
             report(f"installing Label Studio in {installation.env}: about 1 GB, a minute")
             _run(sys.executable, "-m", "venv", "--clear", str(installation.env))
             _run(
@@ -139,7 +146,7 @@ def install(cache: Path, report: Callable[[str], None] = _silent) -> Installatio
                 "--disable-pip-version-check",
                 VERSIONS,
             )
-            done.write_text(VERSIONS)
+            (installation.env / ".installed").write_text(VERSIONS)
     return installation
 
 
@@ -148,10 +155,11 @@ def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -
 
     Raises ServiceError, InputError.
     """
-    known = Installation(cache).read_server()
+    installation = Installation(cache)
+    known = installation.read_server()
     if known is None or not _is_label_studio(known.pid):
-        _expect_free(port)  # before the installation
-    installation = install(cache, report)
+        _expect_free(port)
+        install(cache, report)  # never below a server that runs
     with installation.lock():
         known = installation.read_server()
         if known is not None and _is_label_studio(known.pid):

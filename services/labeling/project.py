@@ -18,7 +18,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
-from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable, read_authors
+from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable
 from services.labeling.client import LabelStudioClient, RejectedRequestError
 from services.labeling.interface import interface_edit
 from services.labeling.records import (
@@ -109,7 +109,7 @@ class ReviewProject:
         self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
-            delete_skips(self.client, number, self.tasks, read_authors(self.run.store))
+            delete_skips(self.client, number, self.tasks)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -131,13 +131,18 @@ class ReviewProject:
         if project is not None:
             self._check_settings(project)
         missing = np.ones(len(self.tasks), bool)
-        for task in self.client.tasks(self.state.number, with_data=True):
-            index = self.tasks.index_of(task.key)
-            if index is not None:
-                if is_edited(task, self.state.secret):
-                    raise InputError(self._edited(task))
-                missing[index] = False
-            yield task
+        for listing in range(2):
+            hidden = missing.copy()  # the second time: a deletion between two pages hides a task that exists
+            for task in self.client.tasks(self.state.number, with_data=True):
+                index = self.tasks.index_of(task.key)
+                if index is not None:
+                    if is_edited(task, self.state.secret):
+                        raise InputError(self._edited(task))
+                    missing[index] = False
+                if listing == 0 or (index is not None and hidden[index]):
+                    yield task
+            if not missing.any() or not self.state.pushed:
+                break
         if missing.any() and not self.state.pushed:
             raise InputError(
                 f"project {self.state.number} has {len(self.tasks) - missing.sum()} of {len(self.tasks)} tasks: its "
@@ -209,7 +214,8 @@ class ReviewProject:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
         if others := self.client.find_projects(run_label(self.run.name)):
             log.warning(
-                "found project %s at %s, of another run called %s or replaced: archive it, or people may answer there",
+                "found project %s at %s, of another run called %s or replaced: rename it in its settings (`old, do not "
+                "label`), so that nobody answers there; delete it only if its answers are not wanted",
                 ", ".join(str(project.id) for project in others),
                 self.client.address,
                 self.run.name,
@@ -319,15 +325,8 @@ class ReviewProject:
         if edits:
             handle = self._restore_page if self.repair else self._log_page_edits
             state = handle(project, state, edits)
-        self._update_state(
-            lambda known: replace(
-                known,
-                title=found.title,
-                interface=state.interface,
-                instructions=state.instructions,
-                reported=state.reported,
-            )
-        )
+        page = {name: getattr(state, name) for name in ("interface", "instructions", "reported")}
+        self._update_state(lambda known: replace(known, title=found.title, **page))
 
     def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
         """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""

@@ -169,12 +169,11 @@ class ReviewStatus:
     def way_out(self) -> str:
         """Return how the review ends with fewer answers, where those who answered so far may not give the others.
 
-        That is where none of them can, or where each task has more than half of its answers. Empty elsewhere, and for
-        inputs from traffic, whose run file stays as it is.
+        That is where none of them can, or where each task has more than half of its answers. Empty elsewhere.
         """
         asked, wanted = self.tasks.review.answers_per_task, self.wanted_per_task > 0
         fewest = int(self.given_per_task[wanted].min(initial=asked))
-        if not wanted.any() or not fewest or self.tasks.gallery.failure is not None:
+        if not wanted.any() or not fewest:
             return ""
         rows = zip(
             self.pulled.answers["annotator"].tolist(), self.pulled.answers["task"].tolist(), strict=True
@@ -185,10 +184,12 @@ class ReviewStatus:
         left = [self.names[by] for by in able]
         if left and 2 * fewest <= asked:
             return ""  # they may well give the others
+        command, then = "run", " (give it from then on, and end a waiting `defuse run --wait` first)"
+        if self.tasks.gallery.failure is not None:
+            command, then = "review push --from-traffic", ""
         return (
             f"of those who answered so far, {first_few(left) or 'nobody'} can still answer; if nobody else will, "
-            f"`defuse run` with `--set review.answers_per_task={fewest}` ends the review with fewer answers (give it "
-            "from then on, and end a waiting `defuse run --wait` first)"
+            f"`defuse {command}` with `--set review.answers_per_task={fewest}` ends the review with fewer answers{then}"
         )
 
     def final_votes(self, state: ProjectState) -> Votes:

@@ -377,7 +377,8 @@ def _check_access(store: S3Store, storage: BucketStorage) -> None:
         raise InputError(
             f"Label Studio's credentials for the bucket cannot list and read {store.address}/{PICTURES_FOLDER} "
             f"({without_credentials(str(error))}): grant them s3:ListBucket and s3:GetObject there, or correct "
-            "LABEL_STUDIO_S3_ACCESS_KEY_ID, LABEL_STUDIO_S3_SECRET_ACCESS_KEY and LABEL_STUDIO_S3_ENDPOINT"
+            "LABEL_STUDIO_S3_ACCESS_KEY_ID, LABEL_STUDIO_S3_SECRET_ACCESS_KEY, LABEL_STUDIO_S3_SESSION_TOKEN (which "
+            "expires) and LABEL_STUDIO_S3_ENDPOINT"
         ) from None
     try:
         client.head_object(Bucket=store.bucket, Key=f"{store.prefix}run.yaml")

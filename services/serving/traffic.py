@@ -30,13 +30,16 @@ import numpy as np
 
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.codec import array_digest, decode, encode
-from defuse_core.errors import DefuseError, InputError, StoreError
+from defuse_core.config import RunFile, apply_override, parse_run_file
+from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")
 MAX_PENDING_WRITES = 64  # inputs above this are dropped: answers have priority over samples
 MIN_WEIGHT = 1e-6  # of an input whose failure probability is about 0
+# What a review of traffic can set apart from its run, until its votes are stored.
+OWN_FIELDS = ("review.answers_per_task", "review.inline_kb", "review.real_names")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +136,18 @@ def traffic_reviews(store: Store, run: str) -> list[str]:
     return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
 
 
-def open_traffic_review(store: Store, run: Run) -> Run:
+def open_traffic_review(store: Store, run: Run, overrides: Sequence[str] = ()) -> Run:
     """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
 
-    Raises InputError if no scenario has as many such inputs as run.spec.review.images, or if they are not of this run.
+    `overrides` are values of OWN_FIELDS, such as review.answers_per_task=3. Raises InputError if no scenario has as
+    many such inputs as run.spec.review.images, or if they are not of this run.
     """
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
-        return known[-1]
+        if not overrides:
+            return known[-1]
+        with known[-1].store.lock():
+            return Run.start(store, known[-1].name, _overridden(known[-1].spec, overrides))
     shown = {
         image.tobytes()
         for review in known
@@ -168,7 +175,7 @@ def open_traffic_review(store: Store, run: Run) -> Run:
         in_order = sorted(versions, key=lambda version: (len(version), version))
         log.info("review: inputs of versions %s are counted together", ", ".join(in_order))
     # Every input is asked about, not only as many as a verdict needs: it measures the served model.
-    spec = run.spec.with_fields(
+    spec = _overridden(run.spec, overrides).with_fields(
         "review",
         annotators="label-studio",
         prelabel=False,
@@ -180,6 +187,15 @@ def open_traffic_review(store: Store, run: Run) -> Run:
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
     review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
     return review
+
+
+def _overridden(spec: RunFile, overrides: Sequence[str]) -> RunFile:
+    tree = spec.model_dump(mode="json")
+    for override in overrides:
+        if override.partition("=")[0].strip() not in OWN_FIELDS:
+            raise RunFileError(f"--set {override}: a review of traffic can set {', '.join(OWN_FIELDS)}")
+        apply_override(tree, override)
+    return parse_run_file(tree, "--set")
 
 
 def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:

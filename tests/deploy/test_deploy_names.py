@@ -143,6 +143,11 @@ def test_serve_has_its_fast_proxy_on_every_cluster() -> None:
         assert wanted.items() <= environment.items()
 
 
+def test_annotators_get_an_address_that_they_can_open_beside_the_one_of_the_pods() -> None:
+    for environment in (document("ConfigMap")["data"], compose()["services"]["ray-head"]["environment"]):
+        assert environment["LABEL_STUDIO_URL"] != environment["LABEL_STUDIO_HOST"]
+
+
 def test_each_variable_of_the_other_services_is_documented() -> None:
     for name, service in compose()["services"].items():
         given = set(service.get("environment", {}))

@@ -124,6 +124,22 @@ def test_an_answer_that_cannot_be_read_does_not_keep_its_task_from_the_only_anno
     assert review.annotators.status(review.gallery)[0].outstanding == 0
 
 
+def test_answers_that_vanish_are_said_once_until_a_repair_accepts_that(make_review, accounts, caplog):
+    review = make_review(gallery=ONE_SCENARIO)
+    review.annotators.push(review.gallery)
+    review.everyone_answers(accounts[:2], truth_of)
+    review.annotators.status(review.gallery)
+    for task in list(review.tasks().values())[:2]:
+        review.api.delete_annotation(task.annotations[0].id)
+    for _ in range(2):
+        review.annotators.status(review.gallery)
+    (warning,) = (text for text in caplog.messages if "has lost" in text)
+    assert "has lost 2 answers (annotator-" in warning and "--repair" in warning
+    review.annotators.push(review.gallery, repair=True)
+    status, _ = review.through(review.api.address).status(review.gallery)
+    assert status.given == 4 and caplog.text.count("has lost") == 1
+
+
 def test_a_skip_of_a_task_that_others_answered_blocks_nothing(make_review, accounts):
     review = make_review(answers_per_task=1)
     review.annotators.push(review.gallery)

@@ -13,7 +13,7 @@ import pytest
 from proxy import Proxy, Reply
 
 from defuse_core.errors import InputError, ServiceError
-from services.labeling.client import LabelStudioClient, translated_errors
+from services.labeling.client import LabelStudioClient, PageError, translated_errors
 from services.settings import checked_address
 
 PAGE = Reply(404, "<!doctype html><html></html>", "text/html")
@@ -92,10 +92,16 @@ def test_what_the_server_did_not_accept_is_named_by_its_field_and_kept_short(pro
 
 
 def test_a_redirection_is_not_followed_with_the_token(proxy, client):
-    proxy.answer(Reply(302, "", location=f"{proxy.address}/elsewhere"))
-    with pytest.raises(InputError, match="redirects elsewhere"):
-        client.check_access()
-    assert len(proxy.seen) == 1
+    for location, target in (
+        ("/login", "elsewhere"),
+        ("https://sso.example.org/?to=x", r"to https://sso\.ex\S+"),
+    ):
+        proxy.answer(Reply(302, "", location=location))
+        with pytest.raises(
+            InputError, match=rf"redirects {target} \(302\); .* final address, or let a login before"
+        ):
+            client.check_access()
+    assert len(proxy.seen) == 2
 
 
 @pytest.mark.parametrize("delete", [LabelStudioClient.delete_task, LabelStudioClient.delete_annotation])
@@ -105,6 +111,27 @@ def test_only_a_deletion_of_what_is_gone_is_no_error(proxy, client, delete):
     proxy.answer(Reply(500))
     with pytest.raises(ServiceError, match=r"failed \(500\)"):
         delete(client, 5)
+
+
+@pytest.mark.parametrize(
+    "token", ["0123456789abcdef", jwt.encode({"exp": 2**33, "token_type": "refresh"}, "k" * 32)]
+)
+@pytest.mark.parametrize("status", [200, 301, 302, 401, 403, 404, 407, 502, 503])
+def test_a_page_of_a_proxy_or_a_login_is_not_taken_for_a_word_of_label_studio(monkeypatch, token, status):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    page = httpx.Response(status, text="<html>", headers={"Location": "https://sso.example.org/login"})
+    client = LabelStudioClient("http://labels", token)
+    client._sdk._client_wrapper.httpx_client.httpx_client._transport = httpx.MockTransport(lambda _: page)
+    monkeypatch.setattr("label_studio_sdk.core.http_client._retry_timeout", lambda response, retries: 0)
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    problem = f"answered with a web page ({status})"
+    if status in (301, 302):
+        problem = f"redirects to https://sso.example.org ({status})"
+    with pytest.raises(ServiceError if status > 500 else PageError) as raised:
+        client.check_access()
+    assert ("cannot be reached" if status > 500 else problem) in str(raised.value)
+    assert "API_KEY" not in str(raised.value) and "add labels to NO_PROXY" in str(raised.value)
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -197,6 +197,12 @@ def test_instructions_name_the_keys_and_point_to_them_where_there_are_many():
     assert "hold Shift and press 0, 1, 2" in instructions("scenario", DIGITS)
 
 
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_instructions_name_the_keys_that_submit_also_those_of_a_mac(form):
+    told = " ".join(instructions(form, DIGITS).split())
+    assert "Ctrl and Enter together (on a Mac Command and Enter) submit the" in told
+
+
 def test_every_template_is_part_of_the_installed_package():
     root = Path(__file__).parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text())

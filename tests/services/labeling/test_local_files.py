@@ -39,13 +39,37 @@ def home(tmp_path):
     return made
 
 
+def write_installation(home, python):
+    """Write what an installation ends with; its program runs in `python`."""
+    home.program.parent.mkdir(exist_ok=True)
+    home.program.write_text(f"#!{python}\n# -*- coding: utf-8 -*-\n")
+    (home.env / ".installed").write_text(VERSIONS)
+
+
 def test_an_older_server_is_replaced_and_the_same_one_is_left_alone(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")  # no environment can be made
-    (home.env / ".installed").write_text(VERSIONS)
+    write_installation(home, "/bin/sh")
     assert install(tmp_path).env == home.env
     (home.env / ".installed").write_text("label-studio>=1.22,<1.23")
     with pytest.raises(ServiceError, match="installing Label Studio failed"):
         install(tmp_path)
+
+
+def test_a_server_whose_python_is_gone_is_installed_again(home, tmp_path, monkeypatch):
+    (home.env / "bin").mkdir()
+    (home.env / "bin" / "python").symlink_to(tmp_path / "removed")
+    monkeypatch.setattr(sys, "executable", "false")
+    for python in (home.env / "bin" / "python", tmp_path / "moved"):
+        write_installation(home, python)
+        with pytest.raises(ServiceError, match="installing Label Studio failed"):
+            install(tmp_path)
+
+
+def test_nothing_is_installed_below_a_server_that_runs(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("services.labeling.local_server._is_label_studio", lambda pid: True)
+    monkeypatch.setattr("services.labeling.local_server._wait_until_healthy", lambda *_: None)
+    home.write_server(SERVER)
+    assert up(tmp_path) == SERVER
 
 
 def test_the_login_is_readable_by_its_user_alone_and_another_file_is_no_server(home):
@@ -73,7 +97,7 @@ def test_a_login_that_cannot_be_written_leaves_the_one_that_is_there(home, monke
 def test_a_server_that_another_machine_started_in_a_shared_folder_is_neither_started_nor_taken_for_stopped(
     home, tmp_path, monkeypatch, command
 ):
-    (home.env / ".installed").write_text(VERSIONS)
+    write_installation(home, "/bin/sh")
     monkeypatch.setattr("services.labeling.local_server.start", lambda *_: SERVER)
     home.write_server(replace(SERVER, host="login-2"))
     with pytest.raises(InputError, match="was started on login-2: if it runs there, end it there"):

@@ -157,7 +157,9 @@ def test_wrong_credentials_are_found_before_anything_is_pushed(access, bucket, s
     gallery = digits_gallery(size=96)
     wrong = replace(access, secret_access_key="something-else")
     annotators = review_of(bucket, server, gallery, wrong, inline_kb=1)
-    with pytest.raises(InputError, match="cannot list and read"):
+    with pytest.raises(
+        InputError, match=r"cannot list and read .*LABEL_STUDIO_S3_SESSION_TOKEN \(which expires\)"
+    ):
         annotators.push(gallery)
     assert not annotators.run.store.exists("labeling.json")
 
@@ -233,6 +235,19 @@ def test_tasks_of_a_run_that_was_moved_in_the_bucket_show_its_pictures_there_and
     shown = accounts[0].next_task(number).data
     address = shown["image"] if form == "image" else shown["samples"][0]["image"]
     wait_until(lambda: accounts[0].http.get(address, follow_redirects=True).status_code == 200)
+
+
+def test_a_review_whose_answers_are_in_ends_without_credentials_for_its_pictures(
+    access, bucket, server, accounts
+):
+    gallery = digits_gallery(labels=(8,), images=1, size=96)
+    annotators = review_of(bucket, server, gallery, access, inline_kb=1, answers_per_task=1)
+    number = annotators.push(gallery).number
+    later = LabelStudioAnnotators(annotators.run, settings_for(server))  # none, as if they had expired
+    with pytest.raises(InputError, match="Label Studio has no credentials"):
+        later.review(gallery)
+    accounts[0].answer(accounts[0].next_task(number).id, "image", "8")
+    assert later.review(gallery).answer.tolist() == [8]
 
 
 def test_pictures_within_the_bound_are_inline(bucket, server):

@@ -223,6 +223,22 @@ def test_deleted_tasks_are_said_and_put_back_only_when_asked(make_review):
     assert len(review.tasks()) == 12
 
 
+def test_a_task_that_a_deletion_between_two_pages_hides_is_not_said_to_be_deleted(
+    make_review, accounts, monkeypatch
+):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    review.everyone_answers(accounts[:1], lambda _: "8")
+    listed, hidden = review.api.tasks, [review.tasks()["s002-i01"].id]
+
+    def tasks(*given: object, **options: object):
+        hide = hidden.pop() if hidden else None
+        return (task for task in listed(*given, **options) if task.id != hide)
+
+    monkeypatch.setattr(review.annotators.client, "tasks", tasks)
+    assert review.annotators.status(review.gallery)[0].given_per_task.tolist() == [1] * 12
+
+
 def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accounts):
     review = make_review()
     review.annotators.push(review.gallery)
@@ -339,8 +355,8 @@ def test_a_wait_says_that_the_server_does_not_answer_and_that_it_does_again(make
     monkeypatch.setattr("services.labeling.annotators.sleep", lambda _: None)
     with caplog.at_level("INFO", "defuse"), pytest.raises(KeyboardInterrupt):
         annotators.review(review.gallery)
-    told = [text for text in caplog.messages if "gone" in text or "again" in text]
-    assert told == ["review: gone", "review: gone", "review: Label Studio answers again"]
+    told = [text for text in caplog.messages if "gone" in text or "goes on" in text]
+    assert told == ["review: gone", "review: gone", "review: the wait goes on"]
 
 
 def test_a_project_whose_mark_was_lost_is_kept_with_its_answers(make_review, accounts):

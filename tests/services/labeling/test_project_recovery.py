@@ -70,6 +70,7 @@ def test_another_project_for_a_run_of_the_same_name_is_named(make_review, caplog
     assert review.annotators.push(review.gallery).number != number
     assert (
         f"found project {number} at {review.api.address}, of another run called {review.run.name} or"
+        " replaced: rename it in its settings (`old, do not label`), so that nobody answers there; delete it only if"
         in caplog.text
     )
     review.api._sdk.projects.delete(id=number)

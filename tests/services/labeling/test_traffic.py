@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, RunFileError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import votes_of_models
@@ -178,6 +178,45 @@ def test_a_new_review_shows_only_inputs_that_none_has_shown(cli, served, account
     assert f"{served.name}/traffic-2" in cli("push", served.name, "--from-traffic").output
     second = Run.open(FolderStore(tmp_path), f"{served.name}/traffic-2").load(Gallery)
     assert second is not None and second.numbers == (3,)
+
+
+def test_a_review_of_traffic_ends_with_the_number_of_answers_that_a_later_push_gives(
+    cli, accounts, server, tmp_path
+):
+    run = review_run(tmp_path, digits_gallery(), annotators="reference-models")  # answers_per_task: 3
+    run.once("review", Votes, lambda: votes_of_models(np.full((1, 4, 3, 10), 0.1, np.float32), 0.0))
+    meet(run, tmp_path, 2, 3)
+    cli("push", run.name, "--from-traffic")
+    review = Run.open(FolderStore(tmp_path), f"{run.name}/traffic-1")
+    api = LabelStudioClient(server.address, server.token)
+    for task in api.tasks(read_state(review.store, review.require(Gallery)).number):
+        for account in accounts[:2]:
+            account.answer(task.id, "image", "0")
+    shown = " ".join(cli("status", review.name).output.split())
+    given = "review.answers_per_task=2"
+    assert f"`defuse review push --from-traffic` with `--set {given}` ends the review" in shown
+    assert f"{run.name}/traffic-1" in cli("push", run.name, "--from-traffic", "--set", given).output
+    assert "all answers are in, and stored" in cli("status", review.name).output
+    meet(run, tmp_path, 3, 3)
+    cli("push", run.name, "--from-traffic", "--set", given)
+    second = Run.open(FolderStore(tmp_path), f"{run.name}/traffic-2")
+    assert second.spec.review.answers_per_task == 2
+
+
+def test_a_review_of_traffic_can_set_what_is_free_until_its_votes_and_nothing_else(cli, served, tmp_path):
+    store = FolderStore(tmp_path)
+    first = open_traffic_review(store, served, ["review.inline_kb=100"])
+    assert (first.spec.review.inline_kb, first.spec.review.answers_per_task) == (100, 1)
+    again = open_traffic_review(store, served, ["review.inline_kb=200", "review.answers_per_task=2"])
+    assert again.name == first.name
+    assert Run.open(store, first.name).spec.review == again.spec.review
+    assert (again.spec.review.inline_kb, again.spec.review.answers_per_task) == (200, 2)
+    with pytest.raises(RunFileError, match="a review of traffic can set review.answers_per_task, "):
+        open_traffic_review(store, served, ["review.rho=0.3"])
+    with pytest.raises(RunFileError, match=r"--set: review\.answers_per_task: .* found 0"):
+        open_traffic_review(store, served, ["review.answers_per_task=0"])
+    refused = cli("push", served.name, "--set", "review.answers_per_task=2")
+    assert refused.exit_code == 2 and "give it to `defuse run`" in refused.output
 
 
 def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path, caplog):

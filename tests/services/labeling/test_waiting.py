@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 from label_studio_live import digits_gallery
+from proxy import Reply
 
-from defuse_core.errors import InputError, LabelsPending, ServiceError, StoreError
+from defuse_core.errors import (
+    DamagedError,
+    InputError,
+    LabelsPending,
+    ServiceError,
+    StoreError,
+    StoreSettingsError,
+)
 from defuse_core.review.overrides import override_verdict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -88,6 +97,55 @@ def test_a_renewal_of_credentials_that_fails_for_the_moment_is_tried_again(
     assert len(review.annotators.review(review.gallery).answer) == 3
     assert not failures and caplog.text.count("no answer") == 1
     assert "the credentials for the pictures are not renewed, trying again: no answer" in caplog.text
+
+
+def test_a_page_in_the_place_of_the_server_and_a_store_that_is_away_do_not_end_a_wait(
+    make_review, proxy, monkeypatch, accounts, caplog
+):
+    review = make_review(gallery=digits_gallery(labels=(8,), images=1), answers_per_task=1)
+    annotators = review.through(proxy.address)
+    annotators.push(review.gallery)
+    annotators.wait, task, read = True, review.tasks()["s000-i00"].id, annotators.run.store.read
+    turns = itertools.count()
+
+    def fail(key: str) -> bytes:
+        raise StoreError("no answer from the bucket")
+
+    def sleep(_: float) -> None:
+        turn = next(turns)
+        if turn == 0:
+            proxy.answer(Reply(404, "404 page not found", "text/plain"))
+        elif turn == 1:
+            proxy.rule = lambda method, path: None
+            monkeypatch.setattr(annotators.run.store, "read", fail)
+        else:
+            monkeypatch.setattr(annotators.run.store, "read", read)
+            accounts[0].answer(task, "image", "8")
+
+    monkeypatch.setattr("services.labeling.annotators.sleep", sleep)
+    caplog.set_level("INFO", "defuse")
+    assert annotators.review(review.gallery).answer.tolist() == [8]
+    told = [
+        text for text in caplog.messages if "no answer" in text or "web page" in text or "goes on" in text
+    ]
+    assert "a web page (404)" in told[0]
+    assert told[1:] == ["review: no answer from the bucket", "review: the wait goes on"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "outage_s"), [(DamagedError, 9), (StoreSettingsError, 9), (StoreError, -1)]
+)
+def test_a_store_that_waiting_does_not_mend_ends_a_wait(make_review, monkeypatch, failure, outage_s):
+    def pull(*_: object) -> None:
+        raise failure("look at it")
+
+    review = make_review(gallery=digits_gallery(labels=(8,), images=1))
+    state = review.annotators.push(review.gallery)
+    monkeypatch.setattr(review.annotators, "_pull", pull)
+    monkeypatch.setattr("services.labeling.annotators.sleep", lambda _: None)
+    monkeypatch.setattr("services.labeling.annotators.STORE_OUTAGE_S", outage_s)
+    with pytest.raises(failure, match="look at it"):
+        review.annotators._poll(review.gallery, state, 0)
 
 
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
