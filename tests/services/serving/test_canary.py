@@ -12,10 +12,16 @@ import pytest
 
 from defuse_core.config import ServeSection
 from defuse_core.runs import Run
-from services.serving.active_versions import CanaryStatistics, Comparison, is_above, is_in_canary
-from services.serving.batching import PredictionResult, ShadowRequest, ShadowRunner
+from services.serving.active_versions import (
+    CanaryStatistics,
+    Comparison,
+    ShadowRequest,
+    ShadowRunner,
+    is_above,
+)
 from services.serving.candidate import prepare_candidate
-from services.serving.model import LoadedModel, ModelOutput
+from services.serving.deployment import is_in_canary
+from services.serving.model import LoadedModel, ModelOutput, PredictionResult
 from services.serving.promotion import promote
 from services.serving.registry import PromotionRequest, Registry
 from tests.services.serving.test_deployment import new_replica, post, put
