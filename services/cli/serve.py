@@ -166,8 +166,8 @@ def promote(
     defuse promote mnist --canary 5%
     defuse promote mnist --why "canary within limits"
     """
-    from services.serving.promotion import promote as promote_candidate
-    from services.serving.registry import PromotionRequest
+    from services.serving.registry import promote as promote_candidate
+    from services.serving.registry_state import PromotionRequest
 
     registry = _registry(store)
     if run is None:

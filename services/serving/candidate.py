@@ -134,11 +134,11 @@ class Candidate:
     def accuracy_error(self, current: Candidate, number: int) -> str | None:
         """Return that it is less accurate than `current`, version `number` in production, by more than check.max_loss.
 
-        None otherwise, and where the two cannot be compared.
+        None otherwise. Expects two that can be compared: `why_not_compared` says which.
         """
         ours, theirs, most = self.summary, current.summary, self.run_file().check.max_loss
         loss = theirs.clean_after - ours.clean_after
-        if loss <= most + ROUNDING or self.why_not_compared(current):
+        if loss <= most + ROUNDING:
             return None
         change = f"{percent(theirs.clean_after, 2)} (version {number}) to {percent(ours.clean_after, 2)}"
         return (

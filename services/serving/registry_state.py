@@ -1,12 +1,13 @@
-"""What the registry stores of a change: its author and reason, the versions, and their roles after it."""
+"""What the registry stores of a change, the versions and their roles after it, and what a promotion asks of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from defuse_core.errors import DamagedError
+from defuse_core.errors import DamagedError, InputError, percent
 from defuse_core.report.evidence_schema import WatchFigures
 
 FORMAT: Final = 5  # of the files of the registry, and of the versions
@@ -115,6 +116,47 @@ class RegistryState(BaseModel):
             "the registry was restored from a backup or made again: the last change was number "
             f"{known.sequence}, and is number {self.sequence} now"
         )
+
+
+@dataclass(frozen=True)
+class PromotionRequest:
+    """The role that a version gets, with author and reason."""
+
+    by: str
+    why: str
+    force: str | None = None  # the reason to promote although checks fail, or production speaks against it
+    canary: float | None = None  # its share of the requests, 0 to 1
+    shadow: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Why, and for which reason it was forced."""
+        return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
+
+    @property
+    def role(self) -> str:
+        """The role, as the action of a change tells it."""
+        if self.shadow:
+            return "as shadow"
+        return "to production" if self.canary is None else f"as canary for {percent(self.canary, None)}"
+
+    def require_other_in_production(self, state: RegistryState, number: int | None) -> None:
+        """Raise InputError for a canary or shadow unless production is another version than `number`.
+
+        `number` is None for a version that is still to be added.
+        """
+        if not self.shadow and self.canary is None:
+            return
+        option = "--shadow" if self.shadow else "--canary"
+        if state.production is None:
+            raise InputError(
+                f"{option} needs another version in production, and there is none; promote without it first"
+            )
+        if state.production == number:
+            run = state.versions[state.production].run
+            raise InputError(
+                f"{option}: this model is already in production, as version {number} of run {run}"
+            )
 
 
 EMPTY = RegistryState(format=FORMAT)

@@ -19,9 +19,8 @@ from services.serving.active_versions import (
 )
 from services.serving.deployment import canary_for, is_in_canary
 from services.serving.model import LoadedModel
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
-from services.serving.registry_state import EMPTY, RegistryState
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import EMPTY, PromotionRequest, RegistryState
 
 ANA = PromotionRequest(by="ana", why="")
 

@@ -26,9 +26,8 @@ from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeploym
 from services.serving.inputs import decode_body
 from services.serving.limits import Unavailable
 from services.serving.model import Batcher, LoadedModel, PredictionRequest, PredictionResult, predict_batch
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
-from services.serving.registry_state import RegistryState
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest, RegistryState
 from services.serving.traffic import SampledInput, components_digest, read_traffic
 
 

@@ -21,9 +21,8 @@ from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
 from services.serving.model import LoadedModel, verify_candidate
-from services.serving.promotion import promote
-from services.serving.registry import DamagedVersionError, PromotionRequest, Registry
-from services.serving.registry_state import EMPTY
+from services.serving.registry import DamagedVersionError, Registry, promote
+from services.serving.registry_state import EMPTY, PromotionRequest
 
 ANA = PromotionRequest(by="ana", why="for a test")
 
