@@ -154,7 +154,7 @@ class Registry:
             known = state.versions_with(candidate.digest)
             return None if known else {"versions": {**state.versions, number: info}}
 
-        if self._change_unless_done(f"added version {number}", by, why, updates):
+        if self.change(f"added version {number}", by, why, updates):
             return number
         equal = self.add(candidate, by, why, forced)  # that a concurrent promotion has added
         if equal != number:
@@ -172,21 +172,13 @@ class Registry:
             )
 
     def change(
-        self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any]]
-    ) -> RegistryState:
-        """Store and return a new state: the current one updated with what `updates` returns for it.
-
-        `updates` is called again after a concurrent change. It may replace `action`. An error that it raises leaves
-        the registry unchanged.
-        """
-        state = self._change_unless_done(action, by, why, updates)
-        assert state is not None  # `updates` always returns some
-        return state
-
-    def _change_unless_done(
         self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any] | None]
     ) -> RegistryState | None:
-        """As `change`; None, with nothing stored, where `updates` returns None: the change is done already."""
+        """Store and return a new state: the current one updated with what `updates` returns for it.
+
+        None, with nothing stored, where `updates` returns None: the change is done already. `updates` is called again
+        after a concurrent change. It may replace `action`. An error that it raises leaves the registry unchanged.
+        """
         for _ in range(MAX_CONFLICTS):
             current = self.state()
             if (updated := updates(current)) is None:
@@ -228,7 +220,9 @@ class Registry:
                 role = {"canary": number, "share": request.canary}
             return {**NO_CANARY, **role, "failed_checks": failed_checks}
 
-        return self.change(f"version {number} {request.role}", request.by, request.reason, updates)
+        state = self.change(f"version {number} {request.role}", request.by, request.reason, updates)
+        assert state is not None  # `updates` returns something always
+        return state
 
     def end_canary(self, number: int, by: str, why: str) -> RegistryState | None:
         """End the canary or shadow of version `number`; None if it already ended."""
@@ -239,7 +233,7 @@ class Registry:
             role = "canary" if number == state.canary else "shadow"
             return {"action": f"{ENDED}{role} of version {number}", **NO_CANARY}
 
-        return self._change_unless_done(f"ended version {number}", by, why, updates)
+        return self.change(f"ended version {number}", by, why, updates)
 
     def roll_back(
         self,
@@ -277,7 +271,9 @@ class Registry:
                 raise InputError(CHANGED)
             return {"production": state.previous[-1], "previous": state.previous[:-1], **NO_CANARY}
 
-        return self.change(f"rolled back from version {current.production}", by, why, updates)
+        state = self.change(f"rolled back from version {current.production}", by, why, updates)
+        assert state is not None  # `updates` returns something always
+        return state
 
     def _verify_target(self, number: int, verify: Callable[[Candidate], None] | None) -> None:
         try:
