@@ -114,15 +114,6 @@ def is_above(limit: float, hits: int, total: int) -> bool:
     return bool(mixed - np.log1p(-limit) - at_limit > -np.log(WRONGLY_ENDED))
 
 
-@dataclass(frozen=True, eq=False)
-class ShadowRequest:
-    """One request that production has answered, for a shadow to answer too."""
-
-    shadow: LoadedModel
-    pixels: F32  # (n, channels, H, W)
-    report: Callable[[PredictionResult], None]  # called with the shadow's
-
-
 class ShadowRunner:
     """Runs a shadow in a thread of its own, with pauses, so that production keeps its speed.
 
@@ -131,34 +122,36 @@ class ShadowRunner:
 
     def __init__(self, max_seconds: float) -> None:
         self._max_seconds = max_seconds
-        self._pending: list[ShadowRequest] = []
+        self._pending: list[tuple[LoadedModel, F32, Callable[[PredictionResult], None]]] = []
         self._thread = ThreadPoolExecutor(1, "shadow")
 
-    async def run(self, request: ShadowRequest) -> None:
-        """Return after this request and those that arrive meanwhile are reported; drop requests above the limit.
+    async def run(self, shadow: LoadedModel, pixels: F32, report: Callable[[PredictionResult], None]) -> None:
+        """Report what the shadow answers to a request that production has answered, for pixels (n, channels, H, W).
+
+        Returns after this request and those that arrive meanwhile are reported; drops requests above the limit.
 
         Raises what `report` raises, and drops the requests that are left.
         """
         if len(self._pending) >= MAX_PENDING_SHADOWS:
             return
-        self._pending.append(request)
+        self._pending.append((shadow, pixels, report))
         if len(self._pending) > 1:
             return  # another call runs it
         loop = asyncio.get_running_loop()
         try:
             while self._pending:
                 started = loop.time()
-                current = self._pending[0]
-                current.report(await loop.run_in_executor(self._thread, self._predict, current))
+                shadow, pixels, report = self._pending[0]
+                report(await loop.run_in_executor(self._thread, self._predict, shadow, pixels))
                 await asyncio.sleep((loop.time() - started) * (1 / SHADOW_TIME_SHARE - 1))
                 self._pending.pop(0)
         finally:
             self._pending.clear()  # after an error too: what is left would keep later calls from running
 
-    def _predict(self, request: ShadowRequest) -> PredictionResult:
+    def _predict(self, shadow: LoadedModel, pixels: F32) -> PredictionResult:
         started = time.thread_time()  # of the processor: the time that other threads take is not the shadow's
         try:
-            output = request.shadow.predict(request.pixels)
+            output = shadow.predict(pixels)
         except Exception as error:
             return error
         seconds = time.thread_time() - started

@@ -27,7 +27,6 @@ from services.serving.active_versions import (
     Comparison,
     InitialModel,
     RegistryWatcher,
-    ShadowRequest,
     ShadowRunner,
 )
 from services.serving.inputs import InputSpec, decode_body
@@ -167,7 +166,7 @@ class ClassifierDeployment:
             raise RequestError(500, "the classifier failed on this input")
         if active.shadow is not None:
             report = partial(self._compare, active, active.shadow, output)
-            self._start(self._shadow.run(ShadowRequest(active.shadow, pixels, report)))
+            self._start(self._shadow.run(active.shadow, pixels, report))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
 
