@@ -112,7 +112,6 @@ def status(name: str, store: str, as_json: bool) -> None:
 
 
 def _expect_people(run: Run) -> None:
-    """Raise InputError for a run that asks no people."""
     if run.spec.review.annotators != "label-studio":
         raise InputError(
             f"run {run.name} asks reference models, so nobody would read people's answers: the models answer within "

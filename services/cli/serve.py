@@ -368,7 +368,6 @@ def _print_forced(state: RegistryState) -> None:
 
 
 def _watch_in_short(info: VersionInfo) -> str:
-    """Return how well a version's failing inputs are found, in a few words."""
     if info.watch.method is None:
         return ", does not find failing inputs"
     for part, where in ((info.watch.test, ""), (info.watch.validation, " on validation images")):
@@ -378,7 +377,6 @@ def _watch_in_short(info: VersionInfo) -> str:
 
 
 def _print_watch(figures: WatchFigures) -> None:
-    """Print how well failing inputs are found on real images."""
     from defuse_core.report.formatting import interval, score
 
     click.echo(figures.verdict)

@@ -11,10 +11,6 @@ from defuse_core.errors import DamagedError, InputError, percent
 from defuse_core.report.evidence_schema import WatchFigures
 
 FORMAT: Final = 5  # of the files of the registry, and of the versions
-OTHER_FORMAT = (  # what to do about a registry of another format
-    "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
-    "`defuse promote RUN`"
-)
 
 
 class VersionInfo(BaseModel):
@@ -171,7 +167,10 @@ def parse_state(text: bytes, where: str) -> RegistryState:
         found, remedy = first["msg"], "restore the file"
         if first["loc"] == ("format",):
             found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
-            remedy = OTHER_FORMAT
+            remedy = (
+                "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
+                "`defuse promote RUN`"
+            )
         raise DamagedError(
             f"{where}: expected a registry state of format {FORMAT}, found {found}; {remedy}"
         ) from error
