@@ -37,7 +37,7 @@ from cluster.resources import (
     worker_resources,
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
-from defuse_core.config import ResourcesSection, RunFile
+from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep
 from defuse_core.identify import (
     finished_shards,
@@ -129,9 +129,7 @@ class RayCompute:
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> RayPartitions:
-        return RayPartitions(
-            self._join_cluster(), self.spec.resources, step, self.require_lock, load, arguments
-        )
+        return RayPartitions(self, step, load, arguments)
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
@@ -310,15 +308,14 @@ class RayPartitions:
 
     def __init__(
         self,
-        listener: ProgressListener,
-        section: ResourcesSection,
+        compute: RayCompute,
         step: str,
-        require_lock: Callable[[], None],
         load: Callable[..., object],
         arguments: Sequence[tuple[object, ...]],
     ) -> None:
         """Load the parts that load(*arguments) returns, spread over the nodes."""
-        self.listener, self.step, self.require_lock = listener, step, require_lock
+        self.listener, self.step, self.require_lock = compute._join_cluster(), step, compute.require_lock
+        section = compute.spec.resources
         resources = WorkerResources(section.cpus_per_worker, 0)
         self.at_once = max(1, capacity(resources)) if section.workers == "auto" else section.workers
         self.monitor = CapacityMonitor(step, resources)

@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
 
 from cluster.connection import OTHER_TOKEN
-from cluster.ray_compat import job_client, quiet_job_client
+from cluster.ray_compat import job_client
 from defuse_core.errors import ComputeError, InputError, without_credentials
 
 RUN = "defuse_run"  # metadata of our jobs: the run's name
@@ -61,7 +61,6 @@ class Jobs:
             )
         self.address = address
         self.shown = without_credentials(address)  # in messages
-        quiet_job_client(address)
         with self._errors_translated():
             self.client = job_client(address, ANSWER_WITHIN_S)
 

@@ -171,10 +171,6 @@ def _counter(name: str) -> Counter:
 
 
 @functools.cache
-def _running() -> Gauge:
+def running_trials() -> Gauge:
+    """Return the gauge of the trials that run now. Called in the driver."""
     return Gauge("defuse_trials_running", description="Trials of the sweep over lambda that are running")
-
-
-def set_running_trials(count: int) -> None:
-    """Set the number of trials that run now. Called in the driver."""
-    _running().set(count)

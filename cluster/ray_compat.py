@@ -303,18 +303,15 @@ def limit_memory_retries() -> None:
     os.environ.setdefault("RAY_task_oom_retries", str(MEMORY_RETRIES))
 
 
-def quiet_job_client(address: str) -> None:
-    """Keep Ray's client of jobs from logging, and from using RAY_ADDRESS in place of `address`."""
-    os.environ["RAY_API_SERVER_ADDRESS"] = address
-    for name in JOB_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def job_client(address: str, timeout_s: float) -> JobSubmissionClient:
     """Return Ray's client of jobs, which waits `timeout_s` for each answer; by default it waits without limit.
 
-    It still does so for an upload, which may take any time, and for a submission, which may have begun a job.
+    It still does so for an upload, which may take any time, and for a submission, which may have begun a job. It logs
+    nothing, and does not use RAY_ADDRESS in place of `address`.
     """
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    for name in JOB_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     from ray.job_submission import JobSubmissionClient
 
     class TimedClient(JobSubmissionClient):

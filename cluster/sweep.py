@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
 
 from cluster.connection import as_defuse_error, cause_of, explained_line, is_worker_lost
-from cluster.progress import ProgressListener, reporting, set_running_trials
+from cluster.progress import ProgressListener, reporting, running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Corrections, Models, Trial
@@ -83,14 +83,18 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
         results = fit(_tuner(sweep, names, folder))
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
-        number, index = _parse(Path(result.path).name)  # the one field that every failure leaves
+        # the one field that every failure leaves
+        number, index = map(int, Path(result.path).name.removeprefix(TRIAL).split("-"))
         request = sweep.requests[number]
         lams, failed = _lambdas(request, index), failures[number]
         failed |= {lam: ModelError(why) for lam, why in (result.metrics or {}).get(DIVERGED, [])}
         if result.error is not None:
             error, done = _failure(result.error, lams), finished_trials(request.spec, request.store)
             failed |= {lam: error for lam in lams if lam not in done and lam not in failed}
-    return [_outcome(request, failed) for request, failed in zip(sweep.requests, failures, strict=True)]
+    return [
+        ([_stored(each.store, lam) for lam in each.spec.correct.lambdas if lam not in failed], failed)
+        for each, failed in zip(sweep.requests, failures, strict=True)
+    ]
 
 
 def _failure(error: Exception, lams: Sequence[float]) -> DefuseError:
@@ -99,16 +103,6 @@ def _failure(error: Exception, lams: Sequence[float]) -> DefuseError:
     if is_worker_lost(error) or not is_trial_failure(cause):
         raise as_defuse_error(error, f"correct: λ = {names_of(lams)}")
     return cause if isinstance(cause, DefuseError) else ComputeError(explained_line(error))
-
-
-def _outcome(request: SweepRequest, failed: dict[float, DefuseError]) -> Outcome:
-    lambdas = request.spec.correct.lambdas
-    return [_stored(request.store, lam) for lam in lambdas if lam not in failed], failed
-
-
-def _parse(name: str) -> TrialId:
-    number, index = name.removeprefix(TRIAL).split("-")
-    return int(number), int(index)
 
 
 def _lambdas(request: SweepRequest, index: int) -> tuple[float, ...]:
@@ -221,7 +215,7 @@ class _SweepProgress(tune.Callback):
         for request in self.sweep.requests:
             request.store.require_lock()
         running = sum(trial.status == TuneTrial.RUNNING for trial in trials)
-        set_running_trials(running)
+        running_trials().set(running)
         self.sweep.listener.poll()
         self.monitor.check(running > 0)
 

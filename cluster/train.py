@@ -18,7 +18,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.connection import as_defuse_error
+from cluster.connection import as_defuse_error, cause_of
 from cluster.progress import reporting
 from cluster.ray_compat import kept_working_dir
 from cluster.resources import WorkerResources, claim_devices
@@ -91,8 +91,7 @@ def _worker(config: dict[str, Any]) -> ModelError | None:
 
 
 def _cause(error: TrainingFailedError) -> DefuseError:
-    """Return the error of the first worker that has one of the tree, else a ComputeError."""
-    failures = getattr(error, "worker_failures", {}).values()
-    causes = [as_defuse_error(getattr(each, "_base_exc", each), "train") for each in failures]
-    own = [cause for cause in causes if type(cause).__module__.startswith("defuse_core")]
-    return next(iter(own), as_defuse_error(error, "train"))
+    """Return the error of the first worker that has one of the tree, else a ComputeError of the first that failed."""
+    failures = [getattr(each, "_base_exc", each) for each in getattr(error, "worker_failures", {}).values()]
+    own = (cause for cause in map(cause_of, failures) if isinstance(cause, DefuseError))
+    return next(own, as_defuse_error(next(iter(failures), error), "train"))

@@ -289,7 +289,6 @@ def _as_param(value: object) -> str:
 
 
 def _log(client: MlflowClient, run_id: str, rows: Rows) -> None:
-    """Send figures, each with its step."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)

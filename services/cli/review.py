@@ -56,11 +56,7 @@ def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tup
     if from_traffic:
         name = _open_traffic_review(name, store, overrides)
     opened, gallery = _open(name, store)
-    if opened.spec.review.annotators != "label-studio":
-        raise InputError(
-            f"run {name} asks reference models, so nobody would read people's answers; start another run with "
-            "`--set review.annotators=label-studio`"
-        )
+    _expect_people(opened)
     with opened.store.lock():
         annotators = LabelStudioAnnotators(opened, read_settings())
         state = annotators.push(gallery, repair)
@@ -125,11 +121,10 @@ def status(name: str, store: str, as_json: bool) -> None:
 
 
 def _expect_people(run: Run) -> None:
-    """Raise InputError for a run that asks no people."""
     if run.spec.review.annotators != "label-studio":
         raise InputError(
-            f"run {run.name} asks reference models, which answer within `defuse run`; to ask people, start another "
-            "run with --set review.annotators=label-studio"
+            f"run {run.name} asks reference models, so nobody would read people's answers: the models answer within "
+            "`defuse run`; to ask people, start another run with `--set review.annotators=label-studio`"
         )
 
 

@@ -201,7 +201,6 @@ def _mean_agreement(verdicts: Verdicts) -> float | None:
 
 
 def _print_agreement(title: str, verdicts: Verdicts, console: Console) -> None:
-    """Print the mean agreement; nothing where no image has two votes."""
     if (mean := _mean_agreement(verdicts)) is not None:
         console.print(f"{title}: {percent(mean)} of an image's votes are for its most chosen label.")
 

@@ -169,8 +169,8 @@ def promote(
     defuse promote mnist --canary 5%
     defuse promote mnist --why "canary within limits"
     """
-    from services.serving.promotion import promote as promote_candidate
-    from services.serving.registry import PromotionRequest
+    from services.serving.registry import promote as promote_candidate
+    from services.serving.registry_state import PromotionRequest
 
     registry = _registry(store)
     if run is None:
@@ -371,7 +371,6 @@ def _print_forced(state: RegistryState) -> None:
 
 
 def _watch_in_short(info: VersionInfo) -> str:
-    """Return how well a version's failing inputs are found, in a few words."""
     if info.watch.method is None:
         return ", does not find failing inputs"
     for part, where in ((info.watch.test, ""), (info.watch.validation, " on validation images")):
@@ -381,7 +380,6 @@ def _watch_in_short(info: VersionInfo) -> str:
 
 
 def _print_watch(figures: WatchFigures) -> None:
-    """Print how well failing inputs are found on real images."""
     from defuse_core.report.formatting import interval, score
 
     click.echo(figures.verdict)

@@ -234,7 +234,6 @@ def print_status(run: Run, console: Console | None = None) -> None:
 
 
 def _print_health(console: Console, run: Run, models: Models) -> None:
-    """Print the verdict on the β-VAE with its figures."""
     from defuse_core.evaluation.health import judge_gets, pictures_judged, with_measured_health
 
     health = with_measured_health(run, models).health
@@ -293,7 +292,6 @@ def _runs_table(runs: Sequence[RunSummary], _: int, columns: Sequence[str]) -> T
 
 
 def _run_row(run: RunSummary) -> tuple[str | Text, ...]:
-    """Return the cells of a run in the list."""
     if run.step is not None:
         state = Text(f"{run.step}, {run.state}", style="yellow")
     else:

@@ -158,7 +158,6 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
 
 
 def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table:
-    """Return the accepted scenarios."""
     table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
     table.caption = "Before, Defuse: on held-out images, by the scenario's one label."

@@ -345,7 +345,6 @@ def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChang
 
 
 def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
-    """Return the answers by task and annotator's name."""
     images = tasks.gallery.predicted.shape[1]
     position = votes.scenario * images + votes.image
     found: dict[tuple[int, str], list[tuple[int, int]]] = {}

@@ -30,8 +30,6 @@ from services.labeling.records import (
     ProjectState,
     Task,
     TaskImport,
-    new_mark,
-    new_secret,
     read_state,
     set_aside,
     update_state,
@@ -98,7 +96,7 @@ class ReviewProject:
                 log.warning("project %d is gone; creating another (kept: %s)", self.state.project, kept)
                 self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
                 self._update_state(
-                    lambda known: ProjectState(new_mark(), known.gallery, new_secret(), people=known.people)
+                    lambda known: replace(ProjectState.new(known.gallery), people=known.people)
                 )
             project = self.create()
         number, address, organization = project.id, self.client.address, self.client.organization()

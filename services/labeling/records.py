@@ -227,6 +227,11 @@ class ProjectState:
     simulated: bool = False  # reference models answered through the accounts of simulated annotators
     version: int = VERSION
 
+    @classmethod
+    def new(cls, gallery: str) -> ProjectState:
+        """Return the state of a project that is yet to be made, with a mark and a secret of its own."""
+        return cls(f"defuse-{secrets.token_hex(8)}", gallery, secrets.token_hex(16))
+
     @property
     def number(self) -> int:
         """The project's id in Label Studio, once it was pushed. Raises InputError where the run has lost it."""
@@ -256,14 +261,6 @@ class StoredVersion:
 STORED_VERSION, STORED_STATE = TypeAdapter(StoredVersion), TypeAdapter(ProjectState)
 
 
-def new_mark() -> str:
-    return f"defuse-{secrets.token_hex(8)}"
-
-
-def new_secret() -> str:
-    return secrets.token_hex(16)
-
-
 def read_state(store: Store, gallery: Gallery) -> ProjectState:
     """Return the state of the run's project, or a new one.
 
@@ -272,7 +269,7 @@ def read_state(store: Store, gallery: Gallery) -> ProjectState:
     digest_now = gallery_digest(gallery)
     state = _stored_state(store)
     if state is None:
-        return ProjectState(mark=new_mark(), gallery=digest_now, secret=new_secret())
+        return ProjectState.new(digest_now)
     if state.gallery != digest_now:
         raise InputError(
             f"project {state.project} shows other images than this run's gallery now contains; use "

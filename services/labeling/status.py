@@ -316,11 +316,14 @@ def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> b
     come. predicted: (R,). Exact; takes microseconds, except for scenarios that stay rejected only because
     every majority is bound to be tied, which take a few assignment problems per class.
     """
+    least = _ratio_over(rho, len(counts))
+    if least is None:
+        return True  # no completion accepts it
     labels, unlabelled = reachable_labels(counts, missing)
     misclassified = np.arange(counts.shape[1]) != predicted[:, None]  # (R, C)
-    if _always_accepted(labels, unlabelled, misclassified, rho):
-        return True
-    return not _ever_accepted(labels, unlabelled, misclassified, rho)
+    # whose sum over images is 0 or more where the share of misclassified ones is `least` or more
+    share = np.where(misclassified, least.denominator - least.numerator, -least.numerator)
+    return _always_accepted(labels, unlabelled, share) or not _ever_accepted(labels, unlabelled, share)
 
 
 def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
@@ -335,13 +338,8 @@ def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
     return labels, unlabelled
 
 
-def _always_accepted(labels: Bool, unlabelled: Bool, misclassified: Bool, rho: float) -> bool:
+def _always_accepted(labels: Bool, unlabelled: Bool, share: I64) -> bool:
     """Whether every completion accepts the scenario, and under one label."""
-    worst = _ratio_over(rho, len(labels))
-    if worst is None:
-        return False
-    right, wrong = -worst.numerator, worst.denominator - worst.numerator
-    share = np.where(misclassified, wrong, right)
     least = np.minimum(np.where(labels, share, FILL).min(axis=1), np.where(unlabelled, 0, FILL))  # (R,)
     if least.sum() < 0:
         return False
@@ -356,13 +354,9 @@ def _always_leads(labels: Bool, unlabelled: Bool, label: int) -> bool:
     return bool((margin.sum(axis=0) > 0).all())
 
 
-def _ever_accepted(labels: Bool, unlabelled: Bool, misclassified: Bool, rho: float) -> bool:
+def _ever_accepted(labels: Bool, unlabelled: Bool, share: I64) -> bool:
     """Whether some completion accepts the scenario, under whichever label."""
-    least = _ratio_over(rho, len(labels))
-    if least is None:
-        return False
-    right, wrong = -least.numerator, least.denominator - least.numerator
-    weights = np.where(labels, np.where(misclassified, wrong, right), FORBIDDEN)  # (R, C)
+    weights = np.where(labels, share, FORBIDDEN)  # (R, C)
     free = np.where(unlabelled, 0, FORBIDDEN)
     if np.maximum(weights.max(axis=1), free).sum() < 0:
         return False

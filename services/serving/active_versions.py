@@ -5,28 +5,32 @@ A canary or shadow is compared with production, and ended where it fails or disa
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from defuse_core.artifacts import Bool
+from defuse_core.artifacts import F32, Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, StoreError, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
-from services.serving.model import LoadedModel, ModelOutput, select_device
+from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
 from services.serving.registry import AUTHOR, REMEDY, DamagedVersionError, Registry, is_store_outage
 from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
 MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
+# Requests for the shadow above this are dropped: answers have priority over comparisons.
+MAX_PENDING_SHADOWS = 4
+SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 
@@ -110,6 +114,50 @@ def is_above(limit: float, hits: int, total: int) -> bool:
     return bool(mixed - np.log1p(-limit) - at_limit > -np.log(WRONGLY_ENDED))
 
 
+class ShadowRunner:
+    """Runs a shadow in a thread of its own, with pauses, so that production keeps its speed.
+
+    A low priority of the thread would not help: it could lose the processor while it holds Python's interpreter lock.
+    """
+
+    def __init__(self, max_seconds: float) -> None:
+        self._max_seconds = max_seconds
+        self._pending: list[tuple[LoadedModel, F32, Callable[[PredictionResult], None]]] = []
+        self._thread = ThreadPoolExecutor(1, "shadow")
+
+    async def run(self, shadow: LoadedModel, pixels: F32, report: Callable[[PredictionResult], None]) -> None:
+        """Report what the shadow answers to a request that production has answered, for pixels (n, channels, H, W).
+
+        Returns after this request and those that arrive meanwhile are reported; drops requests above the limit.
+
+        Raises what `report` raises, and drops the requests that are left.
+        """
+        if len(self._pending) >= MAX_PENDING_SHADOWS:
+            return
+        self._pending.append((shadow, pixels, report))
+        if len(self._pending) > 1:
+            return  # another call runs it
+        loop = asyncio.get_running_loop()
+        try:
+            while self._pending:
+                started = loop.time()
+                shadow, pixels, report = self._pending[0]
+                report(await loop.run_in_executor(self._thread, self._predict, shadow, pixels))
+                await asyncio.sleep((loop.time() - started) * (1 / SHADOW_TIME_SHARE - 1))
+                self._pending.pop(0)
+        finally:
+            self._pending.clear()  # after an error too: what is left would keep later calls from running
+
+    def _predict(self, shadow: LoadedModel, pixels: F32) -> PredictionResult:
+        started = time.thread_time()  # of the processor: the time that other threads take is not the shadow's
+        try:
+            output = shadow.predict(pixels)
+        except Exception as error:
+            return error
+        seconds = time.thread_time() - started
+        return output if seconds <= self._max_seconds else TimeoutError(f"it took {seconds:.2f} s")
+
+
 @dataclass(frozen=True, eq=False)
 class ActiveVersions:
     """The loaded versions by role. Immutable: a request keeps the versions that it started with."""
@@ -127,25 +175,12 @@ class ActiveVersions:
         assert self.production is not None
         return self.production
 
-    def canary_for(self, key: bytes) -> LoadedModel | None:
-        """Return the canary if it answers the request with this key."""
-        number = self.state.canary
-        if self.canary is None or number is None or not is_in_canary(key, number, self.state.share):
-            return None
-        return self.canary
-
     def by_role(self) -> dict[str, LoadedModel]:
         roles = {"production": self.production, "canary": self.canary, "shadow": self.shadow}
         return {role: model for role, model in roles.items() if model is not None}
 
     def names(self) -> dict[str, str]:
         return {role: model.name for role, model in self.by_role().items()}
-
-
-def is_in_canary(key: bytes, number: int, share: float) -> bool:
-    """Return whether the request with this key goes to canary `number`: the same answer for the same key."""
-    digest = hashlib.blake2b(key, digest_size=8, salt=number.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
 
 
 @dataclass(frozen=True)

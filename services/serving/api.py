@@ -1,22 +1,21 @@
-"""The HTTP interface: routes, their OpenAPI description, the page /docs, and authentication."""
+"""The HTTP interface: routes, the bodies of their answers, their OpenAPI description, and the page /docs."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
-import hmac
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from defuse_core.report.evidence_schema import WatchFigures
 from services.serving.deployment import ClassifierDeployment
 from services.serving.inputs import (
     FORM_TYPE,
@@ -25,13 +24,12 @@ from services.serving.inputs import (
     content_type,
     uploaded_files,
 )
-from services.serving.limits import RequestError, Unavailable
-from services.serving.model import ModelInfo, PredictionResponse
+from services.serving.limits import HEALTH_ROUTES, BearerAuthMiddleware, RequestError, Unavailable
+from services.serving.model import LoadedModel, PredictionResponse
 from services.serving.monitoring import metrics_page
+from services.serving.registry_state import RegistryState
 
 log = logging.getLogger("defuse")
-HEALTH_ROUTES = ("/healthz", "/readyz")
-DOCS_ROUTES = ("/docs", "/openapi.json")
 # The page /docs loads nothing, so that no script sees the token; FastAPI's own asks for the token, and loads a script
 # from another server.
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -47,6 +45,109 @@ class HealthResponse(BaseModel):
     """The body of /healthz and /readyz."""
 
     status: str
+
+
+class ScenarioInfo(BaseModel):
+    """A failure scenario of the run, as GET /v1/model shows it."""
+
+    scenario: int
+    name: str
+    fixed: bool = Field(description="whether accuracy_after reaches check.min_scenario_accuracy")
+    judged: bool = Field(
+        description="whether both accuracies are by the judges' label of each image; else they are by the scenario's "
+        "one label"
+    )
+    accuracy_before: float = Field(description="on images of the scenario that were not tuned on")
+    accuracy_after: float
+    watched_share: float = Field(
+        description="share of the training images that the watch puts inside the scenario"
+    )
+    watched_recall: float = Field(
+        description="share of the scenario's own held-out images that the watch finds"
+    )
+
+
+class ModelInfo(BaseModel):
+    """The answer to GET /v1/model."""
+
+    version: str
+    run: str
+    by: str = Field(description="who put it into production; empty if it was not promoted")
+    when: str = Field(description="when it went into production; if it was not promoted, when it was checked")
+    why: str
+    lam: float | None = Field(description="weight of the failure scenarios in the fine-tuning")
+    annotators: str = Field(description="who labelled its scenarios: people, or reference models")
+    clean_split: str = Field(description="the images that clean accuracy was measured on")
+    clean_accuracy_before: float
+    clean_accuracy_after: float
+    scenario_accuracy_before: float = Field(description="mean over the scenarios, by the one label of each")
+    scenario_accuracy_after: float
+    classes: list[str]
+    channels: int
+    image_size: int
+    resize: bool = Field(description="whether images of other sizes and colors are converted")
+    watch: bool = Field(description="whether answers name the failure scenarios that contain an image")
+    failures: WatchFigures = Field(description="how well failing inputs are found")
+    scenarios: list[ScenarioInfo]
+    failed_checks: list[str] = Field(description="checks that failed before a forced promotion")
+    canary: str | None
+    canary_share: float
+    shadow: str | None
+    device: str
+    precision: str
+
+    @classmethod
+    def of(
+        cls, model: LoadedModel, state: RegistryState, canary: str | None, shadow: str | None
+    ) -> ModelInfo:
+        """Return the page of the version in production, with the names of the versions beside it."""
+        summary, settings = model.candidate.summary, model.settings
+        since = state.since if model.number is not None and model.number == state.production else None
+        failed = None if since is None else since.failed_checks
+        return cls(
+            version=model.name,
+            run=model.candidate.run,
+            by=since.by if since else "",
+            when=since.when if since else summary.made,
+            why=since.why if since else "",
+            lam=summary.lam,
+            annotators=summary.annotators,
+            clean_split=summary.clean_split,
+            clean_accuracy_before=summary.clean_before,
+            clean_accuracy_after=summary.clean_after,
+            scenario_accuracy_before=summary.scenario_before,
+            scenario_accuracy_after=summary.scenario_after,
+            classes=list(model.candidate.classes),
+            channels=model.input_spec.channels,
+            image_size=model.input_spec.size,
+            resize=model.input_spec.resize,
+            watch=model.settings.watch and bool(len(model.candidate.scenario)),
+            failures=model.watch_figures,
+            scenarios=_scenario_infos(model, settings.watch_share),
+            failed_checks=model.candidate.failed_checks() if failed is None else list(failed),
+            canary=canary,
+            canary_share=state.share if canary else 0.0,
+            shadow=shadow,
+            device=model.device.type,
+            precision=settings.precision,
+        )
+
+
+def _scenario_infos(model: LoadedModel, share: float) -> list[ScenarioInfo]:
+    candidate = model.candidate
+    return [
+        ScenarioInfo(
+            scenario=int(candidate.scenario[j]),
+            name=name,
+            fixed=bool(model.fixed[j]),
+            judged=candidate.judged is not None and bool(candidate.judged[j]),
+            accuracy_before=float(candidate.before[j]),
+            accuracy_after=float(candidate.after[j]),
+            watched_share=share,
+            watched_recall=float(np.interp(share, candidate.levels, candidate.recall[j])),
+        )
+        for j, name in enumerate(model.scenario_names)
+    ]
 
 
 _ERROR_CONTENT: Any = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
@@ -144,7 +245,9 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         return await _answer(deployment, request)
 
     async def model() -> ModelInfo:
-        return deployment.model_info()
+        active = deployment.current()
+        names = active.names()
+        return ModelInfo.of(active.in_production, active.state, names.get("canary"), names.get("shadow"))
 
     async def healthz() -> HealthResponse:
         return HealthResponse(status="ok")
@@ -264,50 +367,3 @@ async def _internal_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(
         {"error": f"the server failed ({type(error).__name__}); its log has the details"}, 500
     )
-
-
-class BearerAuthMiddleware:
-    """Rejects requests without the bearer token; health routes are open. Without a token, all routes are open.
-
-    Browsers cannot send a bearer token, so the pages of DOCS_ROUTES also accept it as the password of HTTP Basic.
-    """
-
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
-        self.app = app
-        self._digest = _digest(token.encode()) if token else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or self._is_allowed(path, dict(scope["headers"])):
-            await self.app(scope, receive, send)
-            return
-        if path in DOCS_ROUTES:
-            message, challenge = "expected the token of this server as password", 'Basic realm="Defuse"'
-        else:
-            message = "expected the header Authorization: Bearer TOKEN with the token of this server"
-            challenge = "Bearer"
-        response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": challenge})
-        await response(scope, receive, send)
-
-    def _is_allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        if self._digest is None or path in HEALTH_ROUTES:
-            return True
-        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
-        given = credentials.strip()
-        if scheme.lower() == b"basic" and path in DOCS_ROUTES:
-            given = _basic_password(given)
-        elif scheme.lower() != b"bearer":
-            return False
-        return hmac.compare_digest(_digest(given), self._digest)
-
-
-def _basic_password(credentials: bytes) -> bytes:
-    try:
-        return base64.b64decode(credentials, validate=True).partition(b":")[2]
-    except ValueError:
-        return b""
-
-
-def _digest(token: bytes) -> bytes:
-    """Return a digest, so that comparing it takes the same time for tokens of any length."""
-    return hashlib.sha256(token).digest()

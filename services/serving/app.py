@@ -108,7 +108,6 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
 
 
 def _warn_of_damage(registry: Registry) -> None:
-    """Warn where the version in production is damaged or missing."""
     number = registry.state().production
     try:
         if number is not None:

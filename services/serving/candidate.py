@@ -16,10 +16,6 @@ from defuse_core.artifacts import (
     F64,
     I64,
     Bool,
-    Corrections,
-    Gallery,
-    Models,
-    Sweep,
     Verdicts,
     Votes,
     Weights,
@@ -31,7 +27,7 @@ from defuse_core.data import reopen_splits
 from defuse_core.errors import CheckFailed, InputError, StoreError, percent
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
-from defuse_core.export.finished import undecided_of
+from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import ROUNDING
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
@@ -134,11 +130,11 @@ class Candidate:
     def accuracy_error(self, current: Candidate, number: int) -> str | None:
         """Return that it is less accurate than `current`, version `number` in production, by more than check.max_loss.
 
-        None otherwise, and where the two cannot be compared.
+        None otherwise. Expects two that can be compared: `why_not_compared` says which.
         """
         ours, theirs, most = self.summary, current.summary, self.run_file().check.max_loss
         loss = theirs.clean_after - ours.clean_after
-        if loss <= most + ROUNDING or self.why_not_compared(current):
+        if loss <= most + ROUNDING:
             return None
         change = f"{percent(theirs.clean_after, 2)} (version {number}) to {percent(ours.clean_after, 2)}"
         return (
@@ -176,7 +172,7 @@ def prepare_candidate(
     Raises InputError where the run has no corrected classifier yet, and StoreError where the candidate cannot be
     stored; without `must_store`, a warning says that it will be made again.
     """
-    artifacts = _RunArtifacts.load(run)
+    artifacts = _load_corrected(run)
     key = _key(run.spec, artifacts)
     try:
         return key, decode(Candidate, run.store.read(key), key)
@@ -195,40 +191,27 @@ def prepare_candidate(
 
 def require_corrected(run: Run) -> None:
     """Raise InputError or CheckFailed, as `prepare_candidate`, where `run` has no corrected classifier."""
-    _RunArtifacts.load(run)
+    _load_corrected(run)
 
 
 @dataclass(frozen=True, eq=False)
-class _RunArtifacts:
-    models: Models
-    gallery: Gallery
+class _CorrectedRun(FinishedRun):
     votes: Votes
-    verdicts: Verdicts
-    corrections: Corrections
-    sweep: Sweep
     evidence: Evidence | None  # None without judges
 
-    @classmethod
-    def load(cls, run: Run) -> _RunArtifacts:
-        artifacts = cls(
-            models=run.require(Models),
-            gallery=run.require(Gallery),
-            votes=run.require(Votes),
-            verdicts=run.require(Verdicts),
-            corrections=run.require(Corrections),
-            sweep=run.require(Sweep),
-            evidence=run.load(Evidence),
-        )
-        if not artifacts.sweep.has_correction:
-            raise _nothing_to_serve(run, artifacts)
-        if run.spec.judges.count:
-            run.require(Evidence)  # a check by own label that is not made would count as one that passes
-        return artifacts
+
+def _load_corrected(run: Run) -> _CorrectedRun:
+    found = _CorrectedRun(**vars(load_finished(run)), votes=run.require(Votes), evidence=run.load(Evidence))
+    if not found.sweep.has_correction:
+        raise _nothing_to_serve(run, found.verdicts)
+    if run.spec.judges.count:
+        run.require(Evidence)  # a check by own label that is not made would count as one that passes
+    return found
 
 
-def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | NothingCorrected:
+def _nothing_to_serve(run: Run, verdicts: Verdicts) -> CheckFailed | NothingCorrected:
     """Return why a finished run has no corrected classifier."""
-    accepted = len(artifacts.verdicts.accepted)
+    accepted = len(verdicts.accepted)
     if accepted:
         return CheckFailed(
             f"run {run.name}: nothing was corrected, since {why_not_corrected(run)}; {SMALLER_LAMBDAS}"
@@ -244,12 +227,12 @@ def _nothing_to_serve(run: Run, artifacts: _RunArtifacts) -> CheckFailed | Nothi
     )
 
 
-def _key(spec: RunFile, artifacts: _RunArtifacts) -> str:
+def _key(spec: RunFile, artifacts: _CorrectedRun) -> str:
     """Return where the run's store has the candidate of these artefacts and run-file fields, of this FORMAT.
 
     Equal weights do not make equal candidates: with λ = 0 they are the same whatever was accepted.
     """
-    parts = (artifacts.sweep.weights, artifacts.corrections, artifacts.verdicts, artifacts.evidence)
+    parts = (artifacts.sweep.weights, artifacts.fixes, artifacts.verdicts, artifacts.evidence)
     made_from = f"{[artefact_digest(part) for part in parts]}{_settings(spec)}{FORMAT}"
     return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
 
@@ -267,8 +250,8 @@ def _digest(candidate: Candidate) -> str:
     return hashlib.sha256(encode({**served, "settings": settings, "format": FORMAT})).hexdigest()
 
 
-def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
-    spec, corrections = run.spec, artifacts.corrections
+def _make(run: Run, artifacts: _CorrectedRun, progress: Progress) -> Candidate:
+    spec, corrections = run.spec, artifacts.fixes
     splits = reopen_splits(spec, artifacts.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
     report = evaluate_candidate(
@@ -300,7 +283,7 @@ def _make(run: Run, artifacts: _RunArtifacts, progress: Progress) -> Candidate:
     return dataclasses.replace(candidate, digest=_digest(candidate))
 
 
-def _summary(artifacts: _RunArtifacts, report: CandidateReport) -> CorrectionSummary:
+def _summary(artifacts: _CorrectedRun, report: CandidateReport) -> CorrectionSummary:
     chosen = artifacts.sweep.chosen
     return CorrectionSummary(
         lam=None if chosen is None else chosen.lam,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import threading
 import time
@@ -21,18 +22,24 @@ from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.device import is_out_of_memory
 from defuse_core.errors import InputError, ModelError
-from services.serving.active_versions import ActiveVersions, Comparison, InitialModel, RegistryWatcher
-from services.serving.batching import (
-    Batcher,
-    PredictionRequest,
-    PredictionResult,
-    ShadowRequest,
+from services.serving.active_versions import (
+    ActiveVersions,
+    Comparison,
+    InitialModel,
+    RegistryWatcher,
     ShadowRunner,
-    predict_batch,
 )
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RejectedInput, RequestError, RequestSlots, Unavailable, UploadLimits
-from services.serving.model import LoadedModel, ModelInfo, ModelOutput, PredictionResponse
+from services.serving.model import (
+    Batcher,
+    LoadedModel,
+    ModelOutput,
+    PredictionRequest,
+    PredictionResponse,
+    PredictionResult,
+    predict_batch,
+)
 from services.serving.monitoring import ServingMetrics
 from services.serving.registry import AUTHOR, is_store_outage
 from services.serving.registry_state import NO_VERSION
@@ -43,10 +50,8 @@ from services.storage import open_store
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
 GAUGES_S = 5.0  # between two times that the gauges are set
-MAX_INLINE_BYTES, MAX_INLINE_PIXELS = (
-    32_768,
-    65_536,
-)  # images up to this are decoded faster here than in a thread
+# images up to this are decoded faster here than in a thread
+MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
 
 
@@ -89,12 +94,6 @@ class ClassifierDeployment:
             zeros = np.zeros((1, *model.input_spec.shape), np.float32)
             await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.predict, zeros)
             self._failures = 0
-
-    def model_info(self) -> ModelInfo:
-        """Return what is known of the version in production. Raises Unavailable without one."""
-        active = self.current()
-        names = active.names()
-        return ModelInfo.of(active.in_production, active.state, names.get("canary"), names.get("shadow"))
 
     def current(self) -> ActiveVersions:
         """Return the active versions. Raises Unavailable without one in production.
@@ -144,7 +143,7 @@ class ClassifierDeployment:
 
         `key` selects the requests of a canary.
         """
-        model, canary = active.in_production, active.canary_for(key)
+        model, canary = active.in_production, canary_for(active, key)
         with contextlib.ExitStack() as ending:
             if canary is not None:
                 answer = asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
@@ -165,7 +164,7 @@ class ClassifierDeployment:
             raise RequestError(500, "the classifier failed on this input")
         if active.shadow is not None:
             report = partial(self._compare, active, active.shadow, output)
-            self._start(self._shadow.run(ShadowRequest(active.shadow, pixels, report)))
+            self._start(self._shadow.run(active.shadow, pixels, report))
         self._count(model, output, pixels)
         return PredictionResponse.model_construct(version=model.name, predictions=model.predictions(output))
 
@@ -348,6 +347,20 @@ class ClassifierDeployment:
         self.metrics.set_roles(before.names(), self.active.names())
         for model in self.active.by_role().values():
             self.metrics.set_detection(model.name, model.watch_figures)
+
+
+def canary_for(active: ActiveVersions, key: bytes) -> LoadedModel | None:
+    """Return the canary if it answers the request with this key."""
+    number = active.state.canary
+    if active.canary is None or number is None or not is_in_canary(key, number, active.state.share):
+        return None
+    return active.canary
+
+
+def is_in_canary(key: bytes, number: int, share: float) -> bool:
+    """Return whether the request with this key goes to canary `number`: the same answer for the same key."""
+    digest = hashlib.blake2b(key, digest_size=8, salt=number.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
 
 
 def _release(held: contextlib.ExitStack, work: asyncio.Future[F32]) -> None:

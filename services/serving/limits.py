@@ -1,4 +1,4 @@
-"""Limits that keep slow and many clients from blocking others, and the errors that answer a request.
+"""The bearer token, limits that keep slow and many clients from blocking others, and the errors that answer a request.
 
 Headers are limited where the HTTP server parses them, so `limit_headers` runs in the process of that server: Serve
 calls it by the name in RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Bodies and requests in progress are limited in the
@@ -8,7 +8,10 @@ application.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
+import hmac
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -17,12 +20,15 @@ from typing import ClassVar
 import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from defuse_core.config import ServeSection
 from services.settings import read_settings
 
+HEALTH_ROUTES = ("/healthz", "/readyz")
+DOCS_ROUTES = ("/docs", "/openapi.json")
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
 # The limit by address applies from here on, and where half of the memory for bodies is in use: fewer slow bodies harm
@@ -209,6 +215,53 @@ class RequestSlots:
             raise Unavailable(f"no answer within {settings.timeout_s:g} s", settings.retry_after_s) from None
         finally:
             self._waiting -= 1
+
+
+class BearerAuthMiddleware:
+    """Rejects requests without the bearer token; health routes are open. Without a token, all routes are open.
+
+    Browsers cannot send a bearer token, so the pages of DOCS_ROUTES also accept it as the password of HTTP Basic.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self.app = app
+        self._digest = _digest(token.encode()) if token else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or self._is_allowed(path, dict(scope["headers"])):
+            await self.app(scope, receive, send)
+            return
+        if path in DOCS_ROUTES:
+            message, challenge = "expected the token of this server as password", 'Basic realm="Defuse"'
+        else:
+            message = "expected the header Authorization: Bearer TOKEN with the token of this server"
+            challenge = "Bearer"
+        response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": challenge})
+        await response(scope, receive, send)
+
+    def _is_allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._digest is None or path in HEALTH_ROUTES:
+            return True
+        scheme, _, credentials = headers.get(b"authorization", b"").partition(b" ")
+        given = credentials.strip()
+        if scheme.lower() == b"basic" and path in DOCS_ROUTES:
+            given = _basic_password(given)
+        elif scheme.lower() != b"bearer":
+            return False
+        return hmac.compare_digest(_digest(given), self._digest)
+
+
+def _basic_password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
+
+
+def _digest(token: bytes) -> bytes:
+    """Return a digest, so that comparing it takes the same time for tokens of any length."""
+    return hashlib.sha256(token).digest()
 
 
 class LimitedHttpProtocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]

@@ -33,16 +33,10 @@ SCRAPE_TIMEOUT_S = 5.0
 ANSWER_S = 5.0  # within which /healthz is answered
 MAX_FAILURES = 3  # in a row
 SWITCH_S = 30.0  # within which replicas load a version
-NO_ANSWER = (
-    OSError,
-    http.client.HTTPException,
-    ValueError,
-    KeyError,
-    TypeError,
-)  # or a proxy's, which is no JSON
-DIRECT = urllib.request.build_opener(
-    urllib.request.ProxyHandler({})
-)  # whatever HTTP_PROXY says: nodes are near
+# no answer, or a proxy's, which is no JSON
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
+# ignores HTTP_PROXY: nodes are near
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def tag_keys(*names: str) -> Any:
@@ -191,7 +185,7 @@ class LivenessCheck:
 
     def _reason(self) -> str | None:
         """Return why no replica will be started; None where Serve can start one."""
-        if not _has_node():
+        if not any(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
             return "Ray, which would start a replica, has ended (one of its processes died, as when memory is short)"
         if self._deployed is not None and self._deployed() is None:
             return "the application was deleted from the cluster, as by `serve shutdown`"
@@ -204,10 +198,6 @@ def _answers(url: str) -> bool:
             return bool(reply.status == http.client.OK)
     except (OSError, http.client.HTTPException):  # HTTPError, as of the status 503, is an OSError
         return False
-
-
-def _has_node() -> bool:
-    return any(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 class VersionCheck:

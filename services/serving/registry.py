@@ -1,4 +1,4 @@
-"""The registry: immutable versions, which of them is in production, and the changes of that.
+"""The registry: immutable versions, which of them is in production, the changes of that, and promotion.
 
     registry/versions/000002.safetensors   a Candidate, written once, and again only where it is damaged
     registry/changes/000007.json           the RegistryState after the seventh change; the highest number is current
@@ -13,15 +13,21 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import DamagedError, DefuseError, InputError, StoreError, percent
+from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import EMPTY, ChangeInfo, RegistryState, VersionInfo, parse_state
+from services.serving.registry_state import (
+    EMPTY,
+    ChangeInfo,
+    PromotionRequest,
+    RegistryState,
+    VersionInfo,
+    parse_state,
+)
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
@@ -30,47 +36,6 @@ MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
 CHANGED = "production changed meanwhile; see `defuse promote` for the new state"
-
-
-@dataclass(frozen=True)
-class PromotionRequest:
-    """The role that a version gets, with author and reason."""
-
-    by: str
-    why: str
-    force: str | None = None  # the reason to promote although checks fail, or production speaks against it
-    canary: float | None = None  # its share of the requests, 0 to 1
-    shadow: bool = False
-
-    @property
-    def reason(self) -> str:
-        """Why, and for which reason it was forced."""
-        return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
-
-    @property
-    def role(self) -> str:
-        """The role, as the action of a change tells it."""
-        if self.shadow:
-            return "as shadow"
-        return "to production" if self.canary is None else f"as canary for {percent(self.canary, None)}"
-
-    def require_other_in_production(self, state: RegistryState, number: int | None) -> None:
-        """Raise InputError for a canary or shadow unless production is another version than `number`.
-
-        `number` is None for a version that is still to be added.
-        """
-        if not self.shadow and self.canary is None:
-            return
-        option = "--shadow" if self.shadow else "--canary"
-        if state.production is None:
-            raise InputError(
-                f"{option} needs another version in production, and there is none; promote without it first"
-            )
-        if state.production == number:
-            run = state.versions[state.production].run
-            raise InputError(
-                f"{option}: this model is already in production, as version {number} of run {run}"
-            )
 
 
 class DamagedVersionError(DamagedError):
@@ -189,7 +154,7 @@ class Registry:
             known = state.versions_with(candidate.digest)
             return None if known else {"versions": {**state.versions, number: info}}
 
-        if self._change_unless_done(f"added version {number}", by, why, updates):
+        if self.change(f"added version {number}", by, why, updates):
             return number
         equal = self.add(candidate, by, why, forced)  # that a concurrent promotion has added
         if equal != number:
@@ -207,21 +172,13 @@ class Registry:
             )
 
     def change(
-        self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any]]
-    ) -> RegistryState:
-        """Store and return a new state: the current one updated with what `updates` returns for it.
-
-        `updates` is called again after a concurrent change. It may replace `action`. An error that it raises leaves
-        the registry unchanged.
-        """
-        state = self._change_unless_done(action, by, why, updates)
-        assert state is not None  # `updates` always returns some
-        return state
-
-    def _change_unless_done(
         self, action: str, by: str, why: str, updates: Callable[[RegistryState], dict[str, Any] | None]
     ) -> RegistryState | None:
-        """As `change`; None, with nothing stored, where `updates` returns None: the change is done already."""
+        """Store and return a new state: the current one updated with what `updates` returns for it.
+
+        None, with nothing stored, where `updates` returns None: the change is done already. `updates` is called again
+        after a concurrent change. It may replace `action`. An error that it raises leaves the registry unchanged.
+        """
         for _ in range(MAX_CONFLICTS):
             current = self.state()
             if (updated := updates(current)) is None:
@@ -263,7 +220,9 @@ class Registry:
                 role = {"canary": number, "share": request.canary}
             return {**NO_CANARY, **role, "failed_checks": failed_checks}
 
-        return self.change(f"version {number} {request.role}", request.by, request.reason, updates)
+        state = self.change(f"version {number} {request.role}", request.by, request.reason, updates)
+        assert state is not None  # `updates` returns something always
+        return state
 
     def end_canary(self, number: int, by: str, why: str) -> RegistryState | None:
         """End the canary or shadow of version `number`; None if it already ended."""
@@ -274,7 +233,7 @@ class Registry:
             role = "canary" if number == state.canary else "shadow"
             return {"action": f"{ENDED}{role} of version {number}", **NO_CANARY}
 
-        return self._change_unless_done(f"ended version {number}", by, why, updates)
+        return self.change(f"ended version {number}", by, why, updates)
 
     def roll_back(
         self,
@@ -312,7 +271,9 @@ class Registry:
                 raise InputError(CHANGED)
             return {"production": state.previous[-1], "previous": state.previous[:-1], **NO_CANARY}
 
-        return self.change(f"rolled back from version {current.production}", by, why, updates)
+        state = self.change(f"rolled back from version {current.production}", by, why, updates)
+        assert state is not None  # `updates` returns something always
+        return state
 
     def _verify_target(self, number: int, verify: Callable[[Candidate], None] | None) -> None:
         try:
@@ -345,6 +306,55 @@ class _GoneError(StoreError):
         super().__init__(
             f"{store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
         )
+
+
+def promote(
+    registry: Registry, candidate: Candidate, request: PromotionRequest, checked: RegistryState | None = None
+) -> RegistryState:
+    """Return the state after `candidate` got its role; `checked` is the state before its checks were made, else now.
+
+    Raises CheckFailed naming the first reason against it, and InputError for a canary or shadow without another version
+    in production, or where another version than in `checked` is; all leave the roles unchanged.
+    """
+    checked = registry.state() if checked is None else checked
+    failed, warning = _compare(registry, checked, candidate, request)
+    if failed and request.force is None:
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
+    # before the version is added, since a run with a version cannot be deleted
+    state = registry.state()
+    known = max(state.versions_with(candidate.digest), default=None)
+    if state.production not in (checked.production, known):
+        raise InputError(CHANGED)
+    request.require_other_in_production(state, known)
+    number = registry.add(candidate, request.by, request.reason, forced=bool(failed))
+    promoted = registry.assign(number, request, tuple(failed), checked)
+    if warning:
+        log.warning(warning)
+    return promoted
+
+
+def _compare(
+    registry: Registry, state: RegistryState, candidate: Candidate, request: PromotionRequest
+) -> tuple[list[str], str | None]:
+    """Return the reasons against promoting `candidate`, one line each, and what to warn of once it is promoted."""
+    failed, production = candidate.failed_checks(), state.production
+    if production is None or candidate.digest == state.digest_of(production):
+        return failed, None
+    try:
+        current = registry.load(production)
+    except DefuseError as error:
+        reason = f"interface: version {production} in production cannot be read to compare it ({error})"
+        return [*failed, reason], None
+    if differs := candidate.interface_error(current):
+        return [*failed, differs], None
+    if unknown := candidate.why_not_compared(current):
+        compared = f"clean accuracy of run {candidate.run} is not compared with that of version {production}"
+        return failed, f"{compared} in production: {unknown}"
+    worse = candidate.accuracy_error(current, production)
+    if worse and (request.shadow or request.canary is not None):
+        return failed, f"{worse}; it needs --force to replace version {production}"
+    return ([*failed, worse] if worse else failed), None
 
 
 def _version_key(number: int) -> str:

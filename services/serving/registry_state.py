@@ -1,19 +1,16 @@
-"""What the registry stores of a change: its author and reason, the versions, and their roles after it."""
+"""What the registry stores of a change, the versions and their roles after it, and what a promotion asks of it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from defuse_core.errors import DamagedError
+from defuse_core.errors import DamagedError, InputError, percent
 from defuse_core.report.evidence_schema import WatchFigures
 
 FORMAT: Final = 5  # of the files of the registry, and of the versions
-OTHER_FORMAT = (  # what to do about a registry of another format
-    "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
-    "`defuse promote RUN`"
-)
 
 
 class VersionInfo(BaseModel):
@@ -117,6 +114,47 @@ class RegistryState(BaseModel):
         )
 
 
+@dataclass(frozen=True)
+class PromotionRequest:
+    """The role that a version gets, with author and reason."""
+
+    by: str
+    why: str
+    force: str | None = None  # the reason to promote although checks fail, or production speaks against it
+    canary: float | None = None  # its share of the requests, 0 to 1
+    shadow: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Why, and for which reason it was forced."""
+        return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
+
+    @property
+    def role(self) -> str:
+        """The role, as the action of a change tells it."""
+        if self.shadow:
+            return "as shadow"
+        return "to production" if self.canary is None else f"as canary for {percent(self.canary, None)}"
+
+    def require_other_in_production(self, state: RegistryState, number: int | None) -> None:
+        """Raise InputError for a canary or shadow unless production is another version than `number`.
+
+        `number` is None for a version that is still to be added.
+        """
+        if not self.shadow and self.canary is None:
+            return
+        option = "--shadow" if self.shadow else "--canary"
+        if state.production is None:
+            raise InputError(
+                f"{option} needs another version in production, and there is none; promote without it first"
+            )
+        if state.production == number:
+            run = state.versions[state.production].run
+            raise InputError(
+                f"{option}: this model is already in production, as version {number} of run {run}"
+            )
+
+
 EMPTY = RegistryState(format=FORMAT)
 
 
@@ -129,7 +167,10 @@ def parse_state(text: bytes, where: str) -> RegistryState:
         found, remedy = first["msg"], "restore the file"
         if first["loc"] == ("format",):
             found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
-            remedy = OTHER_FORMAT
+            remedy = (
+                "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
+                "`defuse promote RUN`"
+            )
         raise DamagedError(
             f"{where}: expected a registry state of format {FORMAT}, found {found}; {remedy}"
         ) from error

@@ -298,6 +298,5 @@ class Reservoir:
 
 
 def _folder(run: str, sampled: SampledInput) -> str:
-    """Return the folder of the input's scenario."""
     scenario = "none" if sampled.scenario == NO_SCENARIO else f"{sampled.scenario:03d}"
     return f"{run}/{sampled.components_digest[:16]}/{scenario}"

@@ -180,9 +180,7 @@ class S3Store:
         if self.exists(key):
             return False
         self._require_fence()
-        if self._put_if(key, data, IfNoneMatch="*") is not None:
-            return True
-        return self._holds(key, data)
+        return self._put_if(key, data, IfNoneMatch="*") is not None or self._holds(key, data)
 
     def list(self, prefix: str = "") -> list[str]:
         """All keys but hidden ones, and but the empty objects by which other programs mark a folder."""
@@ -190,23 +188,23 @@ class S3Store:
         return [key for key in found if key and not key.endswith("/") and not is_hidden(key)]
 
     def _all_keys(self, prefix: str = "") -> Sequence[str]:
-        with self._errors():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self.prefix + prefix, PaginationConfig={"PageSize": LIST_PAGE}
-            )
-            keys = [
-                found["Key"].removeprefix(self.prefix) for page in pages for found in page.get("Contents", [])
-            ]
-        return sorted(keys)
+        paging = {"PageSize": LIST_PAGE}
+        found = self._listed("list_objects_v2", "Contents", prefix, PaginationConfig=paging)
+        return sorted(each["Key"].removeprefix(self.prefix) for each in found)
 
     def folders(self) -> Sequence[str]:
-        with self._errors():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"
-            )
-            found = [each["Prefix"] for page in pages for each in page.get("CommonPrefixes", [])]
-        names = [prefix.removeprefix(self.prefix).rstrip("/") for prefix in found]
+        found = self._listed("list_objects_v2", "CommonPrefixes", Delimiter="/")
+        names = (each["Prefix"].removeprefix(self.prefix).rstrip("/") for each in found)
         return sorted(name for name in names if not is_hidden(name))
+
+    def _listed(
+        self, operation: str, field: str, prefix: str = "", **options: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what a listing below the prefix has in `field`, page after page: one is held at a time."""
+        with self._errors():
+            pages = self._client.get_paginator(operation)
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix, **options):
+                yield from page.get(field, [])
 
     def delete(self, key: str) -> None:
         if self._fence() is not None:
@@ -229,10 +227,7 @@ class S3Store:
     def _abort_uploads(self) -> None:
         """Drop the parts that killed writers left, which no listing shows; some servers do not list them either."""
         with contextlib.suppress(StoreError, FileNotFoundError), self._errors():
-            pages = self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self.bucket, Prefix=self.prefix
-            )
-            for upload in [upload for page in pages for upload in page.get("Uploads", [])]:
+            for upload in list(self._listed("list_multipart_uploads", "Uploads")):
                 self._client.abort_multipart_upload(
                     Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )

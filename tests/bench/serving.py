@@ -45,7 +45,8 @@ from defuse_core.models import build_classifier, build_vae, weights_of
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from services.serving.candidate import Candidate, CorrectionSummary
-from services.serving.registry import PromotionRequest, Registry
+from services.serving.registry import Registry
+from services.serving.registry_state import PromotionRequest
 from tests.ports import free_port
 
 CLIENTS = (1, 8, 64)

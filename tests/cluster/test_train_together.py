@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
 
 from cluster.compute import RayCompute
+from cluster.train import _cause
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
-from defuse_core.errors import ComputeError, ModelError, RunFileError
+from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
 from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
@@ -93,6 +96,13 @@ def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> 
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
         compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "classifier", None)
     assert len(set(lines.processes("train: worker 0"))) == 1
+
+
+def test_a_damaged_image_that_one_worker_found_is_the_error_although_the_first_was_lost_with_it() -> None:
+    damaged = DataError("train/3.png: damaged")
+    assert _cause(WorkerGroupError("", {0: ActorDiedError(), 1: damaged})) is damaged
+    lost = _cause(WorkerGroupError("", {0: ActorDiedError(), 1: OSError("connection reset")}))
+    assert isinstance(lost, ComputeError) and str(lost).startswith("train: its worker process died")
 
 
 def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from defuse_core import identify, training, watch
 from defuse_core.config import ServeSection
 from defuse_core.training import precision
 from services.cli import console
-from services.serving import active_versions, batching, inputs, limits
+from services.serving import active_versions, inputs, limits
 from services.storage import lease
 from tests.conftest import ROOT
 
@@ -25,7 +25,11 @@ FIGURES = [
     ("services/serving", r"fewer than (\d+) wrong answers", watch.MIN_ANSWERS),
     ("services/serving", r"bound of the AUROC is below ([\d.]+)", watch.CHANCE),
     ("services/serving", r"with a probability of (\d+) % at most", 100 * active_versions.WRONGLY_ENDED),
-    ("services/serving", r"A shadow computes for at most a (fifth) of the time", batching.SHADOW_TIME_SHARE),
+    (
+        "services/serving",
+        r"A shadow computes for at most a (fifth) of the time",
+        active_versions.SHADOW_TIME_SHARE,
+    ),
     ("services/serving", r"(\d+) scans of a JPEG", inputs.MAX_JPEG_SCANS),
     ("services/serving", r"\| (\d+) s, \d+ connections per address", limits.HEADER_TIMEOUT_S),
     ("services/serving", r"\| \d+ s, (\d+) connections per address", limits.MAX_HEADERS_PER_ADDRESS),

@@ -16,12 +16,11 @@ from services.serving.active_versions import (
     CanaryStatistics,
     InitialModel,
     RegistryWatcher,
-    is_in_canary,
 )
+from services.serving.deployment import canary_for, is_in_canary
 from services.serving.model import LoadedModel
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
-from services.serving.registry_state import EMPTY, RegistryState
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import EMPTY, PromotionRequest, RegistryState
 
 ANA = PromotionRequest(by="ana", why="")
 
@@ -56,9 +55,9 @@ def test_a_canary_answers_the_keys_of_its_number_and_share():
     canary = cast(LoadedModel, object())
     active = ActiveVersions(canary=canary, state=EMPTY.model_copy(update={"canary": 7, "share": 0.3}))
     keys = [f"user-{n}".encode() for n in range(300)]
-    assert [active.canary_for(key) is canary for key in keys] == [is_in_canary(key, 7, 0.3) for key in keys]
+    assert [canary_for(active, key) is canary for key in keys] == [is_in_canary(key, 7, 0.3) for key in keys]
     everything = active.state.model_copy(update={"share": 1.0})
-    assert ActiveVersions(state=everything).canary_for(keys[0]) is None
+    assert canary_for(ActiveVersions(state=everything), keys[0]) is None
 
 
 @pytest.mark.parametrize("role", [{"canary": 0.2}, {"shadow": True}])

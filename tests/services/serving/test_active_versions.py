@@ -13,8 +13,8 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.candidate import prepare_candidate
-from services.serving.promotion import promote
-from services.serving.registry import DamagedVersionError, PromotionRequest, Registry, is_store_outage
+from services.serving.registry import DamagedVersionError, Registry, is_store_outage, promote
+from services.serving.registry_state import PromotionRequest
 
 ANA = PromotionRequest(by="ana", why="")
 

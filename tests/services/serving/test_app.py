@@ -18,8 +18,8 @@ from services.serving.active_versions import InitialModel
 from services.serving.app import ClassifierIngress, build, classifier_deployment
 from services.serving.candidate import prepare_candidate
 from services.serving.launch import ServeArgs, resolve_settings
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest
 
 
 def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):

@@ -12,12 +12,17 @@ import pytest
 
 from defuse_core.config import ServeSection
 from defuse_core.runs import Run
-from services.serving.active_versions import CanaryStatistics, Comparison, is_above, is_in_canary
-from services.serving.batching import PredictionResult, ShadowRequest, ShadowRunner
+from services.serving.active_versions import (
+    CanaryStatistics,
+    Comparison,
+    ShadowRunner,
+    is_above,
+)
 from services.serving.candidate import prepare_candidate
-from services.serving.model import LoadedModel, ModelOutput
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
+from services.serving.deployment import is_in_canary
+from services.serving.model import LoadedModel, ModelOutput, PredictionResult
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest
 from tests.services.serving.test_deployment import new_replica, post, put
 
 LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)
@@ -132,9 +137,9 @@ def test_each_count_ends_a_canary_from_the_number_on_that_is_above_its_limit():
         assert tally(first - 1).reason_to_end(LIMITS) is None
 
 
-def shadow_request(report: Callable[[PredictionResult], None]) -> ShadowRequest:
-    """A request whose prediction fails, which is reported like any other."""
-    return ShadowRequest(cast(LoadedModel, None), np.zeros((1, 1, 1, 1), np.float32), report)
+async def run_failing(runner: ShadowRunner, report: Callable[[PredictionResult], None]) -> None:
+    """Run a request whose prediction fails, which is reported like any other."""
+    await runner.run(cast(LoadedModel, None), np.zeros((1, 1, 1, 1), np.float32), report)
 
 
 def test_a_shadow_goes_on_after_a_report_that_raises():
@@ -143,13 +148,13 @@ def test_a_shadow_goes_on_after_a_report_that_raises():
 
     async def runs() -> list[PredictionResult]:
         runner, reported = ShadowRunner(max_seconds=1.0), list[PredictionResult]()
-        first = asyncio.create_task(runner.run(shadow_request(fail)))
-        waiting = asyncio.create_task(runner.run(shadow_request(reported.append)))
+        first = asyncio.create_task(run_failing(runner, fail))
+        waiting = asyncio.create_task(run_failing(runner, reported.append))
         await asyncio.wait({first, waiting})
         with pytest.raises(RuntimeError, match="no statistics"):
             await first
         assert not waiting.exception() and reported == []  # dropped
-        await runner.run(shadow_request(reported.append))
+        await run_failing(runner, reported.append)
         return reported
 
     assert len(asyncio.run(runs())) == 1
@@ -158,12 +163,12 @@ def test_a_shadow_goes_on_after_a_report_that_raises():
 def test_a_shadow_goes_on_after_a_call_that_was_cancelled():
     async def runs() -> list[PredictionResult]:
         runner, reported = ShadowRunner(max_seconds=1.0), list[PredictionResult]()
-        cancelled = asyncio.create_task(runner.run(shadow_request(reported.append)))
+        cancelled = asyncio.create_task(run_failing(runner, reported.append))
         await asyncio.sleep(0)
         cancelled.cancel()
         await asyncio.wait({cancelled})
         reported.clear()
-        await runner.run(shadow_request(reported.append))
+        await run_failing(runner, reported.append)
         return reported
 
     assert len(asyncio.run(runs())) == 1
@@ -188,15 +193,14 @@ def shadowed(model: TimedModel, requests: int, max_seconds: float, at_once: bool
 
     async def runs() -> list[object]:
         runner, reported = ShadowRunner(max_seconds), list[object]()
-        numbered = [
-            ShadowRequest(cast(LoadedModel, model), cast(Any, n), cast(Any, reported.append))
-            for n in range(requests)
-        ]
+        calls = (
+            runner.run(cast(Any, model), cast(Any, n), cast(Any, reported.append)) for n in range(requests)
+        )
         if at_once:
-            await asyncio.gather(*(runner.run(request) for request in numbered))
+            await asyncio.gather(*calls)
         else:
-            for request in numbered:
-                await runner.run(request)
+            for call in calls:
+                await call
         return reported
 
     return asyncio.run(runs())

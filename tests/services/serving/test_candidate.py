@@ -22,9 +22,9 @@ from services.serving.candidate import (
     Candidate,
     CorrectionSummary,
     NothingCorrected,
+    _CorrectedRun,
     _digest,
     _key,
-    _RunArtifacts,
     prepare_candidate,
     with_settings,
 )
@@ -33,11 +33,20 @@ from services.serving.checks import Check
 WEIGHTS = {"layer.weight": np.ones((2, 2), np.float32)}
 
 
-def artifacts_of(**changes: Any) -> _RunArtifacts:
+def artifacts_of(**changes: Any) -> _CorrectedRun:
     found = sample_findings()[0]
     sweep = dataclasses.replace(found.sweep, weights=WEIGHTS)
-    parts = (found.models, found.gallery, found.votes, found.verdicts, found.fixes, sweep, None)
-    return dataclasses.replace(_RunArtifacts(*parts), **changes)
+    parts = (
+        sample_spec(),
+        found.models,
+        found.gallery,
+        found.verdicts,
+        found.fixes,
+        sweep,
+        found.votes,
+        None,
+    )
+    return dataclasses.replace(_CorrectedRun(*parts), **changes)
 
 
 def spec_with(section: str, **fields: object) -> RunFile:
@@ -68,7 +77,7 @@ def test_a_candidate_is_kept_for_the_artefacts_limits_and_settings_that_it_was_m
                 "sweep": dataclasses.replace(
                     made.sweep, weights={"layer.weight": WEIGHTS["layer.weight"] + 1}
                 ),
-                "corrections": dataclasses.replace(made.corrections, labels=made.corrections.labels + 1),
+                "fixes": dataclasses.replace(made.fixes, labels=made.fixes.labels + 1),
                 "verdicts": dataclasses.replace(made.verdicts, ties=7),
                 "evidence": sample_evidence(np.full((2, 4), 0.5)),
             }.items()

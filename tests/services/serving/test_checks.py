@@ -18,9 +18,10 @@ from defuse_core.errors import CheckFailed, RunMismatchError
 from defuse_core.export.finished import load_finished
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
+from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_check
-from services.serving.model import LoadedModel, ModelInfo
+from services.serving.model import LoadedModel
 from services.serving.registry_state import EMPTY
 from tests.services.serving.test_serve_commands import check, run
 

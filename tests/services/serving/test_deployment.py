@@ -21,15 +21,13 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import CanaryStatistics, InitialModel
 from services.serving.api import build_api
-from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
 from services.serving.candidate import prepare_candidate
-from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeployment
+from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeployment, canary_for
 from services.serving.inputs import decode_body
 from services.serving.limits import Unavailable
-from services.serving.model import LoadedModel
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
-from services.serving.registry_state import RegistryState
+from services.serving.model import Batcher, LoadedModel, PredictionRequest, PredictionResult, predict_batch
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest, RegistryState
 from services.serving.traffic import SampledInput, components_digest, read_traffic
 
 
@@ -210,7 +208,7 @@ def test_a_request_that_production_does_not_answer_leaves_nothing_to_the_canary(
     monkeypatch.setattr(replica._batcher, "predict", never)
     monkeypatch.setattr(replica._canary_batcher, "predict", never)
     pixels = decode_body("image/png", [pictures[0]], replica.current().in_production.input_spec)
-    key = next(key for key in (bytes([n]) for n in range(99)) if replica.active.canary_for(key))
+    key = next(key for key in (bytes([n]) for n in range(99)) if canary_for(replica.active, key))
 
     async def ask() -> None:
         with pytest.raises(Unavailable):
@@ -357,7 +355,7 @@ def test_a_canary_gets_the_requests_of_a_key_and_without_one_those_of_a_body(own
     replica, keys = new_replica(own_store), [f"user-{n}" for n in range(12)]
 
     def expected(key: bytes) -> str:
-        return "1" if replica.active.canary_for(key) is None else "2"
+        return "1" if canary_for(replica.active, key) is None else "2"
 
     async def versions() -> tuple[list[str], list[str]]:
         by_key = [await post(replica, pictures[0], **{"X-Request-Key": key}) for key in keys]

@@ -28,8 +28,8 @@ from services.serving.app import (
 )
 from services.serving.candidate import prepare_candidate
 from services.serving.launch import Proxy, ServeArgs
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest
 from tests.waiting import wait_until
 
 

@@ -20,8 +20,8 @@ from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.models import build_classifier, weights_of
 from defuse_core.runs import Run
 from services.serving.candidate import prepare_candidate
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest
 from services.serving.traffic import read_traffic
 from tests.waiting import WAIT_S, wait_until
 

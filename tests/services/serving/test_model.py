@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from defuse_core.config import ServeSection
-from services.serving.batching import PredictionRequest, predict_batch
-from services.serving.model import LoadedModel, verify_candidate
+from services.serving.model import LoadedModel, PredictionRequest, predict_batch, verify_candidate
 
 
 def test_a_request_that_fails_does_not_affect_the_rest_of_its_batch(candidate, pixels):

@@ -17,12 +17,12 @@ from defuse_core.errors import CheckFailed, DamagedError, InputError
 from defuse_core.runs import Run
 from services.cli.serve import parse_share
 from services.serving import candidate as candidate_module
+from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
-from services.serving.model import LoadedModel, ModelInfo, verify_candidate
-from services.serving.promotion import promote
-from services.serving.registry import DamagedVersionError, PromotionRequest, Registry
-from services.serving.registry_state import EMPTY
+from services.serving.model import LoadedModel, verify_candidate
+from services.serving.registry import DamagedVersionError, Registry, promote
+from services.serving.registry_state import EMPTY, PromotionRequest
 
 ANA = PromotionRequest(by="ana", why="for a test")
 

@@ -11,9 +11,8 @@ from defuse_core.store import FolderStore
 from services.serving import registry as registry_module
 from services.serving.candidate import Candidate
 from services.serving.checks import Check
-from services.serving.promotion import promote
-from services.serving.registry import PromotionRequest, Registry
-from services.serving.registry_state import EMPTY
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import EMPTY, PromotionRequest
 
 ANA = PromotionRequest(by="ana", why="for a test")
 CANARY = dataclasses.replace(ANA, canary=0.05)

@@ -23,8 +23,9 @@ from defuse_core.store import FolderStore
 from services.cli.serve import check, promote, rollback, serve
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
-from services.serving.promotion import promote as promote_candidate
-from services.serving.registry import PromotionRequest, Registry
+from services.serving.registry import Registry
+from services.serving.registry import promote as promote_candidate
+from services.serving.registry_state import PromotionRequest
 from tests.sample_findings import sample_findings
 
 

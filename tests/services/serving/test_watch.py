@@ -13,8 +13,9 @@ from defuse_core.config import ServeSection
 from defuse_core.models import encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.runs import Run
 from defuse_core.watch.scenario_regions import mahalanobis
+from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
-from services.serving.model import LoadedModel, ModelInfo, ScenarioDistances
+from services.serving.model import LoadedModel, ScenarioDistances
 from services.serving.registry_state import EMPTY
 
 

@@ -9,8 +9,14 @@ import numpy as np
 
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
-from services.serving.batching import Batcher, PredictionRequest, PredictionResult, predict_batch
-from services.serving.model import LoadedModel, ModelOutput
+from services.serving.model import (
+    Batcher,
+    LoadedModel,
+    ModelOutput,
+    PredictionRequest,
+    PredictionResult,
+    predict_batch,
+)
 
 
 class Doubling:
