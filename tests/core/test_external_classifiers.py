@@ -289,12 +289,23 @@ def test_a_mask_of_infinities_is_no_broken_weight():
         (trained, "found pickled Python objects, which are never loaded"),
         (lambda: {"epoch": 3}, "expected a state dict of tensors"),
         (lambda: [torch.zeros(1)], "expected a state dict of tensors"),
+        (lambda: {"w": torch.eye(3).to_sparse()}, "expected a state dict of tensors, dense"),
+        (lambda: {"w": torch.rand(3, device="meta")}, "expected a state dict of tensors, dense"),
+        (lambda: {"w": torch.zeros(1, dtype=torch.float16).expand(10**11)}, "more numbers than the file"),
     ],
 )
 def test_a_file_without_a_state_dict_is_refused(value, line, tmp_path):
     torch.save(value(), tmp_path / "odd.pt")
     with pytest.raises(ModelError, match=line):
         read_weights(tmp_path / "odd.pt")
+
+
+def test_a_zip_archive_of_a_version_that_python_cannot_read_is_refused(tmp_path):
+    torch.save(trained().state_dict(), tmp_path / "net.pt")
+    data = bytearray((tmp_path / "net.pt").read_bytes())
+    data[data.find(b"PK\x01\x02") + 6] = 200
+    with pytest.raises(ModelError, match="found neither"):
+        load_program(bytes(data), "net.pt")
 
 
 def test_a_program_in_place_of_a_state_dict_names_the_setting(tmp_path):
