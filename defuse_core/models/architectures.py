@@ -299,9 +299,9 @@ def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) ->
     if section.architecture == "timm":
         return open_timm(section.timm_model or "", classes, spec.data.channels)
     if stored is not None:
-        source = stored["source"].tobytes()
+        source, where = stored["source"].tobytes(), "the run's classifier"
         program = section.architecture == "program"
-        return load_program(source, "the run's classifier") if program else transformers_from(source)
+        return load_program(source, where) if program else transformers_from(source, where)
     assert section.weights is not None  # RunFile has checked it
     if section.architecture == "transformers":
         return open_transformers(section.weights)

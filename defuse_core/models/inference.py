@@ -32,6 +32,7 @@ log = logging.getLogger("defuse")
 # Keys of training checkpoints, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and many Lightning modules
+EXPANDED = 10_000_000  # numbers of a state dict that are not in its file, since a tensor was expanded
 NOT_A_NUMBER = -1  # in place of an answer
 BATCH = 256  # images or codes at once
 
@@ -42,6 +43,10 @@ def read_weights(path: Path) -> Weights:
     A state dict below `state_dict` or `model` is found and logged.
     """
     tensors = _unwrap(_read_tree(path), path)
+    if sum(tensor.numel() for tensor in tensors.values()) > path.stat().st_size + EXPANDED:
+        raise ModelError(
+            f"{path}: its tensors have more numbers than the file; save them without expand: tensor.contiguous()"
+        )
     return {
         name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
         for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items())
@@ -78,10 +83,14 @@ def _unwrap(tree: Any, path: Path) -> dict[str, Tensor]:
     if (
         not isinstance(tree, Mapping)
         or not tree
-        or not all(isinstance(value, Tensor) for value in tree.values())
+        or not all(isinstance(value, Tensor) and _is_dense(value) for value in tree.values())
     ):
         raise _no_state_dict(path)
     return dict(tree)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
 def _wrapper(tree: Mapping[str, Any]) -> str | None:
@@ -89,7 +98,9 @@ def _wrapper(tree: Mapping[str, Any]) -> str | None:
 
 
 def _no_state_dict(path: Path) -> ModelError:
-    return ModelError(f"{path}: expected a state dict of tensors in safetensors or weights-only form")
+    return ModelError(
+        f"{path}: expected a state dict of tensors, dense and not quantized, in safetensors or weights-only form"
+    )
 
 
 def weights_of(module: nn.Module) -> Weights:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from defuse_core.errors import ModelError
-from defuse_core.models.script_inspection import FILE_OPERATORS
+from defuse_core.models.script_inspection import is_harmless_operator
 
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
@@ -40,7 +40,7 @@ ARITHMETIC = re.compile(
     re.ASCII,
 )
 # Expressions: symbols of sizes and numbers, what Symbol and Float get, and by key in the JSON characters and functions.
-SIZE = re.compile(r"([su]|zu?f)\d+", re.ASCII)
+SIZE = re.compile(r"([su]|zu?f)\d{1,6}", re.ASCII)  # torch counts up to the highest number
 SIZE_OR_NUMBER = re.compile(rf"{SIZE.pattern}|-?\d+(\.\d*)?(e[+-]?\d+)?", re.ASCII)
 OF_SYMPY = (
     "Symbol|Integer|Rational|Float|Add|Mul|Pow|Eq|Ne|Max|Min|max|min|ceiling|floor|Mod|PythonMod|ModularIndexing|FloorDiv"
@@ -62,6 +62,7 @@ NAMES_IN_CODE = {  # of what torch writes from a program
 }  # fmt: skip
 # in its module
 SET_BY_TORCH = {"_guards_fn", "_in_spec", "_out_spec", "range_constraints", "validate_inputs"}
+STRIDED = 7  # torch.strided in torch's schema of programs
 GRAPH = re.compile(r"submod_\d+", re.ASCII)  # the names that torch writes
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)
@@ -113,8 +114,9 @@ def expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
     text = reader.get_record("models/model.json")
     _expect_own_devices(text, where)
     program = json.loads(text)
-    _expect_harmless_text(program, where)
+    _expect_harmless_text([program, {"expr_str": list(program["range_constraints"])}], where)
     _expect_graphs_where_they_are_called(program, where)
+    _expect_no_layouts(program, where)
     tensors |= {text for key, text in _strings(program) if key in NAMES_OF_PARTS}
     for name in tensors:  # what follows the name of a tensor would be an attribute of that tensor
         if any(name[: dot.start()] in tensors for dot in re.finditer(r"\.", name)):
@@ -176,7 +178,8 @@ def _expect_harmless_text(model: Any, where: str) -> None:
     for key, text in _strings(model):
         if key == "target" and not _is_harmless_operator(text):
             raise ModelError(
-                f"{where}: calls {text[:80]}, which is no operator of torch's aten; export it without"
+                f"{where}: calls {text[:80]}, which is none of the operators of torch's aten that are known to touch "
+                "nothing but tensors; export it without"
             )
         if key in EXPRESSIONS and not _is_expression(text, *EXPRESSIONS[key]):
             raise ModelError(
@@ -213,6 +216,11 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
             wrappers += 1
             is_graph = graph is not None and GRAPH.fullmatch(graph["name"])
             called += bool(is_graph and all(each["kind"] == 1 for each in inputs))
+            if not node["outputs"]:
+                raise ModelError(
+                    f"{where}: has a block with torch.no_grad() or torch.autocast() of which nothing is used, which "
+                    "torch cannot read; leave that block out of the network's forward if it is not training"
+                )
         if not OF_ATEN.fullmatch(target):
             values = [each["arg"] for at, each in enumerate(inputs) if at != place]
             texts = sum(key.startswith("as_string") for key in _keys(values))
@@ -227,6 +235,16 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
         )
 
 
+def _expect_no_layouts(program: Any, where: str) -> None:
+    """Raise ModelError for a tensor that is made in another layout than the usual one, such as a sparse one."""
+    for node in _nodes(program):
+        for each in node["inputs"]:
+            if each["name"] == "layout" and each["arg"] not in ({"as_layout": STRIDED}, {"as_none": True}):
+                raise ModelError(
+                    f"{where}: gives {node['target']} a layout, and sparse tensors are not loaded; export dense ones"
+                )
+
+
 def _is_free(name: str) -> bool:
     """Whether no part of a tensor's dotted name is an attribute that its module has, such as a method, or a graph.
 
@@ -237,6 +255,7 @@ def _is_free(name: str) -> bool:
     program, module = _empty_modules()
     return not (
         "__" in {part[:2] for part in (first, *others)}
+        or any(map(keyword.iskeyword, (first, *others)))
         or re.sub(r"\W+", "_", name).lower() in NAMES_IN_CODE
         or first in SET_BY_TORCH
         or GRAPH.fullmatch(first)
@@ -263,13 +282,13 @@ def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:
 
 
 def _is_harmless_operator(target: str) -> bool:
-    """Whether a name is that of an operator that torch has and that touches no files."""
+    """Whether a name is that of an operator that torch has, that touches no files and checks its indices."""
     of_aten = OF_ATEN.fullmatch(target)
     if of_aten is None:
         return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))
     name, overload = of_aten[1], "" if of_aten[2] == "default" else of_aten[2]
     overloads = torch._C._jit_get_operation(f"aten::{name}")[1] or ()
-    return name not in FILE_OPERATORS and overload in overloads
+    return is_harmless_operator(name) and overload in overloads
 
 
 def _are_plain_containers(spec: dict[str, Any]) -> bool:

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_safetensors
 from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
-from defuse_core.models.program_inspection import expect_harmless_program
+from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
 from defuse_core.models.script_inspection import expect_harmless_script
 
 OTHER_WAY = (
@@ -86,7 +87,7 @@ def program_kind(data: bytes) -> str | None:
     """Return "torchscript" for the bytes of such an archive, "torch.export" for those of a program, else None."""
     try:
         listed = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except (zipfile.BadZipFile, ValueError):
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # the last of newer versions of zip
         return None
     names = {name.partition("/")[2] or name for name in listed}
     if "models/model.json" in names or "serialized_exported_program.json" in names:
@@ -238,38 +239,89 @@ def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None
         )
 
 
-REMOTE_CODE = "auto_map"  # of config.json: Python files beside the weights, which are never run
+PLAIN_TEXTS = {  # of config.json, by key, at any depth
+    "_out_features", "act_layer", "activation_function", "architecture", "architectures", "down_ops", "dtype",
+    "finetuning_task", "global_padding", "global_pool", "hidden_act", "hidden_activation", "layer_type", "layer_types",
+    "model_type", "norm_layer", "out_features", "pooler_act", "pooling_type", "problem_type", "qkv_projection_method",
+    "rope_type", "stage_names", "stem_act_func", "torch_dtype", "transformers_version",
+}  # fmt: skip
+LABELS = {
+    "_name_or_path",
+    "id2label",
+    "label2id",
+    "label_descriptions",
+    "label_names",
+}  # texts that are shown at most
 
 
 def open_transformers(folder: Path) -> SelfContainedClassifier:
     """Return the AutoModelForImageClassification in a local folder: config.json and .safetensors files. No download.
 
-    Raises ModelError where transformers is not installed, or the folder holds anything that would be unpickled or run.
+    transformers gets what these files hold, not the folder. Raises ModelError where transformers is not installed, or
+    config.json could name other files, downloads or code.
     """
-    source = _read_config(folder)
-    if not list(folder.glob("*.safetensors")):
+    try:
+        source = (folder / "config.json").read_bytes()
+    except OSError as error:
         raise ModelError(
-            f"{folder}: expected weights in .safetensors files, found none; save the model with "
+            f"{folder}: expected a folder written by save_pretrained, with a readable config.json"
+        ) from error
+    files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{folder}: expected weights in model.safetensors, or in its parts, found none; save the model with "
             "save_pretrained(folder, safe_serialization=True)"
         )
-    auto = _transformers().AutoModelForImageClassification
     try:
-        net: nn.Module = auto.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
+        weights = {
+            name: tensor for file in files for name, tensor in load_safetensors(file.read_bytes()).items()
+        }
+        untrained: Any = transformers_from(source, str(folder)).net
+        net: nn.Module = type(untrained).from_pretrained(
+            None, config=untrained.config, state_dict=weights, dtype="float32"
         )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"{folder}: transformers cannot load it ({one_line(error)})") from error
     return SelfContainedClassifier(net, source)
 
 
-def transformers_from(source: bytes) -> SelfContainedClassifier:
-    """Return the untrained network that the bytes of a config.json describe."""
+def transformers_from(source: bytes, where: str) -> SelfContainedClassifier:
+    """Return the untrained network that the bytes of a config.json describe. Raises ModelError naming `where`."""
+    _expect_harmless_config(source, where)
     library = _transformers()
-    with tempfile.TemporaryDirectory() as folder:  # AutoConfig reads folders as open_transformers does
+    with tempfile.TemporaryDirectory() as folder:  # AutoConfig reads nothing but folders
         Path(folder, "config.json").write_bytes(source)
         made = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     net: nn.Module = library.AutoModelForImageClassification.from_config(made, trust_remote_code=False)
     return SelfContainedClassifier(net.float(), source)
+
+
+def _expect_harmless_config(source: bytes, where: str) -> None:
+    """Raise ModelError for a text in a config.json that transformers or timm could take for a file, address or code."""
+    config = json.loads(source)
+    for key, text in _texts(
+        {**config, "pretrained_cfg": None}
+    ):  # of timm, which describes weights, and is not used
+        if key not in PLAIN_TEXTS or not PLAIN.fullmatch(text):
+            raise ModelError(
+                f"{where}: its config.json has {text[:80]!r} for {key}, which could name a file, a download or code, "
+                "so it is not loaded; remove that entry, or use classifier.architecture: custom with an import path"
+            )
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, text) for every text in a tree of JSON, but labels."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if name not in LABELS:
+                yield from _texts(value, name)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value, key)
+    elif isinstance(tree, str):
+        yield key, tree
 
 
 def class_names_of(classifier: nn.Module) -> tuple[str, ...] | None:
@@ -300,22 +352,6 @@ def open_timm(name: str, classes: int, channels: int) -> nn.Module:
             f"classifier.timm_model: timm cannot make {name} ({one_line(error)}); see timm.list_models()"
         ) from error
     return net
-
-
-def _read_config(folder: Path) -> bytes:
-    try:
-        source = (folder / "config.json").read_bytes()
-        config = json.loads(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: expected a folder written by save_pretrained, with a readable config.json"
-        ) from error
-    if REMOTE_CODE in config:
-        raise ModelError(
-            f"{folder}: its config.json asks to run Python files of the folder ({REMOTE_CODE}), and none is run; "
-            "use classifier.architecture: custom with an import path of your own"
-        )
-    return source
 
 
 def _transformers() -> Any:

@@ -3,7 +3,8 @@
 `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
 (`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs some
 of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names in its
-code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files.
+code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files. Some others
+trust indices that they get, and so write anywhere: those that torch alone calls, those of gradients and sparse tensors.
 """
 
 from __future__ import annotations
@@ -12,9 +13,23 @@ import pickletools
 import re
 from typing import Any
 
+import torch
+
 from defuse_core.errors import ModelError
 
 FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
+UNCHECKED_OPERATORS = re.compile(r"\w*sparse\w*|\w+_backward(_\w+)?|segment_reduce|ctc_loss", re.ASCII)
+INTERNAL_OPERATORS = re.compile(  # those that networks have all the same
+    r"__\w+|_(adaptive_avg_pool[23]d|aminmax|assert_\w+|autocast_to_\w+|batch_norm_\w+|cast_\w+|cdist_forward|conj\w*"
+    r"|conv(olution(_mode)?|_depthwise2d)|dim_arange|embedding_bag(_forward_only)?|euclidean_dist|fft_\w+|functional_\w+"
+    r"|fused_(dropout|rms_norm)|get_tracing_state|infer_size|is_a(ll|ny)_true|linalg_\w+|list_to_tensor"
+    r"|local_scalar_dense|(log_|safe_|masked_)?softmax|logcumsumexp|native_\w+|neg_view|nested_tensor_from_mask\w*"
+    r"|no_grad_\w+|pack_\w+|pad_\w+|pdist_forward|prelu_kernel|reshape_from_tensor|scaled_dot_product_\w+|set_item"
+    r"|shape_as_tensor|size_if_not_equal|slow_conv2d_forward|stack|tensor_to_list|thnn_fused_\w+|to_copy"
+    r"|transform(er_encoder_layer_fwd|_bias_rescale_qkv)|trilinear|unique2?|unsafe_(masked_)?index|unsafe_view"
+    r"|unwrap_optional|upsample_\w+|weight_norm(_interface)?)",
+    re.ASCII,
+)
 FILES_OF_SCRIPT = re.compile(
     r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
     r"|extra/.*",
@@ -35,9 +50,21 @@ OPERATIONS_OF_PICKLES = re.compile(
     r"PROTO|GLOBAL|EMPTY_(TUPLE|LIST|DICT)|MARK|SETITEMS?|APPENDS?|TUPLE[123]?|REDUCE|BUILD|NEWOBJ|(LONG_)?BIN(PUT|GET)"
     r"|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|NEW(TRUE|FALSE)|NONE|BINPERSID|STOP"
 )
-CLASS_IN_PICKLE = re.compile(r"[\w.]+ [\w.]+", re.ASCII)  # module and name
+CLASS_IN_PICKLE = re.compile(  # module and name; no tensors that are sparse or quantized
+    r"__torch__(\.\w+)* \w+|builtins complex|collections OrderedDict|torch (device|(?!Q)\w+Storage)"
+    r"|torch\._utils _rebuild_tensor_v2|torch\.jit\._pickle \w+",
+    re.ASCII,
+)
 CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
 COMMENT = re.compile(r"#.*")  # torch drops it, too
+
+
+def is_harmless_operator(name: str) -> bool:
+    """Whether a name is no operator of aten, or one that touches no files and checks the indices that it gets."""
+    is_internal = name.startswith("_") and not INTERNAL_OPERATORS.fullmatch(name)
+    if is_internal or UNCHECKED_OPERATORS.fullmatch(name):
+        return not torch._C._jit_get_operation(f"aten::{name}")[1]
+    return name not in FILE_OPERATORS
 
 
 def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
@@ -90,14 +117,26 @@ def _expect_harmless_code(code: str, where: str) -> None:
         if match["unknown"] or (match["text"] and at and found[at - 1]["text"]):
             raise ModelError(
                 f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
-                "save it again, or export the network with torch.export.save"
+                "save it again, with names of layers in letters from a to z"
             )
         is_class = (token == "classes" and tokens[max(at - 2, 0) : at] == ["torch", "."]) or (
             match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
         )
-        if is_class or token.strip("\"'") in (*FILE_OPERATORS, "__setstate__"):
+        name, follows_dot = token.strip("\"'"), tokens[at - 1 : at] == ["."]
+        if (
+            is_class
+            or name in (*FILE_OPERATORS, "__setstate__")
+            or ((match["text"] or follows_dot) and not is_harmless_operator(name))
+        ):
             raise _refusal(where, token)
-        is_field = tokens[at - 1 : at] == ["."] or after[:1] == [":"]
+        if (
+            token == "layout"
+            and tokens[at - 1 : at] in (["("], [","])
+            and after[:1] == ["="]
+            and (after[1:2] not in (["0"], ["None"]) or after[2:3] not in ([")"], [","]))
+        ):
+            raise _refusal(where, "".join([token, *after[:2]]))
+        is_field = follows_dot or after[:1] == [":"]
         is_library = token == "ops" and not is_field
         if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):
             raise _refusal(where, "".join([token, *after]))
@@ -110,6 +149,7 @@ def _expect_harmless_code(code: str, where: str) -> None:
 
 def _refusal(where: str, found: str) -> ModelError:
     return ModelError(
-        f"{where}: its code uses {found}, which can touch files or run at loading, so it is not loaded; rename a layer "
-        "or attribute of that name, export the network with torch.export.save, or use architecture: custom"
+        f"{where}: its code uses {found}, which can touch files, write outside of tensors or run at loading, so it is "
+        "not loaded; rename a layer or attribute of that name, save it without sparse or quantized tensors and without "
+        "torch.jit.optimize_for_inference, or use architecture: custom"
     )

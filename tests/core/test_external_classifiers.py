@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -25,7 +24,7 @@ from defuse_core.models import (
     set_weights,
     weights_of,
 )
-from defuse_core.models.programs import load_program, open_transformers
+from defuse_core.models.programs import load_program
 from defuse_core.pipeline import run_defuse
 from defuse_core.protocols import silent
 from defuse_core.runs import Run
@@ -290,12 +289,23 @@ def test_a_mask_of_infinities_is_no_broken_weight():
         (trained, "found pickled Python objects, which are never loaded"),
         (lambda: {"epoch": 3}, "expected a state dict of tensors"),
         (lambda: [torch.zeros(1)], "expected a state dict of tensors"),
+        (lambda: {"w": torch.eye(3).to_sparse()}, "expected a state dict of tensors, dense"),
+        (lambda: {"w": torch.rand(3, device="meta")}, "expected a state dict of tensors, dense"),
+        (lambda: {"w": torch.zeros(1, dtype=torch.float16).expand(10**11)}, "more numbers than the file"),
     ],
 )
 def test_a_file_without_a_state_dict_is_refused(value, line, tmp_path):
     torch.save(value(), tmp_path / "odd.pt")
     with pytest.raises(ModelError, match=line):
         read_weights(tmp_path / "odd.pt")
+
+
+def test_a_zip_archive_of_a_version_that_python_cannot_read_is_refused(tmp_path):
+    torch.save(trained().state_dict(), tmp_path / "net.pt")
+    data = bytearray((tmp_path / "net.pt").read_bytes())
+    data[data.find(b"PK\x01\x02") + 6] = 200
+    with pytest.raises(ModelError, match="found neither"):
+        load_program(bytes(data), "net.pt")
 
 
 def test_a_program_in_place_of_a_state_dict_names_the_setting(tmp_path):
@@ -307,48 +317,6 @@ def test_a_program_in_place_of_a_state_dict_names_the_setting(tmp_path):
 def test_programs_and_folders_need_their_file(architecture):
     with pytest.raises(RunFileError, match=f"{architecture} needs classifier.weights"):
         tiny(classifier={"architecture": architecture})
-
-
-def save_vit(folder: Path, names: dict[int, str] | None = None) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
-        num_channels=1, num_labels=10, **({"id2label": names} if names else {}),
-    )  # fmt: skip
-    transformers.ViTForImageClassification(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_folder_of_transformers_answers_as_the_library_does_and_needs_no_file_afterwards(tmp_path, caplog):
-    caplog.set_level("INFO")
-    folder = save_vit(tmp_path / "vit", {i: str(9 - i) for i in range(10)})
-    spec = tiny(
-        classifier={"architecture": "transformers", "weights": str(folder), "epochs": 0}, vae={"epochs": 1}
-    )
-    models = train(spec, progress=silent)
-    assert "the classifier returns more than logits; used: .logits" in caplog.text
-    original = open_transformers(folder).eval()
-    for file in folder.iterdir():
-        file.unlink()
-    images = digits()
-    batch = torch.from_numpy(images.batch(slice(0, 50)))
-    ours = load_classifier(spec, models.classifier, 10)(batch)
-    torch.testing.assert_close(ours, original(batch).logits)
-
-
-def test_a_folder_of_transformers_never_runs_code_or_unpickles(tmp_path):
-    folder = save_vit(tmp_path / "vit")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.Config"}}))
-    with pytest.raises(ModelError, match="asks to run Python files"):
-        open_transformers(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"expected weights in \.safetensors files, found none"):
-        open_transformers(folder)
-    with pytest.raises(ModelError, match=r"with a readable config\.json"):
-        open_transformers(tmp_path / "nowhere")
 
 
 def test_a_model_of_timm_is_made_by_name_with_local_weights(tmp_path):

@@ -20,36 +20,11 @@ from defuse_core.errors import ModelError
 from defuse_core.models import is_same_program, load_pretrained, probe_classifier
 from defuse_core.models.adapters import adapt, with_stated_range
 from defuse_core.models.architectures import import_module
-from defuse_core.models.programs import (
-    copy_for_inference,
-    load_program,
-    open_transformers,
-    program_of,
-    transformers_from,
-)
+from defuse_core.models.programs import copy_for_inference, load_program, program_of
 from tests.own_classifiers import Net, digits, trained
 
 HERE = "tests.core.test_own_networks"
 CUSTOM = ClassifierSection(architecture="custom", import_path="a:b")
-
-
-@pytest.mark.parametrize("saved_by", ["timm", "transformers"])
-def test_a_folder_of_timms_is_rebuilt_from_its_configuration_as_it_was_opened(saved_by, tmp_path):
-    timm, _ = pytest.importorskip("timm"), pytest.importorskip("transformers")
-    net = timm.create_model("resnet10t", num_classes=5)
-    timm.models._hub.save_for_hf(net, tmp_path / "timm", safe_serialization=True)
-    config = json.loads((tmp_path / "timm/config.json").read_text())
-    config.pop("model_args", None)
-    (tmp_path / "timm/config.json").write_text(json.dumps(config))
-    opened = open_transformers(tmp_path / "timm")
-    if saved_by == "transformers":
-        opened.net.save_pretrained(tmp_path / "again")
-        opened = open_transformers(tmp_path / "again")
-    rebuilt = transformers_from(opened.source.numpy().tobytes())
-    shapes = [
-        {name: tensor.shape for name, tensor in each.state_dict().items()} for each in (opened, rebuilt)
-    ]
-    assert shapes[0] == shapes[1]
 
 
 Output = collections.namedtuple("Output", "logits features")

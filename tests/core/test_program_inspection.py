@@ -119,6 +119,24 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
             first_node(target="torch.ops.aten.save.default"),
         ),
         refused(
+            "an operator that does not check its indices",
+            "calls torch.ops.aten._sparse_coo_tensor_unsafe.default, ",
+            first_node(target="torch.ops.aten._sparse_coo_tensor_unsafe.default"),
+        ),
+        refused(
+            "a sparse tensor",
+            "gives torch.ops.aten.zeros.default a layout, ",
+            first_node(
+                target="torch.ops.aten.zeros.default",
+                inputs=[{"name": "layout", "arg": {"as_layout": 1}, "kind": 2}],
+            ),
+        ),
+        refused(
+            "a number up to which torch counts",
+            "holds the expression 'u9999999999', ",
+            lambda program: program["range_constraints"].update(u9999999999={"min_val": 0, "max_val": 9}),
+        ),
+        refused(
             "an attribute of all operators",
             "calls torch.ops.aten.__dir__.__call__, ",
             first_node(target="torch.ops.aten.__dir__.__call__"),
@@ -132,6 +150,11 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
             "a graph that another operator gets",
             VALUE,
             first_node(inputs=[{"arg": {"as_graph": {"name": "backward"}}}]),
+        ),
+        refused(
+            "a graph of which nothing is used, which torch cannot read",
+            "has a block with torch.no_grad()",
+            lambda program: wrapper(program).update(outputs=[]),
         ),
         refused("a graph by keyword", VALUE, lambda program: wrapper(program)["inputs"][1].update(kind=2)),
         refused(
@@ -308,6 +331,7 @@ def test_sample_inputs_are_tensors_in_plain_containers_with_plain_keys(
         "_operator",
         "-operator",
         "parts.__deepcopy__",
+        "parts.class.weight",
         "meta.weight",
         "_guards_fn",
         "submod_1.weight",

@@ -98,6 +98,14 @@ def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]
         "other : Optional[torch.classes.quantized.X] = None",
         'other : Optional["torch .\\nclasses.quantized.X"] = None',
         "other = (__torch__)",
+        "other = torch.sparse_coo_tensor(images, images, [64])",
+        "other = torch._sparse_coo_tensor_unsafe(images, images, [64])",
+        'other = getattr(images, "_indices")()',
+        "other = torch._reshape_alias(images, [4000000], [1])",
+        'other = torch.segment_reduce(images, "sum", unsafe=True)',
+        "other = torch.max_pool2d_with_indices_backward(images, images, [2], [2], [0], [1], False, images)",
+        "other = torch.empty([3, 4], layout=2)",
+        "other = torch.empty([3, 4], layout=0 + 2)",
     ],
 )
 def test_torchscript_that_could_touch_files_is_refused_unread(call, tmp_path, monkeypatch):
@@ -127,6 +135,8 @@ def test_default_values_of_torchscript_which_run_at_loading_are_inspected_too():
         b'ctorch.jit._pickle\nrestore_type_tag\nX\x0e\x00\x00\x00"tor" "ch.cla"',
         b"X\x2e\x00\x00\x00Dict[str, torch #x\n.classes.aten.OpaqueObject]",
         b"i__torch__\nX\n",
+        b"ctorch._utils\n_rebuild_sparse_tensor\n",  # which does not check the indices
+        b"ctorch\nQInt8Storage\n",
     ],
 )
 def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused(added, monkeypatch):
@@ -139,6 +149,25 @@ def test_a_class_of_torchs_library_in_the_pickle_alone_is_refused(added, monkeyp
         ModelError, match=r"net\.pt: archive|net\.pt: data\.pkl( holds (INST|the text)|: its code uses)"
     ):
         load_program(packed(entries), "net.pt")
+
+
+class WithHarmlessNames(nn.Module):
+    """Has names of refused operators, and makes dense tensors of the usual layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backward = self.fc_backward = nn.Linear(4, 4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        _indices = torch.zeros(3, dtype=torch.long, layout=torch.strided)
+        logits: torch.Tensor = self.fc_backward(self.backward(self.encoder(images.mean(2))))
+        return nn.functional.embedding(_indices, logits[0], sparse=False) + logits.sum((0, 1))
+
+
+def test_names_of_refused_operators_are_no_operators():
+    net, images = WithHarmlessNames().eval(), torch.rand(2, 2, 3, 4)
+    torch.testing.assert_close(load_program(scripted(net), "net.pt")(images), net(images))
 
 
 class WithClassNames(nn.Module):
