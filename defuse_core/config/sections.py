@@ -179,8 +179,7 @@ class DistillSection(Section):
     """Ψ is sampled down to so many codes, without replacement. null fits all of Ψ, on all workers, from the fit to a
     sample of 50,000; with engine torch. Paper: 50,000."""
     max_components: int = Field(100, ge=1)
-    """K, the most components. Cells share it by their weight: each gets one at least, and no more than weigh 2 ε on
-    average, since lighter ones would be dropped. Paper: 100."""
+    """K, the most components; cells share it, each with one at least and with none under 2 ε on average. Paper: 100."""
     min_weight: float = Field(0.01, ge=0, lt=1)
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
