@@ -47,8 +47,9 @@ OTHER_TOKEN = (
 CANNOT_JOIN = ("Version mismatch", "No node info found", "This node has an IP address")
 MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or GPU (section resources)"
 INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
-LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)  # Ray's list of it
-NODE = re.compile(r"(?:\t|pid=\d+, )ip(?:: |=)([^\s,)]+)")  # its address in Ray's texts
+# in Ray's texts: the lines about a lost actor before the cause, and the address of a node
+LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)
+NODE = re.compile(r"(?:\t|pid=\d+, )ip(?:: |=)([^\s,)]+)")
 
 
 def connect(address: str | None, cpus: int = 0) -> bool:

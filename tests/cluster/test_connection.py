@@ -74,7 +74,8 @@ def test_a_cluster_that_answers_and_cannot_be_joined_from_here_is_a_wrong_settin
     monkeypatch.setattr("cluster.connection.connection_error", lambda *_: None)
     monkeypatch.setattr("cluster.connection.ray.init", refused)
     with pytest.raises(
-        InputError, match=rf"^this process cannot join the cluster at head:6379 .*{text[:16]}.* `defuse submit`$"
+        InputError,
+        match=rf"^this process cannot join the cluster at head:6379 .*{text[:16]}.* `defuse submit`$",
     ):
         connect("head:6379")
 
@@ -176,7 +177,7 @@ def test_a_worker_that_died_is_explained_by_its_node_and_the_cause() -> None:
 
 
 def test_a_node_without_the_code_is_named_for_tasks_and_workers() -> None:
-    text = "Traceback (most recent call last):\n  File \"a.py\", line 1\n"
+    text = 'Traceback (most recent call last):\n  File "a.py", line 1\n'
     cause = ModuleNotFoundError("No module named 'cluster'")
     failed = RayTaskError("W", f"{text}ModuleNotFoundError: {cause}", cause, "ray::W", 3, "10.0.0.7")
     install = "install it on every node, or use `defuse submit`, which uploads it"
