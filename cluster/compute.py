@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
-LOST_NODES = 10  # that images or parts are loaded again after, and calls repeated, within one step
+LOST_NODES = 10  # that a task is repeated after, and images or parts are loaded again, within one step
 
 
 class RayCompute:
@@ -235,8 +235,7 @@ class RayCompute:
         All workers of a node share a copy. One that is lost with its node is made again, and as that takes no CPU, it
         waits for no worker that waits for it.
         """
-        options = {"num_cpus": 0, "num_gpus": 0, "max_retries": LOST_NODES, **on_nodes_with_cpus()}
-        done, images = self._start(step, function, *args, **options)
+        done, images = self._start(step, function, *args, num_cpus=0, num_gpus=0, **on_nodes_with_cpus())
         self._wait(step, done)
         return images
 
@@ -263,7 +262,8 @@ class RayCompute:
         `task` is its number among those of the same function that are started together.
         """
         listener, resources = self._join_cluster(), task_resources(self.spec.resources)
-        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
+        options = {"name": step, "num_returns": 2, "max_retries": LOST_NODES, **resources.options()} | options
+        remote = ray.remote(_in_worker).options(**options)
         done, result = remote.remote(step, task, function, self.profile, listener.actor, *args)
         return done, result
 

@@ -163,8 +163,10 @@ def fitting(node: WorkerResources, worker: WorkerResources) -> int:
 
 
 def expect_worker_room(section: ResourcesSection) -> None:
-    """Raise RunFileError where the cluster has no room for resources.workers, or for one."""
+    """Raise RunFileError where the cluster has no room for resources.workers, or for one; warn of GPUs left idle."""
     worker = worker_resources(section)
+    if worker.gpus > 1:
+        log.warning("a worker computes on one GPU, not on %g: set resources.gpus_per_worker=1", worker.gpus)
     room, wanted = capacity(worker), section.workers
     if room == 0 or (wanted != "auto" and wanted > room):
         found = nodes()

@@ -84,6 +84,17 @@ def test_more_workers_than_the_nodes_have_room_for_are_refused(monkeypatch: pyte
         expect_worker_room(ResourcesSection(workers=6))
 
 
+def test_gpus_that_a_worker_leaves_idle_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster_of(monkeypatch, (8, 8, True))
+    for gpus in 0.5, 1, 2:
+        expect_worker_room(ResourcesSection(gpus_per_worker=gpus))
+    assert caplog.messages == [
+        "a worker computes on one GPU, not on 2: set resources.gpus_per_worker=1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("node", "worker", "workers"),
     [((2.1, 0), (0.7, 0), 3), ((0.3, 0), (0.1, 0), 3), ((98, 1), (1, 1 / 49), 49)],

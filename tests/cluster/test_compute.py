@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray._private.ray_constants import DEFAULT_TASK_MAX_RETRIES
 
 from cluster.compute import RayCompute, on_ray
 from cluster.connection import require_absolute_paths
@@ -21,7 +22,7 @@ from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, wait_for_the_end_of
 from tests.cluster.fakes import (
     counting,
-    dying_once,
+    dying,
     failing,
     held_by_rows,
     held_cpus,
@@ -152,9 +153,12 @@ def test_an_error_of_one_of_several_tasks_ends_the_others(tiny_spec: RunFile, tm
         wait_for_the_end_of({int(pid.read_text())})
 
 
-def test_a_task_whose_process_is_killed_is_run_again(tiny_spec: RunFile, tmp_path: Path) -> None:
+def test_a_task_whose_process_is_killed_is_run_again_more_often_than_ray_does(
+    tiny_spec: RunFile, tmp_path: Path
+) -> None:
+    times = DEFAULT_TASK_MAX_RETRIES + 1
     with RayCompute(None, tiny_spec) as compute:
-        assert compute.task("train", dying_once, tmp_path / "marker") == "alive"
+        assert compute.task("train", dying, tmp_path / "tally", times) == "alive"
 
 
 @pytest.mark.parametrize(
