@@ -289,6 +289,11 @@ def held_by_rows(rows: range, *, progress: Progress) -> list[float]:
     return [held_cpus(progress=progress) for _ in rows]
 
 
+def pid_by_rows(rows: range, *, progress: Progress) -> list[int]:
+    """Return for each of the rows the process of their task."""
+    return [os.getpid() for _ in rows]
+
+
 def vae_size(models: Models, number: int, *, progress: Progress) -> tuple[int, int]:
     """Return `number` and the number of the β-VAE's weights."""
     return number, sum(array.size for array in models.vae.values())
