@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
 from defuse_core.protocols import Call, map_in_tasks
-from defuse_core.runs import Run
+from defuse_core.runs import Run, versions
 from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, wait_for_the_end_of
 from tests.cluster.fakes import (
@@ -70,6 +72,20 @@ def test_a_task_passes_on_its_progress_its_log_and_its_result(tiny_spec: RunFile
         assert compute.task("review", shouting, "help") == "HELP"
     assert told[-1] == ("shouting", 3, 3, "letters")
     assert "shouted help" in lines.lines
+
+
+def test_a_node_with_another_defuse_is_warned_of_once(
+    tiny_spec: RunFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = versions()
+    monkeypatch.setattr(
+        "cluster.progress.versions", lambda: there | {"defuse": "0+1a2b", "platform": "other"}
+    )
+    with RayCompute(None, tiny_spec) as compute:
+        for _ in range(2):
+            compute.task("review", shouting, "help")
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.match(rf"\S+ has defuse {re.escape(there['defuse'])}, and this process 0\+1a2b: ", line)
 
 
 def test_tasks_that_share_an_activity_show_what_all_of_them_have_done(tiny_spec: RunFile) -> None:
