@@ -58,6 +58,19 @@ def test_what_is_no_address_at_all_is_one_line() -> None:
         connect("head")
 
 
+def test_a_process_that_has_joined_another_ray_is_told_that_it_computes_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    joined = SimpleNamespace(gcs_address="10.0.0.9:6379")
+    monkeypatch.setattr("cluster.connection.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("cluster.connection.ray.get_runtime_context", lambda: joined)
+    for address in None, "auto", "10.0.0.9:6379", "head:6379":
+        assert not connect(address)
+    assert caplog.messages == [
+        "this process has joined the Ray at 10.0.0.9:6379: computing there, not at head:6379"
+    ]
+
+
 @pytest.mark.parametrize(
     "text",
     [
