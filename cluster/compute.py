@@ -331,6 +331,7 @@ class RayPartitions:
             "name": step,
             "num_cpus": section.cpus_per_worker,
             "num_gpus": 0,
+            "num_returns": 2,
             "max_retries": LOST_NODES,
             **on_nodes_with_cpus(),
         }
@@ -348,22 +349,25 @@ class RayPartitions:
             raise as_defuse_error(error, self.step) from error
 
     def _wait(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Start the calls, so many at once as there are workers, and return their references once all have ended.
+        """Start the calls, so many at once as there are workers, and return references to their results at the end.
 
-        What runs is cancelled where this is interrupted.
+        Raises the first error. What runs is cancelled then, and where this is interrupted.
         """
         references: list[Any] = []
         running: list[Any] = []
         try:
             for call in calls:
-                references.append(call())
-                running.append(references[-1])
+                done, result = call()
+                references.append(result)
+                running.append(done)
                 if len(running) >= 2 * self.at_once:
                     running = self._still_running(running)
             while running:
                 running = self._still_running(running)
-        except BaseException:
+        except BaseException as error:
             cancel_all(running)
+            if isinstance(error, RayError):
+                raise as_defuse_error(error, self.step) from error
             raise
         return references
 
@@ -372,7 +376,8 @@ class RayPartitions:
         while True:
             self.require_lock()
             self.listener.poll()
-            ended, left = ray.wait(running, timeout=POLL_EVERY_S, fetch_local=False)
+            ended, left = ray.wait(running, timeout=POLL_EVERY_S)
+            ray.get(ended)
             self.has_run = self.has_run or bool(ended)
             self.monitor.check(self.has_run)
             if ended:
@@ -383,6 +388,6 @@ def _copied(value: T) -> T:
     return value
 
 
-def _on_part(function: Callable[..., T], *args: object) -> T:
+def _on_part(function: Callable[..., T], *args: object) -> tuple[None, T]:
     hide_other_gpus()
-    return function(*args)
+    return None, function(*args)
