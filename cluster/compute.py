@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -19,13 +18,12 @@ from ray.exceptions import RayError
 
 from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
-from cluster.progress import ProgressListener, reporting
+from cluster.progress import ProgressListener
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
     CapacityMonitor,
     WorkerResources,
     capacity,
-    claim_devices,
     expect_training_room,
     expect_worker_room,
     hide_other_gpus,
@@ -36,6 +34,7 @@ from cluster.resources import (
     wait_for_nodes,
     worker_resources,
 )
+from cluster.tasks import calls_by_task, in_worker, shared_arguments
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep
@@ -47,7 +46,7 @@ from defuse_core.identify import (
     shard_fingerprint,
 )
 from defuse_core.local import UNTRACED, Profile
-from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
+from defuse_core.protocols import Call, Progress, SweepRequest, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.trials import finished_trials
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
-LOST_NODES = 10  # that images or parts are loaded again after, and calls repeated, within one step
+LOST_NODES = 10  # that a task is repeated after, and images or parts are loaded again, within one step
 
 
 class RayCompute:
@@ -101,15 +100,14 @@ class RayCompute:
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
-        shared = _shared_arguments(calls)
-        started = []
-        for task, call in numbered(calls):
-            args = [shared.get(id(each), each) for each in call.args]
-            options = {"num_cpus": 1} if call.one_thread else {}
-            started.append(self._start(step, call.function, *args, task=task, **options))
-        self._wait(step, *(done for done, _ in started))
+        shared, started = shared_arguments(calls), []
+        for numbers, some in calls_by_task(calls, task_resources(self.spec.resources)):
+            args = [shared.get(id(each), each) for call in some for each in call.args]
+            options = {"num_cpus": 1} if some[0].one_thread else {}
+            started.append(self._start(step, some[0].function, *args, numbers=numbers, **options))
+        self._wait(step, *(done for done, *_ in started))
         try:
-            return ray.get([result for _, result in started])
+            return ray.get([result for _, *results in started for result in results])
         except RayError as error:  # a result whose node was lost, and that could not be made again
             raise as_defuse_error(error, step) from error
 
@@ -209,7 +207,7 @@ class RayCompute:
         for number, (source, each) in enumerate(zip(sources, requests, strict=True)):
             if source not in drawn:
                 args = each.spec, models, each.fixes, each.reviewed
-                drawn[source] = self._start("correct", decode_scenario_images, *args, task=number)
+                drawn[source] = self._start("correct", decode_scenario_images, *args, numbers=(number,))
         shared: dict[object, Any] = {}
         clean = []
         for each in requests:
@@ -233,8 +231,7 @@ class RayCompute:
         All workers of a node share a copy. One that is lost with its node is made again, and as that takes no CPU, it
         waits for no worker that waits for it.
         """
-        options = {"num_cpus": 0, "num_gpus": 0, "max_retries": LOST_NODES, **on_nodes_with_cpus()}
-        done, images = self._start(step, function, *args, **options)
+        done, images = self._start(step, function, *args, num_cpus=0, num_gpus=0, **on_nodes_with_cpus())
         self._wait(step, done)
         return images
 
@@ -254,16 +251,24 @@ class RayCompute:
         return self.listener
 
     def _start(
-        self, step: str, function: Callable[..., Any], *args: object, task: int = 0, **options: Any
-    ) -> tuple[Any, Any]:
-        """Start a task; return one reference that is ready when the task has ended, and one to its result.
+        self,
+        step: str,
+        function: Callable[..., Any],
+        *args: object,
+        numbers: Sequence[int] = (0,),
+        **options: Any,
+    ) -> list[Any]:
+        """Start a task; return a reference that is ready when it has ended, and one to the result of each of its calls.
 
-        `task` is its number among those of the same function that are started together.
+        `numbers` are those of its calls among those of the same function that are started together; `args` are the
+        arguments of one call after the other. A process that had a GPU ends with its task: it would keep memory of the
+        GPU, and compute on the same one when it is granted another.
         """
         listener, resources = self._join_cluster(), task_resources(self.spec.resources)
-        remote = ray.remote(_in_worker).options(name=step, num_returns=2, **resources.options() | options)
-        done, result = remote.remote(step, task, function, self.profile, listener.actor, *args)
-        return done, result
+        options = {"name": step, "max_retries": LOST_NODES, **resources.options()} | options
+        remote = ray.remote(max_calls=1 if options["num_gpus"] else 0)(in_worker)
+        started = remote.options(num_returns=1 + len(numbers), **options)
+        return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
 
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
@@ -323,6 +328,7 @@ class RayPartitions:
             "name": step,
             "num_cpus": section.cpus_per_worker,
             "num_gpus": 0,
+            "num_returns": 2,
             "max_retries": LOST_NODES,
             **on_nodes_with_cpus(),
         }
@@ -340,22 +346,25 @@ class RayPartitions:
             raise as_defuse_error(error, self.step) from error
 
     def _wait(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Start the calls, so many at once as there are workers, and return their references once all have ended.
+        """Start the calls, so many at once as there are workers, and return references to their results at the end.
 
-        What runs is cancelled where this is interrupted.
+        Raises the first error. What runs is cancelled then, and where this is interrupted.
         """
         references: list[Any] = []
         running: list[Any] = []
         try:
             for call in calls:
-                references.append(call())
-                running.append(references[-1])
+                done, result = call()
+                references.append(result)
+                running.append(done)
                 if len(running) >= 2 * self.at_once:
                     running = self._still_running(running)
             while running:
                 running = self._still_running(running)
-        except BaseException:
+        except BaseException as error:
             cancel_all(running)
+            if isinstance(error, RayError):
+                raise as_defuse_error(error, self.step) from error
             raise
         return references
 
@@ -364,34 +373,18 @@ class RayPartitions:
         while True:
             self.require_lock()
             self.listener.poll()
-            ended, left = ray.wait(running, timeout=POLL_EVERY_S, fetch_local=False)
+            ended, left = ray.wait(running, timeout=POLL_EVERY_S)
+            ray.get(ended)
             self.has_run = self.has_run or bool(ended)
             self.monitor.check(self.has_run)
             if ended:
                 return list(left)
 
 
-def _shared_arguments(calls: Sequence[Call[Any]]) -> dict[int, Any]:
-    """Return references to the artefacts that several calls take, by id: each is stored once."""
-    artefacts = [each for call in calls for each in call.args if is_dataclass(each)]
-    counts = Counter(map(id, artefacts))
-    shared = {id(each): each for each in artefacts if counts[id(each)] > 1}
-    return {name: ray.put(each) for name, each in shared.items()}
-
-
 def _copied(value: T) -> T:
     return value
 
 
-def _in_worker(
-    step: str, task: int, function: Callable[..., T], profile: Profile, progress_actor: Any, *args: object
-) -> tuple[None, T]:
-    """Call the function in this worker, with the devices that Ray gave it; its reports go to the driver's actor."""
-    with reporting(progress_actor, task) as progress:
-        log.debug("%s: in %s", step, claim_devices(step))
-        return None, profile.call(step, function, *args, progress=progress, task=task)
-
-
-def _on_part(function: Callable[..., T], *args: object) -> T:
+def _on_part(function: Callable[..., T], *args: object) -> tuple[None, T]:
     hide_other_gpus()
-    return function(*args)
+    return None, function(*args)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import (
+    ActorDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from cluster.ray_compat import (
     MAX_TEMPORARY_FOLDER,
@@ -35,7 +43,13 @@ OTHER_TOKEN = (
     "requires another token than this process has: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
     "(`ray get-auth-token` on its head shows it)"
 )
+# of the RuntimeErrors of ray.init where a cluster answers
+CANNOT_JOIN = ("Version mismatch", "No node info found", "This node has an IP address")
 MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or GPU (section resources)"
+INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
+# in Ray's texts: the lines about a lost actor before the cause, and the address of a node
+LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)
+NODE = re.compile(r"(?:\t|pid=\d+, )ip(?:: |=)([^\s,)]+)")
 
 
 def connect(address: str | None, cpus: int = 0) -> bool:
@@ -47,6 +61,9 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     that Ray cannot use, ComputeError where no cluster answers or Ray does not start.
     """
     if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", joined):  # a warning, since names and addresses of one head differ
+            log.warning("this process has joined the Ray at %s: computing there, not at %s", joined, address)
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -70,8 +87,8 @@ def connect(address: str | None, cpus: int = 0) -> bool:
         return True
     if "://" in address:
         raise InputError(
-            f"--address {without_credentials(address)}: expected HOST:PORT of a cluster that this machine is a "
-            "node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"
+            f"{without_credentials(address)} (--address or RAY_ADDRESS): expected HOST:PORT of a cluster that this "
+            "machine is a node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"
         )
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise _unreachable(address, found)
@@ -79,7 +96,13 @@ def connect(address: str | None, cpus: int = 0) -> bool:
         with kept_sigterm_handler():
             ray.init(address=address, **quiet)
     except Exception as error:
-        raise _unreachable(address, explained_line(error)) from error
+        found = explained_line(error)
+        if any(text in found for text in CANNOT_JOIN):
+            raise InputError(
+                f"this process cannot join the cluster at {address} ({found}); it must run on a node of the cluster, "
+                "with the cluster's Ray and Python; from elsewhere use `defuse submit`"
+            ) from error
+        raise _unreachable(address, found) from error
     return True
 
 
@@ -183,19 +206,32 @@ def _of_ray(cause: RayError) -> str:
     if isinstance(cause, OutOfMemoryError):
         return f"{_line(cause, 0)}; {MORE_MEMORY}"
     if isinstance(cause, RayActorError):
-        return f"its worker process died ({_line(cause, 0)})"
+        return _of_actor(cause)
     return _line(cause, 0)
+
+
+def _of_actor(cause: RayActorError) -> str:
+    if cause.actor_init_failed:
+        why = _line(cause, -1) + (f"; {INSTALL}" if "No module named" in str(cause) else "")
+    else:
+        why = " ".join(LOST_ACTOR.sub("", str(cause)).removeprefix(ActorDiedError.BASE_ERROR_MSG).split())
+    return f"its worker process{_node(cause)} died ({why or _line(cause, 0)})"
 
 
 def _of_task(error: RayTaskError, cause: BaseException) -> str:
     if "No module named" in str(cause):
-        return f"{_line(cause, -1)}; install it on every node, or use `defuse submit`, which uploads it"
+        return f"{_line(cause, -1)}{_node(error)}; {INSTALL}"
     if isinstance(cause, RayTaskError):  # the exception could not be pickled: only its text arrived
         return _line(error, -1)
     from defuse_core.device import is_out_of_memory  # late: torch takes a second
 
     remedy = f"; {MORE_MEMORY}" if is_out_of_memory(cause) else ""
     return f"{type(cause).__name__}: {_flat(cause)}{remedy}"
+
+
+def _node(error: RayError) -> str:
+    found = NODE.search(str(error))
+    return f" on {found[1]}" if found else ""
 
 
 def _flat(error: BaseException) -> str:

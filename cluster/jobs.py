@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client
 from defuse_core.errors import ComputeError, InputError, without_credentials
 
+log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
-MAX_DISCONNECTS = 5  # in a row, without a new character of the log
+GIVE_UP_AFTER_S = 300.0  # without an answer to who follows a log, such as over a tunnel that is made again
 PAUSE_S = 2.0
 ANSWER_WITHIN_S = 20.0
 STATUS_EVERY_S = 20.0  # while a log is followed, whose connection can die without a word
@@ -102,7 +104,7 @@ class Jobs:
         """
         self.get(job_id)  # raises at once for an unknown job, another token or an address without a dashboard
         shown = 0  # characters
-        disconnects = 0  # since something was shown, or a connection ended as it should
+        lost_at: float | None = None  # since then nothing answers
         while True:
             position = 0
             try:
@@ -110,22 +112,25 @@ class Jobs:
                     position += len(text)
                     if position > shown:
                         show(text[shown - position :])
-                        shown, disconnects = position, 0
-                job, disconnects = self.get(job_id), 0
+                        shown = position
+                job, lost_at = self.get(job_id), None
                 if job.is_over:
                     return job
             except (ComputeError, InputError) as error:  # also a refusal, as while the head starts again
-                disconnects += 1
-                if disconnects > MAX_DISCONNECTS:
+                lost = f"job {job_id}: lost the connection to {self.shown} ({str(error).partition('; check')[0]})"
+                if lost_at is None:
+                    lost_at = time.monotonic()
+                    log.warning("%s; trying again for %.0f minutes", lost, GIVE_UP_AFTER_S / 60)
+                if time.monotonic() - lost_at > GIVE_UP_AFTER_S:
                     raise ComputeError(
-                        f"job {job_id}: lost the connection to {self.shown} ({error})"
+                        f"{lost}; it may continue: defuse jobs logs|stop {job_id} --address {self.shown}"
                     ) from error
             time.sleep(PAUSE_S)
 
     def _tail(self, job_id: str) -> Iterator[str]:
         """Yield the log as it arrives until the connection ends, or the job, even if the connection does not notice.
 
-        Raises ComputeError for a lost connection. Ctrl-C is heeded at any time.
+        Raises ComputeError where nothing answers. Ctrl-C is heeded at any time.
         """
         received, is_over = 0, False
         with asyncio.Runner() as runner:
@@ -144,7 +149,11 @@ class Jobs:
                 try:
                     text = coming.result()
                 except DISCONNECTED as error:
-                    raise ComputeError(self._without_credentials(error)) from error
+                    if not received:  # as where a proxy takes no such connection
+                        raise ComputeError(self._without_credentials(error)) from error
+                    if self.get(job_id).is_over:
+                        yield self.logs(job_id)[received:]
+                    return
                 if text is None:
                     return
                 received += len(text)

@@ -15,6 +15,7 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from defuse_core.protocols import Progress, ProgressSum
+from defuse_core.runs import versions
 
 log = logging.getLogger("defuse")
 UPDATE_EVERY_S = 0.25
@@ -32,7 +33,9 @@ Update = tuple[str, int, int, str]  # the arguments of `Progress`
 class ProgressActor:
     """The actor: the latest update of each activity, and the log lines since the last fetch."""
 
-    def __init__(self) -> None:
+    def __init__(self, versions: dict[str, str]) -> None:
+        """`versions` are the driver's."""
+        self.versions, self.warned = versions, set[str]()
         self.updates: dict[str, Update] = {}
         self.lines: list[tuple[int, str]] = []
         self.begin()
@@ -52,6 +55,17 @@ class ProgressActor:
         """Record a log line."""
         self.lines.append((level, line))
 
+    def compare(self, node: str, versions: dict[str, str]) -> None:
+        """Warn, once for each node and package, where a worker computes with another version than the driver."""
+        for name, own in self.versions.items():
+            line = (
+                f"{node} has {name} {versions.get(name)}, and this process {own}: results can differ from those of "
+                "either; install the same on every node, or use `defuse submit`, which uploads Defuse"
+            )
+            if name != "platform" and versions.get(name) != own and line not in self.warned:
+                self.warned.add(line)
+                self.log(logging.WARNING, line)
+
     def flush(self) -> None:
         """Do nothing: calls are handled in order, so the reply means that all earlier calls of the caller arrived."""
 
@@ -69,7 +83,7 @@ class ProgressListener:
         self.progress = progress
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         remote = ray.remote(ProgressActor).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
-        self.actor: Any = remote.remote()
+        self.actor: Any = remote.remote(versions())
         self.polled_at = 0.0
 
     def poll(self) -> bool:
@@ -141,7 +155,7 @@ class _ActorLogHandler(logging.Handler):
 
 @contextlib.contextmanager
 def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
-    """In a worker: send Defuse's log lines to the actor, and yield the reporter of progress.
+    """In a worker: send its versions and Defuse's log lines to the actor, and yield the reporter of progress.
 
     `task` is the number of this task among those of the same function that were started together.
     """
@@ -150,6 +164,7 @@ def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
     log.setLevel(logging.DEBUG)
     reporter = ProgressReporter(actor, task)
     try:
+        actor.compare.remote(str(ray.util.get_node_ip_address()), versions())  # type: ignore[no-untyped-call]
         yield reporter
     finally:
         reporter.flush()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from defuse_core.config import ResourcesSection
@@ -107,25 +108,31 @@ def on_this_node() -> dict[str, Any]:
 
 def wait_for_nodes() -> None:
     """Wait until a living node has a CPU."""
-    wait_for(lambda: any(node.cpus for node in nodes()), "a node with a CPU")
+    wait_for(lambda: any(node.cpus for node in nodes()), "a node with a CPU", [{"CPU": 1}])
 
 
-def wait_for(has_joined: Callable[[], bool], what: str, otherwise: str = "") -> None:
+def wait_for(
+    has_joined: Callable[[], bool], what: str, bundles: list[dict[str, float]], otherwise: str = ""
+) -> None:
     """Wait until the cluster has `what`: the nodes of one that was just made, or lost them, join later.
 
+    A placement group of `bundles` is pending meanwhile, since an autoscaler starts nodes for what is asked for alone.
     Raises ComputeError when it did not. `otherwise` is what to do without.
     """
     if has_joined():
         return
     log.warning("waiting for %s to join the cluster%s", what, otherwise)
-    give_up_at = time.monotonic() + NODES_JOIN_WITHIN_S
-    while not has_joined():
-        if time.monotonic() >= give_up_at:
-            minutes = f"{NODES_JOIN_WITHIN_S / 60:.0f} minutes"
-            raise ComputeError(
-                f"waited {minutes} for {what} to join the cluster; see `ray status`{otherwise}"
-            )
-        time.sleep(LOOK_EVERY_S)
+    give_up_at, asked = time.monotonic() + NODES_JOIN_WITHIN_S, placement_group(bundles)
+    try:
+        while not has_joined():
+            if time.monotonic() >= give_up_at:
+                minutes = f"{NODES_JOIN_WITHIN_S / 60:.0f} minutes"
+                raise ComputeError(
+                    f"waited {minutes} for {what} to join the cluster; see `ray status`{otherwise}"
+                )
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        remove_placement_group(asked)
 
 
 def worker_resources(section: ResourcesSection) -> WorkerResources:
@@ -163,8 +170,10 @@ def fitting(node: WorkerResources, worker: WorkerResources) -> int:
 
 
 def expect_worker_room(section: ResourcesSection) -> None:
-    """Raise RunFileError where the cluster has no room for resources.workers, or for one."""
+    """Raise RunFileError where the cluster has no room for resources.workers, or for one; warn of GPUs left idle."""
     worker = worker_resources(section)
+    if worker.gpus > 1:
+        log.warning("a worker computes on one GPU, not on %g: set resources.gpus_per_worker=1", worker.gpus)
     room, wanted = capacity(worker), section.workers
     if room == 0 or (wanted != "auto" and wanted > room):
         found = nodes()
@@ -187,14 +196,15 @@ def wait_for_gpus(section: ResourcesSection, wanted: bool) -> bool:
         otherwise = (
             "; this run computed on GPUs before: start a node with one, or set resources.gpus_per_worker=0"
         )
-        wait_for(has_gpus, "a node with a GPU", otherwise)
+        wait_for(has_gpus, "a node with a GPU", [{"GPU": 1}], otherwise)
     return has_gpus()
 
 
 def expect_training_room(worker: WorkerResources, workers: int, *, wait: bool) -> None:
     """Raise RunFileError where the cluster has no room for workers that train together, or wait for it."""
     if wait:
-        wait_for(lambda: capacity(worker) >= workers, f"room for {workers} workers of {worker} each")
+        bundles = [{"CPU": worker.cpus, "GPU": worker.gpus}] * workers
+        wait_for(lambda: capacity(worker) >= workers, f"room for {workers} workers of {worker} each", bundles)
     elif (room := capacity(worker)) < workers:
         raise RunFileError(
             f"resources.train_workers: {workers} workers of {worker} each asked for, but the cluster has room for "

@@ -49,7 +49,8 @@ class ResourcesSection(Section):
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
     there is no GPU."""
     gpus_per_worker: GpuShare | Literal["auto"] = "auto"
-    """GPUs per worker; fractions are allowed; auto is 1 where the cluster has any GPU, else 0."""
+    """GPUs per worker, which computes on one at most; fractions are allowed; auto is 1 where the cluster has any GPU,
+    else 0."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
     train_threads: int = Field(2, ge=1)

@@ -220,10 +220,9 @@ def failing(error: Exception, *, progress: Progress) -> None:
     raise error
 
 
-def dying_once(marker: Path, *, progress: Progress) -> str:
-    """Be killed the first time."""
-    if not marker.exists():
-        marker.touch()
+def dying(tally: Path, times: int, *, progress: Progress) -> str:
+    """Be killed the first `times` times."""
+    if Tally(tally).add() <= times:
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
 
@@ -263,6 +262,14 @@ def load_numbers(tally: Path, number: int) -> I64:
     return np.full(5, number)
 
 
+def load_without_store(tally: Path, number: int) -> I64:
+    """Fail to load the first part, and take a while over the others."""
+    if not number:
+        raise StoreError("the bucket is away")
+    time.sleep(0.5)
+    return load_numbers(tally, number)
+
+
 def add(part: I64, number: int) -> int:
     return int(part.sum()) + number
 
@@ -288,6 +295,11 @@ def held_cpus(*, progress: Progress) -> float:
 def held_by_rows(rows: range, *, progress: Progress) -> list[float]:
     """Return for each of the rows how many CPUs their task holds."""
     return [held_cpus(progress=progress) for _ in rows]
+
+
+def pid_by_rows(rows: range, *, progress: Progress) -> list[int]:
+    """Return for each of the rows the process of their task."""
+    return [os.getpid() for _ in rows]
 
 
 def vae_size(models: Models, number: int, *, progress: Progress) -> tuple[int, int]:

@@ -39,9 +39,9 @@ from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
 from defuse_core.errors import RunFileError
-from defuse_core.protocols import SweepRequest
+from defuse_core.protocols import SweepRequest, map_in_tasks
 from tests.cluster.checks import Lines
-from tests.cluster.fakes import GatedStore, note_working_dir
+from tests.cluster.fakes import GatedStore, note_working_dir, pid_by_rows
 from tests.conftest import tiny
 from tests.forked_workers import forked_workers
 from tests.waiting import wait_until
@@ -211,6 +211,15 @@ def two_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     return {"finished": not thread.is_alive()}
 
 
+def tasks_on_a_gpu(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
+    """Two tasks one after the other on a GPU that is not there, and short calls that would be four tasks on CPUs."""
+    cluster.add_node(num_cpus=2, num_gpus=1)
+    with RayCompute(None, tiny()) as compute:
+        tasks = [compute.task("train", pid_by_rows, range(1)) for _ in range(2)]
+        calls = map_in_tasks(compute, "distill", 4, pid_by_rows, at_once=1)
+    return {"finished": True, "tasks": tasks, "calls": calls}
+
+
 def more_training_workers_than_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """Five training workers, four GPUs that are not there, and half a GPU for each other worker."""
     cluster.add_node(num_cpus=8, num_gpus=4)
@@ -228,6 +237,7 @@ SCENES = {
     "last": the_last_node_dies,
     "sweep": a_node_joins_a_sweep,
     "gpus": two_gpus,
+    "gpu-tasks": tasks_on_a_gpu,
     "shared-gpus": more_training_workers_than_gpus,
     "lost": the_node_of_a_sweep_dies,
 }

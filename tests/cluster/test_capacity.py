@@ -84,6 +84,17 @@ def test_more_workers_than_the_nodes_have_room_for_are_refused(monkeypatch: pyte
         expect_worker_room(ResourcesSection(workers=6))
 
 
+def test_gpus_that_a_worker_leaves_idle_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster_of(monkeypatch, (8, 8, True))
+    for gpus in 0.5, 1, 2:
+        expect_worker_room(ResourcesSection(gpus_per_worker=gpus))
+    assert caplog.messages == [
+        "a worker computes on one GPU, not on 2: set resources.gpus_per_worker=1",
+    ]
+
+
 @pytest.mark.parametrize(
     ("node", "worker", "workers"),
     [((2.1, 0), (0.7, 0), 3), ((0.3, 0), (0.1, 0), 3), ((98, 1), (1, 1 / 49), 49)],
@@ -94,15 +105,19 @@ def test_what_fits_exactly_is_not_lost_to_rounding(
     assert resources.fitting(WorkerResources(*node), WorkerResources(*worker)) == workers
 
 
-def test_a_cluster_without_cpus_is_waited_for_with_one_warning_and_given_up_at_last(
+def test_a_cluster_without_cpus_is_asked_and_waited_for_with_one_warning_and_given_up_at_last(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    calls = list[object]()
+    monkeypatch.setattr(resources, "placement_group", lambda bundles: calls.append(bundles) or "group")
+    monkeypatch.setattr(resources, "remove_placement_group", calls.append)
     cluster_of(monkeypatch, (0, 4, True), (8, 0, False))
     monkeypatch.setattr(resources, "NODES_JOIN_WITHIN_S", 0.1)
     monkeypatch.setattr(resources, "LOOK_EVERY_S", 0.01)
     with pytest.raises(ComputeError, match=r"waited 0 minutes for a node with a CPU to join the cluster"):
         wait_for_nodes()
     assert caplog.messages == ["waiting for a node with a CPU to join the cluster"]
+    assert calls == [[{"CPU": 1}], "group"]
     cluster_of(monkeypatch, (0, 4, True), (1, 0, True))
     wait_for_nodes()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
+from ray._private.ray_constants import DEFAULT_TASK_MAX_RETRIES
 
 from cluster.compute import RayCompute, on_ray
 from cluster.connection import require_absolute_paths
@@ -16,12 +19,12 @@ from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
 from defuse_core.protocols import Call, map_in_tasks
-from defuse_core.runs import Run
+from defuse_core.runs import Run, versions
 from defuse_core.store import FolderStore
 from tests.cluster.checks import Lines, wait_for_the_end_of
 from tests.cluster.fakes import (
     counting,
-    dying_once,
+    dying,
     failing,
     held_by_rows,
     held_cpus,
@@ -69,6 +72,20 @@ def test_a_task_passes_on_its_progress_its_log_and_its_result(tiny_spec: RunFile
         assert compute.task("review", shouting, "help") == "HELP"
     assert told[-1] == ("shouting", 3, 3, "letters")
     assert "shouted help" in lines.lines
+
+
+def test_a_node_with_another_defuse_is_warned_of_once(
+    tiny_spec: RunFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    there = versions()
+    monkeypatch.setattr(
+        "cluster.progress.versions", lambda: there | {"defuse": "0+1a2b", "platform": "other"}
+    )
+    with RayCompute(None, tiny_spec) as compute:
+        for _ in range(2):
+            compute.task("review", shouting, "help")
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.match(rf"\S+ has defuse {re.escape(there['defuse'])}, and this process 0\+1a2b: ", line)
 
 
 def test_tasks_that_share_an_activity_show_what_all_of_them_have_done(tiny_spec: RunFile) -> None:
@@ -152,9 +169,12 @@ def test_an_error_of_one_of_several_tasks_ends_the_others(tiny_spec: RunFile, tm
         wait_for_the_end_of({int(pid.read_text())})
 
 
-def test_a_task_whose_process_is_killed_is_run_again(tiny_spec: RunFile, tmp_path: Path) -> None:
+def test_a_task_whose_process_is_killed_is_run_again_more_often_than_ray_does(
+    tiny_spec: RunFile, tmp_path: Path
+) -> None:
+    times = DEFAULT_TASK_MAX_RETRIES + 1
     with RayCompute(None, tiny_spec) as compute:
-        assert compute.task("train", dying_once, tmp_path / "marker") == "alive"
+        assert compute.task("train", dying, tmp_path / "tally", times) == "alive"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from cluster import connection
-from cluster.connection import INSIST, connect, disconnect, prepare_embedded_ray
+from cluster.connection import INSIST, connect, disconnect, explained_line, prepare_embedded_ray
 from defuse_core.errors import ComputeError, InputError
 from tests.ports import free_port
 
@@ -54,6 +56,41 @@ def test_what_is_no_address_at_all_is_one_line() -> None:
         ComputeError, match=r"no Ray cluster answers at head \(Invalid address format: head\); check"
     ):
         connect("head")
+
+
+def test_a_process_that_has_joined_another_ray_is_told_that_it_computes_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    joined = SimpleNamespace(gcs_address="10.0.0.9:6379")
+    monkeypatch.setattr("cluster.connection.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("cluster.connection.ray.get_runtime_context", lambda: joined)
+    for address in None, "auto", "10.0.0.9:6379", "head:6379":
+        assert not connect(address)
+    assert caplog.messages == [
+        "this process has joined the Ray at 10.0.0.9:6379: computing there, not at head:6379"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Version mismatch: The cluster was started with:\n    Ray: 2.60.0\n    Python: 3.11.9\nThis process on ...",
+        "No node info found matching attributes: '' when trying to resolve node to connect to.",
+    ],
+)
+def test_a_cluster_that_answers_and_cannot_be_joined_from_here_is_a_wrong_setting(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: object) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("cluster.connection.connection_error", lambda *_: None)
+    monkeypatch.setattr("cluster.connection.ray.init", refused)
+    with pytest.raises(
+        InputError,
+        match=rf"^this process cannot join the cluster at head:6379 .*{text[:16]}.* `defuse submit`$",
+    ):
+        connect("head:6379")
 
 
 @pytest.mark.parametrize("start", [lambda: connect(None), lambda: connection.connection(None, 1).__enter__()])
@@ -136,3 +173,29 @@ def test_the_token_of_an_embedded_ray_is_forgotten_with_it_and_that_of_the_user_
     disconnect()
     assert os.environ.get("RAY_AUTH_TOKEN") == own
     assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_worker_that_died_is_explained_by_its_node_and_the_cause() -> None:
+    lost = ActorDiedErrorContext(
+        error_message="The actor died because its node has died. Node Id: ab\n\tterminated: preempted",
+        class_name="W", actor_id=bytes(16), pid=3, name="identify-0", node_ip_address="10.0.0.7",
+    )  # fmt: skip
+    assert explained_line(ActorDiedError(lost)) == (
+        "its worker process on 10.0.0.7 died (The actor died because its node has died. Node Id: ab terminated: "
+        "preempted)"
+    )
+    assert explained_line(ActorDiedError()) == (
+        "its worker process died (The actor died unexpectedly before finishing this task.)"
+    )
+
+
+def test_a_node_without_the_code_is_named_for_tasks_and_workers() -> None:
+    text = 'Traceback (most recent call last):\n  File "a.py", line 1\n'
+    cause = ModuleNotFoundError("No module named 'cluster'")
+    failed = RayTaskError("W", f"{text}ModuleNotFoundError: {cause}", cause, "ray::W", 3, "10.0.0.7")
+    install = "install it on every node, or use `defuse submit`, which uploads it"
+    for error in failed, failed.as_instanceof_cause():
+        assert explained_line(error) == f"No module named 'cluster' on 10.0.0.7; {install}"
+    assert explained_line(ActorDiedError(failed)) == (
+        f"its worker process on 10.0.0.7 died (ModuleNotFoundError: No module named 'cluster'; {install})"
+    )

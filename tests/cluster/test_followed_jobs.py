@@ -119,7 +119,7 @@ def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(hea
     assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:15], LOG[15:]])
 
 
-@pytest.mark.parametrize("drops", [1, jobs.MAX_DISCONNECTS])
+@pytest.mark.parametrize("drops", [1, 20])
 def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(head: Head, drops: int) -> None:
     head.drops = drops
     shown: list[str] = []
@@ -127,25 +127,39 @@ def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(head: Head, 
     assert (job.status, shown, head.tails) == ("SUCCEEDED", [LOG[:15], LOG[15:]], drops + 1)
 
 
-def test_a_connection_that_is_lost_again_and_again_without_a_new_character_is_given_up(head: Head) -> None:
+def test_a_job_that_ends_as_its_connection_is_lost_is_shown_to_its_end(head: Head) -> None:
     head.drops = 100
     shown: list[str] = []
-    with pytest.raises(ComputeError, match=rf"^job j1: lost the connection to {head.address} \("):
-        Jobs(head.address).follow("j1", shown.append)
-    assert (shown, head.tails) == ([LOG[:15]], jobs.MAX_DISCONNECTS + 1)
 
-
-def test_a_refusal_after_the_first_contact_is_a_lost_connection(head: Head) -> None:
-    def show(_: str) -> None:
-        head.status, head.refusals = "SUCCEEDED", 2
+    def show(text: str) -> None:
+        shown.append(text)
+        head.status = "SUCCEEDED"
 
     assert Jobs(head.address).follow("j1", show).status == "SUCCEEDED"
+    assert (shown, head.tails) == ([LOG[:15], LOG[15:]], 1)
+
+
+def test_refusals_after_the_first_contact_are_a_lost_connection_for_a_while(
+    head: Head, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    head.drops = 100
+
+    def show(_: str) -> None:
+        head.status, head.refusals = "SUCCEEDED", 20
+
+    assert Jobs(head.address).follow("j1", show).status == "SUCCEEDED"
+    lost = f"job j1: lost the connection to {head.address} ("
+    (line,) = [line for name, _, line in caplog.record_tuples if name == "defuse"]
+    assert line.startswith(lost) and line.endswith("; trying again for 5 minutes")
 
     def show_no_more(_: str) -> None:
-        head.refusals = 100
+        head.refusals = 10**6
 
-    with pytest.raises(ComputeError, match=r"^job j1: lost the connection to .* \(.* requires another token"):
+    monkeypatch.setattr(jobs, "GIVE_UP_AFTER_S", 1.0)
+    with pytest.raises(ComputeError, match=r"\(.* requires another token") as raised:
         Jobs(head.address).follow("j1", show_no_more)
+    assert str(raised.value).startswith(lost)
+    assert str(raised.value).endswith(f"; it may continue: defuse jobs logs|stop j1 --address {head.address}")
     head.refusals = 1
     with pytest.raises(InputError, match="requires another token"):
         Jobs(head.address).follow("j1", print)
@@ -174,7 +188,7 @@ def test_only_the_exit_codes_of_a_run_are_passed_on(
 def test_a_dashboard_that_falls_silent_is_a_lost_connection(
     head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "MAX_DISCONNECTS", 1)
+    monkeypatch.setattr(jobs, "GIVE_UP_AFTER_S", 1.0)
 
     def show(_: str) -> None:
         head.is_silent = True

@@ -20,7 +20,16 @@ from defuse_core.identify import save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_equal_psi
-from tests.cluster.fakes import OtherWork, Tally, add, load_numbers, rest, shouting, sum_or_die_once
+from tests.cluster.fakes import (
+    OtherWork,
+    Tally,
+    add,
+    load_numbers,
+    load_without_store,
+    rest,
+    shouting,
+    sum_or_die_once,
+)
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
 from tests.waiting import WAIT_S, wait_until
@@ -39,6 +48,12 @@ def test_a_function_is_called_with_every_part_in_order_and_parts_are_loaded_once
         assert parts.map(sum_or_die_once, tmp_path / "killed") == [5 * n for n in range(7)]
     assert (tmp_path / "killed").exists()
     assert int(Tally(tmp_path / "loads")) == 7
+
+
+def test_the_first_part_that_cannot_be_loaded_ends_the_loading(tmp_path: Path) -> None:
+    with RayCompute(None, tiny(**SPEC)) as compute, pytest.raises(StoreError, match="^the bucket is away$"):
+        compute.partitions("distill", load_without_store, [(tmp_path / "loads", n) for n in range(12)])
+    assert int(Tally(tmp_path / "loads")) < 11
 
 
 def test_fewer_nodes_than_the_run_file_asks_for_are_an_error_at_connection_alone(

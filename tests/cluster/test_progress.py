@@ -45,7 +45,7 @@ def listener(monkeypatch: pytest.MonkeyPatch, clock: object) -> ProgressListener
     found = ProgressListener.__new__(ProgressListener)
     told: list[tuple[str, int, int, str]] = []
     found.progress, found.polled_at = lambda *update: told.append(update), 0.0
-    found.actor = Here(ProgressActor())
+    found.actor = Here(ProgressActor({}))
     monkeypatch.setattr(ray, "get", lambda reply, timeout: reply)
     return found
 
@@ -118,7 +118,7 @@ def test_a_worker_sends_its_lines_and_last_update_and_leaves_the_logger_as_it_wa
     arrived: list[object] = []
     monkeypatch.setattr(ray, "get", lambda reply, timeout: arrived.append("all"))
     calls = {name: lambda *call: arrived.append(call) for name in ("update", "log")}
-    actor = Here(SimpleNamespace(flush=lambda: None, **calls))
+    actor = Here(SimpleNamespace(flush=lambda: None, compare=lambda *_: None, **calls))
     level, handlers = log.level, list(log.handlers)
     try:
         with reporting(actor, task=2) as report:

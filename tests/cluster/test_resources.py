@@ -107,6 +107,13 @@ def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     assert_same_psi(len(local_psi.codes), FolderStore(folder / "gpus"), local_store)
 
 
+def test_a_process_that_had_a_gpu_ends_with_its_task_and_short_calls_share_one(play: Play) -> None:
+    found = play("gpu-tasks")
+    (first,), (second,) = found["tasks"]
+    assert first != second
+    assert len(found["calls"]) == 4 and len(set(found["calls"])) == 1
+
+
 def test_workers_that_train_together_get_a_gpu_each(play: Play) -> None:
     """Five of half a GPU would fit on four GPUs; NCCL refuses two workers on one."""
     refused = play("shared-gpus")["refused"]
