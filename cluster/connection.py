@@ -63,7 +63,9 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     if ray.is_initialized():
         joined = ray.get_runtime_context().gcs_address
         if address not in (None, "auto", joined):  # a warning, since names and addresses of one head differ
-            log.warning("this process has joined the Ray at %s: computing there, not at %s", joined, address)
+            log.warning(
+                "this process has joined the Ray at %s, and computes there; is that %s?", joined, address
+            )
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -123,7 +123,8 @@ class Jobs:
                     log.warning("%s; trying again for %.0f minutes", lost, GIVE_UP_AFTER_S / 60)
                 if time.monotonic() - lost_at > GIVE_UP_AFTER_S:
                     raise ComputeError(
-                        f"{lost}; it may continue: defuse jobs logs|stop {job_id} --address {self.shown}"
+                        f"{lost}; the job may go on, and `defuse jobs logs {job_id} --follow --address {self.shown}` "
+                        "follows it again"
                     ) from error
             time.sleep(PAUSE_S)
 

@@ -58,11 +58,12 @@ class ProgressActor:
     def compare(self, node: str, versions: dict[str, str]) -> None:
         """Warn, once for each node and package, where a worker computes with another version than the driver."""
         for name, own in self.versions.items():
+            there = versions.get(name)
             line = (
-                f"{node} has {name} {versions.get(name)}, and this process {own}: results can differ from those of "
-                "either; install the same on every node, or use `defuse submit`, which uploads Defuse"
+                f"{node} has {f'{name} {there}' if there else f'no {name}'}, and this process {own}: results can "
+                "differ from those of either; install the same on every node, or `defuse submit` uploads Defuse"
             )
-            if name != "platform" and versions.get(name) != own and line not in self.warned:
+            if name != "platform" and there != own and line not in self.warned:
                 self.warned.add(line)
                 self.log(logging.WARNING, line)
 

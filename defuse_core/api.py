@@ -102,9 +102,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         minutes: Time that a new run is planned for, on this machine; later calls keep its plan. A run file has its
             own sizes.
         compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
-        annotators: Who labels the scenarios. Default: the reference models of the run. People:
-            `lambda run, compute: LabelStudioAnnotators(run, read_settings())`, of services.labeling.annotators and
-            services.settings. All but the reference models need review.annotators: label-studio in `settings`.
+        annotators: Who labels the scenarios. Default: the reference models of the run. For people see README; all but
+            the reference models need review.annotators: label-studio in `settings`.
         progress: Called with what is done so far; see protocols.py.
 
     Raises:
@@ -125,8 +124,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.open(opened, name).spec if given.begun else None
         spec = given.run_file(recorded, minutes, progress)
-        spec = with_absolute_root(spec) if compute is None else spec
-        run = Run.start(opened, name, spec, expect=expect_same_images)
+        run = Run.start(opened, name, spec if compute else with_absolute_root(spec), check=expect_same_images)
         given.keep_settings(minutes)
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
@@ -181,7 +179,9 @@ def _expect_module(classifier: object) -> None:
 def _expect_annotators(run: Run, annotators: object) -> None:
     people, given = run.spec.review.annotators == "label-studio", annotators is not ReferenceAnnotators
     if given and not people:  # the models would answer, too
-        raise InputError("annotators: given, so set review.annotators: label-studio; found reference-models")
+        raise InputError(
+            "annotators: given, so set review.annotators: label-studio; found reference-models; or leave them out"
+        )
     if people and not given:
         raise InputError(
             "review.annotators: label-studio: give annotators too (LabelStudioAnnotators of "

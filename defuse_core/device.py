@@ -100,9 +100,10 @@ def _set_f32_flags(precisions: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Compute as in a new process inside the block, whatever modes of torch the caller has set; they are set after it.
+    """Compute inside the block with gradients, f32, no autocast and the CPU as default device, as in a new process.
 
-    The caller's random numbers go on as before it, and freed memory is returned to the system again.
+    These modes of the caller are set again after it, its random numbers go on as before, and freed memory is returned
+    to the system again.
     """
     dtype, place = torch.get_default_dtype(), torch.get_default_device()
     with contextlib.ExitStack() as modes:

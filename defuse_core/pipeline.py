@@ -66,6 +66,7 @@ from defuse_core.tuning_data import choose_unreviewed, expect_training_images, r
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
+CODE_ELSEWHERE = ("custom", "timm", "transformers")  # architectures whose code is not Defuse's, nor stored
 T = TypeVar("T")
 
 
@@ -137,9 +138,9 @@ def expect_same_images(run: Run) -> None:
 
 
 def _expect_same_code(run: Run, compute: Compute, models: Models, gallery: Gallery) -> None:
-    """Raise RunMismatchError where the user's code of the classifier has changed, before a step is made with it."""
+    """Raise RunMismatchError where the classifier's code, or its package, has changed, before it is computed with."""
     is_finished = run.with_added is None and run.store.exists("evaluation.safetensors")
-    if run.spec.classifier.import_path is not None and not is_finished:
+    if run.spec.classifier.architecture in CODE_ELSEWHERE and not is_finished:
         compute.task("review", expect_same_answers, run.spec, models, gallery)
 
 

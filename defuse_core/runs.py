@@ -132,14 +132,15 @@ class Run:
         name: str,
         spec: RunFile,
         until: str = STEPS[-1],
-        expect: Callable[[Run], None] = lambda run: None,
+        *,
+        check: Callable[[Run], None] = lambda run: None,
     ) -> Run:
         """Return the run called `name`, new or to go on with. Hold its lock before.
 
         Raises RunMismatchError if its run file was another one in a field that changes results; a run that has made
         nothing yet takes the new one, and so does every run where no result changes; UNTIL_VOTES change none before
-        the votes are stored. Weights that the run file names are known by what is in their files. What `expect` raises
-        of a run that exists leaves it unchanged.
+        the votes are stored. Weights that the run file names are known by what is in their files. A run that exists
+        stays as it is where `check` raises an error for it.
         """
         run = cls(store, name, spec, until)
         if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
@@ -163,11 +164,11 @@ class Run:
                 f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
             )
         elif added:
-            added_text = ", ".join(f"{lam:g}" for lam in added)
-            text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
-            log.info(text, added_text)
             run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
-        expect(run)
+        check(run)
+        if added:
+            text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
+            log.info(text, ", ".join(f"{lam:g}" for lam in added))
         if not noted == found.spec == spec:
             run._note_settings(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
@@ -340,7 +341,7 @@ class Run:
         manifest = self.manifest() | origin
         entry = {"step": step, "made": utc_now(), "seconds": round(seconds, 3), "bytes": len(data)}
         manifest["artefacts"][key] = entry
-        manifest["versions"] = _with_current(manifest.get("versions", {}))
+        manifest["versions"] = _with_current(manifest.get("versions", {}), self.spec)
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -368,10 +369,10 @@ def _manifest_fields(artefact: object) -> dict[str, str]:
     return {"annotators": artefact.answered_by} if isinstance(artefact, Votes) else {}
 
 
-def _with_current(noted: dict[str, str]) -> dict[str, str]:
+def _with_current(noted: dict[str, str], spec: RunFile) -> dict[str, str]:
     """Return the versions that a run was made with so far, and where they differ those of this process, too."""
     found = dict(noted)
-    for name, version in versions().items():
+    for name, version in versions(spec.classifier.architecture).items():
         earlier = found.setdefault(name, version)
         if version in earlier.split(", "):
             continue
@@ -382,11 +383,14 @@ def _with_current(noted: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Return what a run is made with now: Python, the platform and the packages whose numerics matter."""
+def versions(architecture: str = "") -> dict[str, str]:
+    """Return what a run is made with now: Python, the platform and the packages whose numerics matter.
+
+    These are of all runs, and the one that an `architecture` of its name needs.
+    """
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    packages = ("defuse", "torch", "torchvision", "timm", "transformers", "numpy", "scikit-learn", "ray")
-    for package in packages:
+    own = {"timm", "transformers"} & {architecture}
+    for package in ("defuse", "torch", "torchvision", *own, "numpy", "scikit-learn", "ray"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     # of a job the code is uploaded, and need not be installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,9 +72,12 @@ def reopen_splits(spec: RunFile, fingerprint: str) -> Splits:
     try:
         splits = open_splits(spec.data, spec.seed)
     except DataError as error:
-        if spec.data.root is None or spec.data.root.exists():
+        root = spec.data.root
+        if root is None or os.path.exists(root):  # noqa: PTH110 - Path.exists raises where a folder cannot be read
             raise
-        raise DataError(f"{error}, by `defuse run RUNFILE --set data.root=PATH`") from error
+        raise DataError(
+            f"{error}. A run records another place by `defuse run RUNFILE --name RUN --set data.root=PATH`"
+        ) from error
     if splits.fingerprint() != fingerprint:
         raise RunMismatchError(
             f"data.root {spec.data.root}: the images differ from those that the run was trained on; "

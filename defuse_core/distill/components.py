@@ -100,8 +100,8 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
 def fit_mixtures(failures: Failures, section: DistillSection, seed: int, progress: Progress) -> Fits:
     """Return one mixture per cell, which with distill.by: all is a single one, WHOLE.
 
-    K is shared out by the cells' weight, at least 1 each. A cell whose weight is at most ε holds no component over ε:
-    it is dropped, with its reason.
+    Each has its share of K (`components_of`). A cell whose weight is at most ε holds no component over ε: it is
+    dropped, with its reason.
     """
     of_failures = np.stack([failures.truth, failures.predicted], axis=1)
     if section.by == "all":
@@ -122,7 +122,7 @@ def fit_mixtures(failures: Failures, section: DistillSection, seed: int, progres
 
 
 def components_of(weight: float, section: DistillSection) -> int:
-    """Return how many components a cell with this share of all codes gets: of 2 ε each, since those up to ε go."""
+    """Return how many components a cell gets: max_components times its share of all codes, one per 2 ε, at least 1."""
     least = 2 * section.min_weight if section.by == "cell" else 0.0
     return max(1, round(weight / max(least, 1 / section.max_components)))
 

@@ -55,7 +55,8 @@ MIN_CODES = 4  # for a perplexity of 1
 ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 COMPARED_ANSWERS = 100  # stored answers that a classifier gives again
 OTHER_CODE = (
-    f"with the same weights, so its code has changed; restore that code, or run again under {ANOTHER_NAME}"
+    "the run began. Its weights are the same, so its code, or that of a package, has changed; restore that, or run "
+    f"again under {ANOTHER_NAME}"
 )
 TRAINING, FAILURE, ACCEPTED, REJECTED = range(4)  # Evaluation.point_kind
 
@@ -78,7 +79,10 @@ class Findings:
 
 
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
-    """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before."""
+    """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before.
+
+    Raises RunMismatchError where the images, or the answers of the classifier, have changed since the run began.
+    """
     on_disk = reopen_splits(spec, found.models.data_fingerprint)
     splits = on_disk.loaded("validation", "test")  # scored again and again; few training images are looked at
     classes = len(found.models.classes)
@@ -119,7 +123,7 @@ def expect_same_accuracy(models: Models, part: str, accuracy: float) -> None:
     if known is not None and abs(accuracy - known) > 0.01 + 2 / models.images[part]:
         raise RunMismatchError(
             f"the classifier gets {percent(accuracy, 2)} of the {part} images right, and got {percent(known, 2)} when "
-            f"the run began {OTHER_CODE}"
+            f"{OTHER_CODE}"
         )
 
 
@@ -133,12 +137,12 @@ def expect_same_answers(
     progress("comparing answers of the classifier", 0, 1, "classifiers")
     images = gallery.images.reshape(-1, *gallery.images.shape[2:])
     rows = evenly_spaced(len(images), COMPARED_ANSWERS)
-    answers = predict(load_classifier(spec, models.classifier, len(models.classes)), images[rows])
+    with cpu_threads(spec.resources.train_threads):
+        answers = predict(load_classifier(spec, models.classifier, len(models.classes)), images[rows])
     changed = int((answers != gallery.predicted.reshape(-1)[rows]).sum())
     if changed > 1 + len(rows) / 10:
         raise RunMismatchError(
-            f"the classifier answers {changed} of {len(rows)} stored images otherwise than when the run began "
-            f"{OTHER_CODE}"
+            f"the classifier answers {changed} of {len(rows)} stored images otherwise than when {OTHER_CODE}"
         )
 
 

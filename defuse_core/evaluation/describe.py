@@ -172,7 +172,9 @@ class NearestReal:
     error_of_all: float  # on all real images
     # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR, among all scenarios
     seen: Bool
-    testable: Bool  # (A,) False where the label has no errors, or too few of them or of images, for `seen`
+    # (A,) False where the label has no errors, or too few of them or of images, for `seen`; and where they are not
+    # `seen`, but f was trained on the images
+    testable: Bool
     error_of_label: F64  # (A,) on all real images of the label, or on all of their tracks
 
 

@@ -192,21 +192,26 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
     codes_a = [encode_images(vae, pictures) for pictures in a.pictures]
     codes_b = [encode_images(vae, pictures) for pictures in b.pictures]
     shares = {
-        (row, other): matching_share(codes_a[row], codes_b[other])
+        (row, other): matching_shares(codes_a[row], codes_b[other], a.confusion(row) == b.confusion(other))
         for row in range(len(a.labels))
         for other in range(len(b.labels))
         if a.labels[row] == b.labels[other]
     }
     matches: dict[int, int] = {}
-    for (row, other), share in sorted(shares.items(), key=lambda item: -item[1]):
-        if share >= MATCHING_SHARE and row not in matches and other not in matches.values():
+    for row, other in sorted(shares, key=lambda pair: shares[pair], reverse=True):
+        if shares[row, other][0] >= MATCHING_SHARE and row not in matches and other not in matches.values():
             matches[row] = other
     return matches
 
 
-def matching_share(codes: F32, others: F32) -> float:
-    """Return the larger share that is inside the other: with a smaller τ a scenario fills a part of its ellipsoid."""
-    return max(share_inside(codes, others), share_inside(others, codes))
+def matching_shares(codes: F32, others: F32, alike: bool) -> tuple[float, float]:
+    """Return the shares of codes (n, Z) and others (m, Z) that are inside the other, the larger first.
+
+    With a smaller τ a scenario fills a part of its ellipsoid. Of scenarios that are not `alike`, which are mistaken for
+    other classes, only the codes count.
+    """
+    inside, around = share_inside(codes, others), share_inside(others, codes) if alike else 0.0
+    return max(inside, around), min(inside, around)
 
 
 def share_inside(codes: F32, others: F32) -> float:

@@ -134,13 +134,21 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
     return SelfContainedClassifier(net, data)
 
 
+# classes of torch, by name since importing those of torch.compile takes a second, and where they hold the network
+WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network in the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while (
-        inner := getattr(module, "module" if isinstance(module, parallel) else "_orig_mod", None)
-    ) is not None:
-        module = inner
+    """Return the network in the wrappers of torch.compile, DataParallel and DistributedDataParallel.
+
+    Raises ModelError for a wrapper with hooks of its own, which the network in it lacks.
+    """
+    while type(module).__module__.startswith("torch.") and (name := WRAPPERS.get(type(module).__name__)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ModelError(
+                f"the classifier: {type(module).__name__} has hooks of its own; register them at its .{name}"
+            )
+        module = getattr(module, name)
     return module
 
 

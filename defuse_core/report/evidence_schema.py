@@ -211,9 +211,10 @@ class ScenarioEvidence(FigureModel):
     seen_in_real_data: bool | None
     """Whether real_error is significantly larger than real_error_of_class, or than 20 %, at a false discovery rate of
     5 % over the accepted scenarios. False does not say that the errors are equal. Null where no error of the nearest
-    ones could be: the class has no errors, or too few of them or of images. It is of the real images nearest to the
-    scenario, and seen_in_training_images of those that its codes come from: either can be true alone. The page says
-    "seen in real data" where this one is true, else "seen in training images" where that one is."""
+    ones could be: the class has no errors, or too few of them or of images; or where only images that the classifier
+    was trained on show none. It is of the real images nearest to the scenario, and seen_in_training_images of those
+    that its codes come from: either can be true alone. The page says "seen in real data" where this one is true, else
+    "seen in training images" where that one is."""
 
 
 class DetectionFigures(FigureModel):

@@ -133,7 +133,7 @@ def run_name(name: str | None, runfile: Path) -> str:
     if name is not None:
         return checked_name(name)
     run = runfile.absolute().parent
-    if runfile.name == "run.yaml" and any(
+    if runfile.name == "run.yaml" and all(
         (run / file).exists() for file in ("settings.json", "manifest.json")
     ):
         raise InputError(
@@ -154,7 +154,7 @@ def open_run(name: str, store: str) -> Run:
     return Run.open(open_store(store), checked_name(name))
 
 
-def expect_unregistered(store: Store, run: str, remedy: str) -> None:
+def expect_not_promoted(store: Store, run: str, remedy: str) -> None:
     """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
     from defuse_core.artifacts import Gallery
     from defuse_core.runs import Run

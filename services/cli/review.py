@@ -10,7 +10,7 @@ import click
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import COPY_IT, expect_unregistered, given, json_option, print_json, store_option
+from services.cli.options import COPY_IT, expect_not_promoted, given, json_option, print_json, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def set_(
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
     opened, _ = _open(name, store)
     if redo:
-        expect_unregistered(open_store(store), name, COPY_IT)
+        expect_not_promoted(open_store(store), name, COPY_IT)
     if reason is None:
         decision = withdraw_decisions(opened, scenario, redo=redo)
     else:
@@ -242,7 +242,7 @@ def reopen(name: str, store: str, discard: bool) -> None:
     from services.storage import open_store
 
     opened, gallery = _open(name, store)
-    expect_unregistered(open_store(store), name, COPY_IT)
+    expect_not_promoted(open_store(store), name, COPY_IT)
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened)

@@ -24,7 +24,7 @@ from services.cli.options import (
     GivenPath,
     address_option,
     classifier_fields,
-    expect_unregistered,
+    expect_not_promoted,
     given,
     json_option,
     name_option,
@@ -225,13 +225,14 @@ def run(
         address = address or read_settings().ray_address
     if address is None:  # on a cluster the nodes alone may see the images
         spec = with_absolute_root(spec)
-        if not opened.within(name).exists("run.yaml"):
-            expect_root(spec.data)  # before a run is recorded, and before anything is measured
+        recorded = Run.open(opened, name).spec if opened.within(name).exists("run.yaml") else None
+        if recorded is None or recorded.data.root != spec.data.root:
+            expect_root(spec.data)  # before it is recorded, and before anything is measured
     if track is not None:
         expect_mlflow(read_settings())
     found = None
     with opened.within(name).lock(), ProgressDisplay() as display:
-        started = Run.start(opened, name, spec, until, partial(_expect_unchanged, opened))
+        started = Run.start(opened, name, spec, until, check=partial(_expect_may_go_on, opened))
         traces = started.store.list("profile/") if profile is not None else []
         traced = Profile(profile, started.store)
         computing: AbstractContextManager[Compute]
@@ -336,26 +337,26 @@ def delete(run: str, store: str, yes: bool) -> None:
     folder = Path(found.address)  # of a bucket: nothing that exists here
     if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here
         raise InputError(f"{folder} is a link to {folder.resolve()}; delete that run in its own store")
-    expect_unregistered(opened, run, "keep it")
+    expect_not_promoted(opened, run, "keep it")
     with found.lock():
         keys = found.list()
         if not yes and not _confirmed(f"delete {count_of(len(keys), 'file')} in {found.address}?"):
             click.echo("defuse: nothing was deleted", err=True)
             raise click.exceptions.Exit(130)
         # it may have been promoted since, while the prompt waited
-        expect_unregistered(opened, run, "keep it")
+        expect_not_promoted(opened, run, "keep it")
         sampled = delete_traffic(opened, run)  # before the run: a repeated deletion needs its run.yaml
         found.delete_all()
     click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
 
 
-def _expect_unchanged(store: Store, run: Run) -> None:
+def _expect_may_go_on(store: Store, run: Run) -> None:
     """Raise RunMismatchError for other images, and InputError for a λ that is added to what is in the registry."""
     from defuse_core.pipeline import expect_same_images
 
     expect_same_images(run)
     if run.with_added is not None:
-        expect_unregistered(store, run.name, COPY_IT)
+        expect_not_promoted(store, run.name, COPY_IT)
 
 
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:

@@ -67,7 +67,7 @@ def test_a_process_that_has_joined_another_ray_is_told_that_it_computes_there(
     for address in None, "auto", "10.0.0.9:6379", "head:6379":
         assert not connect(address)
     assert caplog.messages == [
-        "this process has joined the Ray at 10.0.0.9:6379: computing there, not at head:6379"
+        "this process has joined the Ray at 10.0.0.9:6379, and computes there; is that head:6379?"
     ]
 
 

@@ -159,7 +159,9 @@ def test_refusals_after_the_first_contact_are_a_lost_connection_for_a_while(
     with pytest.raises(ComputeError, match=r"\(.* requires another token") as raised:
         Jobs(head.address).follow("j1", show_no_more)
     assert str(raised.value).startswith(lost)
-    assert str(raised.value).endswith(f"; it may continue: defuse jobs logs|stop j1 --address {head.address}")
+    assert str(raised.value).endswith(
+        f"; the job may go on, and `defuse jobs logs j1 --follow --address {head.address}` follows it again"
+    )
     head.refusals = 1
     with pytest.raises(InputError, match="requires another token"):
         Jobs(head.address).follow("j1", print)

@@ -19,7 +19,7 @@ from defuse_core.export.compare import (
     _state,
     _state_of_b_alone,
     compare_runs,
-    matching_share,
+    matching_shares,
     share_inside,
 )
 from defuse_core.runs import Run
@@ -130,7 +130,8 @@ def test_a_scenario_whose_draws_became_narrower_matches_itself_whichever_run_is_
     wide, narrow = codes[0], codes[1] / 2
     assert share_inside(wide, narrow) < MATCHING_SHARE < share_inside(narrow, wide)
     for pair in ((wide, narrow), (narrow, wide)):
-        assert matching_share(*pair) > 0.9 and matching_share(pair[0], pair[1] + 9) == 0
+        assert matching_shares(*pair, True)[0] > 0.9 and matching_shares(pair[0], pair[1] + 9, True) == (0, 0)
+    assert matching_shares(wide, narrow, False)[0] < MATCHING_SHARE  # mistaken for other classes
 
 
 @pytest.mark.parametrize(
