@@ -52,7 +52,9 @@ def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tup
     from services.labeling.annotators import LabelStudioAnnotators
 
     if overrides and not from_traffic:
-        raise click.UsageError("--set goes with --from-traffic; else give it to `defuse run`")
+        raise click.UsageError(
+            "--set goes with `defuse review push RUN --from-traffic`; for a run's own review give it to `defuse run`"
+        )
     if from_traffic:
         name = _open_traffic_review(name, store, overrides)
     opened, gallery = _open(name, store)
@@ -301,8 +303,7 @@ def up(port: int) -> None:
     """Start the server; the first time it is installed (about 1 GB), which takes a minute and a half."""
     from services.labeling.local_server import up as start_server
 
-    server = start_server(read_settings().cache, port, _print_progress)
-    _print_server(server)
+    _print_server(start_server(read_settings().cache, port, _print_progress))
 
 
 def _print_server(server: LocalServer) -> None:
@@ -382,7 +383,6 @@ def _open_traffic_review(name: str, store: str, overrides: tuple[str, ...]) -> s
 
 def _checked_name(name: str) -> str:
     """Return the name of a run, or of a review of its traffic: mnist/traffic-1. Raises InputError."""
-
     run, slash, review = name.partition("/")
     return checked_name(run) + slash + (checked_name(review) if slash else "")
 

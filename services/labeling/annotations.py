@@ -113,7 +113,7 @@ class PulledAnnotations:
             annotation: annotator for annotation, annotator in chain(table, listed) if annotator != UNKNOWN
         }
 
-    def lost(self, authors: Authors) -> Counter[int]:
+    def missing_since(self, authors: Authors) -> Counter[int]:
         """Return how many annotations of each annotator in `authors`, those of earlier pulls, this one lacks."""
         found = {discarded.annotation for discarded in self.discarded}
         found.update(self.answers["annotation"].tolist(), (skip.annotation for skip in self.skips))
@@ -170,12 +170,12 @@ def _write_authors(store: Store, authors: Authors) -> None:
     store.write(AUTHORS_KEY, json.dumps(by_user).encode())
 
 
-def delete_skips(client: LabelStudioClient, project: int, tasks: ReviewTasks) -> None:
+def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: ReviewTasks) -> None:
     """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again.
 
-    Forgets the authors of what is deleted, here or before.
+    `listed` are the tasks of the project. Forgets the authors of what is deleted, here or before.
     """
-    pulled = read_annotations(client.tasks(project), tasks, read_authors(tasks.store))
+    pulled = read_annotations(listed, tasks, read_authors(tasks.store))
     given = np.bincount(pulled.answers["task"], minlength=len(tasks))
     lacking = given < tasks.review.answers_per_task
     unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
@@ -186,7 +186,7 @@ def delete_skips(client: LabelStudioClient, project: int, tasks: ReviewTasks) ->
     _write_authors(tasks.store, authors)
     if unreadable:
         deleted = count_of(len(unreadable), "unreadable answer")
-        log.warning("project %d: deleted %s to tasks that lack answers", project, deleted)
+        log.warning("review: deleted %s to tasks that lack answers", deleted)
 
 
 def delete_unreadable(client: LabelStudioClient, project: int, tasks: ReviewTasks) -> None:

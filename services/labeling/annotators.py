@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 # after which Label Studio gets this process's credentials again: those of a role may have 10 minutes left
 RENEWAL_S = 600
-STORE_OUTAGE_S = (
-    3600  # without the store, after which waiting ends: the credentials of this process may have expired
-)
+# without the store, after which waiting ends: the credentials of this process may have expired
+STORE_OUTAGE_S = 3600
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
@@ -68,7 +67,7 @@ class LabelStudioAnnotators:
 
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
-    lost = 0  # answers of earlier pulls that the last one lacked
+    lost_before = 0  # answers of earlier pulls that the last one lacked
     renewed_s = 0.0  # when Label Studio last got this process's credentials, of time.monotonic
 
     def __init__(
@@ -141,10 +140,15 @@ class LabelStudioAnnotators:
     def _pull(self, gallery: Gallery, state: ProjectState) -> tuple[ReviewStatus, ProjectState]:
         """Return the status now, and the state, which numbers all annotators."""
         started = monotonic()
-        tasks, authors = self._tasks(gallery), read_authors(self.run.store)
-        pulled = read_annotations(ReviewProject(self.client, self.run, tasks).pull(), tasks, authors)
+        tasks = self._tasks(gallery)
+        listed = ReviewProject(self.client, self.run, tasks).pull()
+        authors = read_authors(
+            self.run.store
+        )  # now: of a project that is at another address, pull() deletes them
+        pulled = read_annotations(listed, tasks, authors)
         store_authors(self.run.store, authors, pulled)
-        lost = pulled.lost(authors)
+        is_open = not self.run.store.exists("votes.safetensors")  # a closed review asks nobody any more
+        lost = pulled.missing_since(authors) if is_open else Counter[int]()
         annotators = (*pulled.annotators(), *lost)
         # numbered in the state that the store has now: other commands may have changed it
         state = update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
@@ -157,7 +161,7 @@ class LabelStudioAnnotators:
             read_overrides(self.run.store),
             None if stored is None else stored.probabilities,
         )
-        if not self.run.store.exists("votes.safetensors"):  # a closed review asks nobody any more
+        if is_open:
             self._warn_of_lost(lost, state)
             update_queue(self.client, status)
         self.pull_s = monotonic() - started
@@ -165,7 +169,7 @@ class LabelStudioAnnotators:
 
     def _warn_of_lost(self, lost: Counter[int], state: ProjectState) -> None:
         """Warn where more answers are lost than at the last pull."""
-        if lost.total() > self.lost:
+        if lost.total() > self.lost_before:
             by = ", ".join(
                 f"{state.pseudonym(annotator)}: {count}" for annotator, count in lost.most_common()
             )
@@ -177,7 +181,7 @@ class LabelStudioAnnotators:
                 by,
                 self.run.command("review push", "--repair"),
             )
-        self.lost = lost.total()
+        self.lost_before = lost.total()
 
     def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
         """Return the next status with another number of answers than `given`, and the state.
@@ -185,7 +189,7 @@ class LabelStudioAnnotators:
         A server that cannot be reached for a while is waited for, also where a proxy answers in its place, and so is
         the store, for STORE_OUTAGE_S.
         """
-        pause_s, out_since = self.first_pause_s, 0.0
+        pause_s, is_out, store_out_since = self.first_pause_s, False, 0.0
         while True:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
@@ -193,15 +197,16 @@ class LabelStudioAnnotators:
                 self._renew_credentials(gallery)
                 status, state = self._pull(gallery, state)
             except (ServiceError, PageError, StoreError) as failure:
-                out_since = out_since or monotonic()
-                too_long = isinstance(failure, StoreError) and monotonic() - out_since > STORE_OUTAGE_S
+                is_out = True
+                store_out_since = (store_out_since or monotonic()) if isinstance(failure, StoreError) else 0.0
+                too_long = store_out_since and monotonic() - store_out_since > STORE_OUTAGE_S
                 if too_long or isinstance(failure, DamagedError | StoreSettingsError):
                     raise
                 log.warning("review: %s", failure)
                 continue
-            if out_since:
+            if is_out:
                 log.info("review: the wait goes on")
-                out_since = 0.0
+                is_out, store_out_since = False, 0.0
             if status.given != given or not status.outstanding:
                 return status, state
 

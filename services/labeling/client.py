@@ -380,12 +380,13 @@ def _page_error(address: str, status: int, location: str) -> InputError:
         )
     problem = f"answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
     if 300 <= status < 400:
-        elsewhere = f"to {at[0]}" if (at := re.match("https?://[^/?#]+", location)) else "elsewhere"
+        at = re.match("(https?://)(?:[^/?#]*@)?([^/?#]+)", location)  # a password in it is not shown
+        elsewhere = f"to {at[1]}{at[2]}" if at else "elsewhere"
         problem = f"redirects {elsewhere} ({status}); set LABEL_STUDIO_URL to the final address"
-    bypass = f", or add {urlsplit(address).hostname} to NO_PROXY" if proxy_for(address) else ""
-    return PageError(
-        f"{address} {problem}, or let a login before it pass requests with a token to /api{bypass}"
-    )
+    host = urlsplit(address).hostname
+    login = "if a login sends that, let it pass requests with a token to /api"
+    proxy = f"; if the environment's proxy does, add {host} to NO_PROXY" if proxy_for(address) else ""
+    return PageError(f"{address} {problem}; {login}{proxy}")
 
 
 def is_json(body: Any) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import signal
 import socket
 import sqlite3
@@ -78,19 +79,26 @@ class Installation:
             versions, program = (self.env / ".installed").read_text(), self.program.read_text()
         except FileNotFoundError:
             return False
-        return versions == VERSIONS and Path(program.partition("\n")[0].removeprefix("#!")).exists()
+        first, second, *_ = program.splitlines()
+        # pip writes `exec PYTHON ...` for sh where the path is long or has a space
+        python = shlex.split(second)[1] if first == "#!/bin/sh" else first.removeprefix("#!")
+        return versions == VERSIONS and Path(python).exists()
 
     def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not. Raises InputError where this user cannot read it."""
-        # late: an installation does without it, and `make test` begins with one
-        from pydantic import TypeAdapter, ValidationError
-
         try:
-            return TypeAdapter(LocalServer).validate_json((self.folder / "server.json").read_bytes())
-        except (FileNotFoundError, ValidationError):
+            stored = (self.folder / "server.json").read_bytes()
+        except FileNotFoundError:
             return None
         except OSError as error:
             raise self._inaccessible(error) from error
+        # late: a first installation does without it, and `make test` begins with one
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(LocalServer).validate_json(stored)
+        except ValidationError:
+            return None
 
     def write_server(self, server: LocalServer) -> None:
         """Store address, login and token so that only this user can read them."""
@@ -131,11 +139,18 @@ def _silent(line: str) -> None:
 def install(cache: Path, report: Callable[[str], None] = _silent) -> Installation:
     """Install the server in its own environment, once: about 1 GB and a minute.
 
-    Raises ServiceError if pip fails.
+    Raises ServiceError if pip fails, and InputError where a server runs in the environment to be replaced.
     """
     installation = Installation(cache)
     with installation.lock():
         if not installation.is_installed():
+            known = installation.read_server()
+            installation.expect_this_machine(known)
+            if known is not None and _is_label_studio(known.pid):
+                raise InputError(
+                    f"Label Studio runs in {installation.env}, which has to be installed again; `defuse label-studio "
+                    "down` ends it, then repeat this command"
+                )
             report(f"installing Label Studio in {installation.env}: about 1 GB, a minute")
             _run(sys.executable, "-m", "venv", "--clear", str(installation.env))
             _run(
@@ -159,7 +174,7 @@ def up(cache: Path, port: int = 8080, report: Callable[[str], None] = _silent) -
     known = installation.read_server()
     if known is None or not _is_label_studio(known.pid):
         _expect_free(port)
-        install(cache, report)  # never below a server that runs
+        install(cache, report)
     with installation.lock():
         known = installation.read_server()
         if known is not None and _is_label_studio(known.pid):

@@ -107,7 +107,7 @@ class ReviewProject:
         self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
-            delete_skips(self.client, number, self.tasks)
+            delete_skips(self.client, (task for _, task in self._list_tasks()), self.tasks)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -120,27 +120,23 @@ class ReviewProject:
             _attempts()(self.client.connect_bucket, self.state.number, storage)
 
     def pull(self) -> Iterator[Task]:
-        """Yield the tasks of the project with their annotations.
+        """Find the project, and return an iterator over its tasks with their annotations.
 
-        Raises InputError if the project was deleted or its labelling interface edited, for a task that was edited, and
-        at the end if tasks are missing: answers could be misread.
+        Raises InputError if the project was deleted or its labelling interface edited, and while it is read for a task
+        that was edited, and at the end if tasks are missing: answers could be misread.
         """
-        project = self.find()
-        if project is not None:
+        if (project := self.find()) is not None:
             self._check_settings(project)
+        return self._checked_tasks()
+
+    def _checked_tasks(self) -> Iterator[Task]:
         missing = np.ones(len(self.tasks), bool)
-        for listing in range(2):
-            hidden = missing.copy()  # the second time: a deletion between two pages hides a task that exists
-            for task in self.client.tasks(self.state.number, with_data=True):
-                index = self.tasks.index_of(task.key)
-                if index is not None:
-                    if is_edited(task, self.state.secret):
-                        raise InputError(self._edited(task))
-                    missing[index] = False
-                if listing == 0 or (index is not None and hidden[index]):
-                    yield task
-            if not missing.any() or not self.state.pushed:
-                break
+        for index, task in self._list_tasks():
+            if index is not None:
+                if is_edited(task, self.state.secret):
+                    raise InputError(self._edited(task))
+                missing[index] = False
+            yield task
         if missing.any() and not self.state.pushed:
             raise InputError(
                 f"project {self.state.number} has {len(self.tasks) - missing.sum()} of {len(self.tasks)} tasks: its "
@@ -148,6 +144,18 @@ class ReviewProject:
             )
         if missing.any():
             raise InputError(self._deleted(np.flatnonzero(missing).tolist()))
+
+    def _list_tasks(self) -> Iterator[tuple[int | None, Task]]:
+        """Yield the tasks and their indices; a second list has those that deletions between pages hid in the first."""
+        missing = np.ones(len(self.tasks), bool)
+        for task in self.client.tasks(self.state.number, with_data=True):
+            if (index := self.tasks.index_of(task.key)) is not None:
+                missing[index] = False
+            yield index, task
+        if missing.any():
+            for task in self.client.tasks(self.state.number, with_data=True):
+                if (index := self.tasks.index_of(task.key)) is not None and missing[index]:
+                    yield index, task
 
     def settings(self) -> ProjectSettings:
         """Return the settings that the project should have."""
@@ -233,8 +241,7 @@ class ReviewProject:
         for attempt in _attempts():
             with attempt:
                 present = self.drop_duplicates()
-                missing = [index for index in order if not present.ids[index]]
-                if missing:
+                if missing := [index for index in order if not present.ids[index]]:
                     self._import(missing)
                     present = self.drop_duplicates()
         if not present.ids.all():  # not tried again here: tasks that the server does not list would multiply
@@ -249,8 +256,7 @@ class ReviewProject:
         dropped: dict[int, str] = {}  # deleted later: a deletion while listing would shift the pages
         moved: dict[int, int] = {}
         unknown = 0
-        for task in self.client.tasks(self.state.number, with_data=True):
-            index = self.tasks.index_of(task.key)
+        for index, task in self._list_tasks():
             if index is None:
                 unknown += 1
             elif is_edited(task, self.state.secret):
@@ -279,11 +285,9 @@ class ReviewProject:
     def _import(self, missing: list[int]) -> None:
         if self.state.pushed and not self.repair:
             raise InputError(self._deleted(missing))
-        imported = 0
         for batch in batches(self._task(index) for index in missing):
             self.client.import_tasks(self.state.number, batch)
-            imported += len(batch)
-        log.info("review: pushed %s to project %d", count_of(imported, "task"), self.state.number)
+        log.info("review: pushed %s to project %d", count_of(len(missing), "task"), self.state.number)
 
     def _task(self, index: int) -> TaskImport:
         return self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret)

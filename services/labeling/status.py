@@ -184,12 +184,18 @@ class ReviewStatus:
         left = [self.names[by] for by in able]
         if left and 2 * fewest <= asked:
             return ""  # they may well give the others
-        command, then = "run", " (give it from then on, and end a waiting `defuse run --wait` first)"
+        fewer = f"--set review.answers_per_task={fewest}"
+        command = f"`defuse run` with `{fewer}`"
+        then = " (give it from then on, and end a waiting `defuse run --wait` first)"
         if self.tasks.gallery.failure is not None:
-            command, then = "review push --from-traffic", ""
+            run, review = self.tasks.store.address.split("/")[
+                -2:
+            ]  # a review of traffic is in its run's folder
+            command = f"`defuse review push {run} --from-traffic {fewer}`, then `defuse review status {run}/{review}`,"
+            then = ""
         return (
             f"of those who answered so far, {first_few(left) or 'nobody'} can still answer; if nobody else will, "
-            f"`defuse {command}` with `--set review.answers_per_task={fewest}` ends the review with fewer answers{then}"
+            f"{command} ends the review with fewer answers{then}"
         )
 
     def final_votes(self, state: ProjectState) -> Votes:

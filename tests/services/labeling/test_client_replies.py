@@ -95,13 +95,14 @@ def test_a_redirection_is_not_followed_with_the_token(proxy, client):
     for location, target in (
         ("/login", "elsewhere"),
         ("https://sso.example.org/?to=x", r"to https://sso\.ex\S+"),
+        ("https://ana:secret@sso.example.org/", r"to https://sso\.ex\S+"),
     ):
         proxy.answer(Reply(302, "", location=location))
         with pytest.raises(
-            InputError, match=rf"redirects {target} \(302\); .* final address, or let a login before"
+            InputError, match=rf"redirects {target} \(302\); .* final address; if a login sends that, let"
         ):
             client.check_access()
-    assert len(proxy.seen) == 2
+    assert len(proxy.seen) == 3
 
 
 @pytest.mark.parametrize("delete", [LabelStudioClient.delete_task, LabelStudioClient.delete_annotation])

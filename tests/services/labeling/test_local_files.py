@@ -30,6 +30,7 @@ from services.labeling.records import read_state, write_state
 from services.labeling.simulate import simulate
 
 SERVER = LocalServer("http://127.0.0.1:1", 1, 2**22 + 1, "admin@defuse.local", "password", "token")
+THROUGH_SH = "/bin/sh\n'''exec' \"{}\" \"$0\" \"$@\"\n' '''"  # as pip writes a path with a space
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def write_installation(home, python):
 
 def test_an_older_server_is_replaced_and_the_same_one_is_left_alone(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")  # no environment can be made
-    write_installation(home, "/bin/sh")
+    write_installation(home, "/usr/bin/env")
     assert install(tmp_path).env == home.env
     (home.env / ".installed").write_text("label-studio>=1.22,<1.23")
     with pytest.raises(ServiceError, match="installing Label Studio failed"):
@@ -59,10 +60,12 @@ def test_a_server_whose_python_is_gone_is_installed_again(home, tmp_path, monkey
     (home.env / "bin").mkdir()
     (home.env / "bin" / "python").symlink_to(tmp_path / "removed")
     monkeypatch.setattr(sys, "executable", "false")
-    for python in (home.env / "bin" / "python", tmp_path / "moved"):
+    for python in (home.env / "bin" / "python", tmp_path / "moved", THROUGH_SH.format(tmp_path / "removed")):
         write_installation(home, python)
         with pytest.raises(ServiceError, match="installing Label Studio failed"):
             install(tmp_path)
+    write_installation(home, THROUGH_SH.format("/usr/bin/env"))
+    assert install(tmp_path).env == home.env
 
 
 def test_nothing_is_installed_below_a_server_that_runs(home, tmp_path, monkeypatch):
@@ -70,6 +73,8 @@ def test_nothing_is_installed_below_a_server_that_runs(home, tmp_path, monkeypat
     monkeypatch.setattr("services.labeling.local_server._wait_until_healthy", lambda *_: None)
     home.write_server(SERVER)
     assert up(tmp_path) == SERVER
+    with pytest.raises(InputError, match=r"runs in .*env, which has to be installed again; `defuse label"):
+        install(tmp_path)
 
 
 def test_the_login_is_readable_by_its_user_alone_and_another_file_is_no_server(home):
@@ -97,7 +102,7 @@ def test_a_login_that_cannot_be_written_leaves_the_one_that_is_there(home, monke
 def test_a_server_that_another_machine_started_in_a_shared_folder_is_neither_started_nor_taken_for_stopped(
     home, tmp_path, monkeypatch, command
 ):
-    write_installation(home, "/bin/sh")
+    write_installation(home, "/usr/bin/env")
     monkeypatch.setattr("services.labeling.local_server.start", lambda *_: SERVER)
     home.write_server(replace(SERVER, host="login-2"))
     with pytest.raises(InputError, match="was started on login-2: if it runs there, end it there"):

@@ -223,22 +223,6 @@ def test_deleted_tasks_are_said_and_put_back_only_when_asked(make_review):
     assert len(review.tasks()) == 12
 
 
-def test_a_task_that_a_deletion_between_two_pages_hides_is_not_said_to_be_deleted(
-    make_review, accounts, monkeypatch
-):
-    review = make_review()
-    review.annotators.push(review.gallery)
-    review.everyone_answers(accounts[:1], lambda _: "8")
-    listed, hidden = review.api.tasks, [review.tasks()["s002-i01"].id]
-
-    def tasks(*given: object, **options: object):
-        hide = hidden.pop() if hidden else None
-        return (task for task in listed(*given, **options) if task.id != hide)
-
-    monkeypatch.setattr(review.annotators.client, "tasks", tasks)
-    assert review.annotators.status(review.gallery)[0].given_per_task.tolist() == [1] * 12
-
-
 def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accounts):
     review = make_review()
     review.annotators.push(review.gallery)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from dataclasses import replace
 from types import SimpleNamespace
@@ -100,6 +101,41 @@ def test_a_project_that_has_another_number_now_is_found_by_its_mark(make_review,
     assert review.annotators.status(review.gallery)[0].given == 1
     assert f"project 1000000 is now project {pushed.number}" in caplog.text
     assert review.annotators.push(review.gallery).number == pushed.number
+
+
+def test_a_project_that_moved_to_another_server_is_found_without_the_authors_of_the_old_one(
+    make_review, accounts, caplog
+):
+    review = make_review(answers_per_task=1)
+    pushed, store = review.annotators.push(review.gallery), review.run.store
+    given = accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
+    write_state(store, replace(pushed, project=10**6, address="http://old", people={"70": 1}))
+    store.write(AUTHORS_KEY, b'{"70": [1, 2]}')
+    assert review.annotators.status(review.gallery)[0].per_annotator() == {"annotator-1": 1}
+    assert list(read_authors(store)) == [given] and "70" not in review.state.people
+    assert "has lost" not in caplog.text
+
+
+def test_a_task_that_a_deletion_between_two_pages_hides_is_not_taken_for_deleted(
+    make_review, accounts, monkeypatch
+):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    review.everyone_answers(accounts[:1], lambda _: "8")
+    listed, lists, hidden = review.api.tasks, itertools.count(), review.tasks()["s002-i01"].id
+
+    def every_other_list_hides_one(*given: object, **options: object):
+        hides = next(lists) % 2 == 0
+        return (task for task in listed(*given, **options) if not hides or task.id != hidden)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(review.annotators.client, "tasks", every_other_list_hides_one)
+        assert review.annotators.status(review.gallery)[0].given_per_task.tolist() == [1] * 12
+        authors = read_authors(review.run.store)
+        for repair in (False, True):
+            review.annotators.push(review.gallery, repair=repair)
+    assert len(review.tasks()) == 12
+    assert len(authors) == 12 and read_authors(review.run.store) == authors
 
 
 def test_a_project_on_another_server_begins_without_the_annotators_and_authors_of_the_lost_one(

@@ -194,7 +194,8 @@ def test_a_review_of_traffic_ends_with_the_number_of_answers_that_a_later_push_g
             account.answer(task.id, "image", "0")
     shown = " ".join(cli("status", review.name).output.split())
     given = "review.answers_per_task=2"
-    assert f"`defuse review push --from-traffic` with `--set {given}` ends the review" in shown
+    push, status = f"review push {run.name} --from-traffic --set {given}", f"review status {review.name}"
+    assert f"`defuse {push}`, then `defuse {status}`, ends the review with fewer answers." in shown
     assert f"{run.name}/traffic-1" in cli("push", run.name, "--from-traffic", "--set", given).output
     assert "all answers are in, and stored" in cli("status", review.name).output
     meet(run, tmp_path, 3, 3)

@@ -148,6 +148,26 @@ def test_a_store_that_waiting_does_not_mend_ends_a_wait(make_review, monkeypatch
         review.annotators._poll(review.gallery, state, 0)
 
 
+def test_an_outage_of_label_studio_is_no_part_of_the_outage_of_the_store(make_review, monkeypatch):
+    review, failures, now = make_review(), [StoreError, ServiceError, StoreError], [1.0]
+    review.annotators.push(review.gallery)
+    status, state = review.annotators.status(review.gallery)
+
+    def pull(*_: object):
+        if failures:
+            raise failures.pop()("no answer")
+        return status, state
+
+    def sleep(_: float) -> None:
+        now[0] += 4000
+
+    monkeypatch.setattr(review.annotators, "_pull", pull)
+    monkeypatch.setattr("services.labeling.annotators.sleep", sleep)
+    monkeypatch.setattr("services.labeling.annotators.monotonic", lambda: now[0])
+    assert review.annotators._poll(review.gallery, state, given=-1) == (status, state)
+    assert not failures
+
+
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
     review = make_review()
     number = review.annotators.push(review.gallery).number
