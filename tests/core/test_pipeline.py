@@ -164,13 +164,17 @@ def test_a_run_is_not_continued_with_a_classifier_whose_code_has_changed(finishe
     run = Run.open(FolderStore(tmp_path), "tiny")
     run.store.delete("evaluation.safetensors")
     monkeypatch.setattr("torch.nn.ReLU", nn.Sigmoid)  # the weights fit as before
-    with pytest.raises(RunMismatchError, match=r"% of the .* images right, and got .* its code has changed"):
+    with pytest.raises(
+        RunMismatchError,
+        match=r"% of the .* images right, and got .* its code, or that of a package, has changed",
+    ):
         run_defuse(run, LocalCompute(), None)
     for name in ("corrections", "baseline", "sweep"):
         run.store.delete(f"{name}.safetensors")
-    run.spec = run.spec.with_fields("classifier", import_path="nets:build")
+    architectures = (run.spec.classifier.architecture,)  # as if its code were the user's
+    monkeypatch.setattr("defuse_core.pipeline.CODE_ELSEWHERE", architectures)
     with pytest.raises(
-        RunMismatchError, match=r"answers \d+ of \d+ stored images otherwise .* restore that code"
+        RunMismatchError, match=r"answers \d+ of \d+ stored images otherwise .* restore that, or run again"
     ):
         run_defuse(run, LocalCompute(), None)
     assert run.load(Corrections) is None

@@ -328,7 +328,7 @@ def test_a_second_driver_exits_4(runfile, tmp_path, monkeypatch, capsys):
 
 def test_an_unexpected_error_is_one_line_too(runfile, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("defuse_core.pipeline.run_defuse", lambda *_: 1 / 0)
-    monkeypatch.setattr("defuse_core.runs.Run.start", lambda *_: 1 / 0)
+    monkeypatch.setattr("defuse_core.runs.Run.start", lambda *_, **__: 1 / 0)
     code, _, err = call(monkeypatch, capsys, "run", runfile, "--store", tmp_path / "runs", "--on", "local")
     assert code == 4
     assert "unexpected ZeroDivisionError" in one_line(err)

@@ -37,7 +37,11 @@ FIGURES = [
     ("cluster", r"rewritten every (\d+) s", lease.BEAT_S),
     ("cluster", r"free after (\d+) s without a change", lease.LEASE_S),
     ("cluster", r"the command fails after (\d+) s", connection.CONNECT_WITHIN_S),
-    ("cluster", r"Defuse waits up to (\d+) minutes for one", resources.NODES_JOIN_WITHIN_S / 60),
+    (
+        "cluster",
+        r"asks the cluster's autoscaler for one, and waits for up to (\d+) minutes",
+        resources.NODES_JOIN_WITHIN_S / 60,
+    ),
     ("cluster", r"at most (\d+) s and the current epoch are lost", training.CHECKPOINT_EVERY_S),
     ("cluster", r"A shard is at most 2\^(\d+) decodings", identify.SHARD_DECODINGS.bit_length() - 1),
     ("cluster", r"it becomes a line every (\d+) s", console.LINE_EVERY_S),

@@ -296,6 +296,6 @@ def test_a_named_pipe_is_refused_in_place_of_being_waited_for(tmp_path: Path):
 def test_a_run_whose_images_were_moved_says_what_records_their_new_place(tmp_path: Path):
     moved = tiny(data={"name": "npz", "root": str(tmp_path / "gone.npz")})
     with pytest.raises(
-        DataError, match=r"gone\.npz does not exist; .* by `defuse run RUNFILE --set data\.root"
+        DataError, match=r"gone\.npz does not exist; .* by `defuse run RUNFILE --name RUN --set data\.root"
     ):
         reopen_splits(moved, "any")

@@ -42,7 +42,11 @@ def _no_pauses(monkeypatch):
     [
         (Reply(401, '{"detail": "Invalid token."}'), InputError, "LABEL_STUDIO_API_KEY"),
         (Reply(403, '{"detail": "no"}'), InputError, "administrator"),
-        (Reply(403, PAGE, "text/html"), InputError, "let a login before it pass requests with a token"),
+        (
+            Reply(403, PAGE, "text/html"),
+            InputError,
+            "if a login sends that, let it pass requests with a token",
+        ),
         (Reply(404, PAGE, "text/html"), InputError, "web page"),
         (Reply(404, '{"detail": "Not found."}'), ServiceError, "Not found"),
         (Reply(429, '{"detail": "slow down"}'), ServiceError, "wait a minute"),
