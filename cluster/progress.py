@@ -154,6 +154,12 @@ class _ActorLogHandler(logging.Handler):
         self.actor.log.remote(record.levelno, record.getMessage())
 
 
+@functools.cache
+def _versions_here() -> dict[str, str]:
+    """Return this worker's versions: to read them takes milliseconds, and it reports on each shard."""
+    return versions()
+
+
 @contextlib.contextmanager
 def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
     """In a worker: send its versions and Defuse's log lines to the actor, and yield the reporter of progress.
@@ -165,7 +171,7 @@ def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
     log.setLevel(logging.DEBUG)
     reporter = ProgressReporter(actor, task)
     try:
-        actor.compare.remote(str(ray.util.get_node_ip_address()), versions())  # type: ignore[no-untyped-call]
+        actor.compare.remote(str(ray.util.get_node_ip_address()), _versions_here())  # type: ignore[no-untyped-call]
         yield reporter
     finally:
         reporter.flush()

@@ -103,6 +103,11 @@ def decimal(value: float, digits: int) -> str:
     return f"{value:.{digits_of(digits - 2, value) + 2}f}"
 
 
+def with_bounds(value: float, low: float, high: float, digits: int) -> str:
+    """Return a number between 0 and 1 with the bounds of its interval: 0.97 (0.95–0.98)."""
+    return f"{decimal(value, digits)} ({decimal(low, digits)}–{decimal(high, digits)})"
+
+
 def one_line(error: Exception | str, limit: int = 200) -> str:
     """Return at most `limit` characters of an error, or of its message, on one line."""
     return " ".join(str(error).split())[:limit]

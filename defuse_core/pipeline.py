@@ -32,13 +32,14 @@ from defuse_core.evaluation import (
     Findings,
     control_spec,
     evaluate,
-    expect_same_answers,
+    expect_same_code,
     folds,
     without_fold,
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.identify import SAMPLE_CODES
+from defuse_core.models import EXTERNAL
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, write_report
 from defuse_core.report.build import build_report
@@ -66,7 +67,7 @@ from defuse_core.tuning_data import choose_unreviewed, expect_training_images, r
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
-CODE_ELSEWHERE = ("custom", "timm", "transformers")  # architectures whose code is not Defuse's, nor stored
+CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # architectures whose code is not Defuse's, nor stored
 T = TypeVar("T")
 
 
@@ -141,7 +142,7 @@ def _expect_same_code(run: Run, compute: Compute, models: Models, gallery: Galle
     """Raise RunMismatchError where the classifier's code, or its package, has changed, before it is computed with."""
     is_finished = run.with_added is None and run.store.exists("evaluation.safetensors")
     if run.spec.classifier.architecture in CODE_ELSEWHERE and not is_finished:
-        compute.task("review", expect_same_answers, run.spec, models, gallery)
+        compute.task("review", expect_same_code, run.spec, models, gallery)
 
 
 def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | None]:

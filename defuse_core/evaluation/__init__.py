@@ -44,7 +44,7 @@ from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
 from defuse_core.identify import subsample_psi
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
-from defuse_core.protocols import Progress, silent
+from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
@@ -127,18 +127,21 @@ def expect_same_accuracy(models: Models, part: str, accuracy: float) -> None:
         )
 
 
-def expect_same_answers(
-    spec: RunFile, models: Models, gallery: Gallery, *, progress: Progress = silent
-) -> None:
+def expect_same_code(spec: RunFile, models: Models, gallery: Gallery, *, progress: Progress) -> None:
+    """Load f and raise RunMismatchError unless it answers as `expect_same_answers` describes."""
+    progress("comparing answers of the classifier", 0, 1, "classifiers")
+    expect_same_answers(spec, load_classifier(spec, models.classifier, len(models.classes)), gallery)
+
+
+def expect_same_answers(spec: RunFile, classifier: nn.Module, gallery: Gallery) -> None:
     """Raise RunMismatchError unless f answers images of the gallery as when they were drawn.
 
     Up to a tenth of the answers, and one more, may be others: failures can be near the boundary of two classes.
     """
-    progress("comparing answers of the classifier", 0, 1, "classifiers")
     images = gallery.images.reshape(-1, *gallery.images.shape[2:])
     rows = evenly_spaced(len(images), COMPARED_ANSWERS)
     with cpu_threads(spec.resources.train_threads):
-        answers = predict(load_classifier(spec, models.classifier, len(models.classes)), images[rows])
+        answers = predict(classifier, images[rows])
     changed = int((answers != gallery.predicted.reshape(-1)[rows]).sum())
     if changed > 1 + len(rows) / 10:
         raise RunMismatchError(
@@ -248,8 +251,8 @@ class Controls:
     folds: tuple[Sweep, ...]  # each tuned without its fold's scenarios; empty with fewer than two scenarios
 
     @property
-    def made(self) -> tuple[Sweep, ...]:
-        """Plain trainings but those that failed for good; all if each did."""
+    def finished_plain(self) -> tuple[Sweep, ...]:
+        """The plain trainings but those that failed for good; all if each did."""
         return tuple(sweep for sweep in self.plain if sweep.has_correction) or self.plain
 
 

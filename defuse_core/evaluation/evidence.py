@@ -135,10 +135,10 @@ class _Judging:
         self.vae = load_vae(spec, found.models.vae)
         self.before = load_classifier(spec, found.models.classifier, self.classes)
         self.baseline, self.corrected = self._chosen(found.baseline), self._chosen(found.sweep)
-        plain = controls.made
-        self.plain, self.folds = ([self._chosen(sweep) for sweep in made] for made in (plain, controls.folds))
+        self.plain = [self._chosen(sweep) for sweep in controls.finished_plain]
+        self.folds = [self._chosen(sweep) for sweep in controls.folds]
         self.defuse = self.before if self.corrected is None else self.corrected
-        self.plain_rows = [sweep.chosen for sweep in plain]
+        self.plain_rows = [sweep.chosen for sweep in controls.finished_plain]
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
         held_out = held_out_images(self.vae, found.fixes)

@@ -253,13 +253,8 @@ PLAIN_TEXTS = {  # of config.json, by key, at any depth
     "model_type", "norm_layer", "out_features", "pooler_act", "pooling_type", "problem_type", "qkv_projection_method",
     "rope_type", "stage_names", "stem_act_func", "torch_dtype", "transformers_version",
 }  # fmt: skip
-LABELS = {
-    "_name_or_path",
-    "id2label",
-    "label2id",
-    "label_descriptions",
-    "label_names",
-}  # texts that are shown at most
+# texts that are shown at most
+LABELS = {"_name_or_path", "id2label", "label2id", "label_descriptions", "label_names"}
 
 
 def open_transformers(folder: Path) -> SelfContainedClassifier:
@@ -309,9 +304,8 @@ def transformers_from(source: bytes, where: str) -> SelfContainedClassifier:
 def _expect_harmless_config(source: bytes, where: str) -> None:
     """Raise ModelError for a text in a config.json that transformers or timm could take for a file, address or code."""
     config = json.loads(source)
-    for key, text in _texts(
-        {**config, "pretrained_cfg": None}
-    ):  # of timm, which describes weights, and is not used
+    # timm's description of weights is not used
+    for key, text in _texts({**config, "pretrained_cfg": None}):
         if key not in PLAIN_TEXTS or not PLAIN.fullmatch(text):
             raise ModelError(
                 f"{where}: its config.json has {text[:80]!r} for {key}, which could name a file, a download or code, "

@@ -9,7 +9,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.errors import decimal
+from defuse_core.errors import with_bounds
 from defuse_core.evaluation import Findings, has_known_confusion
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
 from defuse_core.intervals import (
@@ -233,7 +233,7 @@ def _found(part: str, figures: DetectionFigures | None) -> str:
     area = figures.auroc
     told = ""
     if area.value is not None and area.low is not None and area.high is not None:
-        told = f" AUROC {decimal(area.value, 2)} ({decimal(area.low, 2)}–{decimal(area.high, 2)}), and"
+        told = f" AUROC {with_bounds(area.value, area.low, area.high, 2)}, and"
     found = f"; on {part} images{told} {figures.flagged:,} of {figures.images:,} are flagged"
     if figures.recall.value is None:
         return found

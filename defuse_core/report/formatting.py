@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from defuse_core.errors import NONE, decimal, digits_of, percent
+from defuse_core.errors import NONE, digits_of, percent, with_bounds
 from defuse_core.report.evidence_schema import Pairs, Share
 from defuse_core.report.schema import Mean
 
@@ -64,8 +64,7 @@ def score(share: Share) -> str:
     """Return a number between 0 and 1 with its 95 % interval, not as a percentage: 0.970 (0.951–0.982)."""
     if share.value is None or share.low is None or share.high is None:
         return NONE
-    value, low, high = (decimal(each, 3) for each in (share.value, share.low, share.high))
-    return f"{value} ({low}–{high})"
+    return with_bounds(share.value, share.low, share.high, 3)
 
 
 def change(before: float | None, after: float | None, digits: int = 2) -> str:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import CorrectSection, RunFile, dump_run_file
 from defuse_core.data.images import to_levels, to_picture
-from defuse_core.errors import count_of, percent
+from defuse_core.errors import count_of, decimal, percent
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import Evidence
@@ -127,6 +127,7 @@ def environment() -> Environment:
     made.globals.update(
         inspect.getmembers(formatting, inspect.isfunction),
         count_of=count_of,
+        decimal=decimal,
         may_be_equal=may_be_equal,
         SIGNIFICANT=SIGNIFICANT,
     )

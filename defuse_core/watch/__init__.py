@@ -28,7 +28,7 @@ from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weig
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import decimal
+from defuse_core.errors import with_bounds
 from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.protocols import Progress
@@ -144,8 +144,8 @@ class FailureWatch:
         if low >= CHANCE:
             return ""
         return (
-            f"No method finds failing inputs: the AUROC of the best, {chosen.detector.method}, is {decimal(area, 2)} "
-            f"({decimal(low, 2)}–{decimal(high, 2)}) on validation images, and 0.5 is chance."
+            f"No method finds failing inputs: the AUROC of the best, {chosen.detector.method}, is "
+            f"{with_bounds(area, low, high, 2)} on validation images, and 0.5 is chance."
         )
 
 

@@ -142,9 +142,8 @@ class LabelStudioAnnotators:
         started = monotonic()
         tasks = self._tasks(gallery)
         listed = ReviewProject(self.client, self.run, tasks).pull()
-        authors = read_authors(
-            self.run.store
-        )  # now: of a project that is at another address, pull() deletes them
+        # after pull(), which deletes those of a project that is at another address
+        authors = read_authors(self.run.store)
         pulled = read_annotations(listed, tasks, authors)
         store_authors(self.run.store, authors, pulled)
         is_open = not self.run.store.exists("votes.safetensors")  # a closed review asks nobody any more

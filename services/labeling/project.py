@@ -107,7 +107,7 @@ class ReviewProject:
         self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
-            delete_skips(self.client, (task for _, task in self._list_tasks()), self.tasks)
+            delete_skips(self.client, (task for _, task in self._list_tasks(with_data=False)), self.tasks)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -145,15 +145,15 @@ class ReviewProject:
         if missing.any():
             raise InputError(self._deleted(np.flatnonzero(missing).tolist()))
 
-    def _list_tasks(self) -> Iterator[tuple[int | None, Task]]:
+    def _list_tasks(self, with_data: bool = True) -> Iterator[tuple[int | None, Task]]:
         """Yield the tasks and their indices; a second list has those that deletions between pages hid in the first."""
         missing = np.ones(len(self.tasks), bool)
-        for task in self.client.tasks(self.state.number, with_data=True):
+        for task in self.client.tasks(self.state.number, with_data):
             if (index := self.tasks.index_of(task.key)) is not None:
                 missing[index] = False
             yield index, task
         if missing.any():
-            for task in self.client.tasks(self.state.number, with_data=True):
+            for task in self.client.tasks(self.state.number, with_data):
                 if (index := self.tasks.index_of(task.key)) is not None and missing[index]:
                     yield index, task
 

@@ -188,9 +188,8 @@ class ReviewStatus:
         command = f"`defuse run` with `{fewer}`"
         then = " (give it from then on, and end a waiting `defuse run --wait` first)"
         if self.tasks.gallery.failure is not None:
-            run, review = self.tasks.store.address.split("/")[
-                -2:
-            ]  # a review of traffic is in its run's folder
+            # a review of traffic is in its run's folder
+            run, review = self.tasks.store.address.split("/")[-2:]
             command = f"`defuse review push {run} --from-traffic {fewer}`, then `defuse review status {run}/{review}`,"
             then = ""
         return (
