@@ -5,7 +5,7 @@ Everything is read from the run when it is first asked for. In a notebook all of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,9 @@ import numpy as np
 from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
-from defuse_core.data import Images, PictureFiles, Splits, reopen_splits
+from defuse_core.data import Images, PictureFiles, reopen_splits
 from defuse_core.data.npz import rows_in_file
+from defuse_core.device import torch_defaults
 from defuse_core.distill.draws import distances_from
 from defuse_core.errors import DefuseError, InputError, ModelError, count_of
 from defuse_core.evaluation import Findings
@@ -92,6 +93,7 @@ class RunResult:
         """Return whether the β-VAE's images are of use. Raises InputError before the models are trained."""
         return self._models.health
 
+    @torch_defaults()
     def corrected(self, like: nn.Module | None = None) -> nn.Module:
         """Return the corrected classifier on the CPU, in eval mode: images (n, channels, H, W) in [0, 1] -> logits.
 
@@ -144,15 +146,15 @@ class RunResult:
         return load_findings(self.run)
 
     @cached_property
-    def _splits(self) -> Splits:
-        return reopen_splits(self.run.spec, self._models.data_fingerprint)
+    def _parts(self) -> Mapping[str, Images]:
+        return reopen_splits(self.run.spec, self._models.data_fingerprint).parts()
 
     def _part(self, name: str) -> Images:
-        part = self._splits.parts().get(name)
-        if part is None:
+        if name not in self._parts:
             raise InputError(f"run {self.run.name}: its data set has no {name} images")
-        return part
+        return self._parts[name]
 
+    @torch_defaults()
     def _codes_of(self, name: str) -> F32:
         if name not in self._codes:
             self._codes[name] = encode_images(load_vae(self.run.spec, self._models.vae), self._part(name))
@@ -168,14 +170,14 @@ class RunResult:
         data = self.run.spec.data
         return rows_in_file(data, self.run.spec.seed) if data.name == "npz" else {}
 
+    @torch_defaults()
     def _real_images(self, name: str, rows: I64, distances: F64) -> RealImages:
         images, classes = self._part(name).take(rows), self._models.classes
-        given = self._rows.get(name)
         return RealImages(
             images=images.batch(),
             labels=tuple(classes[label] for label in images.labels),
             answers=tuple(classes[answer] for answer in predict(self._before, images)),
-            rows=rows if given is None else given[rows],
+            rows=self._rows[name][rows] if name in self._rows else rows,
             files=tuple(images.pixels.paths) if isinstance(images.pixels, PictureFiles) else None,
             distances=distances,
             part=name,
@@ -319,14 +321,12 @@ class ScenarioView:
     @property
     def images(self) -> F32:
         """The reviewed images, (R, channels, H, W) in [0, 1]."""
-        images: F32 = self._result._findings[0].gallery.images[self.number].copy()
-        return images
+        return np.array(self._result._findings[0].gallery.images[self.number])
 
     @property
     def codes(self) -> F32:
         """The latent codes of `images`, (R, Z)."""
-        codes: F32 = self._result._findings[0].gallery.codes[self.number].copy()
-        return codes
+        return np.array(self._result._findings[0].gallery.codes[self.number])
 
     @property
     def answers(self) -> tuple[str, ...]:

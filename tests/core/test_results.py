@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,6 +144,23 @@ def test_the_nearest_real_images_are_those_of_the_part_by_distance_to_the_compon
     for count in (0, -1):  # no slice that leaves out the last
         with pytest.raises(InputError, match=f"count: expected at least 1, found {count}"):
             with_models.scenarios[0].nearest_training(count)
+
+
+def test_the_modes_of_the_program_change_nothing(with_models, request):
+    scenario, images = with_models.scenarios[0], torch.rand(2, 1, 16, 16)
+    expected = scenario.nearest_training(3)
+    with torch.no_grad():
+        answers = with_models.corrected()(images)
+    with_models._codes.clear()
+    request.addfinalizer(partial(torch.set_default_dtype, torch.float32))
+    torch.set_default_dtype(torch.float64)
+    with torch.inference_mode(), torch.autocast("cpu"), torch.device("meta"):
+        found, net = scenario.nearest_training(3), with_models.corrected()
+    assert (found.rows.tolist(), found.answers) == (expected.rows.tolist(), expected.answers)
+    np.testing.assert_array_equal(found.distances, expected.distances)
+    logits = net(images)  # outside the modes, to be tuned further
+    torch.testing.assert_close(logits.detach(), answers, rtol=0, atol=0)
+    logits.sum().backward()
 
 
 @pytest.mark.parametrize(
