@@ -106,7 +106,7 @@ def no_such_run(store: Store, name: str) -> InputError:
     with contextlib.suppress(StoreError):  # a store that gives a run need not list them
         runs = [found for found in store.folders() if store.exists(f"{found}/run.yaml")]
     known = list(dict.fromkeys([*difflib.get_close_matches(name, runs, n=1), *runs]))
-    has = first_few(known) if known else "no runs; choose another one with --store, or store= in Python"
+    has = first_few(known) if known else "no runs; give another store with --store (store= in Python)"
     return InputError(f"no run called {name} in {store.address}, which has {has}")
 
 

@@ -110,8 +110,8 @@ def plan_run(
     if own is not None and own.get("weights") and "validation" not in facts.counts:
         noted.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
-            "has seen; other validation images (a folder `validation`, or validation= in Python) tell better what a "
-            "correction costs"
+            "has seen; separate validation images (a folder `validation`, or validation= in Python) would show the "
+            "cost of a correction more reliably"
         )
     needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     parse_run_file(tree, "the suggested run file")

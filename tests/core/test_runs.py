@@ -282,7 +282,9 @@ def test_weights_that_are_mended_after_the_precision_was_measured_are_the_runs(t
 
 def test_opening_a_run_that_is_not_there_says_so(tmp_path):
     store = FolderStore(tmp_path)
-    with pytest.raises(InputError, match="no run called b in .*, which has no runs; choose .* with --store"):
+    with pytest.raises(
+        InputError, match="no run called b in .*, which has no runs; give another store with --store"
+    ):
         Run.open(store, "b")
     for name in ("ash", "bee", "cat", "demo", "elk", "fox"):
         Run.start(store, name, tiny())
