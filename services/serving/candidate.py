@@ -36,6 +36,7 @@ from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch import FailureWatch, watch_classifier
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
+from services.serving.inputs import InputSpec
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
@@ -107,13 +108,20 @@ class Candidate:
 
     def interface_error(self, current: Candidate) -> str | None:
         """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
-        if self.interface == current.interface:
+        if self.interface != current.interface:
+            expected, found = (
+                f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
+                for channels, size, classes in (current.interface, self.interface)
+            )
+            return f"interface: expected {expected} as in production, found {found}"
+        theirs, ours = (InputSpec.of(spec, spec.serve) for spec in (current.run_file(), self.run_file()))
+        if ours.resize or not (theirs.resize or theirs.sizes - ours.sizes):
             return None
-        expected, found = (
-            f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
-            for channels, size, classes in (current.interface, self.interface)
+        others = ", and converts others" if theirs.resize else ""
+        return (
+            f"interface: production accepts images of {theirs}{others}; this version accepts {ours} only, without "
+            "`serve.resize: true` in its run file"
         )
-        return f"interface: expected {expected} as in production, found {found}"
 
     def why_not_compared(self, current: Candidate) -> str | None:
         """Return why its clean accuracy cannot be compared with that of `current`, which is in production.
