@@ -77,42 +77,6 @@ def test_a_promotion_forced_for_an_equal_version_keeps_what_it_was_forced_over(r
     assert registry.roll_back("bo", "").failed_checks is None
 
 
-def test_swapped_class_names_are_another_interface(registry, candidates):
-    promote(registry, candidates["first"], ANA)
-    names = list(candidates["second"].classes)
-    names[6], names[7] = names[7], names[6]
-    swapped = dataclasses.replace(candidates["second"], classes=tuple(names), digest="other")
-    with pytest.raises(CheckFailed, match=r"interface: expected .*5, 6, 7, .* found .*5, 7, 6, "):
-        promote(registry, swapped, ANA)
-
-
-def with_run_file(candidate, digest, **sections):
-    """The candidate as another version, with fields of its run file changed."""
-    spec = {name: {**candidate.spec[name], **fields} for name, fields in sections.items()}
-    return dataclasses.replace(candidate, spec={**candidate.spec, **spec}, digest=digest)
-
-
-def test_a_version_that_refuses_the_images_which_production_accepts_has_another_interface(
-    registry, candidates
-):
-    first = candidates["first"]
-    padded, same = (
-        with_run_file(first, name, data={"name": name, "image_size": 32, "root": "data"})
-        for name in ("mnist-5000", "folder")
-    )
-    resizing = with_run_file(first, "resizing", serve={"resize": True})
-    assert first.interface_error(resizing) == (
-        "interface: production accepts images of 16x16 pixels in grey, and converts others; this version accepts 16x16 "
-        "pixels in grey only, without `serve.resize: true` in its run file"
-    )
-    assert "of 32x32 or 28x28 pixels in grey; this version accepts 32x32" in str(same.interface_error(padded))
-    assert padded.interface_error(same) is None
-    for version in (first, resizing):  # more images than before harm nobody
-        assert promote(registry, version, ANA).production
-    with pytest.raises(CheckFailed, match="interface: production accepts"):
-        promote(registry, first, ANA)
-
-
 def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidates):
     for name in ("first", "second"):
         promote(registry, candidates[name], ANA)
