@@ -264,7 +264,8 @@ def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store,
     async def compare() -> None:
         replica._compare(before, shadow, ours, TimeoutError("too slow"))
 
-    before.statistics.add_errors(50)
+    monkeypatch.setattr("services.serving.active_versions.SECOND_S", 0.0)
+    before.statistics.add_error()
     asyncio.run(compare())
     assert before.statistics.reason_to_end(replica.settings) is not None
     assert replica.active is versions and replica.watcher.ended is None
