@@ -107,16 +107,16 @@ async def post(
         (KeyError("x"), 500, "KeyError"),
     ],
 )
-def test_errors_that_nobody_expected_are_answered_in_json(
+def test_errors_that_nobody_expected_are_answered_in_json_and_counted(
     own_store, pictures, monkeypatch, error, status, words
 ):
-    def failing(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("services.serving.deployment.decode_body", failing)
+    monkeypatch.setattr("services.serving.deployment.decode_body", failing_with(error))
     put(own_store, "first")
-    reply = asyncio.run(post(new_replica(own_store), pictures[0]))
+    replica, counted = new_replica(own_store), []
+    monkeypatch.setattr(replica.metrics.rejected, "inc", lambda *count: counted.append(count))
+    reply = asyncio.run(post(replica, pictures[0]))
     assert reply.status_code == status and words in reply.json()["error"]
+    assert counted == [(1, {"status": str(status)})]
 
 
 def failing_with(error: Exception) -> Any:
