@@ -230,6 +230,8 @@ class RegistryWatcher:
         self._skipped: int | None = None  # `ended` before the registry was read
         self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
         self._failed: _FailedLoad | None = None
+        # why the canary or shadow of a state could not be loaded, where its end is not stored in the registry yet
+        self._unfit: tuple[RegistryState, str] | None = None
 
     def load_initial(self) -> ActiveVersions:
         """Return the versions to start with, a canary or shadow among them; none before the first promotion.
@@ -328,30 +330,27 @@ class RegistryWatcher:
     def _load_canary(
         self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
     ) -> LoadedModel | None:
-        """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded.
+        """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded: that one is ended.
 
-        So production is not affected.
+        So production is not affected. It is loaded once: each time costs its whole file, and memory of production.
         """
-        if number == self._skipped:
+        if number is None or number == self._skipped:
             return None
+        if self._unfit is None or self._unfit[0] != state:
+            try:
+                return self._load_version(number, state, loaded)
+            except Exception as error:  # for example out of GPU memory
+                log.error("version %d cannot be loaded: %s", number, error)
+                if is_store_outage(error):
+                    self._is_complete = False  # the store may return it at the next poll
+                    return None
+                self._unfit = state, str(error)
         try:
-            return self._load_version(number, state, loaded)
-        except Exception as error:  # for example out of GPU memory
-            assert number is not None
-            log.error("version %d cannot be loaded: %s", number, error)
-            self._is_complete = self._is_ended(number, error)
-            return None
-
-    def _is_ended(self, number: int, error: Exception) -> bool:
-        """End a canary or shadow that cannot be loaded, unless the store may return it at the next poll."""
-        if is_store_outage(error):
-            return False
-        try:
-            self.registry.end_canary(number, AUTHOR, str(error))
+            self.registry.end_canary(number, AUTHOR, self._unfit[1])
         except StoreError as failure:
             log.error("version %d: its end is not stored in the registry yet: %s", number, failure)
-            return False
-        return True
+            self._is_complete = False
+        return None
 
     def _load_version(
         self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
