@@ -41,6 +41,7 @@ from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
 FORMAT = 11  # of the stored candidate; in its key in the run, so that one of another format is made again
+REMEDY = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that only describe a candidate; `after` and `judged` decide which scenarios are fixed.
@@ -183,7 +184,7 @@ def prepare_candidate(
     artifacts = _load_corrected(run)
     key = _key(run.spec, artifacts)
     try:
-        return key, decode(Candidate, run.store.read(key), key)
+        return key, decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
     except FileNotFoundError:
         candidate = _make(run, artifacts, progress)
         try:
