@@ -167,7 +167,9 @@ def test_the_pixels_of_all_images_of_a_request_are_limited_together():
         decode_images([half, half, file(size=(1, 1))], FITTING)
 
 
-@pytest.mark.parametrize("data", [file(size=(28, 16)), file("RGBA"), rgb(blue=253)])
+@pytest.mark.parametrize(
+    "data", [file(size=(28, 16)), file("RGBA"), rgb(blue=253)], ids=["size", "alpha", "colour"]
+)
 def test_the_rejection_of_an_image_that_can_be_converted_says_how(data):
     with pytest.raises(
         RejectedInput, match="expected 16x16 pixels in grey.*; convert it, or .*serve.resize: true"
