@@ -30,6 +30,8 @@ COLOUR = 6
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
 
+Form = tuple[int, int, str]  # height, width and Pillow's mode of a picture
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -45,6 +47,12 @@ class DataFacts:
     classes: tuple[str, ...]
     counts: dict[str, int]  # part -> images
     warnings: tuple[str, ...]
+    forms: frozenset[Form] = frozenset()  # of the pictures looked at; none of an .npz file
+
+    def are_converted(self, size: int, channels: int) -> bool:
+        """Return whether a run whose images have this size and these channels resizes pictures or changes colours."""
+        modes = ("RGB", "L") if channels == 1 else ("RGB",)
+        return any((height, width) != (size, size) or mode not in modes for height, width, mode in self.forms)
 
 
 def inspect_data(root: Path, called: str | None = None) -> DataFacts:
@@ -58,11 +66,11 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
             f"init {root}: expected a folder of images, or an .npz file, found neither; check the path"
         )
     if root.is_file():
-        name, (height, width, channels) = "npz", _look_at_npz(root, called)
+        name, (height, width, channels), forms = "npz", _look_at_npz(root, called), set[Form]()
         image_size, lines = height, unread_arrays(root)
     else:
         _expect_train(root)
-        name, (height, width, channels) = "folder", _look_at_pictures(root / "train")
+        name, ((height, width, channels), forms) = "folder", _look_at_pictures(root / "train")
         image_size, lines = _suggested_size(min(height, width)), overlooked(root)
     try:
         section = DataSection.model_validate(
@@ -89,6 +97,7 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
         splits.classes,
         splits.counts(),
         (*lines, *_few_images(splits), *odd_images(splits.train), *shared_images(splits)),
+        frozenset(forms),
     )
 
 
@@ -195,19 +204,19 @@ def _some_pictures(folder: Path, most: int) -> list[str]:
     return [found[row] for row in evenly_spaced(len(found), most)]
 
 
-def _look_at_pictures(train: Path) -> tuple[int, int, int]:
-    """Return median height, median width, and 1 or 3 channels of pictures of every class, evenly spaced."""
+def _look_at_pictures(train: Path) -> tuple[tuple[int, int, int], set[Form]]:
+    """Return median height, median width and 1 or 3 channels of pictures of every class, and the forms of these."""
     folders = [train / name for name in folder_classes(train)]
     each = max(2, SAMPLE // len(folders))
-    sizes, coloured = [], False
+    forms, coloured = list[Form](), False
     for path in [path for folder in folders for path in _some_pictures(folder, each)]:
         with opened_picture(path) as picture:
-            sizes.append((picture.height, picture.width))
+            forms.append((picture.height, picture.width, picture.mode))
             coloured = coloured or _is_coloured(picture)
-    if not sizes:
+    if not forms:
         raise DataError(f"{train}: expected one folder of images per class, found no images")
-    height, width = (int(side) for side in np.median(np.array(sizes), axis=0))
-    return height, width, 3 if coloured else 1
+    height, width = (int(side) for side in np.median(np.array([form[:2] for form in forms]), axis=0))
+    return (height, width, 3 if coloured else 1), set(forms)
 
 
 def _is_coloured(picture: Image.Image) -> bool:

@@ -114,6 +114,8 @@ def plan_run(
             "cost of a correction more reliably"
         )
     needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
+    if facts.are_converted(spec.data.image_size, spec.data.channels):
+        tree["serve"] = {"resize": True}
     parse_run_file(tree, "the suggested run file")
     return Plan(
         tree, needed, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe))

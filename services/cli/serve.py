@@ -206,7 +206,7 @@ def promote(
 def rollback(store: str, by: str | None, why: str | None, production: bool) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
 
-    Where the last change is that a server ended its canary or shadow itself, --production is required.
+    Where a server or a promotion has just ended the canary or shadow, --production is required.
     """
     from services.serving.model import verify_candidate
 

@@ -19,7 +19,7 @@ from scipy import special
 from defuse_core.artifacts import F32, Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, StoreError, percent
+from defuse_core.errors import DefuseError, StoreError, count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
@@ -31,6 +31,7 @@ MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing ch
 # Requests for the shadow above this are dropped: answers have priority over comparisons.
 MAX_PENDING_SHADOWS = 4
 SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
+SECOND_S = 1.0  # in which errors count once
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 
@@ -61,50 +62,70 @@ class Comparison:
 class CanaryStatistics:
     """Counts of a canary or shadow on one replica.
 
-    Agreement counts images outside the known scenarios only: inside them, the correction is meant to disagree.
+    What happens together counts once, since `is_above` takes its counts as independent: requests that a stall delays
+    fail within a second or two, and the images of one request may be much alike. So errors are counted by second, and
+    agreement by request: as the share of the requests, or of the images outside the known scenarios (inside them, the
+    correction is meant to disagree).
     """
 
-    answered: int = 0  # images, errors included
-    errors: int = 0  # images without an answer, or with one after serve.max_canary_s
-    compared: int = 0
-    agreed: int = 0
+    answered: int = 0  # requests, those with errors included
+    seconds: int = 0  # that are over, and had requests
+    errors: float = (
+        0.0  # sum of their shares of requests without an answer, or with one after serve.max_canary_s
+    )
+    compared: int = 0  # requests with images outside the known scenarios
+    agreed: float = 0.0  # sum of the shares of these images that both answer alike
+    _second: list[bool] = field(
+        default_factory=list
+    )  # of each request since _started, whether it is an error
+    _started: float = 0.0  # of time.monotonic
 
-    def add_errors(self, images: int) -> None:
-        self.answered += images
-        self.errors += images
+    def add_error(self) -> None:
+        self._add_request(True)
 
     def add_comparison(self, comparison: Comparison) -> None:
-        self.answered += len(comparison.agreed)
-        self.compared += int((~comparison.inside).sum())
-        self.agreed += int((comparison.agreed & ~comparison.inside).sum())
+        self._add_request(False)
+        outside = comparison.agreed[~comparison.inside]
+        if len(outside):
+            self.compared += 1
+            self.agreed += float(outside.mean())
+
+    def _add_request(self, is_error: bool) -> None:
+        if self._second and time.monotonic() >= self._started + SECOND_S:
+            self.seconds += 1
+            self.errors += sum(self._second) / len(self._second)
+            self._second = []
+        if not self._second:
+            self._started = time.monotonic()
+        self._second.append(is_error)
+        self.answered += 1
 
     def reason_to_end(self, limits: ServeSection) -> str | None:
         """Return why the version is ended, or None while it is within the limits."""
-        if self.answered < limits.min_compared:
-            return None
-        if is_above(limits.max_errors, self.errors, self.answered):
+        if self.answered >= limits.min_compared and is_above(limits.max_errors, self.errors, self.seconds):
             return (
-                f"{self.errors} of {self.answered} images failed or took longer than {limits.max_canary_s:g} s, the "
-                f"limit is {percent(limits.max_errors)}"
+                f"{percent(self.errors / self.seconds)} of its requests failed or took longer than "
+                f"{limits.max_canary_s:g} s (mean of {count_of(self.seconds, 'second')}), the limit is "
+                f"{percent(limits.max_errors)}"
             )
         differed = self.compared - self.agreed
         if self.compared >= limits.min_compared and is_above(
             1 - limits.min_agreement, differed, self.compared
         ):
             return (
-                f"{self.agreed} of {self.compared} answers agreed with production, expected at least "
-                f"{percent(limits.min_agreement)}"
+                f"{percent(self.agreed / self.compared)} of the answers to {count_of(self.compared, 'request')} agreed "
+                f"with production, expected at least {percent(limits.min_agreement)}"
             )
         return None
 
 
-def is_above(limit: float, hits: int, total: int) -> bool:
+def is_above(limit: float, hits: float, total: int) -> bool:
     """Return whether a rate of which `hits` of `total` were observed is above `limit`; to be asked at any time.
 
     Where the rate is `limit` or below, the answer is yes at any time with a probability of WRONGLY_ENDED at most. The
     likelihood of all higher rates, uniformly mixed, over that of the limit is a supermartingale there, and such a ratio
     seldom ever exceeds 1 / WRONGLY_ENDED (Ville, 1939; Robbins, 1970, "Statistical methods related to the law of the
-    iterated logarithm").
+    iterated logarithm"). `hits` may be a sum of shares: a share makes the ratio smaller than chance with that rate.
     """
     if hits <= limit * total:
         return False
@@ -209,6 +230,8 @@ class RegistryWatcher:
         self._skipped: int | None = None  # `ended` before the registry was read
         self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
         self._failed: _FailedLoad | None = None
+        # why the canary or shadow of a state could not be loaded, where its end is not stored in the registry yet
+        self._unfit: tuple[RegistryState, str] | None = None
 
     def load_initial(self) -> ActiveVersions:
         """Return the versions to start with, a canary or shadow among them; none before the first promotion.
@@ -307,30 +330,27 @@ class RegistryWatcher:
     def _load_canary(
         self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
     ) -> LoadedModel | None:
-        """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded.
+        """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded: that one is ended.
 
-        So production is not affected.
+        So production is not affected. It is loaded once: each time costs its whole file, and memory of production.
         """
-        if number == self._skipped:
+        if number is None or number == self._skipped:
             return None
+        if self._unfit is None or self._unfit[0] != state:
+            try:
+                return self._load_version(number, state, loaded)
+            except Exception as error:  # for example out of GPU memory
+                log.error("version %d cannot be loaded: %s", number, error)
+                if is_store_outage(error):
+                    self._is_complete = False  # the store may return it at the next poll
+                    return None
+                self._unfit = state, str(error)
         try:
-            return self._load_version(number, state, loaded)
-        except Exception as error:  # for example out of GPU memory
-            assert number is not None
-            log.error("version %d cannot be loaded: %s", number, error)
-            self._is_complete = self._is_ended(number, error)
-            return None
-
-    def _is_ended(self, number: int, error: Exception) -> bool:
-        """End a canary or shadow that cannot be loaded, unless the store may return it at the next poll."""
-        if is_store_outage(error):
-            return False
-        try:
-            self.registry.end_canary(number, AUTHOR, str(error))
+            self.registry.end_canary(number, AUTHOR, self._unfit[1])
         except StoreError as failure:
             log.error("version %d: its end is not stored in the registry yet: %s", number, failure)
-            return False
-        return True
+            self._is_complete = False
+        return None
 
     def _load_version(
         self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]

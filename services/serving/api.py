@@ -215,7 +215,7 @@ _PREDICT_SCHEMA: Any = {
             "name": "X-Request-Key",
             "in": "header",
             "required": False,
-            "schema": {"type": "string", "maxLength": 200},
+            "schema": {"type": "string"},
             "description": "requests with the same key are answered by the same side of a canary",
         }
     ],
@@ -351,19 +351,17 @@ def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
         unavailable = Unavailable("this replica is out of memory", deployment.settings.retry_after_s)
         return await handle_request_error(request, unavailable)
 
+    async def handle_internal_error(request: Request, error: Exception) -> JSONResponse:
+        """Answer an error that nobody expected; Starlette raises it again afterwards, for the log."""
+        text = f"the server failed ({type(error).__name__}); its log has the details"
+        return await handle_request_error(request, RequestError(500, text))
+
     api.add_exception_handler(RequestError, handle_request_error)
     api.add_exception_handler(HTTPException, _http_error)
     api.add_exception_handler(MemoryError, handle_memory_error)
-    api.add_exception_handler(Exception, _internal_error)
+    api.add_exception_handler(Exception, handle_internal_error)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _internal_error(_: Request, error: Exception) -> JSONResponse:
-    """Answer an error that nobody expected; Starlette raises it again afterwards, for the log."""
-    return JSONResponse(
-        {"error": f"the server failed ({type(error).__name__}); its log has the details"}, 500
-    )

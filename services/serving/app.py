@@ -36,10 +36,17 @@ from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.deployment import ClassifierDeployment
-from services.serving.launch import Proxy, ServeArgs, is_loopback, require_free_port, resolve_settings
+from services.serving.launch import (
+    Proxy,
+    ServeArgs,
+    is_loopback,
+    require_free_port,
+    resolve_settings,
+    warn_of_production,
+)
 from services.serving.limits import MAX_UPLOADS
 from services.serving.monitoring import LivenessCheck, VersionCheck
-from services.serving.registry import DamagedVersionError, Registry
+from services.serving.registry import Registry
 from services.serving.registry_state import NO_VERSION, ChangeInfo, RegistryState
 from services.settings import serve_token
 from services.storage import open_store
@@ -86,7 +93,7 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
         if not args.pin:
             _warn_of_other_version(initial.state, candidate)
     else:
-        _warn_of_damage(registry)
+        warn_of_production(registry, settings, args.settings)
     application: Application = classifier_deployment(settings).bind(
         store.address, initial, settings, args.settings, args.require_token
     )
@@ -105,15 +112,6 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
         state.versions[number].run,
         candidate.run,
     )
-
-
-def _warn_of_damage(registry: Registry) -> None:
-    number = registry.state().production
-    try:
-        if number is not None:
-            registry.load(number)
-    except DamagedVersionError as error:
-        log.warning("%s; requests are answered 503 until then", error)
 
 
 def classifier_deployment(settings: ServeSection) -> Any:

@@ -36,10 +36,12 @@ from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch import FailureWatch, watch_classifier
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
+from services.serving.inputs import InputSpec
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
 FORMAT = 11  # of the stored candidate; in its key in the run, so that one of another format is made again
+REMEDY = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that only describe a candidate; `after` and `judged` decide which scenarios are fixed.
@@ -107,13 +109,20 @@ class Candidate:
 
     def interface_error(self, current: Candidate) -> str | None:
         """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
-        if self.interface == current.interface:
+        if self.interface != current.interface:
+            expected, found = (
+                f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
+                for channels, size, classes in (current.interface, self.interface)
+            )
+            return f"interface: expected {expected} as in production, found {found}"
+        theirs, ours = (InputSpec.of(spec, spec.serve) for spec in (current.run_file(), self.run_file()))
+        if ours.resize or not (theirs.resize or theirs.sizes - ours.sizes):
             return None
-        expected, found = (
-            f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
-            for channels, size, classes in (current.interface, self.interface)
+        others = ", and converts others" if theirs.resize else ""
+        return (
+            f"interface: production accepts images of {theirs}{others}; this version accepts {ours} only, without "
+            "`serve.resize: true` in its run file"
         )
-        return f"interface: expected {expected} as in production, found {found}"
 
     def why_not_compared(self, current: Candidate) -> str | None:
         """Return why its clean accuracy cannot be compared with that of `current`, which is in production.
@@ -175,7 +184,7 @@ def prepare_candidate(
     artifacts = _load_corrected(run)
     key = _key(run.spec, artifacts)
     try:
-        return key, decode(Candidate, run.store.read(key), key)
+        return key, decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
     except FileNotFoundError:
         candidate = _make(run, artifacts, progress)
         try:

@@ -261,7 +261,7 @@ class ClassifierDeployment:
             statistics.add_comparison(comparison)
             self._count_comparison(other, comparison)
         else:
-            statistics.add_errors(len(ours.probabilities))
+            statistics.add_error()
             self._count_error(other, len(ours.probabilities), theirs)
         reason = statistics.reason_to_end(self.settings)
         # Comparisons of earlier roles still arrive: `other` may be in production by now.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import warnings
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 MAX_JPEG_SCANS = 100  # a progressive JPEG has some 10; decoding takes time for each, however few bytes it has
+REMEDY = "convert it, or serve with `serve.resize: true`, which converts it as in training"
 # Pillow modes that are read as grey or RGB as in training: without loss, and 16 bits of grey by their upper 8
 ACCEPTED_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
 
@@ -35,7 +37,7 @@ class InputSpec:
 
     channels: int
     size: int
-    # images of the first size are padded to the second, as MNIST's in training
+    # images are fitted into the first size and padded to the second, their own, as MNIST's in training
     pad_to: tuple[int, int] | None
     resize: bool
     max_images: int
@@ -82,8 +84,12 @@ def content_type(request: Request) -> str:
 
 
 class _FormParser(MultiPartParser):
-    """Knows whether the closing boundary was read: without it, the parser leaves out the last part without an error."""
+    """Knows whether the closing boundary was read: without it, the parser leaves out the last part without an error.
 
+    Keeps all files in memory, where the whole body is: no temporary file of a full disk, or of people's pictures.
+    """
+
+    spool_max_size = sys.maxsize
     is_complete = False
 
     def on_end(self) -> None:
@@ -183,25 +189,27 @@ def _check_size(image: Image.Image, spec: InputSpec, prefix: str, budget: int) -
             413, f"{prefix}the images of this request have more than {spec.max_pixels} pixels together"
         )
     if not spec.resize and image.size not in spec.sizes:
-        raise RejectedInput(422, f"{prefix}the image has {width}x{height} pixels, expected {spec}")
+        raise RejectedInput(422, f"{prefix}the image has {width}x{height} pixels, expected {spec}; {REMEDY}")
 
 
 def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
-    """Check that no color is lost: an RGB image, and so any of WebP, is grey where its pixels are."""
+    """Check that no color is lost: an RGB or palette image, and so any of WebP, is grey where its pixels are."""
     if spec.resize:
         return
     if "transparency" in image.info:
         raise RejectedInput(
-            422, f"{prefix}the image has transparency (tRNS), expected {spec} without; flatten the image"
+            422, f"{prefix}the image has transparency (tRNS), expected {spec} without; {REMEDY}"
         )
-    fits = image.mode in ACCEPTED_MODES[spec.channels] or (spec.channels == 1 and _is_grey_rgb(image))
+    fits = image.mode in ACCEPTED_MODES[spec.channels] or (spec.channels == 1 and _is_grey(image))
     if not fits:
-        raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}")
+        raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}; {REMEDY}")
 
 
-def _is_grey_rgb(image: Image.Image) -> bool:
-    """Return whether the channels of an RGB image are equal, up to one level: lossy WebP rounds each by itself."""
-    return image.mode == "RGB" and bool(np.ptp(np.asarray(image), axis=2).max() <= 1)
+def _is_grey(image: Image.Image) -> bool:
+    """Return whether the channels of an RGB or palette image are equal, up to one level: lossy WebP rounds each."""
+    return image.mode in ACCEPTED_MODES[3] and bool(
+        np.ptp(np.asarray(image.convert("RGB")), axis=2).max() <= 1
+    )
 
 
 def _check_scans(data: bytes, prefix: str) -> None:
@@ -212,7 +220,7 @@ def _check_scans(data: bytes, prefix: str) -> None:
 def _fit(image: Image.Image, spec: InputSpec) -> F32:
     fitted = np.zeros(spec.shape, np.float32)
     border = 0
-    if spec.pad_to and image.size == (spec.pad_to[0],) * 2:
+    if spec.pad_to and image.size != (spec.size, spec.size):
         border = (spec.pad_to[1] - spec.pad_to[0]) // 2
     inner = slice(border, spec.size - border)
     fitted[:, inner, inner] = fit_picture(image, spec.channels, spec.size - 2 * border)

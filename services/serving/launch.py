@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
+import logging
 import os
 import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.serving.candidate import with_settings
+from services.serving.candidate import VERSION_SETTINGS, with_settings
 from services.serving.registry import DamagedVersionError, Registry
 from services.storage import open_store
+
+log = logging.getLogger("defuse")
 
 
 class ServeArgs(BaseModel):
@@ -79,6 +83,30 @@ def _section_of_production(store: Store) -> ServeSection:
         return registry.load(state.production).run_file().serve
     except (InputError, DamagedVersionError):
         return ServeSection()
+
+
+def warn_of_production(registry: Registry, settings: ServeSection, overrides: Mapping[str, Any]) -> None:
+    """Warn where the version in production is damaged, or has not the `settings` of a version that its run has now."""
+    number = registry.state().production
+    if number is None:
+        return
+    try:
+        candidate = registry.load(number)
+    except DamagedVersionError as error:
+        log.warning("%s; requests are answered 503 until then", error)
+        return
+    own = with_settings(candidate.run_file().serve, overrides)
+    for field in VERSION_SETTINGS:
+        promoted, now = getattr(own, field), getattr(settings, field)
+        if promoted != now:
+            log.warning(
+                "version %d keeps serve.%s %s, with which it was promoted; promote run %s again for %s",
+                number,
+                field,
+                json.dumps(promoted),
+                candidate.run,
+                json.dumps(now),
+            )
 
 
 class Proxy(Enum):

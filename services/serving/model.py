@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -137,6 +137,7 @@ class LoadedModel:
         with computing_on(self.device):
             self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where)
             self.watch = self._load_watch(spec, where)
+        self.candidate = replace(candidate, classifier={}, vae={})  # the networks have copies of the weights
         share, levels = settings.watch_share, candidate.levels
         # (A,) distances below which this share of the training images are
         self.thresholds = np.array([np.interp(share, levels, each) for each in candidate.distances])

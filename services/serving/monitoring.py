@@ -220,7 +220,8 @@ class VersionCheck:
         if found not in (None, f"version {version}"):
             self._ask_from = None
             log.warning(
-                "version %s is in production, and a replica answers with %s; its log, in %s of its node, says why",
+                "version %s is in production, and a replica answers with %s; it still loads the version, or its log, "
+                "in %s of its node, says why not",
                 version,
                 found,
                 self._log_folder,

@@ -31,7 +31,9 @@ from services.serving.registry_state import (
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
-ENDED = "ended the "  # how the action of a change begins that ends a canary or shadow
+ENDED = (
+    "ended the "  # in the action of a change that ends a canary or shadow, `ended the canary of version 2`
+)
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
@@ -202,7 +204,7 @@ class Registry:
         failed_checks: tuple[str, ...] | None = None,
         checked: RegistryState | None = None,
     ) -> RegistryState:
-        """Give version `number` the role of the request; an earlier canary or shadow ends.
+        """Give version `number` the role of the request; an earlier canary or shadow ends, as the action says.
 
         `failed_checks` are what it was forced over in the state `checked`; None where nothing was checked. Raises
         InputError for a canary or shadow without another version in production, and where another version than in
@@ -218,9 +220,11 @@ class Registry:
                 role = {"shadow": number}
             elif request.canary is not None:
                 role = {"canary": number, "share": request.canary}
-            return {**NO_CANARY, **role, "failed_checks": failed_checks}
+            told = action + _ended_too(state, number)
+            return {**NO_CANARY, **role, "failed_checks": failed_checks, "action": told}
 
-        state = self.change(f"version {number} {request.role}", request.by, request.reason, updates)
+        action = f"version {number} {request.role}"
+        state = self.change(action, request.by, request.reason, updates)
         assert state is not None  # `updates` returns something always
         return state
 
@@ -230,8 +234,7 @@ class Registry:
         def updates(state: RegistryState) -> dict[str, Any] | None:
             if number not in (state.canary, state.shadow):
                 return None
-            role = "canary" if number == state.canary else "shadow"
-            return {"action": f"{ENDED}{role} of version {number}", **NO_CANARY}
+            return {"action": _ended_text(state), **NO_CANARY}
 
         return self.change(f"ended version {number}", by, why, updates)
 
@@ -246,14 +249,10 @@ class Registry:
         """End the canary or shadow; without one, or with `production`, put the previous version back into production.
 
         Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it; without
-        `production` also where a replica has ended the canary or shadow that this was perhaps to end.
+        `production` also where a replica, or a promotion of another version, has ended the canary or shadow that this
+        was perhaps to end.
         """
         current = self.state()
-        if not production and current.by == AUTHOR and current.action.startswith(ENDED):
-            raise InputError(
-                f"{AUTHOR} {current.action} itself at {current.when} ({current.why}); `defuse rollback --production` "
-                f"takes version {current.production} out of production, too"
-            )
         beside = None if production else current.canary or current.shadow
         if beside:
             ended = self.end_canary(beside, by, why)
@@ -262,6 +261,12 @@ class Registry:
                     f"the canary or shadow of version {beside} ended just now; see `defuse promote` for the new state"
                 )
             return ended
+        by_itself = current.by == AUTHOR and current.action.startswith(ENDED)
+        if not production and (by_itself or f"; {ENDED}" in current.action):
+            raise InputError(
+                f"the last change has ended a canary or shadow ({current.change_text}); `defuse rollback --production` "
+                f"takes version {current.production} out of production"
+            )
         if not current.previous:
             raise InputError("no previous version to roll back to")
         self._verify_target(current.previous[-1], verify)
@@ -269,9 +274,12 @@ class Registry:
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production != current.production or not state.previous:
                 raise InputError(CHANGED)
-            return {"production": state.previous[-1], "previous": state.previous[:-1], **NO_CANARY}
+            previous = state.previous[-1]
+            told = action + _ended_too(state, previous)
+            return {"production": previous, "previous": state.previous[:-1], **NO_CANARY, "action": told}
 
-        state = self.change(f"rolled back from version {current.production}", by, why, updates)
+        action = f"rolled back from version {current.production}"
+        state = self.change(action, by, why, updates)
         assert state is not None  # `updates` returns something always
         return state
 
@@ -355,6 +363,17 @@ def _compare(
     if worse and (request.shadow or request.canary is not None):
         return failed, f"{worse}; it needs --force to replace version {production}"
     return ([*failed, worse] if worse else failed), None
+
+
+def _ended_text(state: RegistryState) -> str:
+    """Return what the end of the canary or shadow of `state` is called: `ended the canary of version 2`."""
+    role = "canary" if state.canary else "shadow"
+    return f"{ENDED}{role} of version {state.canary or state.shadow}"
+
+
+def _ended_too(state: RegistryState, number: int) -> str:
+    """Return, with a semicolon, that a change for version `number` ends the canary or shadow of another one, if any."""
+    return "" if (state.canary or state.shadow) in (None, number) else f"; {_ended_text(state)}"
 
 
 def _version_key(number: int) -> str:

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 SERVE = ServeSection()
 FIGURES = [
-    ("services/serving", r"`serve\.min_compared` images \((\d+)\)", SERVE.min_compared),
+    ("services/serving", r"`serve\.min_compared` requests \((\d+)\)", SERVE.min_compared),
     ("services/serving", r"`serve\.watch_share` \(([\d.]+) %\)", 100 * SERVE.watch_share),
     ("services/serving", r"`serve\.failure_recall` \(([\d.]+)\)", SERVE.failure_recall),
     ("services/serving", r"`max_body_mb` \((\d+) x", SERVE.max_ongoing),

@@ -99,6 +99,24 @@ def test_a_classifier_that_takes_the_pictures_as_they_are_gets_them_so(side, fac
     assert "pixels, but the pictures have" not in printed
 
 
+@pytest.mark.parametrize(
+    ("side", "mode", "resized"),
+    [(16, "L", None), (16, "RGB", None), (20, "L", True), (16, "RGBA", True), (16, "P", True)],
+)
+def test_a_server_of_pictures_that_the_run_converts_converts_them_too(
+    side, mode, resized, monkeypatch, capsys
+):
+    for level, name in ((20, "black"), (230, "white")):
+        folder = Path("photos/train", name)
+        folder.mkdir(parents=True)
+        for number in range(30):
+            pixels = np.full((side, side), level + number % 3, np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / f"{number}.png")
+    assert call(monkeypatch, capsys, "init", "photos", "--minutes", 1)[0] == 0
+    tree = yaml.safe_load(Path("photos.yaml").read_text())
+    assert (tree["data"]["image_size"], tree.get("serve", {}).get("resize")) == (16, resized)
+
+
 def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_is_right_is_taken(
     monkeypatch, capsys
 ):

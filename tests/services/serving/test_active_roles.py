@@ -67,7 +67,7 @@ def test_counts_of_a_canary_or_shadow_go_on_until_another_one_follows_it(store, 
     watcher = watcher_of(store)
     begun = watcher.load_initial()
     assert begun.state.share == role.get("canary", 0.0)
-    begun.statistics.add_errors(5)
+    begun.statistics.add_error()
     Registry(store).change("another change", "ana", "", lambda state: {})
     after = follow(watcher, begun)
     assert after.statistics is begun.statistics
@@ -76,7 +76,7 @@ def test_counts_of_a_canary_or_shadow_go_on_until_another_one_follows_it(store, 
     other = follow(watcher, after)
     assert other.names() == {"production": "1", next(iter(role)): "3"}
     assert other.statistics == CanaryStatistics()
-    other.statistics.add_errors(5)
+    other.statistics.add_error()
     put(3)
     promoted = follow(watcher, other)
     assert promoted.names() == {"production": "3"} and promoted.statistics == CanaryStatistics()

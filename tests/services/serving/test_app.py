@@ -73,6 +73,18 @@ def test_a_server_starts_beside_a_damaged_version_and_warns(promoted, caplog):
     assert "promote its run again, or restore the file; requests are answered 503 until then" in caplog.text
 
 
+def test_a_server_warns_of_each_setting_that_counts_only_from_the_next_promotion_on(
+    promoted, good_spec, caplog
+):
+    build(ServeArgs(store=promoted.address))
+    serve = good_spec.serve.model_copy(update={"failure_threshold": 0.4, "resize": True, "max_images": 7})
+    Run.start(promoted, "first", good_spec.model_copy(update={"serve": serve}))
+    build(ServeArgs(store=promoted.address, settings={"resize": True}))
+    assert caplog.messages == [
+        "version 1 keeps serve.failure_threshold null, with which it was promoted; promote run first again for 0.4"
+    ]
+
+
 def test_a_server_of_a_run_warns_of_another_version_in_production(promoted, caplog):
     build(ServeArgs(store=promoted.address, run="first"))
     build(ServeArgs(store=promoted.address, run="second", pin=True))

@@ -102,24 +102,81 @@ def test_images_inside_a_scenario_of_either_version_are_answered_and_not_compare
     assert comparison.agreed.tolist() == [True, True, False, False, True]
     assert comparison.inside.tolist() == [False, True, True, False, False]
     statistics = CanaryStatistics()
-    statistics.add_comparison(comparison)
-    statistics.add_errors(3)
-    statistics.add_comparison(comparison)
-    assert statistics == CanaryStatistics(answered=13, errors=3, compared=6, agreed=4)
+    for each in (comparison, Comparison(np.array([True]), np.array([True])), comparison):
+        statistics.add_comparison(each)
+    statistics.add_error()
+    assert (statistics.answered, statistics.compared) == (4, 2)
+    assert statistics.agreed == pytest.approx(2 * 2 / 3)
+
+
+class Requests:
+    """Counts the requests of a canary at times of a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.counts = 0.0, CanaryStatistics()
+        monkeypatch.setattr("services.serving.active_versions.time.monotonic", lambda: self.now)
+
+    def add(self, number: int, per_second: float, images: int = 1, agreed: int | None = None) -> None:
+        """Add so many requests; with `agreed`, each with so many of its images alike, and without, errors."""
+        for _ in range(number):
+            if agreed is None:
+                self.counts.add_error()
+            else:
+                self.counts.add_comparison(Comparison(np.arange(images) < agreed, np.zeros(images, np.bool_)))
+            self.now += 1 / per_second
+
+
+@pytest.mark.parametrize("late", [1, 24, 200])
+def test_a_stall_that_delays_all_waiting_requests_ends_no_good_canary(monkeypatch, late):
+    requests = Requests(monkeypatch)
+    requests.add(300, 20, agreed=1)
+    requests.add(late, 10 * late)  # within a tenth of a second
+    requests.add(300, 20, agreed=1)
+    assert requests.counts.reason_to_end(LIMITS) is None
+    assert 0 < requests.counts.errors <= 1
+
+
+def test_images_of_one_request_count_once(monkeypatch):
+    requests = Requests(monkeypatch)
+    requests.add(1000, 20, agreed=1)
+    requests.add(1, 1, images=64, agreed=0)
+    assert (requests.counts.compared, requests.counts.agreed) == (1001, 1000)
+    assert requests.counts.reason_to_end(LIMITS) is None
+
+
+@pytest.mark.parametrize(
+    ("per_second", "bad", "seconds"), [(20, 20, 4), (0.5, 1, 102), (100, 50, 7), (100, 10, 90)]
+)
+def test_a_canary_whose_requests_fail_is_ended_within_some_seconds(monkeypatch, per_second, bad, seconds):
+    """Of those of each second, `bad` fail; one always fails after min_compared requests and three seconds."""
+    requests = Requests(monkeypatch)
+    while requests.counts.reason_to_end(LIMITS) is None:
+        requests.add(bad, per_second)
+        requests.add(round(max(per_second, 1)) - bad, per_second, agreed=1)
+    assert requests.now <= seconds
+    assert "of its requests failed or took longer than 1 s (mean of " in str(
+        requests.counts.reason_to_end(LIMITS)
+    )
 
 
 @pytest.mark.parametrize(
     ("tally", "reason"),
     [
         (CanaryStatistics(), None),
-        (CanaryStatistics(answered=49, errors=49), None),
-        (CanaryStatistics(answered=50, errors=50), "50 of 50 images failed"),
-        (CanaryStatistics(answered=1000, errors=21), None),
-        (CanaryStatistics(answered=1000, errors=60), "60 of 1000 images failed"),
+        (CanaryStatistics(answered=49, seconds=49, errors=49), None),
+        (CanaryStatistics(answered=50, seconds=3, errors=3), "100.0 % of its requests failed"),
+        (CanaryStatistics(answered=9000, seconds=1000, errors=21), None),
+        (CanaryStatistics(answered=9000, seconds=1000, errors=60), "6.0 % of its requests failed"),
         (CanaryStatistics(answered=1000, compared=1000, agreed=950), None),
-        (CanaryStatistics(answered=1000, compared=1000, agreed=900), "900 of 1000 answers agreed"),
+        (
+            CanaryStatistics(answered=1000, compared=1000, agreed=900),
+            "90.0 % of the answers to 1,000 requests agreed",
+        ),
         (CanaryStatistics(answered=1000, compared=49, agreed=0), None),
-        (CanaryStatistics(answered=1000, compared=50, agreed=0), "0 of 50 answers agreed"),
+        (
+            CanaryStatistics(answered=1000, compared=50, agreed=0),
+            "0.0 % of the answers to 50 requests agreed",
+        ),
     ],
 )
 def test_a_canary_ends_only_where_it_is_surely_over_a_limit(tally, reason):
@@ -129,7 +186,7 @@ def test_a_canary_ends_only_where_it_is_surely_over_a_limit(tally, reason):
 
 def test_each_count_ends_a_canary_from_the_number_on_that_is_above_its_limit():
     for limit, tally in (
-        (0.02, lambda hits: CanaryStatistics(answered=1000, errors=hits)),
+        (0.02, lambda hits: CanaryStatistics(answered=9000, seconds=1000, errors=hits)),
         (0.05, lambda hits: CanaryStatistics(answered=2000, compared=1000, agreed=1000 - hits)),
     ):
         first = next(hits for hits in range(1000) if is_above(limit, hits, 1000))

@@ -14,7 +14,7 @@ from sample_findings import sample_findings, sample_spec, sample_watch
 from defuse_core.artifacts import DroppedComponent, Health, Sweep
 from defuse_core.codec import encode
 from defuse_core.config import RunFile, ServeSection
-from defuse_core.errors import CheckFailed, InputError, StoreError
+from defuse_core.errors import CheckFailed, DamagedError, InputError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving import candidate as candidate_module
@@ -212,3 +212,13 @@ def test_a_candidate_that_cannot_be_stored_is_an_error_unless_it_need_not_be(own
     with pytest.raises(StoreError):
         prepare_candidate(run)
     assert prepare_candidate(run, must_store=False)[1].run == "first"
+
+
+def test_a_damaged_candidate_is_named_with_its_run_and_made_again_once_it_is_deleted(own_store):
+    run = Run.open(own_store, "first")
+    key, candidate = prepare_candidate(run)
+    run.store.write(key, b"cut")
+    with pytest.raises(DamagedError, match=rf"/first/{key}: .*; delete it, and give the command again"):
+        prepare_candidate(run)
+    run.store.delete(key)
+    assert prepare_candidate(run)[1].digest == candidate.digest

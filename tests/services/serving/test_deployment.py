@@ -107,16 +107,16 @@ async def post(
         (KeyError("x"), 500, "KeyError"),
     ],
 )
-def test_errors_that_nobody_expected_are_answered_in_json(
+def test_errors_that_nobody_expected_are_answered_in_json_and_counted(
     own_store, pictures, monkeypatch, error, status, words
 ):
-    def failing(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("services.serving.deployment.decode_body", failing)
+    monkeypatch.setattr("services.serving.deployment.decode_body", failing_with(error))
     put(own_store, "first")
-    reply = asyncio.run(post(new_replica(own_store), pictures[0]))
+    replica, counted = new_replica(own_store), []
+    monkeypatch.setattr(replica.metrics.rejected, "inc", lambda *count: counted.append(count))
+    reply = asyncio.run(post(replica, pictures[0]))
     assert reply.status_code == status and words in reply.json()["error"]
+    assert counted == [(1, {"status": str(status)})]
 
 
 def failing_with(error: Exception) -> Any:
@@ -264,7 +264,8 @@ def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store,
     async def compare() -> None:
         replica._compare(before, shadow, ours, TimeoutError("too slow"))
 
-    before.statistics.add_errors(50)
+    monkeypatch.setattr("services.serving.active_versions.SECOND_S", 0.0)
+    before.statistics.add_error()
     asyncio.run(compare())
     assert before.statistics.reason_to_end(replica.settings) is not None
     assert replica.active is versions and replica.watcher.ended is None

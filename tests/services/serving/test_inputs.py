@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import struct
@@ -12,12 +11,11 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from defuse_core.config import ServeSection, parse_run_file
 from defuse_core.data.images import read_picture
-from services.serving.inputs import InputSpec, content_type, decode_images, decode_json, uploaded_files
+from services.serving.inputs import InputSpec, content_type, decode_images, decode_json
 from services.serving.limits import RejectedInput
 
 GREY = InputSpec(channels=1, size=16, pad_to=None, resize=False, max_images=3, max_pixels=10_000)
@@ -108,6 +106,20 @@ def test_an_rgb_file_of_a_grey_image_is_a_grey_image(kind):
     np.testing.assert_array_equal(pixels[0, 0], GREY_LEVELS.astype(np.float32) / np.float32(255))
 
 
+def test_a_palette_file_is_a_grey_image_where_its_colours_are_grey():
+    levels = file("L")
+    np.testing.assert_array_equal(decode_images([palette(levels)], GREY), decode_images([levels], GREY))
+    with pytest.raises(RejectedInput, match="color mode P, expected 16x16 pixels in grey"):
+        decode_images([palette(rgb(blue=0))], GREY)
+
+
+def palette(data: bytes) -> bytes:
+    """The image of a file with a palette."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("P").save(out, "PNG")
+    return out.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 def test_a_lossy_rgb_file_of_a_grey_image_is_a_grey_image(kind):
     assert decode_images([file("RGB", kind=kind)], GREY).shape == (1, 1, 16, 16)
@@ -155,6 +167,16 @@ def test_the_pixels_of_all_images_of_a_request_are_limited_together():
         decode_images([half, half, file(size=(1, 1))], FITTING)
 
 
+@pytest.mark.parametrize(
+    "data", [file(size=(28, 16)), file("RGBA"), rgb(blue=253)], ids=["size", "alpha", "colour"]
+)
+def test_the_rejection_of_an_image_that_can_be_converted_says_how(data):
+    with pytest.raises(
+        RejectedInput, match="expected 16x16 pixels in grey.*; convert it, or .*serve.resize: true"
+    ):
+        decode_images([data], GREY)
+
+
 def test_as_many_images_as_are_allowed_are_accepted():
     assert decode_images([file()] * 3, GREY).shape == (3, 1, 16, 16)
 
@@ -172,7 +194,7 @@ def test_an_image_with_transparency_is_converted_with_serve_resize_only():
     see_through = file(transparency=3)
     assert decode_images([see_through], FITTING).shape == (1, 1, 16, 16)
     with pytest.raises(
-        RejectedInput, match=r"has transparency \(tRNS\), expected 16x16 pixels in grey without; flatten"
+        RejectedInput, match=r"has transparency \(tRNS\), expected 16x16 pixels in grey without; convert it"
     ):
         decode_images([see_through], GREY)
 
@@ -226,6 +248,21 @@ def test_mnist_pictures_of_28_pixels_are_padded_as_they_were_in_training(resize,
     pixels = decode_images([data], expected)[0, 0]
     np.testing.assert_array_equal(pixels[2:30, 2:30], levels.astype(np.float32) / np.float32(255))
     assert pixels[:2].max() == pixels[30:].max() == pixels[:, :2].max() == pixels[:, 30:].max() == 0
+
+
+def test_mnist_pictures_of_another_size_get_the_border_that_those_of_training_have():
+    data = {"name": "mnist", "image_size": 32, "channels": 1, "root": "data"}
+    expected = InputSpec.of(parse_run_file({"data": data}, "run"), ServeSection(resize=True))
+    small = Image.linear_gradient("L").resize((28, 28))
+    files = []
+    for picture in (small, small.resize((56, 56), Image.Resampling.NEAREST)):
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        files.append(out.getvalue())
+    pixels = decode_images(files, expected)
+    assert pixels[1][:, :2].max() == 0
+    centre = pixels[:, :, 2:30, 2:30]
+    assert np.abs(centre[0] - centre[1]).max() < 3 / 255
 
 
 @pytest.mark.parametrize("name", ["mnist", "mnist-5000"])
@@ -311,80 +348,3 @@ def test_a_string_among_the_numbers_takes_no_memory_for_each_of_them():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
-
-
-@pytest.mark.parametrize("second", ["image", "other"])
-def test_uploads_are_closed_also_when_a_later_field_is_rejected(monkeypatch, second):
-    closed, close = [], UploadFile.close
-
-    async def noted(upload):
-        closed.append(upload.filename)
-        await close(upload)
-
-    monkeypatch.setattr(UploadFile, "close", noted)
-    part = '--x\r\nContent-Disposition: form-data; name="{}"; filename="{}.png"\r\n\r\npixels\r\n'
-    body = f"{part.format('image', 'a')}{part.format(second, 'b')}--x--\r\n".encode()
-    request = Request({"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]})
-    if second == "image":
-        assert asyncio.run(uploaded_files(request, body, 2)) == [b"pixels", b"pixels"]
-    else:
-        with pytest.raises(RejectedInput, match="unknown field 'other'"):
-            asyncio.run(uploaded_files(request, body, 2))
-    assert closed == ["a.png", "b.png"]
-
-
-def form(fields: list[tuple[str, str]]) -> tuple[Request, bytes]:
-    """A form with these fields; a field with a file name is a file."""
-    parts = [
-        f'--x\r\nContent-Disposition: form-data; name="{name}"'
-        + (f'; filename="{filename}"' if filename else "")
-        + f"\r\n\r\n{'pixels' * 1000}\r\n"
-        for name, filename in fields
-    ]
-    return request("multipart/form-data; boundary=x"), f"{''.join(parts)}--x--\r\n".encode()
-
-
-def test_one_file_above_the_limit_is_counted_exactly_and_more_are_not_read():
-    sent, body = form([("image", "a.png")] * 3)
-    assert len(asyncio.run(uploaded_files(sent, body, 2))) == 3  # which decode_images rejects
-    sent, body = form([("image", "a.png")] * 4)
-    with pytest.raises(RejectedInput, match="more than 2 images") as refused:
-        asyncio.run(uploaded_files(sent, body, 2))
-    assert refused.value.status == 413
-
-
-@pytest.mark.parametrize("boundary", ["x", '"x"', "x; charset=utf-8"])
-def test_a_form_that_was_cut_off_is_broken_and_not_one_of_fewer_images(boundary):
-    _, body = form([("image", "a.png")] * 3)
-    sent = request(f"multipart/form-data; boundary={boundary}")
-    for end in (body, body[:-2], body + b"an epilogue"):
-        assert len(asyncio.run(uploaded_files(sent, end, 3))) == 3
-    for cut in (3, len("--x--\r\n"), 30, 6003, len(body)):
-        with pytest.raises(RejectedInput, match="the multipart body is broken") as refused:
-            asyncio.run(uploaded_files(sent, body[:-cut], 3))
-        assert refused.value.status == 400
-
-
-@pytest.mark.parametrize("fields", [[("image", "")], [("a", ""), ("b", "")], [("a", "a.png")]])
-def test_a_field_that_is_no_file_or_has_another_name_is_unknown(fields):
-    sent, body = form(fields)
-    with pytest.raises(
-        RejectedInput, match=f"unknown field '{fields[0][0]}'; send every image as a file"
-    ) as refused:
-        asyncio.run(uploaded_files(sent, body, 2))
-    assert refused.value.status == 422
-
-
-@pytest.mark.parametrize(
-    ("charset", "status"), [("utf-8", None), ("none-such", None), ("utf-16", None), ("undefined", 400)]
-)
-def test_a_charset_that_cannot_decode_the_names_of_a_form_is_rejected(charset, status):
-    body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\npixels\r\n--x--\r\n'
-    header = f"multipart/form-data; boundary=x; charset={charset}".encode()
-    request = Request({"type": "http", "headers": [(b"content-type", header)]})
-    if status is None:
-        assert asyncio.run(uploaded_files(request, body, 2)) == [b"pixels"]
-    else:
-        with pytest.raises(RejectedInput, match="charset") as refused:
-            asyncio.run(uploaded_files(request, body, 2))
-        assert refused.value.status == status

@@ -210,7 +210,7 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     assert live.registry.state().canary == live.number["second"]
 
 
-@pytest.mark.parametrize(("name", "words"), [("broken", "images failed"), ("swapped", "answers agreed")])
+@pytest.mark.parametrize(("name", "words"), [("broken", "requests failed"), ("swapped", "agreed with")])
 @pytest.mark.parametrize("shadow", [False, True])
 def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_request_fails(
     live, pictures, name, words, shadow

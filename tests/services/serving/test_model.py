@@ -31,3 +31,9 @@ def test_a_version_that_is_to_compute_on_the_cpu_is_loaded_there_beside_a_gpu(ca
         10,
     )
     verify_candidate(candidate)
+
+
+def test_a_loaded_version_keeps_its_weights_in_its_networks_alone(candidate):
+    kept = LoadedModel(candidate, ServeSection()).candidate
+    assert not kept.classifier and not kept.vae and kept.digest == candidate.digest
+    assert candidate.classifier and candidate.vae

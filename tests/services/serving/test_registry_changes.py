@@ -219,6 +219,36 @@ def test_a_rollback_right_after_a_replica_ended_its_canary_leaves_production_unl
     assert registry.roll_back("bo", "", production=True).production == 1
 
 
+@pytest.mark.parametrize("production", [False, True])
+def test_a_rollback_after_another_persons_change_ended_the_canary_leaves_production_unless_that_is_meant(
+    registry, candidates, production
+):
+    """The change says that it ended the canary, and the rollback was perhaps to end just that."""
+    for candidate, role in zip(candidates[:3], (ANA, ANA, CANARY), strict=True):
+        promote(registry, candidate, role)
+    if production:
+        state, action = registry.roll_back("bo", "", production=True), "rolled back from version 2"
+    else:
+        state = promote(registry, candidates[3], PromotionRequest("bo", "a hotfix"))
+        action = "version 4 to production"
+    assert state.action == f"{action}; ended the canary of version 3"
+    with pytest.raises(InputError, match=f"bo: {action}; ended the canary of version 3.* --production"):
+        registry.roll_back("ana", "")
+    assert registry.state() == state
+
+
+def test_a_change_names_the_canary_that_it_ends_unless_that_one_gets_the_new_role(registry, candidates):
+    roles = [(0, ANA), (1, CANARY), (1, SHADOW), (2, CANARY), (2, ANA)]
+    assert [promote(registry, candidates[n], role).action for n, role in roles] == [
+        "version 1 to production",
+        "version 2 as canary for 5 %",
+        "version 2 as shadow",
+        "version 3 as canary for 5 %; ended the shadow of version 2",
+        "version 3 to production",
+    ]
+    assert registry.roll_back("ana", "").production == 1
+
+
 def test_a_rollback_of_production_ends_a_canary(registry, candidates):
     for candidate in candidates[:2]:
         promote(registry, candidate, ANA)
@@ -363,24 +393,3 @@ def test_changes_are_ordered_by_number_beyond_six_digits(registry, candidates):
         registry.store.write(f"changes/{number}.json", later.model_dump_json().encode())
     assert registry.state().by == "cy"
     assert registry.assign(1, PromotionRequest("di", "")).sequence == 1_000_001
-
-
-@pytest.mark.parametrize(("field", "value"), [("image_size", 32), ("channels", 3)])
-def test_a_candidate_for_images_of_another_kind_is_not_promoted(registry, candidates, field, value):
-    promote(registry, candidates[0], ANA)
-    spec = {**candidates[1].spec, "data": {**candidates[1].spec["data"], field: value}}
-    other = dataclasses.replace(failing(candidates[1], "worse"), spec=spec)
-    with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
-        promote(registry, other, ANA)
-    with pytest.raises(CheckFailed, match="interface: expected 1x16x16 pixels and 10 classes .* found "):
-        promote(registry, dataclasses.replace(other, checks=()), ANA)
-
-
-def test_a_candidate_that_cannot_be_compared_with_production_is_not_promoted(registry, candidates):
-    promote(registry, candidates[0], ANA)
-    registry.store.delete("versions/000001.safetensors")
-    with pytest.raises(CheckFailed, match="interface: version 1 in production cannot be read to compare it"):
-        promote(registry, candidates[1], ANA)
-    with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
-        promote(registry, failing(candidates[1], "worse"), ANA)
-    assert promote(registry, candidates[0], ANA).production == 1  # the same one, which writes it again

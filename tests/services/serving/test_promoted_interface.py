@@ -1,0 +1,79 @@
+"""A version whose clients rely on other images or classes than those of production is not promoted."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from defuse_core.errors import CheckFailed
+from defuse_core.store import FolderStore
+from services.serving.registry import Registry, promote
+from tests.services.serving.test_registry_changes import ANA, failing
+
+
+@pytest.fixture
+def registry(tmp_path):
+    return Registry(FolderStore(tmp_path))
+
+
+@pytest.fixture
+def candidates(candidate):
+    """Two candidates with the same weights that the registry takes for different ones."""
+    return [dataclasses.replace(candidate, run=f"run-{n}", digest=f"digest {n}") for n in (1, 2)]
+
+
+def with_run_file(candidate, digest, **sections):
+    """The candidate as another version, with fields of its run file changed."""
+    spec = {name: {**candidate.spec[name], **fields} for name, fields in sections.items()}
+    return dataclasses.replace(candidate, spec={**candidate.spec, **spec}, digest=digest)
+
+
+def test_swapped_class_names_are_another_interface(registry, candidates):
+    promote(registry, candidates[0], ANA)
+    names = list(candidates[1].classes)
+    names[6], names[7] = names[7], names[6]
+    swapped = dataclasses.replace(candidates[1], classes=tuple(names), digest="other")
+    with pytest.raises(CheckFailed, match=r"interface: expected .*5, 6, 7, .* found .*5, 7, 6, "):
+        promote(registry, swapped, ANA)
+
+
+def test_a_version_that_refuses_the_images_which_production_accepts_has_another_interface(
+    registry, candidates
+):
+    first = candidates[0]
+    padded, same = (
+        with_run_file(first, name, data={"name": name, "image_size": 32, "root": "data"})
+        for name in ("mnist-5000", "folder")
+    )
+    resizing = with_run_file(first, "resizing", serve={"resize": True})
+    assert first.interface_error(resizing) == (
+        "interface: production accepts images of 16x16 pixels in grey, and converts others; this version accepts 16x16 "
+        "pixels in grey only, without `serve.resize: true` in its run file"
+    )
+    assert "of 32x32 or 28x28 pixels in grey; this version accepts 32x32" in str(same.interface_error(padded))
+    assert padded.interface_error(same) is None
+    for version in (first, resizing):  # more images than before harm nobody
+        assert promote(registry, version, ANA).production
+    with pytest.raises(CheckFailed, match="interface: production accepts"):
+        promote(registry, first, ANA)
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 32), ("channels", 3)])
+def test_a_candidate_for_images_of_another_kind_is_not_promoted(registry, candidates, field, value):
+    promote(registry, candidates[0], ANA)
+    other = with_run_file(failing(candidates[1], "worse"), "other", data={field: value})
+    with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
+        promote(registry, other, ANA)
+    with pytest.raises(CheckFailed, match="interface: expected 1x16x16 pixels and 10 classes .* found "):
+        promote(registry, dataclasses.replace(other, checks=()), ANA)
+
+
+def test_a_candidate_that_cannot_be_compared_with_production_is_not_promoted(registry, candidates):
+    promote(registry, candidates[0], ANA)
+    registry.store.delete("versions/000001.safetensors")
+    with pytest.raises(CheckFailed, match="interface: version 1 in production cannot be read to compare it"):
+        promote(registry, candidates[1], ANA)
+    with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
+        promote(registry, failing(candidates[1], "worse"), ANA)
+    assert promote(registry, candidates[0], ANA).production == 1  # the same one, which writes it again
