@@ -84,9 +84,7 @@ class Evidence:
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    confirmed: (
-        Bool  # (A,) by the judges' labels: mostly right, and more than plain trainings reach (is_confirmed)
-    )
+    confirmed: Bool  # (A,) by the judges: mostly right, and more than plain trainings reach (is_confirmed)
     # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     names: tuple[str, ...]
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
@@ -97,7 +95,7 @@ class Evidence:
     screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
     pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
     real_failure_pairs: I64  # (P, 3) likewise, of the failing draws from test images
-    worse: Bool  # (A,) by the judges' labels: right on less than plain trainings reach (is_worse)
+    worse: Bool  # (A,) by the judges: right on less than plain trainings reach (is_worse)
     plain_each: F64  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64  # (P, A) own-label accuracy after each plain training
     # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
