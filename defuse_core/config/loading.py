@@ -68,6 +68,10 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
         remedy = "" if path.suffix else "; a run file ends in .yaml, see deploy/runs/"
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror}){remedy}") from error
     except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
+            place = f"line {mark.line + 1}, column {mark.column + 1}"
+            fault = f"not valid YAML ({error.problem}); check this line and its indentation"
+            raise RunFileError(f"{path}: {place}: {fault}") from error
         found = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise RunFileError(f"{path}: expected YAML, found {found}") from error
     if not isinstance(tree, dict):

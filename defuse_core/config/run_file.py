@@ -163,9 +163,9 @@ class ServeSection(Section):
     poll_s: float = Field(2.0, gt=0)
     """Seconds between two reads of the version in production."""
     max_errors: float = Field(0.02, ge=0, le=1)
-    """A canary or shadow is ended once its share of failed requests is certainly larger."""
+    """A canary or shadow is ended once its share of failed requests is significantly larger."""
     min_agreement: float = Field(0.95, ge=0, le=1)
-    """A canary or shadow is ended once it certainly agrees with production less often, outside the scenarios."""
+    """A canary or shadow is ended once it agrees with production significantly less often, outside the scenarios."""
     min_compared: int = Field(50, ge=1)
     """Requests that a canary or shadow answers before it is judged."""
     max_canary_s: float = Field(1.0, gt=0)

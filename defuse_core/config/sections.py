@@ -185,8 +185,8 @@ class DistillSection(Section):
     min_support: int = Field(5, ge=1)
     """Components with codes of fewer training images (of a track, each) are dropped. Paper: 1, which drops none."""
     order: Literal["weight", "source-error"] = "weight"
-    """Which scenarios come first: source-error, those whose training images the classifier gets wrong most
-    certainly (lower 95 % bound, by tracks): real images, which the codes come from, show these. Paper: weight."""
+    """Which scenarios come first: source-error, those of the highest error on the training images that their codes
+    come from (lower 95 % bound, by tracks), so that real images show these. Paper: weight."""
     engine: Literal["torch", "scikit-learn"] = "torch"
     """torch computes the updates of scikit-learn's mixture in blocks, on the GPU if there is one, several times as fast
     and equal to rounding. Paper: scikit-learn."""
@@ -366,8 +366,8 @@ class CorrectSection(Section):
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     max_class_loss: float | None = Field(None, ge=0, le=1)
-    """choose_by tune: accuracy that any one class may certainly lose on training or on validation images; null: ten
-    times max_loss. Ours."""
+    """choose_by tune: no class may lose significantly more accuracy than this on training or on validation images;
+    null: ten times max_loss. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)
     """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
     then may still be chosen with schedule constant, where choose_by allows it. Ours."""

@@ -316,15 +316,12 @@ def expect_class_names(names: Iterable[str], where: str | Path) -> None:
 
 def data_root(data: DataSection) -> Path:
     """Return data.root. Raises DataError where it is not set, or does not exist and is not downloaded to."""
+    images = "images" if data.name in ("folder", "npz") else f"{data.name} images"
     if data.root is None:
-        raise DataError(
-            f"data.root: expected the path of the {data.name} images, found none (--set data.root=PATH)"
-        )
+        raise DataError(f"data.root: expected the path of the {images}, found none (--set data.root=PATH)")
     if not data.root.exists() and not data.download:
         remedy = " or set data.download: true" if data.name in DOWNLOADABLE else ""
-        raise DataError(
-            f"data.root: {data.root} does not exist; set it to the path of the {data.name} images{remedy}"
-        )
+        raise DataError(f"data.root: {data.root} does not exist; set it to the path of the {images}{remedy}")
     return data.root
 
 

@@ -74,7 +74,7 @@ class Evidence:
     before_test: float  # the classifier's own, on the same images; nan where it may have been trained on them
     labelled: float  # share of the held-out images on which most judges agree
     purity: F64  # (J,) share of held-out images of accepted scenarios that show its label; a tie shows none
-    own_label: F64  # (B, J) accuracy on held-out images by the judges' own label of each
+    own_label: F64  # (B, J) accuracy on held-out images by the judges' labels
     one_label: F64  # (B, J) accuracy on the same images by the scenario's label (the paper's figure)
     # (3, J) before, defuse, plain: own-label accuracy on scenarios left out of the tuning (two folds)
     left_out: F64
@@ -84,7 +84,7 @@ class Evidence:
     scenario_purity: F64  # (A,) share of held-out images that show the label
     scenario_own_label: F64  # (A, B) own-label accuracy
     scenario_left_out: F64  # (A,) own-label accuracy of a classifier that was not tuned on the scenario
-    confirmed: Bool  # (A,) by own labels: mostly right, and more than plain trainings reach (is_confirmed)
+    confirmed: Bool  # (A,) by the judges: mostly right, and more than plain trainings reach (is_confirmed)
     # (A,) what sets the pictures apart, such as "7 read as 2: thin, slanted to the right"
     names: tuple[str, ...]
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
@@ -95,7 +95,7 @@ class Evidence:
     screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
     pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
     real_failure_pairs: I64  # (P, 3) likewise, of the failing draws from test images
-    worse: Bool  # (A,) by own labels: right on less than plain trainings reach (is_worse)
+    worse: Bool  # (A,) by the judges: right on less than plain trainings reach (is_worse)
     plain_each: F64  # (4, P) IN_EACH x share after each plain training
     scenario_plain: F64  # (P, A) own-label accuracy after each plain training
     # (A, 3) as in `pairs`, with the classifier before in the place of a plain training
@@ -392,7 +392,7 @@ def _nanmean(table: F64) -> F64:
 def _at_fault(rho: float, purity: float, before: float) -> str:
     """Return whose fault a scenario is: the β-VAE's where most of its pictures do not show the label.
 
-    The classifier's only where it fails: where it is wrong on over `rho` of the pictures, by their own labels.
+    The classifier's only where it fails: where it is wrong on over `rho` of the pictures, by the judges' labels.
     """
     low, high = AT_FAULT_PURITY
     if purity < low:

@@ -136,7 +136,7 @@ def _scenario_pairs(right: F64, others: F64) -> Pairs | None:
 
 
 def _pairs(pairs: I64) -> Pairs | None:
-    """Return the figures of (P, 3) `pairs_of`, the least favourable ones; None without any pair."""
+    """Return the figures of (P, 3) `pairs_of`, those of the strongest training; None without any pair."""
     count, better, worse = map(int, least_favourable(pairs))
     if not count:
         return None

@@ -95,13 +95,12 @@ def unconfirmed(report: Report) -> str | None:
     others = {number: found.defuse for number, found in tested if not (found.confirmed or found.worse)}
     wrong = [number for number, right in others.items() if right is not None and right <= MIN_CONFIRMED]
     equal = [number for number in others if number not in wrong]
-    than = "than plain further training (λ = 0) may be, on: "
-    claims = []
+    than, claims = "than plain further training (λ = 0) ", list[str]()
     if worse:
-        claims.append(f"certainly less often right {than}{numbers_text(worse)}")
-        than = "on: "
+        claims.append(f"significantly worse {than}on: {numbers_text(worse)}")
+        than = ""
     if equal:
-        claims.append(f"not certainly more often right {than}{numbers_text(equal)}")
+        claims.append(f"not significantly better {than}on: {numbers_text(equal)}")
     if wrong:
         claims.append(f"right on at most half of the images of: {numbers_text(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
@@ -109,7 +108,7 @@ def unconfirmed(report: Report) -> str | None:
         title += " that can be tested"
     if worse:
         title += f", and worse than plain further training on {len(worse)}"
-    by_judges = f"By the judges' label of each held-out image the classifier is {'; '.join(claims)}"
+    by_judges = f"By the judges' labels of the held-out images it is {'; '.join(claims)}"
     return " ".join(f"{text}." for text in (title, by_judges if claims else "", untold) if text)
 
 
@@ -123,7 +122,7 @@ def no_better_than_plain_training(report: Report) -> str | None:
         "plain further training",
         "It is the same fine-tuning without scenarios (λ = 0)",
         f"plain further training{f', the mean of {count}' if count > 1 else ''}",
-        f"the least favourable of the {count} plain trainings" if count > 1 else "it",
+        f"the strongest of the {count} plain trainings" if count > 1 else "it",
     )
     return _no_better(other, _against_plain(evidence, report.scenarios.accepted))
 
@@ -199,9 +198,8 @@ def _no_better(other: _Other, compared: list[_Compared]) -> str | None:
     name = f"{other.name[0].upper()}{other.name[1:]}"
     notices = [f"{name} {', and '.join(claims)}."] if claims else []
     if untold:
-        notices.append(
-            f"There are too few of {_listed(untold)} to tell whether {other.name} does as much for them."
-        )
+        few = _listed([name.removeprefix("the ") for name in untold])
+        notices.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
     if not notices:
         return None
     figures = " ".join(each.figures(other) for each in compared)

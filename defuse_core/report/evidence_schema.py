@@ -68,10 +68,10 @@ class Judges(FigureModel):
     """Of the classifier before, on the same images. Null where it may have been trained on them
     (run.validation_from_training), since they compare nothing then."""
     worse: bool
-    """Whether the best judge gets fewer of these images right than the classifier before, certainly and by over two
-    points: then figures by own label are not to be relied on."""
+    """Whether the best judge gets fewer of these images right than the classifier before, significantly and by over
+    two points: then figures by the judges' labels are not to be relied on."""
     labelled: float | None
-    """Share of the held-out images on which most judges agree. Only these have an own label."""
+    """Share of the held-out images on which most judges agree. Only these have a judges' label."""
 
 
 class McNemar(FigureModel):
@@ -93,11 +93,11 @@ class Pairs(FigureModel):
     """Of the exact sign test, two-sided."""
     worse_than_each: bool
     """Whether the correction is significantly more often worse than each plain training, or than the baseline; the
-    other numbers are of the plain training that is least favourable to it."""
+    other numbers are against the strongest plain training, the one that it does least against."""
 
 
 class LeftOutScenarios(FigureModel):
-    """Some of the scenarios that were left out of the tuning. Accuracies are means over them, by own label."""
+    """Some of the scenarios that were left out of the tuning. Accuracies are means over them, by the judges' labels."""
 
     count: int
     before: float | None = None
@@ -109,8 +109,8 @@ class LeftOutScenarios(FigureModel):
 
 
 class AgainstPlain(FigureModel):
-    """By the judges' own labels, against the plain training that the correction does least against. Null where nothing
-    was corrected, and where it was not measured."""
+    """By the judges' labels, against the strongest plain training, the one that the correction does least against. Null
+    where nothing was corrected, and where it was not measured."""
 
     scenarios: Pairs | None
     """A pair is an accepted scenario, on its held-out images."""
@@ -130,25 +130,25 @@ class AgainstBaseline(FigureModel):
 
 
 class EvidenceFigures(FigureModel):
-    """What the judges find. `own` means: by the label that most judges give to each image."""
+    """What the judges find. The judges' label of an image is the one that most judges give it."""
 
     judges: Judges
     purity: Share
     """Share of held-out images of accepted scenarios that show the scenario's label; one that judges disagree on shows
     none."""
     own_label: FourShares
-    """Accuracy on held-out images of accepted scenarios by their own label."""
+    """Accuracy on held-out images of accepted scenarios by the judges' labels."""
     one_label: FourShares
     """Accuracy on the same images by the scenario's label, the paper's figure."""
     left_out: LeftOutShares
-    """Accuracy by own label on scenarios that were left out of the tuning (two folds), with the λ of the run, which was
-    chosen with them; no draw in their regions is tuned on."""
+    """Accuracy by the judges' labels on scenarios that were left out of the tuning (two folds), with the λ of the run,
+    which was chosen with them; no draw in their regions is tuned on."""
     left_out_known_confusion: LeftOutScenarios
     """Of these, the scenarios whose label and most common wrong answer are those of one that was tuned on."""
     left_out_new_confusion: LeftOutScenarios
     """The other ones."""
     wider: tuple[WiderDraws, ...]
-    """Accuracy by own label on draws at 2 and 4 times the reviewed τ."""
+    """Accuracy by the judges' labels on draws at 2 and 4 times the reviewed τ."""
     real_failures: FourShares
     """Accuracy on failing draws from test images in which the judges still see the image's class. The classifier
     before is wrong on them by definition, so that its 0 has no interval."""
@@ -175,13 +175,13 @@ class ScenarioEvidence(FigureModel):
     baseline: float | None
     plain: float | None
     defuse: float | None
-    """Accuracy by own label; `plain` is the mean over the plain trainings, `defuse` null where nothing was
+    """Accuracy by the judges' labels; `plain` is the mean over the plain trainings, `defuse` null where nothing was
     corrected."""
     left_out: float | None
     """The same for a classifier that was not tuned on this scenario, with the λ of the run."""
     confirmed: bool | None
-    """Whether, by own label, the correction is right on over half of the images; significantly more often than each
-    plain training (sign tests over `independent_images`, one-sided, at a false discovery rate of 5 % over the
+    """Whether, by the judges' labels, the correction is right on over half of the images; significantly more often than
+    each plain training (sign tests over `independent_images`, one-sided, at a false discovery rate of 5 % over the
     scenarios, which counts pictures, for these trainings); and beyond what 95 of 100 further plain trainings would
     reach (Student's t bound over `plain_each`). Of the scenarios that further training alone may fix, one in twenty is
     confirmed by chance, and up to one in ten if it fixes a scenario wholly or not at all. Null where nothing was
@@ -198,7 +198,7 @@ class ScenarioEvidence(FigureModel):
     nothing was corrected."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images do not show the label; the classifier where at least 90 % show it, and it is
-    wrong on over review.rho of them by own label."""
+    wrong on over review.rho of them by the judges' labels."""
     support: int
     """Training images that its codes come from."""
     real_error: float | None

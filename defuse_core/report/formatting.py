@@ -9,7 +9,7 @@ from defuse_core.errors import NONE, digits_of, percent, with_bounds
 from defuse_core.report.evidence_schema import Pairs, Share
 from defuse_core.report.schema import Mean
 
-# Below this the images of the scenarios show several classes, and accuracy on their one label means little.
+# Below this the images of the scenarios show several classes, and accuracy by the scenario's label means little.
 LOW_PURITY = 0.8
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number

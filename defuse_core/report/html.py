@@ -135,14 +135,14 @@ def environment() -> Environment:
 
 
 def _seen_in_real_images(report: Report) -> str:
-    """Return how many accepted scenarios real images certainly show, the nearest ones or the sources, and of how many
-    they cannot tell, as a clause; empty without judges."""
+    """Return how many accepted scenarios real images show, the nearest ones or the sources, and of how many they cannot
+    tell, as a clause; empty without judges."""
     rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
     if not rows:
         return ""
     known = [in_training or found.seen_in_real_data for in_training, found in rows]
     untold = f", {known.count(None)} where these cannot tell" if None in known else ""
-    return f"{known.count(True)} certainly seen in real images{untold}"
+    return f"{known.count(True)} also seen in real images{untold}"
 
 
 def _change(row: ClassAccuracy) -> float:
@@ -220,11 +220,10 @@ def render_run(report: Report | None, correct: CorrectSection, headline: str, pa
         before, plain, after = report.accuracy.before, report.accuracy.plain, report.accuracy.defuse
         if report.evidence is not None and notices.worse_judges(report) is None:
             own = report.evidence.own_label
-            rows.append(
-                ("scenario images, image by image", own.before.value, own.plain.value, own.defuse.value)
-            )
+            shares = own.before.value, own.plain.value, own.defuse.value
+            rows.append(("scenario images, by the judges' labels", *shares))
         for name, field in (
-            ("scenario images, by their one label", "scenario"),
+            ("scenario images, by the scenario's label", "scenario"),
             ("validation images", "validation"),
             ("test images", "test"),
         ):

@@ -41,10 +41,10 @@ def _effect(report: Report, correct: CorrectSection) -> str:
     before, after = report.accuracy.before, report.accuracy.defuse
     them = "its" if report.scenarios.accepted == 1 else "their"
     own = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
-    judged, others = "the scenario's one label", list[str]()
+    judged, others = "the scenario's label", list[str]()
     was_right, is_right = before.scenario, after.scenario
     if own is not None and own.before.value is not None:
-        judged = "the judges' label of each"
+        judged = "the judges' labels"
         was_right, is_right = own.before.value, own.defuse.value
         others = [f"{percent(own.plain.value)} after plain further training"]
         if own.baseline.value is not None:
@@ -69,8 +69,8 @@ def nobody_judged(report: Report) -> str | None:
     if report.evidence is not None or report.chosen is None:
         return None
     return (
-        "Nobody judged the correction. Its accuracy on the scenarios is by their one label, which it was tuned to "
-        "give, and what plain further training (λ = 0) reaches there is unknown. Judges (judges.count in the run "
+        "Nobody judged the correction. Its accuracy on the scenarios is by the scenario's label, which it was tuned "
+        "to give, and what plain further training (λ = 0) reaches there is unknown. Judges (judges.count in the run "
         "file) label every held-out image; with them the report compares the correction with plain further training."
     )
 
@@ -89,30 +89,30 @@ def purity_warning(report: Report) -> str | None:
     return (
         f"Purity{by} is {percent(purity, 0)}. Of the {images} the failure scenarios, "
         f"{percent(1 - purity, 0)} show another class than their scenario's label, or no clear class. "
-        "Scenario accuracy counts the scenario's one label as right for all of them, "
-        f"so on mixed images a high accuracy is not yet a fix. {_by_own_label(report)}"
+        "Accuracy by the scenario's label counts that label as right for all of them, "
+        f"so on mixed images a high accuracy is not yet a fix. {_by_image_labels(report)}"
     )
 
 
-def _by_own_label(report: Report) -> str:
-    """Return the accuracy by own label that can be trusted most: the judges' on held-out images, where it exists."""
+def _by_image_labels(report: Report) -> str:
+    """Return the accuracy by the label of each image that can be trusted most: the judges', where it exists."""
     own, corrected = report.scenarios.own_labels, report.chosen is not None
     judged = None if report.evidence is None or worse_judges(report) else report.evidence.own_label
     if judged is not None and judged.before.value is not None:
         return (
-            "By the judges' label of each held-out image the classifier was right on "
+            "By the judges' labels of the held-out images the classifier was right on "
             f"{percent(judged.before.value)} of them before"
             + (f", and is on {percent(judged.defuse.value)} now." if corrected else ".")
         )
     if own.tuned_on:
+        now = f", {percent(own.defuse)} now" if corrected else ""
         return (
-            "No figure by own label is independent: the reviewed images are at photographs that are tuned on "
-            f"({percent(own.before)} right before{f', {percent(own.defuse)} now' if corrected else ''}), and no judge "
-            "labels held-out ones."
+            "No accuracy by the annotators' labels is independent: the reviewed images are at photographs that are "
+            f"tuned on ({percent(own.before)} right before{now}), and no judge labels held-out ones."
         )
     return (
-        f"Judged each by its own label, {percent(own.before)} of the reviewed images were classified correctly "
-        f"before{f', and {percent(own.defuse)} are now' if corrected else ''}."
+        f"By the annotators' labels, {percent(own.before)} of the reviewed images were classified correctly before"
+        f"{f', and {percent(own.defuse)} are now' if corrected else ''}."
     )
 
 
@@ -125,7 +125,7 @@ def worse_judges(report: Report) -> str | None:
     return (
         f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
         f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where they differ the judges "
-        "may be wrong, so do not rely on figures by own label, purity by the judges, confirmed scenarios or "
+        "may be wrong, so do not rely on figures by the judges' labels, purity by the judges, confirmed scenarios or "
         "verdicts on what is at fault; train better judges (section judges of the run file)."
     )
 
@@ -191,8 +191,8 @@ def made_worse(report: Report) -> str | None:
         return None
     figures = [f"{number} ({percent(each.before)} to {percent(each.defuse)})" for number, each in worse]
     return (
-        f"The correction makes the classifier worse on {count_of(len(worse), 'scenario')}. By the judges' label of "
-        f"each held-out image it was significantly more often right before, on: {', '.join(figures)}."
+        f"The correction makes the classifier worse on {count_of(len(worse), 'scenario')}. By the judges' labels of "
+        f"the held-out images it was significantly more often right before, on: {', '.join(figures)}."
     )
 
 

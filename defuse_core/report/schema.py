@@ -45,8 +45,8 @@ class Scenario(FigureModel):
     source_tracks: int | None
     """Tracks that these images are of; null where images have no tracks."""
     seen_in_training_images: bool
-    """Whether source_error is certainly over 20 % (lower 95 % bound), so that real images show the failures. Images of
-    one track count once, as wrong if most of them are. It is of the images that the scenario's codes come from, and
+    """Whether source_error is significantly over 20 % (lower 95 % bound), so that real images show the failures. Images
+    of one track count once, as wrong if most of them are. It is of the images that the scenario's codes come from, and
     evidence.seen_in_real_data of the real images nearest to it: either can be true alone. The column Seen of the
     tables is this field; the page says "seen in training images" where this one alone is true."""
     accepted: bool
@@ -56,7 +56,7 @@ class Scenario(FigureModel):
     misclassified: float | None
     """Share of its labelled review images that the classifier gets wrong."""
     purity: float | None
-    """Share of its review images whose own label is the scenario's."""
+    """Share of its review images whose annotators' label is the scenario's."""
     agreement: float | None
     """Mean over its review images of the share of votes for the majority, or for one label of a tie; none-of-the-above
     and images with a single vote are left out."""
@@ -74,7 +74,7 @@ class Scenario(FigureModel):
 
 
 class OwnLabels(FigureModel):
-    """Accuracy on the reviewed images of the accepted scenarios, each judged by its own label. Valid for mixed ones."""
+    """Accuracy on the reviewed images of the accepted scenarios, by the annotators' labels. Valid for mixed ones."""
 
     before: float | None
     defuse: float | None

@@ -222,9 +222,11 @@ def _too_few_units(
     if verdicts.units is not None:
         noun = "photograph" if gallery.track is None else "track"
         remedy += ", or give identification more photographs"
-    lack = "that is not certain (review.max_false)"
+    lack = "that is not significant (review.max_false)"
     if (total[found] < needed).all():
-        lack = f"show{'s' if count == 1 else ''} fewer than the {count_of(needed, noun)} that certainty takes"
+        lack = (
+            f"show{'s' if count == 1 else ''} fewer than the {count_of(needed, noun)} that significance takes"
+        )
     return (
         f"{count} of {count_of(len(gallery), 'candidate scenario')} fail{'s' if count == 1 else ''} in over "
         f"{percent(review.rho, 0)} (review.rho), but {lack}; {remedy}"

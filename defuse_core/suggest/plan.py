@@ -91,7 +91,7 @@ def plan_run(
     """
     own, stated = with_stated_range(own)
     sized = fit_image_size(facts, own, image_size, progress)
-    progress("measuring speeds", 0, 5, "trials")
+    progress("measuring speeds", 0, 5, "speeds")
     classifier, tree = sized.module, sized.tree
     spec = parse_run_file(tree, "the suggested run file")
     splits = open_splits(spec.data, spec.seed)
@@ -208,7 +208,7 @@ def _measured(
     }
     rates = {}
     for done, (name, work) in enumerate(works.items(), start=1):
-        progress("measuring speeds", done, 5, "trials")
+        progress("measuring speeds", done, 5, "speeds")
         rates[name] = _rate(work)
     return Speeds(**rates)
 

@@ -21,6 +21,7 @@ import rich
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from services import stopped_exit_code, stopped_line, stopping_on_sigterm
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
+from services.cli.options import echo_marked
 from services.cli.results import compare, export, suite
 from services.cli.review import label_studio, review
 from services.cli.run import delete, fields, init, report, run, status
@@ -182,7 +183,7 @@ def _exit_of_other_code(error: SystemExit, place: traceback.FrameSummary) -> str
 
 def _fail(line: str, exit_code: int) -> NoReturn:
     with contextlib.suppress(BrokenPipeError):  # the exit code says it, too
-        click.echo(f"defuse: {escape_control_characters(line)}", err=True)
+        echo_marked("defuse:", escape_control_characters(line), len("defuse: "), err=True)
     sys.exit(exit_code)
 
 

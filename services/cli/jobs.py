@@ -102,7 +102,8 @@ def submit(
     LABEL_STUDIO_*. With token authentication set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here.
 
     \b
-    defuse submit deploy/runs/mnist-laptop.yaml --address http://head:8265 --store s3://our/runs --set data.root=/data
+    defuse submit deploy/runs/mnist-laptop.yaml --address http://head:8265 \\
+      --store s3://our/runs --set data.root=/data
     """
     from defuse_core.config import load_run_file
     from defuse_core.data import check_class_names

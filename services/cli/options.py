@@ -114,15 +114,17 @@ def print_json(page: dict[str, Any]) -> None:
         click.echo(json.dumps(page), file=stdout)
 
 
-def echo_marked(mark: str, text: str) -> None:
-    """Print a line of a check behind its mark; a narrow terminal gets it in several, which break between words."""
-    lines = [text]
-    if sys.stdout is not None and sys.stdout.isatty():
+def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = False) -> None:
+    """Print text behind its mark of `width` columns; a narrow terminal gets lines that break between words."""
+    lines, stream = [text], sys.stderr if err else sys.stdout
+    columns = shutil.get_terminal_size().columns - width
+    if stream is not None and stream.isatty() and len(text) > columns:
         from defuse_core.report.formatting import unbroken
 
-        lines = textwrap.wrap(unbroken(text), max(24, shutil.get_terminal_size().columns - MARK_WIDTH))
-    told = f"{mark:<{MARK_WIDTH - 1}} " + f"\n{'':{MARK_WIDTH}}".join(lines)
-    click.echo(told.replace("\u00a0", " "))
+        text = unbroken(text)
+        lines = textwrap.wrap(text, max(24, columns), break_long_words=False, break_on_hyphens=False)
+    told = f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines)
+    click.echo(told.replace("\u00a0", " "), err=err)
 
 
 def run_name(name: str | None, runfile: Path) -> str:

@@ -91,7 +91,8 @@ def suite() -> None:
 
     \b
     defuse suite save digits --out suite/
-    defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors
+    defuse check --suite suite/ --classifier my_nets:build \\
+      --weights new.safetensors
     """
 
 
@@ -180,7 +181,7 @@ def check_suite(
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
-        click.echo(f"note: {line}", err=True)
+        echo_marked("note:", line, len("note: "), err=True)
     if unwritable is not None:
         raise unwritable
     failed, asked = sum(not result.passed for result in results), _count_asked(results)
@@ -232,9 +233,8 @@ def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
                 f"found {first_few(got)}"
             )
     if not found.sweep.has_correction:
-        click.echo(
-            f"note: run {name} corrected nothing: the classifier that it debugged is checked", err=True
-        )
+        line = f"run {name} corrected nothing: the classifier that it debugged is checked"
+        echo_marked("note:", line, len("note: "), err=True)
     return to_device(found.classifiers()[1], data)
 
 

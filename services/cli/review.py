@@ -26,7 +26,7 @@ def review() -> None:
     """Show and control the review of a run's scenarios.
 
     \b
-    Ask people:  defuse run deploy/runs/digits.yaml --name asked --set review.annotators=label-studio
+    Ask people:  defuse run mine.yaml --set review.annotators=label-studio
     """
 
 
@@ -203,7 +203,7 @@ def set_(
     """Override the vote on SCENARIO of RUN, of people or of models.
 
     \b
-    defuse review set digits 3 --label 8 --reason "thick eights, checked on paper" --redo
+    defuse review set digits 3 --label 8 --reason "thick eights" --redo
     defuse review set digits 5 --reject --reason "not digits at all" --redo
     defuse review set digits 5 --vote --redo
     """

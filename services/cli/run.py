@@ -24,6 +24,7 @@ from services.cli.options import (
     GivenPath,
     address_option,
     classifier_fields,
+    echo_marked,
     expect_not_promoted,
     given,
     json_option,
@@ -116,18 +117,20 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
     facts, vae = plan.facts, plan.tree["vae"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     data = plan.tree["data"]
-    click.echo(f"images      {counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
-    click.echo(
-        f"used as     {data['image_size']}x{data['image_size']}, {'grey' if data['channels'] == 1 else 'colour'}"
+    show = partial(echo_marked, width=len("classifier  "))
+    show("images", f"{counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
+    show(
+        "used as",
+        f"{data['image_size']}x{data['image_size']}, {'grey' if data['channels'] == 1 else 'colour'}",
     )
     if plan.probe is not None:
-        click.echo(f"classifier  right on {describe_accuracy(plan)}")
+        show("classifier", f"right on {describe_accuracy(plan)}")
     epochs = count_of(vae["epochs"], "epoch")
-    click.echo(f"β-VAE       {vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
+    show("β-VAE", f"{vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
     if vae.get("decode") == "anchored":
-        click.echo("decode      anchored: photographs are moved, not redrawn")
+        show("decode", "anchored: photographs are moved, not redrawn")
     for warning in plan.warnings:
-        click.echo(f"note        {warning}")
+        show("note", warning)
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
     enough = "; more time would bring nothing for so few images" if plan.minutes < asked else ""
@@ -198,8 +201,12 @@ def run(
     resources.*, and values added to correct.lambdas, after which the report step is made again.
 
     \b
-    Exit codes: 0 finished, whatever was found (`defuse check` says whether it is good), 2 bad input,
-    3 waiting for people, 4 the machinery failed, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes:
+      0         finished, whatever was found (see `defuse check`)
+      2         bad input, or a person must look
+      3         waiting for people: run it again later
+      4         a machine, a server or the store failed: run it again
+      130, 143  Ctrl-C, SIGTERM: run it again
     \b
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review
@@ -362,11 +369,8 @@ def _expect_may_go_on(store: Store, run: Run) -> None:
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
     """Say that --profile had no effect, where the run has no more traces than before."""
     if profile is not None and run.store.list("profile/") == traces:
-        click.echo(
-            f"note: --profile {profile}: nothing was traced, since nothing was left to compute in this step; to trace "
-            "it, run it under another --name",
-            err=True,
-        )
+        told = "nothing was traced, since nothing was left to compute in this step; to trace it, run it under another"
+        echo_marked("note:", f"--profile {profile}: {told} --name", len("note: "), err=True)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

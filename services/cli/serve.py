@@ -86,7 +86,8 @@ def check(
 
     \b
     defuse check digits
-    defuse check --suite suite/ --classifier my_nets:build --weights new.safetensors --junit report.xml
+    defuse check --suite suite/ --classifier my_nets:build \\
+      --weights new.safetensors --junit report.xml
     """
     if suite is not None:
         check_suite(suite, run, store, as_json=as_json, classifier=classifier, weights=weights,
@@ -255,7 +256,8 @@ def serve(
 
     \b
     defuse serve mnist
-    curl --data-binary @seven.png -H "Content-Type: image/png" http://127.0.0.1:8000/v1/predict
+    curl --data-binary @seven.png -H "Content-Type: image/png" \\
+      http://127.0.0.1:8000/v1/predict
     """
     from services.serving.candidate import require_corrected
     from services.serving.launch import (

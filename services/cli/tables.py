@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from defuse_core.report.evidence_schema import EvidenceFigures, Share
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
-ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "By one label")
+ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "Scenario images")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 # in turn, until the table fits; accuracies decide the state, so they are the last
 DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
@@ -75,7 +75,7 @@ def print_accuracy(report: Report, console: Console) -> None:
 
 def _accuracy_table(report: Report, _: int, columns: Sequence[str]) -> Table:
     table = new_table("Accuracy (Figure 4)", columns)
-    table.caption = "By one label: on the scenarios' held-out images, each under its scenario's label."
+    table.caption = "Scenario images: held out, by the scenario's label."
     table.caption_justify = "left"
     accuracy = report.accuracy
     rows = [("Before", accuracy.before), ("Failures alone", accuracy.baseline)]
@@ -105,8 +105,7 @@ def _without_interval(share: Share, digits: int) -> str:
 def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]) -> Table:
     count = len(evidence.own_label.plain_each)
     plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
-    title = f"Evidence by own label of {count_of(evidence.judges.count, 'judge')} (plain: {plain})"
-    table = new_table(title, ("", "Before", "Plain", "Defuse"))
+    table = new_table(f"Evidence, by the judges' labels (plain: {plain})", ("", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
     rows = (
         ("scenario images", own.before, own.plain, own.defuse),
@@ -160,12 +159,11 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
 def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table:
     table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
-    table.caption = "Before, Defuse: on held-out images, by the scenario's one label."
+    table.caption = "Before, Defuse: on held-out images, by the scenario's label."
     table.caption_justify = "left"
     if "Seen" in columns:
-        table.caption += (
-            "\nSeen: the classifier is certainly wrong on over a fifth of the training images behind it."
-        )
+        seen = "Seen: the classifier is wrong on significantly more than a fifth of the training images behind it."
+        table.caption += f"\n{seen}"
     for row in report.scenarios.list:
         if row.accepted:
             cells: dict[str, str | Text] = {
@@ -262,7 +260,7 @@ def _left_out(report: Report) -> list[str]:
 
 
 def _baseline(report: Report) -> list[str]:
-    """Return what tuning on the reviewed failures alone does by own label, as a line; none where not compared."""
+    """Return what tuning on the reviewed failures alone does, as a line; none where it is not compared."""
     if report.evidence is None or report.evidence.against_baseline.scenarios is None:
         return []
     against, own, real = (
@@ -273,7 +271,7 @@ def _baseline(report: Report) -> list[str]:
     parts = [f"scenario images {percent(own.value)} (Defuse {pairs_text(against.scenarios)})"]
     if against.real_failures is not None:
         parts.append(f"failing test draws {percent(real.value)} (Defuse {pairs_text(against.real_failures)})")
-    return [f"Tuned on the reviewed failures alone, by own label: {'; '.join(parts)}."]
+    return [f"Tuned on the reviewed failures alone, by the judges' labels: {'; '.join(parts)}."]
 
 
 def _verdicts(report: Report) -> list[str]:

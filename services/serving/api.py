@@ -54,8 +54,7 @@ class ScenarioInfo(BaseModel):
     name: str
     fixed: bool = Field(description="whether accuracy_after reaches check.min_scenario_accuracy")
     judged: bool = Field(
-        description="whether both accuracies are by the judges' label of each image; else they are by the scenario's "
-        "one label"
+        description="whether both accuracies are by the judges' labels; else they are by the scenario's label"
     )
     accuracy_before: float = Field(description="on images of the scenario that were not tuned on")
     accuracy_after: float
@@ -80,7 +79,7 @@ class ModelInfo(BaseModel):
     clean_split: str = Field(description="the images that clean accuracy was measured on")
     clean_accuracy_before: float
     clean_accuracy_after: float
-    scenario_accuracy_before: float = Field(description="mean over the scenarios, by the one label of each")
+    scenario_accuracy_before: float = Field(description="mean over the scenarios, by the scenario's label")
     scenario_accuracy_after: float
     classes: list[str]
     channels: int

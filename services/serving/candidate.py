@@ -94,8 +94,8 @@ class Candidate:
     recall: F64  # (A, L) share of the held-out scenario images within those distances
     failures: FailureWatch  # finds failing inputs
     components_digest: str  # of the run that `scenario` counts in, also with another λ
-    # (A,) whether `before` and `after` are by the judges' label of each image; else, and in older versions (None), they
-    # are by the scenario's one label
+    # (A,) whether `before` and `after` are by the judges' labels; else, and in older versions (None), they are by the
+    # scenario's label
     judged: Bool | None = None
 
     def run_file(self) -> RunFile:
@@ -214,7 +214,7 @@ def _load_corrected(run: Run) -> _CorrectedRun:
     if not found.sweep.has_correction:
         raise _nothing_to_serve(run, found.verdicts)
     if run.spec.judges.count:
-        run.require(Evidence)  # a check by own label that is not made would count as one that passes
+        run.require(Evidence)  # a check by the judges' labels that is not made would count as one that passes
     return found
 
 

@@ -63,7 +63,7 @@ class CandidateReport:
     def scenario_accuracies(self) -> tuple[F64, F64, Bool]:
         """Return each scenario's accuracy before and after, and whether judges measured both, (A,) each.
 
-        By the judges' label of each image, as in the report's first sentences; else by the scenario's one label.
+        By the judges' labels, as in the report's first sentences; else by the scenario's label.
         """
         if self.by_own_label is None:
             return self.scenario_before, self.scenario_after, np.zeros(len(self.scenario), np.bool_)
@@ -203,11 +203,11 @@ def own_label_check(
     is_worse = evidence.worse_than_before[rows]
     worst = rows[np.lexsort((after[rows] - before[rows], ~is_worse))[0]]
     loss = float(before[worst] - after[worst])
-    line = "own label: no scenario is less often right by the judges' label of each image"
+    line = "judges' labels: no scenario is significantly less often right"
     if loss > 0:
         told = "significant, and none may be" if is_worse.any() else "not significant"
         change = f"{percent(before[worst], 2)} to {percent(after[worst], 2)}"
-        line = f"largest loss by own label: scenario {corrections.scenario[worst]}, {change}, {told}"
+        line = f"largest loss by the judges' labels: scenario {corrections.scenario[worst]}, {change}, {told}"
     return Check("own label", not is_worse.any(), line, found=max(0.0, loss))
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import click
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,7 +37,8 @@ from defuse_core.training.reference_models import load_reference_models, mean_pr
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
 IMAGES = 1000
 MOVED = (2, 4)  # times the noise, of the picture
-PICTURES, SIDE, GAP = 8, 64, 4  # columns of the picture, pixels of an image and between images
+PICTURES, SIDE, GAP = 8, 128, 8  # columns of the picture, pixels of an image and between images
+NAMES_WIDTH = 140  # pixels left of the images
 
 
 @click.group()
@@ -191,16 +192,20 @@ def draw(test: Images, mu: F32, noise: F32, decoders: dict[str, Decoder], path: 
     """Save rows of the originals, their plain decodings, and anchored ones at MOVED times the noise."""
     rows = np.concatenate([np.flatnonzero(test.labels == label)[:1] for label in np.unique(test.labels)])
     rows = rows[:PICTURES]
-    lines = [test.batch(rows), decoders["plain"].decode(mu[rows])]
-    lines += [decoders["anchored"].decode(mu[rows] + np.float32(s) * noise[rows], rows) for s in MOVED]
+    lines = {"original": test.batch(rows), "unanchored": decoders["plain"].decode(mu[rows])}
+    for scale in MOVED:
+        moved = mu[rows] + np.float32(scale) * noise[rows]
+        lines[f"anchored x{scale}"] = decoders["anchored"].decode(moved, rows)
     size = SIDE + GAP
-    sheet = Image.new("RGB", (len(rows) * size - GAP, len(lines) * size - GAP), "white")
-    for top, line in enumerate(lines):
+    sheet = Image.new("RGB", (NAMES_WIDTH + len(rows) * size - GAP, len(lines) * size - GAP), "white")
+    for top, (name, line) in enumerate(lines.items()):
+        middle = top * size + SIDE // 2
+        ImageDraw.Draw(sheet).text((0, middle), name, "black", ImageFont.load_default(20), anchor="lm")
         for left, pixels in enumerate(line):
             levels = np.round(255 * pixels.transpose(1, 2, 0)).astype(np.uint8)
-            image = Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            sheet.paste(image, (left * size, top * size))
-    sheet.save(path)
+            image = Image.fromarray(levels).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            sheet.paste(image, (NAMES_WIDTH + left * size, top * size))
+    sheet.save(path, optimize=True)
 
 
 if __name__ == "__main__":

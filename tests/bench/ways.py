@@ -52,7 +52,7 @@ def row_of(folder: Path) -> Row:
         "judges right on the test set": ", ".join(f"{share:.1%}" for share in evidence["judges"]["accuracy"]),
         "accepted of candidates": f"{found['accepted']} of {found['components']}",
         "purity": _share(evidence["purity"]),
-        "own label: before, plain, corrected": _shares(own["before"], own["plain"], own["defuse"]),
+        "judges' labels: before, plain, corrected": _shares(own["before"], own["plain"], own["defuse"]),
         "left out of the tuning: before, plain, corrected": _shares(
             left["before"], left["plain"], left["defuse"]
         ),

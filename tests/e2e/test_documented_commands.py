@@ -4,6 +4,7 @@ import re
 import shlex
 import tomllib
 
+import click
 import pytest
 
 from services.cli import defuse
@@ -27,6 +28,8 @@ def test_every_command_and_option_says_what_it_does(path, child):
     for parameter in child.params:
         if parameter.param_type_name == "option":
             assert parameter.help, f"{' '.join(path)} {parameter.opts[0]}"
+    shown = child.get_help(click.Context(child, info_name=" ".join(("defuse", *path)), terminal_width=80))
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("services/*/README.md"))]

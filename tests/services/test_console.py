@@ -124,6 +124,16 @@ def test_a_line_of_a_check_needs_no_terminal_and_no_output(monkeypatch, capsys):
     echo_marked("ok", "accuracy: 90.00 %")
 
 
+def test_a_narrow_terminal_breaks_an_error_between_words(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    echo_marked("defuse:", "runs/a-b.yaml: cannot read this run-file (No such file)", 8, err=True)
+    assert (
+        capsys.readouterr().err
+        == "defuse: runs/a-b.yaml: cannot read this\n        run-file (No such file)\n"
+    )
+
+
 def test_a_terminal_that_can_do_nothing_but_text_is_as_wide_as_it_says(monkeypatch):
     for name, value in {"TERM": "dumb", "COLUMNS": "60", "FORCE_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -36,5 +36,5 @@ def test_a_narrow_report_drops_intervals_and_a_column_before_rows_become_records
     console = Console(width=60, file=io.StringIO())
     print_report(report, SAMPLE_CORRECT, console)
     lines = [line.split() for line in console.file.getvalue().splitlines()]
-    assert ["Validation", "Test", "By", "one", "label"] in lines and ["Before", "Plain", "Defuse"] in lines
+    assert ["Validation", "Test", "Scenario", "images"] in lines and ["Before", "Plain", "Defuse"] in lines
     assert ["left-out", "scenarios", "35", "%", "90", "%", "100", "%"] in lines

@@ -42,6 +42,14 @@ def test_a_root_that_may_not_be_read_is_refused_in_one_line(
     assert f"cannot read {tmp_path} (Permission denied)" in error_of(section(name, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "images"), [("npz", "images"), ("folder", "images"), ("signs", "signs images")]
+)
+def test_a_root_that_does_not_exist_is_to_be_set(tmp_path: Path, name: str, images: str):
+    found = error_of(section(name, tmp_path / "gone"))
+    assert f"gone does not exist; set it to the path of the {images}" in found
+
+
 def test_a_root_that_is_downloaded_to_need_not_exist(tmp_path: Path):
     assert data_root(section("mnist", tmp_path / "new", download=True)) == tmp_path / "new"
 

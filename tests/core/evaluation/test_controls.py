@@ -313,7 +313,7 @@ def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finis
     text = unconfirmed(report.model_copy(update={"scenarios": changed}))
     worse = [number for number, column in place.items() if made.worse[column]]
     assert f", and worse than plain further training on {len(worse)}. " in text
-    assert f"less often right than plain further training (λ = 0) may be, on: {numbers_text(worse)}" in text
+    assert f"significantly worse than plain further training (λ = 0) on: {numbers_text(worse)}" in text
 
 
 def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:
@@ -358,10 +358,8 @@ def test_the_page_has_plain_training_on_wider_draws_and_where_these_are(finished
     page = " ".join(run.store.read("report.html").decode().split())
     assert run.spec.correct.tuning_factor == 16
     for row in report.evidence.wider:
-        name = (
-            f"<td>draws at {row.factor:g} times the reviewed τ, by own label; inside of what is tuned on</td>"
-        )
-        assert name in page
+        drawn = f"<td>draws at {row.factor:g} times the reviewed τ, by the judges' labels"
+        assert f"{drawn}; inside of what is tuned on</td>" in page
     assert "Images to tune on are drawn at 16 times the reviewed τ (correct.widen)" in page
     assert f"each {spread_of(report.evidence.own_label.plain_each)}</small>" in page
 

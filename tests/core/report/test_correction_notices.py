@@ -151,7 +151,7 @@ def judged(report, own=None, left_out=None, real=None):
 @pytest.mark.parametrize(
     ("pairs", "title"),
     [
-        (((11, 0), (9, 1), (80, 50)), None),  # certainly better on all
+        (((11, 0), (9, 1), (80, 50)), None),  # significantly better on all
         (((4, 0), (9, 1), (80, 50)), "may do as much for the scenarios"),  # 4 of 4 may be chance
         (
             ((11, 0), (7, 5), (27, 15)),
@@ -182,14 +182,15 @@ def test_a_correction_that_does_no_more_than_plain_training_is_told(tmp_path: Pa
         (
             5,
             ((5, 0), (4, 1), (80, 50)),
-            "There are too few of the scenarios and ",
+            "There are too few scenarios and scenarios left out of the tuning to tell whether",
         ),
-        (1, ((1, 0), None, None), "There are too few of the scenarios to tell whether"),
+        (1, ((1, 0), None, None), "There are too few scenarios to tell whether"),
         (6, ((5, 0), None, None), "Plain further training may do as much for the scenarios."),
         (
             5,
             ((5, 0), None, (20, 18)),
-            "Plain further training may do as much for failing draws from test images. There are too few of the ",
+            "Plain further training may do as much for failing draws from test images. There are too few "
+            "scenarios to tell",
         ),
     ],
 )
@@ -208,13 +209,13 @@ def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Pa
     )
 
 
-def test_the_notice_compares_with_the_least_favourable_of_several_plain_trainings(tmp_path: Path):
+def test_the_notice_compares_with_the_strongest_of_several_plain_trainings(tmp_path: Path):
     report = judged(report_of(sample_findings(12, 12), tmp_path), own=(5, 0))
     own = report.evidence.own_label.model_copy(update={"plain_each": (0.8, 0.84, 0.88)})
     evidence = report.evidence.model_copy(update={"own_label": own})
     assert (no_better_than_plain_training(report.model_copy(update={"evidence": evidence})) or "").endswith(
         "Scenarios: 84.0 % after the correction, 84.0 % after plain further training, the mean of 3. "
-        "Compared with the least favourable of the 3 plain trainings: better on 5 scenarios, worse on 0, p = 0.062."
+        "Compared with the strongest of the 3 plain trainings: better on 5 scenarios, worse on 0, p = 0.062."
     )
 
 
@@ -236,7 +237,10 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
         report.model_copy(update={"scenarios": report.scenarios.model_copy(update={"list": rows})})
     )
     assert (text or "").startswith("The correction is confirmed on 1 of 3 scenarios. ")
-    assert (text or "").endswith("on: 1; right on at most half of the images of: 3.")
+    assert (text or "").endswith(
+        "By the judges' labels of the held-out images it is not significantly better than plain further training "
+        "(λ = 0) on: 1; right on at most half of the images of: 3."
+    )
     few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[:1] + rows[2:3]
     assert (
         unconfirmed(

@@ -166,7 +166,7 @@ def test_a_loss_on_the_test_set_has_a_colour_where_it_is_no_chance(tmp_path: Pat
     ("seen", "testable", "errors", "words"),
     [
         (True, True, 0.02, "seen in real data"),
-        (False, True, 0.02, "not certainly seen in real data"),
+        (False, True, 0.02, "not shown by real images"),
         (False, False, 0.02, "real images cannot tell"),
         (False, False, 0.0, "no real image of its class is wrong"),
     ],
@@ -181,7 +181,7 @@ def test_a_card_does_not_say_that_failures_are_not_in_real_data_where_nothing_sh
     page = run.store.read("report.html").decode()
     assert page.count(f"<span>{words}: error 10\u00a0% on the nearest real images") == 2
     untold = "" if testable else ", 2 where these cannot tell"
-    assert f"candidate scenarios; {2 * seen} certainly seen in real images{untold}</div>" in page
+    assert f"candidate scenarios; {2 * seen} also seen in real images{untold}</div>" in page
 
 
 def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(tmp_path: Path):
@@ -201,9 +201,10 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
     [
         (
             {"choose_by": "tune", "max_loss": 0.01},
-            "of all λ that lose at most 1 point of the validation accuracy, that do not certainly cost a class over "
+            "of all λ that lose at most 1 point of the validation accuracy, that cost no class significantly more than "
             "10 points on training or on validation images, and that are within one point of the highest "
-            "accuracy on the scenario images tuned on, the one of highest validation accuracy. What is not certain",
+            "accuracy on the scenario images tuned on, the one of highest validation accuracy. A loss that is "
+            "not significant (95 %) is allowed",
         ),
         ({"choose_by": "train"}, "The rule of choice: the highest training accuracy."),
     ],

@@ -40,7 +40,7 @@ def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
     table = np.array([[np.nan, 0.9897, 0.148], [np.nan, 0.98, 0.5], [np.nan, 0.9905, 0.996]])
     report = report_of((found, dataclasses.replace(evaluation, accuracy=table)), tmp_path)
     assert headline(report, SAMPLE_CORRECT) == (
-        "12 of 40 candidate scenarios are failure scenarios. Accuracy on their held-out images, by the scenario's one "
+        "12 of 40 candidate scenarios are failure scenarios. Accuracy on their held-out images, by the scenario's "
         "label: 14.8 % before, 99.6 % after. Test set: 98.97 % before, 99.05 % after."
     )
 
@@ -121,9 +121,10 @@ def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Pa
     def warning(of: Run, *judged) -> str:
         return purity_warning(build_report(of, *sample, *judged)) or ""
 
-    assert "Judged each by its own label, " in warning(run)
-    assert "No figure by own label is independent: the reviewed images are at photographs that" in warning(
-        anchored
+    assert "By the annotators' labels, " in warning(run)
+    assert (
+        "No accuracy by the annotators' labels is independent: the reviewed images are at photographs that"
+        in warning(anchored)
     )
     for of in (run, anchored):
         text = warning(of, evidence)
@@ -132,7 +133,7 @@ def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Pa
             and "reviewed images" not in text
         )
     blind = sample_evidence(evidence.scenario_own_label, judges=0.4)
-    assert "No figure by own label is independent" in warning(anchored, blind)
+    assert "No accuracy by the annotators' labels is independent" in warning(anchored, blind)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -143,11 +144,9 @@ def test_the_page_says_where_reviewed_images_are_at_photographs_that_are_tuned_o
     anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": vae}))
     write_report(anchored, *sample_findings())
     words = " ".join(anchored.store.read("report.html").decode().split())
-    found = (
-        "of the failure scenarios, at photographs that are tuned on, each judged by its own label" in words
-    )
+    found = "of the failure scenarios, at photographs that are tuned on, by the annotators' labels" in words
     assert found is (decode == "anchored")
-    assert found or "of the failure scenarios, each judged by its own label" in words
+    assert found or "of the failure scenarios, by the annotators' labels" in words
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -158,7 +157,7 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
     report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
     judged = (
-        "by the judges' label of each: 10.0 % before, 90.0 % after (70.0 % after plain further training, 60.0 % after "
+        "by the judges' labels: 10.0 % before, 90.0 % after (70.0 % after plain further training, 60.0 % after "
         "tuning on the reviewed failures alone)."
     )
     assert (judged in headline(report, SAMPLE_CORRECT)) is not worse
@@ -166,7 +165,7 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     assert report.evidence is not None and report.evidence.judges.worse is worse
     assert (text is not None) is worse and (text in caveats(report, SAMPLE_CORRECT)) is worse
     page = run.store.read("report.html").decode()
-    assert ("On the scenarios, image by image" in page) is not worse
+    assert ("On the scenarios, by the judges&#39; labels" in page) is not worse
     assert text is None or "the best of 3 judges gets 46.0 % right, and the classifier before 72.0 %" in text
 
 
@@ -328,9 +327,7 @@ def test_a_baseline_that_does_as_much_as_the_correction_is_told(tmp_path: Path):
     )
     assert "90.0 % after the correction, 90.0 % after tuning on the reviewed failures alone." in equal
     assert "alone does more for the scenarios." in (told(0.9, 0.6) or "")
-    assert (told(0.9, 0.9, 2) or "").startswith(
-        "There are too few of the scenarios to tell whether tuning on"
-    )
+    assert (told(0.9, 0.9, 2) or "").startswith("There are too few scenarios to tell whether tuning on")
 
 
 def test_what_unreliable_judges_say_is_in_no_other_notice(tmp_path: Path):

@@ -109,7 +109,7 @@ def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path:
     assert after == {None} and not any(row.loses_too_much for row in report.per_class)
     text = words_of(run.store.read("report.html"))
     assert text.count("nothing was corrected</div>") == 2
-    assert "of each held-out image the classifier was right on 7.0 % of them before.</p>" in text
+    assert "of the held-out images the classifier was right on 7.0 % of them before.</p>" in text
     assert "Nothing was corrected. If the classifier were served, each answer would get" in text
     assert (
         "– now" not in text

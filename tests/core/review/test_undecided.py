@@ -76,7 +76,7 @@ def test_components_that_fail_in_too_few_photographs_to_be_certain_are_undecided
     text = undecided(with_units(failing, total))
     assert (text or "").partition(" (")[0] == (found or "")
     if text is not None:
-        assert "fewer than the 6 photographs that certainty takes" in text
+        assert "fewer than the 6 photographs that significance takes" in text
     assert undecided(with_units(failing, total), accept="share") is None
 
 
@@ -96,7 +96,7 @@ def test_components_that_fail_but_for_the_number_of_tests_are_undecided(wrong, i
     assert (text or "").partition(" (")[0] == (found or "")
     if text is not None:
         assert text.endswith(
-            "but that is not certain (review.max_false); review more images of each (review.images)"
+            "but that is not significant (review.max_false); review more images of each (review.images)"
         )
     assert undecided(sample, accept="share") is None
 
@@ -105,7 +105,7 @@ def test_photographs_that_all_fail_but_for_the_number_of_tests_leave_it_open_and
     text = undecided(with_units([6, 0, 0, 0, 0], [6, 9, 9, 9, 9]))
     assert text is not None and "1 of 5 candidate scenarios fails in over 50 %" in text
     assert text.endswith(
-        "not certain (review.max_false); review more images of each (review.images), or give "
+        "not significant (review.max_false); review more images of each (review.images), or give "
         "identification more photographs"
     )
 
@@ -116,7 +116,7 @@ def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_suc
         found.gallery, track=np.zeros((1, found.gallery.predicted.shape[1]), np.int64)
     )
     text = undecided((dataclasses.replace(found, gallery=gallery), evaluation))
-    assert text is not None and "fewer than the 6 tracks that certainty takes" in text
+    assert text is not None and "fewer than the 6 tracks that significance takes" in text
     plain = {"labelled": np.array([3, 4, 9]), "misclassified": np.array([1.0, 0.5, 1.0])}
     text = undecided(with_verdicts(sample_findings(3, 0), **plain))
     assert (
