@@ -27,6 +27,7 @@ from defuse_core.data.images import (
     data_root,
     evenly_spaced,
     expect_class_names,
+    opened_picture,
 )
 from defuse_core.data.splits import divided
 from defuse_core.errors import DataError, count_of, first_few
@@ -235,9 +236,9 @@ def _unread(files: PictureFiles, looked_at: str) -> list[str]:
 
 def _unread_in(path: str) -> set[str]:
     """Return which of UNREAD a file has. Pillow itself turns a TIFF by its orientation."""
-    looks = {"orientation": _is_turned, "frames": _has_frames, "transparency": _is_partly_transparent}
+    looks = {"orientation": _is_turned, "transparency": _is_partly_transparent, "frames": _has_frames}
     found = set()
-    with Image.open(path) as picture:
+    with opened_picture(path) as picture:
         for what, look in looks.items():
             with contextlib.suppress(Exception):  # on a damaged part, which reading the pixels does not need
                 if look(picture):
@@ -250,7 +251,8 @@ def _is_turned(picture: Image.Image) -> bool:
 
 
 def _has_frames(picture: Image.Image) -> bool:
-    return getattr(picture, "n_frames", 1) > 1
+    picture.seek(1)  # raises where there is one; n_frames would read them all
+    return True
 
 
 def _is_partly_transparent(picture: Image.Image) -> bool:

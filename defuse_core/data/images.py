@@ -21,6 +21,8 @@ from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
 from defuse_core.errors import DataError, has_control_characters
 
+# of the suffixes of a folder's images, and GIF, which they can hide; Pillow starts a program for other formats
+FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
@@ -112,7 +114,7 @@ def opened_picture(path: str) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise DataError("expected an image, found a pipe, a device or a socket; remove it")
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             yield picture
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
@@ -167,7 +169,7 @@ def _eight_bits(picture: Image.Image) -> U8:
             "expected integers of 8 or 16 bits, found 32 bits, whose range is not in the file; save all images with 8 "
             "or 16 bits"
         )
-    return (pixels.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    return (pixels >> 8).clip(0, 255).astype(np.uint8)
 
 
 def to_levels(pixels: F32) -> U8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from defuse_core.errors import DataError, first_few
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
 CHUNK = 4096  # images checked at once, to bound the memory
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others can make gigabytes of a kilobyte
 OVERSHOOT = 1e-5  # how far outside [0, 1] a float pixel may be: resizing in floats rounds
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -86,6 +88,8 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with archive:
+            if any(part.compress_type not in COMPRESSIONS for part in archive.zip.infolist()):
+                raise ValueError("a compression that numpy does not write")
             return {name: _column(name, archive[name]) for name in archive.files if name in wanted}
     except (PermissionError, IsADirectoryError) as error:
         raise DataError(
@@ -99,7 +103,14 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
 
 
 def _column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return labels of shape (N, 1), as MedMNIST has them, as (N,), and any other array as it is."""
+    """Return labels of shape (N, 1), as MedMNIST has them, as (N,), and any other array as it is.
+
+    Raises an error for what is no array, or holds no text that can be shown.
+    """
+    if not isinstance(found, np.ndarray) or not found.itemsize:
+        raise ValueError(f"no array of values in {name}")
+    if name == "classes":
+        found.tolist()  # raises for letters that do not exist
     is_column = name.endswith("_labels") and found.ndim == 2 and found.shape[1] == 1
     return found.reshape(-1) if is_column else found
 

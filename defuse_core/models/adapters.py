@@ -44,7 +44,7 @@ def with_stated_range(section: dict[str, Any] | None) -> tuple[dict[str, Any] | 
         return section, []
     file = Path(section["weights"], "preprocessor_config.json")
     try:
-        stated = json.loads(file.read_text())
+        stated = json.loads(file.read_text()) if file.is_file() else {}  # a pipe would be waited for
         mean, sd = (np.array(stated[name], dtype=float) for name in ("image_mean", "image_std"))
         if np.isnan([*mean.flat, *sd.flat]).any():  # null
             return section, []
@@ -55,7 +55,8 @@ def with_stated_range(section: dict[str, Any] | None) -> tuple[dict[str, Any] | 
                 return {**section, "input_range": name}, [
                     f"classifier.input_range is set to {name}, as {file} states"
                 ]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or another library's
+    # none, or another library's
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return section, []
     return section, [
         f"{file} states mean {mean.tolist()} and standard deviation {sd.tolist()}, for which there is no "

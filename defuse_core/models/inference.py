@@ -47,10 +47,13 @@ def read_weights(path: Path) -> Weights:
         raise ModelError(
             f"{path}: its tensors have more numbers than the file; save them without expand: tensor.contiguous()"
         )
-    return {
-        name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-        for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items())
-    }
+    try:
+        return {
+            name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+            for name, tensor in ((name, tensor.detach()) for name, tensor in tensors.items())
+        }
+    except Exception as error:  # torch raises many kinds of errors for tensors that are no arrays of numpy
+        raise _no_state_dict(path) from error
 
 
 def _read_tree(path: Path) -> Any:
@@ -58,7 +61,7 @@ def _read_tree(path: Path) -> Any:
     if path.suffix == ".safetensors":
         try:
             return load_safetensors(data)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError) as error:  # the latter for types that torch lacks
             raise _no_state_dict(path) from error
     if program_kind(data) is not None:
         raise ModelError(
@@ -83,6 +86,7 @@ def _unwrap(tree: Any, path: Path) -> dict[str, Tensor]:
     if (
         not isinstance(tree, Mapping)
         or not tree
+        or not all(isinstance(name, str) for name in tree)
         or not all(isinstance(value, Tensor) and _is_dense(value) for value in tree.values())
     ):
         raise _no_state_dict(path)

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import platform
+import re
 import tempfile
 import warnings
 import zipfile
@@ -69,6 +70,10 @@ class SelfContainedClassifier(nn.Module):
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file of weights. Raises ModelError."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # waited for, or read, without end
+            raise ModelError(
+                f"{path}: expected a file of weights, found a pipe, a device or a socket; copy its content to a file"
+            )
         return path.read_bytes()
     except FileNotFoundError as error:
         raise ModelError(f"{path}: expected a file of weights, found none on {platform.node()}") from error
@@ -248,13 +253,18 @@ def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None
 
 
 PLAIN_TEXTS = {  # of config.json, by key, at any depth
-    "_out_features", "act_layer", "activation_function", "architecture", "architectures", "down_ops", "dtype",
-    "finetuning_task", "global_padding", "global_pool", "hidden_act", "hidden_activation", "layer_type", "layer_types",
-    "model_type", "norm_layer", "out_features", "pooler_act", "pooling_type", "problem_type", "qkv_projection_method",
-    "rope_type", "stage_names", "stem_act_func", "torch_dtype", "transformers_version",
+    "_name_or_path", "_out_features", "act_layer", "activation_function", "architecture", "architectures", "down_ops",
+    "dtype", "finetuning_task", "global_padding", "global_pool", "hidden_act", "hidden_activation", "id2label",
+    "layer_type", "layer_types", "model_type", "norm_layer", "out_features", "pooler_act", "pooling_type",
+    "problem_type", "qkv_projection_method", "rope_type", "stage_names", "stem_act_func", "torch_dtype",
+    "transformers_version",
 }  # fmt: skip
-# texts that are shown at most
-LABELS = {"_name_or_path", "id2label", "label2id", "label_descriptions", "label_names"}
+LABELS = {"id2label", "label2id", "label_names"}  # free texts, but only at the top level
+# in place of what is shown at most, and of timm's description of weights, whose key marks a folder of timm's
+UNUSED: dict[str, object] = {"_name_or_path": "", "label_descriptions": {}, "pretrained_cfg": {}}
+RENAMING = ("attribute_map", "sub_configs")  # keys that make other attributes of those that were inspected
+OF_DEPTH = re.compile("layers|depth|blocks|repeats|per_block")  # in keys of how many parts a network has
+MOST_PARTS, LARGEST_NUMBER = 1000, 10**6
 
 
 def open_transformers(folder: Path) -> SelfContainedClassifier:
@@ -264,8 +274,8 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
     config.json could name other files, downloads or code.
     """
     try:
-        source = (folder / "config.json").read_bytes()
-    except OSError as error:
+        source = read_file(folder / "config.json")
+    except ModelError as error:
         raise ModelError(
             f"{folder}: expected a folder written by save_pretrained, with a readable config.json"
         ) from error
@@ -277,7 +287,7 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
         )
     try:
         weights = {
-            name: tensor for file in files for name, tensor in load_safetensors(file.read_bytes()).items()
+            name: tensor for file in files for name, tensor in load_safetensors(read_file(file)).items()
         }
         untrained: Any = transformers_from(source, str(folder)).net
         net: nn.Module = type(untrained).from_pretrained(
@@ -292,37 +302,50 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
 
 def transformers_from(source: bytes, where: str) -> SelfContainedClassifier:
     """Return the untrained network that the bytes of a config.json describe. Raises ModelError naming `where`."""
-    _expect_harmless_config(source, where)
+    config = _harmless_config(source, where)
     library = _transformers()
     with tempfile.TemporaryDirectory() as folder:  # AutoConfig reads nothing but folders
-        Path(folder, "config.json").write_bytes(source)
+        Path(folder, "config.json").write_text(json.dumps(config))
         made = library.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     net: nn.Module = library.AutoModelForImageClassification.from_config(made, trust_remote_code=False)
     return SelfContainedClassifier(net.float(), source)
 
 
-def _expect_harmless_config(source: bytes, where: str) -> None:
-    """Raise ModelError for a text in a config.json that transformers or timm could take for a file, address or code."""
-    config = json.loads(source)
-    # timm's description of weights is not used
-    for key, text in _texts({**config, "pretrained_cfg": None}):
-        if key not in PLAIN_TEXTS or not PLAIN.fullmatch(text):
+def _harmless_config(source: bytes, where: str) -> dict[str, Any]:
+    """Return a config.json without UNUSED.
+
+    Raises ModelError for a text that transformers or timm could take for a file, address or code, and for a number that
+    would make a network without end.
+    """
+    config = {key: UNUSED.get(key, value) for key, value in json.loads(source).items()}
+    for key, leaf in _leaves({key: value for key, value in config.items() if key not in LABELS}):
+        if isinstance(leaf, str) and not (key in PLAIN_TEXTS and PLAIN.fullmatch(leaf)):
             raise ModelError(
-                f"{where}: its config.json has {text[:80]!r} for {key}, which could name a file, a download or code, "
+                f"{where}: its config.json has {leaf[:80]!r} for {key}, which could name a file, a download or code, "
                 "so it is not loaded; remove that entry, or use classifier.architecture: custom with an import path"
             )
+        most = MOST_PARTS if OF_DEPTH.search(key) else LARGEST_NUMBER
+        if isinstance(leaf, int) and leaf > most:
+            raise ModelError(
+                f"{where}: its config.json has {str(leaf)[:80]} for {key}, expected at most {most:,}; correct it"
+            )
+    return config
 
 
-def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (key, text) for every text in a tree of JSON, but labels."""
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (key, value) for every text and number in a tree of JSON, and for keys that no configuration has.
+
+    In place of a number as key the one around it is yielded.
+    """
     if isinstance(tree, dict):
         for name, value in tree.items():
-            if name not in LABELS:
-                yield from _texts(value, name)
+            if name in RENAMING or not PLAIN.fullmatch(name):
+                yield "a key", name
+            yield from _leaves(value, key if name.isdigit() else name)
     elif isinstance(tree, list):
         for value in tree:
-            yield from _texts(value, key)
-    elif isinstance(tree, str):
+            yield from _leaves(value, key)
+    else:
         yield key, tree
 
 

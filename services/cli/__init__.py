@@ -65,6 +65,13 @@ class CommandLine(click.Group):
             return super().invoke(ctx)
 
 
+class EscapingFormatter(logging.Formatter):
+    """No text from a file changes the terminal; lines after the first are indented, so none looks like a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(map(escape_control_characters, super().format(record).split("\n")))
+
+
 @contextlib.contextmanager
 def _ending_with_its_reader() -> Iterator[None]:
     try:
@@ -94,7 +101,9 @@ def main() -> None:
     """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
     share_cores()
     sys.path.append("")  # the working directory, where the user's classifier is, as with python -m
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log_output = logging.StreamHandler()
+    log_output.setFormatter(EscapingFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[log_output])
     logging.getLogger("defuse").setLevel(logging.INFO)  # of other libraries warnings alone
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself

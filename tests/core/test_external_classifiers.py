@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -292,12 +293,25 @@ def test_a_mask_of_infinities_is_no_broken_weight():
         (lambda: {"w": torch.eye(3).to_sparse()}, "expected a state dict of tensors, dense"),
         (lambda: {"w": torch.rand(3, device="meta")}, "expected a state dict of tensors, dense"),
         (lambda: {"w": torch.zeros(1, dtype=torch.float16).expand(10**11)}, "more numbers than the file"),
+        (
+            lambda: {"w": torch.zeros(2, dtype=torch.complex64).conj()},
+            "expected a state dict of tensors, dense",
+        ),
+        (lambda: {1: torch.zeros(2)}, "expected a state dict of tensors, dense"),
     ],
 )
 def test_a_file_without_a_state_dict_is_refused(value, line, tmp_path):
     torch.save(value(), tmp_path / "odd.pt")
     with pytest.raises(ModelError, match=line):
         read_weights(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("F4", [0]), ("F32", [0, 2**62])])
+def test_safetensors_that_torch_or_numpy_cannot_hold_are_refused(kind, shape, tmp_path):
+    header = json.dumps({"w": {"dtype": kind, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match="expected a state dict of tensors, dense"):
+        read_weights(tmp_path / "odd.safetensors")
 
 
 def test_a_zip_archive_of_a_version_that_python_cannot_read_is_refused(tmp_path):

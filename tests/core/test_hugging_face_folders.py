@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier
-from defuse_core.models.programs import open_transformers, transformers_from
+from defuse_core.models.adapters import with_stated_range
+from defuse_core.models.programs import class_names_of, open_transformers, transformers_from
 from defuse_core.protocols import silent
 from defuse_core.train import train
 from tests.conftest import tiny
@@ -77,6 +78,16 @@ TIMM = {"model_type": "timm_wrapper", "architecture": "resnet10t", "num_classes"
         (TIMM | {"model_args": {"pretrained_cfg": {"file": "bomb.bin"}}}, "'bomb.bin' for file"),
         (TIMM | {"architecture": "local-dir:vit"}, "'local-dir:vit' for architecture"),
         (TIMM | {"architecture": "hf-hub:timm/resnet18"}, "'hf-hub:timm/resnet18' for architecture"),
+        (
+            TIMM
+            | {
+                "attribute_map": {"label_names": "model_args"},
+                "label_names": {"checkpoint_path": "bomb.bin"},
+            },
+            "'attribute_map' for a key",
+        ),
+        ({"per_layer_config": {"0": {"id2label": {"0": "../bomb"}}}}, r"'\.\./bomb' for id2label"),
+        ({"rope_parameters": {"../bomb": 1}}, "'../bomb' for a key"),
     ],
 )
 def test_no_configuration_names_a_file_a_download_or_code(added, found, folder):
@@ -86,6 +97,39 @@ def test_no_configuration_names_a_file_a_download_or_code(added, found, folder):
         with pytest.raises(ModelError, match=f"its config.json has {found}, which could name a file"):
             make()
     assert not Path("exploded").exists()
+
+
+def test_what_a_configuration_only_shows_is_not_given_to_the_library_and_old_nested_labels_are_accepted(
+    folder,
+):
+    of_labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "_name_or_path": ""}
+    names = {"0": "a/b: c", "1": "../d"}
+    added = {"_name_or_path": "/home/x", "label_descriptions": {"a": "b/c"}, "text_config": of_labels}
+    config = json.loads((folder / "config.json").read_text()) | added | {"id2label": names}
+    net = transformers_from(json.dumps(config).encode(), "the run")
+    assert class_names_of(net) == ("a/b: c", "../d")
+    assert net.net.config._name_or_path != "/home/x" and net.net.config.label_descriptions == {}
+
+
+@pytest.mark.parametrize(("key", "number"), [("num_labels", 10**6 + 1), ("num_hidden_layers", 1001)])
+def test_a_configuration_of_a_network_without_end_is_refused(key, number, folder):
+    changed = json.loads((folder / "config.json").read_text()) | {key: number}
+    with pytest.raises(ModelError, match=f"has {number} for {key}, expected at most"):
+        transformers_from(json.dumps(changed).encode(), "the run")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_pipe_or_a_device_in_place_of_a_file_is_neither_waited_for_nor_read(name, make, folder):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    if name == "preprocessor_config.json":
+        section = {"architecture": "transformers", "weights": str(folder)}
+        assert with_stated_range(section) == (section, [])
+        return
+    with pytest.raises(ModelError, match=r"found a pipe, a device|with a readable config\.json"):
+        open_transformers(folder)
 
 
 def test_files_beside_the_configuration_and_the_weights_are_not_read(folder):

@@ -107,6 +107,7 @@ def test_a_program_of_a_network_of_transformers_is_read_without_transformers(tmp
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": False}, None, ""),
         ({"image_mean": "much"}, None, ""),
         ({"image_mean": None, "image_std": None}, None, ""),
+        ({"image_mean": [10**400], "image_std": [1]}, None, ""),
     ],
 )
 def test_the_input_range_that_a_folder_of_hugging_face_states_is_used(stated, found, noted, tmp_path):

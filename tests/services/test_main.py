@@ -111,17 +111,17 @@ def test_ctrl_c_while_modules_are_imported_is_one_line_too(command, line, monkey
     assert capsys.readouterr().err == f"defuse: {line}\n"
 
 
-def test_other_libraries_log_warnings_alone_and_defuse_its_steps(tmp_path):
+def test_the_log_has_steps_of_defuse_and_warnings_of_others_with_control_characters_escaped(tmp_path):
     """Torch logs statistics when Ctrl-C ends the program while it is imported."""
     code = (
         "import logging; from services.cli import main; import services.storage as storage; "
         "storage.open_store = lambda _: [logging.getLogger(name).log(level, name) for name, level in "
-        "(('defuse', 20), ('defuse', 10), ('other', 20), ('other', 30))] and 1 / 0; main()"
+        "(('defuse', 20), ('defuse', 10), ('other', 20), ('other', 30), ('odd\\nline\\x1b', 30))] and 1 / 0; main()"
     )
     words = [sys.executable, "-c", code, "status", "--store", tmp_path]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     *logged, last = ended.stderr.splitlines()
-    assert [line.partition(" ")[2] for line in logged] == ["defuse", "other"]
+    assert [line.partition(" ")[2] for line in logged] == ["defuse", "other", "odd", "   line\\x1b"]
     assert last.startswith("defuse: unexpected ZeroDivisionError")
 
 

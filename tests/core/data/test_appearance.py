@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_samples import SIZE, noise, save_picture, section
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.data.folder import odd_images, shared_images
@@ -82,7 +83,10 @@ def test_a_tiff_is_turned_by_its_orientation_without_a_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
-def test_frames_and_pages_after_the_first_are_named(tmp_path: Path, suffix: str):
+def test_frames_and_pages_after_the_first_are_named_without_reading_all(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda _: pytest.fail("reads every page")))
     root = write(tmp_path, noise(20, SIZE, SIZE))
     first, second = map(Image.fromarray, noise(2, SIZE, SIZE, 3))
     first.save(root / f"train/cat/moving.{suffix}", save_all=True, append_images=[second])

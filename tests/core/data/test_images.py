@@ -105,6 +105,28 @@ def test_tiffs_of_16_bits_and_of_floats_are_scaled_to_0_to_255(
         assert (found == np.resize(np.array(expected, np.uint8), (SIZE, SIZE))).all()
 
 
+def test_no_program_is_started_for_an_image_whatever_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Pillow hands PostScript to Ghostscript."""
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    path = tmp_path / "odd.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"odd\.png: expected an image, found cannot identify"):
+        read_picture(str(path), 1, SIZE)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("kind", ["MPO", "GIF"])
+def test_the_first_picture_of_a_camera_or_of_a_renamed_gif_is_read(tmp_path: Path, kind: str):
+    first, second = (Image.new("L", (SIZE, SIZE), grey) for grey in (200, 50))
+    first.save(tmp_path / "odd.jpg", kind, save_all=True, append_images=[second])
+    assert abs(int(read_picture(str(tmp_path / "odd.jpg"), 1, SIZE).mean()) - 200) < 3
+
+
 @pytest.mark.parametrize("pixel", [-0.5, 1.5, 255.0, np.nan])
 def test_a_tiff_of_floats_in_another_range_is_named(tmp_path: Path, pixel: float):
     pixels = np.ones((SIZE, SIZE), np.float32)

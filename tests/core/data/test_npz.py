@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,32 @@ def test_a_corrupt_npz_file_is_refused_in_one_line(tmp_path: Path, content: str)
             }[content]
         )
     assert f"{file}: expected an .npz file of plain arrays" in error_of(section("npz", file))
+
+
+def npy(kind: str, content: bytes) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": kind, "fortran_order": False, "shape": (3,)})
+    return out.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "compression", "found"),
+    [
+        ("classes", b"a, b, c", zipfile.ZIP_STORED, "no array of values in classes"),
+        ("classes.npy", npy("<U0", b""), zipfile.ZIP_STORED, "no array of values in classes"),
+        ("classes.npy", npy("<U1", b"\x7f" * 12), zipfile.ZIP_DEFLATED, "character"),
+        ("notes.txt", b"", zipfile.ZIP_BZIP2, "a compression that numpy does not write"),
+    ],
+)
+def test_what_numpy_does_not_write_into_an_npz_file_is_refused(
+    tmp_path: Path, name: str, content: bytes, compression: int, found: str
+):
+    file = write_npz(tmp_path / "own.npz")
+    with zipfile.ZipFile(file, "a", compression) as archive:
+        archive.writestr(name, content)
+    message = error_of(section("npz", file))
+    assert "expected an .npz file of plain arrays, found" in message
+    assert found in message
 
 
 @pytest.mark.timeout(20)
