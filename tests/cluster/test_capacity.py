@@ -15,10 +15,12 @@ from cluster.resources import (
     CapacityMonitor,
     WorkerResources,
     capacity,
+    expect_training_room,
     expect_worker_room,
     nodes,
     on_nodes_with_cpus,
     task_resources,
+    wait_for_gpus,
     wait_for_nodes,
     worker_resources,
 )
@@ -120,6 +122,21 @@ def test_a_cluster_without_cpus_is_asked_and_waited_for_with_one_warning_and_giv
     assert calls == [[{"CPU": 1}], "group"]
     cluster_of(monkeypatch, (0, 4, True), (1, 0, True))
     wait_for_nodes()
+
+
+def test_what_workers_that_train_and_runs_on_gpus_wait_for_is_asked_for_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = list[object]()
+    monkeypatch.setattr(resources, "placement_group", asked.append)
+    monkeypatch.setattr(resources, "remove_placement_group", lambda _: None)
+    monkeypatch.setattr(resources, "NODES_JOIN_WITHIN_S", 0.0)
+    cluster_of(monkeypatch, (8, 0, True))
+    with pytest.raises(ComputeError, match="for room for 3 workers"):
+        expect_training_room(WorkerResources(2, 1), 3, wait=True)
+    with pytest.raises(ComputeError, match="for a node with a GPU"):
+        wait_for_gpus(ResourcesSection(), True)
+    assert asked == [[{"CPU": 2, "GPU": 1}] * 3, [{"GPU": 1}]]
 
 
 def test_each_wait_for_room_is_said_once(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from cluster.compute import RayCompute
 from cluster.sweep import _failure
@@ -142,6 +142,11 @@ def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> Non
         ComputeError, match="λ = 1: OutOfMemoryError: CUDA out of memory.* fewer tasks run on a node or GPU"
     ):
         _failure(RayTaskError("trial", "", error), (1.0,))
+
+
+def test_a_trial_whose_worker_was_lost_again_and_again_ends_the_sweep_and_is_not_left_out() -> None:
+    with pytest.raises(ComputeError, match="^correct: λ = 1: "):
+        _failure(WorkerCrashedError(), (1.0,))
 
 
 def test_a_store_that_fails_leaves_no_lambda_out_but_stops_the_sweep_until_it_is_back(

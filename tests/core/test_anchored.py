@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from defuse_core.artifacts import (
     Models,
     ReferenceSet,
     Scenarios,
+    Sweep,
     Verdicts,
 )
 from defuse_core.codec import encode
@@ -27,11 +29,14 @@ from defuse_core.distill.draws import (
     wide_draws,
 )
 from defuse_core.errors import VaeHealthError
+from defuse_core.evaluation import Controls
+from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
+from defuse_core.intervals import share_with_bounds
 from defuse_core.local import LocalCompute
-from defuse_core.models import Decoder, decode_codes, encode_images, load_classifier, load_vae, predict
+from defuse_core.models import Decoder, decode_codes, encode_images, load_vae, predict
 from defuse_core.pipeline import _controls, load_findings, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_corrections, with_used_anchors
@@ -337,7 +342,23 @@ def test_an_anchored_run_is_the_same_when_only_some_of_it_is_made_again(finished
     assert finished_shards(
         run.store, shard_fingerprint(SPEC, run.load(Models), run.load(ReferenceSet, "references"))
     )
-    for kind in (Gallery, Corrections):
+    for kind in (Gallery, Corrections, Sweep, Evidence):
         assert encode(run.load(kind)) == encode(finished.load(kind))
-    weights = [each.load(Models).classifier for each in (run, finished)]
-    assert load_classifier(SPEC, weights[0], 10) is not None
+
+
+def test_evidence_is_of_held_out_photographs_alone_and_each_of_them_counts_once(finished):
+    found = load_findings(finished)[0]
+    failures, fixes = found.scenarios.failures, found.fixes
+    pixels = failures.anchors.pixels * failures.anchors.held_out[:, None, None, None]
+    blank = replace(failures, anchors=replace(failures.anchors, pixels=pixels))  # where it is tuned
+    others = replace(found, scenarios=replace(found.scenarios, failures=blank))
+    alone = replace(found, fixes=fixes.take(np.array([0])))
+    made, same, single = (
+        gather_evidence(finished.spec, each, Controls((found.sweep,), ()), progress=silent)
+        for each in (found, others, alone)
+    )
+    np.testing.assert_array_equal(made.wider, same.wider)
+    photographs = [len(np.unique(fixes.anchors.unit[row])) for row in fixes.test_anchor]
+    assert (made.units <= photographs).all() and max(photographs) < fixes.test.shape[1]
+    share, units = single.own_label[0, 0], int(single.units[0])
+    np.testing.assert_allclose(single.own_label[0], share_with_bounds(share * units, units))

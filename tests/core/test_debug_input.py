@@ -326,3 +326,14 @@ def test_where_nothing_was_corrected_an_error_says_so(tmp_path, tiny_spec, tiny_
     with pytest.raises(InputError, match="is not finished"):
         (tmp_path / "digits" / "sweep.safetensors").unlink()
         defuse.open(tmp_path / "digits").corrected()
+
+
+def test_a_relative_root_is_recorded_as_an_absolute_path_where_the_run_computes_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = digits()
+    np.savez("images.npz", train_images=images, train_labels=labels)
+    section = {"name": "npz", "root": "images.npz", "image_size": 16, "channels": 1}
+    settings = RunFile.model_validate({"data": section})
+    with pytest.raises(InputError, match="annotators: given"):  # after the run is recorded
+        defuse.debug(settings=settings, store="runs", name="a", annotators=lambda run, compute: None)
+    assert load_run_file(Path("runs/a/run.yaml")).data.root == tmp_path / "images.npz"

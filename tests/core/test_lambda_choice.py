@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import ChoiceRule, FineTuning, collect_sweep, fine_tune
-from defuse_core.models import accuracy, load_classifier
+from defuse_core.correct import ChoiceRule, FineTuning, collect_sweep, fine_tune, require_progress
+from defuse_core.errors import ModelError
+from defuse_core.models import accuracy, load_classifier, weights_of
 from defuse_core.protocols import silent
 from defuse_core.tuning_data import load_clean_images
 from tests.conftest import fine_tuning_data, tiny
@@ -195,3 +198,18 @@ def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked
     assert sweeps[0].chosen == sweeps[1].chosen
     rule = ChoiceRule(spec.correct, tiny_models.accuracy)
     assert rule.best_rows(sweeps[0].rows) == rule.best_rows(sweeps[1].rows)
+
+
+@pytest.mark.parametrize("where", ["statistics", "moments", None])
+def test_an_epoch_whose_statistics_or_moments_overflow_has_diverged(where):
+    net, moments = nn.BatchNorm1d(2), {"weight/exp_avg": np.ones(2, np.float32)}
+    before = {name: array.copy() for name, array in weights_of(net).items()}
+    with torch.no_grad():
+        net.weight += 1
+        if where == "statistics":  # they have no moments
+            net.running_mean[0] = torch.inf
+    if where == "moments":
+        moments["weight/exp_avg"][0] = np.nan
+    diverged = pytest.raises(ModelError, match="λ = 2 diverged: an epoch overflowed")
+    with diverged if where else nullcontext():
+        require_progress(before, net, moments, 2.0)

@@ -94,6 +94,11 @@ def called_with(**specs: str) -> Callable[[dict[str, Any]], object]:
     return lambda program: program["graph_module"]["module_call_graph"][0]["signature"].update(specs)
 
 
+SPARSE = {
+    "target": "torch.ops.aten.zeros.default",
+    "inputs": [{"name": "layout", "arg": {"as_layout": 1}, "kind": 2}],
+}
+LAYOUT = "gives torch.ops.aten.zeros.default a layout, "
 CODE = "__import__('os').system('id')"
 VALUE = "holds a function as a value, which is not loaded"
 CONTAINER = "its inputs or outputs are more than tensors in tuples, lists and dictionaries"
@@ -123,13 +128,18 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
             "calls torch.ops.aten._sparse_coo_tensor_unsafe.default, ",
             first_node(target="torch.ops.aten._sparse_coo_tensor_unsafe.default"),
         ),
+        refused("a sparse tensor", LAYOUT, first_node(**SPARSE)),
         refused(
-            "a sparse tensor",
-            "gives torch.ops.aten.zeros.default a layout, ",
-            first_node(
-                target="torch.ops.aten.zeros.default",
-                inputs=[{"name": "layout", "arg": {"as_layout": 1}, "kind": 2}],
+            "a sparse tensor in a block without gradients",
+            LAYOUT,
+            lambda program: wrapper(program)["inputs"][1]["arg"]["as_graph"]["graph"]["nodes"][0].update(
+                SPARSE
             ),
+        ),
+        refused(
+            "a value in place of a graph",
+            VALUE,
+            lambda program: wrapper(program)["inputs"][1].update(arg={"as_tensor": {"name": "input"}}),
         ),
         refused(
             "a number up to which torch counts",

@@ -83,6 +83,7 @@ def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]
         'getattr(torch, "sa" "ve")(images, "stolen.pt")',
         'getattr(torch, "\\163ave")(images, "stolen.pt")',
         'images.save("stolen.pt")',
+        "self.__setstate__(images)",
         'ops.aten.save(images, "stolen.pt")',
         'ops .aten.save(images, "stolen.pt")',
         '"stolen.pt".from_file(True, 4)',

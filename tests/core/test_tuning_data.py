@@ -19,7 +19,7 @@ from defuse_core.artifacts import (
     Scenarios,
     Verdicts,
 )
-from defuse_core.data import Images
+from defuse_core.data import Images, open_splits
 from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
@@ -32,8 +32,14 @@ from defuse_core.training.reference_models import (
     load_reference_models,
     model_probabilities,
 )
-from defuse_core.tuning_data import allowed, choose_unreviewed, decode_failures, decode_scenario_images
-from tests.conftest import recommended, trained_run
+from defuse_core.tuning_data import (
+    allowed,
+    choose_unreviewed,
+    decode_failures,
+    decode_scenario_images,
+    load_clean_images,
+)
+from tests.conftest import recommended, tiny, trained_run
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
 
@@ -275,3 +281,13 @@ def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wan
         assert 0 < len(codes) <= report.scenarios.accepted * run.spec.correct.tune_images
         page = run.store.read("report.html").decode()
         assert f'<b class="unbroken">{len(codes):,}</b> failing draws that nobody' in page
+
+
+def test_with_an_image_that_is_left_out_goes_its_track_unless_that_is_tuned_on(tiny_models, monkeypatch):
+    spec = tiny()
+    splits = open_splits(spec.data, spec.seed)
+    train = replace(splits.train, tracks=np.arange(len(splits.train)) // 4)
+    monkeypatch.setattr("defuse_core.tuning_data.reopen_splits", lambda *_: replace(splits, train=train))
+    left_out, tuned = np.array([0, 5]), np.array([6])  # of the tracks 0 and 1, and 1
+    found = load_clean_images(spec, tiny_models, left_out, tuned, progress=silent).train
+    np.testing.assert_array_equal(found.pixels, np.delete(train.pixels, [0, 1, 2, 3, 5], axis=0))

@@ -16,6 +16,8 @@ from defuse_core.export.compare import (
     MATCHING_SHARE,
     ComparedScenario,
     _is_same_classifier,
+    _load,
+    _matches,
     _state,
     _state_of_b_alone,
     compare_runs,
@@ -204,3 +206,10 @@ def test_an_accuracy_just_below_the_limit_is_not_shown_as_the_limit():
     text = console.file.getvalue()
     assert "Right: at least 90 % of the pictures (check.min_scenario_accuracy of B)." in text
     assert "89.8 %" in text and "90.2 %" in text
+
+
+def test_a_scenario_of_the_later_run_matches_one_of_two_equal_ones_of_the_earlier(store):
+    later, rows = _load(Run.open(store, "first")), np.array([0, 0, 1])
+    found = dataclasses.replace(later.found, fixes=later.found.fixes.take(rows))
+    earlier = dataclasses.replace(later, found=found, pictures=later.pictures[rows])
+    assert _matches(earlier, later) == {0: 0, 2: 1}

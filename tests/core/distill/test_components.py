@@ -149,7 +149,8 @@ def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine):
 
 
 def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
-    spec, found = tiny(distill={"min_weight": 0.1, "tolerance": 1e-3}), scenarios_of(cells, SECTION)
+    spec = tiny(distill={"min_weight": 0.1, "tolerance": 1e-3})
+    found = scenarios_of(cells, SECTION, (small_cell((1, 3), 4, 0.004, 2, SECTION),))
     with caplog.at_level("INFO", "defuse"):
         log_scenarios(spec, found)
         log_scenarios(spec, replace(found, last_change=None, dropped=()))
@@ -159,7 +160,7 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
     )
     assert [record.getMessage() for record in caplog.records] == [
         f"{kept} the fit had NOT converged (its bound changed by 0.5 nats, tolerance 0.001) after 40 iterations",
-        "dropped 1 components or cells with too few codes or images, which hold 30 % of the codes",
+        "dropped 2 components or cells with too few codes or images, which hold 30 % of the codes",
         f"{kept} the fit had NOT converged after 40 iterations",
         f"{kept} the fit converged after 40 iterations",
     ]

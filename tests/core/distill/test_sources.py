@@ -14,6 +14,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.distill.components import Sources, certain_source_error, count_sources, no_scenarios
 from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, with_both_halves
+from defuse_core.intervals import exact_lower
 from defuse_core.seeds import generator
 from tests.sample_components import sample_failures, sample_scenarios
 
@@ -204,3 +205,10 @@ def test_no_scenario_is_left_where_none_can_be_divided():
 def test_scenarios_without_photographs_are_kept_as_they_are():
     plain = dataclasses.replace(with_tracks([[0]], 1), failures=None)
     assert with_both_halves(plain) is plain
+
+
+def test_wrong_frames_of_one_track_are_one_piece_of_evidence_for_the_error_of_a_component():
+    table = np.array([[0, 30, 30], *([track, 1, 0] for track in range(1, 11))], np.float64)
+    found = Sources(np.array([40]), np.array([30.0]), (table,))
+    assert found.error().tolist() == [0.75]
+    np.testing.assert_allclose(found.certain_error(), exact_lower(np.array([1]), np.array([11])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -13,6 +14,7 @@ from defuse_core.artifacts import Corrections, Models, Psi, Scenarios, Shard, Sw
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
+from defuse_core.errors import RunMismatchError
 from defuse_core.evaluation import (
     ACCEPTED,
     FAILURE,
@@ -22,6 +24,8 @@ from defuse_core.evaluation import (
     class_accuracy,
     embed,
     evaluate,
+    expect_same_accuracy,
+    expect_same_answers,
     shares_of_mixture,
 )
 from defuse_core.identify import gather_shards, save_shard
@@ -218,3 +222,26 @@ def test_controls_are_tuned_again_after_an_added_lambda_only_where_other_epochs_
     other = dataclasses.replace(found, sweep=dataclasses.replace(found.sweep, chosen=chosen))
     with pytest.raises(KeyboardInterrupt):
         _controls(run, compute, other)
+
+
+def test_one_percent_of_the_answers_and_two_more_may_be_others_than_when_the_run_began(tiny_models):
+    known = dataclasses.replace(tiny_models, accuracy={"test": 0.9}, images={"test": 200})
+    for accuracy in (0.8801, 0.9199):
+        expect_same_accuracy(known, "test", accuracy)
+    for accuracy in (0.8799, 0.9201):
+        with pytest.raises(RunMismatchError, match="of the test images right, and got 90"):
+            expect_same_accuracy(known, "test", accuracy)
+    expect_same_accuracy(known, "validation", 0.0)  # it is not known
+
+
+def test_a_tenth_of_the_answers_to_stored_images_and_one_more_may_be_others(tiny_spec, tiny_models):
+    gallery = sample_findings(2, 1, images=20, side=16)[0].gallery
+    classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
+    answers = predict(classifier, gallery.images.reshape(-1, 1, 16, 16)).reshape(gallery.predicted.shape)
+    for others, is_refused in ((5, False), (6, True)):  # of 40
+        known = answers.copy()
+        known.reshape(-1)[:others] = (known.reshape(-1)[:others] + 1) % 10
+        given = dataclasses.replace(gallery, predicted=known)
+        refused = pytest.raises(RunMismatchError, match="answers 6 of 40 stored images otherwise")
+        with refused if is_refused else contextlib.nullcontext():
+            expect_same_answers(tiny_spec, classifier, given)

@@ -12,7 +12,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.evaluation import Controls, Findings
-from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, gather_evidence
+from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
 from defuse_core.protocols import silent
@@ -227,3 +227,15 @@ def test_validation_images_that_the_classifier_may_know_compare_nothing(setting,
     for each, images in ((evidence, splits.validation), (made, splits.test)):  # what it has not seen
         wrong = (setting.answers(setting.shifted(0), images) != images.labels).mean()
         assert each.real.error_of_all == pytest.approx(wrong)
+
+
+def test_test_images_and_failing_draws_of_one_track_are_one_unit(setting, evidence):
+    splits = open_splits(setting.spec.data, setting.spec.seed)
+    in_tracks = dataclasses.replace(splits.test, tracks=np.arange(len(splits.test)) % 10)
+    controls = Controls((setting.shifted(2),), ())
+    given = setting.spec, setting.found, controls, dataclasses.replace(splits, test=in_tracks), silent
+    made = _Judging(*given).gather()
+    assert made.test_pairs[0, 0] == 10 and made.real_failure_pairs[0, 0] <= 10
+    assert made.real_failure_images == evidence.real_failure_images > 10
+    assert made.real_failures[1, 0] == pytest.approx(evidence.real_failures[1, 0])
+    assert np.ptp(made.real_failures[1, 1:]) > np.ptp(evidence.real_failures[1, 1:])

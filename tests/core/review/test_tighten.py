@@ -169,3 +169,13 @@ def test_tasks_that_share_the_components_show_one_figure():
 
 def tighten_some(scenarios, rows, *, progress):
     return find_taus(SPEC, scenarios, rows, ball(1.0), progress)
+
+
+def test_a_dropped_component_that_is_impure_around_its_mean_is_not_right_though_it_is_pure_farther_out():
+    def examine(draws):
+        wide = np.linalg.norm(draws.codes, axis=1).max() > 1.3
+        labels = np.where(np.arange(len(draws.codes)) % 2, 8, 8 if wide else 1)
+        return labels, labels
+
+    (dropped,) = tightened(examine).dropped
+    assert not dropped.right

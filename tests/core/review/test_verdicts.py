@@ -15,7 +15,9 @@ from defuse_core.review.verdicts import (
     most_common,
     most_common_error,
     most_common_errors,
+    review_verdicts,
 )
+from defuse_core.review.verdicts import tested_counts as counts_of  # pytest would collect its own name
 from defuse_core.store import FolderStore
 from tests.conftest import recommended
 
@@ -60,7 +62,7 @@ def test_an_image_takes_the_majority_of_its_annotators():
 def test_a_tied_image_has_no_label_and_is_counted():
     verdict = verdicts([[8, 4], [3, 4]], predicted=[1, 1])
     assert verdict.image_labels.tolist() == [[NO, 4]]
-    assert verdict.ties == 1
+    assert (verdict.ties, verdict.no_class_chosen) == (1, 0)
     assert verdict.labels[0] == 4
 
 
@@ -354,3 +356,20 @@ def test_a_file_that_holds_no_decision_is_refused_with_what_to_do(data, tmp_path
     store.write(f"{OVERRIDES}0001.json", data)
     with pytest.raises(StoreError, match=r"overrides/0001\.json: expected a decision .* `defuse review set`"):
         read_overrides(store)
+
+
+def test_a_review_that_decides_twice_has_half_of_max_false_for_each_decision():
+    predicted, zeros = np.array([[1] * 3 + [8] * 7]), np.zeros(10, np.int64)  # p = 0.07, where rho is 0.1
+    images, codes = np.zeros((1, 10, 1, 2, 2), np.float32), np.zeros((1, 10, 2), np.float32)
+    gallery = Gallery(images, codes, predicted, tuple("0123456789"))
+    votes = Votes(zeros, np.arange(10), zeros, zeros + 8, zeros.astype(float), ("a",), "people", {})
+    once, twice = (
+        recommended(review={"images": 10, "more_images": more, "max_false": 0.1}).review for more in (0, 40)
+    )
+    assert review_verdicts(once, gallery, votes).labels.tolist() == [8]
+    assert review_verdicts(twice, gallery, votes).labels.tolist() == [NO]
+
+
+def test_misclassified_images_are_counted_whole_though_their_share_was_rounded():
+    verdict = verdicts([[8] * 22], [1] * 15 + [8] * 7)  # 15/22 times 22 is below 15
+    assert [counts.tolist() for counts in counts_of(verdict)] == [[15], [22]]

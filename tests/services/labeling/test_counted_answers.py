@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from services.labeling.annotations import (
     ANSWER_DTYPE,
     AUTHORS_KEY,
     UNKNOWN,
+    delete_skips,
     read_annotations,
     read_authors,
     select_counted,
@@ -111,3 +113,23 @@ def test_a_page_holds_a_label_of_its_own_for_single_images(tmp_path):
     given = replace(given, result=[*own, *given.result])
     pulled = read_annotations([task_of(tasks, 0, given)], tasks)
     assert pulled.labels == [(8, 3, *[8] * 7, NONE_OF_THE_ABOVE)]
+
+
+def test_answers_that_do_not_count_and_skips_are_not_lost(tmp_path):
+    _, tasks = blank_review(tmp_path, 1)
+    given = (annotation(1, 3), annotation(2, 4, "eleven"), annotation(3, 5, None))
+    pulled = read_annotations([task_of(tasks, 0, *given)], tasks)
+    assert pulled.missing_since({1: 3, 2: 4, 3: 5, 9: 4}) == {4: 1}
+
+
+def test_a_repair_deletes_skips_and_unreadable_answers_to_tasks_that_lack_answers_and_forgets_them(tmp_path):
+    _, tasks = blank_review(tmp_path, 1, answers_per_task=1)
+    listed = [
+        task_of(tasks, 0, annotation(1, 3), annotation(2, 4, "eleven")),
+        task_of(tasks, 1, annotation(3, 3, None), annotation(4, 5, "eleven")),
+    ]
+    store_authors(tasks.store, {9: 3}, read_annotations(listed, tasks))
+    deleted = list[int]()
+    delete_skips(SimpleNamespace(delete_annotation=deleted.append), listed, tasks)
+    assert deleted == [3, 4]
+    assert read_authors(tasks.store) == {1: 3, 2: 4}  # nothing of what is gone is missed

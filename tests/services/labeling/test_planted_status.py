@@ -131,6 +131,8 @@ def test_an_answer_for_a_page_is_counted_and_missed_once_and_not_for_each_of_its
     [
         ({0: [1], 1: [1]}, [], "nobody can still answer; .*answers_per_task=1` ends"),
         ({0: [1, 2], 1: [1]}, [], None),  # 2 can still answer 1, and half of the answers is not there
+        # 0 are deleted accounts
+        ({0: [0, 1], 1: [1]}, [], "nobody can still answer; .*answers_per_task=1` ends"),
         ({0: [1, 2], 1: [1]}, [2], "nobody can still answer; .*answers_per_task=1` ends"),
         ({0: [1, 2, 3], 1: [1, 2]}, [], "Cem can still answer; .*answers_per_task=2` ends"),
         ({0: [1, 2]}, [], None),  # nobody has answered 1
@@ -146,7 +148,7 @@ def test_the_way_out_is_named_where_those_who_answered_may_not_give_the_missing_
         for index, people in given.items()
     ]
     found += [task_of(tasks, 1, annotation(99, n, None)) for n in skipped]
-    text = status_of(tasks, found, {1: "Ada", 2: "Ben", 3: "Cem"}).way_out()
+    text = status_of(tasks, found, {0: "?", 1: "Ada", 2: "Ben", 3: "Cem"}).way_out()
     assert re.search(way_out, text) if way_out else text == ""
 
 

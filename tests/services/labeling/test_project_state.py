@@ -67,3 +67,8 @@ def test_a_run_that_has_lost_its_project_says_so() -> None:
         InputError, match=r"^labeling\.json is missing: this run is gone; was its folder moved"
     ):
         _ = ProjectState("mark", "digest", "secret").number
+
+
+def test_each_project_has_a_mark_and_a_secret_of_its_own() -> None:
+    states = [ProjectState.new("digest") for _ in range(2)]
+    assert len({text for state in states for text in (state.mark, state.secret)}) == 4
