@@ -3,8 +3,7 @@
 `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
 (`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs some
 of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names in its
-code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files. Some others
-trust indices that they get, and so write anywhere: those that torch alone calls, those of gradients and sparse tensors.
+code, or by a literal in `getattr`; `operators` has those that are known.
 """
 
 from __future__ import annotations
@@ -13,23 +12,9 @@ import pickletools
 import re
 from typing import Any
 
-import torch
-
 from defuse_core.errors import ModelError
+from defuse_core.models.operators import WITHOUT_OPERATOR, is_harmless_operator
 
-FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
-UNCHECKED_OPERATORS = re.compile(r"\w*sparse\w*|\w+_backward(_\w+)?|segment_reduce|ctc_loss", re.ASCII)
-INTERNAL_OPERATORS = re.compile(  # those that networks have all the same
-    r"__\w+|_(adaptive_avg_pool[23]d|aminmax|assert_\w+|autocast_to_\w+|batch_norm_\w+|cast_\w+|cdist_forward|conj\w*"
-    r"|conv(olution(_mode)?|_depthwise2d)|dim_arange|embedding_bag(_forward_only)?|euclidean_dist|fft_\w+|functional_\w+"
-    r"|fused_(dropout|rms_norm)|get_tracing_state|infer_size|is_a(ll|ny)_true|linalg_\w+|list_to_tensor"
-    r"|local_scalar_dense|(log_|safe_|masked_)?softmax|logcumsumexp|native_\w+|neg_view|nested_tensor_from_mask\w*"
-    r"|no_grad_\w+|pack_\w+|pad_\w+|pdist_forward|prelu_kernel|reshape_from_tensor|scaled_dot_product_\w+|set_item"
-    r"|shape_as_tensor|size_if_not_equal|slow_conv2d_forward|stack|tensor_to_list|thnn_fused_\w+|to_copy"
-    r"|transform(er_encoder_layer_fwd|_bias_rescale_qkv)|trilinear|unique2?|unsafe_(masked_)?index|unsafe_view"
-    r"|unwrap_optional|upsample_\w+|weight_norm(_interface)?)",
-    re.ASCII,
-)
 FILES_OF_SCRIPT = re.compile(
     r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
     r"|extra/.*",
@@ -43,7 +28,7 @@ TOKENS = re.compile(
     re.ASCII,
 )
 OF_PRIM = re.compile(
-    r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
+    r"RaiseException|NumToTensor|device|dtype|layout|type|name|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
     r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
 )
 OPERATIONS_OF_PICKLES = re.compile(
@@ -57,14 +42,6 @@ CLASS_IN_PICKLE = re.compile(  # module and name; no tensors that are sparse or 
 )
 CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
 COMMENT = re.compile(r"#.*")  # torch drops it, too
-
-
-def is_harmless_operator(name: str) -> bool:
-    """Whether a name is no operator of aten, or one that touches no files and checks the indices that it gets."""
-    is_internal = name.startswith("_") and not INTERNAL_OPERATORS.fullmatch(name)
-    if is_internal or UNCHECKED_OPERATORS.fullmatch(name):
-        return not torch._C._jit_get_operation(f"aten::{name}")[1]
-    return name not in FILE_OPERATORS
 
 
 def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
@@ -123,11 +100,12 @@ def _expect_harmless_code(code: str, where: str) -> None:
             match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
         )
         name, follows_dot = token.strip("\"'"), tokens[at - 1 : at] == ["."]
-        if (
-            is_class
-            or name in (*FILE_OPERATORS, "__setstate__")
-            or ((match["text"] or follows_dot) and not is_harmless_operator(name))
-        ):
+        if (match["text"] or follows_dot) and not is_harmless_operator(name):
+            raise ModelError(
+                f"{where}: its code uses {name}, which is none of the operators that are known to check what they get, "
+                f"so it is not loaded; rename a layer or attribute of that name, {WITHOUT_OPERATOR}"
+            )
+        if is_class or name == "__setstate__":
             raise _refusal(where, token)
         if (
             token == "layout"

@@ -124,6 +124,11 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
             first_node(target="torch.ops.aten._sparse_coo_tensor_unsafe.default"),
         ),
         refused(
+            "an operator whose tensor is a C++ object",
+            "calls torch.ops.aten.fbgemm_pack_gemm_matrix_fp16.default, ",
+            first_node(target="torch.ops.aten.fbgemm_pack_gemm_matrix_fp16.default"),
+        ),
+        refused(
             "a sparse tensor",
             "gives torch.ops.aten.zeros.default a layout, ",
             first_node(
