@@ -30,9 +30,9 @@ selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt square
 true_divide trunc where xlogy
 """
 REDUCTIONS = """
-all allclose amax amin aminmax any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum dist equal
-frobenius_norm kthvalue linalg_matrix_norm linalg_norm linalg_vector_norm log_softmax logcumsumexp logsumexp max mean
-median min mode nanmean nanmedian nansum norm prod quantile softmax sort std std_mean sum topk trace var var_mean
+all allclose amax amin any argmax argmin argsort count_nonzero cummax cummin cumprod cumsum dist equal frobenius_norm
+kthvalue linalg_matrix_norm linalg_norm linalg_vector_norm log_softmax logcumsumexp logsumexp max mean median min mode
+nanmean nanmedian nansum norm prod quantile softmax sort std std_mean sum topk trace var var_mean
 """  # and sorting
 SHAPES = """
 alias atleast_1d atleast_2d atleast_3d block_diag broadcast_tensors broadcast_to cat channel_shuffle chunk col2im
@@ -70,6 +70,9 @@ upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsa
 upsample_trilinear3d vdot
 """  # and products
 KNOWN_OPERATORS = frozenset(f"{LANGUAGE} {ELEMENTWISE} {REDUCTIONS} {SHAPES} {TENSORS} {LAYERS}".split())
+# Arguments that operators write their result into: not all of them check that it is no tensor that they read,
+# as div does, which scripts of torch.nn.functional.normalize call so.
+WRITTEN = {"out", "out0", "out1", "indices", "values", "max_values", "min_indices"}
 WITHOUT_OPERATOR = (
     "save the network without it (weight_norm and such: torch.nn.utils.parametrize.remove_parametrizations first), or "
     "name its class and weights in settings (classifier.architecture: custom, import_path, weights)"

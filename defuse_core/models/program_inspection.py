@@ -287,8 +287,11 @@ def _is_harmless_operator(target: str) -> bool:
     if of_aten is None:
         return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))
     name, overload = of_aten[1], "" if of_aten[2] == "default" else of_aten[2]
-    overloads = torch._C._jit_get_operation(f"aten::{name}")[1] or ()
-    return overload in overloads and is_harmless_operator(name)
+    return is_harmless_operator(name) and any(
+        schema.overload_name == overload and not any(argument.is_out for argument in schema.arguments)
+        for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+        if not overload.startswith("prim")  # of TorchScript: to.prim_dtype crashes without a dtype
+    )
 
 
 def _are_plain_containers(spec: dict[str, Any]) -> bool:

@@ -12,8 +12,10 @@ import pickletools
 import re
 from typing import Any
 
+import torch
+
 from defuse_core.errors import ModelError
-from defuse_core.models.operators import WITHOUT_OPERATOR, is_harmless_operator
+from defuse_core.models.operators import WITHOUT_OPERATOR, WRITTEN, is_harmless_operator
 
 FILES_OF_SCRIPT = re.compile(
     r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
@@ -42,6 +44,12 @@ CLASS_IN_PICKLE = re.compile(  # module and name; no tensors that are sparse or 
 )
 CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
 COMMENT = re.compile(r"#.*")  # torch drops it, too
+# torch's readers recurse, and end the process where they run out of stack. Networks have some 30 in a statement.
+MOST_NESTED = 1000
+NESTING = re.compile(r"[(\[{.=<>+*/%@!&|^~-]|if|else|not|and|or|in|is")
+DEEP_BLOCK = re.compile(r"\n {200}")
+MOST_CONTAINERS = 100_000
+CONTAINER = re.compile(r"TUPLE[123]?|EMPTY_\w+|NEWOBJ|REDUCE|BUILD")
 
 
 def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
@@ -51,6 +59,8 @@ def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
             raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
         if name.endswith("pkl"):
             _expect_harmless_pickle(reader.get_record(name), f"{where}: {name}")
+        if name in ("data.pkl", "constants.pkl"):
+            _expect_own_storages(reader, name, where)
         if name.endswith(".py"):
             _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
 
@@ -77,7 +87,7 @@ def _expect_harmless_pickle(data: bytes, where: str) -> None:
     for text in texts:
         if CUSTOM_CLASS.search(text) or CUSTOM_CLASS.search(COMMENT.sub("", text)):
             raise _refusal(where, text[:80])
-        if has_types and set(text) & set("\"'\\"):
+        if has_types and (set(text) & set("\"'\\") or _nesting(text) > MOST_NESTED):
             raise ModelError(
                 f"{where} holds the text {text[:80]!r}: beside an attribute that is a list or dictionary, no text may "
                 "have quotes or backslashes, which could hide a class of C++; remove them, such as from the names of "
@@ -85,13 +95,67 @@ def _expect_harmless_pickle(data: bytes, where: str) -> None:
             )
 
 
+def _expect_own_storages(reader: Any, name: str, where: str) -> None:
+    """Raise ModelError where a storage is not as long as its record, which torch does not compare, or too deep a tree.
+
+    torch writes a storage as the tuple ("storage", its type, the record's name, a device, its number of elements).
+    """
+    memo, operations, containers = dict[Any, Any](), list[tuple[str, Any]](), 0
+    for operation, found, _ in pickletools.genops(reader.get_record(name)):
+        if operation.name in ("BINPUT", "LONG_BINPUT"):
+            memo[found] = operations[-1][1]
+            continue
+        value = memo.get(found) if operation.name.endswith("BINGET") else found
+        operations.append((operation.name, value))
+        containers += bool(CONTAINER.fullmatch(operation.name))
+        if operation.name == "BINPERSID":
+            (mark, *_), *texts, (_, count), (end, _), _ = operations[-8:]
+            first, kind, record, device = (text for _, text in texts)
+            if (mark, first, end) != ("MARK", "storage", "TUPLE") or None in (kind, record, device, count):
+                raise ModelError(
+                    f"{where}: {name} has a storage as torch does not write it; save the network again"
+                )
+            dtype = torch.storage._storage_type_to_dtype_map()[kind.removeprefix("torch ")]
+            size = len(reader.get_record(f"{name.removesuffix('.pkl')}/{record}"))
+            if count * dtype.itemsize != size:
+                raise ModelError(
+                    f"{where}: {name} has {count} elements of {dtype} in the record {record}, which has {size} "
+                    "bytes; save the network again"
+                )
+    if containers > MOST_CONTAINERS:
+        raise ModelError(
+            f"{where}: {name} has {containers} tuples, lists and objects, expected at most {MOST_CONTAINERS}; export "
+            "the network with torch.export.save"
+        )
+
+
+def _nesting(code: str) -> int:
+    """Return the most operators, dots and opened brackets of one statement; a minus in a list of numbers is none."""
+    most = count = level = 0
+    last = ""
+    for match in TOKENS.finditer(code):
+        token = match[0]
+        if match["space"]:
+            count = 0 if "\n" in token and not level else count
+            continue
+        level += (token in ("(", "[", "{")) - (token in (")", "]", "}"))
+        count += bool(NESTING.fullmatch(token)) and (last, token) != (",", "-")
+        most, last = max(most, count), token
+    return most
+
+
 def _expect_harmless_code(code: str, where: str) -> None:
     """Raise ModelError for TorchScript code that does not split into tokens, or has a name that is not allowed."""
+    if _nesting(code) > MOST_NESTED or DEEP_BLOCK.search(code):
+        raise ModelError(
+            f"{where}: its code is nested more deeply than that of networks, and torch could run out of stack; save "
+            "the network with shorter statements"
+        )
     found = [match for match in TOKENS.finditer(code) if not match["space"]]
     tokens = [match[0] for match in found]
     for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
         after = tokens[at + 1 : at + 5]
-        if match["unknown"] or (match["text"] and at and found[at - 1]["text"]):
+        if match["unknown"] or token == "elif" or (match["text"] and at and found[at - 1]["text"]):
             raise ModelError(
                 f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
                 "save it again, with names of layers in letters from a to z"
@@ -114,6 +178,13 @@ def _expect_harmless_code(code: str, where: str) -> None:
             and (after[1:2] not in (["0"], ["None"]) or after[2:3] not in ([")"], [","]))
         ):
             raise _refusal(where, "".join([token, *after[:2]]))
+        if (
+            token in WRITTEN
+            and tokens[at - 7 : at - 4] != [".", "div", "("]
+            and tokens[at - 1 : at] in (["("], [","])
+            and after[:1] == ["="]
+        ):
+            raise _refusal(where, f"{token}=")
         is_field = follows_dot or after[:1] == [":"]
         is_library = token == "ops" and not is_field
         if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):

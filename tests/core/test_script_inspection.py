@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import subprocess
+import sys
 import zipfile
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -104,6 +108,9 @@ def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]
         "other = torch._reshape_alias(images, [4000000], [1])",
         'other = torch.segment_reduce(images, "sum", unsafe=True)',
         "other = torch.max_pool2d_with_indices_backward(images, images, [2], [2], [0], [1], False, images)",
+        "other = torch.replication_pad3d(images, [1, 1, 1, 1, 1, 1], out=images)",
+        "other = torch.topk(images, 1, values=images, indices=images)",
+        "if True:\n      pass\n    elif True:\n      pass",
         "other = torch.empty([3, 4], layout=2)",
         "other = torch.empty([3, 4], layout=0 + 2)",
     ],
@@ -130,6 +137,58 @@ def test_operators_that_trust_their_arguments_are_refused_by_name(operator):
         ModelError, match=rf"its code uses {operator}, which is none .*rename .*remove_parametrizations"
     ):
         load_program(packed(rewritten(CALL, f"torch.{operator}(images)")), "net.pt")
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        f"{'(' * 5000}1{')' * 5000}",
+        "-" * 200_000 + "1",
+        f"x{'.x' * 200_000}",
+        f"[{'-1, ' * 5000}{'(-' * 2000}",
+        f"1\n{' ' * 200}y = 1",
+    ],
+)
+def test_code_on_which_torchs_parser_would_run_out_of_stack_is_refused(nested, tmp_path):
+    (tmp_path / "net.pt").write_bytes(packed(rewritten(CALL, f"x = {nested}")))
+    read = "from defuse_core.models.programs import load_program as load; load(open('net.pt', 'rb').read(), 'net.pt')"
+    done = subprocess.run(
+        [sys.executable, "-c", read], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1].startswith(
+        "defuse_core.errors.ModelError: net.pt: its code is nested more deeply"
+    )
+
+
+def with_pickle(name: str, change: Callable[[bytes], bytes]) -> bytes:
+    """Return the scripted Writes without its call, a pickle in it changed."""
+    entries = rewritten(CALL, "None")
+    return packed([(entry, change(data) if entry.endswith(name) else data) for entry, data in entries])
+
+
+def test_a_pickle_on_which_torchs_reader_would_run_out_of_stack_is_refused():
+    data = with_pickle("constants.pkl", lambda _: b"\x80\x02)" + b"\x85" * 200_000 + b".")
+    with pytest.raises(ModelError, match=r"constants\.pkl has 200001 tuples, lists and objects"):
+        load_program(data, "net.pt")
+
+
+COUNT = b"K\x24tQ"  # of the elements of the layer's weight
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (
+            b"J\x40\x42\x0f\x00tQ",
+            "has 1000000 elements of torch.float32 in the record 0, which has 144 bytes",
+        ),
+        (b"K\x24tq\x7f0h\x7fQ", "holds POP"),
+        (b"K\x24tq\x7fh\x7fQ", "has a storage as torch does not write it"),
+    ],
+)
+def test_a_storage_is_as_long_as_its_record(states, said):
+    with pytest.raises(ModelError, match=rf"data\.pkl {re.escape(said)}"):
+        load_program(with_pickle("data.pkl", lambda data: data.replace(COUNT, states)), "net.pt")
 
 
 def test_default_values_of_torchscript_which_run_at_loading_are_inspected_too():
