@@ -129,6 +129,11 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
             first_node(target="torch.ops.aten.fbgemm_pack_gemm_matrix_fp16.default"),
         ),
         refused(
+            "an operator that writes into a given tensor",
+            "calls torch.ops.aten.replication_pad3d.out, ",
+            first_node(target="torch.ops.aten.replication_pad3d.out"),
+        ),
+        refused(
             "a sparse tensor",
             "gives torch.ops.aten.zeros.default a layout, ",
             first_node(
