@@ -11,11 +11,10 @@ import torch
 
 LANGUAGE = """
 Bool Complex ComplexImplicit Float FloatImplicit Int IntImplicit ScalarImplicit __and__ __contains__ __derive_index
-__getitem__ __interpolate __is__ __isnot__ __lshift__ __not__ __or__ __range_length __round_to_zero_floordiv
-__rshift__ __xor__ _get_tracing_state _set_item _unwrap_optional append clear copy count degrees dict endswith extend
-fabs factorial find floordiv format gamma gcd get hash insert isclose items join keys len list lower lstrip
-mathremainder modf pop popitem radians remove replace reverse rstrip setdefault sorted split startswith str strip
-title update upper values warn
+__getitem__ __is__ __isnot__ __lshift__ __not__ __or__ __range_length __round_to_zero_floordiv __rshift__ __xor__
+_get_tracing_state _set_item _unwrap_optional append clear copy count degrees dict endswith extend fabs factorial find
+floordiv format gamma gcd get hash insert isclose items join keys len list lower lstrip mathremainder modf pop popitem
+radians remove replace reverse rstrip setdefault sorted split startswith str strip title update upper values warn
 """  # of numbers, texts, lists and dictionaries
 ELEMENTWISE = """
 abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh atan
