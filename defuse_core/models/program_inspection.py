@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from defuse_core.errors import ModelError
-from defuse_core.models.script_inspection import is_harmless_operator
+from defuse_core.models.operators import WITHOUT_OPERATOR, is_harmless_operator
 
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
@@ -178,8 +178,8 @@ def _expect_harmless_text(model: Any, where: str) -> None:
     for key, text in _strings(model):
         if key == "target" and not _is_harmless_operator(text):
             raise ModelError(
-                f"{where}: calls {text[:80]}, which is none of the operators of torch's aten that are known to touch "
-                "nothing but tensors; export it without"
+                f"{where}: calls {text[:80]}, which is none of the operators that are known to check what they get; "
+                f"export it without run_decompositions(), {WITHOUT_OPERATOR}"
             )
         if key in EXPRESSIONS and not _is_expression(text, *EXPRESSIONS[key]):
             raise ModelError(
@@ -282,13 +282,16 @@ def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:
 
 
 def _is_harmless_operator(target: str) -> bool:
-    """Whether a name is that of an operator that torch has, that touches no files and checks its indices."""
+    """Whether a name is that of arithmetic, or of an operator of aten that is known to check what it gets."""
     of_aten = OF_ATEN.fullmatch(target)
     if of_aten is None:
         return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))
     name, overload = of_aten[1], "" if of_aten[2] == "default" else of_aten[2]
-    overloads = torch._C._jit_get_operation(f"aten::{name}")[1] or ()
-    return is_harmless_operator(name) and overload in overloads
+    return is_harmless_operator(name) and any(
+        schema.overload_name == overload and not any(argument.is_out for argument in schema.arguments)
+        for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+        if not overload.startswith("prim")  # of TorchScript: to.prim_dtype crashes without a dtype
+    )
 
 
 def _are_plain_containers(spec: dict[str, Any]) -> bool:

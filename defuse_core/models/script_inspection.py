@@ -3,8 +3,7 @@
 `torch.jit.load` never uses Python's pickle: its C++ reader builds TorchScript types and registered C++ classes
 (`torch.classes`), and the code of the archive is compiled for TorchScript's own interpreter. Loading already runs some
 of that code: the default values of parameters, and `__setstate__`. TorchScript calls operators only by names in its
-code, or by a literal in `getattr`. `save` and `from_file` are the operators of `aten` that touch files. Some others
-trust indices that they get, and so write anywhere: those that torch alone calls, those of gradients and sparse tensors.
+code, or by a literal in `getattr`; `operators` has those that are known.
 """
 
 from __future__ import annotations
@@ -16,20 +15,8 @@ from typing import Any
 import torch
 
 from defuse_core.errors import ModelError
+from defuse_core.models.operators import WITHOUT_OPERATOR, WRITTEN, is_harmless_operator
 
-FILE_OPERATORS = ("save", "from_file")  # of aten, reached as functions of torch and as methods of any value
-UNCHECKED_OPERATORS = re.compile(r"\w*sparse\w*|\w+_backward(_\w+)?|segment_reduce|ctc_loss", re.ASCII)
-INTERNAL_OPERATORS = re.compile(  # those that networks have all the same
-    r"__\w+|_(adaptive_avg_pool[23]d|aminmax|assert_\w+|autocast_to_\w+|batch_norm_\w+|cast_\w+|cdist_forward|conj\w*"
-    r"|conv(olution(_mode)?|_depthwise2d)|dim_arange|embedding_bag(_forward_only)?|euclidean_dist|fft_\w+|functional_\w+"
-    r"|fused_(dropout|rms_norm)|get_tracing_state|infer_size|is_a(ll|ny)_true|linalg_\w+|list_to_tensor"
-    r"|local_scalar_dense|(log_|safe_|masked_)?softmax|logcumsumexp|native_\w+|neg_view|nested_tensor_from_mask\w*"
-    r"|no_grad_\w+|pack_\w+|pad_\w+|pdist_forward|prelu_kernel|reshape_from_tensor|scaled_dot_product_\w+|set_item"
-    r"|shape_as_tensor|size_if_not_equal|slow_conv2d_forward|stack|tensor_to_list|thnn_fused_\w+|to_copy"
-    r"|transform(er_encoder_layer_fwd|_bias_rescale_qkv)|trilinear|unique2?|unsafe_(masked_)?index|unsafe_view"
-    r"|unwrap_optional|upsample_\w+|weight_norm(_interface)?)",
-    re.ASCII,
-)
 FILES_OF_SCRIPT = re.compile(
     r"(\.data/)?version|byteorder|\.data/\w+|(data|constants|traced_inputs)(\.pkl|/\d+)|code/[\w/]+\.py(\.debug_pkl)?"
     r"|extra/.*",
@@ -43,7 +30,7 @@ TOKENS = re.compile(
     re.ASCII,
 )
 OF_PRIM = re.compile(
-    r"RaiseException|NumToTensor|device|dtype|layout|type|name|data|grad|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
+    r"RaiseException|NumToTensor|device|dtype|layout|type|name|requires_grad|is_[a-z_]+|itemsize|nbytes|abs|max"
     r"|min|rangelist|tolist|unchecked_unwrap_optional|EnumName|EnumValue|StringIndex|TupleIndex|id"
 )
 OPERATIONS_OF_PICKLES = re.compile(
@@ -57,14 +44,12 @@ CLASS_IN_PICKLE = re.compile(  # module and name; no tensors that are sparse or 
 )
 CUSTOM_CLASS = re.compile(r"torch\W*classes", re.ASCII)  # as text; torch drops spaces and lines between names
 COMMENT = re.compile(r"#.*")  # torch drops it, too
-
-
-def is_harmless_operator(name: str) -> bool:
-    """Whether a name is no operator of aten, or one that touches no files and checks the indices that it gets."""
-    is_internal = name.startswith("_") and not INTERNAL_OPERATORS.fullmatch(name)
-    if is_internal or UNCHECKED_OPERATORS.fullmatch(name):
-        return not torch._C._jit_get_operation(f"aten::{name}")[1]
-    return name not in FILE_OPERATORS
+# torch's readers recurse, and end the process where they run out of stack. Networks have some 30 in a statement.
+MOST_NESTED = 1000
+NESTING = re.compile(r"[(\[{.=<>+*/%@!&|^~-]|if|else|not|and|or|in|is")
+DEEP_BLOCK = re.compile(r"\n {200}")
+MOST_CONTAINERS = 100_000
+CONTAINER = re.compile(r"TUPLE[123]?|EMPTY_\w+|NEWOBJ|REDUCE|BUILD")
 
 
 def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
@@ -74,6 +59,8 @@ def expect_harmless_script(reader: Any, names: list[str], where: str) -> None:
             raise ModelError(f"{where}: holds {name}, which torch.jit.save does not write; save it again")
         if name.endswith("pkl"):
             _expect_harmless_pickle(reader.get_record(name), f"{where}: {name}")
+        if name in ("data.pkl", "constants.pkl"):
+            _expect_own_storages(reader, name, where)
         if name.endswith(".py"):
             _expect_harmless_code(reader.get_record(name).decode("latin-1"), where)
 
@@ -100,7 +87,7 @@ def _expect_harmless_pickle(data: bytes, where: str) -> None:
     for text in texts:
         if CUSTOM_CLASS.search(text) or CUSTOM_CLASS.search(COMMENT.sub("", text)):
             raise _refusal(where, text[:80])
-        if has_types and set(text) & set("\"'\\"):
+        if has_types and (set(text) & set("\"'\\") or _nesting(text) > MOST_NESTED):
             raise ModelError(
                 f"{where} holds the text {text[:80]!r}: beside an attribute that is a list or dictionary, no text may "
                 "have quotes or backslashes, which could hide a class of C++; remove them, such as from the names of "
@@ -108,13 +95,67 @@ def _expect_harmless_pickle(data: bytes, where: str) -> None:
             )
 
 
+def _expect_own_storages(reader: Any, name: str, where: str) -> None:
+    """Raise ModelError where a storage is not as long as its record, which torch does not compare, or too deep a tree.
+
+    torch writes a storage as the tuple ("storage", its type, the record's name, a device, its number of elements).
+    """
+    memo, operations, containers = dict[Any, Any](), list[tuple[str, Any]](), 0
+    for operation, found, _ in pickletools.genops(reader.get_record(name)):
+        if operation.name in ("BINPUT", "LONG_BINPUT"):
+            memo[found] = operations[-1][1]
+            continue
+        value = memo.get(found) if operation.name.endswith("BINGET") else found
+        operations.append((operation.name, value))
+        containers += bool(CONTAINER.fullmatch(operation.name))
+        if operation.name == "BINPERSID":
+            (mark, *_), *texts, (_, count), (end, _), _ = operations[-8:]
+            first, kind, record, device = (text for _, text in texts)
+            if (mark, first, end) != ("MARK", "storage", "TUPLE") or None in (kind, record, device, count):
+                raise ModelError(
+                    f"{where}: {name} has a storage as torch does not write it; save the network again"
+                )
+            dtype = torch.storage._storage_type_to_dtype_map()[kind.removeprefix("torch ")]
+            size = len(reader.get_record(f"{name.removesuffix('.pkl')}/{record}"))
+            if count * dtype.itemsize != size:
+                raise ModelError(
+                    f"{where}: {name} has {count} elements of {dtype} in the record {record}, which has {size} "
+                    "bytes; save the network again"
+                )
+    if containers > MOST_CONTAINERS:
+        raise ModelError(
+            f"{where}: {name} has {containers} tuples, lists and objects, expected at most {MOST_CONTAINERS}; export "
+            "the network with torch.export.save"
+        )
+
+
+def _nesting(code: str) -> int:
+    """Return the most operators, dots and opened brackets of one statement; a minus in a list of numbers is none."""
+    most = count = level = 0
+    last = ""
+    for match in TOKENS.finditer(code):
+        token = match[0]
+        if match["space"]:
+            count = 0 if "\n" in token and not level else count
+            continue
+        level += (token in ("(", "[", "{")) - (token in (")", "]", "}"))
+        count += bool(NESTING.fullmatch(token)) and (last, token) != (",", "-")
+        most, last = max(most, count), token
+    return most
+
+
 def _expect_harmless_code(code: str, where: str) -> None:
     """Raise ModelError for TorchScript code that does not split into tokens, or has a name that is not allowed."""
+    if _nesting(code) > MOST_NESTED or DEEP_BLOCK.search(code):
+        raise ModelError(
+            f"{where}: its code is nested more deeply than that of networks, and torch could run out of stack; save "
+            "the network with shorter statements"
+        )
     found = [match for match in TOKENS.finditer(code) if not match["space"]]
     tokens = [match[0] for match in found]
     for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
         after = tokens[at + 1 : at + 5]
-        if match["unknown"] or (match["text"] and at and found[at - 1]["text"]):
+        if match["unknown"] or token == "elif" or (match["text"] and at and found[at - 1]["text"]):
             raise ModelError(
                 f"{where}: its code holds {token[:40]!r}, which torch.jit.save does not write, so it is not loaded; "
                 "save it again, with names of layers in letters from a to z"
@@ -123,11 +164,12 @@ def _expect_harmless_code(code: str, where: str) -> None:
             match["text"] and CUSTOM_CLASS.search(re.sub(r"\\.", " ", token))
         )
         name, follows_dot = token.strip("\"'"), tokens[at - 1 : at] == ["."]
-        if (
-            is_class
-            or name in (*FILE_OPERATORS, "__setstate__")
-            or ((match["text"] or follows_dot) and not is_harmless_operator(name))
-        ):
+        if (match["text"] or follows_dot) and not is_harmless_operator(name):
+            raise ModelError(
+                f"{where}: its code uses {name}, which is none of the operators that are known to check what they get, "
+                f"so it is not loaded; rename a layer or attribute of that name, {WITHOUT_OPERATOR}"
+            )
+        if is_class or name == "__setstate__":
             raise _refusal(where, token)
         if (
             token == "layout"
@@ -136,6 +178,13 @@ def _expect_harmless_code(code: str, where: str) -> None:
             and (after[1:2] not in (["0"], ["None"]) or after[2:3] not in ([")"], [","]))
         ):
             raise _refusal(where, "".join([token, *after[:2]]))
+        if (
+            token in WRITTEN
+            and tokens[at - 7 : at - 4] != [".", "div", "("]
+            and tokens[at - 1 : at] in (["("], [","])
+            and after[:1] == ["="]
+        ):
+            raise _refusal(where, f"{token}=")
         is_field = follows_dot or after[:1] == [":"]
         is_library = token == "ops" and not is_field
         if is_library and (after[:3] != [".", "prim", "."] or not OF_PRIM.fullmatch("".join(after[3:]))):

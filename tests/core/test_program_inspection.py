@@ -112,23 +112,22 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
     return pytest.param(change, said, id=name)
 
 
+def calling(name: str, operator: str) -> Any:
+    target = f"torch.ops.aten.{operator}"
+    return refused(name, f"calls {target}, ", first_node(target=target))
+
+
 @pytest.mark.parametrize(  # with what would make torch run other code, at the latest when the network runs
     ("change", "said"),
     [
         refused(
             "an operator of another module", "calls torch.os.system, ", first_node(target="torch.os.system")
         ),
-        refused(
-            "an operator that writes files",
-            "calls torch.ops.aten.save.default, ",
-            first_node(target="torch.ops.aten.save.default"),
-        ),
-        refused(
-            "an operator that does not check its indices",
-            "calls torch.ops.aten._sparse_coo_tensor_unsafe.default, ",
-            first_node(target="torch.ops.aten._sparse_coo_tensor_unsafe.default"),
-        ),
+        calling("an operator that writes files", "save.default"),
+        calling("an operator that does not check its indices", "_sparse_coo_tensor_unsafe.default"),
         refused("a sparse tensor", LAYOUT, first_node(**SPARSE)),
+        calling("an operator whose tensor is a C++ object", "fbgemm_pack_gemm_matrix_fp16.default"),
+        calling("an operator that writes into a given tensor", "replication_pad3d.out"),
         refused(
             "a sparse tensor in a block without gradients",
             LAYOUT,
@@ -146,11 +145,7 @@ def refused(name: str, said: str, change: Callable[[dict[str, Any]], object]) ->
             "holds the expression 'u9999999999', ",
             lambda program: program["range_constraints"].update(u9999999999={"min_val": 0, "max_val": 9}),
         ),
-        refused(
-            "an attribute of all operators",
-            "calls torch.ops.aten.__dir__.__call__, ",
-            first_node(target="torch.ops.aten.__dir__.__call__"),
-        ),
+        calling("an attribute of all operators", "__dir__.__call__"),
         refused(
             "an operator as a value",
             VALUE,
