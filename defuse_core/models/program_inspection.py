@@ -30,7 +30,7 @@ FILES_OF_PROGRAM = re.compile(
     r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)",
     re.ASCII,
 )
-OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
+OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(?!prim)(\w+)", re.ASCII)  # to.prim_dtype crashes
 # Operators that call a graph of the program, and the place of the graph among their inputs.
 AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
 WRAPPERS = {"torch.ops.higher_order.wrap_with_set_grad_enabled": 1, AUTOCAST: 4}
@@ -290,7 +290,6 @@ def _is_harmless_operator(target: str) -> bool:
     return is_harmless_operator(name) and any(
         schema.overload_name == overload and not any(argument.is_out for argument in schema.arguments)
         for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-        if not overload.startswith("prim")  # of TorchScript: to.prim_dtype crashes without a dtype
     )
 
 

@@ -128,6 +128,7 @@ def calling(name: str, operator: str) -> Any:
         refused("a sparse tensor", LAYOUT, first_node(**SPARSE)),
         calling("an operator whose tensor is a C++ object", "fbgemm_pack_gemm_matrix_fp16.default"),
         calling("an operator that writes into a given tensor", "replication_pad3d.out"),
+        calling("an operator of TorchScript", "to.prim_dtype"),
         refused(
             "a sparse tensor in a block without gradients",
             LAYOUT,
