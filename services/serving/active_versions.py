@@ -70,14 +70,10 @@ class CanaryStatistics:
 
     answered: int = 0  # requests, those with errors included
     seconds: int = 0  # that are over, and had requests
-    errors: float = (
-        0.0  # sum of their shares of requests without an answer, or with one after serve.max_canary_s
-    )
+    errors: float = 0.0  # sum of their shares of requests without an answer within serve.max_canary_s
     compared: int = 0  # requests with images outside the known scenarios
     agreed: float = 0.0  # sum of the shares of these images that both answer alike
-    _second: list[bool] = field(
-        default_factory=list
-    )  # of each request since _started, whether it is an error
+    _second: list[bool] = field(default_factory=list)  # whether each request since _started is an error
     _started: float = 0.0  # of time.monotonic
 
     def add_error(self) -> None:

@@ -31,9 +31,8 @@ from services.serving.registry_state import (
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
-ENDED = (
-    "ended the "  # in the action of a change that ends a canary or shadow, `ended the canary of version 2`
-)
+# in the action of a change that ends a canary or shadow: `ended the canary of version 2`
+ENDED = "ended the "
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
