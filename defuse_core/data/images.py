@@ -23,6 +23,8 @@ from defuse_core.errors import DataError, has_control_characters
 
 # of the suffixes of a folder's images, and GIF, which they can hide; Pillow starts a program for other formats
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# Pillow modes that are read as grey or RGB without loss, but for 16 bits of grey, of which the upper 8 count
+LOSSLESS_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
@@ -147,6 +149,19 @@ def convert_picture(picture: Image.Image, mode: str) -> Image.Image:
     if "transparency" in picture.info:
         picture = picture.convert("RGBA")  # Pillow warns of a palette with transparency otherwise
     return picture.convert(mode)
+
+
+def keeps_colours(picture: Image.Image, channels: int) -> bool:
+    """Return whether `fit_picture` loses no colour and no transparency: grey in RGB counts up to one level.
+
+    So lossy WebP, which rounds each channel by itself, stays grey.
+    """
+    if "transparency" in picture.info:
+        return False
+    is_coded = picture.mode in LOSSLESS_MODES[3]
+    return picture.mode in LOSSLESS_MODES[channels] or (
+        channels == 1 and is_coded and bool(np.ptp(np.asarray(picture.convert("RGB")), axis=2).max() <= 1)
+    )
 
 
 def _eight_bits(picture: Image.Image) -> U8:

@@ -16,7 +16,7 @@ from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
 from defuse_core.data.folder import SUFFIXES, folder_classes, odd_images, part_of, shared_images, walk_files
-from defuse_core.data.images import convert_picture, evenly_spaced, opened_picture
+from defuse_core.data.images import convert_picture, evenly_spaced, keeps_colours, opened_picture
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.errors import DataError, first_few
 
@@ -30,7 +30,7 @@ COLOUR = 6
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
 
-Form = tuple[int, int, str]  # height, width and Pillow's mode of a picture
+Form = tuple[int, int, frozenset[int]]  # height, width, and the numbers of channels that keep its colours
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class DataFacts:
 
     def are_converted(self, size: int, channels: int) -> bool:
         """Return whether a run whose images have this size and these channels resizes pictures or changes colours."""
-        modes = ("RGB", "L") if channels == 1 else ("RGB",)
-        return any((height, width) != (size, size) or mode not in modes for height, width, mode in self.forms)
+        return any(
+            (height, width) != (size, size) or channels not in kept for height, width, kept in self.forms
+        )
 
 
 def inspect_data(root: Path, called: str | None = None) -> DataFacts:
@@ -211,7 +212,8 @@ def _look_at_pictures(train: Path) -> tuple[tuple[int, int, int], set[Form]]:
     forms, coloured = list[Form](), False
     for path in [path for folder in folders for path in _some_pictures(folder, each)]:
         with opened_picture(path) as picture:
-            forms.append((picture.height, picture.width, picture.mode))
+            kept = frozenset(channels for channels in (1, 3) if keeps_colours(picture, channels))
+            forms.append((picture.height, picture.width, kept))
             coloured = coloured or _is_coloured(picture)
     if not forms:
         raise DataError(f"{train}: expected one folder of images per class, found no images")

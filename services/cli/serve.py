@@ -207,7 +207,7 @@ def promote(
 def rollback(store: str, by: str | None, why: str | None, production: bool) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
 
-    Where a server or a promotion has just ended the canary or shadow, --production is required.
+    Where none is left because the last change ended it, --production is required.
     """
     from services.serving.model import verify_candidate
 

@@ -31,7 +31,8 @@ MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing ch
 # Requests for the shadow above this are dropped: answers have priority over comparisons.
 MAX_PENDING_SHADOWS = 4
 SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
-SECOND_S = 1.0  # in which errors count once
+ERROR_WINDOW_S = 1.0  # errors within it count once, as a share of its requests
+MIN_SECONDS = 4  # with requests, before errors are judged: two that a stall fills end no good version then
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 
@@ -69,8 +70,9 @@ class CanaryStatistics:
     """
 
     answered: int = 0  # requests, those with errors included
+    failed: int = 0  # of them: without an answer within serve.max_canary_s
     seconds: int = 0  # that are over, and had requests
-    errors: float = 0.0  # sum of their shares of requests without an answer within serve.max_canary_s
+    errors: float = 0.0  # sum of their shares of requests that failed
     compared: int = 0  # requests with images outside the known scenarios
     agreed: float = 0.0  # sum of the shares of these images that both answer alike
     _second: list[bool] = field(default_factory=list)  # whether each request since _started is an error
@@ -87,7 +89,7 @@ class CanaryStatistics:
             self.agreed += float(outside.mean())
 
     def _add_request(self, is_error: bool) -> None:
-        if self._second and time.monotonic() >= self._started + SECOND_S:
+        if self._second and time.monotonic() >= self._started + ERROR_WINDOW_S:
             self.seconds += 1
             self.errors += sum(self._second) / len(self._second)
             self._second = []
@@ -95,14 +97,16 @@ class CanaryStatistics:
             self._started = time.monotonic()
         self._second.append(is_error)
         self.answered += 1
+        self.failed += is_error
 
     def reason_to_end(self, limits: ServeSection) -> str | None:
         """Return why the version is ended, or None while it is within the limits."""
-        if self.answered >= limits.min_compared and is_above(limits.max_errors, self.errors, self.seconds):
+        is_judged = self.answered >= limits.min_compared and self.seconds >= MIN_SECONDS
+        is_over = self.failed > limits.max_errors * self.answered  # a second may have a single request
+        if is_judged and is_over and is_above(limits.max_errors, self.errors, self.seconds):
             return (
-                f"{percent(self.errors / self.seconds)} of its requests failed or took longer than "
-                f"{limits.max_canary_s:g} s (mean of {count_of(self.seconds, 'second')}), the limit is "
-                f"{percent(limits.max_errors)}"
+                f"{self.failed} of {count_of(self.answered, 'request')} failed or took longer than "
+                f"{limits.max_canary_s:g} s, the limit is {percent(limits.max_errors)}"
             )
         differed = self.compared - self.agreed
         if self.compared >= limits.min_compared and is_above(
@@ -328,7 +332,8 @@ class RegistryWatcher:
     ) -> LoadedModel | None:
         """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded: that one is ended.
 
-        So production is not affected. It is loaded once: each time costs its whole file, and memory of production.
+        An error does not affect production. A version is loaded once: each attempt reads its whole file, and takes
+        memory of production.
         """
         if number is None or number == self._skipped:
             return None

@@ -84,7 +84,7 @@ class ModelInfo(BaseModel):
     classes: list[str]
     channels: int
     image_size: int
-    resize: bool = Field(description="whether images of other sizes and colors are converted")
+    resize: bool = Field(description="whether images of other sizes and colours are converted")
     watch: bool = Field(description="whether answers name the failure scenarios that contain an image")
     failures: WatchFigures = Field(description="how well failing inputs are found")
     scenarios: list[ScenarioInfo]

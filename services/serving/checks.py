@@ -203,7 +203,7 @@ def own_label_check(
     is_worse = evidence.worse_than_before[rows]
     worst = rows[np.lexsort((after[rows] - before[rows], ~is_worse))[0]]
     loss = float(before[worst] - after[worst])
-    line = "judges' labels: no scenario is significantly less often right"
+    line = "judges' labels: no scenario is less often right"
     if loss > 0:
         told = "significant, and none may be" if is_worse.any() else "not significant"
         change = f"{percent(before[worst], 2)} to {percent(after[worst], 2)}"

@@ -18,7 +18,7 @@ from starlette.requests import Request
 
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
-from defuse_core.data.images import fit_picture
+from defuse_core.data.images import fit_picture, keeps_colours
 from defuse_core.errors import count_of
 from services.serving.limits import RejectedInput
 
@@ -27,8 +27,6 @@ IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "applicatio
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 MAX_JPEG_SCANS = 100  # a progressive JPEG has some 10; decoding takes time for each, however few bytes it has
 REMEDY = "convert it, or serve with `serve.resize: true`, which converts it as in training"
-# Pillow modes that are read as grey or RGB as in training: without loss, and 16 bits of grey by their upper 8
-ACCEPTED_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class InputSpec:
 
     def __str__(self) -> str:
         sizes = " or ".join(f"{width}x{height}" for width, height in sorted(self.sizes, reverse=True))
-        return f"{sizes} pixels in {'grey' if self.channels == 1 else 'color'}"
+        return f"{sizes} pixels in {'grey' if self.channels == 1 else 'colour'}"
 
 
 def content_type(request: Request) -> str:
@@ -86,7 +84,7 @@ def content_type(request: Request) -> str:
 class _FormParser(MultiPartParser):
     """Knows whether the closing boundary was read: without it, the parser leaves out the last part without an error.
 
-    Keeps all files in memory, where the whole body is: no temporary file of a full disk, or of people's pictures.
+    Keeps all files in memory, as the body is: a full disk fails no request, and no picture is written to a disk.
     """
 
     spool_max_size = sys.maxsize
@@ -193,23 +191,15 @@ def _check_size(image: Image.Image, spec: InputSpec, prefix: str, budget: int) -
 
 
 def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
-    """Check that no color is lost: an RGB or palette image, and so any of WebP, is grey where its pixels are."""
+    """Check that no colour is lost."""
     if spec.resize:
         return
     if "transparency" in image.info:
         raise RejectedInput(
             422, f"{prefix}the image has transparency (tRNS), expected {spec} without; {REMEDY}"
         )
-    fits = image.mode in ACCEPTED_MODES[spec.channels] or (spec.channels == 1 and _is_grey(image))
-    if not fits:
-        raise RejectedInput(422, f"{prefix}the image has color mode {image.mode}, expected {spec}; {REMEDY}")
-
-
-def _is_grey(image: Image.Image) -> bool:
-    """Return whether the channels of an RGB or palette image are equal, up to one level: lossy WebP rounds each."""
-    return image.mode in ACCEPTED_MODES[3] and bool(
-        np.ptp(np.asarray(image.convert("RGB")), axis=2).max() <= 1
-    )
+    if not keeps_colours(image, spec.channels):
+        raise RejectedInput(422, f"{prefix}the image has colour mode {image.mode}, expected {spec}; {REMEDY}")
 
 
 def _check_scans(data: bytes, prefix: str) -> None:

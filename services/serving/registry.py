@@ -210,6 +210,8 @@ class Registry:
         `checked` is.
         """
 
+        action = f"version {number} {request.role}"
+
         def updates(state: RegistryState) -> dict[str, Any]:
             if checked is not None and state.production not in (checked.production, number):
                 raise InputError(CHANGED)
@@ -219,10 +221,13 @@ class Registry:
                 role = {"shadow": number}
             elif request.canary is not None:
                 role = {"canary": number, "share": request.canary}
-            told = action + _ended_too(state, number)
-            return {**NO_CANARY, **role, "failed_checks": failed_checks, "action": told}
+            return {
+                **NO_CANARY,
+                **role,
+                "failed_checks": failed_checks,
+                "action": action + _ended_too(state, number),
+            }
 
-        action = f"version {number} {request.role}"
         state = self.change(action, request.by, request.reason, updates)
         assert state is not None  # `updates` returns something always
         return state
@@ -248,8 +253,7 @@ class Registry:
         """End the canary or shadow; without one, or with `production`, put the previous version back into production.
 
         Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it; without
-        `production` also where a replica, or a promotion of another version, has ended the canary or shadow that this
-        was perhaps to end.
+        `production` also where none is left because the last change ended it: this was perhaps meant for that one.
         """
         current = self.state()
         beside = None if production else current.canary or current.shadow
@@ -270,14 +274,15 @@ class Registry:
             raise InputError("no previous version to roll back to")
         self._verify_target(current.previous[-1], verify)
 
+        action = f"rolled back from version {current.production}"
+
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production != current.production or not state.previous:
                 raise InputError(CHANGED)
-            previous = state.previous[-1]
-            told = action + _ended_too(state, previous)
-            return {"production": previous, "previous": state.previous[:-1], **NO_CANARY, "action": told}
+            *earlier, number = state.previous
+            told = {"action": action + _ended_too(state, number)}
+            return {"production": number, "previous": tuple(earlier), **NO_CANARY, **told}
 
-        action = f"rolled back from version {current.production}"
         state = self.change(action, by, why, updates)
         assert state is not None  # `updates` returns something always
         return state

@@ -100,18 +100,27 @@ def test_a_classifier_that_takes_the_pictures_as_they_are_gets_them_so(side, fac
 
 
 @pytest.mark.parametrize(
-    ("side", "mode", "resized"),
-    [(16, "L", None), (16, "RGB", None), (20, "L", True), (16, "RGBA", True), (16, "P", True)],
+    ("side", "mode", "blue", "resized"),
+    [
+        (16, "L", 0, None),
+        (16, "RGB", 0, None),
+        (16, "P", 0, None),
+        (20, "L", 0, True),
+        (16, "RGBA", 0, True),
+        (16, "RGB", 3, True),
+    ],
 )
 def test_a_server_of_pictures_that_the_run_converts_converts_them_too(
-    side, mode, resized, monkeypatch, capsys
+    side, mode, blue, resized, monkeypatch, capsys
 ):
+    """With `blue`, pictures are grey but for so many levels of blue, which a run takes for grey."""
     for level, name in ((20, "black"), (230, "white")):
         folder = Path("photos/train", name)
         folder.mkdir(parents=True)
         for number in range(30):
             pixels = np.full((side, side), level + number % 3, np.uint8)
-            Image.fromarray(pixels).convert(mode).save(folder / f"{number}.png")
+            picture = Image.fromarray(np.stack([pixels, pixels, pixels + np.uint8(blue)], axis=2))
+            picture.convert(mode).save(folder / f"{number}.png")
     assert call(monkeypatch, capsys, "init", "photos", "--minutes", 1)[0] == 0
     tree = yaml.safe_load(Path("photos.yaml").read_text())
     assert (tree["data"]["image_size"], tree.get("serve", {}).get("resize")) == (16, resized)

@@ -62,7 +62,7 @@ def test_grey_of_16_bits_is_read_as_in_training(tmp_path):
     np.testing.assert_array_equal(
         decode_images([out.getvalue()], GREY)[0], trained_on.astype(np.float32) / 255
     )
-    with pytest.raises(RejectedInput, match="color mode I;16, expected 16x16 pixels in color"):
+    with pytest.raises(RejectedInput, match="colour mode I;16, expected 16x16 pixels in colour"):
         decode_images([out.getvalue()], COLOUR)
 
 
@@ -86,7 +86,7 @@ def test_an_image_file_gives_its_pixels_between_0_and_1(kind):
         ([file(kind="GIF")], 400, "expected an image in PNG, JPEG, BMP or WebP"),
         ([file()[:-40]], 400, "broken"),
         ([file(size=(28, 16))], 422, "28x16 pixels, expected 16x16 pixels in grey"),
-        ([rgb(blue=253)], 422, "color mode RGB, expected 16x16 pixels in grey"),
+        ([rgb(blue=253)], 422, "colour mode RGB, expected 16x16 pixels in grey"),
         ([file(), b"?"], 400, "image 2: "),
         ([file()] * 4, 413, "4 images, the limit is 3"),
         ([bomb(100_000, 100_000)], 413, "too large|pixels"),
@@ -109,7 +109,7 @@ def test_an_rgb_file_of_a_grey_image_is_a_grey_image(kind):
 def test_a_palette_file_is_a_grey_image_where_its_colours_are_grey():
     levels = file("L")
     np.testing.assert_array_equal(decode_images([palette(levels)], GREY), decode_images([levels], GREY))
-    with pytest.raises(RejectedInput, match="color mode P, expected 16x16 pixels in grey"):
+    with pytest.raises(RejectedInput, match="colour mode P, expected 16x16 pixels in grey"):
         decode_images([palette(rgb(blue=0))], GREY)
 
 
