@@ -70,7 +70,9 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
             place = f"line {mark.line + 1}, column {mark.column + 1}"
-            fault = f"not valid YAML ({error.problem}); check this line and its indentation"
+            begun = error.context_mark
+            since = f", in what begins in line {begun.line + 1}" if begun and begun.line < mark.line else ""
+            fault = f"not valid YAML ({error.problem}{since}); check this line and its indentation"
             raise RunFileError(f"{path}: {place}: {fault}") from error
         found = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise RunFileError(f"{path}: expected YAML, found {found}") from error

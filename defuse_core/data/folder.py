@@ -251,7 +251,7 @@ def _is_turned(picture: Image.Image) -> bool:
 
 
 def _has_frames(picture: Image.Image) -> bool:
-    picture.seek(1)  # raises where there is one; n_frames would read them all
+    picture.seek(1)  # raises where there is a single one; n_frames would read all
     return True
 
 

@@ -1,8 +1,8 @@
-"""The operators of torch that files of TorchScript and torch.export may call: those whose kernels check what they get.
+"""The operators of torch that files of TorchScript and torch.export may call: those that image classifiers are made of.
 
 aten has some 1,700. Two touch files (`save`, `from_file`), and many trust sizes and indices that they get, and so
-read or write anywhere: those that torch alone calls, of quantized and sparse tensors, of gradients, `lstm` and
-others. Known are those that image classifiers are made of. No list of names can make the kernels of torch free of bugs.
+read or write anywhere: those that torch alone calls, of quantized and sparse tensors, of gradients, `lstm`, `gru` and
+others. None of these is listed that was found. No list of names can make the kernels of torch free of bugs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import torch
 
 LANGUAGE = """
 Bool Complex ComplexImplicit Float FloatImplicit Int IntImplicit ScalarImplicit __and__ __contains__ __derive_index
-__getitem__ __is__ __isnot__ __lshift__ __not__ __or__ __range_length __round_to_zero_floordiv __rshift__ __xor__
-_get_tracing_state _set_item _unwrap_optional append clear copy count degrees dict endswith extend fabs factorial find
-floordiv format gamma gcd get hash insert isclose items join keys len list lower lstrip mathremainder modf pop popitem
-radians remove replace reverse rstrip setdefault sorted split startswith str strip title update upper values warn
+__getitem__ __iand__ __ior__ __is__ __isnot__ __ixor__ __lshift__ __not__ __or__ __range_length
+__round_to_zero_floordiv __rshift__ __xor__ _get_tracing_state _set_item _unwrap_optional append bin capitalize center
+chr clear copy count degrees dict divmod endswith expandtabs extend fabs factorial find floordiv format gamma gcd get
+hash hex insert isalnum isalpha isclose isdecimal isdigit isidentifier islower isnumeric isprintable isspace istitle
+isupper items join keys len list ljust lower lstrip mathremainder modf oct ord partition percentFormat pop popitem
+radians remove replace reverse rfind rindex rjust rpartition rsplit rstrip setdefault sorted split splitlines
+startswith str strip swapcase title update upper values warn zfill
 """  # of numbers, texts, lists and dictionaries
 ELEMENTWISE = """
 abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2 arctanh asin asinh atan
@@ -54,17 +57,17 @@ sym_constrain_range_for_size sym_numel sym_size sym_storage_offset sym_stride te
 type_as uniform zero zeros zeros_like
 """  # properties, types, new tensors
 LAYERS = """
-_convolution _native_multi_head_attention _nested_tensor_from_mask _nested_tensor_from_mask_left_aligned
-_transformer_encoder_layer_fwd _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa
-_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d addbmm addmm addmv addr
-affine_grid_generator alpha_dropout avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear bmm cdist
-constant_pad_nd conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution cosine_similarity
-cross dot dropout einsum embedding feature_alpha_dropout feature_dropout fft_fft2 fft_fftshift fft_ifft2 fft_ifftshift
-fft_irfft2 fft_rfft2 ger grid_sampler group_norm gru inner instance_norm kron layer_norm linalg_cross linear matmul
-max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices mm mv outer
-pad pairwise_distance reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-replication_pad3d rms_norm rnn_relu rnn_tanh scaled_dot_product_attention tensordot to_padded_tensor
+_convolution _convolution_mode _native_multi_head_attention _nested_tensor_from_mask
+_nested_tensor_from_mask_left_aligned _transformer_encoder_layer_fwd _upsample_nearest_exact1d
+_upsample_nearest_exact2d _upsample_nearest_exact3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d addbmm addmm addmv addr affine_grid_generator
+alpha_dropout avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear bmm cdist constant_pad_nd conv1d conv2d
+conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution cosine_similarity cross dot dropout einsum
+embedding feature_alpha_dropout feature_dropout fft_fft fft_fft2 fft_fftshift fft_ifft fft_ifft2 fft_ifftshift
+fft_irfft fft_irfft2 fft_rfft fft_rfft2 ger grid_sampler group_norm inner instance_norm kron layer_norm linalg_cross
+linear matmul max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices
+mm mv outer pad pairwise_distance reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d
+replication_pad2d replication_pad3d rms_norm scaled_dot_product_attention tensordot to_padded_tensor
 upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
 upsample_trilinear3d vdot
 """  # and products
@@ -73,8 +76,9 @@ KNOWN_OPERATORS = frozenset(f"{LANGUAGE} {ELEMENTWISE} {REDUCTIONS} {SHAPES} {TE
 # as div does, which scripts of torch.nn.functional.normalize call so.
 WRITTEN = {"out", "out0", "out1", "indices", "values", "max_values", "min_indices"}
 WITHOUT_OPERATOR = (
-    "save the network without it (weight_norm and such: torch.nn.utils.parametrize.remove_parametrizations first), or "
-    "name its class and weights in settings (classifier.architecture: custom, import_path, weights)"
+    "save the network without it (of weight_norm: torch.nn.utils.remove_weight_norm, or "
+    "torch.nn.utils.parametrize.remove_parametrizations first), or give its function and weights "
+    "(classifier.architecture: custom, import_path, weights)"
 )
 
 

@@ -178,7 +178,7 @@ def _expect_harmless_text(model: Any, where: str) -> None:
     for key, text in _strings(model):
         if key == "target" and not _is_harmless_operator(text):
             raise ModelError(
-                f"{where}: calls {text[:80]}, which is none of the operators that are known to check what they get; "
+                f"{where}: calls {text[:80]}, which is none of the operators that a classifier may use; "
                 f"export it without run_decompositions(), {WITHOUT_OPERATOR}"
             )
         if key in EXPRESSIONS and not _is_expression(text, *EXPRESSIONS[key]):
@@ -282,7 +282,7 @@ def _nodes(tree: Any, key: str = "") -> Iterator[dict[str, Any]]:
 
 
 def _is_harmless_operator(target: str) -> bool:
-    """Whether a name is that of arithmetic, or of an operator of aten that is known to check what it gets."""
+    """Whether a name is that of arithmetic, or of an operator of aten that a classifier may use."""
     of_aten = OF_ATEN.fullmatch(target)
     if of_aten is None:
         return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))

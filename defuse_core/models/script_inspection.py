@@ -90,8 +90,8 @@ def _expect_harmless_pickle(data: bytes, where: str) -> None:
         if has_types and (set(text) & set("\"'\\") or _nesting(text) > MOST_NESTED):
             raise ModelError(
                 f"{where} holds the text {text[:80]!r}: beside an attribute that is a list or dictionary, no text may "
-                "have quotes or backslashes, which could hide a class of C++; remove them, such as from the names of "
-                "classes, or export the network with torch.export.save"
+                "have quotes, backslashes or many brackets, which could hide a class of C++; remove them, such as from "
+                "the names of classes, or export the network with torch.export.save"
             )
 
 
@@ -153,7 +153,9 @@ def _expect_harmless_code(code: str, where: str) -> None:
         )
     found = [match for match in TOKENS.finditer(code) if not match["space"]]
     tokens = [match[0] for match in found]
+    level = 0  # of brackets
     for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
+        level += (token in ("(", "[", "{")) - (token in (")", "]", "}"))
         after = tokens[at + 1 : at + 5]
         if match["unknown"] or token == "elif" or (match["text"] and at and found[at - 1]["text"]):
             raise ModelError(
@@ -166,8 +168,8 @@ def _expect_harmless_code(code: str, where: str) -> None:
         name, follows_dot = token.strip("\"'"), tokens[at - 1 : at] == ["."]
         if (match["text"] or follows_dot) and not is_harmless_operator(name):
             raise ModelError(
-                f"{where}: its code uses {name}, which is none of the operators that are known to check what they get, "
-                f"so it is not loaded; rename a layer or attribute of that name, {WITHOUT_OPERATOR}"
+                f"{where}: its code uses {name}, which is none of the operators that a classifier may use, so it is "
+                f"not loaded; rename a layer, attribute or text of that name, {WITHOUT_OPERATOR}"
             )
         if is_class or name == "__setstate__":
             raise _refusal(where, token)
@@ -180,9 +182,10 @@ def _expect_harmless_code(code: str, where: str) -> None:
             raise _refusal(where, "".join([token, *after[:2]]))
         if (
             token in WRITTEN
-            and tokens[at - 7 : at - 4] != [".", "div", "("]
+            and level  # else a statement gives this name to a result
             and tokens[at - 1 : at] in (["("], [","])
             and after[:1] == ["="]
+            and (tokens[at - 7 : at - 4], tokens[at - 3], tokens[at - 1]) != ([".", "div", "("], ",", ",")
         ):
             raise _refusal(where, f"{token}=")
         is_field = follows_dot or after[:1] == [":"]

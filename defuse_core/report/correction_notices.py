@@ -97,18 +97,18 @@ def unconfirmed(report: Report) -> str | None:
     equal = [number for number in others if number not in wrong]
     than, claims = "than plain further training (λ = 0) ", list[str]()
     if worse:
-        claims.append(f"significantly worse {than}on: {numbers_text(worse)}")
+        claims.append(f"is worse {than}on: {numbers_text(worse)}")
         than = ""
     if equal:
-        claims.append(f"not significantly better {than}on: {numbers_text(equal)}")
+        claims.append(f"may be no better {than}on: {numbers_text(equal)}")
     if wrong:
-        claims.append(f"right on at most half of the images of: {numbers_text(wrong)}")
+        claims.append(f"is right on at most half of the images of: {numbers_text(wrong)}")
     title = f"The correction is confirmed on {len(tested) - len(rows)} of {count_of(len(tested), 'scenario')}"
     if few:
         title += " that can be tested"
     if worse:
         title += f", and worse than plain further training on {len(worse)}"
-    by_judges = f"By the judges' labels of the held-out images it is {'; '.join(claims)}"
+    by_judges = f"By the judges' labels of the held-out images it {'; '.join(claims)}"
     return " ".join(f"{text}." for text in (title, by_judges if claims else "", untold) if text)
 
 

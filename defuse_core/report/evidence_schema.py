@@ -213,7 +213,7 @@ class ScenarioEvidence(FigureModel):
     5 % over the accepted scenarios. False does not say that the errors are equal. Null where no error of the nearest
     ones could be: the class has no errors, or too few of them or of images; or where only images that the classifier
     was trained on show none. It is of the real images nearest to the scenario, and seen_in_training_images of those
-    that its codes come from: either can be true alone. The page says "seen in real data" where this one is true, else
+    that its codes come from: either can be true alone. The page says "seen in real images" where this one is true, else
     "seen in training images" where that one is."""
 
 

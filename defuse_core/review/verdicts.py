@@ -238,13 +238,13 @@ class Shares:
 
     def why_not(self, component: int) -> str:
         """Return the requirement that one component does not meet."""
-        short = f"not over {percent(self.rho, 0)}"
+        over = f"over {percent(self.rho, 0)}"
         if self.max_false is None:
-            return short
+            return f"not {over}"
         needed = fewest_units(self.rho, self.max_false)
         if self.units is None or self.units.total[component] >= needed:
-            return f"{short} with certainty"
-        return f"{short} with certainty, for which at least {needed} {self.units.name}s are needed"
+            return f"not significantly {over}"
+        return f"not significantly {over}, for which at least {needed} {self.units.name}s are needed"
 
 
 def _labels_and_reasons(

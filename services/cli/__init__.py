@@ -98,7 +98,7 @@ for command in (command for commands in GROUPS.values() for command in commands)
 
 
 def main() -> None:
-    """Run one command. Every failure ends in one line on stderr and the exit code of its error."""
+    """Run one command. Every failure ends in one message on stderr and the exit code of its error."""
     share_cores()
     sys.path.append("")  # the working directory, where the user's classifier is, as with python -m
     log_output = logging.StreamHandler()

@@ -264,6 +264,7 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
             "indentation$",
         ),
         ("seed: 2023-02-30", "expected YAML, found day is out of range"),
+        ('a: "x\nb: 1\n', "line 3, column 1: not valid YAML [(].*, in what begins in line 1[)]; check"),
         ("vae: {epochs: 3}\nvae: {beta: 1}", "line 2, column 1: not valid YAML [(]'vae' a second time[)]"),
         (
             "data:\n  name: digits\n  name: mnist",

@@ -111,6 +111,7 @@ def two_directories(shown: list[tuple[str, bytes]], read: list[tuple[str, bytes]
         "other = torch.max_pool2d_with_indices_backward(images, images, [2], [2], [0], [1], False, images)",
         "other = torch.replication_pad3d(images, [1, 1, 1, 1, 1, 1], out=images)",
         "other = torch.topk(images, 1, values=images, indices=images)",
+        "other = torch.div(torch.cumsum(out=images, images, 0), 1)",
         "if True:\n      pass\n    elif True:\n      pass",
         "other = torch.empty([3, 4], layout=2)",
         "other = torch.empty([3, 4], layout=0 + 2)",
@@ -129,8 +130,9 @@ def test_torchscript_that_could_touch_files_is_refused_unread(call, tmp_path, mo
         "_batch_norm_no_update", "_batch_norm_with_update", "_native_batch_norm_legit",
         "_native_batch_norm_legit_no_training", "_transform_bias_rescale_qkv", "_weight_norm",
         "_weight_norm_interface", "batch_norm_update_stats", "fbgemm_pack_gemm_matrix_fp16",
-        "fbgemm_pack_quantized_matrix", "fused_moving_avg_obs_fake_quant", "grad", "lstm",
-        "mkldnn_rnn_layer", "native_batch_norm", "slow_conv3d_forward", "slow_conv_transpose2d",
+        "fbgemm_pack_quantized_matrix", "fused_moving_avg_obs_fake_quant", "grad", "gru",
+        "lstm", "mkldnn_rnn_layer", "native_batch_norm", "rnn_tanh", "slow_conv3d_forward", "slow_conv_transpose2d",
+        "_upsample_bilinear2d_aa",
     ],
 )  # fmt: skip
 def test_operators_that_trust_their_arguments_are_refused_by_name(operator):
@@ -138,6 +140,32 @@ def test_operators_that_trust_their_arguments_are_refused_by_name(operator):
         ModelError, match=rf"its code uses {operator}, which is none .*rename .*remove_parametrizations"
     ):
         load_program(packed(rewritten(CALL, f"torch.{operator}(images)")), "net.pt")
+
+
+class NamesResults(nn.Module):
+    """Gives results the names of arguments that operators write into, and texts those of other operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding="same")
+        self.mode = "center"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values, indices = torch.topk(self.conv(images).flatten(1), 5)
+        _, out = torch.max(values, dim=1)
+        mask = values > 0
+        mask |= values > out[:, None]
+        found = values * mask.to(values.dtype) + indices
+        return nn.functional.normalize(found) if self.mode == "center" else found
+
+
+@pytest.mark.parametrize("kind", ["scripted", "traced"])
+def test_results_may_have_the_names_of_arguments_that_are_written_into(kind):
+    net, images = NamesResults().eval(), torch.rand(2, 1, 8, 8)
+    made = torch.jit.script(net) if kind == "scripted" else torch.jit.trace(net, images)
+    buffer = io.BytesIO()
+    torch.jit.save(made, buffer)
+    torch.testing.assert_close(load_program(buffer.getvalue(), "net.pt")(images), net(images))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +286,7 @@ class WithClassNames(nn.Module):
 
 def test_a_text_with_quotes_beside_a_list_of_texts_is_named_in_the_message():
     with pytest.raises(
-        ModelError, match=r'holds the text "cat\'s eye".*no text may have quotes or backslashes'
+        ModelError, match=r'holds the text "cat\'s eye".*no text may have quotes, backslashes or'
     ):
         load_program(scripted(WithClassNames()), "net.pt")
 

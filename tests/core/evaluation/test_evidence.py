@@ -264,7 +264,7 @@ def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real
     assert {row.evidence.seen_in_real_data for row in accepted} == {None}
     page = " ".join(other.store.read("report.html").decode().split())
     generated = sum(not row.seen_in_training_images for row in accepted)
-    assert page.count("real images cannot tell") == generated and "not shown by real images" not in page
+    assert page.count("real images cannot tell") == generated and "not seen in real images" not in page
 
 
 def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_their_class(finished, tmp_path):
@@ -284,9 +284,9 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
     write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
     page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())
     nearest = "error 57 % on the nearest real images,"
-    unshown = f"not shown by real images: {nearest} not significantly more than on its class (33 %)"
+    unshown = f"not seen in real images: {nearest} not significantly more than on its class (33 %)"
     assert page.count(unshown) == 1
-    assert page.count(f"seen in real data: {nearest} 33 % on its class") == scenarios - 1
+    assert page.count(f"seen in real images: {nearest} 33 % on its class") == scenarios - 1
 
 
 def test_a_notebook_does_not_call_a_correction_that_is_not_confirmed_equal_to_plain_training(
@@ -301,7 +301,7 @@ def test_a_notebook_does_not_call_a_correction_that_is_not_confirmed_equal_to_pl
         update={"evidence": row.evidence.model_copy(update={"confirmed": False, "worse": False})}
     )
     shown = render_scenarios([ScenarioCard(unconfirmed, (), ())], found.models.classes)
-    told = "not confirmed by the judges: not significantly better than plain further training, or"
+    told = "not confirmed by the judges: it may be no better than plain further training, or"
     assert told in " ".join(shown.replace("\xa0", " ").split())
 
 

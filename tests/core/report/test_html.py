@@ -165,8 +165,8 @@ def test_a_loss_on_the_test_set_has_a_colour_where_it_is_no_chance(tmp_path: Pat
 @pytest.mark.parametrize(
     ("seen", "testable", "errors", "words"),
     [
-        (True, True, 0.02, "seen in real data"),
-        (False, True, 0.02, "not shown by real images"),
+        (True, True, 0.02, "seen in real images"),
+        (False, True, 0.02, "not seen in real images"),
         (False, False, 0.02, "real images cannot tell"),
         (False, False, 0.0, "no real image of its class is wrong"),
     ],

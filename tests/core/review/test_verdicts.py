@@ -149,7 +149,7 @@ def test_six_of_ten_wrong_are_accepted_by_the_paper_and_are_in_doubt_by_the_lowe
     assert verdicts(answers, predicted).labels[0] == 8
     careful = verdicts(answers, predicted, max_false=0.05)
     assert careful.labels[0] == NO
-    assert "60 % of 10 labelled images are misclassified, not over 50 % with certainty" in careful.reasons[0]
+    assert "60 % of 10 labelled images are misclassified, not significantly over 50 %" in careful.reasons[0]
     assert doubtful(careful, 0.5).tolist() == [True]
 
 
@@ -212,7 +212,7 @@ def test_pictures_of_one_photograph_are_one_piece_of_evidence():
     alone = verdicts(answers, predicted, source=one, max_false=0.025)
     assert alone.labels[0] == NO
     assert alone.reasons[0] == (
-        "rejected: 100 % of 10 labelled images of 1 photograph are misclassified, not over 50 % with certainty, "
+        "rejected: 100 % of 10 labelled images of 1 photograph are misclassified, not significantly over 50 %, "
         "for which at least 6 photographs are needed"
     )
     assert (alone.units[0], alone.failing_units[0]) == (1, 1)
@@ -234,13 +234,13 @@ def test_a_photograph_counts_by_the_share_of_its_labelled_pictures_that_is_miscl
     assert (verdict.units[0], verdict.failing_units[0]) == (3, pytest.approx(2 / 3 + 0 + 1))
     assert verdict.reasons[0].startswith(
         "rejected: 60 % of 5 labelled images of 3 photographs are misclassified, 56 % on average over the photographs, "
-        "not over 50 % with"
+        "not significantly over 50 %"
     )
 
 
 def test_where_there_are_photographs_enough_the_reason_asks_for_no_more():
     verdict = verdicts([[8] * 6], [1] * 5 + [8], source=[1, 2, 3, 4, 5, 6], max_false=0.025)
-    assert verdict.reasons[0].endswith("6 photographs are misclassified, not over 50 % with certainty")
+    assert verdict.reasons[0].endswith("6 photographs are misclassified, not significantly over 50 %")
 
 
 def test_more_images_count_by_the_photographs_that_they_add():
