@@ -201,7 +201,7 @@ def one_plant(bench: Bench, number: int, plant: Plant, ways: list[str], *, with_
         clock.lap(way)
         for name, chosen in (
             (way, accepted_of(made[way])),
-            (f"{way}, seen in real data", seen_in_real_data(made[way])),
+            (f"{way}, seen in real images", seen_in_real_data(made[way])),
         ):
             found = groups_of(made[way], test, population.classes, chosen)
             row.outcomes[f"Defuse {name}"] = compare(found, inside, test.labels, test.predicted)
