@@ -313,7 +313,7 @@ def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finis
     text = unconfirmed(report.model_copy(update={"scenarios": changed}))
     worse = [number for number, column in place.items() if made.worse[column]]
     assert f", and worse than plain further training on {len(worse)}. " in text
-    assert f"significantly worse than plain further training (λ = 0) on: {numbers_text(worse)}" in text
+    assert f"is worse than plain further training (λ = 0) on: {numbers_text(worse)}" in text
 
 
 def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:

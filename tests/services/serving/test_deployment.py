@@ -19,7 +19,7 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import ModelError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.serving.active_versions import CanaryStatistics, InitialModel
+from services.serving.active_versions import MIN_SECONDS, CanaryStatistics, InitialModel
 from services.serving.api import build_api
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeployment, canary_for
@@ -264,8 +264,9 @@ def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store,
     async def compare() -> None:
         replica._compare(before, shadow, ours, TimeoutError("too slow"))
 
-    monkeypatch.setattr("services.serving.active_versions.SECOND_S", 0.0)
-    before.statistics.add_error()
+    monkeypatch.setattr("services.serving.active_versions.ERROR_WINDOW_S", 0.0)
+    for _ in range(MIN_SECONDS):
+        before.statistics.add_error()
     asyncio.run(compare())
     assert before.statistics.reason_to_end(replica.settings) is not None
     assert replica.active is versions and replica.watcher.ended is None
