@@ -158,10 +158,10 @@ def keeps_colours(picture: Image.Image, channels: int) -> bool:
     """
     if "transparency" in picture.info:
         return False
-    is_coded = picture.mode in LOSSLESS_MODES[3]
-    return picture.mode in LOSSLESS_MODES[channels] or (
-        channels == 1 and is_coded and bool(np.ptp(np.asarray(picture.convert("RGB")), axis=2).max() <= 1)
-    )
+    if picture.mode in LOSSLESS_MODES[channels]:
+        return True
+    may_be_grey = channels == 1 and picture.mode in LOSSLESS_MODES[3]
+    return may_be_grey and bool(np.ptp(np.asarray(picture.convert("RGB")), axis=2).max() <= 1)
 
 
 def _eight_bits(picture: Image.Image) -> U8:

@@ -47,6 +47,7 @@ COMMENT = re.compile(r"#.*")  # torch drops it, too
 # torch's readers recurse, and end the process where they run out of stack. Networks have some 30 in a statement.
 MOST_NESTED = 1000
 NESTING = re.compile(r"[(\[{.=<>+*/%@!&|^~-]|if|else|not|and|or|in|is")
+BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}  # change of the level
 DEEP_BLOCK = re.compile(r"\n {200}")
 MOST_CONTAINERS = 100_000
 CONTAINER = re.compile(r"TUPLE[123]?|EMPTY_\w+|NEWOBJ|REDUCE|BUILD")
@@ -138,7 +139,7 @@ def _nesting(code: str) -> int:
         if match["space"]:
             count = 0 if "\n" in token and not level else count
             continue
-        level += (token in ("(", "[", "{")) - (token in (")", "]", "}"))
+        level += BRACKETS.get(token, 0)
         count += bool(NESTING.fullmatch(token)) and (last, token) != (",", "-")
         most, last = max(most, count), token
     return most
@@ -155,7 +156,7 @@ def _expect_harmless_code(code: str, where: str) -> None:
     tokens = [match[0] for match in found]
     level = 0  # of brackets
     for at, (match, token) in enumerate(zip(found, tokens, strict=True)):
-        level += (token in ("(", "[", "{")) - (token in (")", "]", "}"))
+        level += BRACKETS.get(token, 0)
         after = tokens[at + 1 : at + 5]
         if match["unknown"] or token == "elif" or (match["text"] and at and found[at - 1]["text"]):
             raise ModelError(
@@ -173,20 +174,12 @@ def _expect_harmless_code(code: str, where: str) -> None:
             )
         if is_class or name == "__setstate__":
             raise _refusal(where, token)
-        if (
-            token == "layout"
-            and tokens[at - 1 : at] in (["("], [","])
-            and after[:1] == ["="]
-            and (after[1:2] not in (["0"], ["None"]) or after[2:3] not in ([")"], [","]))
-        ):
+        is_argument = tokens[at - 1 : at] in (["("], [","]) and after[:1] == ["="]  # or, at level 0, a result
+        is_strided = after[1:2] in (["0"], ["None"]) and after[2:3] in ([")"], [","])
+        if is_argument and token == "layout" and not is_strided:
             raise _refusal(where, "".join([token, *after[:2]]))
-        if (
-            token in WRITTEN
-            and level  # else a statement gives this name to a result
-            and tokens[at - 1 : at] in (["("], [","])
-            and after[:1] == ["="]
-            and (tokens[at - 7 : at - 4], tokens[at - 3], tokens[at - 1]) != ([".", "div", "("], ",", ",")
-        ):
+        of_div = tokens[at - 7 : at - 4] == [".", "div", "("] and tokens[at - 3 : at : 2] == [",", ","]
+        if is_argument and level and token in WRITTEN and not of_div:
             raise _refusal(where, f"{token}=")
         is_field = follows_dot or after[:1] == [":"]
         is_library = token == "ops" and not is_field

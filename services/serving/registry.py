@@ -280,8 +280,12 @@ class Registry:
             if state.production != current.production or not state.previous:
                 raise InputError(CHANGED)
             *earlier, number = state.previous
-            told = {"action": action + _ended_too(state, number)}
-            return {"production": number, "previous": tuple(earlier), **NO_CANARY, **told}
+            return {
+                **NO_CANARY,
+                "production": number,
+                "previous": tuple(earlier),
+                "action": action + _ended_too(state, number),
+            }
 
         state = self.change(action, by, why, updates)
         assert state is not None  # `updates` returns something always
