@@ -57,7 +57,7 @@ TRACED_IMAGES = 8  # that a classifier is traced on
 _ONE_AT_A_TIME = threading.RLock()
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
 
-LabelledImages: TypeAlias = tuple[npt.ArrayLike | Tensor, npt.ArrayLike | Tensor]
+LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor]  # images, labels, and tracks if there are any
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
 
 
@@ -90,8 +90,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
             also while it is fine-tuned, and is not changed, but its hooks are called: remove those that collect
             what they see. None: the run trains one, or the one of `settings`.
         train, validation, test: Images with integer labels (N,). Images are uint8, or floats in [0, 1], of shape
-            (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W even, 8 to 512, and c of 1 or 3. Without `validation`,
-            15 % of the training images are held out.
+            (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W even, 8 to 512, and c of 1 or 3. If several show one
+            object, a third array (N,) names it. Without `validation`, 15 % of the training images are held out.
         classes: The names of the classes; a label is an index into them. Default: the labels themselves.
         store: Folder of runs, where ~ is the user's home, or another Store where `settings` name images and weights
             in files.
@@ -195,13 +195,14 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
     for name, part in parts.items():
         if part is None:
             continue
-        if not isinstance(part, tuple | list) or len(part) != 2:
+        if not isinstance(part, tuple | list) or len(part) not in (2, 3):
             raise DataError(
                 f"{name}: expected (images, labels), found {type(part).__name__}; of a data set of pairs give "
                 "tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
             )
         try:
-            images, arrays[f"{name}_labels"] = (_array(values) for values in part)
+            images, *others = (_array(values) for values in part)
+            arrays |= zip((f"{name}_labels", f"{name}_tracks"), others, strict=False)
         # a list of several shapes, or of what is no number
         except (ValueError, TypeError, RuntimeError) as error:
             raise DataError(f"{name}: expected images of one size and labels; {one_line(error)}") from error

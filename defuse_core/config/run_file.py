@@ -227,6 +227,8 @@ class RunFile(Section):
             )
         if self.vae.epochs == 0 and self.vae.weights is None and self.vae.architecture != "custom":
             raise ValueError("vae.epochs = 0 uses a pretrained β-VAE, so vae.weights must name its file")
+        if self.data.track_pattern is not None and self.data.name != "folder":
+            raise ValueError("data.track_pattern goes with data.name: folder, and only with it")
         if self.data.name not in WITHOUT_ROOT and self.data.root is None:
             raise ValueError(
                 f"data.root must be the path of the {self.data.name} images (--set data.root=PATH)"

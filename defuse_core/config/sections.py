@@ -5,9 +5,10 @@ The text under each field states its meaning, its unit, and the paper's value wh
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from defuse_core.config.base import Section, UserPath, fewest_units
 
@@ -32,11 +33,28 @@ class DataSection(Section):
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
     train_images: int | None = Field(None, ge=1)
-    """Use only so many training images, drawn by seed (whole tracks of the signs). Paper: all."""
+    """Use only so many training images, drawn by seed (whole tracks). Paper: all."""
     validation_share: float = Field(0.0, ge=0, lt=1)
     """Share of the training images held out for validation where the data set has no validation part of its own. signs
     and svhn: 0 halves the official test set into validation and test (the halves of the signs show the same physical
-    signs); with a share the test part is the official one, and signs hold out whole training tracks. Paper: 0."""
+    signs); with a share the test part is the official one. Tracks are held out whole. Paper: 0."""
+    track_pattern: str | None = None
+    """folder: a regular expression whose one group, found in CLASS/FILE, names the object that the image shows, such as
+    `/(.+)_` for OBJECT_FRAME.png. Images of one object, a track, stay in one part and count as one piece of evidence.
+    npz: give arrays train_tracks, validation_tracks and test_tracks instead. Paper: the signs have tracks."""
+
+    @field_validator("track_pattern")
+    @classmethod
+    def _has_one_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, found {pattern!r} ({error})") from error
+        if groups != 1:
+            raise ValueError(
+                f"expected one group in brackets that names the object, found {groups} in {pattern!r}"
+            )
+        return pattern
 
 
 class ClassifierSection(Section):
@@ -250,7 +268,7 @@ class JudgesSection(ClassifierSet):
     """As in review.reference; best a different one."""
     share: float = Field(0.5, ge=0, lt=1)
     """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
-    Signs are divided in whole tracks. 0 trains both on all."""
+    Tracks are kept whole. 0 trains both on all."""
 
 
 class ReviewSection(Section):

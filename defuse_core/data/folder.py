@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from defuse_core.artifacts import I64
 from defuse_core.config import DataSection
 from defuse_core.data.images import (
     FINGERPRINT_IMAGES,
@@ -114,7 +116,23 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
     if not any(files):
         raise DataError(f"{part}: expected images, found none; add some or remove the folder")
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(images) for images in files])
-    return Images(PictureFiles(FilePaths.concatenate(files), data.channels, data.image_size), labels)
+    paths = FilePaths.concatenate(files)
+    tracks = None if data.track_pattern is None else _tracks(paths, data.track_pattern)
+    return Images(PictureFiles(paths, data.channels, data.image_size), labels, tracks)
+
+
+def _tracks(paths: FilePaths, pattern: str) -> I64:
+    """Return the track of each file, (N,): a number for each text in the pattern's group. DataError without a match."""
+    objects = []
+    for name in map(os.fsdecode, paths.names):
+        found = re.search(pattern, name)
+        if found is None or found[1] is None:
+            raise DataError(
+                f"{paths.root}{name}: expected data.track_pattern {pattern} to find the object in {name}, found no "
+                "match; correct the pattern, or rename the file"
+            )
+        objects.append(found[1])
+    return np.unique(objects, return_inverse=True)[1].astype(np.int64)
 
 
 def _image_files(folder: Path) -> list[str]:
@@ -170,6 +188,9 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     """
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
     log.info("images: %s, of %d classes", counts, len(splits.classes))
+    for part, images in splits.parts().items():
+        if images.tracks is not None:
+            log.info("images: %s in %s", count_of(len(np.unique(images.tracks)), "track"), part)
     counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
     if absent := [name for name, count in zip(splits.classes, counted, strict=True) if not count]:
         log.warning(

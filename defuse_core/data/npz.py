@@ -1,4 +1,4 @@
-"""An .npz file with train_images, train_labels, and optional validation_*, test_* and classes."""
+"""An .npz file with train_images, train_labels, and optional train_tracks, validation_*, test_* and classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from defuse_core.data.splits import divided
 from defuse_core.errors import DataError, first_few
 
 PARTS = ("train", "validation", "test")
-NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")} | {"classes"}
+NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels", "tracks")} | {"classes"}
 CHUNK = 4096  # images checked at once, to bound the memory
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others can make gigabytes of a kilobyte
 OVERSHOOT = 1e-5  # how far outside [0, 1] a float pixel may be: resizing in floats rounds
@@ -29,8 +29,9 @@ def open_npz(data: DataSection, seed: int) -> Splits:
     """Return the images of the file data.root.
 
     Images are uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, c) or (N, c, H, W), with H and W equal to
-    data.image_size. Grey ones are allowed with data.channels: 3. Without `classes` the class names are the labels,
-    and train_labels must contain each. Raises DataError naming the file and the array.
+    data.image_size. Grey ones are allowed with data.channels: 3. Tracks are integers or texts (N,), equal for images of
+    one object. Without `classes` the class names are the labels, and train_labels must contain each. Raises DataError
+    naming the file and the array.
     """
     file = data_root(data)
     return splits_of(read_arrays(file), data, seed, str(file))
@@ -67,7 +68,8 @@ def rows_in_file(data: DataSection, seed: int) -> dict[str, I64]:
     def numbered(part: str) -> Images:
         """Return an image for each label, whose pixels are the bytes of its row number."""
         labels = arrays[f"{part}_labels"].astype(np.int64)
-        return Images(np.arange(len(labels), dtype=np.int64).view(np.uint8).reshape(-1, 1, 1, 8), labels)
+        rows = np.arange(len(labels), dtype=np.int64).view(np.uint8).reshape(-1, 1, 1, 8)
+        return Images(rows, labels, _tracks(arrays, part, len(labels), str(data.root)))
 
     validation = numbered("validation") if "validation_labels" in arrays else None
     splits = divided(Splits(numbered("train"), validation, None, ()), data, seed)
@@ -175,7 +177,20 @@ def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | 
             f"{where}: expected as many {part}_labels as {part}_images, "
             f"found {len(labels)} and {len(pixels)}; correct them"
         )
-    return Images(pixels, labels)
+    return Images(pixels, labels, _tracks(arrays, part, len(labels), where))
+
+
+def _tracks(arrays: Arrays, part: str, count: int, where: str) -> I64 | None:
+    """Return the track of each image, (N,), None where the part has none; they are integers or texts in the file."""
+    tracks = arrays.get(f"{part}_tracks")
+    if tracks is None:
+        return None
+    if tracks.shape != (count,) or tracks.dtype.kind not in "iuU":
+        raise DataError(
+            f"{where}: {part}_tracks: expected {count} integers or texts, the object that each image shows, found "
+            f"{tracks.dtype} {tracks.shape}; correct them"
+        )
+    return np.unique(tracks, return_inverse=True)[1].astype(np.int64)
 
 
 def _labels(arrays: Arrays, part: str, where: str) -> I64:

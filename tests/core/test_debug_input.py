@@ -44,6 +44,15 @@ def settings_of(store: Path, until: type[DefuseError] | None = None, **changes: 
     return load_run_file(store / "parts" / "run.yaml")
 
 
+def test_a_third_array_names_the_object_that_each_image_shows(tmp_path):
+    images, labels = digits()
+    spec = settings_of(tmp_path, train=(images[:400], labels[:400], [f"part {i // 4}" for i in range(400)]))
+    splits = open_splits(spec.data, 0)
+    assert splits.validation is not None and splits.train.tracks is not None
+    assert not set(splits.train.tracks) & set(splits.validation.tracks)
+    assert len(set(splits.validation.tracks)) == 15
+
+
 def stop() -> Any:
     raise RuntimeError("no place")
 

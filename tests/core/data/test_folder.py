@@ -63,6 +63,31 @@ def test_a_class_that_the_sample_of_training_images_lacks_is_named_in_a_warning(
     ]
 
 
+def test_images_of_one_object_form_a_track_that_is_held_out_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for name in ("cat", "dog"):
+        for i in range(20):
+            save_picture(tmp_path / "train" / name / f"{name}{i // 4}_{i}.png", noise(i, SIZE, SIZE, 3)[0])
+    data = section("folder", tmp_path, validation_share=0.4, track_pattern="/(.+)_")
+    splits = open_splits(data, 0)
+    assert splits.validation is not None and splits.train.tracks is not None
+    assert splits.counts() == {"train": 24, "validation": 16}
+    objects = [
+        {Path(path).stem.partition("_")[0] for path in part.pixels.paths} for part in splits.parts().values()
+    ]
+    assert len(objects[0]) == len(np.unique(splits.train.tracks)) == 6
+    assert len(objects[1]) == 4 and not objects[0] & objects[1]
+    with caplog.at_level("INFO", "defuse"):
+        log_parts(data, splits)
+    assert "images: 6 tracks in train" in caplog.text
+
+
+def test_a_file_whose_object_is_not_found_is_named(tmp_path: Path):
+    data = section("folder", write_folder(tmp_path), track_pattern="/(.+)_")
+    assert "cat/0.png: expected data.track_pattern /(.+)_ to find" in error_of(data)
+
+
 def test_hidden_files_are_not_images_of_a_class(tmp_path: Path):
     (write_folder(tmp_path) / "train" / "cat" / ".DS_Store").touch()
     assert len(open_splits(section("folder", tmp_path), 0).train) == 10

@@ -131,6 +131,22 @@ def test_the_rows_of_a_part_are_those_of_its_images_in_the_file(tmp_path: Path, 
             np.testing.assert_array_equal(splits.parts()[part].pixels[:], source)
 
 
+@pytest.mark.parametrize("objects", [np.arange(12) // 3 * 7, np.array(list("bbbdddaaaccc"))])
+def test_tracks_are_held_out_whole_and_numbered_as_texts_or_integers(tmp_path: Path, objects: np.ndarray):
+    file = write_npz(tmp_path / "own.npz", train_tracks=objects, train_labels=np.arange(12) // 6)
+    data = section("npz", file, validation_share=0.5)
+    splits = open_splits(data, 0)
+    rows = {part: objects[rows] for part, rows in rows_in_file(data, 0).items()}
+    assert splits.test is not None and splits.test.tracks is None
+    assert not set(rows["train"]) & set(rows["validation"])
+    for part, found in rows.items():
+        assert len(set(found)) == 2
+        _, expected = np.unique(objects, return_inverse=True)
+        tracks = splits.parts()[part].tracks
+        assert tracks is not None
+        assert set(tracks) == {expected[objects == each][0] for each in found}
+
+
 def test_a_wrong_pixel_is_named_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("defuse_core.data.npz.CHUNK", 4)
     file = write_npz(tmp_path / "own.npz", train_images=with_value(np.nan))
@@ -216,6 +232,8 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
         "test_images: expected one or more, found an empty array; add images, or leave out both arrays",
     ),
     ("fewer labels than images", {"train_labels": np.arange(11) % 3}, "found 11 and 12"),
+    ("a track too few", {"train_tracks": np.arange(11)}, "train_tracks: expected 12 integers or texts"),
+    ("tracks that are no names", {"train_tracks": np.zeros(12)}, "found float64 (12,); correct them"),
     ("no train_images", {"train_images": None}, "expected an array train_images, found test_images"),
     ("no test_labels", {"test_labels": None}, "expected an array test_labels"),
     (
