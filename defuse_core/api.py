@@ -203,8 +203,7 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
         try:
             images, *others = (_array(values) for values in part)
             arrays |= zip((f"{name}_labels", f"{name}_tracks"), others, strict=False)
-        # a list of several shapes, or of what is no number
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # lists of several shapes, or of no numbers
             raise DataError(f"{name}: expected images of one size and labels; {one_line(error)}") from error
         floats = images.dtype.kind == "f"
         arrays[f"{name}_images"] = images.astype(np.float32, copy=False) if floats else images
