@@ -95,7 +95,11 @@ def test_a_name_below_a_field_is_answered_with_what_its_section_has(described):
         ({"identify": {"drawz": 1}}, "identify.drawz: ", "unknown field; did you mean identify.draws?"),
         ({"resources": {"workers": 0}}, "resources.workers: ", "or equal to 1 or 'auto', found 0"),
         ({"data": {"image_size": 20}}, "vae.hidden = 64 must be ", "vae.decoder_stages = 2 times)"),
-        ({"data": {"track_pattern": "(["}}, "data.track_pattern: expected a regular expression, found", "2)"),
+        (
+            {"data": {"track_pattern": "(["}},
+            "data.track_pattern: expected a regular expression, found",
+            "position 1)",
+        ),
         (
             {"data": {"track_pattern": "/.+_"}},
             "data.track_pattern: expected one group in brackets",

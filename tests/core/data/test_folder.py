@@ -68,7 +68,7 @@ def test_images_of_one_object_form_a_track_that_is_held_out_whole(
 ):
     for name in ("cat", "dog"):
         for i in range(20):
-            save_picture(tmp_path / "train" / name / f"{name}{i // 4}_{i}.png", noise(i, SIZE, SIZE, 3)[0])
+            save_picture(tmp_path / "train" / name / f"{name}{i // 4}_{i}.png", noise(20, SIZE, SIZE, 3)[i])
     data = section("folder", tmp_path, validation_share=0.4, track_pattern="/(.+)_")
     splits = open_splits(data, 0)
     assert splits.validation is not None and splits.train.tracks is not None

@@ -133,7 +133,8 @@ def test_the_rows_of_a_part_are_those_of_its_images_in_the_file(tmp_path: Path, 
 
 @pytest.mark.parametrize("objects", [np.arange(12) // 3 * 7, np.array(list("bbbdddaaaccc"))])
 def test_tracks_are_held_out_whole_and_numbered_as_texts_or_integers(tmp_path: Path, objects: np.ndarray):
-    file = write_npz(tmp_path / "own.npz", train_tracks=objects, train_labels=np.arange(12) // 6)
+    labels = {"train_labels": np.arange(12) // 6, "test_labels": np.arange(6) % 2}
+    file = write_npz(tmp_path / "own.npz", train_tracks=objects, **labels)
     data = section("npz", file, validation_share=0.5)
     splits = open_splits(data, 0)
     rows = {part: objects[rows] for part, rows in rows_in_file(data, 0).items()}
