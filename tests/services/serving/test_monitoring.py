@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from services.serving.app import registry_changes
 from services.serving.monitoring import (
     MAX_FAILURES,
     LivenessCheck,
-    VersionCheck,
     _scrape,
     merge_pages,
     metrics_page,
@@ -131,47 +128,6 @@ def test_failures_that_are_not_in_a_row_do_not_add_up(monkeypatch):
     for nodes in ([DEAD], [NODE]) * MAX_FAILURES:
         monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
         check()
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "found"),
-    [
-        (200, {"version": "2"}, "version 2"),
-        (503, {"error": "it cannot be loaded"}, r"status 503 \(it cannot be loaded\)"),
-        (200, {"version": "3"}, None),
-        (401, {"error": "expected the token"}, None),
-    ],
-)
-def test_a_replica_that_does_not_follow_a_promotion_is_one_warning_that_names_the_logs(
-    tmp_path, monkeypatch, caplog, status, body, found
-):
-    class Replica(Healthy):
-        def do_GET(self) -> None:
-            asked.append((self.path, self.headers["Authorization"]))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-    asked: list[tuple[str, str]] = []
-    registry, waits = Registry(FolderStore(tmp_path)), ManyWaits()
-    registry.change("version 1 to production", "ana", "", lambda _: {"production": 1})
-
-    def promote() -> None:
-        if waits.waits == 3:
-            assert not asked  # a server of a run answers with that run until then
-            registry.change("version 3 to production", "ana", "", lambda _: {"production": 3})
-
-    monkeypatch.setattr("services.serving.monitoring.SWITCH_S", 0.0)
-    with serving(Replica) as url:
-        check = VersionCheck(url, "secret", "/tmp/ray/logs")
-        list(registry_changes(registry, waits, 0, check=promote, has_model=True, check_version=check))
-    assert set(asked) == {("/v1/model", "Bearer secret")}
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (found is not None) and len(asked) == (1 if found else 8)
-    if found:
-        assert re.match(
-            f"version 3 is in production, and a replica answers with {found}; .* /tmp/ray/logs", told[0]
-        )
 
 
 def test_the_pages_of_several_nodes_become_one_page_with_one_header_per_metric():
