@@ -44,14 +44,15 @@ from services.serving.launch import (
     resolve_settings,
     warn_of_production,
 )
-from services.serving.limits import MAX_UPLOADS
+from services.serving.limits import MAX_UPLOADS, RETRY_AFTER_S
 from services.serving.monitoring import LivenessCheck
-from services.serving.registry import Registry
+from services.serving.registry import POLL_S, Registry
 from services.serving.registry_state import NO_VERSION, RegistryState
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
 APPLICATION = "defuse"  # its name in Ray Serve
+TARGET_ONGOING = 16  # requests in flight per replica that autoscaling aims at
 MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish its requests
 
 
@@ -122,7 +123,7 @@ def classifier_deployment(settings: ServeSection) -> Any:
         },
         "max_ongoing_requests": settings.max_ongoing + settings.max_queued + MAX_UPLOADS,
         "max_queued_requests": settings.max_queued,
-        "backpressure_config": BackpressureConfig(retry_after_s=settings.retry_after_s),
+        "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * settings.timeout_s),
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
@@ -133,7 +134,7 @@ def classifier_deployment(settings: ServeSection) -> Any:
         options["autoscaling_config"] = AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,
-            target_ongoing_requests=settings.target_ongoing,
+            target_ongoing_requests=TARGET_ONGOING,
         )
     return serve.deployment(serve.ingress()(ClassifierIngress), name="classifier", **options)
 
@@ -188,7 +189,7 @@ def serve_until_stopped(
             for line in registry_changes(
                 Registry(open_store(args.store)),
                 shutdown,
-                settings.poll_s,
+                POLL_S,
                 check=LivenessCheck(url, _deployed if proxy is Proxy.CLUSTER else None),
                 has_model=args.run is not None,
             ):

@@ -248,7 +248,7 @@ def _key(spec: RunFile, artifacts: _CorrectedRun) -> str:
 
 def _settings(spec: RunFile) -> str:
     """Return the run-file fields that belong to a version."""
-    fields = spec.serve.model_dump(mode="json", include={*VERSION_SETTINGS, "watch_images"})
+    fields = spec.serve.model_dump(mode="json", include=set(VERSION_SETTINGS))
     return f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}"
 
 

@@ -33,6 +33,7 @@ log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
 # in the action of a change that ends a canary or shadow: `ended the canary of version 2`
 ENDED = "ended the "
+POLL_S = 2.0  # between two reads by a server
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"

@@ -203,8 +203,7 @@ def compare(proxy: str, server: Server, other: Server, seconds: float) -> list[d
 @contextlib.contextmanager
 def running(folder: Path, proxy: str) -> Iterator[Server]:
     """Run `defuse serve` with one kind of proxy, and its other settings as they are by default."""
-    settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5")
-    arguments = ("--store", str(folder), "--proxy", proxy, *settings)
+    arguments = ("--store", str(folder), "--proxy", proxy, "--set", "serve.resize=true")
     names = ("ray::ServeReplica", "ray::ProxyActor", "haproxy.cfg")
     with tempfile.TemporaryDirectory() as logs, serve_process(Path(logs), *arguments) as process:
         own = descendants(process.process.pid)

@@ -211,9 +211,10 @@ def test_a_node_that_dies_within_its_answer_is_left_out(reply):
 
 
 def test_the_gauges_are_set_again_between_two_polls(own_store, monkeypatch):
-    """Ray forgets a gauge that is not set for 20 s, and serve.poll_s may be longer."""
+    """Ray forgets a gauge that is not set for 20 s, as while a store does not answer."""
     put(own_store, "first")
-    replica, roles = new_replica(own_store, poll_s=60.0), []
+    replica, roles = new_replica(own_store), []
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 60.0)
     monkeypatch.setattr("services.serving.deployment.GAUGES_S", 0.01)
     monkeypatch.setattr(replica.metrics, "set_roles", lambda before, now: roles.append(now))
 
