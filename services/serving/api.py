@@ -139,7 +139,7 @@ def _scenario_infos(model: LoadedModel, share: float) -> list[ScenarioInfo]:
             scenario=int(candidate.scenario[j]),
             name=name,
             fixed=bool(model.fixed[j]),
-            judged=candidate.judged is not None and bool(candidate.judged[j]),
+            judged=bool(candidate.judged[j]),
             accuracy_before=float(candidate.before[j]),
             accuracy_after=float(candidate.after[j]),
             watched_share=share,

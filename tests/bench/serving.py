@@ -74,6 +74,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
             scenario_after=0.0,
             annotators="nobody",
             made="",
+            clean_images="",
         ),
         checks=(),
         digest=array_digest(classifier),
@@ -89,6 +90,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         recall=np.ones((count, 2)),
         failures=random_watch(dims),
         components_digest="",
+        judged=np.zeros(count, bool),
     )
 
 

@@ -97,7 +97,7 @@ def candidate_of(spec: RunFile) -> Candidate:
         classes=("a", "b"),
         classifier=WEIGHTS,
         vae=WEIGHTS,
-        summary=CorrectionSummary(1.0, 2, "test", 0.9, 0.9, 0.1, 0.9, "people", "now"),
+        summary=CorrectionSummary(1.0, 2, "test", 0.9, 0.9, 0.1, 0.9, "people", "now", ""),
         checks=(Check("finite", True, "all"), Check("improvement", False, "none")),
         digest="",
         scenario=np.array([0, 3]),
@@ -112,6 +112,7 @@ def candidate_of(spec: RunFile) -> Candidate:
         recall=per_level,
         failures=sample_watch(images=40),
         components_digest="c",
+        judged=np.zeros(2, bool),
     )
 
 
