@@ -78,7 +78,9 @@ def tracking(run: Run, settings: Settings) -> Iterator[None]:
         except Exception as error:  # mlflow and its transports raise many kinds of errors
             text = without_credentials(f"{type(error).__name__}: {error}", settings.mlflow_uri)
             log.warning(
-                "mlflow: %s is not tracked (%s); the same command sends it later", run.name, one_line(text)
+                "mlflow: %s is not tracked (%s); the same command sends it later",
+                run.name,
+                one_line(text, 300),
             )
 
 
@@ -129,9 +131,7 @@ def _known_run(
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return (
-        None if found.info.lifecycle_stage == "deleted" else state
-    )  # deleted: it can be restored, not written
+    return state if found.info.lifecycle_stage == "active" else None  # not one that was deleted there
 
 
 def _new_run(run: Run, client: MlflowClient, experiment: str) -> str:
