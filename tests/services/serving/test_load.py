@@ -82,7 +82,7 @@ def test_overload_is_answered_503_with_retry_after_at_once(serving, planted, pic
     replies = load(busy.port, 24, limited([many], 100))
     assert set(statuses(replies)) == {200, 503}
     refused = [reply for reply in replies if reply.status == 503]
-    assert len(refused) > 20
+    assert len(refused) > 40
     assert {reply.headers.get("retry-after") for reply in refused} == {"1"}
     assert np.median([reply.seconds for reply in refused]) < 1.0
     assert statuses(load(busy.port, 1, limited(requests_for(busy, pictures), 3))) == {200: 3}
