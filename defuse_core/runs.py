@@ -120,7 +120,6 @@ class Run:
     def __init__(self, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> None:
         self.name, self.spec, self.until = name, spec, until
         self.store = store.within(name)
-        self.listeners: list[Callable[[], None]] = []  # called after each artefact is stored
         self.made_s = 0.0  # what all artefacts made so far took
         # the run file as given, while λ that it adds are not recorded yet
         self.with_added: RunFile | None = None
@@ -265,8 +264,6 @@ class Run:
         self.store.write(f"{key}.safetensors", data)
         if (total := time.time() - started) >= SHOWN_S:
             log.info("%s: %s made in %.1f s", step, key, total)
-        for listener in self.listeners:
-            listener()
         return readable
 
     def load(self, kind: type[T], key: str | None = None) -> T | None:

@@ -5,7 +5,6 @@ from defuse_core.config.loading import (
     added_lambdas,
     apply_override,
     changed_field,
-    changed_value,
     dump_run_file,
     expect_fields,
     first_problem,

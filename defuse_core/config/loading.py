@@ -194,11 +194,7 @@ def dump_run_file(spec: RunFile) -> str:
 
 def changed_field(recorded: RunFile, given: RunFile) -> str | None:
     """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
-    return changed_value(*(flat_fields(spec.model_dump(mode="json")) for spec in (recorded, given)))
-
-
-def changed_value(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return what changed_field does, of the values that flat_fields returns."""
+    before, now = (flat_fields(spec.model_dump(mode="json")) for spec in (recorded, given))
     for field in {**before, **now}:
         free = field in {"data.root", "data.download", "vae.accept", "review.inline_kb"} or field.startswith(
             ("resources.", "check.", "serve.")

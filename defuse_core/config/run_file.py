@@ -118,23 +118,15 @@ class ServeSection(Section):
     """GPUs, or a fraction of one, per replica; auto is 1 where the cluster has any GPU and device allows it, else 0."""
     cpus_per_replica: float = Field(1.0, gt=0)
     """CPUs reserved per replica, and its number of threads."""
-    target_ongoing: int = Field(16, ge=1)
-    """Requests in flight per replica that autoscaling aims at."""
     max_ongoing: int = Field(64, ge=1)
     """Requests that a replica works on at once."""
     max_queued: int = Field(64, ge=0)
     """Requests that wait for a replica to work on them, per replica; more are answered 503 at once."""
-    retry_after_s: int = Field(1, ge=0)
-    """Seconds in the Retry-After header of a 503."""
     batch_size: int = Field(64, ge=1)
-    """Requests answered by one forward pass at most; 1 turns batching off."""
-    batch_wait_s: float = Field(0.0, ge=0, le=1)
-    """Seconds to wait for a batch to fill. 0: requests that arrived during the previous pass form a batch."""
+    """Requests answered by one forward pass at most: those that arrived during the previous one. 1 turns batching
+    off."""
     max_body_mb: float = Field(8.0, gt=0, le=1024)
     """Largest request body, in MB."""
-    slow_uploads: int = Field(8, ge=1)
-    """Bodies of one client address that may take longer than 1 s to arrive while 128 such bodies are arriving, or while
-    over half of the memory for bodies is in use; more are answered 408."""
     max_images: int = Field(64, ge=1)
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
@@ -149,9 +141,6 @@ class ServeSection(Section):
     from the classifier's outputs alone."""
     watch_share: float = Field(0.001, gt=0, le=0.5)
     """An input belongs to a scenario if it is nearer to it than all but this share of the training images."""
-    watch_images: int = Field(10_000, ge=100)
-    """Training images, drawn by seed, that the distances of the watch are calibrated on. A change counts from the next
-    promotion on; a report keeps the number that it was made with."""
     failure_threshold: float | None = Field(None, gt=0, lt=1)
     """Failure probability from which on an input is flagged. null: the largest at which failure_recall of the wrong
     answers on validation images are flagged."""
@@ -160,8 +149,6 @@ class ServeSection(Section):
     reservoir: int = Field(0, ge=0, le=1000)
     """Inputs stored per scenario, and of flagged ones outside all: a random sample of those that replicas received
     since their start, in which an input is the more likely the higher its failure probability. 0: none."""
-    poll_s: float = Field(2.0, gt=0)
-    """Seconds between two reads of the version in production."""
     max_errors: float = Field(0.02, ge=0, le=1)
     """A canary or shadow is ended once its share of failed requests is significantly larger."""
     min_agreement: float = Field(0.95, ge=0, le=1)

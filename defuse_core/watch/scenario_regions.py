@@ -30,6 +30,7 @@ from defuse_core.seeds import generator
 
 # Dense at small shares.
 LEVELS = np.unique(np.concatenate([np.linspace(0, 0.1, 201), np.linspace(0.1, 1, 91)]))
+WATCH_IMAGES = 10_000  # training images that the distances are calibrated on, at most
 VARIANCE_FLOOR = 1e-3  # share of the mean variance that is added to each: unused dimensions have almost none
 # Added at least, so that codes that are all equal have a covariance that can be inverted.
 LEAST_VARIANCE = 1e-12
@@ -46,9 +47,9 @@ def mahalanobis(codes: F32, means: F64, covariances: F64) -> F64:
 
 
 def training_codes(spec: RunFile, vae: Vae, train: Images) -> tuple[F32, I64]:
-    """Return codes (n, Z) and labels (n,) of at most `serve.watch_images` training images, drawn by seed."""
+    """Return codes (n, Z) and labels (n,) of at most WATCH_IMAGES training images, drawn by seed."""
     rng = generator(spec.seed, "watch")
-    chosen = train.take(random_rows(len(train), spec.serve.watch_images, rng))
+    chosen = train.take(random_rows(len(train), WATCH_IMAGES, rng))
     return encode_images(vae, chosen), chosen.labels
 
 

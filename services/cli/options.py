@@ -206,7 +206,7 @@ def usable_name(text: str) -> str:
 track_option = click.option(
     "--track",
     type=click.Choice(["mlflow"]),
-    help="Send settings, figures, report and model to the server in MLFLOW_TRACKING_URI.",
+    help="Send settings, figures, report and model to the server in MLFLOW_TRACKING_URI, when the command ends.",
 )
 
 

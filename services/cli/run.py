@@ -219,7 +219,7 @@ def run(
     from services.cli.console import ProgressDisplay
     from services.cli.tables import print_report
     from services.storage import open_store
-    from services.tracking import MlflowTracking, expect_mlflow
+    from services.tracking import expect_mlflow, tracking
 
     if profile is not None and STEPS.index(profile) > STEPS.index(until):
         raise click.UsageError(f"--profile {profile} comes after --until {until}, so nothing would be traced")
@@ -250,8 +250,8 @@ def run(
         else:
             computing = contextlib.nullcontext(LocalCompute(display, traced))
         with contextlib.suppress(ReachedStep):
-            tracking = MlflowTracking(started, read_settings()) if track else contextlib.nullcontext()
-            with tracking, computing as compute:
+            sending = tracking(started, read_settings()) if track else contextlib.nullcontext()
+            with sending, computing as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
     _note_untraced(started, profile, traces)
     if found is None:  # printed only now: a terminal would show it in the middle of a bar

@@ -207,7 +207,7 @@ def promote(
 def rollback(store: str, by: str | None, why: str | None, production: bool) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
 
-    Where none is left because the last change ended it, --production is required.
+    Where the last change ended one, --production is required.
     """
     from services.serving.model import verify_candidate
 

@@ -23,7 +23,14 @@ from defuse_core.errors import DefuseError, StoreError, count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
-from services.serving.registry import AUTHOR, REMEDY, DamagedVersionError, Registry, is_store_outage
+from services.serving.registry import (
+    AUTHOR,
+    POLL_S,
+    REMEDY,
+    DamagedVersionError,
+    Registry,
+    is_store_outage,
+)
 from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
@@ -297,7 +304,7 @@ class RegistryWatcher:
             raise StoreError(failed.why)
 
     def _failed_load(self, state: RegistryState, error: Exception) -> _FailedLoad:
-        before, pause_s = self._failed, self.settings.poll_s
+        before, pause_s = self._failed, POLL_S
         file = self._file_of_production(state)
         if before is not None and (before.state, before.file) == (state, file):
             pause_s = min(2 * before.pause_s, MAX_PAUSE_S)

@@ -139,7 +139,7 @@ def _scenario_infos(model: LoadedModel, share: float) -> list[ScenarioInfo]:
             scenario=int(candidate.scenario[j]),
             name=name,
             fixed=bool(model.fixed[j]),
-            judged=candidate.judged is not None and bool(candidate.judged[j]),
+            judged=bool(candidate.judged[j]),
             accuracy_before=float(candidate.before[j]),
             accuracy_after=float(candidate.after[j]),
             watched_share=share,
@@ -347,7 +347,7 @@ def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
 
     async def handle_memory_error(request: Request, error: Exception) -> JSONResponse:
         log.error("a request was not answered: out of memory (%s)", error)
-        unavailable = Unavailable("this replica is out of memory", deployment.settings.retry_after_s)
+        unavailable = Unavailable("this replica is out of memory")
         return await handle_request_error(request, unavailable)
 
     async def handle_internal_error(request: Request, error: Exception) -> JSONResponse:

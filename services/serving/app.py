@@ -44,15 +44,15 @@ from services.serving.launch import (
     resolve_settings,
     warn_of_production,
 )
-from services.serving.limits import MAX_UPLOADS
-from services.serving.monitoring import LivenessCheck, VersionCheck
-from services.serving.registry import Registry
-from services.serving.registry_state import NO_VERSION, ChangeInfo, RegistryState
-from services.settings import serve_token
+from services.serving.limits import MAX_UPLOADS, RETRY_AFTER_S
+from services.serving.monitoring import LivenessCheck
+from services.serving.registry import POLL_S, Registry
+from services.serving.registry_state import NO_VERSION, RegistryState
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
 APPLICATION = "defuse"  # its name in Ray Serve
+TARGET_ONGOING = 16  # requests in flight per replica that autoscaling aims at
 MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish its requests
 
 
@@ -123,7 +123,7 @@ def classifier_deployment(settings: ServeSection) -> Any:
         },
         "max_ongoing_requests": settings.max_ongoing + settings.max_queued + MAX_UPLOADS,
         "max_queued_requests": settings.max_queued,
-        "backpressure_config": BackpressureConfig(retry_after_s=settings.retry_after_s),
+        "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * settings.timeout_s),
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
@@ -134,7 +134,7 @@ def classifier_deployment(settings: ServeSection) -> Any:
         options["autoscaling_config"] = AutoscalingConfig(
             min_replicas=settings.min_replicas,
             max_replicas=settings.max_replicas,
-            target_ongoing_requests=settings.target_ongoing,
+            target_ongoing_requests=TARGET_ONGOING,
         )
     return serve.deployment(serve.ingress()(ClassifierIngress), name="classifier", **options)
 
@@ -183,15 +183,15 @@ def serve_until_stopped(
             served.callback(shutdown.ignore)
             # Serve's controller ends during a call, which a thread of Ray prints as a failed task
             served.callback(ending.enter_context, contextlib.redirect_stdout(io.StringIO()))
-            logs = log_folder()
-            show(f"serving on {url} (API page: {url}/docs; logs of replicas: {logs}); Ctrl-C stops it")
+            show(
+                f"serving on {url} (API page: {url}/docs; logs of replicas: {log_folder()}); Ctrl-C stops it"
+            )
             for line in registry_changes(
                 Registry(open_store(args.store)),
                 shutdown,
-                settings.poll_s,
+                POLL_S,
                 check=LivenessCheck(url, _deployed if proxy is Proxy.CLUSTER else None),
                 has_model=args.run is not None,
-                check_version=None if args.pin else VersionCheck(url, serve_token(), logs),
             ):
                 show(line)
 
@@ -350,21 +350,15 @@ def registry_changes(
     *,
     check: Callable[[], None],
     has_model: bool,  # of a run, which answers until a version is promoted
-    check_version: Callable[[int | None, object], None] | None = None,
 ) -> Iterator[str]:
-    """Yield a line for each change of the registry, until a signal arrives.
-
-    Calls `check` at each poll, and `check_version` at each while a version is expected to answer.
-    """
+    """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
     known: RegistryState | None = None
-    first: ChangeInfo | None = None  # after which the run of the server goes on answering
     reported = ""  # why the registry could not be read at the last poll
     while not shutdown.wait(0 if known is None else poll_s):
         check()
         try:
             if known is None:
                 known = registry.state()
-                first = known.since if has_model else None
                 if known.production is None and not has_model:
                     yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
             for state in registry.changes_after(known):
@@ -373,8 +367,6 @@ def registry_changes(
                 known = state
                 yield escape_control_characters(state.change_text)
             reported = ""
-            if check_version is not None and known.since not in (None, first):
-                check_version(known.production, known.since)
         except StoreError as error:
             if str(error) != reported:
                 reported = str(error)

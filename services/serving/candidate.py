@@ -40,7 +40,7 @@ from services.serving.inputs import InputSpec
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 11  # of the stored candidate; in its key in the run, so that one of another format is made again
+FORMAT = 12  # of the stored candidate; in its key in the run, so that one of another format is made again
 REMEDY = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
@@ -66,8 +66,8 @@ class CorrectionSummary:
     annotators: str  # people, or reference models
     made: str  # time of the checks, 2026-01-31T12:00:00Z
     # fingerprint of the clean images, of their pixels and labels wherever they are stored; empty where the classifier
-    # was probably trained on them, and None in older versions
-    clean_images: str | None = None
+    # was probably trained on them
+    clean_images: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +94,7 @@ class Candidate:
     recall: F64  # (A, L) share of the held-out scenario images within those distances
     failures: FailureWatch  # finds failing inputs
     components_digest: str  # of the run that `scenario` counts in, also with another λ
-    # (A,) whether `before` and `after` are by the judges' labels; else, and in older versions (None), they are by the
-    # scenario's label
-    judged: Bool | None = None
+    judged: Bool  # (A,) whether `before` and `after` are by the judges' labels; else they are by the scenario's label
 
     def run_file(self) -> RunFile:
         return parse_run_file(self.spec, f"{self.run}/run.yaml")
@@ -130,8 +128,6 @@ class Candidate:
         None if both were measured on the same images, on which neither classifier was trained.
         """
         ours, theirs = self.summary.clean_images, current.summary.clean_images
-        if theirs is None:
-            return "an older Defuse did not store on which images that was measured; promote its run again"
         if not ours or not theirs:
             return "it was measured on images on which a classifier was probably trained"
         return None if ours == theirs else "it was measured on other images"
@@ -248,7 +244,7 @@ def _key(spec: RunFile, artifacts: _CorrectedRun) -> str:
 
 def _settings(spec: RunFile) -> str:
     """Return the run-file fields that belong to a version."""
-    fields = spec.serve.model_dump(mode="json", include={*VERSION_SETTINGS, "watch_images"})
+    fields = spec.serve.model_dump(mode="json", include=set(VERSION_SETTINGS))
     return f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}"
 
 

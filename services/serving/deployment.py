@@ -41,7 +41,7 @@ from services.serving.model import (
     predict_batch,
 )
 from services.serving.monitoring import ServingMetrics
-from services.serving.registry import AUTHOR, is_store_outage
+from services.serving.registry import AUTHOR, POLL_S, is_store_outage
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.settings import serve_token
@@ -101,8 +101,7 @@ class ClassifierDeployment:
         A request takes them once: another version may accept other images.
         """
         if self.active.production is None:
-            message = self.active.error or NO_VERSION
-            raise Unavailable(message, self.settings.retry_after_s)
+            raise Unavailable(self.active.error or NO_VERSION)
         return self.active
 
     async def decode(
@@ -194,9 +193,7 @@ class ClassifierDeployment:
             async with asyncio.timeout(self.settings.timeout_s):
                 yield
         except TimeoutError:
-            raise Unavailable(
-                f"no answer within {self.settings.timeout_s:g} s", self.settings.retry_after_s
-            ) from None
+            raise Unavailable(f"no answer within {self.settings.timeout_s:g} s") from None
 
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
         seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
@@ -282,7 +279,7 @@ class ClassifierDeployment:
         log.error("version %s is rolled back: %s", model.name, reason)
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(is_store_outage),
-            wait=tenacity.wait_fixed(self.settings.poll_s),
+            wait=tenacity.wait_fixed(POLL_S),
             before_sleep=lambda retry: log.error(
                 "version %s: its end is not stored in the registry yet: %s",
                 model.name,
@@ -324,7 +321,7 @@ class ClassifierDeployment:
         """Load the versions of each change beside the current ones, then switch. Requests under way keep theirs."""
         reported = ""  # why no version could be loaded at the last poll
         while True:
-            await asyncio.sleep(self.settings.poll_s)
+            await asyncio.sleep(POLL_S)
             try:
                 versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
             except Exception as error:  # of any kind: the next poll follows

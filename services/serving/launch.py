@@ -57,11 +57,6 @@ def resolve_settings(args: ServeArgs) -> ServeSection:
     """
     if args.pin and args.run is None:
         raise InputError("--pin needs a RUN to keep")
-    if "watch_images" in args.settings:
-        raise InputError(
-            "--set serve.watch_images: counts at a promotion, not while serving; set it in the run file, and give "
-            "`defuse run` and `defuse promote` again"
-        )
     store = open_store(args.store)
     section = _section_of_production(store) if args.run is None else Run.open(store, args.run).spec.serve
     return with_settings(section, args.settings)

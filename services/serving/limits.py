@@ -29,11 +29,13 @@ from services.settings import read_settings
 
 HEALTH_ROUTES = ("/healthz", "/readyz")
 DOCS_ROUTES = ("/docs", "/openapi.json")
+RETRY_AFTER_S = 1
 FAST_UPLOAD_S = 1.0  # a body that arrives within this time counts as fast, and is never limited
 MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them as ongoing requests
 # The limit by address applies from here on, and where half of the memory for bodies is in use: fewer slow bodies harm
 # nobody, and on a busy machine every body is slow.
 MANY_SLOW_UPLOADS = 128
+MAX_SLOW_UPLOADS = 8  # of one address from there on
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
 # Each piece of a body costs a call from Serve's proxy to a replica, however small it is. After a few small pieces a
@@ -56,10 +58,10 @@ class RejectedInput(RequestError):  # noqa: N818 - the client's error, not a fai
 
 
 class Unavailable(RequestError):  # noqa: N818 - a state of the server
-    """The server cannot answer now: the same request can be answered after `retry_after_s` seconds."""
+    """The server cannot answer now: the same request can be answered after RETRY_AFTER_S seconds."""
 
-    def __init__(self, message: str, retry_after_s: int) -> None:
-        super().__init__(503, message, {"Retry-After": str(retry_after_s)})
+    def __init__(self, message: str) -> None:
+        super().__init__(503, message, {"Retry-After": str(RETRY_AFTER_S)})
 
 
 class UploadLimits:
@@ -68,8 +70,6 @@ class UploadLimits:
     def __init__(self, settings: ServeSection) -> None:
         self._max_bytes = int(settings.max_body_mb * 1e6)
         self._timeout_s = settings.timeout_s
-        self._max_slow = settings.slow_uploads
-        self._retry_after_s = settings.retry_after_s
         self._forwarded_for = read_settings().forwarded_for
         self._slow: Counter[str] = Counter()  # slow uploads by address
         self._memory = self._max_bytes * settings.max_ongoing  # bytes of all bodies
@@ -134,7 +134,7 @@ class _Upload:
         if self._size + len(chunk) > limits._max_bytes:
             raise limits._too_large()
         if len(chunk) > limits._budget:
-            raise Unavailable("too many large bodies at once", limits._retry_after_s)
+            raise Unavailable("too many large bodies at once")
         limits._budget -= len(chunk)
         self._size += len(chunk)
         self._body += chunk
@@ -148,13 +148,13 @@ class _Upload:
         if slow.total() >= MANY_SLOW_UPLOADS or self._limits._is_memory_short():
             self._expect_few_slow(slow[address])
         if slow.total() >= MAX_UPLOADS // 2:
-            raise Unavailable("too many slow bodies at once", self._limits._retry_after_s)
+            raise Unavailable("too many slow bodies at once")
         slow[address] += 1
         self._slow_address = address
 
     def _expect_few_slow(self, others: int) -> None:
         """Raise RejectedInput where too many other slow bodies of this address are arriving."""
-        if others >= self._limits._max_slow:
+        if others >= MAX_SLOW_UPLOADS:
             raise RejectedInput(
                 408,
                 f"the body did not arrive within {FAST_UPLOAD_S:g} s, and {others} other slow bodies from this address "
@@ -204,15 +204,14 @@ class RequestSlots:
         settings = self._settings
         if self._waiting >= settings.max_queued:
             raise Unavailable(
-                f"overloaded: {settings.max_ongoing} requests in progress and {self._waiting} waiting",
-                settings.retry_after_s,
+                f"overloaded: {settings.max_ongoing} requests in progress and {self._waiting} waiting"
             )
         self._waiting += 1
         try:
             async with asyncio.timeout(settings.timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise Unavailable(f"no answer within {settings.timeout_s:g} s", settings.retry_after_s) from None
+            raise Unavailable(f"no answer within {settings.timeout_s:g} s") from None
         finally:
             self._waiting -= 1
 

@@ -318,7 +318,7 @@ class Batcher:
         run: Callable[[list[PredictionRequest]], Awaitable[list[PredictionResult]]],
         settings: ServeSection,
     ) -> None:
-        self._run, self._max_size, self._wait_s = run, settings.batch_size, settings.batch_wait_s
+        self._run, self._max_size = run, settings.batch_size
         self._queue: deque[tuple[PredictionRequest, asyncio.Future[PredictionResult]]] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -338,8 +338,6 @@ class Batcher:
 
     async def _run_batches(self) -> None:
         while self._queue:
-            if self._wait_s and len(self._queue) < self._max_size:
-                await asyncio.sleep(self._wait_s)
             taken = [self._queue.popleft() for _ in range(min(len(self._queue), self._max_size))]
             batch = [(request, future) for request, future in taken if not future.done()]
             results = await self._results([request for request, _ in batch])

@@ -6,12 +6,8 @@ Ray exports the metrics on every node. `defuse serve` asks whether the server th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
-import json
 import logging
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -32,9 +28,6 @@ LINE_STARTS = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") f
 SCRAPE_TIMEOUT_S = 5.0
 ANSWER_S = 5.0  # within which /healthz is answered
 MAX_FAILURES = 3  # in a row
-SWITCH_S = 30.0  # within which replicas load a version
-# no answer, or a proxy's, which is no JSON
-NO_ANSWER = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 # ignores HTTP_PROXY: nodes are near
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -198,46 +191,3 @@ def _answers(url: str) -> bool:
             return bool(reply.status == http.client.OK)
     except (OSError, http.client.HTTPException):  # HTTPError, as of the status 503, is an OSError
         return False
-
-
-class VersionCheck:
-    """Finds that a replica answers with another version than the registry has in production, long after a change."""
-
-    def __init__(self, url: str, token: str | None, log_folder: str) -> None:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._request = urllib.request.Request(f"{url}/v1/model", headers=headers)
-        self._log_folder = log_folder
-        self._since: object = None
-        self._ask_from: float | None = None  # of time.monotonic; None: another version is reported
-
-    def __call__(self, version: int | None, since: object) -> None:
-        """Ask once whether `version`, in production since the change `since`, answers. Warns once for each change."""
-        if since != self._since:
-            self._since, self._ask_from = since, time.monotonic() + SWITCH_S
-        if self._ask_from is None or time.monotonic() < self._ask_from:
-            return
-        found = _answering(self._request)
-        if found not in (None, f"version {version}"):
-            self._ask_from = None
-            log.warning(
-                "version %s is in production, and a replica answers with %s; it still loads the version, or its log, "
-                "in %s of its node, says why not",
-                version,
-                found,
-                self._log_folder,
-            )
-
-
-def _answering(request: urllib.request.Request) -> str | None:
-    """Return what a replica answers with: `version 2`, or `status 503 (why)`; None where it does not say."""
-    try:
-        with DIRECT.open(request, timeout=ANSWER_S) as reply:
-            return f"version {json.load(reply)['version']}"
-    except urllib.error.HTTPError as error:
-        if error.code != http.client.SERVICE_UNAVAILABLE:
-            return None
-        with contextlib.suppress(*NO_ANSWER):
-            return f"status 503 ({json.load(error)['error']})"
-        return None
-    except NO_ANSWER:
-        return None

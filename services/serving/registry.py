@@ -31,8 +31,7 @@ from services.serving.registry_state import (
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
-# in the action of a change that ends a canary or shadow: `ended the canary of version 2`
-ENDED = "ended the "
+POLL_S = 2.0  # between two reads by a server
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
@@ -253,7 +252,7 @@ class Registry:
         """End the canary or shadow; without one, or with `production`, put the previous version back into production.
 
         Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it; without
-        `production` also where none is left because the last change ended it: this was perhaps meant for that one.
+        `production` also where the last change ended a canary or shadow: this was perhaps meant for that one.
         """
         current = self.state()
         beside = None if production else current.canary or current.shadow
@@ -264,8 +263,8 @@ class Registry:
                     f"the canary or shadow of version {beside} ended just now; see `defuse promote` for the new state"
                 )
             return ended
-        by_itself = current.by == AUTHOR and current.action.startswith(ENDED)
-        if not production and (by_itself or f"; {ENDED}" in current.action):
+        before = self._read(current.sequence - 1) if current.sequence > 1 else EMPTY
+        if not production and (before.canary or before.shadow) not in (None, current.production):
             raise InputError(
                 f"the last change has ended a canary or shadow ({current.change_text}); `defuse rollback --production` "
                 f"takes version {current.production} out of production"
@@ -376,7 +375,7 @@ def _compare(
 def _ended_text(state: RegistryState) -> str:
     """Return what the end of the canary or shadow of `state` is called: `ended the canary of version 2`."""
     role = "canary" if state.canary else "shadow"
-    return f"{ENDED}{role} of version {state.canary or state.shadow}"
+    return f"ended the {role} of version {state.canary or state.shadow}"
 
 
 def _ended_too(state: RegistryState, number: int) -> str:

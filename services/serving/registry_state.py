@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from defuse_core.errors import DamagedError, InputError, percent
 from defuse_core.report.evidence_schema import WatchFigures
 
-FORMAT: Final = 5  # of the files of the registry, and of the versions
+FORMAT: Final = 6  # of the files of the registry, and of the versions
 
 
 class VersionInfo(BaseModel):
@@ -49,7 +49,7 @@ class RegistryState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[5]
+    format: Literal[6]
     """FORMAT."""
     sequence: int = 0
     """The number of changes so far."""

@@ -74,6 +74,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
             scenario_after=0.0,
             annotators="nobody",
             made="",
+            clean_images="",
         ),
         checks=(),
         digest=array_digest(classifier),
@@ -89,6 +90,7 @@ def random_candidate(spec: RunFile, scenarios: int = 7) -> Candidate:
         recall=np.ones((count, 2)),
         failures=random_watch(dims),
         components_digest="",
+        judged=np.zeros(count, bool),
     )
 
 
@@ -203,8 +205,7 @@ def compare(proxy: str, server: Server, other: Server, seconds: float) -> list[d
 @contextlib.contextmanager
 def running(folder: Path, proxy: str) -> Iterator[Server]:
     """Run `defuse serve` with one kind of proxy, and its other settings as they are by default."""
-    settings = ("--set", "serve.resize=true", "--set", "serve.poll_s=0.5")
-    arguments = ("--store", str(folder), "--proxy", proxy, *settings)
+    arguments = ("--store", str(folder), "--proxy", proxy, "--set", "serve.resize=true")
     names = ("ray::ServeReplica", "ray::ProxyActor", "haproxy.cfg")
     with tempfile.TemporaryDirectory() as logs, serve_process(Path(logs), *arguments) as process:
         own = descendants(process.process.pid)

@@ -363,6 +363,7 @@ def test_the_path_of_weights_may_change_but_not_whether_there_are_any():
     here, there = (tiny(vae={"weights": f"/{place}/vae.safetensors"}) for place in ("here", "there"))
     assert changed_field(here, there) is None
     assert "vae.weights: None in the run" in str(changed_field(tiny(), here))
+    assert "vae.weights: '/here/vae.safetensors' in the run" in str(changed_field(here, tiny()))
 
 
 @pytest.mark.parametrize("change", [{"data": {"root": "/elsewhere"}}, {"resources": {"workers": 7}}])

@@ -1,4 +1,4 @@
-"""What a run records beside its artefacts: its run file, weights, manifest and who listens."""
+"""What a run records beside its artefacts: its run file, weights and manifest."""
 
 from __future__ import annotations
 
@@ -157,14 +157,6 @@ def test_only_images_that_were_given_in_memory_are_looked_for_in_the_runs_own_fo
         store.write(f"a/{IMAGES}", b"1")
         expected = Path(store.address) / "a" / IMAGES if own else root
         assert Run.open(store, "a").spec.data.root == expected
-
-
-def test_who_listens_is_told_of_each_artefact_once_it_is_stored(store):
-    run, told = Run.start(store, "a", tiny()), []
-    run.listeners.append(lambda: told.append(run.store.exists("psi.safetensors")))
-    for _ in range(2):
-        run.once("identify", Psi, psi)
-    assert told == [True]
 
 
 def test_an_artefact_is_the_same_when_it_is_made_as_when_it_is_loaded(store):

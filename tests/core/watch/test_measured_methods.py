@@ -229,10 +229,10 @@ def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tin
     np.testing.assert_array_equal(batched.tracks, tracked.tracks)
 
 
-def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_models):
-    spec = tiny(serve={"watch_images": 100})
-    train = open_splits(spec.data, spec.seed).train
-    codes, labels = training_codes(spec, load_vae(tiny_spec, tiny_models.vae), train)
+def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_models, monkeypatch):
+    monkeypatch.setattr("defuse_core.watch.scenario_regions.WATCH_IMAGES", 100)
+    train = open_splits(tiny_spec.data, tiny_spec.seed).train
+    codes, labels = training_codes(tiny_spec, load_vae(tiny_spec, tiny_models.vae), train)
     assert len(codes) == len(labels) == 100 < len(train)
     assert not np.array_equal(labels, train.labels[:100])
 

@@ -29,7 +29,7 @@ from tests.ports import free_port
 from tests.waiting import wait_until
 
 NO_ACCESS_LOG = {"enable_access_log": False}  # as in services/serving/app.py
-LIGHT = {"cpus_per_replica": 0.1, "poll_s": 0.2, "timeout_s": 60.0}  # many replicas on two cores, both busy
+LIGHT = {"cpus_per_replica": 0.1, "timeout_s": 60.0}  # many replicas on two cores, both busy
 
 
 @pytest.fixture(scope="session")

@@ -237,7 +237,7 @@ def test_a_load_that_failed_is_repeated_after_pauses_that_grow_or_where_file_or_
     store, put, monkeypatch
 ):
     put(1)
-    watcher = watcher_of(store, poll_s=2.0)
+    watcher = watcher_of(store)
     begun = watcher.load_initial()
     now, loads, load = [0.0], [], watcher.registry.load
     monkeypatch.setattr("services.serving.active_versions.time.monotonic", lambda: now[0])

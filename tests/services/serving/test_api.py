@@ -150,15 +150,8 @@ def test_a_body_of_100_mb_is_rejected_before_it_is_read(app):
     assert app.http.get("/readyz").status_code == 200
 
 
-@pytest.fixture(scope="module")
-def hurried(serving, planted):
-    """An application whose batches wait longer than its timeout."""
-    return serving(
-        planted, run="first", pin=True, batch_size=4, batch_wait_s=1, timeout_s=0.8, retry_after_s=2
-    )
-
-
-def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
+def test_a_body_that_does_not_arrive_in_time_is_answered_408(serving, planted):
+    hurried = serving(planted, run="first", pin=True, timeout_s=0.8)
     head = f"POST {hurried.predict} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", hurried.port), timeout=60) as raw:
         raw.sendall(head.encode() + b"\0" * 10)
@@ -166,12 +159,6 @@ def test_a_body_that_does_not_arrive_in_time_is_answered_408(hurried):
         while b"}" not in reply and (more := raw.recv(4096)):
             reply += more
     assert b"408" in reply.split(b"\r\n")[0] and b"did not arrive within 0.8 s" in reply
-
-
-def test_an_answer_that_takes_too_long_is_503_with_retry_after(hurried, pictures):
-    reply = hurried.http.post("/v1/predict", content=pictures[0], headers=IMAGE)
-    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
-    assert reply.json() == {"error": "no answer within 0.8 s"}
 
 
 def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatch):

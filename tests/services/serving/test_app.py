@@ -37,7 +37,6 @@ def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):
         ({"batch": 3}, r"serve\.batch: "),
         ({"batch_size": 0}, r"serve\.batch_size: "),
         ({"min_replicas": 3}, "exceeds max_replicas"),
-        ({"watch_images": 500}, "--set serve.watch_images: counts at a promotion"),
     ],
 )
 def test_an_invalid_setting_is_named(planted, settings, words):
@@ -115,10 +114,8 @@ def test_serve_build_writes_the_application(planted, tmp_path, monkeypatch):
 
 
 def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
-    settings = ServeSection(
-        min_replicas=2, max_replicas=5, target_ongoing=3, gpus_per_replica=0.25, max_queued=7
-    )
+    settings = ServeSection(min_replicas=2, max_replicas=5, gpus_per_replica=0.25, max_queued=7)
     asked = classifier_deployment(settings)
     scaling = asked._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 16)
     assert asked.ray_actor_options["num_gpus"] == 0.25 and asked.max_queued_requests == 7

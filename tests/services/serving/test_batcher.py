@@ -85,22 +85,6 @@ def test_a_batch_takes_the_oldest_requests_up_to_its_size():
     assert batched(5, batch_size=64) == [[[0], [1], [2], [3], [4]]]
 
 
-def test_a_batch_that_is_not_full_waits_for_more(monkeypatch):
-    slept: list[float] = []
-    sleep = asyncio.sleep
-
-    async def noted(seconds: float) -> None:
-        slept.append(seconds)
-        await sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", noted)
-    batched(3, batch_size=2, batch_wait_s=0.5)
-    assert [seconds for seconds in slept if seconds] == [0.5, 0.5]  # before the third, and before the last
-    slept.clear()
-    batched(3, batch_size=2)
-    assert not any(slept)
-
-
 def test_an_error_of_a_whole_batch_is_the_result_of_each_of_its_requests():
     async def run(batch: list[PredictionRequest]) -> list[PredictionResult]:
         raise RuntimeError("no thread")

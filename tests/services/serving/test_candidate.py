@@ -65,7 +65,6 @@ def test_a_candidate_is_kept_for_the_artefacts_limits_and_settings_that_it_was_m
                 "resize": True,
                 "watch": False,
                 "watch_share": 0.2,
-                "watch_images": 200,
                 "failure_threshold": 0.4,
                 "failure_recall": 0.4,
                 "precision": "bfloat16",
@@ -83,11 +82,11 @@ def test_a_candidate_is_kept_for_the_artefacts_limits_and_settings_that_it_was_m
             }.items()
         ),
     ]
-    for section, field in {"serve": {"poll_s": 9.0}, "resources": {"workers": 3}}.items():
+    for section, field in {"serve": {"timeout_s": 9.0}, "resources": {"workers": 3}}.items():
         assert _key(spec_with(section, **field), made) == key  # of the server, or of the machines
     monkeypatch.setattr(candidate_module, "FORMAT", candidate_module.FORMAT + 1)
     others.append(_key(sample_spec(), made))
-    assert len({key, *others}) == 1 + len(others) == 14
+    assert len({key, *others}) == 1 + len(others) == 13
 
 
 def candidate_of(spec: RunFile) -> Candidate:
@@ -98,7 +97,7 @@ def candidate_of(spec: RunFile) -> Candidate:
         classes=("a", "b"),
         classifier=WEIGHTS,
         vae=WEIGHTS,
-        summary=CorrectionSummary(1.0, 2, "test", 0.9, 0.9, 0.1, 0.9, "people", "now"),
+        summary=CorrectionSummary(1.0, 2, "test", 0.9, 0.9, 0.1, 0.9, "people", "now", ""),
         checks=(Check("finite", True, "all"), Check("improvement", False, "none")),
         digest="",
         scenario=np.array([0, 3]),
@@ -113,6 +112,7 @@ def candidate_of(spec: RunFile) -> Candidate:
         recall=per_level,
         failures=sample_watch(images=40),
         components_digest="c",
+        judged=np.zeros(2, bool),
     )
 
 

@@ -223,7 +223,8 @@ def test_a_canary_whose_end_cannot_be_stored_is_remembered_until_it_is(own_store
     put(own_store, "first")
     second = prepare_candidate(Run.open(own_store, "second"))[1]
     promote(Registry(own_store), second, PromotionRequest("ana", "", canary=0.999))
-    replica = new_replica(own_store, poll_s=0.1)
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.1)
+    replica = new_replica(own_store)
     assert replica.active.names() == {"production": "1", "canary": "2"}
     monkeypatch.setattr(CanaryStatistics, "reason_to_end", lambda *_: "too slow")
     end_canary, calls = replica.watcher.registry.end_canary, []
@@ -329,10 +330,11 @@ def test_the_registry_is_not_polled_after_the_block_ends_with_an_error(own_store
 
 
 def test_a_registry_that_stays_lost_is_logged_once_and_the_version_goes_on_answering(
-    own_store, pictures, caplog
+    own_store, pictures, caplog, monkeypatch
 ):
     put(own_store, "first")
-    replica = new_replica(own_store, poll_s=0.01)
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
+    replica = new_replica(own_store)
     for key in own_store.list("registry/"):
         own_store.delete(key)
     asked: list[RegistryState] = []

@@ -36,14 +36,7 @@ from tests.waiting import wait_until
 def test_defuse_serve_listens_on_loopback_requires_the_token_replaces_a_killed_replica_and_stops_on_a_signal(
     own_store, short_folder
 ):
-    options = (
-        "--store",
-        own_store.address,
-        "--set",
-        "serve.cpus_per_replica=0.5",
-        "--set",
-        "serve.poll_s=0.2",
-    )
+    options = ("--store", own_store.address, "--set", "serve.cpus_per_replica=0.5")
     with serve_process(short_folder, "first", *options) as running:
         _check_authentication(running.http)
         assert listening_addresses(running.port) == {"0100007F"}

@@ -81,7 +81,7 @@ class SlowClients(threading.Thread):
 
 def test_an_overloaded_server_is_unavailable_and_rejects_no_input():
     async def second_request() -> None:
-        slots = RequestSlots(ServeSection(max_ongoing=1, max_queued=0, retry_after_s=3))
+        slots = RequestSlots(ServeSection(max_ongoing=1, max_queued=0))
         with contextlib.ExitStack() as held:
             await slots.acquire(held)
             await slots.acquire(held)
@@ -89,7 +89,7 @@ def test_an_overloaded_server_is_unavailable_and_rejects_no_input():
     with pytest.raises(Unavailable, match="overloaded: 1 requests in progress") as raised:
         asyncio.run(second_request())
     assert not isinstance(raised.value, RejectedInput)
-    assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "3"})
+    assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "1"})
 
 
 def test_bodies_count_until_their_requests_end_also_while_these_wait_for_a_slot():

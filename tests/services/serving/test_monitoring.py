@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,7 +19,6 @@ from services.serving.app import registry_changes
 from services.serving.monitoring import (
     MAX_FAILURES,
     LivenessCheck,
-    VersionCheck,
     _scrape,
     merge_pages,
     metrics_page,
@@ -133,47 +130,6 @@ def test_failures_that_are_not_in_a_row_do_not_add_up(monkeypatch):
         check()
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "found"),
-    [
-        (200, {"version": "2"}, "version 2"),
-        (503, {"error": "it cannot be loaded"}, r"status 503 \(it cannot be loaded\)"),
-        (200, {"version": "3"}, None),
-        (401, {"error": "expected the token"}, None),
-    ],
-)
-def test_a_replica_that_does_not_follow_a_promotion_is_one_warning_that_names_the_logs(
-    tmp_path, monkeypatch, caplog, status, body, found
-):
-    class Replica(Healthy):
-        def do_GET(self) -> None:
-            asked.append((self.path, self.headers["Authorization"]))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-    asked: list[tuple[str, str]] = []
-    registry, waits = Registry(FolderStore(tmp_path)), ManyWaits()
-    registry.change("version 1 to production", "ana", "", lambda _: {"production": 1})
-
-    def promote() -> None:
-        if waits.waits == 3:
-            assert not asked  # a server of a run answers with that run until then
-            registry.change("version 3 to production", "ana", "", lambda _: {"production": 3})
-
-    monkeypatch.setattr("services.serving.monitoring.SWITCH_S", 0.0)
-    with serving(Replica) as url:
-        check = VersionCheck(url, "secret", "/tmp/ray/logs")
-        list(registry_changes(registry, waits, 0, check=promote, has_model=True, check_version=check))
-    assert set(asked) == {("/v1/model", "Bearer secret")}
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (found is not None) and len(asked) == (1 if found else 8)
-    if found:
-        assert re.match(
-            f"version 3 is in production, and a replica answers with {found}; .* /tmp/ray/logs", told[0]
-        )
-
-
 def test_the_pages_of_several_nodes_become_one_page_with_one_header_per_metric():
     head = "# HELP ray_defuse_images_total x\n# TYPE ray_defuse_images_total counter\n"
     page = head + 'ray_defuse_images_total{n="%d"} 1.0\n# HELP other y\nother 2\n'
@@ -255,9 +211,10 @@ def test_a_node_that_dies_within_its_answer_is_left_out(reply):
 
 
 def test_the_gauges_are_set_again_between_two_polls(own_store, monkeypatch):
-    """Ray forgets a gauge that is not set for 20 s, and serve.poll_s may be longer."""
+    """Ray forgets a gauge that is not set for 20 s, as while a store does not answer."""
     put(own_store, "first")
-    replica, roles = new_replica(own_store, poll_s=60.0), []
+    replica, roles = new_replica(own_store), []
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 60.0)
     monkeypatch.setattr("services.serving.deployment.GAUGES_S", 0.01)
     monkeypatch.setattr(replica.metrics, "set_roles", lambda before, now: roles.append(now))
 

@@ -303,8 +303,8 @@ def test_anything_else_is_no_share(text):
 @pytest.mark.parametrize(
     ("state", "found"),
     [
-        ({"format": 2}, "/changes/000001.json: .* of format 5, found format 2; "),
-        ({"sequence": 1}, "/changes/000001.json: .* of format 5, found none; "),
+        ({"format": 2}, "/changes/000001.json: .* of format 6, found format 2; "),
+        ({"sequence": 1}, "/changes/000001.json: .* of format 6, found none; "),
     ],
 )
 def test_a_registry_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(registry, state, found):
@@ -315,7 +315,7 @@ def test_a_registry_of_an_older_format_is_refused_in_one_line_that_says_what_to_
 
 
 def test_a_damaged_state_is_an_error_that_names_the_file(registry):
-    registry.store.write("changes/000001.json", b'{"format": 5, "sequence": "one"}')
+    registry.store.write("changes/000001.json", b'{"format": 6, "sequence": "one"}')
     with pytest.raises(DamagedError, match=r"changes/000001\.json: .*valid integer.*; restore the file"):
         registry.state()
 

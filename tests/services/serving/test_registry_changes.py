@@ -110,7 +110,6 @@ def test_a_run_that_is_less_accurate_than_production_is_promoted_only_with_a_rea
     [
         ("a", "b", "it was measured on other images"),
         ("", "", "it was measured on images on which a classifier was probably trained"),
-        ("a", None, "an older Defuse did not store on which images that was measured; promote its run again"),
     ],
 )
 def test_accuracies_on_other_images_are_not_compared_and_a_line_says_why(
@@ -206,14 +205,18 @@ def test_rollbacks_go_back_one_version_each_and_verify_that_one(registry, candid
     assert verified == ["run-3", "run-2", "run-1"]
 
 
-def test_a_rollback_right_after_a_replica_ended_its_canary_leaves_production_unless_that_is_meant(
-    registry, candidates
+@pytest.mark.parametrize("role", [CANARY, SHADOW])
+@pytest.mark.parametrize("by", ["defuse serve", "cy"])
+def test_a_rollback_right_after_its_canary_was_ended_leaves_production_unless_that_is_meant(
+    registry, candidates, role, by
 ):
     for candidate in candidates[:2]:
         promote(registry, candidate, ANA)
-    promote(registry, candidates[2], PromotionRequest("ana", "", canary=0.1))
-    registry.end_canary(3, "defuse serve", "it failed")
-    with pytest.raises(InputError, match=r"ended the canary of version 3 .*\(it failed\); .* --production"):
+    promote(registry, candidates[2], role)
+    registry.end_canary(3, by, "it failed")
+    with pytest.raises(
+        InputError, match=r"ended the (canary|shadow) of version 3 .*\(it failed\); .* --production"
+    ):
         registry.roll_back("bo", "")
     assert registry.state().production == 2
     assert registry.roll_back("bo", "", production=True).production == 1

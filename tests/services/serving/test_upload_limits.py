@@ -60,7 +60,7 @@ def test_a_body_up_to_the_limit_is_received_and_one_above_it_is_not_whatever_its
 
 
 def test_bodies_that_do_not_fit_into_the_memory_are_tried_again_later():
-    uploads = UploadLimits(ServeSection(max_body_mb=1, max_ongoing=2, retry_after_s=7))
+    uploads = UploadLimits(ServeSection(max_body_mb=1, max_ongoing=2))
 
     async def receive() -> Unavailable:
         with (
@@ -77,7 +77,7 @@ def test_bodies_that_do_not_fit_into_the_memory_are_tried_again_later():
             assert await uploads.receive(request([MB[:-1]]), third) == MB[:-1]
             return refused.value
 
-    assert asyncio.run(receive()).headers == {"Retry-After": "7"}
+    assert asyncio.run(receive()).headers == {"Retry-After": "1"}
 
 
 def test_a_client_that_disconnects_is_no_end_of_its_body():
@@ -128,9 +128,14 @@ def test_a_body_has_the_whole_time_from_its_beginning_on(deadlines, monkeypatch)
     ],
 )
 def test_a_slow_body_is_refused_where_many_are_slow_and_some_of_its_address(slow, words, monkeypatch):
-    for name, value in (("FAST_UPLOAD_S", 0.1), ("MANY_SLOW_UPLOADS", 3), ("MAX_UPLOADS", 8)):
+    for name, value in (
+        ("FAST_UPLOAD_S", 0.1),
+        ("MANY_SLOW_UPLOADS", 3),
+        ("MAX_SLOW_UPLOADS", 2),
+        ("MAX_UPLOADS", 8),
+    ):
         monkeypatch.setattr(limits, name, value)
-    uploads = UploadLimits(ServeSection(timeout_s=0.2, slow_uploads=2))
+    uploads = UploadLimits(ServeSection(timeout_s=0.2))
     uploads._slow = Counter(slow)
     with pytest.raises(RequestError, match=words) as refused:
         received(uploads, request([b"a", NEVER]))
@@ -141,7 +146,8 @@ def test_a_slow_body_is_refused_where_many_are_slow_and_some_of_its_address(slow
 @pytest.mark.parametrize("chunks", [[MB[:-1], NEVER], [b"a", MB[2:], NEVER]])  # the rest once they are slow
 def test_slow_bodies_of_one_address_leave_half_of_the_memory_to_others(chunks, monkeypatch):
     monkeypatch.setattr(limits, "FAST_UPLOAD_S", 0.05)
-    uploads = UploadLimits(ServeSection(max_body_mb=1, max_ongoing=8, slow_uploads=2, timeout_s=60))
+    monkeypatch.setattr(limits, "MAX_SLOW_UPLOADS", 2)
+    uploads = UploadLimits(ServeSection(max_body_mb=1, max_ongoing=8, timeout_s=60))
 
     async def receive(sent: Request) -> bytes:
         with contextlib.ExitStack() as held:
@@ -190,12 +196,12 @@ def test_requests_above_the_limit_wait_in_a_queue_that_is_limited_too():
 
 def test_a_request_waits_for_its_slot_as_long_as_for_an_answer():
     async def requests() -> None:
-        slots = RequestSlots(ServeSection(max_ongoing=1, max_queued=1, timeout_s=0.05, retry_after_s=7))
+        slots = RequestSlots(ServeSection(max_ongoing=1, max_queued=1, timeout_s=0.05))
         with contextlib.ExitStack() as held:
             await slots.acquire(held)
             for _ in range(2):  # a request that gave up does not wait any more
                 with pytest.raises(Unavailable, match=r"no answer within 0\.05 s") as refused:
                     await slots.acquire(contextlib.ExitStack())
-                assert refused.value.headers == {"Retry-After": "7"}
+                assert refused.value.headers == {"Retry-After": "1"}
 
     asyncio.run(asyncio.wait_for(requests(), 30))
