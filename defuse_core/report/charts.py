@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from defuse_core.artifacts import F64, Models
 from defuse_core.evaluation.health import COLLAPSED_BELOW
-from defuse_core.report.formatting import lam_ranges, lam_text
+from defuse_core.report.formatting import lam_text
 from defuse_core.report.schema import Report, TradeOff
 
 INK, MUTED, LINE, PAPER = "#1c2330", "#667084", "#dfe3ea", "#ffffff"
@@ -49,9 +49,6 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "defuse",
     "text.parse_math": False,  # the name of a class may contain $
 }
-CLOSE = 0.045  # of the picture's width: points nearer than this share one label
-# Directions from a point to its label.
-SPOTS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 WIDE = 10.4  # inches, of a picture as wide as the page
 SERIES = {  # column of a history -> name, colour, unit
     "loss": ("training loss", ACCENT, "nats per image"),
@@ -62,7 +59,7 @@ SERIES = {  # column of a history -> name, colour, unit
 
 
 def draw_tradeoff(report: Report) -> Figure | None:
-    """Return Figure 5 as a scatter plot. Neighbouring points share one label, such as `10⁻⁷ – 0.1`."""
+    """Return Figure 5 as a scatter plot, in which the chosen λ is named."""
     split, rows = clean_split(report)
     if not rows:
         return None
@@ -71,13 +68,15 @@ def draw_tradeoff(report: Report) -> Figure | None:
     before = _before(report, split)  # (0 or 1, 2)
     ax.scatter(before[:, 0], before[:, 1], s=34, marker="D", facecolors=PAPER, edgecolors=MUTED, zorder=3)
     ax.scatter(points[:, 0], points[:, 1], s=26, color=ACCENT, alpha=0.55, linewidths=0, zorder=3)
-    for row, (x, y) in zip(rows, points, strict=True):
+    for row, point in zip(rows, points, strict=True):
         if row.chosen:
-            ax.scatter(x, y, s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+            ax.scatter(*point, s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+            _write_beside(ax, f"λ = {lam_text(row.lam)}", point, 7, color=INK, fontweight="bold")
+    for point in before:
+        _write_beside(ax, "before", point, -6, color=MUTED)
     ax.set(xlabel="accuracy on held-out scenario images", ylabel=f"accuracy on the {split} set")
     ax.margins(0.14)
     _percent(6, ax.xaxis, ax.yaxis)
-    _label(figure, ax, rows, points, before)
     return figure
 
 
@@ -109,62 +108,6 @@ def _percent(bins: int, *axes: Axis) -> None:
         low, high = axis.get_view_interval()
         digits = 0 if high - low > 0.06 else 1 if high - low > 0.006 else 2
         axis.set_major_formatter(FuncFormatter(lambda value, _, digits=digits: f"{100 * value:.{digits}f} %"))
-
-
-def clusters(points: F64, close: float) -> list[list[int]]:
-    """Return groups of row indices whose members are linked by gaps of at most `close`."""
-    from scipy.sparse.csgraph import connected_components
-    from scipy.spatial.distance import cdist
-
-    count, group = connected_components(cdist(points, points) <= close)
-    return [np.flatnonzero(group == number).tolist() for number in range(count)]
-
-
-def _label(figure: Figure, ax: Axes, rows: Sequence[TradeOff], points: F64, before: F64) -> None:
-    """Write λ beside each cluster, where it covers neither a point nor another label."""
-    figure.draw_without_rendering()
-    pixels, start = ax.transData.transform(points), ax.transData.transform(before)
-    frame = ax.get_window_extent()
-    unit = figure.dpi / 72
-    inside = (frame.x0, frame.y0, frame.x1, frame.y1)
-    taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in (*pixels, *start)]
-    lams = [row.lam for row in rows]
-    notes = [("before", start, False)] if len(start) else []
-    for group in sorted(clusters(pixels / frame.width, CLOSE), key=len):
-        notes.append(("λ " + lam_ranges(lams, group), pixels[group], any(rows[i].chosen for i in group)))
-    for text, marks, bold in notes:
-        size = ((len(text) * 0.6 + 1) * SMALL * unit, SMALL * 1.4 * unit)
-        box, at = _free_spot(marks, size, taken, inside, 7 * unit)
-        taken.append(box)
-        x, y = ax.transData.inverted().transform(at)
-        colour, weight = (INK, "bold") if bold else (MUTED, "normal")
-        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "fontweight": weight}
-        ax.text(x, y, text, color=colour, zorder=5, **style)
-
-
-Box = tuple[float, float, float, float]
-
-
-def _free_spot(
-    group: F64, size: tuple[float, float], taken: list[Box], frame: Box, gap: float
-) -> tuple[Box, F64]:
-    """Return the box beside the group, inside the frame, that overlaps least with `taken`; the first of equals."""
-    low, high = group.min(axis=0), group.max(axis=0)
-    centre, half = (low + high) / 2, np.array(size) / 2
-    found: list[tuple[float, int, Box, F64]] = []
-    for order, (dx, dy) in enumerate((*SPOTS, *((2.6 * x, 2.6 * y) for x, y in SPOTS))):
-        step = np.array([dx, dy])
-        at = centre + step * ((high - low) / 2 + gap) + np.sign(step) * half * np.array([1, 1 if dy else 0])
-        at = np.clip(at, (frame[0] + half[0], frame[1] + half[1]), (frame[2] - half[0], frame[3] - half[1]))
-        box = (at[0] - half[0], at[1] - half[1], at[0] + half[0], at[1] + half[1])
-        found.append((sum(_overlap(box, other) for other in taken), order, box, at))
-    _, _, box, at = min(found, key=lambda spot: spot[:2])
-    return box, at
-
-
-def _overlap(a: Box, b: Box) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
 
 
 def draw_lambdas(report: Report) -> Figure | None:
@@ -206,16 +149,18 @@ def draw_kl(report: Report) -> Figure:
     ax.margins(x=0.02, y=0.14)
     if len(kl) <= 40:
         for place, value in enumerate(kl[order]):
-            _write_above(ax, place, value, SMALL if len(kl) <= 24 else SMALL - 1.5)
+            colour = MUTED if value >= COLLAPSED_BELOW else WRONG
+            size = SMALL if len(kl) <= 24 else SMALL - 1.5
+            _write_beside(ax, f"{value:.2f}", np.array([place, value]), 2, color=colour, fontsize=size)
     _numbered(ax, [str(i) for i in order])
     ax.set(xlabel="latent dimension", ylabel="KL to the prior, nats")
     return figure
 
 
-def _write_above(ax: Axes, place: int, value: float, size: float) -> None:
-    text, colour = f"{value:.2f}", MUTED if value >= COLLAPSED_BELOW else WRONG
-    above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-    ax.annotate(text, (place, value), fontsize=size, color=colour, **above)
+def _write_beside(ax: Axes, text: str, point: F64, up: float, **style: Any) -> None:
+    """Write a text above the point, (2,), at a distance of `up` in 1/72 inch; below it where that is negative."""
+    style = {"fontsize": SMALL, "ha": "center", "va": "bottom" if up > 0 else "top"} | style
+    ax.annotate(text, (point[0], point[1]), xytext=(0, up), textcoords="offset points", **style)
 
 
 def draw_weights(report: Report) -> Figure:

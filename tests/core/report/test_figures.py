@@ -12,7 +12,7 @@ from sample_findings import sample_findings, sample_run
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
-from defuse_core.report.charts import ACCENT, LINE, MUTED, RIGHT, WRONG, clusters, draw_weights
+from defuse_core.report.charts import ACCENT, LINE, MUTED, RIGHT, WRONG, draw_weights
 from defuse_core.report.figures import draw_gallery_rows, move_apart
 
 
@@ -82,8 +82,3 @@ def test_marks_that_coincide_are_moved_apart():
     gaps = np.linalg.norm(moved[:, None] - moved[None], axis=2)[np.triu_indices(4, 1)]
     assert gaps.min() > 9.5
     assert np.abs(moved[3] - points[3]).max() < 0.01
-
-
-def test_points_linked_by_small_gaps_are_one_cluster():
-    points = np.array([[0.0, 0], [5, 0], [0.9, 0], [1.8, 0]])
-    assert clusters(points, 1.0) == [[0, 2, 3], [1]]
