@@ -228,7 +228,7 @@ def test_the_page_says_whether_failing_inputs_are_found(tmp_path: Path, separati
     page = Page(run.store.read("report.html").decode())
     assert report.watch is not None and (report.watch.method is None) == words.startswith("No method")
     text = " ".join(" ".join(page.words).split())
-    assert "Finding failing inputs" in text and words in text and "scenario distance" in text
+    assert "Finding failing inputs" in text and words in text and "All methods" in text
 
 
 @pytest.mark.usefixtures("no_figures")
