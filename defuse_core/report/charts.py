@@ -1,7 +1,7 @@
 """The charts of a report, and the style of all its pictures.
 
-Charts are Figure 5, learning curves, KL per latent dimension and mixture weights. Pictures are drawn with matplotlib
-objects, without pyplot's global state, and rendered as PNG and SVG.
+Charts are Figure 5 and KL per latent dimension. Pictures are drawn with matplotlib objects, without pyplot's global
+state, and rendered as PNG and SVG.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from defuse_core.artifacts import F64, Models
+from defuse_core.artifacts import F64
 from defuse_core.evaluation.health import COLLAPSED_BELOW
 from defuse_core.report.formatting import lam_text
 from defuse_core.report.schema import Report, TradeOff
@@ -48,13 +47,6 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "defuse",
     "text.parse_math": False,  # the name of a class may contain $
-}
-WIDE = 10.4  # inches, of a picture as wide as the page
-SERIES = {  # column of a history -> name, colour, unit
-    "loss": ("training loss", ACCENT, "nats per image"),
-    "validation": ("validation accuracy", INK, "share of images"),
-    "reconstruction": ("reconstruction", ACCENT, "nats per image"),
-    "kl": ("KL to the prior", INK, "nats per image"),
 }
 
 
@@ -143,7 +135,7 @@ def draw_kl(report: Report) -> Figure:
     """Return the KL of each latent dimension, largest first; figures of collapsed dimensions are red."""
     kl = np.array(report.vae.kl_per_dimension)
     order = np.argsort(-kl, kind="stable")
-    figure, (ax,) = new_figure(WIDE, 2.2)
+    figure, (ax,) = new_figure(10.4, 2.2)
     places = np.arange(len(kl))
     ax.bar(places, kl[order], color=ACCENT, width=0.7)
     ax.margins(x=0.02, y=0.14)
@@ -152,7 +144,9 @@ def draw_kl(report: Report) -> Figure:
             colour = MUTED if value >= COLLAPSED_BELOW else WRONG
             size = SMALL if len(kl) <= 24 else SMALL - 1.5
             _write_beside(ax, f"{value:.2f}", np.array([place, value]), 2, color=colour, fontsize=size)
-    _numbered(ax, [str(i) for i in order])
+    step = -(-len(kl) // 32)
+    ax.set_xticks(places[::step], [str(i) for i in order[::step]])
+    ax.grid(visible=False, axis="x")
     ax.set(xlabel="latent dimension", ylabel="KL to the prior, nats")
     return figure
 
@@ -161,58 +155,6 @@ def _write_beside(ax: Axes, text: str, point: F64, up: float, **style: Any) -> N
     """Write a text above the point, (2,), at a distance of `up` in 1/72 inch; below it where that is negative."""
     style = {"fontsize": SMALL, "ha": "center", "va": "bottom" if up > 0 else "top"} | style
     ax.annotate(text, (point[0], point[1]), xytext=(0, up), textcoords="offset points", **style)
-
-
-def draw_weights(report: Report) -> Figure:
-    """Return the weights of the mixture, largest first; components kept for review are blue."""
-    weights = np.array(report.mixture.weights)
-    figure, (ax,) = new_figure(WIDE, 2.2)
-    kept = np.zeros(len(weights), np.bool_)
-    for weight, count in Counter(scenario.weight for scenario in report.scenarios.list).items():
-        kept[np.flatnonzero(weights == weight)[:count]] = True  # components of equal weight look the same
-    ax.bar(np.arange(len(weights)), weights, color=np.where(kept, ACCENT, LINE).tolist(), width=0.8)
-    ax.set(xlabel="components, largest weight first", ylabel="weight")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ax.grid(visible=False, axis="x")
-    ax.margins(x=0.01)
-    return figure
-
-
-def _numbered(ax: Axes, names: list[str]) -> None:
-    step = -(-len(names) // 32)
-    ax.set_xticks(range(0, len(names), step), names[::step])
-    ax.grid(visible=False, axis="x")
-
-
-def draw_curves(models: Models) -> Figure | None:
-    """Return the learning curves, or None where both models are pretrained."""
-    panels = [
-        (title, history, column)
-        for title, history in (("classifier", models.classifier_history), ("β-VAE", models.vae_history))
-        for column in SERIES
-        if history and getattr(history[-1], column, None) is not None
-    ]
-    if not panels:
-        return None
-    figure, axes = new_figure(WIDE * min(1, len(panels) / 4), 2.2, columns=len(panels))
-    for ax, (title, history, column) in zip(axes, panels, strict=True):
-        name, colour, unit = SERIES[column]
-        epochs, values = [row.epoch for row in history], [getattr(row, column) for row in history]
-        ax.plot(
-            epochs,
-            values,
-            color=colour,
-            linewidth=1.6,
-            marker="o" if len(values) < 12 else "",
-            markersize=3.5,
-        )
-        set_title(ax, f"{title}: {name}")
-        ax.set(xlabel="epoch", ylabel=unit)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if column == "validation":
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
-    return figure
 
 
 def new_figure(width: float, height: float, columns: int = 1, **options: object) -> tuple[Figure, list[Axes]]:

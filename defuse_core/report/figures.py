@@ -27,11 +27,9 @@ from defuse_core.report.charts import (
     SMALL,
     STYLE,
     WRONG,
-    draw_curves,
     draw_kl,
     draw_lambdas,
     draw_tradeoff,
-    draw_weights,
     hide_axes,
     new_figure,
 )
@@ -56,8 +54,6 @@ def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dic
             "scenarios": draw_gallery_rows(report, found, evaluation, accepted=True),
             "rejected": draw_gallery_rows(report, found, evaluation, accepted=False),
             "kl": draw_kl(report),
-            "weights": draw_weights(report),
-            "curves": draw_curves(found.models),
         }
     return {name: figure for name, figure in figures.items() if figure is not None}
 

@@ -28,7 +28,7 @@ from defuse_core.report.charts import svg
 from defuse_core.report.correction_notices import may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
-IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
+IN_PAGE = ("tradeoff", "lambdas", "latent", "kl")
 PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50

@@ -12,7 +12,7 @@ from sample_findings import sample_findings, sample_run
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
-from defuse_core.report.charts import ACCENT, LINE, MUTED, RIGHT, WRONG, draw_weights
+from defuse_core.report.charts import MUTED, RIGHT, WRONG
 from defuse_core.report.figures import draw_gallery_rows, move_apart
 
 
@@ -21,7 +21,7 @@ def test_pictures_are_written_beside_the_page(tmp_path: Path):
     write_report(
         run, *sample_findings(3, 2, classes=("a $\\frac{", "b & c", "[bold]", "long name"), images=3)
     )
-    names = {"tradeoff", "lambdas", "latent", "scenarios", "rejected", "kl", "weights", "curves"}
+    names = {"tradeoff", "lambdas", "latent", "scenarios", "rejected", "kl"}
     assert set(run.store.list("figures/")) == {f"figures/{name}.png" for name in names}
     assert all(run.store.read(key).startswith(b"\x89PNG") for key in run.store.list("figures/"))
 
@@ -53,27 +53,6 @@ def test_where_nothing_was_corrected_an_image_has_one_answer(tmp_path: Path):
     texts = figure.axes[0].texts
     assert len([text for text in texts if text.get_bbox_patch() is not None]) == 4
     assert any("answer before; " in text.get_text() for text in texts)
-
-
-def test_a_heavy_component_that_is_not_reviewed_is_grey(tmp_path: Path):
-    report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
-    heaviest = max(report.scenarios.list, key=lambda scenario: scenario.weight)
-    rest = [scenario for scenario in report.scenarios.list if scenario is not heaviest]
-    listed = report.scenarios.model_copy(update={"list": rest})
-    bars = draw_weights(report.model_copy(update={"scenarios": listed})).axes[0].patches
-    colours = {bar.get_height(): bar.get_facecolor() for bar in bars}
-    assert colours.pop(heaviest.weight) == to_rgba(LINE)
-    assert {colours[scenario.weight] for scenario in rest} == {to_rgba(ACCENT)}
-
-
-def test_a_component_that_is_not_reviewed_is_grey_beside_one_of_the_same_weight(tmp_path: Path):
-    report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
-    weights = report.mixture.weights
-    twice = report.mixture.model_copy(update={"weights": (weights[0], *weights)})
-    bars = draw_weights(report.model_copy(update={"mixture": twice})).axes[0].patches
-    colours = [bar.get_facecolor() for bar in bars if bar.get_height() == weights[0]]
-    assert sorted(colours) == sorted([to_rgba(ACCENT), to_rgba(LINE)])
-    assert sum(bar.get_facecolor() == to_rgba(ACCENT) for bar in bars) == 3
 
 
 def test_marks_that_coincide_are_moved_apart():
