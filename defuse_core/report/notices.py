@@ -5,7 +5,6 @@ from __future__ import annotations
 from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of, no_lambda_chosen, percent
 from defuse_core.report.correction_notices import (
-    another_lambda_fixes_more,
     costs_a_class,
     no_better_than_baseline,
     no_better_than_plain_training,
@@ -285,7 +284,6 @@ def caveats(report: Report, correct: CorrectSection) -> list[str]:
         uncompared_models(report),
         made_worse(report),
         costs_a_class(report, correct),
-        another_lambda_fixes_more(report, correct),
         *([] if worse_judges(report) else [notice(report) for notice in judged]),
         nobody_judged(report),
         answered_by_models(report),
