@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import CorrectSection, RunFile, dump_run_file
@@ -24,11 +23,9 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting, notices
-from defuse_core.report.charts import svg
 from defuse_core.report.correction_notices import may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
-IN_PAGE = ("tradeoff", "lambdas", "latent", "kl")
 PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
@@ -71,7 +68,7 @@ def render_page(
     spec: RunFile,
     found: Findings,
     evaluation: Evaluation,
-    figures: Mapping[str, Figure],
+    pictures: Mapping[str, str],
     evidence: Evidence | None = None,
 ) -> str:
     """Return the page: pictures inside it, nothing loaded from elsewhere, all text from the run escaped."""
@@ -84,7 +81,7 @@ def render_page(
         headline=notices.headline(report, spec.correct),
         caveats=notices.caveats(report, spec.correct),
         judges_are_good=notices.worse_judges(report) is None,
-        pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
+        pictures={name: Markup(picture) for name, picture in pictures.items()},
         accepted=[card for card in cards if card.row.accepted],
         rejected=[card for card in cards if not card.row.accepted],
         class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
