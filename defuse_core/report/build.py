@@ -121,7 +121,6 @@ def _without_correction(evaluation: Evaluation) -> Evaluation:
 
 
 def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
-    draws_alone = spec.identify.originals == "none"
     return PsiFigures(
         codes=psi.total,
         images=psi.images,
@@ -129,7 +128,7 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         images_with_any=_ratio(psi.images_with_any, psi.images),
         zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
         failing_draws=psi.failing,
-        kept_share=_ratio(psi.total, psi.failing) if draws_alone else None,
+        kept_share=_ratio(psi.total, psi.failing),
         screened=spec.identify.screen == "reference-models",
     )
 

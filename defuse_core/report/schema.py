@@ -152,7 +152,7 @@ class PsiFigures(FigureModel):
     failing_draws: int
     """Draws that the classifier gets wrong, before any is left out."""
     kept_share: float | None
-    """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where Ψ holds originals as well."""
+    """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where none fails."""
     screened: bool
     """Whether identify.screen left out draws in which the reference models do not see the class of the image."""
 
