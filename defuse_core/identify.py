@@ -247,10 +247,9 @@ def _merge(shards: list[Shard], seconds: float) -> Shard:
 
 def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
     """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
-    decode = "" if spec.vae.decode == "plain" else f" {spec.vae.decode}"
-    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}{decode}".encode())
-    if (size := blocks_per_shard(models.images["train"], spec.identify)) > 1:
-        digest.update(f"{size} blocks".encode())  # so that shards of another layout are made again
+    size = blocks_per_shard(models.images["train"], spec.identify)
+    parts = (spec.seed, spec.identify, models.data_fingerprint, spec.vae.decode, size)
+    digest = hashlib.sha256(repr(parts).encode())
     screen = () if references is None else references.models
     for weights in (models.classifier, models.vae, *screen):
         for name in sorted(weights):

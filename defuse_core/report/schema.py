@@ -209,7 +209,7 @@ class VoteFigures(FigureModel):
     """Images without a label because several classes have the most votes."""
     no_class_chosen: int
     """Images without a label because every answer is none-of-the-above, or because nobody answered."""
-    not_majority: int = 0
+    not_majority: int
     """Images with a label by review.consensus: crowdlab that is not the majority of their votes, or that breaks a
     tie."""
     notes: dict[str, Any]
