@@ -77,7 +77,7 @@ def draw_tradeoff(report: Report) -> Figure | None:
     ax.scatter(points[:, 0], points[:, 1], s=26, color=ACCENT, alpha=0.55, linewidths=0, zorder=3)
     for row, point in zip(rows, points, strict=True):
         if row.chosen:
-            ax.scatter(*point, s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+            ax.scatter(point[0], point[1], s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
             _write_beside(ax, f"λ = {lam_text(row.lam)}", point, 7, color=INK, fontweight="bold")
     for point in before:
         _write_beside(ax, "before", point, -6, color=MUTED)
@@ -168,8 +168,9 @@ def draw_kl(report: Report) -> Figure:
 
 def _write_beside(ax: Axes, text: str, point: F64, up: float, **style: Any) -> None:
     """Write a text above the point, (2,), at a distance of `up` in 1/72 inch; below it where that is negative."""
-    style = {"fontsize": SMALL, "ha": "center", "va": "bottom" if up > 0 else "top"} | style
-    ax.annotate(text, (point[0], point[1]), xytext=(0, up), textcoords="offset points", **style)
+    style.setdefault("fontsize", SMALL)
+    style |= {"xytext": (0, up), "textcoords": "offset points", "ha": "center"}
+    ax.annotate(text, (point[0], point[1]), va="bottom" if up > 0 else "top", **style)
 
 
 def draw_latent_map(report: Report, found: Findings, evaluation: Evaluation) -> Figure | None:
