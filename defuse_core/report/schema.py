@@ -249,9 +249,6 @@ class RunFigures(FigureModel):
     dataset: str
     classes: int
     images: dict[str, int]
-    balanced_accuracy: dict[str, float]
-    """Mean over the classes of the share of their images that the classifier before gets right, of each part of the
-    data; 1 / classes is guessing."""
     validation_from_training: bool
     """Whether the validation images may be a share of the training images (data.validation_share), and the classifier,
     which the run did not train, may know them."""
@@ -283,6 +280,10 @@ class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
     version: Literal[11]
+    headline: str
+    """The result, in one or two sentences."""
+    caveats: tuple[str, ...]
+    """What a reader must know before the figures; the first sentence of each is its title."""
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""
