@@ -154,8 +154,7 @@ class Identifier:
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         truth = self.train.labels[rows]
         images = self.train.take(rows).loaded()  # read once
-        answers = predict(self.classifier, images, section.batch_size)
-        wrong = answers != truth  # (n,)
+        wrong = predict(self.classifier, images, section.batch_size) != truth  # (n,)
         mu, sigma = encode_posterior(self.vae, images, section.batch_size)  # (n, Z)
         decoder = decoder_at(self.spec, self.vae, images, section.batch_size)
         shown = decoder.decode(mu, np.arange(len(rows)))
@@ -171,18 +170,15 @@ class Identifier:
         screened = self._screen(decoder, codes, truth, failed)
         kept = nearest_failures(screened, np.linalg.norm(noise, axis=2), section.max_per_image)
         image, _ = np.nonzero(kept)
-
-        def of_source(image: I64) -> tuple[Bool, I64 | None]:
-            return wrong[image], None if images.tracks is None else images.tracks[image]
-
-        failures = Failures(codes[kept], rows[image], truth[image], predicted[kept], *of_source(image))
-        if section.originals == "misclassified":
-            own = np.flatnonzero(wrong)
-            own = own[self._recognised(images.batch(own), truth[own])]
-            originals = Failures(mu[own], rows[own], truth[own], answers[own], *of_source(own))
-            failures = Failures.concatenate([failures, originals])
         return Shard(
-            failures=failures,
+            failures=Failures(
+                codes=codes[kept],
+                source=rows[image],
+                truth=truth[image],
+                predicted=predicted[kept],
+                source_wrong=wrong[image],
+                source_track=None if images.tracks is None else images.tracks[image],
+            ),
             images=len(rows),
             decodings=predicted.size,
             images_with_any=int(failed.any(axis=1).sum()),
@@ -199,20 +195,13 @@ class Identifier:
         if self.references is None or not failed.any():
             return failed
         image, draw = np.nonzero(failed)
-        size = self.spec.identify.batch_size
+        section, size = self.spec.identify, self.spec.identify.batch_size
         kept = failed.copy()
         for start in range(0, len(image), size):
             batch = image[start : start + size], draw[start : start + size]
-            kept[batch] = self._recognised(decoder.decode(codes[batch], batch[0]), truth[batch[0]])
+            seen = mean_probabilities(self.references, decoder.decode(codes[batch], batch[0]), size)
+            kept[batch] = sees_class(seen, truth[batch[0]], section.min_probability)
         return kept
-
-    def _recognised(self, images: F32, truth: I64) -> Bool:
-        """Return in which images (n, channels, H, W) the reference models see `truth`, (n,); all without models."""
-        if self.references is None or not len(images):
-            return np.ones(len(images), np.bool_)
-        section = self.spec.identify
-        seen = mean_probabilities(self.references, images, section.batch_size)
-        return sees_class(seen, truth, section.min_probability)
 
     def _classify(self, decoder: Decoder, codes: F32, anchors: I64) -> I64:
         """Decode and classify (n, Z) codes in large batches: f(p(z)), (n,)."""
@@ -258,10 +247,9 @@ def _merge(shards: list[Shard], seconds: float) -> Shard:
 
 def shard_fingerprint(spec: RunFile, models: Models, references: ReferenceSet | None = None) -> str:
     """Return what all shards of a run share and no other run's shards have: models, images, noise and seed."""
-    decode = "" if spec.vae.decode == "plain" else f" {spec.vae.decode}"
-    digest = hashlib.sha256(f"{spec.seed} {spec.identify!r} {models.data_fingerprint}{decode}".encode())
-    if (size := blocks_per_shard(models.images["train"], spec.identify)) > 1:
-        digest.update(f"{size} blocks".encode())  # so that shards of another layout are made again
+    size = blocks_per_shard(models.images["train"], spec.identify)
+    parts = (spec.seed, spec.identify, models.data_fingerprint, spec.vae.decode, size)
+    digest = hashlib.sha256(repr(parts).encode())
     screen = () if references is None else references.models
     for weights in (models.classifier, models.vae, *screen):
         for name in sorted(weights):

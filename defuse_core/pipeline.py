@@ -174,7 +174,7 @@ def _evaluations(
     spec = run.spec
     calls: dict[str, tuple[type[Any], Call[Any]]] = {
         "evaluation": (Evaluation, Call(evaluate, spec, found, run.store)),
-        "failurewatch": (FailureWatch, Call(watch_run, spec, found.models, found.fixes, found.sweep.weights)),
+        "failurewatch": (FailureWatch, Call(watch_run, spec, found.models, found.sweep.weights)),
     }
     if controls is not None:
         calls["evidence"] = (Evidence, Call(gather_evidence, spec, found, controls))

@@ -37,7 +37,6 @@ from defuse_core.pipeline import load_findings
 from defuse_core.report import Report, parse_report
 from defuse_core.report.build import build_report
 from defuse_core.report.html import render_real, render_run, render_scenarios, scenario_card
-from defuse_core.report.notices import headline
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import GONE
@@ -123,14 +122,14 @@ class RunResult:
             report = self.report
         except DefuseError:
             report = None
-        return render_run(report, self.run.spec.correct, self._summary(), _shown(self.page))
+        return render_run(report, self._summary(), _shown(self.page))
 
     def _summary(self) -> str:
         """Return the headline, or in its place why there is none: a notebook shows what it has."""
         if not self.run.store.exists("report.json"):
             return "not finished" if self.run.exists() else GONE
         try:
-            return headline(self.report, self.run.spec.correct)
+            return self.report.headline
         except DefuseError as error:
             return str(error)
 

@@ -65,7 +65,7 @@ FROM_VERDICTS = (
     "evidence",
 )
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline has every λ, too
-REPORT_FILES = ("report.json", "report.html", "figures/")
+REPORT_FILES = ("report.json", "report.html")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml

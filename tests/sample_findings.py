@@ -98,8 +98,6 @@ def sample_watch(separation: float = 2.0, images: int = 400) -> FailureWatch:
         covariances=np.stack([np.eye(3)] * 10),
         validation_wrong=wrong,
         test_wrong=wrong,
-        validation_region=rng.random(images),
-        test_region=rng.random(images),
     )
 
 

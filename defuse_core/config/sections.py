@@ -176,9 +176,6 @@ class IdentifySection(Section):
     min_probability: float = Field(0.7, ge=0, le=1)
     """Least probability of a class that the reference models see: their mean (screen), or each (review.tau: auto,
     correct.filter). The better these models, the higher: 0.9 if they get 99 % of images right. Ours."""
-    originals: Literal["none", "misclassified"] = "none"
-    """misclassified adds to Ψ the code μ of each training image that f gets wrong in the image itself, beside the
-    failing draws and outside max_per_image; screen then asks the reference models about the image. Paper: none."""
     max_per_image: int | None = Field(100, ge=1)
     """Cap on |ψ| per image; the codes nearest to mu are kept. Paper: 100 for MNIST, 10 for SVHN, none for signs."""
     block_images: int = Field(256, ge=1)

@@ -1,4 +1,4 @@
-"""The report of a run, with the figures of §4: `report.json`, `report.html` and `figures/*.png`.
+"""The report of a run, with the figures of §4: `report.json` and `report.html`.
 
 To read one, as `defuse status` does, takes no torch: what computes the figures is imported where it is used.
 """
@@ -24,17 +24,14 @@ def write_report(
     evidence: Evidence | None = None,
     watch: FailureWatch | None = None,
 ) -> Report:
-    """Write `report.json`, `report.html` and `figures/*.png` into the run, and return the report."""
+    """Write `report.json` and `report.html` into the run, and return the report."""
     from defuse_core.report.build import build_report
-    from defuse_core.report.charts import png
     from defuse_core.report.figures import draw_figures
     from defuse_core.report.html import render_page
 
     report = build_report(run, found, evaluation, evidence, watch)
-    figures = draw_figures(report, found, evaluation)
-    for name, figure in figures.items():
-        run.store.write(f"figures/{name}.png", png(figure))
-    page = render_page(report, run.spec, found, evaluation, figures, evidence)
+    pictures = draw_figures(report, found, evaluation)
+    page = render_page(report, run.spec, found, evaluation, pictures, evidence)
     run.store.write("report.html", page.encode())
     run.store.write("report.json", (report.model_dump_json(indent=1, by_alias=True) + "\n").encode())
     return report

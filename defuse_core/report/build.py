@@ -35,6 +35,7 @@ from defuse_core.report.build_evidence import (
     scenario_evidence,
     watch_figures,
 )
+from defuse_core.report.notices import caveats, headline
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -59,7 +60,7 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
-from defuse_core.review.undecided import why_undecided
+from defuse_core.review.undecided import doubts_about_models, why_undecided
 from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch import FailureWatch
@@ -76,8 +77,10 @@ def build_report(
     models, psi, verdicts = found.models, found.psi, found.verdicts
     if not found.sweep.has_correction:
         evaluation = _without_correction(evaluation)
-    return Report(
+    report = Report(
         version=VERSION,
+        headline="",
+        caveats=(),
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy, evidence),
@@ -110,6 +113,12 @@ def build_report(
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
     )
+    doubts = doubts_about_models(run.spec, models, found.references)
+    words = {
+        "headline": headline(report, run.spec.correct),
+        "caveats": tuple(caveats(report, run.spec.correct, doubts)),
+    }
+    return report.model_copy(update=words)
 
 
 def _without_correction(evaluation: Evaluation) -> Evaluation:
@@ -121,7 +130,6 @@ def _without_correction(evaluation: Evaluation) -> Evaluation:
 
 
 def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
-    draws_alone = spec.identify.originals == "none"
     return PsiFigures(
         codes=psi.total,
         images=psi.images,
@@ -129,7 +137,7 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         images_with_any=_ratio(psi.images_with_any, psi.images),
         zero_noise_flip_rate=_ratio(psi.zero_noise_flips, psi.images),
         failing_draws=psi.failing,
-        kept_share=_ratio(psi.total, psi.failing) if draws_alone else None,
+        kept_share=_ratio(psi.total, psi.failing),
         screened=spec.identify.screen == "reference-models",
     )
 
@@ -155,7 +163,6 @@ def _run_figures(name: str, spec: RunFile, found: Findings) -> RunFigures:
         dataset=spec.data.name,
         classes=len(found.models.classes),
         images=dict(found.models.images),
-        balanced_accuracy=dict(found.models.balanced_accuracy),
         validation_from_training=found.models.validation_from_training,
         data_fingerprint=found.models.data_fingerprint,
     )

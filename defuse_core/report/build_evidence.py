@@ -43,7 +43,6 @@ from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch import FailureWatch
 
 ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
-REGION = "scenario distance"
 UNKNOWN = Share(value=None, low=None, high=None)
 
 
@@ -272,7 +271,7 @@ def calibration_error(probability: F64, wrong: Bool) -> float:
 
 
 def _methods(watch: FailureWatch) -> tuple[MethodFigures, ...]:
-    rows = [
+    return tuple(
         MethodFigures(
             method=one.detector.method,
             log_loss=float(one.losses(watch.validation_wrong).mean()),
@@ -280,14 +279,7 @@ def _methods(watch: FailureWatch) -> tuple[MethodFigures, ...]:
             test=share_of(auroc(one.test, watch.test_wrong, watch.test_tracks)),
         )
         for one in watch.methods
-    ]
-    region = MethodFigures(
-        method=REGION,
-        log_loss=None,
-        validation=share_of(auroc(watch.validation_region, watch.validation_wrong, watch.validation_tracks)),
-        test=share_of(auroc(watch.test_region, watch.test_wrong, watch.test_tracks)),
     )
-    return (*rows, region)
 
 
 def share_of(row: F64) -> Share:

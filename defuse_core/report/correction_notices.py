@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of, percent
-from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
+from defuse_core.intervals import MIN_CONFIRMED, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs
-from defuse_core.report.formatting import lam_text, numbers_text
-from defuse_core.report.schema import Report, TradeOff
+from defuse_core.report.formatting import numbers_text
+from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
 MOST_CLASSES = 5  # that a notice names
-CLEARLY_MORE = 0.1  # of the scenario images: scenarios are few and differ, so that less may be chance
 
 
 def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
@@ -41,40 +40,6 @@ def _less_for_a_class(correct: CorrectSection) -> str:
         "On training and validation images no class lost significantly; give more validation images, or smaller "
         "correct.lambdas."
     )
-
-
-def another_lambda_fixes_more(report: Report, correct: CorrectSection) -> str | None:
-    """Return which λ does clearly more where it is tuned and lost too much on validation images; None where none did.
-
-    Of several it is the one that lost least.
-    """
-    before, images = report.accuracy.before.validation, report.run.images.get("validation")
-    chosen = next((row for row in report.tradeoff if row.chosen), None)
-    if correct.choose_by != "tune" or chosen is None or before is None or not images:
-        return None
-    left_out = [
-        (before - row.validation, row)
-        for row in report.tradeoff
-        if row.validation is not None
-        and before - row.validation > correct.max_loss + ROUNDING
-        and _fixes_clearly_more(row, chosen)
-    ]
-    if not left_out:
-        return None
-    loss, row = min(left_out, key=lambda each: each[0])
-    return (
-        f"Another λ does more on the scenarios. λ = {lam_text(row.lam)} reaches {percent(row.tune)} of the "
-        f"images tuned on, the chosen λ = {lam_text(chosen.lam)} {percent(chosen.tune)}. It is left out because it "
-        f"loses {100 * loss:.2f} points on {count_of(images, 'validation image')} (one image is {100 / images:.2g} "
-        f"points); correct.max_loss allows {100 * correct.max_loss:g}. Give more validation images, so that chance "
-        "decides less, or a larger correct.max_loss."
-    )
-
-
-def _fixes_clearly_more(row: TradeOff, chosen: TradeOff) -> bool:
-    if row.tune is None or chosen.tune is None:
-        return False
-    return row.tune - chosen.tune > CLEARLY_MORE
 
 
 def unconfirmed(report: Report) -> str | None:

@@ -243,7 +243,7 @@ class MethodFigures(FigureModel):
     """One way to find failing inputs, for comparison."""
 
     method: str
-    log_loss: float | None
+    log_loss: float
     """Cross-validated on validation images, nats; the choice goes by it."""
     validation: Share
     """AUROC."""
@@ -264,4 +264,4 @@ class WatchFigures(FigureModel):
     Precision and recall are null where the threshold was chosen on these images (serve.failure_threshold null)."""
     test: DetectionFigures | None
     methods: tuple[MethodFigures, ...]
-    """All methods, and the distance from the nearest failure scenario."""
+    """Empty where none can be fitted."""

@@ -1,65 +1,176 @@
-"""All pictures of a report, by name: its charts, and Figures 2 and 3, which are drawn here.
+"""All pictures of a report, by name: Figures 2 and 5, the figures of Figure 5 by λ, and KL per latent dimension.
 
-These show where the failures are in latent space, and what each component looks like.
+They are drawn with matplotlib objects, without pyplot's global state, and rendered as SVG.
 """
 
 from __future__ import annotations
 
 import colorsys
-import textwrap
+import io
+import re
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, Evaluation
-from defuse_core.errors import percent
+from defuse_core.artifacts import F64, I64, Evaluation
 from defuse_core.evaluation import ACCEPTED, FAILURE, TRAINING, Findings
-from defuse_core.report.charts import (
-    INK,
-    LINE,
-    MUTED,
-    PAPER,
-    RIGHT,
-    SMALL,
-    STYLE,
-    WRONG,
-    draw_curves,
-    draw_kl,
-    draw_lambdas,
-    draw_tradeoff,
-    draw_weights,
-    hide_axes,
-    new_figure,
-)
-from defuse_core.report.formatting import answer_text, names_are_short
-from defuse_core.report.schema import Report, Scenario
+from defuse_core.evaluation.health import COLLAPSED_BELOW
+from defuse_core.report.formatting import lam_text
+from defuse_core.report.schema import Report, TradeOff
 
+INK, MUTED, LINE, PAPER = "#1c2330", "#667084", "#dfe3ea", "#ffffff"
+ACCENT, WRONG = "#2f5bd0", "#c2382c"
+SMALL, NORMAL = 7.5, 9.0  # points
+SCALE = 200  # dots per inch: crisp on a screen of twice the usual density
+
+# In the page these colours are variables of its style sheet, so pictures follow its light and dark mode.
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    PAPER: "var(--card)",
+    ACCENT: "var(--accent)",
+    WRONG: "var(--wrong)",
+}
+STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": NORMAL,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "defuse",
+    "text.parse_math": False,  # the name of a class may contain $
+}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
 NAMED_CLASSES = 12  # with more classes than this their names would cover the picture
-CORNERS = "green ✓: the annotators' label, red ✗: another class, grey: image without a label."
-MARKS = {"right": (RIGHT, "✓"), "wrong": (WRONG, "✗"), "": (MUTED, "")}  # colour and sign of an answer
-PITCH = 1.12  # from one row to the next, in images
 SPREADING_ROUNDS = 200
 
 
-def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, Figure]:
-    """Return the pictures of a run by name; those without data are absent."""
+def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, str]:
+    """Return the pictures of a run by name, as <svg> elements; those without data are absent."""
     with mpl.rc_context(STYLE):
         figures = {
             "tradeoff": draw_tradeoff(report),
             "lambdas": draw_lambdas(report),
             "latent": draw_latent_map(report, found, evaluation),
-            "scenarios": draw_gallery_rows(report, found, evaluation, accepted=True),
-            "rejected": draw_gallery_rows(report, found, evaluation, accepted=False),
             "kl": draw_kl(report),
-            "weights": draw_weights(report),
-            "curves": draw_curves(found.models),
         }
-    return {name: figure for name, figure in figures.items() if figure is not None}
+        return {name: svg(figure, name) for name, figure in figures.items() if figure is not None}
+
+
+def draw_tradeoff(report: Report) -> Figure | None:
+    """Return Figure 5 as a scatter plot, in which the chosen λ is named."""
+    split, rows = clean_split(report)
+    if not rows:
+        return None
+    figure, (ax,) = new_figure(5.2, height(rows))
+    points = np.array([(row.scenario, getattr(row, split)) for row in rows])
+    before = _before(report, split)  # (0 or 1, 2)
+    ax.scatter(before[:, 0], before[:, 1], s=34, marker="D", facecolors=PAPER, edgecolors=MUTED, zorder=3)
+    ax.scatter(points[:, 0], points[:, 1], s=26, color=ACCENT, alpha=0.55, linewidths=0, zorder=3)
+    for row, point in zip(rows, points, strict=True):
+        if row.chosen:
+            ax.scatter(point[0], point[1], s=120, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=4)
+            _write_beside(ax, f"λ = {lam_text(row.lam)}", point, 7, color=INK, fontweight="bold")
+    for point in before:
+        _write_beside(ax, "before", point, -6, color=MUTED)
+    ax.set(xlabel="accuracy on held-out scenario images", ylabel=f"accuracy on the {split} set")
+    ax.margins(0.14)
+    _percent(6, ax.xaxis, ax.yaxis)
+    return figure
+
+
+def height(rows: Sequence[TradeOff]) -> float:
+    """Return the height in inches of both charts, which the page shows side by side."""
+    return max(3.4, 0.2 * len(rows) + 0.8)
+
+
+def clean_split(report: Report) -> tuple[str, list[TradeOff]]:
+    """Return the split that clean accuracy is shown on (test, else validation, else train) and its rows."""
+    for split in ("test", "validation", "train"):
+        rows = [r for r in report.tradeoff if r.scenario is not None and getattr(r, split) is not None]
+        if rows:
+            return split, rows
+    return "test", []
+
+
+def _before(report: Report, split: str) -> F64:
+    """Return the point of the classifier before, (1, 2); (0, 2) where it was not measured."""
+    before = report.accuracy.before
+    clean = {"test": before.test, "validation": before.validation}.get(split)
+    known = clean is not None and before.scenario is not None
+    return np.array([(before.scenario, clean)] if known else [], np.float64).reshape(-1, 2)
+
+
+def _percent(bins: int, *axes: Axis) -> None:
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]))
+        low, high = axis.get_view_interval()
+        digits = 0 if high - low > 0.06 else 1 if high - low > 0.006 else 2
+        axis.set_major_formatter(FuncFormatter(lambda value, _, digits=digits: f"{100 * value:.{digits}f} %"))
+
+
+def draw_lambdas(report: Report) -> Figure | None:
+    """Return the figures of Figure 5 by λ, readable also where its points coincide."""
+    split, rows = clean_split(report)
+    if not rows:
+        return None
+    figure, axes = new_figure(5.2, height(rows), columns=2, sharey=True)
+    before = report.accuracy.before
+    places = np.arange(len(rows))
+    columns = ((split, f"{split} set"), ("scenario", "held-out scenario images"))
+    for ax, (name, title) in zip(axes, columns, strict=True):
+        values = [getattr(row, name) for row in rows]
+        start = getattr(before, name, None)
+        if start is not None:
+            ax.axvline(start, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            ax.hlines(places, start, values, color=LINE, linewidth=2.2, zorder=1)
+        ax.scatter(values, places, s=24, color=ACCENT, linewidths=0, zorder=3)
+        for place, row in zip(places, rows, strict=True):
+            if row.chosen:
+                ax.axhspan(place - 0.5, place + 0.5, color=ACCENT, alpha=0.12, linewidth=0)
+        ax.set_title(title, loc="left", pad=8, fontsize=SMALL + 0.5, color=INK)
+        ax.set_yticks(places, [lam_text(row.lam) for row in rows])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+        ax.grid(visible=False, axis="y")
+        ax.margins(x=0.1)
+        _percent(5, ax.xaxis)
+    axes[0].set_ylabel("λ")
+    return figure
+
+
+def draw_kl(report: Report) -> Figure:
+    """Return the KL of each latent dimension, largest first; figures of collapsed dimensions are red."""
+    kl = np.array(report.vae.kl_per_dimension)
+    order = np.argsort(-kl, kind="stable")
+    figure, (ax,) = new_figure(10.4, 2.2)
+    places = np.arange(len(kl))
+    ax.bar(places, kl[order], color=ACCENT, width=0.7)
+    ax.margins(x=0.02, y=0.14)
+    if len(kl) <= 40:
+        for place, value in enumerate(kl[order]):
+            colour = MUTED if value >= COLLAPSED_BELOW else WRONG
+            size = SMALL if len(kl) <= 24 else SMALL - 1.5
+            _write_beside(ax, f"{value:.2f}", np.array([place, value]), 2, color=colour, fontsize=size)
+    step = -(-len(kl) // 32)
+    ax.set_xticks(places[::step], [str(i) for i in order[::step]])
+    ax.grid(visible=False, axis="x")
+    ax.set(xlabel="latent dimension", ylabel="KL to the prior, nats")
+    return figure
+
+
+def _write_beside(ax: Axes, text: str, point: F64, up: float, **style: Any) -> None:
+    """Write a text above the point, (2,), at a distance of `up` in 1/72 inch; below it where that is negative."""
+    style.setdefault("fontsize", SMALL)
+    style |= {"xytext": (0, up), "textcoords": "offset points", "ha": "center"}
+    ax.annotate(text, (point[0], point[1]), va="bottom" if up > 0 else "top", **style)
 
 
 def draw_latent_map(report: Report, found: Findings, evaluation: Evaluation) -> Figure | None:
@@ -67,7 +178,7 @@ def draw_latent_map(report: Report, found: Findings, evaluation: Evaluation) -> 
     if not len(evaluation.points):
         return None
     figure, (ax,) = new_figure(8.0, 6.4)
-    hide_axes(ax)
+    ax.set_axis_off()
     kind, points = evaluation.point_kind, evaluation.points.astype(np.float64)
     classes, training = evaluation.point_component[kind == TRAINING], points[kind == TRAINING]
     palette = class_colours(len(found.models.classes))
@@ -162,99 +273,44 @@ def _legend(report: Report) -> list[Line2D]:
     return handles
 
 
-def draw_gallery_rows(
-    report: Report, found: Findings, evaluation: Evaluation, *, accepted: bool
-) -> Figure | None:
-    """Return Figure 3: one row of images per accepted or per rejected component; None if the run has none."""
-    rows = [row for row in report.scenarios.list if row.accepted == accepted]
-    if not rows:
-        return None
-    tile = 0.74 if accepted else 0.52  # inches
-    side = 1.75 if names_are_short(found.models.classes) else 2.9  # width of the text at the left, in images
-    width = side + found.gallery.images.shape[1]
-    answers = "before (left) and after (right)" if found.sweep.has_correction else "before"
-    foot = [
-        f"Corners: the classifier's answer {answers}; {CORNERS}",
-        *_key(rows, found, evaluation, width * tile),
-    ]
-    bottom = len(rows) * PITCH + 0.2
-    height = bottom + (0.13 * len(foot) + 0.08) / tile
-    figure, (ax,) = new_figure(width * tile, height * tile)
-    figure.set_layout_engine("none")
-    ax.set_position((0, 0, 1, 1))
-    hide_axes(ax)
-    for place, row in enumerate(rows):
-        _draw_row(ax, (side, place * PITCH + 0.14), row, (found, evaluation), tile)
-        if place:
-            ax.axhline(place * PITCH + 0.05, color=LINE, linewidth=0.6, zorder=0)
-    ax.text(0.12, bottom, "\n".join(foot), fontsize=SMALL - 1, color=MUTED, va="top", linespacing=1.4)
-    ax.set(xlim=(0, width), ylim=(height, 0))
-    return figure
+def new_figure(width: float, height: float, columns: int = 1, **options: object) -> tuple[Figure, list[Axes]]:
+    """Return a figure (size in inches) with styled axes side by side."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots(1, columns, squeeze=False, **options)[0]  # type: ignore[call-overload]
+    for ax in axes:
+        style_axes(ax)
+    return figure, list(axes)
 
 
-def _key(rows: list[Scenario], found: Findings, evaluation: Evaluation, inches: float) -> list[str]:
-    """Return lines that map class numbers to names; empty where the images show the names themselves."""
-    classes = found.models.classes
-    if names_are_short(classes):
-        return []
-    numbers = [row.number for row in rows]
-    used = np.unique([found.gallery.predicted[numbers], evaluation.gallery_after[numbers]])
-    names = (f"{i} {classes[i]}".replace(" ", "\xa0") for i in used)
-    return textwrap.wrap("   ".join(names), int(inches * 18), break_long_words=False, break_on_hyphens=False)
+def style_axes(ax: Axes) -> None:
+    """Draw only the left and lower axis lines, light grid lines and grey labels."""
+    ax.set_facecolor("none")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(LINE)
+    ax.tick_params(colors=MUTED, labelcolor=MUTED, labelsize=SMALL, length=0, pad=5)
+    ax.grid(color=LINE, linewidth=0.6)
+    ax.set_axisbelow(True)
+    for text in (ax.xaxis.label, ax.yaxis.label):
+        text.set(color=MUTED, fontsize=SMALL + 0.5)
 
 
-def _draw_row(
-    ax: Axes, corner: tuple[float, float], row: Scenario, what: tuple[Findings, Evaluation], tile: float
-) -> None:
-    found, evaluation = what
-    labels = found.verdicts.image_labels[row.number]
-    side, top = corner
-    _describe(ax, top, row, tile)
-    for i, image in enumerate(found.gallery.images[row.number]):
-        left = side + i
-        ax.imshow(
-            displayed(image),
-            extent=(left, left + 0.94, top + 0.94, top),
-            cmap="gray",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest" if image.shape[-1] <= 64 else "antialiased",
-            zorder=1,
+def svg(figure: Figure, name: str) -> str:
+    """Return the figure as an <svg> element. `name` is the prefix of its ids, which are unique in a page."""
+    FigureCanvasSVG(figure)
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class name in letters that the font lacks
+        figure.savefig(
+            buffer, format="svg", dpi=SCALE, transparent=True, metadata={"Date": None, "Creator": None}
         )
-        before, after = found.gallery.predicted[row.number, i], evaluation.gallery_after[row.number, i]
-        answers = [(before, left + 0.05, "left")]
-        if found.sweep.has_correction:
-            answers.append((after, left + 0.89, "right"))
-        for answer, x, end in answers:
-            kind = "" if labels[i] == NONE_OF_THE_ABOVE else "right" if answer == labels[i] else "wrong"
-            colour, mark = MARKS[kind]
-            ax.text(
-                x,
-                top + 0.05,
-                mark + answer_text(found.models.classes, answer),
-                ha=end,
-                va="top",
-                color=PAPER,
-                fontsize=SMALL * tile / 0.74,
-                fontweight="bold",
-                zorder=2,
-                bbox={"boxstyle": "round,pad=0.18", "facecolor": colour, "edgecolor": "none"},
-            )
-    ax.set_aspect("equal", adjustable="box", anchor="NW")
-
-
-def displayed(image: F32) -> F32:
-    """(channels, H, W) -> (H, W) for grey or (H, W, 3) for colour."""
-    return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-
-
-def _describe(ax: Axes, top: float, row: Scenario, tile: float) -> None:
-    size = SMALL * (1 if tile > 0.6 else 0.85)
-    purity = "" if row.purity is None else f"purity {percent(row.purity, 0)}"
-    if row.label is None:
-        title, rest = f"Component {row.number}", [f"{percent(row.misclassified, 0)} wrong", purity]
-    else:
-        title = f"Scenario {row.number}"
-        rest = [*textwrap.wrap(f"labelled {row.label}", 26, max_lines=2, placeholder=" …"), purity]
-    ax.text(0.12, top, title, fontsize=size + 1.2, fontweight="bold", color=INK, va="top")
-    ax.text(0.12, top + 0.25, "\n".join(rest), fontsize=size, color=MUTED, va="top", linespacing=1.35)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
+    text = re.sub(r"(font(?:-family)?:[^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1inherit", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text

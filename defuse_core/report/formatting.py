@@ -95,19 +95,6 @@ def lam_text(lam: float) -> str:
     return power if float(mantissa) == 1 else f"{float(mantissa):g}·{power}"
 
 
-def lam_ranges(lams: Sequence[float], members: Sequence[int]) -> str:
-    """Return the λ at the ascending indices `members`; three or more neighbours form a range: `10⁻⁷ – 0.1, 10`."""
-    parts: list[str] = []
-    start = 0
-    for end in range(1, len(members) + 1):
-        if end < len(members) and members[end] == members[end - 1] + 1:
-            continue
-        names = [lam_text(lams[i]) for i in members[start:end]]
-        parts += names if len(names) < 3 else [f"{names[0]} – {names[-1]}"]
-        start = end
-    return ", ".join(parts)
-
-
 def numbers_text(numbers: Sequence[int]) -> str:
     """Return ascending numbers; three or more neighbours form a range: `0–10, 12, 13`."""
     runs: list[list[int]] = []

@@ -13,22 +13,19 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
-from defuse_core.config import CorrectSection, RunFile, dump_run_file
+from defuse_core.config import RunFile, dump_run_file
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import count_of, decimal, percent
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report import formatting, notices
-from defuse_core.report.charts import svg
+from defuse_core.report import formatting
 from defuse_core.report.correction_notices import may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
-IN_PAGE = ("tradeoff", "lambdas", "latent", "kl", "weights", "curves")
 PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
@@ -71,7 +68,7 @@ def render_page(
     spec: RunFile,
     found: Findings,
     evaluation: Evaluation,
-    figures: Mapping[str, Figure],
+    pictures: Mapping[str, str],
     evidence: Evidence | None = None,
 ) -> str:
     """Return the page: pictures inside it, nothing loaded from elsewhere, all text from the run escaped."""
@@ -81,10 +78,7 @@ def render_page(
     page = environment().get_template("report.html.j2")
     text = page.render(
         report=report,
-        headline=notices.headline(report, spec.correct),
-        caveats=notices.caveats(report, spec.correct),
-        judges_are_good=notices.worse_judges(report) is None,
-        pictures={name: Markup(svg(figures[name], name)) if name in figures else None for name in IN_PAGE},
+        pictures={name: Markup(picture) for name, picture in pictures.items()},
         accepted=[card for card in cards if card.row.accepted],
         rejected=[card for card in cards if not card.row.accepted],
         class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
@@ -210,7 +204,7 @@ def _image_tile(
     return ImageTile(data_address(image), description, pixelated, before, after, own_label)
 
 
-def render_run(report: Report | None, correct: CorrectSection, headline: str, page: str) -> str:
+def render_run(report: Report | None, headline: str, page: str) -> str:
     """Return a run in a notebook: headline, caveats, accuracies; the headline alone without report.
 
     Those are before the correction, after plain further training, where it was measured, and after the correction.
@@ -218,7 +212,7 @@ def render_run(report: Report | None, correct: CorrectSection, headline: str, pa
     rows = list[tuple[str, float | None, float | None, float | None]]()
     if report is not None:
         before, plain, after = report.accuracy.before, report.accuracy.plain, report.accuracy.defuse
-        if report.evidence is not None and notices.worse_judges(report) is None:
+        if report.evidence is not None and not report.evidence.judges.worse:
             own = report.evidence.own_label
             shares = own.before.value, own.plain.value, own.defuse.value
             rows.append(("scenario images, by the judges' labels", *shares))
@@ -228,8 +222,7 @@ def render_run(report: Report | None, correct: CorrectSection, headline: str, pa
             ("test images", "test"),
         ):
             rows.append((name, getattr(before, field), getattr(plain, field, None), getattr(after, field)))
-    caveats = [] if report is None else notices.caveats(report, correct)
-    return _notebook_html("run", report=report, headline=headline, page=page, rows=rows, caveats=caveats)
+    return _notebook_html("run", report=report, headline=headline, page=page, rows=rows)
 
 
 def render_scenarios(cards: Sequence[ScenarioCard], classes: tuple[str, ...]) -> str:

@@ -1,20 +1,20 @@
-"""The headline of a report, and the notices that stand beside it in the page, the notebook and the terminal."""
+"""The headline of a report, and its caveats, which the page, the notebook and the terminal show beside it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of, no_lambda_chosen, percent
 from defuse_core.report.correction_notices import (
-    another_lambda_fixes_more,
     costs_a_class,
     no_better_than_baseline,
     no_better_than_plain_training,
     unconfirmed,
 )
-from defuse_core.report.evidence_schema import Judges
 from defuse_core.report.formatting import is_low
 from defuse_core.report.schema import Report
-from defuse_core.review.undecided import GUESSING_REMEDY, are_worse, guesses, unseen_images
+from defuse_core.review.undecided import are_worse
 
 
 def headline(report: Report, correct: CorrectSection) -> str:
@@ -141,48 +141,6 @@ def uncompared_models(report: Report) -> str | None:
     )
 
 
-def worse_references(report: Report) -> str | None:
-    """Return what reference models that are worse than the classifier mean; None otherwise, and if all is undecided."""
-    judges = _judges_beside_worse_references(report)
-    if judges is None or report.scenarios.undecided is not None:
-        return None
-    best = max(value for value in judges.reference_models if value is not None)
-    return (
-        "The reference models are worse than the classifier. The best of them gets "
-        f"{percent(best)} of real images right, and the classifier {percent(judges.classifier)}, so they may have "
-        "taken its failures for unclear pictures, and its right answers for failures; train better ones (section "
-        "review.reference of the run file)."
-    )
-
-
-def _judges_beside_worse_references(report: Report) -> Judges | None:
-    """Return the accuracies on real images where reference models that took part are worse than the classifier."""
-    if report.evidence is None or not (report.psi.screened or report.annotators == "reference models"):
-        return None
-    judges = report.evidence.judges
-    worse = are_worse(judges.reference_models, judges.classifier, _compared_images(report))
-    return judges if worse else None
-
-
-def _compared_images(report: Report) -> int | None:
-    """Return how many images the classifier and other models are compared on."""
-    return report.run.images.get("test") or report.run.images.get("validation")
-
-
-def hardly_better_than_guessing(report: Report) -> str | None:
-    """Return that the classifier guesses, and what to look at; None otherwise, and if all is undecided."""
-    shares, classes = report.run.balanced_accuracy, report.run.classes
-    part = unseen_images(shares)
-    if part == "test":  # some classes may have no test images
-        classes = sum(row.images > 0 for row in report.per_class) or classes
-    if part is None or report.scenarios.undecided is not None or not guesses(shares[part], classes):
-        return None
-    return (
-        f"The classifier is hardly better than guessing. Of the {classes} classes it gets {percent(shares[part])} of "
-        f"the {part} images right on average; {GUESSING_REMEDY}."
-    )
-
-
 def made_worse(report: Report) -> str | None:
     """Return on which scenarios the classifier was right more often before; None where on none, or judges are worse."""
     rows = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
@@ -208,34 +166,6 @@ def known_validation_images(report: Report) -> str | None:
         f"(data.validation_share). It gets {percent(before.validation)} of them right and {percent(before.test)} of "
         "the test images, so they show little about the accuracy that a λ costs; give validation images that it was "
         "not trained on (a folder named validation)."
-    )
-
-
-def unfit_vae(report: Report) -> str | None:
-    """Return what a poor or blind β-VAE means for the result; None where it is fit, or only worse models say so."""
-    health = report.vae.health
-    if health.verdict == "fit":
-        return None
-    collapsed, dimensions = report.vae.collapsed, len(report.vae.kl_per_dimension)
-    if 2 * collapsed >= dimensions:
-        return (
-            f"The β-VAE is {health.verdict}. {collapsed} of {dimensions} latent dimensions are collapsed, so its "
-            "pictures show few of the failures that there may be. Use a smaller vae.beta or vae.latent_dim."
-        )
-    if health.judged_by != "classifier" and _judges_beside_worse_references(report) is not None:
-        return None
-    if health.anchored:
-        judges = "reference models get" if health.judged_by != "classifier" else "classifier gets"
-        return (
-            f"The β-VAE is {health.verdict}. The {judges} {percent(health.originals_right)} of the training images "
-            f"right, and {percent(health.reconstructions_right)} of them once the noise has moved them, so many of the "
-            "failures found may show no class any more. Compare reconstructions.png, and lower identify.scale."
-        )
-    return (
-        f"The β-VAE is {health.verdict}. The classifier gets {percent(health.originals_right)} of the training images "
-        f"right, and {percent(health.reconstructions_right)} of their reconstructions, so many of the failures found "
-        "may be failures of the β-VAE. Compare reconstructions.png, and train it longer, or with "
-        "a smaller vae.beta or vae.architecture: convolutional."
     )
 
 
@@ -270,22 +200,19 @@ def not_the_majority(report: Report) -> str | None:
     )
 
 
-def caveats(report: Report, correct: CorrectSection) -> list[str]:
+def caveats(report: Report, correct: CorrectSection, doubts: Sequence[str]) -> list[str]:
     """Return what a reader must know before the figures; the first sentence of each is its title.
 
-    `correct` is that of the run file, whose limits chose λ.
+    `correct` is that of the run file, whose limits chose λ; `doubts` are those about its models.
     """
     judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
     notices = (
-        hardly_better_than_guessing(report),
-        unfit_vae(report),
+        *[_as_sentences(doubt) for doubt in doubts if doubt != report.scenarios.undecided],
         known_validation_images(report),
-        worse_references(report),
         worse_judges(report),
         uncompared_models(report),
         made_worse(report),
         costs_a_class(report, correct),
-        another_lambda_fixes_more(report, correct),
         *([] if worse_judges(report) else [notice(report) for notice in judged]),
         nobody_judged(report),
         answered_by_models(report),
@@ -294,3 +221,8 @@ def caveats(report: Report, correct: CorrectSection) -> list[str]:
         purity_warning(report),
     )
     return [text for text in notices if text]
+
+
+def _as_sentences(doubt: str) -> str:
+    """Return a clause and what to do, which "; " parts, as two sentences."""
+    return " ".join(f"{part[0].upper()}{part[1:]}." for part in doubt.split("; "))

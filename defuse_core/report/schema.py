@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
-VERSION: Final = 10  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 11  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class Accuracy(FigureModel):
@@ -152,7 +152,7 @@ class PsiFigures(FigureModel):
     failing_draws: int
     """Draws that the classifier gets wrong, before any is left out."""
     kept_share: float | None
-    """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where Ψ holds originals as well."""
+    """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where none fails."""
     screened: bool
     """Whether identify.screen left out draws in which the reference models do not see the class of the image."""
 
@@ -209,7 +209,7 @@ class VoteFigures(FigureModel):
     """Images without a label because several classes have the most votes."""
     no_class_chosen: int
     """Images without a label because every answer is none-of-the-above, or because nobody answered."""
-    not_majority: int = 0
+    not_majority: int
     """Images with a label by review.consensus: crowdlab that is not the majority of their votes, or that breaks a
     tie."""
     notes: dict[str, Any]
@@ -249,9 +249,6 @@ class RunFigures(FigureModel):
     dataset: str
     classes: int
     images: dict[str, int]
-    balanced_accuracy: dict[str, float]
-    """Mean over the classes of the share of their images that the classifier before gets right, of each part of the
-    data; 1 / classes is guessing."""
     validation_from_training: bool
     """Whether the validation images may be a share of the training images (data.validation_share), and the classifier,
     which the run did not train, may know them."""
@@ -282,7 +279,11 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[10]
+    version: Literal[11]
+    headline: str
+    """The result, in one or two sentences."""
+    caveats: tuple[str, ...]
+    """What a reader must know before the figures; the first sentence of each is its title."""
     run: RunFigures
     annotators: str
     """"reference models" or "people"."""

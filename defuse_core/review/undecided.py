@@ -11,6 +11,7 @@ from defuse_core.artifacts import (
     NONE_OF_THE_ABOVE,
     Bool,
     Gallery,
+    Health,
     Models,
     Psi,
     ReferenceSet,
@@ -35,7 +36,6 @@ MANY_FAILING = 0.05
 WORSE_BY = 0.02
 NEARLY_CERTAIN = 0.1  # p-value, uncorrected, up to which a component that is not significant stays undecided
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
-GUESSING_REMEDY = "check its weights, the input range and class order that it expects, and the labels"
 
 
 def why_undecided(
@@ -56,9 +56,8 @@ def why_undecided(
     """
     if len(verdicts.accepted):
         return None
-    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    worse = _worse_references(models, references if used else None)
-    cause = why_guessing(models) or _fault_of_vae_or_screen(models, worse, psi)
+    doubts = doubts_about_models(spec, models, references)
+    cause = doubts[0] if doubts else _nothing_kept(psi)
     if cause is None and scenarios is not None:
         cause = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
         if cause is None and psi is not None:
@@ -75,6 +74,17 @@ def why_undecided(
             "the votes are tied; ask more annotators, or find out why the images show no class"
         )
     return _too_few_units(spec.review, gallery, verdicts, open_ones)
+
+
+def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet | None) -> list[str]:
+    """Return why the models of a run may hide failures of the classifier, or show others, from the worst on.
+
+    Each is a clause, "; " and what to do.
+    """
+    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
+    worse = _worse_references(models, references if used else None)
+    causes = (why_guessing(models), _unfit_vae(models.health, worse), worse)
+    return [cause for cause in causes if cause is not None]
 
 
 def are_worse(models: Sequence[float | None], classifier: float | None, images: int | None) -> bool:
@@ -129,7 +139,7 @@ def why_guessing(models: Models) -> str | None:
     return (
         f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of the {part} "
         f"images, and on {percent(models.balanced_accuracy[part])} on average over their {classes} classes); "
-        f"{GUESSING_REMEDY}"
+        "check its weights, the input range and class order that it expects, and the labels"
     )
 
 
@@ -143,31 +153,41 @@ def _worse_references(models: Models, references: ReferenceSet | None) -> str | 
         return None
     return (
         f"the reference models, which tell failures from unclear pictures, are right on fewer {part} images (at best "
-        f"{percent(max(known))}) than the classifier ({percent(models.accuracy[part])}); train better ones (section "
-        "review.reference)"
+        f"{percent(max(known))}) than the classifier ({percent(models.accuracy[part])}), so they may take one for the "
+        "other; train better ones (section review.reference)"
     )
 
 
-def _fault_of_vae_or_screen(models: Models, worse: str | None, psi: Psi | None) -> str | None:
-    """Return why the β-VAE shows no failures, or why the screen kept few of them; `worse` is of `_worse_references`."""
-    health = models.health
+def _unfit_vae(health: Health, worse: str | None) -> str | None:
+    """Return why the β-VAE is not fit; None where it is, or where only reference models say so that are `worse`."""
     collapsed = 2 * health.collapsed >= health.dimensions
-    if health.verdict != "fit" and (collapsed or worse is None or health.judged_by == "classifier"):
-        pictures = "images moved by the noise" if health.anchored else "reconstructions"
-        why = f"{percent(health.kept_right, 0)} of the right answers are kept on {pictures}"
-        shown, remedy = "no failures", "improve section vae of the run file"
-        if collapsed:
-            why = f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed"
-            shown, remedy = "few of the failures", "lower vae.beta or vae.latent_dim"
-        return f"the β-VAE is {health.verdict} ({why}), so its pictures show {shown}; {remedy}"
-    if worse is not None:
-        return worse
-    if psi is not None and psi.failing and not psi.total:
-        return (
-            f"the reference models see the class of the image in none of "
-            f"{count_of(psi.failing, 'failing draw')}; train better ones, or lower identify.min_probability"
+    told_by_worse = worse is not None and health.judged_by != "classifier"
+    if health.verdict == "fit" or (told_by_worse and not collapsed):
+        return None
+    kept = f"{percent(health.kept_right, 0)} of the right answers are kept on"
+    if collapsed:
+        why = f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed"
+        shown, remedy = "may show few of the failures", "lower vae.beta or vae.latent_dim"
+    elif health.anchored:
+        why, shown = f"{kept} images moved by the noise", "may show no class any more"
+        remedy = "compare reconstructions.png, and lower identify.scale"
+    else:
+        why, shown = f"{kept} reconstructions", "may show failures of its own"
+        remedy = (
+            "compare reconstructions.png, and train it longer, or with a smaller vae.beta or vae.architecture: "
+            "convolutional"
         )
-    return None
+    return f"the β-VAE is {health.verdict} ({why}), so its pictures {shown}; {remedy}"
+
+
+def _nothing_kept(psi: Psi | None) -> str | None:
+    """Return that the screen left nothing of what fails."""
+    if psi is None or psi.total or not psi.failing:
+        return None
+    return (
+        f"the reference models see the class of the image in none of {count_of(psi.failing, 'failing draw')}; train "
+        "better ones, or lower identify.min_probability"
+    )
 
 
 def _low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:

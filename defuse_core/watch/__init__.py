@@ -24,7 +24,7 @@ from scipy.special import expit, log_softmax
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from defuse_core.artifacts import F32, F64, I64, Bool, Corrections, Models, Weights, rows_of
+from defuse_core.artifacts import F32, F64, I64, Bool, Models, Weights, rows_of
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.device import cpu_threads
@@ -33,13 +33,7 @@ from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.protocols import Progress
 from defuse_core.seeds import torch_seed
-from defuse_core.watch.scenario_regions import (
-    ScenarioRegions,
-    class_gaussians,
-    fit_regions,
-    mahalanobis,
-    training_codes,
-)
+from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis, training_codes
 
 log = logging.getLogger("defuse")
 LOGITS_ONLY = ("max-softmax", "energy")
@@ -107,9 +101,6 @@ class FailureWatch:
     covariances: F64  # (C, Z, Z)
     validation_wrong: Bool  # (U,) whether the answer is wrong
     test_wrong: Bool  # (T,)
-    # (U,) minus the share of training images nearer to the nearest scenario: the old alarm
-    validation_region: F64
-    test_region: F64  # (T,) likewise; nan without scenarios
     # (U,) of validation images of one track, which are no independent evidence; None where images have no tracks
     validation_tracks: I64 | None = None
     test_tracks: I64 | None = None  # (T,) likewise
@@ -198,8 +189,7 @@ class Answers:
     logits: F64  # (n, C)
     labels: I64  # (n,)
     distance: F64  # (n,) of the codes from those of the predicted class
-    region: F64  # (n,) as in FailureWatch
-    tracks: I64 | None = None  # (n,) likewise
+    tracks: I64 | None = None  # (n,) as in FailureWatch
 
     @property
     def wrong(self) -> Bool:
@@ -239,45 +229,29 @@ def measure_detector(method: str, validation: Answers, test: Answers, seed: int)
     return MeasuredDetector(detector, out_of_fold, detector.probability(test.logits, test.distance))
 
 
-def watch_run(
-    spec: RunFile, models: Models, fixes: Corrections, corrected: Weights, *, progress: Progress
-) -> FailureWatch:
+def watch_run(spec: RunFile, models: Models, corrected: Weights, *, progress: Progress) -> FailureWatch:
     """Return the watch of a run's corrected classifier, or of the one before where nothing was corrected."""
     splits = reopen_splits(spec, models.data_fingerprint)
     progress("measuring how well failing inputs are found", 0, 1, "classifiers")
-    return watch_classifier(spec, models, fixes, corrected, splits)[1]
+    return watch_classifier(spec, models, corrected, splits)
 
 
-def watch_classifier(
-    spec: RunFile, models: Models, fixes: Corrections, corrected: Weights, splits: Splits
-) -> tuple[ScenarioRegions, FailureWatch]:
-    """Return the regions of the scenarios, and the watch of a classifier with the weights `corrected`."""
+def watch_classifier(spec: RunFile, models: Models, corrected: Weights, splits: Splits) -> FailureWatch:
+    """Return the watch of a classifier with the weights `corrected`, or of the one before where there are none."""
     classes = len(models.classes)
     with cpu_threads(spec.resources.train_threads):
         vae = load_vae(spec, models.vae)
         classifier = load_classifier(spec, corrected or models.classifier, classes)
-        codes, labels = training_codes(spec, vae, splits.train)
-        regions = fit_regions(vae, fixes, codes)
-        gaussians = class_gaussians(codes, labels, classes)
-        parts = [
-            _answers(classifier, vae, images, regions, gaussians)
-            for images in (splits.validation, splits.test)
-        ]
+        gaussians = class_gaussians(*training_codes(spec, vae, splits.train), classes)
+        parts = [_answers(classifier, vae, images, gaussians) for images in (splits.validation, splits.test)]
     problem = SEEN if models.validation_from_training else _problem(*parts)
-    return regions, _measure(spec, parts[0], parts[1], gaussians, problem)
+    return _measure(spec, parts[0], parts[1], gaussians, problem)
 
 
-def _answers(
-    classifier: nn.Module,
-    vae: Vae,
-    images: Images | None,
-    regions: ScenarioRegions,
-    gaussians: tuple[F64, F64],
-) -> Answers:
+def _answers(classifier: nn.Module, vae: Vae, images: Images | None, gaussians: tuple[F64, F64]) -> Answers:
     """Return the answers on all images; an empty one for no images. Each image is read once."""
     if images is None or not len(images):
-        nothing = np.zeros(0)
-        return Answers(np.zeros((0, len(gaussians[0]))), np.zeros(0, np.int64), nothing, nothing)
+        return Answers(np.zeros((0, len(gaussians[0]))), np.zeros(0, np.int64), np.zeros(0))
     logits, codes = [], []
     for start in range(0, len(images), BATCH):
         pixels = images.batch(slice(start, min(start + BATCH, len(images))))
@@ -285,9 +259,7 @@ def _answers(
         codes.append(encode_images(vae, pixels))
     table, latent = np.concatenate(logits), np.concatenate(codes)
     own = mahalanobis(latent, *gaussians)[np.arange(len(latent)), table.argmax(axis=1)]
-    shares = regions.nearer_share(latent)
-    region = -shares.min(axis=1) if shares.shape[1] else np.full(len(latent), np.nan)
-    return Answers(table, images.labels, own, region, images.tracks)
+    return Answers(table, images.labels, own, images.tracks)
 
 
 def _measure(
@@ -304,8 +276,6 @@ def _measure(
         covariances=gaussians[1],
         validation_wrong=validation.wrong,
         test_wrong=test.wrong,
-        validation_region=validation.region,
-        test_region=test.region,
         validation_tracks=validation.tracks,
         test_tracks=test.tracks,
     )

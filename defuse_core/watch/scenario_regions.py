@@ -63,12 +63,6 @@ class ScenarioRegions:
     distances: F64  # (A, E) quantiles of the training images' distances at those levels
     recall: F64  # (A, E) share of the scenario's held-out images within those distances
 
-    def nearer_share(self, codes: F32) -> F64:
-        """Return the share of the training images that are nearer to each scenario than codes (n, Z): (n, A)."""
-        found = mahalanobis(codes, self.means, self.covariances)
-        shares = [np.interp(found[:, j], row, self.levels) for j, row in enumerate(self.distances)]
-        return np.stack(shares, axis=1) if shares else np.zeros((len(codes), 0))
-
 
 def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRegions:
     """Return the regions of A scenarios, calibrated on the codes `ordinary` (n, Z) of training images."""

@@ -260,7 +260,7 @@ def run(
             following = f"the run is finished, see `{started.command('report')}`"
         click.echo(f"{name}: done until {until}; {following}")
         return
-    print_report(found, started.spec.correct)
+    print_report(found)
     click.echo(f"\nreport: {started.store.address}/report.html")
 
 
@@ -316,7 +316,7 @@ def report(name: str, store: str, as_json: bool) -> None:
     if as_json:
         print_json(found.model_dump(mode="json", by_alias=True))
         return
-    print_report(found, opened.spec.correct)
+    print_report(found)
     if opened.store.exists("report.html"):
         click.echo(f"\nreport: {opened.store.address}/report.html")
 

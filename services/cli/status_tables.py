@@ -221,9 +221,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
-        from defuse_core.report.notices import headline  # imports scipy
-
-        print_text(console, headline(report, run.spec.correct), "bold")
+        print_text(console, report.headline, "bold")
         console.print()
         print_accuracy(report, console)
     elif run.store.exists("report.json"):

@@ -25,7 +25,6 @@ from defuse_core.report.formatting import (
 from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
 
 if TYPE_CHECKING:
-    from defuse_core.config import CorrectSection
     from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
     from defuse_core.report.evidence_schema import EvidenceFigures, Share
@@ -40,16 +39,11 @@ TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lin
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 
 
-def print_report(report: Report, correct: CorrectSection, console: Console | None = None) -> None:
-    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE.
-
-    `correct` is that of the run file.
-    """
-    from defuse_core.report.notices import caveats, headline  # imports scipy
-
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Terminal()
-    print_text(console, headline(report, correct), "bold")
-    for warning in caveats(report, correct):
+    print_text(console, report.headline, "bold")
+    for warning in report.caveats:
         print_text(console, warning, "yellow")
     console.print()
     print_accuracy(report, console)

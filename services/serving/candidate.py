@@ -24,17 +24,20 @@ from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
+from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError, StoreError, percent
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
 from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import ROUNDING
+from defuse_core.models import load_vae
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.watch import FailureWatch, watch_classifier
+from defuse_core.watch.scenario_regions import fit_regions, training_codes
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.inputs import InputSpec
 from services.serving.traffic import components_digest
@@ -263,7 +266,10 @@ def _make(run: Run, artifacts: _CorrectedRun, progress: Progress) -> Candidate:
         spec, artifacts.models, corrections, artifacts.sweep, splits, artifacts.evidence
     )
     progress("checking the corrected classifier", 1, 2, "steps")
-    regions, failures = watch_classifier(spec, artifacts.models, corrections, artifacts.sweep.weights, splits)
+    failures = watch_classifier(spec, artifacts.models, artifacts.sweep.weights, splits)
+    with cpu_threads(spec.resources.train_threads):
+        vae = load_vae(spec, artifacts.models.vae)
+        regions = fit_regions(vae, corrections, training_codes(spec, vae, splits.train)[0])
     progress("checking the corrected classifier", 2, 2, "steps")
     before, after, judged = report.scenario_accuracies()
     candidate = Candidate(

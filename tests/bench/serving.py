@@ -112,8 +112,6 @@ def random_watch(dims: int) -> FailureWatch:
         covariances=np.stack([np.eye(dims)] * 10),
         validation_wrong=wrong,
         test_wrong=wrong,
-        validation_region=doubt,
-        test_region=doubt,
     )
 
 

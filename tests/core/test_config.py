@@ -90,7 +90,7 @@ def test_the_papers_run_files_state_the_papers_method(name):
     assert isinstance(tree["review"]["tau"], float)
     spec = load_run_file(ROOT / "deploy" / "runs" / f"{name}.yaml")
     assert not references_take_part(spec)
-    assert (spec.identify.originals, spec.distill.order) == ("none", "weight")
+    assert spec.distill.order == "weight"
 
 
 @pytest.mark.parametrize(

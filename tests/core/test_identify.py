@@ -205,7 +205,7 @@ def test_every_code_knows_whether_the_classifier_gets_its_source_image_wrong(ide
 
 
 def test_every_code_knows_the_track_of_its_source_image(tiny_models):
-    worker = Identifier(tiny(identify={"originals": "misclassified"}), tiny_models)
+    worker = Identifier(tiny(), tiny_models)
     assert worker.shard(0).failures.source_track is None
     tracks = np.arange(len(worker.train)) // 3
     worker.train = replace(worker.train, tracks=tracks)
@@ -218,24 +218,11 @@ def test_every_code_knows_the_track_of_its_source_image(tiny_models):
 
 def misled(models, references=None) -> Identifier:
     """A worker on training images of which the first ten carry the next class as their label."""
-    worker = Identifier(tiny(identify={"originals": "misclassified"}), models, references)
+    worker = Identifier(tiny(), models, references)
     labels = worker.train.labels.copy()
     labels[:10] = (labels[:10] + 1) % 10
     worker.train = replace(worker.train, labels=labels)
     return worker
-
-
-def test_the_codes_of_misclassified_training_images_join_the_failing_draws(tiny_models):
-    worker, plain = misled(tiny_models), Identifier(tiny(), tiny_models)
-    plain.train = worker.train
-    draws, found = plain.shard(0).failures, worker.shard(0).failures
-    np.testing.assert_array_equal(found.codes[: len(draws)], draws.codes)
-    originals = found.take(np.arange(len(draws), len(found)))
-    assert set(range(10)) <= set(originals.source.tolist())
-    images = worker.train.take(originals.source)
-    np.testing.assert_allclose(originals.codes, encode_images(worker.vae, images), atol=1e-5)
-    np.testing.assert_array_equal(originals.predicted, predict(worker.classifier, images))
-    assert originals.source_wrong.all()
 
 
 def test_flips_at_zero_noise_are_decodings_that_do_not_get_the_label(tiny_models):
@@ -245,21 +232,10 @@ def test_flips_at_zero_noise_are_decodings_that_do_not_get_the_label(tiny_models
     assert worker.shard(0).zero_noise_flips == (answers != images.labels).sum() >= 10
 
 
-def test_misclassified_images_of_another_class_to_the_reference_models_are_screened(tiny_models, references):
-    assert not np.isin(np.arange(10), misled(tiny_models, references).shard(0).failures.source).any()
-
-
-def test_misclassified_images_in_which_the_reference_models_see_the_class_are_kept(tiny_models, references):
-    swapped = dict(tiny_models.classifier)
-    last = [name for name in swapped if name.endswith(("weight", "bias"))][-2:]
-    for name in last:  # 3 is answered 8, and 8 is answered 3
-        swapped[name] = swapped[name].copy()
-        swapped[name][[3, 8]] = swapped[name][[8, 3]]
-    models = replace(tiny_models, classifier=swapped)
-    draws = len(Identifier(tiny(), models, references).shard(0).failures)
-    found = Identifier(tiny(identify={"originals": "misclassified"}), models, references).shard(0).failures
-    originals = found.take(np.arange(draws, len(found)))
-    assert set(originals.truth.tolist()) & {3, 8} and originals.source_wrong.all()
+def test_draws_around_images_of_another_class_to_the_reference_models_are_screened(tiny_models, references):
+    unscreened, screened = (misled(tiny_models, models).shard(0).failures for models in (None, references))
+    assert np.isin(np.arange(10), unscreened.source).any()
+    assert not np.isin(np.arange(10), screened.source).any()
 
 
 @pytest.mark.parametrize("draws", [1, 500, 100_000])

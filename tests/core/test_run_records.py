@@ -127,7 +127,7 @@ def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_but_trials_
     run = Run.start(store, "a", tiny(correct={"lambdas": [1.0]}))
     run.once("identify", Psi, psi)
     gone = [f"{name}.safetensors" for name in {"baseline", "sweep", *FROM_SWEEP}]
-    gone += ["report.json", "report.html", "figures/a.png"]
+    gone += ["report.json", "report.html"]
     kept = [
         "verdicts.safetensors",
         "trials/defuse/1",

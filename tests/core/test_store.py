@@ -193,7 +193,7 @@ def test_a_look_at_a_lock_turns_no_driver_away(tmp_path: Path) -> None:
         looking.join()
 
 
-@pytest.mark.parametrize("key", ["report.json", "figures/1.json"])
+@pytest.mark.parametrize("key", ["report.json", "trials/1.json"])
 def test_a_folder_that_is_moved_or_deleted_is_not_made_again(key: str, tmp_path: Path) -> None:
     FolderStore(tmp_path / "runs" / "a").write("run.yaml", b"")
     runs, run = FolderStore(tmp_path / "runs"), FolderStore(tmp_path / "runs").within("a")

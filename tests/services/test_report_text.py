@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sample_evidence import sample_evidence
-from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
+from sample_findings import report_of, sample_findings
 
 from services.cli.tables import TEXT_WIDTH, print_report, print_text
 
@@ -24,7 +24,7 @@ def test_a_paragraph_is_never_wider_than_one_can_read(width: int):
 
 def test_a_blank_line_stands_before_every_title(tmp_path: Path):
     console = Console(width=120, file=io.StringIO())
-    print_report(report_of(sample_findings(5, 2), tmp_path), SAMPLE_CORRECT, console)
+    print_report(report_of(sample_findings(5, 2), tmp_path), console)
     lines = [line.strip() for line in console.file.getvalue().splitlines()]
     for title in ("Accuracy (Figure 4)", "Failure scenarios", "Agreement of the annotators (Figure 6)"):
         assert lines[lines.index(title) - 1] == ""
@@ -34,7 +34,7 @@ def test_a_narrow_report_drops_intervals_and_a_column_before_rows_become_records
     evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
     report = report_of((*sample_findings(3, 2), evidence), tmp_path)
     console = Console(width=60, file=io.StringIO())
-    print_report(report, SAMPLE_CORRECT, console)
+    print_report(report, console)
     lines = [line.split() for line in console.file.getvalue().splitlines()]
     assert ["Validation", "Test", "Scenario", "images"] in lines and ["Before", "Plain", "Defuse"] in lines
     assert ["left-out", "scenarios", "35", "%", "90", "%", "100", "%"] in lines

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sample_evidence import sample_evidence
-from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_spec, with_verdicts
+from sample_findings import report_of, sample_findings, sample_spec, with_verdicts
 
 from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
@@ -44,7 +44,7 @@ def test_a_mixture_that_did_not_converge_is_reported(tmp_path: Path) -> None:
         scenarios = dataclasses.replace(found.scenarios, converged=converged)
         report = build_report(a_run(tmp_path), dataclasses.replace(found, scenarios=scenarios), evaluation)
         console = terminal()
-        print_report(report, SAMPLE_CORRECT, console)
+        print_report(report, console)
         assert ("did NOT converge" in text_of(console)) is not converged
 
 
@@ -80,7 +80,7 @@ def states_under_way(run: Run) -> list[StepState]:
 def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: int):
     console = terminal(width)
     report = build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG))
-    print_report(report, SAMPLE_CORRECT, console)
+    print_report(report, console)
     lines = text_of(console).splitlines()
     assert max(map(len, lines)) <= width
     first = next(row for row in report.scenarios.list if row.accepted)
@@ -92,7 +92,7 @@ def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: in
 def test_a_narrow_terminal_shows_fewer_figures_of_a_scenario_and_its_number(tmp_path: Path, width: int):
     console = terminal(width)
     report = build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG))
-    print_report(report, SAMPLE_CORRECT, console)
+    print_report(report, console)
     table = (
         text_of(console).split("Failure scenarios")[1].split("Agreement of the annotators")[0].splitlines()
     )
@@ -108,7 +108,7 @@ def test_a_terminal_too_narrow_for_a_table_shows_all_its_figures_below_each_othe
     evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
     report = build_report(run, *sample_findings(3, 2), evidence)
     run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
-    print_report(report, SAMPLE_CORRECT, console)
+    print_report(report, console)
     print_runs(FolderStore(tmp_path), console)
     assert max(map(len, text_of(console).splitlines())) <= width
     shown = " ".join(text_of(console).split())
@@ -141,7 +141,7 @@ def test_a_narrow_terminal_shows_every_step_with_its_state(tmp_path: Path, width
 @pytest.mark.parametrize("columns", ["0", "1"])
 def test_a_terminal_without_columns_shows_a_report(columns: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
-    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)), SAMPLE_CORRECT)
+    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)))
     longest = max(map(len, capsys.readouterr().out.splitlines()))
     assert 60 < longest <= 80 if columns == "0" else longest == 1
 
@@ -151,7 +151,7 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
     found, evaluation = sample_findings(5, 2)
     mixed = dataclasses.replace(found.verdicts, purity=found.verdicts.purity * 0.5)
     report = report_of((dataclasses.replace(found, verdicts=mixed), evaluation), tmp_path)
-    print_report(report, SAMPLE_CORRECT, console)
+    print_report(report, console)
     text = text_of(console)
     assert "2 of 5 candidate scenarios are failure scenarios." in text
     assert "Reference models answered, not people." in text
@@ -162,7 +162,7 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
 
 def test_the_caption_of_seen_says_what_the_rule_is(tmp_path: Path):
     console = terminal(200)
-    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)), SAMPLE_CORRECT, console)
+    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)), console)
     caption = "the classifier is wrong on significantly more than a fifth of the training images behind it."
     assert caption in " ".join(text_of(console).split())
 
@@ -176,7 +176,7 @@ def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_tr
         fixes=dataclasses.replace(found.fixes, kept=np.array([0.5, 1.0])),
     )
     console = terminal(200)
-    print_report(build_report(a_run(tmp_path), found, evaluation), SAMPLE_CORRECT, console)
+    print_report(build_report(a_run(tmp_path), found, evaluation), console)
     assert "Ψ keeps 25.0 % of 2,064 failing draws." in text_of(console)
     trusted = "3.1 % of those that the vote accepts are expected to be false, if the labels are right; "
     trusted += "the reference models see the label in 75.0 %"
@@ -187,20 +187,20 @@ def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_tr
 def test_a_report_says_how_many_scenarios_good_judges_see_as_false(tmp_path: Path, judges: float, good: bool):
     console, sample = terminal(200), with_verdicts(sample_findings(3, 2), false_share=0.031)
     judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]), judges=judges)
-    print_report(build_report(a_run(tmp_path), *sample, judged), SAMPLE_CORRECT, console)
+    print_report(build_report(a_run(tmp_path), *sample, judged), console)
     clause = "are right; the judges see 1 of 2 as false; purity by the judges 90.0 %."
     assert (clause in " ".join(text_of(console).split())) is good
 
 
 def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):
     console = terminal(160)
-    print_report(report_of(sample_findings(12, 9, classes=LONG), tmp_path), SAMPLE_CORRECT, console)
+    print_report(report_of(sample_findings(12, 9, classes=LONG), tmp_path), console)
     assert "[bold]Stop[/bold]" in text_of(console)
 
 
 def test_a_report_without_scenarios_prints_dashes(tmp_path: Path):
     console = terminal()
-    print_report(build_report(a_run(tmp_path), *sample_findings(0, 0)), SAMPLE_CORRECT, console)
+    print_report(build_report(a_run(tmp_path), *sample_findings(0, 0)), console)
     assert "No failure scenario was found" in text_of(console)
     assert "nan" not in text_of(console)
 
@@ -208,7 +208,7 @@ def test_a_report_without_scenarios_prints_dashes(tmp_path: Path):
 def test_a_report_without_a_correction_counts_no_scenario_as_corrected(tmp_path: Path):
     console = terminal(200)
     report = build_report(a_run(tmp_path), *sample_findings(5, 2))
-    print_report(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT, console)
+    print_report(report.model_copy(update={"chosen": None}), console)
     row = next(line.split() for line in text_of(console).splitlines() if line.split()[:1] == ["Defuse"])
     assert row[1] == "0"
 

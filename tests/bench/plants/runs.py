@@ -53,13 +53,8 @@ from tests.bench.plants.scoring import Group
 
 REFERENCES = "references.safetensors"  # they know nothing of the classifier, so one seed trains them once
 Tree = Mapping[str, Mapping[str, Any]]
-RECOMMENDED: Tree = {"distill": {"by": "cell", "order": "source-error"}}
 WAYS: dict[str, Tree] = {
-    "recommended": RECOMMENDED,
-    "originals": {  # and every component that enough images support
-        "identify": {"originals": "misclassified"},
-        "distill": {**RECOMMENDED["distill"], "min_weight": 0.0},
-    },
+    "recommended": {"distill": {"by": "cell", "order": "source-error"}},
     "one mixture": {"distill": {"by": "all", "order": "source-error"}},
     "paper": {
         "identify": {"noise": "beta", "screen": "none"},

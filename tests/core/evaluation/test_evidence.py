@@ -32,7 +32,6 @@ from defuse_core.protocols import silent
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
-from defuse_core.report.notices import caveats
 from defuse_core.review.verdicts import krippendorff_alpha
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.store import FolderStore
@@ -226,7 +225,7 @@ def test_the_screen_is_measured_on_failing_draws_from_test_images(finished) -> N
         and "real failure" not in page
     )
     console = Console(width=100, file=io.StringIO())
-    print_report(report, run.spec.correct, console)
+    print_report(report, console)
     assert f"{found.real_failure_images} failing test draws" in console.file.getvalue()
 
 
@@ -363,7 +362,7 @@ def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_
     report = write_report(other, found, evaluation, evidence, watch)
     accepted = [row for row in report.scenarios.list if row.accepted]
     assert {row.evidence.confirmed for row in accepted} == {None}
-    assert not any("not confirmed" in text for text in caveats(report, other.spec.correct))
+    assert not any("not confirmed" in text for text in report.caveats)
     assert "not confirmed" not in other.store.read("report.html").decode()
     figures = report.evidence  # defuse is the classifier before, whose 0 % on failing draws is by definition
     shares = (figures.own_label, figures.one_label, figures.real_failures, *figures.wider)

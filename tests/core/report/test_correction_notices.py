@@ -11,7 +11,6 @@ from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
 
 from defuse_core.intervals import mcnemar
 from defuse_core.report.correction_notices import (
-    another_lambda_fixes_more,
     costs_a_class,
     no_better_than_plain_training,
     unconfirmed,
@@ -27,8 +26,6 @@ from defuse_core.report.evidence_schema import (
     ScenarioEvidence,
     Share,
 )
-from defuse_core.report.notices import caveats
-from defuse_core.report.schema import TradeOff
 
 
 def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
@@ -36,7 +33,7 @@ def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
     report = report_of((found, losing_class(evaluation)), tmp_path)
     text = costs_a_class(report, SAMPLE_CORRECT) or ""
     named = f"images: {report.per_class[0].name} (90.0 % to 80.0 %). A smaller correct.max_class_loss"
-    assert text in caveats(report, SAMPLE_CORRECT) and named in text
+    assert text in report.caveats and named in text
     assert costs_a_class(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT) is None
     assert costs_a_class(report_of((found, evaluation), tmp_path), SAMPLE_CORRECT) is None
 
@@ -63,62 +60,6 @@ def test_the_remedy_for_a_class_that_loses_is_none_that_the_run_file_has_already
     report = report_of((found, losing_class(evaluation)), tmp_path)
     text = costs_a_class(report, SAMPLE_CORRECT.model_copy(update=settings)) or ""
     assert text.endswith(remedy)
-
-
-def choice_of_lambda(report, *rows: tuple[float, float, float]):
-    """The report with a sweep of (λ, validation accuracy, accuracy where it is tuned), of which the first is chosen."""
-    sweep = tuple(
-        TradeOff(
-            lam=lam,
-            epoch=3,
-            train=0.9,
-            validation=clean,
-            test=0.9,
-            tune=fixed,
-            scenario=0.9,  # held-out images choose nothing, nor does the advice go by them
-            chosen=not place,
-        )
-        for place, (lam, clean, fixed) in enumerate(rows)
-    )
-    before = report.accuracy.before.model_copy(update={"validation": 250 / 255})
-    return report.model_copy(
-        update={
-            "tradeoff": sweep,
-            "accuracy": report.accuracy.model_copy(update={"before": before}),
-            "run": report.run.model_copy(update={"images": {"validation": 255}}),
-        }
-    )
-
-
-def test_a_lambda_that_fixes_more_and_was_left_out_for_few_validation_images_is_told(tmp_path: Path):
-    rows = (
-        (0.01, 249 / 255, 0.266),
-        (0.1, 248 / 255, 0.32),
-        (1.0, 246 / 255, 0.533),
-        (10.0, 243 / 255, 0.576),
-    )
-    report = choice_of_lambda(report_of(sample_findings(), tmp_path), *rows)
-    text = another_lambda_fixes_more(report, SAMPLE_CORRECT) or ""
-    assert text in caveats(report, SAMPLE_CORRECT)
-    assert "λ = 1 reaches 53.3 % of the images tuned on, the chosen λ = 0.01 26.6 %." in text
-    assert "loses 1.57 points on 255 validation images (one image is 0.39 points)" in text
-    assert "correct.max_loss allows 0.5. Give more validation images" in text
-
-
-@pytest.mark.parametrize(
-    ("other", "settings"),
-    [
-        ((1.0, 246 / 255, 0.36), {}),  # little more
-        ((1.0, 249 / 255, 0.6), {}),  # lost no more: left out for another reason
-        ((1.0, 246 / 255, 0.6), {"max_loss": 0.02}),
-        ((1.0, 246 / 255, 0.6), {"choose_by": "validation"}),
-    ],
-)
-def test_a_lambda_that_fixes_hardly_more_or_was_not_left_out_for_its_loss_is_not_told(
-    tmp_path: Path, other: tuple[float, float, float], settings: dict[str, object]
-):
-    report = choice_of_lambda(report_of(sample_findings(), tmp_path), (0.01, 249 / 255, 0.266), other)
-    assert another_lambda_fixes_more(report, SAMPLE_CORRECT.model_copy(update=settings)) is None
 
 
 def judged(report, own=None, left_out=None, real=None):

@@ -2,78 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import to_rgba
-from sample_findings import sample_findings, sample_run
+from sample_findings import report_of, sample_findings
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE
-from defuse_core.report import write_report
-from defuse_core.report.build import build_report
-from defuse_core.report.charts import ACCENT, LINE, MUTED, RIGHT, WRONG, clusters, draw_weights
-from defuse_core.report.figures import draw_gallery_rows, move_apart
+from defuse_core.report.figures import draw_figures, move_apart
 
 
-def test_pictures_are_written_beside_the_page(tmp_path: Path):
-    run = sample_run(tmp_path)
-    write_report(
-        run, *sample_findings(3, 2, classes=("a $\\frac{", "b & c", "[bold]", "long name"), images=3)
-    )
-    names = {"tradeoff", "lambdas", "latent", "scenarios", "rejected", "kl", "weights", "curves"}
-    assert set(run.store.list("figures/")) == {f"figures/{name}.png" for name in names}
-    assert all(run.store.read(key).startswith(b"\x89PNG") for key in run.store.list("figures/"))
+def test_equal_findings_give_equal_pictures(tmp_path: Path):
+    sample = sample_findings(3, 2, classes=("a $\\frac{", "b & c", "[bold]", "long name"), images=3)
+    pictures = draw_figures(report_of(sample, tmp_path), *sample)
+    assert set(pictures) == {"tradeoff", "lambdas", "latent", "kl"}
+    assert all(picture.startswith("<svg") for picture in pictures.values())
+    assert draw_figures(report_of(sample, tmp_path), *sample) == pictures
 
 
-def test_right_and_wrong_answers_bear_a_sign_beside_their_colour(tmp_path: Path):
-    found, evaluation = sample_findings(1, 1, images=4)
-    labels = found.verdicts.image_labels.copy()
-    labels[0, 0] = NONE_OF_THE_ABOVE
-    found = replace(found, verdicts=replace(found.verdicts, image_labels=labels))
-    report = build_report(sample_run(tmp_path), found, evaluation)
-    figure = draw_gallery_rows(report, found, evaluation, accepted=True)
-    assert figure is not None
-    boxed = [text for text in figure.axes[0].texts if text.get_bbox_patch() is not None]
-    signs = {"✓": RIGHT, "✗": WRONG}
-    for text, label in zip(boxed, labels[0].repeat(2), strict=True):
-        sign = text.get_text().strip("0123456789")
-        assert text.get_bbox_patch().get_facecolor() == to_rgba(signs.get(sign, MUTED))
-        assert (sign == "") == (label == NONE_OF_THE_ABOVE)
-        assert (sign == "✓") == (text.get_text() == f"✓{label}")
-
-
-def test_where_nothing_was_corrected_an_image_has_one_answer(tmp_path: Path):
-    found, evaluation = sample_findings(1, 1, images=4)
-    found = replace(found, sweep=replace(found.sweep, chosen=None, weights={}))
-    figure = draw_gallery_rows(
-        build_report(sample_run(tmp_path), found, evaluation), found, evaluation, accepted=True
-    )
-    assert figure is not None
-    texts = figure.axes[0].texts
-    assert len([text for text in texts if text.get_bbox_patch() is not None]) == 4
-    assert any("answer before; " in text.get_text() for text in texts)
-
-
-def test_a_heavy_component_that_is_not_reviewed_is_grey(tmp_path: Path):
-    report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
-    heaviest = max(report.scenarios.list, key=lambda scenario: scenario.weight)
-    rest = [scenario for scenario in report.scenarios.list if scenario is not heaviest]
-    listed = report.scenarios.model_copy(update={"list": rest})
-    bars = draw_weights(report.model_copy(update={"scenarios": listed})).axes[0].patches
-    colours = {bar.get_height(): bar.get_facecolor() for bar in bars}
-    assert colours.pop(heaviest.weight) == to_rgba(LINE)
-    assert {colours[scenario.weight] for scenario in rest} == {to_rgba(ACCENT)}
-
-
-def test_a_component_that_is_not_reviewed_is_grey_beside_one_of_the_same_weight(tmp_path: Path):
-    report = build_report(sample_run(tmp_path), *sample_findings(3, 2))
-    weights = report.mixture.weights
-    twice = report.mixture.model_copy(update={"weights": (weights[0], *weights)})
-    bars = draw_weights(report.model_copy(update={"mixture": twice})).axes[0].patches
-    colours = [bar.get_facecolor() for bar in bars if bar.get_height() == weights[0]]
-    assert sorted(colours) == sorted([to_rgba(ACCENT), to_rgba(LINE)])
-    assert sum(bar.get_facecolor() == to_rgba(ACCENT) for bar in bars) == 3
+def test_figure_5_names_the_classifier_before_and_the_chosen_lambda(tmp_path: Path):
+    sample = sample_findings(2, 1)
+    picture = draw_figures(report_of(sample, tmp_path), *sample)["tradeoff"]
+    assert picture.count(">before</text>") == 1 and picture.count(">λ = ") == 1
 
 
 def test_marks_that_coincide_are_moved_apart():
@@ -82,8 +30,3 @@ def test_marks_that_coincide_are_moved_apart():
     gaps = np.linalg.norm(moved[:, None] - moved[None], axis=2)[np.triu_indices(4, 1)]
     assert gaps.min() > 9.5
     assert np.abs(moved[3] - points[3]).max() < 0.01
-
-
-def test_points_linked_by_small_gaps_are_one_cluster():
-    points = np.array([[0.0, 0], [5, 0], [0.9, 0], [1.8, 0]])
-    assert clusters(points, 1.0) == [[0, 2, 3], [1]]

@@ -13,7 +13,6 @@ from defuse_core.report.formatting import (
     date_time,
     duration,
     interval,
-    lam_ranges,
     lam_text,
     numbers_text,
     score,
@@ -75,9 +74,7 @@ def test_no_line_breaks_inside_a_percentage_or_a_p_value():
     assert unbroken("+5 −0, p = 0.062; 98.5 % of them") == "+5 −0, p\u00a0=\u00a00.062; 98.5\u00a0% of them"
 
 
-def test_neighbouring_lambdas_share_one_range():
-    assert lam_ranges([0.1, 1, 2, 5, 10], [0, 1, 2, 4]) == "0.1 – 2, 10"
-    assert lam_ranges([0.1, 1, 2, 5, 10], [0, 1, 3]) == "0.1, 1, 5"
+def test_neighbouring_numbers_share_one_range():
     assert numbers_text([0, 1, 2, 4, 5, 7]) == "0–2, 4, 5, 7"
 
 

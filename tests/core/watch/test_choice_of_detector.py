@@ -95,9 +95,7 @@ def test_scores_are_the_log_odds_of_the_other_classes_the_energy_and_the_log_dis
 def test_the_wanted_number_of_errors_is_not_one_more_by_rounding() -> None:
     assert 0.55 * 100 > 55
     wrong = np.ones(100, np.bool_)
-    watch = dataclasses.replace(
-        sample_watch(images=100), validation_wrong=wrong, validation_region=np.arange(100) / 100
-    )
+    watch = dataclasses.replace(sample_watch(images=100), validation_wrong=wrong)
     chosen = dataclasses.replace(watch.methods[0], validation=np.arange(100) / 100)
     assert watch.threshold(chosen, ServeSection(failure_recall=0.55)) == 0.45
 
@@ -108,8 +106,6 @@ def test_the_threshold_is_the_largest_that_flags_the_wanted_share_of_errors(
 ) -> None:
     watch = sample_watch(images=6)
     given = np.array([0.4, 0.95, 0.9, 0.1, 0.8, 0.7])
-    watch = dataclasses.replace(
-        watch, validation_wrong=np.array([True, False, True, True, False, True]), validation_region=given
-    )
+    watch = dataclasses.replace(watch, validation_wrong=np.array([True, False, True, True, False, True]))
     chosen = dataclasses.replace(watch.methods[0], validation=given)
     assert watch.threshold(chosen, ServeSection(failure_recall=recall)) == threshold

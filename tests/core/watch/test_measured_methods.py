@@ -35,9 +35,9 @@ from tests.conftest import tiny
 
 @pytest.fixture
 def unlike() -> FailureWatch:
-    """A watch with other probabilities, answers and regions on test images than on validation images; the methods
-    are a simple one and a better one that uses codes."""
-    validation, test = sample_watch(separation=1.0), sample_watch(separation=3.0, images=300)
+    """A watch with other probabilities and answers on test images than on validation images; the methods are a simple
+    one and a better one that uses codes."""
+    validation = sample_watch(separation=1.0)
     rng = np.random.default_rng(1)
     wrong = rng.random(300) < 0.2
     given = 1 / (1 + np.exp(1 - 2.0 * wrong - rng.standard_normal(300)))
@@ -47,24 +47,17 @@ def unlike() -> FailureWatch:
         detector=dataclasses.replace(simple.detector, method=METHODS[2]),
         validation=np.where(validation.validation_wrong, 0.9, simple.validation / 2),
     )
-    return dataclasses.replace(
-        validation, methods=(simple, better), test_wrong=wrong, test_region=test.test_region
-    )
+    return dataclasses.replace(validation, methods=(simple, better), test_wrong=wrong)
 
 
 def test_figures_of_all_methods_are_those_of_their_own_images(unlike):
     figures = watch_figures(unlike, ServeSection())
-    for row, one in zip(figures.methods, unlike.methods, strict=False):
+    for row, one in zip(figures.methods, unlike.methods, strict=True):
         assert row.method == one.detector.method
         right = np.where(unlike.validation_wrong, one.validation, 1 - one.validation)
         assert row.log_loss == pytest.approx(-np.log(right).mean())
         assert row.validation.value == pytest.approx(roc_auc_score(unlike.validation_wrong, one.validation))
         assert row.test.value == pytest.approx(roc_auc_score(unlike.test_wrong, one.test))
-    region = figures.methods[-1]
-    assert region.validation.value == pytest.approx(
-        roc_auc_score(unlike.validation_wrong, unlike.validation_region)
-    )
-    assert region.test.value == pytest.approx(roc_auc_score(unlike.test_wrong, unlike.test_region))
 
 
 def test_without_codes_the_figures_are_those_of_a_method_that_needs_none(unlike):
@@ -131,7 +124,7 @@ def made_answers(images: int, seed: int, tracks: bool = False) -> Answers:
     logits = 2 * rng.standard_normal((images, 3))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
     of_track = np.arange(images) // 4 if tracks else None
-    return Answers(logits, labels, np.exp(rng.standard_normal(images)), rng.random(images), of_track)
+    return Answers(logits, labels, np.exp(rng.standard_normal(images)), of_track)
 
 
 def test_answers_of_equal_doubt_get_the_share_of_wrong_ones():
@@ -175,18 +168,16 @@ def test_each_part_of_a_watch_is_of_its_own_images():
     gaussians = np.zeros((3, 2)), np.stack([np.eye(2)] * 3)
     found = _measure(tiny(), validation, test, gaussians, "")
     for part, given in (("validation", validation), ("test", test)):
-        for name in ("wrong", "region", "tracks"):
+        for name in ("wrong", "tracks"):
             np.testing.assert_array_equal(getattr(found, f"{part}_{name}"), getattr(given, name))
 
 
 def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tiny_spec, tiny_models):
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    codes = np.zeros((1, 4, tiny_spec.vae.latent_dim), np.float32)
-    fixes = Corrections(np.array([0]), np.array([3]), codes, codes)
     other = {name: -array for name, array in tiny_models.classifier.items()}
     for corrected, weights in ((other, other), ({}, tiny_models.classifier)):
-        _, found = watch_classifier(tiny_spec, tiny_models, fixes, corrected, splits)
-        same = watch_run(tiny_spec, tiny_models, fixes, corrected, progress=silent)
+        found = watch_classifier(tiny_spec, tiny_models, corrected, splits)
+        same = watch_run(tiny_spec, tiny_models, corrected, progress=silent)
         assert encode(same) == encode(found)
         classifier = load_classifier(tiny_spec, weights, 10)
         for wrong, images in (
@@ -199,12 +190,10 @@ def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tin
 def test_nothing_is_calibrated_on_validation_images_that_the_classifier_has_probably_seen(
     tiny_spec, tiny_models
 ):
-    codes = np.zeros((1, 4, tiny_spec.vae.latent_dim), np.float32)
-    fixes = Corrections(np.array([0]), np.array([3]), codes, codes)
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
-    assert watch_classifier(tiny_spec, tiny_models, fixes, {}, splits)[1].methods
+    assert watch_classifier(tiny_spec, tiny_models, {}, splits).methods
     seen = dataclasses.replace(tiny_models, validation_from_training=True)
-    figures = watch_figures(watch_classifier(tiny_spec, seen, fixes, {}, splits)[1], ServeSection())
+    figures = watch_figures(watch_classifier(tiny_spec, seen, {}, splits), ServeSection())
     assert (figures.method, figures.threshold) == (None, None)
     assert "a share of the training images, which the classifier has probably seen" in figures.verdict
 
@@ -217,9 +206,7 @@ def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tin
         load_classifier(tiny_spec, tiny_models.classifier, 10),
     )
     codes, labels = training_codes(tiny_spec, vae, train)
-    single = codes[:1, None]
-    regions = fit_regions(vae, Corrections(np.array([0]), np.array([3]), single, single), codes)
-    given = (classifier, vae, tracked, regions, class_gaussians(codes, labels, 10))
+    given = (classifier, vae, tracked, class_gaussians(codes, labels, 10))
     whole = _answers(*given)
     monkeypatch.setattr("defuse_core.watch.BATCH", 7)
     batched = _answers(*given)

@@ -48,7 +48,7 @@ def judged(run):
     codes = np.zeros((0, 1, 2), np.float32)
     run.once("correct", Corrections, lambda: Corrections(nobody, nobody, codes, codes))
     run.store.write("trials/defuse/0.safetensors", b"x")
-    for key in ("report.json", "report.html", "figures/agreement.png"):
+    for key in ("report.json", "report.html"):
         run.store.write(key, b"{}")
     return run
 
@@ -150,7 +150,7 @@ def test_a_decision_that_is_withdrawn_while_decisions_are_read_is_none(run, monk
 def test_redo_forgets_the_verdicts_and_what_follows_and_keeps_the_votes(judged):
     override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
     left = judged.store.list()
-    assert not [key for key in left if key.startswith(("trials", "report", "figures", *FROM_VERDICTS))]
+    assert not [key for key in left if key.startswith(("trials", "report", *FROM_VERDICTS))]
     assert "votes.safetensors" in left and "gallery.safetensors" in left
     assert set(json.loads(judged.store.read("manifest.json"))["artefacts"]) == {"votes"}
     assert read_overrides(judged.store)[0].label == 8
@@ -221,9 +221,7 @@ def test_a_class_is_found_by_its_name_before_its_index():
 def test_a_reopened_vote_forgets_the_votes_and_what_follows_and_keeps_the_images(judged):
     reopen_vote(judged)
     left = judged.store.list()
-    assert not [
-        key for key in left if key.startswith(("trials", "report", "figures", "votes", *FROM_VERDICTS))
-    ]
+    assert not [key for key in left if key.startswith(("trials", "report", "votes", *FROM_VERDICTS))]
     assert "gallery.safetensors" in left and judged.load(Votes) is None
     assert not judged.manifest()["artefacts"]
     with pytest.raises(InputError, match="is still open"):

@@ -193,21 +193,20 @@ def test_a_candidate_of_another_format_is_another_version(registry, own_store, m
 @pytest.mark.parametrize("part", ["vae", "regions", "failures"])
 def test_equal_weights_with_another_watch_are_another_version(registry, own_store, monkeypatch, part):
     promote(registry, made_again(own_store), ANA)
-    watch_classifier = candidate_module.watch_classifier
-
-    def watch_of_another_defuse(*arguments):
-        regions, failures = watch_classifier(*arguments)
-        if part == "regions":
-            return dataclasses.replace(regions, means=regions.means + 1), failures
-        return regions, dataclasses.replace(failures, methods=failures.methods[:1])
-
     run = Run.open(own_store, "first")
     if part == "vae":
         models = run.load(Models)
         vae = {name: array * np.float32(1.0001) for name, array in models.vae.items()}
         run.store.write("models.safetensors", encode(dataclasses.replace(models, vae=vae)))
     else:
-        monkeypatch.setattr(candidate_module, "watch_classifier", watch_of_another_defuse)
+        name = {"regions": "fit_regions", "failures": "watch_classifier"}[part]
+        made = getattr(candidate_module, name)
+
+        def by_another_defuse(*arguments):
+            found = made(*arguments)
+            return dataclasses.replace(found, means=found.means + 1)
+
+        monkeypatch.setattr(candidate_module, name, by_another_defuse)
     assert promote(registry, made_again(own_store), ANA).production == 2
 
 

@@ -73,9 +73,7 @@ def test_most_wrong_answers_on_test_images_are_flagged_and_few_right_ones(swappe
     assert output.flagged[wrong].mean() > 0.6 and output.flagged[~wrong].mean() < 0.1
     figures = swapped.watch_figures(ServeSection())
     assert figures.test.recall.value == pytest.approx(output.flagged[wrong].mean(), abs=0.02)
-    scenario_distance = figures.methods[-1]
-    assert scenario_distance.test.low < 0.6  # near chance, and certainly worse than the chosen method
-    assert max(scenario_distance.test.high, 0.6) < figures.test.auroc.low
+    assert figures.test.auroc.low > 0.6
 
 
 def test_without_the_watch_the_failure_probability_follows_from_the_logits(candidate, pixels):
