@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 from datetime import date
 from pathlib import Path
@@ -38,6 +39,21 @@ def expect_printable(text: str) -> str:
 
 
 PrintableText = Annotated[str, AfterValidator(expect_printable)]
+
+
+def _expect_one_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"expected a regular expression, found {pattern!r} ({error})") from error
+    if groups != 1:
+        raise ValueError(
+            f"expected one group in brackets that names the object, found {groups} in {pattern!r}"
+        )
+    return pattern
+
+
+PatternOfOneGroup = Annotated[str, AfterValidator(_expect_one_group)]
 
 
 class Section(BaseModel):

@@ -5,12 +5,11 @@ The text under each field states its meaning, its unit, and the paper's value wh
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from defuse_core.config.base import Section, UserPath, fewest_units
+from defuse_core.config.base import PatternOfOneGroup, Section, UserPath, fewest_units
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 WITHOUT_ROOT = frozenset({"digits", "mnist-5000"})  # data sets whose images packages bring
@@ -38,23 +37,10 @@ class DataSection(Section):
     """Share of the training images held out for validation where the data set has no validation part of its own. signs
     and svhn: 0 halves the official test set into validation and test (the halves of the signs show the same physical
     signs); with a share the test part is the official one. Tracks are held out whole. Paper: 0."""
-    track_pattern: str | None = None
+    track_pattern: PatternOfOneGroup | None = None
     """folder: a regular expression whose one group, found in CLASS/FILE, names the object that the image shows, such as
     `/(.+)_` for OBJECT_FRAME.png. Images of one object, a track, stay in one part and count as one piece of evidence.
     npz: give arrays train_tracks, validation_tracks and test_tracks instead. Paper: the signs have tracks."""
-
-    @field_validator("track_pattern")
-    @classmethod
-    def _has_one_group(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"expected a regular expression, found {pattern!r} ({error})") from error
-        if groups != 1:
-            raise ValueError(
-                f"expected one group in brackets that names the object, found {groups} in {pattern!r}"
-            )
-        return pattern
 
 
 class ClassifierSection(Section):
