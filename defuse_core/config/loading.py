@@ -200,7 +200,7 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
 def changed_value(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Return what changed_field does, of the values that flat_fields returns."""
     for field in {**before, **now}:
-        free = field in {"data.root", "data.download", "vae.accept", "review.inline_kb"} or field.startswith(
+        free = field in {"data.root", "data.download", "vae.accept"} or field.startswith(
             ("resources.", "check.", "serve.")
         )
         if field.endswith(".weights") and before.get(field) and now.get(field):
