@@ -31,8 +31,7 @@ from defuse_core.files import (
     synced_temporary,
 )
 
-# folders that the store keeps for versions and kept inputs; annotators may read what is below `pictures`
-RESERVED = {"registry", "traffic", "pictures"}
+RESERVED = {"registry", "traffic"}  # folders that the store keeps for versions and kept inputs
 UNFINISHED_S = 600.0
 SHARED_STORE = "the store (--store) must be one that all nodes share: s3://bucket/prefix, or a shared folder"
 GONE = "this run is gone; was its folder moved or deleted?"
@@ -47,7 +46,7 @@ def checked_name(name: str) -> str:
     """Return the name of a run if it can name a folder everywhere. Raises InputError."""
     if name.lower() in RESERVED:  # one folder where the file system ignores case
         raise InputError(
-            f"run name {name}: expected another name, since the store keeps versions, traffic or pictures under it"
+            f"run name {name}: expected another name, since the store keeps versions or traffic under it"
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(

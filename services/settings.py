@@ -13,18 +13,6 @@ from defuse_core.errors import InputError
 
 
 @dataclass(frozen=True)
-class BucketAccess:
-    """Credentials of Label Studio's own for the pictures in the run's bucket, and the bucket's address for it."""
-
-    access_key_id: str | None = None  # LABEL_STUDIO_S3_ACCESS_KEY_ID
-    secret_access_key: str | None = field(default=None, repr=False)  # LABEL_STUDIO_S3_SECRET_ACCESS_KEY
-    session_token: str | None = field(default=None, repr=False)  # LABEL_STUDIO_S3_SESSION_TOKEN
-    # LABEL_STUDIO_S3_ENDPOINT, if Label Studio reaches the bucket at another address.
-    endpoint: str | None = None
-    share_own: bool = False  # LABEL_STUDIO_S3_SHARE_CREDENTIALS: give it the credentials of this process
-
-
-@dataclass(frozen=True)
 class Settings:
     """The environment variables that Defuse reads. Secrets are kept out of `repr`, so that no log shows them."""
 
@@ -39,7 +27,6 @@ class Settings:
     cache: Path = Path("~/.cache/defuse")
     # LABEL_STUDIO_HOST: the address that annotators open, if it is another.
     label_studio_host: str | None = None
-    label_studio_s3: BucketAccess = BucketAccess()  # the credentials with which Label Studio reads pictures
     mlflow_uri: str | None = field(default=None, repr=False)  # MLFLOW_TRACKING_URI, which may hold a password
     mlflow_experiment: str | None = None  # MLFLOW_EXPERIMENT_NAME
 
@@ -65,13 +52,6 @@ def read_settings() -> Settings:
         debug=is_on("DEFUSE_DEBUG"),
         forwarded_for=is_on("DEFUSE_FORWARDED_FOR"),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
-        label_studio_s3=BucketAccess(
-            access_key_id=_without_newline(get("LABEL_STUDIO_S3_ACCESS_KEY_ID")) or None,
-            secret_access_key=_without_newline(get("LABEL_STUDIO_S3_SECRET_ACCESS_KEY")) or None,
-            session_token=_without_newline(get("LABEL_STUDIO_S3_SESSION_TOKEN")) or None,
-            endpoint=get("LABEL_STUDIO_S3_ENDPOINT") or None,
-            share_own=is_on("LABEL_STUDIO_S3_SHARE_CREDENTIALS"),
-        ),
         mlflow_uri=get("MLFLOW_TRACKING_URI") or None,
         mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse"),

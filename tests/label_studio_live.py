@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
 from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
@@ -51,16 +51,10 @@ def live_home() -> Installation:
 
 
 @functools.cache
-def pictures_address() -> str:
-    """Return the only loopback address at which the server reads a bucket; a test may serve one there."""
-    return f"http://127.0.0.1:{free_port()}"
-
-
-@functools.cache
 def live_server() -> LocalServer:
     """Return the running server; it ends with this process."""
     home = live_home()
-    server = start(home, free_port(), home.read_server(), LABEL_STUDIO_S3_ENDPOINT=pictures_address())
+    server = start(home, free_port(), home.read_server())
     atexit.register(stop, server)
     return server
 
@@ -135,6 +129,14 @@ def digits_gallery(labels: tuple[int, ...] = (8, 3, 0, 1), images: int = 3, size
     predicted = np.tile(np.array([[3, 3, *labels[2:]]]).T[: len(labels)], (1, images)).astype(np.int64)
     codes = np.zeros((len(labels), images, 2), np.float32)
     return Gallery(shown, codes, predicted, tuple(str(n) for n in range(10)))
+
+
+def photographs_gallery(images: int = 3) -> Gallery:
+    """Return one scenario of R parts of a photograph, 224 x 224 in colour."""
+    photograph = load_sample_image("china.jpg").transpose(2, 0, 1)  # (3, 427, 640)
+    parts = [photograph[:, 200:424, 40 * part : 40 * part + 224] for part in range(images)]
+    digits = digits_gallery(labels=(8,), images=images)
+    return replace(digits, images=np.stack(parts)[None].astype(np.float32) / 255)
 
 
 def review_run(store: Path | Store, gallery: Gallery, **review: object) -> Run:

@@ -7,7 +7,7 @@ import functools
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import botocore.loaders
@@ -33,9 +33,7 @@ def moto_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def rclone_server(
-    folder: Path, key: str, secret: str, port: int | None = None, flags: Sequence[str] = ()
-) -> Iterator[str]:
+def rclone_server(folder: Path, key: str, secret: str, port: int | None = None) -> Iterator[str]:
     """Serve `folder` as S3 and yield its address: buckets are its folders. It checks keys and ignores conditions."""
     port = port or free_port()
     command = [
@@ -46,9 +44,9 @@ def rclone_server(
         f"{key},{secret}",
         "--addr",
         f"127.0.0.1:{port}",
-        *flags,
+        str(folder),
     ]
-    with _serving([*command, str(folder)], port):
+    with _serving(command, port):
         yield f"http://127.0.0.1:{port}"
 
 

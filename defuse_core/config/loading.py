@@ -196,7 +196,7 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
     """Return the first field that differs and would change results, as `a.b: 1 in the run, 2 now`, or None."""
     before, now = (flat_fields(spec.model_dump(mode="json")) for spec in (recorded, given))
     for field in {**before, **now}:
-        free = field in {"data.root", "data.download", "vae.accept", "review.inline_kb"} or field.startswith(
+        free = field in {"data.root", "data.download", "vae.accept"} or field.startswith(
             ("resources.", "check.", "serve.")
         )
         if field.endswith(".weights") and before.get(field) and now.get(field):

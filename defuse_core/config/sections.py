@@ -297,8 +297,6 @@ class ReviewSection(Section):
     it is right is at least this; until then it is asked about up to answers_per_task times. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
-    inline_kb: int = Field(64, ge=1)
-    """Label Studio: pictures of up to so many KB are stored in their task; larger ones need a run in S3. Ours."""
     real_names: bool = False
     """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
 

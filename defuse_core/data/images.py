@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
+import io
 import math
 import os
 import stat
@@ -27,6 +29,7 @@ FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 LOSSLESS_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
 MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
+LOSSLESS_BYTES = 16_384  # a PNG above this is replaced by a JPEG in a data: address
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
 
 
@@ -195,6 +198,19 @@ def to_levels(pixels: F32) -> U8:
 def to_picture(image: U8) -> Image.Image:
     """Return an image (1 or 3, H, W) as a grey or a colour picture."""
     return Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def data_address(image: F32) -> str:
+    """Return an image (1 or 3, H, W) in [0, 1] as a data: address, of a PNG up to LOSSLESS_BYTES, else of a JPEG.
+
+    Every image of at most 64 x 64 pixels is kept exactly.
+    """
+    picture, file, kind = to_picture(to_levels(image)), io.BytesIO(), "png"
+    picture.save(file, kind)
+    if file.tell() > LOSSLESS_BYTES:
+        file, kind = io.BytesIO(), "jpeg"
+        picture.save(file, kind, quality=90)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def fit_pixels(pixels: U8, channels: int, size: int) -> U8:

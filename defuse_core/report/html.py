@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 import inspect
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ from markupsafe import Markup
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import RunFile, dump_run_file
-from defuse_core.data.images import to_levels, to_picture
+from defuse_core.data.images import data_address
 from defuse_core.errors import count_of, decimal, percent
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
@@ -26,7 +24,7 @@ from defuse_core.report import formatting
 from defuse_core.report.correction_notices import may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
-PIXEL_ART = 64  # images of at most so many pixels a side are stored without loss; larger ones are compressed
+PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
@@ -253,16 +251,3 @@ def render_real(images: F32, labels: Sequence[str], answers: Sequence[str], titl
 def _notebook_html(name: str, **values: Any) -> str:
     text = environment().get_template(f"notebook_{name}.html.j2").render(**values)
     return formatting.unbroken(text)
-
-
-def data_address(image: F32) -> str:
-    """Return pixels (channels, H, W) in [0, 1] as a data: address."""
-    picture = to_picture(to_levels(image))
-    buffer = io.BytesIO()
-    if max(picture.size) <= PIXEL_ART:
-        kind = "png"
-        picture.save(buffer, kind, optimize=True)
-    else:
-        kind = "jpeg"
-        picture.save(buffer, kind, quality=90)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -25,7 +25,7 @@ def read_overrides(store: Store) -> tuple[Override, ...]:
 
 
 def _read_override(store: Store, key: str) -> Override | None:
-    """Return one decision; None where its author has withdrawn it since it was listed."""
+    """Return one decision; None where override_verdict has deleted it since it was listed."""
     try:
         return TypeAdapter(Override).validate_json(store.read(key))
     except FileNotFoundError:
@@ -77,31 +77,6 @@ def override_verdict(
     return f"scenario {scenario} is " + (
         "rejected" if index is None else f"a failure: {gallery.classes[index]}"
     )
-
-
-def withdraw_decisions(run: Run, scenario: int, *, redo: bool = False) -> str:
-    """Delete the decisions on `scenario`, so that the vote decides; return a sentence about it.
-
-    Raises InputError where there is none, and like override_verdict if the run already has verdicts.
-    """
-    found = {key: _read_override(run.store, key) for key in run.store.list(OVERRIDES)}
-    keys = [key for key, entry in found.items() if entry is not None and entry.scenario == scenario]
-    if not keys:
-        raise InputError(f"scenario {scenario}: nobody has overridden its vote in run {run.name}")
-    if run.load(Verdicts) is None:
-        _delete(run.store, keys)
-    elif redo:
-        with run.store.lock():
-            run.delete(FROM_VERDICTS, TRIALS)
-            _delete(run.store, keys)
-    else:
-        raise InputError(_judged_message(run))
-    return f"the vote decides about scenario {scenario}"
-
-
-def _delete(store: Store, keys: list[str]) -> None:
-    for key in keys:
-        store.delete(key)
 
 
 def class_index(label: str, classes: tuple[str, ...]) -> int:

@@ -178,10 +178,7 @@ def _later_answers(
     help="Accept the scenario as a failure, with this class as label.",
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option(
-    "--vote", is_flag=True, help="Delete the decisions on the scenario, so that the vote decides again."
-)
-@click.option("--reason", callback=given, help="The reason, which the report shows; not with --vote.")
+@click.option("--reason", required=True, callback=given, help="The reason, which the report shows.")
 @click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
 @click.option(
     "--redo",
@@ -195,35 +192,28 @@ def set_(
     store: str,
     label: str | None,
     reject: bool,
-    vote: bool,
-    reason: str | None,
+    reason: str,
     author: str | None,
     redo: bool,
 ) -> None:
-    """Override the vote on SCENARIO of RUN, of people or of models.
+    """Override the vote on SCENARIO of RUN, of people or of models. Of several decisions the newest counts.
 
     \b
     defuse review set digits 3 --label 8 --reason "thick eights" --redo
     defuse review set digits 5 --reject --reason "not digits at all" --redo
-    defuse review set digits 5 --vote --redo
     """
-    from defuse_core.review.overrides import override_verdict, withdraw_decisions
+    from defuse_core.review.overrides import override_verdict
     from services.storage import open_store
 
-    if (label is not None) + reject + vote != 1:
-        raise click.UsageError("give either --label NAME_OR_INDEX, --reject or --vote")
-    if vote != (reason is None):
-        raise click.UsageError("--label and --reject need a --reason, and --vote takes none")
+    if reject == (label is not None):
+        raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
     if _is_of_traffic(name):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
     opened, _ = _open(name, store)
     if redo:
         expect_not_promoted(open_store(store), name, COPY_IT)
-    if reason is None:
-        decision = withdraw_decisions(opened, scenario, redo=redo)
-    else:
-        author = author or local_user("--author")
-        decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo)
+    author = author or local_user("--author")
+    decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo)
     click.echo(f"{decision}; `defuse run` continues with it")
 
 

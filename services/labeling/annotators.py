@@ -29,15 +29,13 @@ from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
 from services.labeling.records import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
-from services.labeling.tasks import ReviewTasks, prelabels_by_task, warn_of_large_pictures
+from services.labeling.tasks import ReviewTasks, prelabels_by_task
 from services.settings import Settings
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
 
 log = logging.getLogger("defuse")
-# after which Label Studio gets this process's credentials again: those of a role may have 10 minutes left
-RENEWAL_S = 600
 # without the store, after which waiting ends: the credentials of this process may have expired
 STORE_OUTAGE_S = 3600
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
@@ -68,7 +66,6 @@ class LabelStudioAnnotators:
     first_pause_s, longest_pause_s = 5.0, 60.0  # between two pulls while waiting
     pull_s = 0.0  # seconds that the last pull took
     lost_before = 0  # answers of earlier pulls that the last one lacked
-    renewed_s = 0.0  # when Label Studio last got this process's credentials, of time.monotonic
 
     def __init__(
         self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
@@ -76,8 +73,6 @@ class LabelStudioAnnotators:
         self.run, self.settings, self.compute, self.wait = run, settings, compute, wait
         if STEPS.index(run.until) >= STEPS.index("review") and not run.store.exists("votes.safetensors"):
             self.client.check_access()  # now, not after an hour of training
-            if not run.store.exists("gallery.safetensors"):
-                warn_of_large_pictures(run)
 
     @cached_property
     def client(self) -> LabelStudioClient:
@@ -91,13 +86,7 @@ class LabelStudioAnnotators:
         """
         if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
-        state = read_state(self.run.store, gallery)
-        was_pushed = state.pushed
-        if not was_pushed:
-            state = self.push(gallery)
-        status, state = self._pull(gallery, state)
-        if was_pushed and status.outstanding:  # else nobody needs the pictures, nor access to their bucket
-            state = self.push(gallery)
+        status, state = self._pull(gallery, self.push(gallery))
         while status.outstanding:
             if not self.wait:
                 raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
@@ -113,17 +102,7 @@ class LabelStudioAnnotators:
         tasks, prelabels = self._tasks(gallery), None
         if self.run.spec.review.prelabel:
             prelabels = prelabels_by_task(tasks, self._probabilities(gallery))
-        project = ReviewProject(
-            self.client,
-            self.run,
-            tasks,
-            access=self.settings.label_studio_s3,
-            prelabels=prelabels,
-            repair=repair,
-        )
-        state = project.push()
-        self.renewed_s = monotonic()
-        return state
+        return ReviewProject(self.client, self.run, tasks, prelabels=prelabels, repair=repair).push()
 
     def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
         """Return the status of the review; until its votes are stored, decided scenarios leave the queue.
@@ -193,7 +172,6 @@ class LabelStudioAnnotators:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
-                self._renew_credentials(gallery)
                 status, state = self._pull(gallery, state)
             except (ServiceError, PageError, StoreError) as failure:
                 is_out = True
@@ -208,17 +186,6 @@ class LabelStudioAnnotators:
                 is_out, store_out_since = False, 0.0
             if status.given != given or not status.outstanding:
                 return status, state
-
-    def _renew_credentials(self, gallery: Gallery) -> None:
-        """Give Label Studio shared credentials again after RENEWAL_S; where that fails, the next poll tries again."""
-        access = self.settings.label_studio_s3
-        if not access.share_own or monotonic() - self.renewed_s <= RENEWAL_S:
-            return
-        try:
-            ReviewProject(self.client, self.run, self._tasks(gallery), access=access).renew_credentials()
-            self.renewed_s = monotonic()
-        except (InputError, ServiceError, StoreError) as failure:
-            log.warning("review: the credentials for the pictures are not renewed, trying again: %s", failure)
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
         decided, skips, way_out = int(status.decided.sum()), len(status.blocking_skips()), status.way_out()

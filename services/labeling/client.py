@@ -13,12 +13,12 @@ import json
 import logging
 import re
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
-from services.labeling.records import ANNOTATION, BucketStorage, Project, ProjectSettings, Task, TaskImport
+from services.labeling.records import ANNOTATION, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, proxy_for
 
 try:
@@ -39,10 +39,6 @@ TOKEN_PROBLEMS = {
     401: "rejects the token (401); set LABEL_STUDIO_API_KEY to one that it shows under Account & Settings",
     403: "forbids this request to the token's account (403); use an administrator's token",
 }
-
-
-class BlockedAddressError(InputError):
-    """Label Studio does not connect to private or loopback addresses that a user names."""
 
 
 class PageError(InputError):
@@ -174,13 +170,6 @@ class LabelStudioClient:
             yield task
         return len(items), total
 
-    def update_task(self, number: int, task: TaskImport) -> None:
-        """Replace what a task shows; its answers stay. Safe to repeat."""
-        with translated_errors(self.address), missing_allowed():
-            self._sdk.tasks.update(
-                id=str(number), data=task["data"], meta=task["meta"], request_options=REPEAT
-            )
-
     def delete_task(self, number: int) -> None:
         """Delete a task; one that does not exist any more is no error."""
         with translated_errors(self.address), missing_allowed():
@@ -211,40 +200,6 @@ class LabelStudioClient:
             for user in users
         }
         return {number: escape_control_characters(name) for number, name in names.items()}
-
-    def connect_bucket(self, project: int, storage: BucketStorage) -> None:
-        """Let the project show pictures of an S3 bucket, proxied by the server, which first tries to list them.
-
-        Where the server blocks the bucket's address, it is connected at the one that the server's operator trusts.
-        """
-        try:
-            self._connect_bucket(project, storage)
-        except BlockedAddressError:
-            try:
-                self._connect_bucket(project, replace(storage, s3endpoint=None))
-            except (ServiceError, InputError):
-                endpoint = storage.s3endpoint
-                raise InputError(
-                    f"Label Studio at {self.address} blocks the bucket's address {endpoint}, which is on a private or "
-                    f"loopback network (its SSRF protection): start Label Studio with LABEL_STUDIO_S3_ENDPOINT="
-                    f"{endpoint} in its environment, or with SSRF_PROTECTION_ENABLED=false"
-                ) from None
-
-    def _connect_bucket(self, project: int, storage: BucketStorage) -> None:
-        storages = self._sdk.import_storage.s3
-        with translated_errors(self.address):
-            known = storages.list(project=project, request_options=REPEAT)
-            ours = next((found for found in known if found.bucket == storage.bucket), None)
-            try:
-                if ours is None:
-                    storages.create(project=project, **storage.fields(), request_options=ONCE)
-                else:  # its credentials may have expired
-                    storages.update(ours.id, project=project, **storage.fields(), request_options=REPEAT)
-            except ApiError as error:
-                # "URL resolves to a reserved network ..."
-                if error.status_code == 403 and "URL" in str(error.body):
-                    raise BlockedAddressError(f"Label Studio at {self.address} blocks the bucket") from None
-                raise
 
 
 class RenewedToken(httpx.Auth):
@@ -376,7 +331,7 @@ def _page_error(address: str, status: int, location: str) -> InputError:
     if status == 413:
         return InputError(
             f"{address} is behind a proxy that refuses a request as too large (413); raise its limit (nginx: "
-            "client_max_body_size), or lower review.inline_kb"
+            "client_max_body_size)"
         )
     problem = f"answered with a web page ({status}), not as Label Studio does; correct LABEL_STUDIO_URL"
     if 300 <= status < 400:

@@ -191,7 +191,6 @@ def start(
     port: int,
     known: LocalServer | None,
     report: Callable[[str], None] = _silent,
-    **environment: str,
 ) -> LocalServer:
     """Start the server on loopback and return it once it is healthy.
 
@@ -214,7 +213,7 @@ def start(
                 "--port",
                 str(port),
             ],
-            env=_environment(installation, address, password, token) | environment,
+            env=_environment(installation, address, password, token),
             cwd=installation.data,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -268,9 +267,7 @@ def _expect_free(port: int) -> None:
 
 def _environment(installation: Installation, address: str, password: str, token: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG", "TMPDIR")}
-    # Label Studio blocks private addresses that only users name
-    endpoint = os.environ.get("LABEL_STUDIO_S3_ENDPOINT") or os.environ.get("AWS_ENDPOINT_URL")
-    return (kept | {"LABEL_STUDIO_S3_ENDPOINT": endpoint} if endpoint else kept) | {
+    return kept | {
         "LABEL_STUDIO_BASE_DATA_DIR": str(installation.data),
         "LABEL_STUDIO_HOST": address,
         "LABEL_STUDIO_USERNAME": USERNAME,

@@ -23,13 +23,11 @@ from services.labeling.client import LabelStudioClient, RejectedRequestError
 from services.labeling.interface import interface_edit
 from services.labeling.records import (
     STATE_KEY,
-    BucketStorage,
     PreselectedAnswer,
     Project,
     ProjectSettings,
     ProjectState,
     Task,
-    TaskImport,
     read_state,
     set_aside,
     update_state,
@@ -39,11 +37,9 @@ from services.labeling.tasks import (
     ReviewTasks,
     batches,
     is_edited,
-    pictures_storage,
     project_settings,
     run_label,
 )
-from services.settings import BucketAccess
 
 log = logging.getLogger("defuse")
 
@@ -64,24 +60,18 @@ class ReviewProject:
         run: Run,
         tasks: ReviewTasks,
         *,
-        access: BucketAccess | None = None,
         prelabels: Mapping[int, PreselectedAnswer] | None = None,
         repair: bool = False,
     ) -> None:
-        """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario.
-
-        `access` is needed for a push of pictures in a bucket.
-        """
+        """`prelabels` are in the order in which annotators get the tasks; without them that is by scenario."""
         self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
-        self.access, self.prelabels = access or BucketAccess(), prelabels or {}
+        self.prelabels = prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
         self.is_closed = run.store.exists("votes.safetensors")
         self.repair_command = f"`{run.command('review push', '--repair')}`"
 
     def push(self) -> ProjectState:
         """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
-        pushed = self.state.number if self.state.pushed else None
-        storage = pictures_storage(self.tasks, self.run.name, self.access, pushed)
         self._update_state(lambda known: known)  # stores the mark, before a project bears it
         project = self.find()
         if project is None:
@@ -104,20 +94,11 @@ class ReviewProject:
             lambda known: replace(known, project=number, address=address, organization=organization)
         )
         self._check_settings(project)
-        self._connect_bucket(storage)
         self.import_missing()
         if self.repair:
             delete_skips(self.client, (task for _, task in self._list_tasks(with_data=False)), self.tasks)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
-
-    def renew_credentials(self) -> None:
-        """Give Label Studio the credentials for the pictures in the bucket again; they may have changed."""
-        self._connect_bucket(pictures_storage(self.tasks, self.run.name, self.access, self.state.number))
-
-    def _connect_bucket(self, storage: BucketStorage | None) -> None:
-        if storage is not None:
-            _attempts()(self.client.connect_bucket, self.state.number, storage)
 
     def pull(self) -> Iterator[Task]:
         """Find the project, and return an iterator over its tasks with their annotations.
@@ -248,13 +229,9 @@ class ReviewProject:
             raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
 
     def drop_duplicates(self) -> PresentTasks:
-        """Return the tasks in the project, after duplicates that nobody answered are deleted.
-
-        Tasks that show pictures from where the run was before show them from where it is now.
-        """
+        """Return the tasks in the project, after duplicates that nobody answered are deleted."""
         present = PresentTasks.none(len(self.tasks))
         dropped: dict[int, str] = {}  # deleted later: a deletion while listing would shift the pages
-        moved: dict[int, int] = {}
         unknown = 0
         for index, task in self._list_tasks():
             if index is None:
@@ -265,12 +242,6 @@ class ReviewProject:
                 dropped[task.id] = str(task.key)
             elif duplicate := present.add(index, task):
                 dropped[duplicate] = str(task.key)
-            if index is not None and task.id not in dropped and self.tasks.shows_moved_pictures(task):
-                moved[task.id] = index
-        for number, index in moved.items():
-            self.client.update_task(number, self._task(index))
-        if moved:
-            log.info("review: %s now show their pictures where the run is", count_of(len(moved), "task"))
         for duplicate, key in dropped.items():
             self.client.delete_task(duplicate)
             log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
@@ -285,12 +256,12 @@ class ReviewProject:
     def _import(self, missing: list[int]) -> None:
         if self.state.pushed and not self.repair:
             raise InputError(self._deleted(missing))
-        for batch in batches(self._task(index) for index in missing):
+        made = (
+            self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret) for index in missing
+        )
+        for batch in batches(made):
             self.client.import_tasks(self.state.number, batch)
         log.info("review: pushed %s to project %d", count_of(len(missing), "task"), self.state.number)
-
-    def _task(self, index: int) -> TaskImport:
-        return self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret)
 
     def _deleted(self, missing: list[int]) -> str:
         return (
@@ -305,11 +276,11 @@ class ReviewProject:
         )
 
     def _holds_our_tasks(self, project: Project) -> bool:
-        """Whether the project bears no other run's mark and has a task of this review."""
+        """Whether the project bears no other run's mark and has a task of this review that nobody edited."""
         has_mark = re.search(r"defuse-[0-9a-f]{16}", project.settings.description)
-        found = ((self.tasks.index_of(task.key), task) for task in self.client.tasks(project.id))
         return not has_mark and any(
-            i is not None and task.digest == self._task(i)["meta"]["digest"] for i, task in found
+            self.tasks.index_of(task.key) is not None and not is_edited(task, self.state.secret)
+            for task in self.client.tasks(project.id, with_data=True)
         )
 
     def _check_settings(self, project: Project) -> None:

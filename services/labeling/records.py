@@ -55,13 +55,13 @@ class PreselectedAnswer(TypedDict):
 class ImageData(TypedDict):
     """What a task of one image shows."""
 
-    image: str  # address
+    image: str  # data: address
 
 
 class PageSample(TypedDict):
     """One image on the page of a scenario."""
 
-    image: str  # address
+    image: str  # data: address
     prediction: str  # the classifier's answer, in words
 
 
@@ -85,26 +85,6 @@ class TaskImport(TypedDict):
     data: ImageData | PageData
     meta: TaskMeta
     predictions: NotRequired[list[PreselectedAnswer]]
-
-
-@dataclass(frozen=True)
-class BucketStorage:
-    """The S3 storage of a project, from which the server shows pictures."""
-
-    title: str
-    bucket: str
-    prefix: str
-    s3endpoint: str | None  # None: AWS, or what the server's operator set
-    region_name: str | None
-    aws_access_key_id: str
-    aws_secret_access_key: str = field(repr=False)
-    aws_session_token: str = field(repr=False)  # an empty one replaces an old one
-    presign: bool = False  # Label Studio proxies the pictures, so the bucket needs no CORS
-    use_blob_urls: bool = True
-
-    def fields(self) -> dict[str, str | bool]:
-        """Return the fields that have a value."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,25 @@
-"""The tasks of a review, each under a key that names its image or scenario, and the pictures that they show.
+"""The tasks of a review, each under a key that names its image or scenario, with the pictures that it shows.
 
-Small pictures are inline in their task, large ones in the run's bucket. Label Studio reads these with credentials of
-its own. Every member of its organisation can read what these can read, so they must be limited to the pictures.
+The pictures are data: addresses, so Label Studio needs no access to the store of the run.
 """
 
 from __future__ import annotations
 
-import base64
 import hmac
-import io
 import json
-import logging
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
 
 import numpy as np
 
 from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
 from defuse_core.config import ReviewSection
-from defuse_core.data.images import to_levels, to_picture
-from defuse_core.errors import InputError, without_credentials
+from defuse_core.data.images import data_address
 from defuse_core.review.verdicts import LEAST_ANSWERS, stops_when_sure
-from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.labeling.interface import LABEL, choice_names, instructions, label_config
 from services.labeling.records import (
-    BucketStorage,
     ImageData,
     PageData,
     PageSample,
@@ -39,19 +30,10 @@ from services.labeling.records import (
     TaskMeta,
     choice_result,
 )
-from services.settings import BucketAccess
-
-if TYPE_CHECKING:
-    from services.storage.s3 import S3Store
-
-log = logging.getLogger("defuse")
 
 PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
 BATCH_TASKS = 250
 BATCH_BYTES = 900_000  # proxies such as nginx refuse requests over 1 MiB unless told otherwise
-PICTURES_FOLDER = "pictures"
-# Header, palette and the deflate stream's own bytes, for pictures of any usual size.
-PNG_OVERHEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ class ReviewTasks:
         if subject.image is None:
             data: PageData | ImageData = self._page(subject)
         else:
-            data = ImageData(image=self.picture(subject.scenario, subject.image))
+            data = ImageData(image=data_address(self.gallery.images[subject.scenario, subject.image]))
         # The key is no data: annotators see all data in Label Studio's list of tasks.
         meta = TaskMeta(sample_key=subject.key, digest=digest(subject.key, data, secret))
         task = TaskImport(data=data, meta=meta)
@@ -120,64 +102,14 @@ class ReviewTasks:
 
     def _page(self, subject: TaskSubject) -> PageData:
         samples = [
-            PageSample(
-                image=self.picture(subject.scenario, image), prediction=f"classifier: {self.names[answer]}"
+            PageSample(image=data_address(image), prediction=f"classifier: {self.names[answer]}")
+            for image, answer in zip(
+                self.gallery.images[subject.scenario],
+                self.gallery.predicted[subject.scenario].tolist(),
+                strict=True,
             )
-            for image, answer in enumerate(self.gallery.predicted[subject.scenario].tolist())
         ]
         return PageData(page="Pictures", samples=samples)
-
-    def picture(self, scenario: int, image: int) -> str:
-        """Return a data: address with the picture itself, or, if it is large, its address in the run's S3 store.
-
-        Raises InputError for a large picture of a run that is not in S3.
-        """
-        data = png(self.gallery.images[scenario, image])
-        if len(data) <= self.review.inline_kb * 1024:
-            return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        if not self.store.address.startswith("s3://"):
-            raise InputError(
-                f"a picture has {len(data) / 1024:.0f} KB and review.inline_kb is {self.review.inline_kb}: raise it "
-                "(--set; the run goes on), or keep the run in S3 (--store s3://bucket/prefix), which larger pictures "
-                "are shown from"
-            )
-        key = f"{PICTURES_FOLDER}/{TaskSubject(scenario, image).key}.png"
-        self.store.write(key, data)
-        return f"{self.store.address}/{key}"
-
-    def shows_moved_pictures(self, task: Task) -> bool:
-        """Whether a task shows pictures from where the run was in S3 before it was moved to where it is there now."""
-        if not self.store.address.startswith("s3://"):
-            return False
-        shown = re.findall(rf'"(s3://[^"]+)/{PICTURES_FOLDER}/', json.dumps(task.data, ensure_ascii=False))
-        return any(address != self.store.address for address in shown)
-
-    def first_in_bucket(self) -> tuple[int, int] | None:
-        """Return scenario and image of the first picture that is too large to be inline; None if none is."""
-        limit = self.review.inline_kb * 1024
-        scenarios, images, channels, height, width = self.gallery.images.shape
-        if _most_bytes(channels, height, width) <= limit:
-            return None
-        places = ((scenario, image) for scenario in range(scenarios) for image in range(images))
-        return next((place for place in places if len(png(self.gallery.images[place])) > limit), None)
-
-
-def warn_of_large_pictures(run: Run) -> None:
-    """Warn where pictures of the run's size may be too large for their tasks, and the run is not in S3."""
-    data, limit = run.spec.data, run.spec.review.inline_kb
-    largest = math.ceil(_most_bytes(data.channels, data.image_size, data.image_size) / 1024)
-    if largest > limit and not run.store.address.startswith("s3://"):
-        log.warning(
-            "review: a picture can have up to %d KB, and review.inline_kb is %d: where pictures are larger, raise it, "
-            "now or when the run stops at them, or keep the run in S3 from the start (--store s3://bucket/prefix)",
-            largest,
-            limit,
-        )
-
-
-def _most_bytes(channels: int, height: int, width: int) -> int:
-    """Return an upper bound of a picture's PNG: uncompressed."""
-    return channels * height * width + height + PNG_OVERHEAD_BYTES
 
 
 def digest(key: str, data: Mapping[str, object], secret: str) -> str:
@@ -270,130 +202,3 @@ def project_settings(tasks: ReviewTasks, run: str, mark: str) -> ProjectSettings
         show_collab_predictions=review.prelabel,
         model_version=PRELABEL_MODEL if review.prelabel else "",
     )
-
-
-def pictures_storage(
-    tasks: ReviewTasks, run: str, access: BucketAccess, pushed: int | None
-) -> BucketStorage | None:
-    """Return the storage that shows pictures in the run's bucket; None if all pictures are inline.
-
-    The first picture in the bucket is written and read with Label Studio's credentials, before any task exists.
-    `pushed` is the number of the project, once it has all tasks.
-    """
-    place, store = tasks.first_in_bucket(), tasks.store
-    if place is None:
-        return None
-    if not store.address.startswith("s3://") and pushed is not None:
-        log.warning("project %d shows pictures from the bucket that the run was pushed from", pushed)
-        return None
-    tasks.picture(*place)  # raises InputError for a run that is not in S3
-    return bucket_storage(cast("S3Store", store), f"Pictures of {run}", access)
-
-
-def bucket_storage(store: S3Store, title: str, access: BucketAccess) -> BucketStorage:
-    """Return the Label Studio storage that shows the run's pictures.
-
-    Raises InputError if Label Studio has no credentials of its own, or if they cannot read the pictures.
-    """
-    key, endpoint = _key(store, access), access.endpoint or store.endpoint
-    storage = BucketStorage(
-        title=title,
-        bucket=store.bucket,
-        prefix=f"{store.prefix}{PICTURES_FOLDER}",
-        # without user name and password: every annotator can read the storages of a project
-        s3endpoint=endpoint and without_credentials(endpoint).replace("***@", ""),
-        region_name=store.region,
-        aws_access_key_id=key.access_key_id or "",
-        aws_secret_access_key=key.secret_access_key or "",
-        aws_session_token=key.session_token or "",
-    )
-    _check_access(store, storage)
-    return storage
-
-
-def _key(store: S3Store, access: BucketAccess) -> BucketAccess:
-    """Return the key with which Label Studio reads the pictures: its own, or this process's where it is shared."""
-    import boto3
-
-    from services.storage.s3_errors import translated_errors
-
-    with translated_errors(store.address, store.endpoint):
-        found = boto3.Session().get_credentials()
-        own = None if found is None else found.get_frozen_credentials()
-    if access.share_own and own is not None:
-        return replace(
-            access, access_key_id=own.access_key, secret_access_key=own.secret_key, session_token=own.token
-        )
-    if access.access_key_id is None or access.secret_access_key is None:
-        raise InputError(
-            f"pictures over review.inline_kb are in {store.address}/{PICTURES_FOLDER}, and Label Studio has no "
-            "credentials to read them: set LABEL_STUDIO_S3_ACCESS_KEY_ID and LABEL_STUDIO_S3_SECRET_ACCESS_KEY to a "
-            "key that can read that prefix only, or raise review.inline_kb"
-        )
-    if own is not None and access.access_key_id == own.access_key:
-        raise InputError(
-            "LABEL_STUDIO_S3_ACCESS_KEY_ID is this process's own key, and every annotator could read what it can "
-            f"read: use a key that can read {store.address}/{PICTURES_FOLDER} only "
-            "(LABEL_STUDIO_S3_SHARE_CREDENTIALS=1 shares the own one nonetheless)"
-        )
-    return access
-
-
-def _check_access(store: S3Store, storage: BucketStorage) -> None:
-    """Raise InputError if the storage's credentials cannot list and read the pictures; warn if they can read more.
-
-    An address that Label Studio alone reaches is left to Label Studio, which connects to it next, with a warning.
-    """
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, EndpointConnectionError
-
-    from services.storage.s3_errors import EXPECTED_ENDPOINT
-
-    try:
-        client = boto3.client(
-            "s3",
-            endpoint_url=storage.s3endpoint,
-            region_name=store.region,
-            aws_access_key_id=storage.aws_access_key_id,
-            aws_secret_access_key=storage.aws_secret_access_key,
-            aws_session_token=storage.aws_session_token or None,
-            config=Config(connect_timeout=10, read_timeout=20, retries={"max_attempts": 2}),
-        )
-    except ValueError:  # "Invalid endpoint: pictures:9000", with a password that it may hold
-        raise InputError(f"LABEL_STUDIO_S3_ENDPOINT: {EXPECTED_ENDPOINT}") from None
-    try:
-        listed = client.list_objects_v2(Bucket=store.bucket, Prefix=storage.prefix, MaxKeys=1)
-        client.head_object(Bucket=store.bucket, Key=listed["Contents"][0]["Key"])
-    except (ClientError, BotoCoreError, KeyError) as error:
-        unreachable = isinstance(error, EndpointConnectionError | ConnectTimeoutError)
-        if unreachable and storage.s3endpoint != store.endpoint:
-            log.warning(
-                "%s is not reached from here, so whether Label Studio's credentials can read the pictures, and nothing "
-                "else, is left unchecked (LABEL_STUDIO_S3_ENDPOINT)",
-                storage.s3endpoint,
-            )
-            return
-        raise InputError(
-            f"Label Studio's credentials for the bucket cannot list and read {store.address}/{PICTURES_FOLDER} "
-            f"({without_credentials(str(error))}): grant them s3:ListBucket and s3:GetObject there, or correct "
-            "LABEL_STUDIO_S3_ACCESS_KEY_ID, LABEL_STUDIO_S3_SECRET_ACCESS_KEY, LABEL_STUDIO_S3_SESSION_TOKEN (which "
-            "expires) and LABEL_STUDIO_S3_ENDPOINT"
-        ) from None
-    try:
-        client.head_object(Bucket=store.bucket, Key=f"{store.prefix}run.yaml")
-    except (ClientError, BotoCoreError):
-        return
-    log.warning(
-        "Label Studio's credentials can read all of %s, and through Label Studio every annotator can; limit them to "
-        "its folder %s",
-        store.address,
-        PICTURES_FOLDER,
-    )
-
-
-def png(image: F32) -> bytes:
-    """Return one image, (channels, H, W) in [0, 1], as PNG."""
-    buffer = io.BytesIO()
-    to_picture(to_levels(image)).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

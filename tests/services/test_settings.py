@@ -20,21 +20,11 @@ FIELDS = {  # of each variable that is text
     "DEFUSE_SERVE_TOKEN": "serve_token",
     "MLFLOW_TRACKING_URI": "mlflow_uri",
     "MLFLOW_EXPERIMENT_NAME": "mlflow_experiment",
-    "LABEL_STUDIO_S3_ACCESS_KEY_ID": "access_key_id",
-    "LABEL_STUDIO_S3_SECRET_ACCESS_KEY": "secret_access_key",
-    "LABEL_STUDIO_S3_SESSION_TOKEN": "session_token",
-    "LABEL_STUDIO_S3_ENDPOINT": "endpoint",
 }
 SWITCHES = {
     "DEFUSE_DEBUG": "debug",
     "DEFUSE_FORWARDED_FOR": "forwarded_for",
-    "LABEL_STUDIO_S3_SHARE_CREDENTIALS": "share_own",
 }
-
-
-def all_fields() -> dict[str, object]:
-    found = asdict(read_settings())
-    return found | found.pop("label_studio_s3")
 
 
 def test_each_variable_is_a_field_of_its_own_and_an_empty_one_is_unset_except_for_the_token_of_serve(
@@ -42,29 +32,27 @@ def test_each_variable_is_a_field_of_its_own_and_an_empty_one_is_unset_except_fo
 ):
     for name in FIELDS:
         monkeypatch.setenv(name, f"value of {name}")
-    found = all_fields()
+    found = asdict(read_settings())
     assert {name: found[field] for name, field in FIELDS.items()} == {
         name: f"value of {name}" for name in FIELDS
     }
     for name in FIELDS:
         monkeypatch.setenv(name, "")
-    found = all_fields()
+    found = asdict(read_settings())
     assert found.pop("serve_token") == ""
     assert {found[field] for field in FIELDS.values() if field in found} == {None}
 
 
 def test_the_line_break_of_a_file_is_no_part_of_a_key(monkeypatch):
-    names = [name for name in FIELDS if name.startswith("LABEL_STUDIO_S3_") and "ENDPOINT" not in name]
-    for name in (*names, "DEFUSE_SERVE_TOKEN"):
-        monkeypatch.setenv(name, "a key\n")
-        assert all_fields()[FIELDS[name]] == "a key"
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "a key\n")
+    assert read_settings().serve_token == "a key"
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_switch_turns_on_its_own_field_alone(monkeypatch, name):
     for switch in SWITCHES:
         monkeypatch.setenv(switch, str(int(switch == name)))
-    found = all_fields()
+    found = asdict(read_settings())
     assert [switch for switch, field in SWITCHES.items() if found[field]] == [name]
 
 
@@ -138,8 +126,8 @@ def test_a_job_gets_variables_that_are_set_empty_ones_included(monkeypatch):
     + [(value, False) for value in ("", " ", "0", " 0", "False", "no", "OFF")],
 )
 def test_a_switch_is_on_or_off(monkeypatch, value, on):
-    monkeypatch.setenv("LABEL_STUDIO_S3_SHARE_CREDENTIALS", value)
-    assert read_settings().label_studio_s3.share_own == on
+    monkeypatch.setenv("DEFUSE_FORWARDED_FOR", value)
+    assert read_settings().forwarded_for == on
 
 
 @pytest.mark.parametrize("value", ["n", "disabled", "2"])
@@ -150,10 +138,10 @@ def test_any_other_value_of_a_switch_is_an_error_that_names_it(monkeypatch, valu
 
 
 def test_switches_are_off_where_they_are_not_set(monkeypatch):
-    for name in ("DEFUSE_DEBUG", "DEFUSE_FORWARDED_FOR", "LABEL_STUDIO_S3_SHARE_CREDENTIALS"):
+    for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
     settings = read_settings()
-    assert not (settings.debug or settings.forwarded_for or settings.label_studio_s3.share_own)
+    assert not (settings.debug or settings.forwarded_for)
 
 
 def test_a_cache_below_an_unknown_home_does_not_keep_the_other_settings_from_being_read(monkeypatch):

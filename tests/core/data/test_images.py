@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import pickle
 from dataclasses import replace
@@ -12,9 +14,17 @@ import numpy as np
 import pytest
 from data_samples import SIZE, ids, noise, numbered, save_picture
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from defuse_core.data import Images, PictureFiles, Splits
-from defuse_core.data.images import FilePaths, evenly_spaced, expect_labels, read_picture, to_levels
+from defuse_core.data.images import (
+    FilePaths,
+    data_address,
+    evenly_spaced,
+    expect_labels,
+    read_picture,
+    to_levels,
+)
 from defuse_core.errors import DataError
 
 NAMES = ["a/0.png", "a/ü.png", os.fsdecode(b"b/\xff.png"), "b/a name with spaces.png"]
@@ -323,3 +333,29 @@ def test_a_label_far_behind_the_images_that_are_read_changes_the_fingerprint():
 def test_levels_are_the_nearest_ones_and_end_at_black_and_white():
     fractions = np.array([-0.2, 0, 0.4, 0.6, 127.6, 254.4, 255, 300], np.float32) / np.float32(255)
     assert to_levels(fractions).tolist() == [0, 0, 0, 1, 128, 254, 255, 255]
+
+
+def shown_at(address: str) -> tuple[str, Any]:
+    """Return the head of a data: address, and its picture (channels, H, W)."""
+    head, _, data = address.partition(";base64,")
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    return head, picture[None] if picture.ndim == 2 else picture.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 64, 64), (3, 64, 64)])
+def test_the_address_of_a_small_image_keeps_each_pixel(shape: tuple[int, int, int]):
+    pixels = noise(*shape)
+    head, shown = shown_at(data_address(pixels / np.float32(255)))
+    assert head == "data:image/png" and np.array_equal(shown, pixels)
+
+
+def test_a_large_image_of_few_colours_is_kept_and_a_photograph_is_compressed_in_one_way():
+    squares = np.kron(noise(1, 8, 8), np.ones((1, 28, 28), np.uint8))
+    head, shown = shown_at(data_address(squares / np.float32(255)))
+    assert head == "data:image/png" and np.array_equal(shown, squares)
+    photograph = load_sample_image("china.jpg")[200:424, :224].transpose(2, 0, 1)
+    address = data_address(photograph / np.float32(255))
+    head, shown = shown_at(address)
+    assert head == "data:image/jpeg" and len(address) < 50_000
+    assert np.abs(shown - photograph.astype(np.float32)).mean() < 5
+    assert data_address(photograph / np.float32(255)) == address

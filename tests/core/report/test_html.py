@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import itertools
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from sample_evidence import sample_evidence
 from sample_findings import (
     report_of,
@@ -22,10 +19,11 @@ from sample_findings import (
 )
 
 from defuse_core.artifacts import FailedTrial, Override
+from defuse_core.data.images import data_address
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
-from defuse_core.report.html import _real_tiles, data_address, render_real
+from defuse_core.report.html import _real_tiles, render_real
 from defuse_core.runs import Run
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
@@ -265,16 +263,6 @@ def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_
     assert " 1 of " in notice and " has a label that" in notice
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert "label is not the majority's 1" in text
-
-
-@pytest.mark.parametrize(("side", "kind", "error"), [(32, "png", 0.002), (128, "jpeg", 0.1)])
-def test_small_pictures_are_kept_exactly_and_large_ones_compressed(side: int, kind: str, error: float):
-    ramp = np.linspace(0, 1, side, dtype=np.float32)
-    pixels = np.stack(np.broadcast_arrays(ramp, ramp[:, None], np.float32(0.5)))
-    head, _, data = data_address(pixels).partition(";base64,")
-    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) / 255
-    assert head == f"data:image/{kind}"
-    assert np.abs(shown.transpose(2, 0, 1) - pixels).max() <= error
 
 
 def test_no_real_images_are_shown_where_none_has_the_scenarios_label():

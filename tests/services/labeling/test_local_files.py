@@ -20,7 +20,6 @@ from services.labeling.local_server import (
     VERSIONS,
     Installation,
     LocalServer,
-    _environment,
     down,
     install,
     running_server,
@@ -110,20 +109,6 @@ def test_a_server_that_another_machine_started_in_a_shared_folder_is_neither_sta
     for host in ("", platform.node()):
         home.write_server(replace(SERVER, host=host))
         assert command(tmp_path) == (SERVER if command is up else False)
-
-
-def test_the_server_gets_the_address_of_the_bucket_and_no_credentials(home, monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    for name in ("AWS_ENDPOINT_URL", "LABEL_STUDIO_S3_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    without = _environment(home, SERVER.address, "password", "token")
-    assert "hush" not in without.values() and "LABEL_STUDIO_S3_ENDPOINT" not in without
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://10.0.0.1:9000")
-    found = _environment(home, SERVER.address, "password", "token")
-    assert found == without | {"LABEL_STUDIO_S3_ENDPOINT": "http://10.0.0.1:9000"}
-    monkeypatch.setenv("LABEL_STUDIO_S3_ENDPOINT", "http://10.0.0.1:9001")  # of the pictures alone
-    found = _environment(home, SERVER.address, "password", "token")
-    assert found == without | {"LABEL_STUDIO_S3_ENDPOINT": "http://10.0.0.1:9001"}
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False)])

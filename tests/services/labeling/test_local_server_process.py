@@ -72,19 +72,16 @@ def test_the_program_gets_the_login_and_the_data_folder_but_no_secret_of_the_use
         'pwd > "$LABEL_STUDIO_BASE_DATA_DIR/where"; env > env; echo "$@" > arguments; exit 1'
     )
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of the user")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://own:9000")
     port = free_port()
     with pytest.raises(ServiceError, match="did not start"):
-        start(installation, port, KNOWN, LATEST_VERSION_CHECK="1")
+        start(installation, port, KNOWN)
     data = installation.data
     assert (data / "where").read_text().strip() == str(data)
     given = dict(line.split("=", 1) for line in (data / "env").read_text().splitlines())
     assert (
         given["LABEL_STUDIO_PASSWORD"] == "own password" and given["LABEL_STUDIO_USER_TOKEN"] == "own token"
     )
-    assert given["LABEL_STUDIO_S3_ENDPOINT"] == "http://own:9000"
     assert given["LABEL_STUDIO_HOST"] == f"http://127.0.0.1:{port}"
-    assert given["LATEST_VERSION_CHECK"] == "1"  # what the caller adds comes last
     assert "AWS_SECRET_ACCESS_KEY" not in given
     arguments = (data / "arguments").read_text().split()
     assert arguments == ["start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)]

@@ -20,7 +20,6 @@ from defuse_core.review.overrides import (
     override_verdict,
     read_overrides,
     reopen_vote,
-    withdraw_decisions,
 )
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import FROM_VERDICTS
@@ -71,24 +70,6 @@ def test_the_decision_stands_above_the_vote(run):
     verdicts = decide_verdicts(digits_gallery(), votes, 0.5, read_overrides(run.store))
     assert verdicts.labels.tolist() == [-1, -1, 8, -1]
     assert verdicts.reasons[2] == "accepted as 8 by Ada: checked"
-
-
-def test_a_decision_that_is_withdrawn_leaves_the_vote_to_decide_and_others_as_they_are(run):
-    for scenario in (1, 2, 1):
-        override_verdict(run, scenario, None, author="Ada", reason="not digits")
-    assert withdraw_decisions(run, 1) == "the vote decides about scenario 1"
-    assert [entry.scenario for entry in read_overrides(run.store)] == [2]
-    with pytest.raises(InputError, match="scenario 1: nobody has overridden its vote"):
-        withdraw_decisions(run, 1)
-
-
-def test_a_decision_is_withdrawn_from_verdicts_only_when_asked_to_make_them_again(run):
-    override_verdict(run, 1, None, author="Ada", reason="not digits")
-    run.once("review", Verdicts, judged_verdicts)
-    with pytest.raises(InputError, match="--redo deletes these"):
-        withdraw_decisions(run, 1)
-    withdraw_decisions(run, 1, redo=True)
-    assert run.load(Verdicts) is None and read_overrides(run.store) == ()
 
 
 @pytest.mark.parametrize(
@@ -241,9 +222,6 @@ def test_a_vote_is_not_reopened_beside_a_driver_nor_where_models_gave_it(judged,
 
 @pytest.mark.parametrize("line", re.findall("defuse (review set .*)", str(set_.help)))
 def test_each_example_of_the_help_works_on_a_run_that_has_its_verdicts(line, judged, tmp_path):
-    if "--vote" in line:
-        override_verdict(judged, 2, None, author="Ada", reason="blurred", redo=True)
-        judged.once("review", Verdicts, judged_verdicts)
     line = re.sub(r"digits \d", f"{judged.name} 2", line)
     done = CliRunner().invoke(defuse, [*shlex.split(line), "--store", str(tmp_path)])
     assert (done.exit_code, done.exception) == (0, None)

@@ -16,6 +16,7 @@ from proxy import Reply
 
 from defuse_core.errors import InputError, LabelsPending, ServiceError
 from services.labeling import tasks
+from services.labeling.project import ReviewProject
 from services.labeling.records import write_state
 from services.labeling.tasks import ReviewTasks, digest
 
@@ -52,16 +53,13 @@ def test_pushing_again_changes_nothing(make_review):
     }
 
 
-def test_what_other_commands_store_while_a_push_begins_is_kept(make_review, monkeypatch):
+def test_what_other_commands_store_while_a_push_begins_is_kept(make_review):
     review = make_review()
     review.annotators.push(review.gallery)
-
-    def meanwhile(*_):  # which tries a bucket's credentials, for seconds
-        state = replace(review.state, simulated=True).with_annotators([7])
-        write_state(review.run.store, state)
-
-    monkeypatch.setattr("services.labeling.project.pictures_storage", meanwhile)
-    assert review.annotators.push(review.gallery) == review.state
+    review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    project = ReviewProject(review.api, review.run, review_tasks)
+    write_state(review.run.store, replace(review.state, simulated=True).with_annotators([7]))
+    assert project.push() == review.state
     assert review.state.simulated and review.state.people == {"7": 1}
 
 
@@ -291,12 +289,6 @@ def test_batches_are_bounded_in_number_and_bytes(monkeypatch):
     sizes = [10, 10, 10, 10, 900, 900, 2000, 10]
     found = list(tasks.batches({"x": "a" * size} for size in sizes))
     assert [len(batch) for batch in found] == [3, 2, 1, 1, 1]
-
-
-def test_a_large_picture_needs_a_run_in_s3_and_says_so(make_review):
-    review = make_review(gallery=digits_gallery(size=96), inline_kb=1)
-    with pytest.raises(InputError, match=r"has \d+ KB and review.inline_kb is 1"):
-        review.annotators.push(review.gallery)
 
 
 @pytest.mark.parametrize("damage", ["delete", "edit"])

@@ -147,21 +147,17 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     decided = json.loads(cli("review", "status", name, "--json").stdout)["scenarios"][2]
     assert (decided["accepted"], decided["label"], decided["decided"]) == (True, "8", True)
     assert decided["missing"] == 0 and "seen on paper" in decided["reason"]
-    done = cli("review", "set", name, "2", "--vote")
-    assert done.output == "the vote decides about scenario 2; `defuse run` continues with it\n"
-    assert not json.loads(cli("review", "status", name, "--json").stdout)["scenarios"][2]["decided"]
 
 
-@pytest.mark.parametrize("choice", [["--reject"], ["--vote", "--reason", "mistyped"]])
-def test_a_decision_needs_a_reason_and_the_vote_takes_none(cli, choice):
-    done = cli("review", "set", "any", "2", *choice)
-    assert done.exit_code == 2 and "--vote takes none" in done.output
+def test_a_decision_needs_a_reason(cli):
+    done = cli("review", "set", "any", "2", "--reject")
+    assert done.exit_code == 2 and "Missing option '--reason'" in done.output
 
 
-@pytest.mark.parametrize("choice", [[], ["--label", "8", "--reject"], ["--vote", "--reject"]])
+@pytest.mark.parametrize("choice", [[], ["--label", "8", "--reject"]])
 def test_set_wants_either_a_label_or_a_rejection(cli, make_review, choice):
     done = cli("review", "set", make_review().run.name, "2", *choice, "--reason", "why")
-    assert done.exit_code == 2 and "either --label NAME_OR_INDEX, --reject or --vote" in done.output
+    assert done.exit_code == 2 and "either --label NAME_OR_INDEX or --reject" in done.output
 
 
 @pytest.mark.parametrize("option", ["--author", "--reason"])

@@ -206,12 +206,12 @@ def test_a_review_of_traffic_ends_with_the_number_of_answers_that_a_later_push_g
 
 def test_a_review_of_traffic_can_set_what_is_free_until_its_votes_and_nothing_else(cli, served, tmp_path):
     store = FolderStore(tmp_path)
-    first = open_traffic_review(store, served, ["review.inline_kb=100"])
-    assert (first.spec.review.inline_kb, first.spec.review.answers_per_task) == (100, 1)
-    again = open_traffic_review(store, served, ["review.inline_kb=200", "review.answers_per_task=2"])
+    first = open_traffic_review(store, served, ["review.real_names=true"])
+    assert (first.spec.review.real_names, first.spec.review.answers_per_task) == (True, 1)
+    again = open_traffic_review(store, served, ["review.real_names=false", "review.answers_per_task=2"])
     assert again.name == first.name
     assert Run.open(store, first.name).spec.review == again.spec.review
-    assert (again.spec.review.inline_kb, again.spec.review.answers_per_task) == (200, 2)
+    assert (again.spec.review.real_names, again.spec.review.answers_per_task) == (False, 2)
     with pytest.raises(RunFileError, match="a review of traffic can set review.answers_per_task, "):
         open_traffic_review(store, served, ["review.rho=0.3"])
     with pytest.raises(RunFileError, match=r"--set: review\.answers_per_task: .* found 0"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 from label_studio_live import digits_gallery
@@ -20,8 +19,6 @@ from defuse_core.errors import (
 from defuse_core.review.overrides import override_verdict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.labeling.project import ReviewProject
-from services.settings import BucketAccess
 
 
 def test_every_answer_that_comes_while_waiting_is_logged(make_review, accounts, monkeypatch, caplog):
@@ -50,53 +47,6 @@ def test_a_review_that_too_few_people_answer_ends_with_their_answers(make_review
     review.run = Run.start(FolderStore(review.run.store.folder.parent), review.run.name, fewer)
     votes = review.through(review.api.address).review(review.gallery)
     assert len(votes.answer) == 6 and set(votes.answer.tolist()) == {8}
-
-
-@pytest.mark.parametrize(("shared", "after_s", "renewals"), [(True, 0, 3), (True, 600, 0), (False, 0, 0)])
-def test_shared_credentials_are_renewed_while_answers_come_one_after_another(
-    make_review, monkeypatch, accounts, shared, after_s, renewals
-):
-    review, renewed = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1), []
-    number = review.annotators.push(review.gallery).number
-    review.annotators.wait, left = True, list(review.tasks().values())
-    review.annotators.settings = replace(
-        review.annotators.settings, label_studio_s3=BucketAccess(share_own=shared)
-    )
-    monkeypatch.setattr(
-        ReviewProject, "renew_credentials", lambda project: renewed.append(project.state.number)
-    )
-    monkeypatch.setattr("services.labeling.annotators.RENEWAL_S", after_s)
-    monkeypatch.setattr(
-        "services.labeling.annotators.sleep", lambda _: accounts[0].answer(left.pop().id, "image", "8")
-    )
-    assert len(review.annotators.review(review.gallery).answer) == 3
-    assert renewed == [number] * renewals
-
-
-@pytest.mark.parametrize("failure", [InputError, StoreError, ServiceError])
-def test_a_renewal_of_credentials_that_fails_for_the_moment_is_tried_again(
-    make_review, monkeypatch, accounts, caplog, failure
-):
-    def renew(_: object) -> None:
-        if failures:
-            raise failures.pop()
-
-    review = make_review(gallery=digits_gallery(labels=(8,)), answers_per_task=1)
-    failures = [failure("no answer")]
-    review.annotators.push(review.gallery)
-    review.annotators.wait, left = True, list(review.tasks().values())
-    review.annotators.settings = replace(
-        review.annotators.settings, label_studio_s3=BucketAccess(share_own=True)
-    )
-    monkeypatch.setattr(ReviewProject, "renew_credentials", renew)
-    monkeypatch.setattr("services.labeling.annotators.RENEWAL_S", 0)
-    monkeypatch.setattr(
-        "services.labeling.annotators.sleep",
-        lambda _: accounts[0].answer(left.pop().id, "image", "8") if left else None,
-    )
-    assert len(review.annotators.review(review.gallery).answer) == 3
-    assert not failures and caplog.text.count("no answer") == 1
-    assert "the credentials for the pictures are not renewed, trying again: no answer" in caplog.text
 
 
 def test_a_page_in_the_place_of_the_server_and_a_store_that_is_away_do_not_end_a_wait(
