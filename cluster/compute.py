@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
@@ -105,7 +107,7 @@ class RayCompute:
             args = [shared.get(id(each), each) for call in some for each in call.args]
             options = {"num_cpus": 1} if some[0].one_thread else {}
             started.append(self._start(step, some[0].function, *args, numbers=numbers, **options))
-        self._wait(step, *(done for done, *_ in started))
+        self._wait(step, (done for done, *_ in started))
         try:
             return ray.get([result for _, *results in started for result in results])
         except RayError as error:  # a result whose node was lost, and that could not be made again
@@ -122,7 +124,7 @@ class RayCompute:
         done, _ = self._start(
             step, run_together, function, args, workers, resources, listener.actor, num_cpus=0, num_gpus=0
         )
-        self._wait(step, done)
+        self._wait(step, [done])
 
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
@@ -141,7 +143,7 @@ class RayCompute:
         missing = [index for index in range(count) if index not in records]
         if missing:
             context = self._identify_context(spec, models, store, references)
-            records |= ShardQueue(context, missing, count, self.progress).run()
+            records |= ShardQueue(context, missing, count).run()
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
@@ -195,7 +197,6 @@ class RayCompute:
             resources=worker_resources(section),
             max_concurrent=None if section.workers == "auto" else section.workers,
             listener=listener,
-            progress=self.progress,
             name=f"correct-{self.tag}",
             profile=self.profile,
         )
@@ -218,7 +219,7 @@ class RayCompute:
                     "correct", load_clean_images, each.spec, models, left_out, tuned
                 )
             clean.append(shared[key])
-        self._wait("correct", *(done for done, _ in drawn.values()))
+        self._wait("correct", (done for done, _ in drawn.values()))
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
         # again, on CPUs that the trials that wait for them hold
         copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
@@ -232,7 +233,7 @@ class RayCompute:
         waits for no worker that waits for it.
         """
         done, images = self._start(step, function, *args, num_cpus=0, num_gpus=0, **on_nodes_with_cpus())
-        self._wait(step, done)
+        self._wait(step, [done])
         return images
 
     def _join_cluster(self) -> ProgressListener:
@@ -270,13 +271,23 @@ class RayCompute:
         started = remote.options(num_returns=1 + len(numbers), **options)
         return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
 
-    def _wait(self, step: str, *tasks: Any) -> None:
-        """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
-        waiting, listener = list(tasks), self.listener
+    def _wait(
+        self,
+        step: str,
+        tasks: Iterable[Any],
+        worker: WorkerResources | None = None,
+        at_once: int = sys.maxsize,
+    ) -> None:
+        """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error.
+
+        An iterator that starts them is asked for the next one while fewer than `at_once` run. `worker` is what each
+        holds, if not `task_resources`.
+        """
+        waiting, tasks, listener = list[Any](), iter(tasks), self.listener
         assert listener is not None  # a task was started
-        monitor, has_run = CapacityMonitor(step, task_resources(self.spec.resources)), False
+        monitor, has_run = CapacityMonitor(step, worker or task_resources(self.spec.resources)), False
         try:
-            while waiting:
+            while waiting := [*waiting, *islice(tasks, at_once - len(waiting))]:
                 ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
                 self.require_lock()
                 shown = listener.flush() if ready else listener.poll()
@@ -319,11 +330,10 @@ class RayPartitions:
         arguments: Sequence[tuple[object, ...]],
     ) -> None:
         """Load the parts that load(*arguments) returns, spread over the nodes."""
-        self.listener, self.step, self.require_lock = compute._join_cluster(), step, compute.require_lock
-        section = compute.spec.resources
-        resources = WorkerResources(section.cpus_per_worker, 0)
-        self.at_once = max(1, capacity(resources)) if section.workers == "auto" else section.workers
-        self.monitor = CapacityMonitor(step, resources)
+        compute._join_cluster()
+        self.compute, self.step, section = compute, step, compute.spec.resources
+        self.worker = WorkerResources(section.cpus_per_worker, 0)
+        self.workers = max(1, capacity(self.worker)) if section.workers == "auto" else section.workers
         self.options = {
             "name": step,
             "num_cpus": section.cpus_per_worker,
@@ -332,53 +342,33 @@ class RayPartitions:
             "max_retries": LOST_NODES,
             **on_nodes_with_cpus(),
         }
-        self.has_run = False
         remote: Any = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
-        self.parts = self._wait([partial(remote.remote, load, *each) for each in arguments])  # ObjectRefs
+        self.parts = self._run(partial(remote.remote, load, *each) for each in arguments)  # ObjectRefs
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         remote: Any = ray.remote(_on_part).options(**self.options)
         shared = [ray.put(argument) for argument in args]
-        references = self._wait([partial(remote.remote, function, part, *shared) for part in self.parts])
+        references = self._run(partial(remote.remote, function, part, *shared) for part in self.parts)
         try:
             return ray.get(references)
         except RayError as error:
             raise as_defuse_error(error, self.step) from error
 
-    def _wait(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Start the calls, so many at once as there are workers, and return references to their results at the end.
+    def _run(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
+        """Make the calls, two for each worker at once, and return references to their results. Raises the first error.
 
-        Raises the first error. What runs is cancelled then, and where this is interrupted.
+        What runs is cancelled then, and where this is interrupted.
         """
         references: list[Any] = []
-        running: list[Any] = []
-        try:
+
+        def started() -> Iterator[Any]:
             for call in calls:
                 done, result = call()
                 references.append(result)
-                running.append(done)
-                if len(running) >= 2 * self.at_once:
-                    running = self._still_running(running)
-            while running:
-                running = self._still_running(running)
-        except BaseException as error:
-            cancel_all(running)
-            if isinstance(error, RayError):
-                raise as_defuse_error(error, self.step) from error
-            raise
-        return references
+                yield done
 
-    def _still_running(self, running: list[Any]) -> list[Any]:
-        """Wait until a call has ended, and return the others."""
-        while True:
-            self.require_lock()
-            self.listener.poll()
-            ended, left = ray.wait(running, timeout=POLL_EVERY_S)
-            ray.get(ended)
-            self.has_run = self.has_run or bool(ended)
-            self.monitor.check(self.has_run)
-            if ended:
-                return list(left)
+        self.compute._wait(self.step, started(), self.worker, 2 * self.workers)
+        return references
 
 
 def _copied(value: T) -> T:

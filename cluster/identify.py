@@ -36,8 +36,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, blocks_per_shard, save_shard, shard_count, shard_key
-from defuse_core.local import UNTRACED, Profile
-from defuse_core.protocols import Progress, silent
+from defuse_core.local import Profile
+from defuse_core.protocols import silent
 from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
@@ -142,7 +142,7 @@ class IdentifyContext:
     wanted: Callable[[], int]
     listener: ProgressListener
     name: str  # prefix of the actors' names
-    profile: Profile = UNTRACED
+    profile: Profile
 
     def start_worker(self, number: int) -> Any:
         """Return a new actor, which Ray restarts when its process or node dies."""
@@ -155,10 +155,8 @@ class IdentifyContext:
 class ShardQueue:
     """The driver's side: the shards that wait, those in flight, and the records of those that are done."""
 
-    def __init__(
-        self, context: IdentifyContext, waiting: Iterable[int], total: int, progress: Progress
-    ) -> None:
-        self.context, self.total, self.progress = context, total, progress
+    def __init__(self, context: IdentifyContext, waiting: Iterable[int], total: int) -> None:
+        self.context, self.total = context, total
         self.waiting = deque(waiting)
         self.asked = len(self.waiting)
         self.records: dict[int, Psi] = {}
@@ -270,7 +268,7 @@ class ShardQueue:
             self.seen_in_store.add(worker.location)
         self.records.setdefault(index, record)
         done = self.total - self.asked + len(self.records)
-        self.progress("perturbing training images", done, self.total, "shards")
+        self.context.listener.progress("perturbing training images", done, self.total, "shards")
 
     def _on_shard_failed(self, index: int, error: RayTaskError) -> None:
         """Queue the shard again after its first error, raise the second."""

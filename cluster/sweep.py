@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from cluster.connection import as_defuse_error, cause_of, explained_line, is_wor
 from cluster.progress import ProgressListener, reporting, running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
-from defuse_core.artifacts import Corrections, Models, Trial
+from defuse_core.artifacts import Models, Trial
 from defuse_core.codec import decode
+from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
 from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
-from defuse_core.local import UNTRACED, Profile
-from defuse_core.protocols import Progress, SweepRequest
+from defuse_core.local import Profile
+from defuse_core.protocols import SweepRequest
 from defuse_core.store import SHARED_STORE, Store
 from defuse_core.trials import (
     finished_trials,
@@ -31,7 +32,6 @@ from defuse_core.trials import (
     names_of,
     run_stack,
     stacks_of,
-    trace_name,
     trial_key,
 )
 from defuse_core.tuning_data import FineTuningData
@@ -59,9 +59,8 @@ class SweepContext:
     resources: WorkerResources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
-    progress: Progress
     name: str
-    profile: Profile = UNTRACED
+    profile: Profile
 
     def unfinished(self) -> list[TrialId]:
         """Return the trials that are yet to be run, request after request."""
@@ -86,7 +85,7 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
         # the one field that every failure leaves
         number, index = map(int, Path(result.path).name.removeprefix(TRIAL).split("-"))
         request = sweep.requests[number]
-        lams, failed = _lambdas(request, index), failures[number]
+        lams, failed = stacks_of(request.spec.correct)[index], failures[number]
         failed |= {lam: ModelError(why) for lam, why in (result.metrics or {}).get(DIVERGED, [])}
         if result.error is not None:
             error, done = _failure(result.error, lams), finished_trials(request.spec, request.store)
@@ -105,10 +104,6 @@ def _failure(error: Exception, lams: Sequence[float]) -> DefuseError:
     return cause if isinstance(cause, DefuseError) else ComputeError(explained_line(error))
 
 
-def _lambdas(request: SweepRequest, index: int) -> tuple[float, ...]:
-    return stacks_of(request.spec.correct)[index]
-
-
 def _stored(store: Store, lam: float) -> Trial:
     try:
         return decode(Trial, store.read(trial_key(lam)), trial_key(lam))
@@ -121,24 +116,27 @@ def _stored(store: Store, lam: float) -> Trial:
 
 def _trial(
     config: dict[str, TrialId],
-    requests: Sequence[SweepRequest],
+    requests: Sequence[tuple[RunFile, Store, int]],
     models: Models,
     images: list[tuple[Any, Any]],
     progress_actor: Any,
     profile: Profile,
 ) -> None:
-    """One stack of λ of one request, in a worker. Reports how many of their epochs are done, together."""
+    """One stack of λ of one request, in a worker. Reports how many of their epochs are done, together.
+
+    `requests` are the run file, the store and the repetition of each request.
+    """
     number, index = config["trial"]
-    request = requests[number]
-    lams, all_epochs = _lambdas(request, index), request.spec.correct.epochs
+    spec, store, repetition = requests[number]
+    lams, all_epochs = stacks_of(spec.correct)[index], spec.correct.epochs
     with reporting(progress_actor):
         location = claim_devices(STEP)
         log.debug("correct: λ = %s in %s", names_of(lams), location)
         clean, scenario = ray.get(list(images[number]))
-        data = FineTuningData(clean, scenario, request.repetition)
-        made = run_stack(FineTuning(request.spec, models, data), lams, request.store)
+        data = FineTuningData(clean, scenario, repetition)
+        made = run_stack(FineTuning(spec, models, data), lams, store)
         epochs, diverged = dict.fromkeys(lams, 0), list[tuple[float, str]]()
-        for lam, outcome in profile.first(STEP, f"{trace_name(lams)}-{number}", made):
+        for lam, outcome in profile.first(STEP, f"lambda-{names_of(lams)}-{number}", made):
             if isinstance(outcome, Trial):  # one that is given up counts as all of its epochs
                 epochs[lam] = all_epochs if outcome.done else len(outcome.rows)
             else:  # the same in every attempt, so that Tune is not to make another
@@ -149,23 +147,15 @@ def _trial(
 
 def _trainable(sweep: SweepContext) -> type[Trainable]:
     """Return a trial with its inputs, under the name that Ray shows of its actors and processes."""
-    requests = [
-        replace(each, fixes=_no_codes(each.fixes), reviewed=None, all_fixes=None) for each in sweep.requests
-    ]
     function = tune.with_parameters(
         _trial,
-        requests=requests,
+        requests=[(each.spec, each.store, each.repetition) for each in sweep.requests],
         models=sweep.models,
         images=sweep.images,
         progress_actor=sweep.listener.actor,
         profile=sweep.profile,
     )
     return named_trainable(function, STEP)
-
-
-def _no_codes(fixes: Corrections) -> Corrections:
-    """Return the corrections of no scenario: a trial reads its images from the object store."""
-    return Corrections(fixes.scenario[:0], fixes.labels[:0], fixes.tune[:0], fixes.test[:0])
 
 
 def _tuner(sweep: SweepContext, names: list[TrialId], folder: str) -> tune.Tuner:
@@ -201,8 +191,8 @@ class _SweepProgress(tune.Callback):
         self.sweep = sweep
         self.total = 0
         for number, index in names:
-            request = sweep.requests[number]
-            self.total += request.spec.correct.epochs * len(_lambdas(request, index))
+            section = sweep.requests[number].spec.correct
+            self.total += section.epochs * len(stacks_of(section)[index])
         self.epochs: dict[str, int] = {}
         self.monitor = CapacityMonitor(STEP, sweep.resources)
 
@@ -230,4 +220,5 @@ class _SweepProgress(tune.Callback):
         """Count the finished epochs."""
         # a trial that is started again first reports fewer
         self.epochs[str(trial)] = max(result["epochs"], self.epochs.get(str(trial), 0))
-        self.sweep.progress("fine-tuning over λ", sum(self.epochs.values()), self.total, "epochs")
+        done = sum(self.epochs.values())
+        self.sweep.listener.progress("fine-tuning over λ", done, self.total, "epochs")

@@ -28,7 +28,7 @@ from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelErr
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
 from defuse_core.store import Store
-from defuse_core.trials import is_trial_failure, names_of, run_stack, stacks_of, trace_name
+from defuse_core.trials import is_trial_failure, names_of, run_stack, stacks_of
 from defuse_core.tuning_data import load_fine_tuning_data
 
 log = logging.getLogger("defuse")
@@ -192,7 +192,7 @@ class LocalCompute:
         made = dict[float, Trial | DefuseError]()
         trials = run_stack(tuning, lams, store)
         try:
-            for lam, outcome in self.profile.first("correct", trace_name(lams), trials):
+            for lam, outcome in self.profile.first("correct", f"lambda-{names_of(lams)}", trials):
                 if isinstance(outcome, ModelError) or outcome.done:
                     made[lam] = outcome
         except Exception as error:

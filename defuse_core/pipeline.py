@@ -151,10 +151,7 @@ def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | 
     With vae.decode: anchored its health is what the reference models answer on perturbed images.
     """
     spec, store = run.spec, run.store
-    guide = reference_models(run, compute) if spec.vae.guide_weight else None
-    models = run.once(
-        "train", Models, lambda: train_side_by_side(spec, store, compute, guide, training_calls(run))
-    )
+    models = run.once("train", Models, lambda: train_side_by_side(spec, store, compute, training_calls(run)))
     anchored = spec.vae.decode == "anchored"
     if run.until != "train" and not anchored:
         expect_healthy(spec, models)

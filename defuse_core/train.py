@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, ClassifierEpoch, Models, ReferenceSet
+from defuse_core.artifacts import F64, ClassifierEpoch, Models
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.device import autocast, cpu_threads, device_name
@@ -44,24 +44,16 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
 from defuse_core.training.batches import DeviceImages, averaged, seed_dropout, worker_minibatches
-from defuse_core.training.precision import accuracy_as_in_f32, right_by_part
-from defuse_core.training.reference_models import load_reference_models
+from defuse_core.training.precision import right_by_part
 from defuse_core.training.train_vae import initial_vae, train_vae
 
 log = logging.getLogger("defuse")
 
 
-def train(
-    spec: RunFile,
-    store: Store | None = None,
-    references: ReferenceSet | None = None,
-    *,
-    progress: Progress,
-) -> Models:
+def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
     """Return f and the β-VAE, trained, resumed or loaded, with their accuracies and the β-VAE's reconstructions.
 
-    `references` are the reference models, which vae.guide_weight asks. With a store, an interrupted training resumes
-    from its last checkpoint and reaches the same weights.
+    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
     """
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
@@ -74,7 +66,7 @@ def train(
         accuracies, class_accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
-        vae_history = train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
+        vae_history = train_vae(spec, vae, splits, store, progress)
         probe = probe_images(splits.train)
         errors, answers = reconstruction_errors(classifier, vae, probe)
         kl = mean_kl(vae, probe)
@@ -104,20 +96,8 @@ def train(
     return models
 
 
-def _guides(spec: RunFile, splits: Splits, references: ReferenceSet | None) -> list[nn.Module]:
-    if not spec.vae.guide_weight:
-        return []
-    if references is None:
-        raise ValueError("vae.guide_weight needs the reference models")
-    return load_reference_models(spec, spec.review.reference, references, len(splits.classes))
-
-
 def train_side_by_side(
-    spec: RunFile,
-    store: Store,
-    compute: Compute,
-    references: ReferenceSet | None,
-    others: Sequence[Call[Any]] = (),
+    spec: RunFile, store: Store, compute: Compute, others: Sequence[Call[Any]] = ()
 ) -> Models:
     """Return what `train` does. Classifier, β-VAE and `others` are tasks that run at the same time where they fit.
 
@@ -125,7 +105,7 @@ def train_side_by_side(
     trained is checked by `train` before the β-VAE is trained there. Where one training uses all CPUs
     (resources.train_threads), they follow one another.
     """
-    trainings = [(train_part, spec, store, part, references) for part in ("vae", "classifier")]
+    trainings = [(train_part, spec, store, part) for part in ("vae", "classifier")]
     if spec.resources.train_workers > 1:
         for training, epochs in zip(trainings, (spec.vae.epochs, spec.classifier.epochs), strict=True):
             if epochs > 0:
@@ -133,10 +113,10 @@ def train_side_by_side(
     elif _trains_both(spec):
         compute.tasks("train", [*(Call(*training) for training in trainings), *others])  # the longest first
     elif others:
-        models: Models = compute.tasks("train", [Call(train, spec, store, references), *others])[0]
+        models: Models = compute.tasks("train", [Call(train, spec, store), *others])[0]
         return models
     # loads the last checkpoint of what was trained above, trains the rest, and measures all
-    return compute.task("train", train, spec, store, references)
+    return compute.task("train", train, spec, store)
 
 
 def _trains_both(spec: RunFile) -> bool:
@@ -144,12 +124,7 @@ def _trains_both(spec: RunFile) -> bool:
 
 
 def train_part(
-    spec: RunFile,
-    store: Store,
-    part: Literal["classifier", "vae"],
-    references: ReferenceSet | None,
-    *,
-    progress: Progress,
+    spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
 ) -> None:
     """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
     on_disk = open_splits(spec.data, spec.seed)
@@ -160,8 +135,7 @@ def train_part(
             # A classifier of the user's own that does not fit fails before the β-VAE's hours.
             if spec.classifier.weights is not None or spec.classifier.architecture in EXTERNAL:
                 initial_classifier(spec, on_disk.train, len(on_disk.classes))
-            splits = on_disk.loaded("train")
-            train_vae(spec, vae, splits, store, progress, _guides(spec, splits, references))
+            train_vae(spec, vae, on_disk.loaded("train"), store, progress)
             return
         log_parts(spec.data, on_disk)
         train_classifier(spec, on_disk.loaded(), store, progress)
@@ -223,9 +197,8 @@ def train_classifier(
         loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
         validation = None
         if splits.validation is not None:
-            validation = accuracy_as_in_f32(
-                classifier.eval(), splits.validation, spec.resources.arithmetic("answers")
-            )
+            parts, arithmetic = {"validation": splits.validation}, spec.resources.arithmetic("answers")
+            validation = float(right_by_part(classifier.eval(), parts, arithmetic)["validation"].mean())
         row = ClassifierEpoch(epoch + 1, loss, validation)
         before = max((past.validation or 0.0 for past in training.history), default=-1.0)
         if section.keep == "best_validation" and validation is not None and validation > before:

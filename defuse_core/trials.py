@@ -47,13 +47,8 @@ def stacks_of(section: CorrectSection) -> list[tuple[float, ...]]:
 
 
 def names_of(lams: Sequence[float]) -> str:
-    """Return the λ of a trial, for log lines: 0.1, 1, 10."""
+    """Return the λ of a trial, for log lines and traces: 0.1, 1, 10."""
     return ", ".join(f"{lam:g}" for lam in lams)
-
-
-def trace_name(lams: Sequence[float]) -> str:
-    """Return the name of a trial in traces: lambda-0.1-1-10."""
-    return "-".join(["lambda", *(f"{lam:g}" for lam in lams)])
 
 
 def run_stack(

@@ -79,7 +79,6 @@ class VaeEpoch:
     kl: float
     beta: float
     class_loss: float | None = None  # cross-entropy of the class head on the codes; None without one
-    guide_loss: float | None = None  # the same of the reference models on decodings; None without
 
 
 @dataclass(frozen=True, eq=False)

@@ -129,10 +129,6 @@ class VaeSection(Section):
     class_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
     then dropped: reconstructions keep their class more often. Paper: 0."""
-    guide_weight: float = Field(0.0, ge=0)
-    """Weight of the cross-entropy of the reference models on the decodings, moved and blurred at random, under the
-    images' labels: models recognise them more often. f takes no part in it. Not reproducible on a GPU. A large weight
-    can teach the decoder noise that only models read, judges included: look at reconstructions.png. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
     """Optimisation steps over which the KL term grows linearly from 0. Paper: 500; 5000 for SVHN."""
     accept: Literal["fit", "poor", "blind"] = "poor"
@@ -283,8 +279,8 @@ class ReviewSection(Section):
     more_images: int = Field(40, ge=0)
     """accept lower-bound with annotators reference-models: further images drawn if the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
-    """The reference models, for annotators: reference-models, prelabel, consensus: crowdlab, tau: auto,
-    vae.guide_weight, identify.screen and correct.filter."""
+    """The reference models, for annotators: reference-models, prelabel, consensus: crowdlab, tau: auto, identify.screen
+    and correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)

@@ -185,10 +185,7 @@ def format_row(row: ClassifierEpoch | VaeEpoch) -> str:
 
 
 class Training:
-    """One training with checkpoints in `store`; an interrupted one resumes to the same weights, to the bit.
-
-    A β-VAE with vae.guide_weight on a GPU does so up to rounding: CUDA adds the gradients of moved images in any order.
-    """
+    """One training with checkpoints in `store`; an interrupted one resumes to the same weights, to the bit."""
 
     def __init__(
         self,

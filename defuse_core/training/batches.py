@@ -284,20 +284,19 @@ def _affine_grid(theta: Tensor, height: int, width: int) -> Tensor:
     return (x_share * x + y_share * y[:, None]).add_(shift).permute(0, 2, 3, 1)
 
 
-def augment(images: Tensor, rng: np.random.Generator, part: MinibatchPart | None = None) -> Tensor:
+def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     """Return each image, (n, channels, H, W) in [0, 1], randomly rotated, scaled, shifted, and darkened or brightened.
 
     Most are blurred. Blur and darkness matter: decodings are smoother than photographs and of lower contrast, and a
-    person reads them all the same. Numbers are drawn for the whole minibatch, of which `images` are this worker's
-    `part`.
+    person reads them all the same.
     """
-    count, rows = (len(images), slice(None)) if part is None else (part.count, part.rows)
-    angle, scale = rng.uniform(-0.2, 0.2, count)[rows], rng.uniform(0.85, 1.15, count)[rows]
-    shift = rng.uniform(-0.12, 0.12, (count, 2))[rows]
-    moved = _transformed(images, angle, np.zeros(len(images)), np.stack([scale, scale], axis=1), shift)
+    count = len(images)
+    angle, scale = rng.uniform(-0.2, 0.2, count), rng.uniform(0.85, 1.15, count)
+    shift = rng.uniform(-0.12, 0.12, (count, 2))
+    moved = _transformed(images, angle, np.zeros(count), np.stack([scale, scale], axis=1), shift)
     for share in (0.5, 0.25):
-        moved = torch.where(_column(rng.random(count)[rows] < share, images), _blurred(moved), moved)
-    bright = _column(rng.uniform(0.4, 1.2, count)[rows].astype(np.float32), images)
+        moved = torch.where(_column(rng.random(count) < share, images), _blurred(moved), moved)
+    bright = _column(rng.uniform(0.4, 1.2, count).astype(np.float32), images)
     return (moved * bright).clamp(0, 1)
 
 

@@ -38,7 +38,7 @@ from defuse_core.training.reference_models import build_reference
 log = logging.getLogger("defuse")
 SAMPLE = 512  # inputs on which the error of bf16 is measured
 SAFETY = 2.0  # factor on the largest error that was seen
-BATCH = 256  # images of accuracy_as_in_f32 at once
+BATCH = 256  # images of predict_as_in_f32 at once
 WORTHWHILE = 2048  # inputs from which on measuring the error pays
 
 
@@ -82,13 +82,6 @@ def answers_as_in_f32(logits: Callable[[I64], Tensor], count: int, batch_size: i
     doubtful = np.flatnonzero(~(table[:, 1] >= bound))  # where either is nan as well
     found[doubtful] = answers_from(lambda rows: logits(doubtful[rows]), len(doubtful), batch_size)
     return found
-
-
-def accuracy_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic) -> float:
-    """Return the share of images that the classifier gets right, nan for no images: the figure of f32, in either."""
-    if not len(images):
-        return math.nan
-    return float((predict_as_in_f32(classifier, images, arithmetic) == images.labels).mean())
 
 
 def right_by_part(

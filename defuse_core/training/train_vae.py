@@ -1,13 +1,13 @@
-"""Train the β-VAE: reconstruction plus β times KL (§2), with an optional class head on the codes, and guides."""
+"""Train the β-VAE: reconstruction plus β times KL (§2), with an optional class head on the codes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,8 +40,6 @@ from defuse_core.training import (
 )
 from defuse_core.training.batches import (
     DeviceImages,
-    MinibatchPart,
-    augment,
     averaged,
     drawn_normal,
     seed_dropout,
@@ -62,30 +60,20 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
 
 
 def train_vae(
-    spec: RunFile,
-    vae: Vae,
-    splits: Splits,
-    store: Store | None,
-    progress: Progress,
-    guides: Sequence[nn.Module] = (),
+    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
 ) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image).
-
-    `guides` are the classifiers that vae.guide_weight asks about the decodings. They are not trained.
-    """
+    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
     to_device(vae, spec.data)
     trained = vae if head is None else nn.ModuleDict({"vae": vae, "head": to_device(head)})
     optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    for guide in guides:
-        guide.requires_grad_(False)
     loss = averaged(
-        trained, VaeObjective(spec, vae.train(), head), all_used=spec.vae.architecture != "custom"
+        trained, partial(vae_loss, spec, vae.train(), head), all_used=spec.vae.architecture != "custom"
     )
     images = DeviceImages(splits.train, spec.resources.readers)
-    trainer = _VaeTrainer(spec, loss, head is not None, tuple(guides), optimizer, images, progress)
+    trainer = _VaeTrainer(spec, loss, optimizer, images, progress)
     for epoch in training.epochs(section.epochs):
         row = trainer.epoch(epoch)
         training.history.append(row)
@@ -112,8 +100,6 @@ class _VaeTrainer:
 
     spec: RunFile
     loss: Callable[..., VaeLoss]
-    has_head: bool
-    guides: tuple[nn.Module, ...]  # each step asks one of them, in turn
     optimizer: Optimizer
     images: DeviceImages
     progress: Progress
@@ -123,7 +109,6 @@ class _VaeTrainer:
         spec, section, count = self.spec, self.spec.vae, len(self.images)
         seed_dropout(spec.seed, "vae", "dropout", epoch)
         noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
-        views = generator(spec.seed, "vae", "guide", epoch)
         batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
         done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
         for step, (part, images, labels) in enumerate(
@@ -131,21 +116,15 @@ class _VaeTrainer:
         ):
             beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
             set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            guide = Guide(self.guides[step % len(self.guides)], views, part) if self.guides else None
             drawn = drawn_normal(part, section.latent_dim, noise)
-            terms = self.loss(images, labels, drawn, beta, guide)
+            terms = self.loss(images, labels, drawn, beta)
             train_step(part.weighted(terms.total), self.optimizer)
             losses.add(*(part.weighted(term) for term in terms))
             done += part.count
             self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss, guide_loss = losses.mean()[1]
+        reconstruction, divergence, class_loss = losses.mean()[1]
         return VaeEpoch(
-            epoch + 1,
-            reconstruction,
-            divergence,
-            beta,
-            class_loss if self.has_head else None,
-            guide_loss if self.guides else None,
+            epoch + 1, reconstruction, divergence, beta, class_loss if section.class_weight else None
         )
 
 
@@ -155,10 +134,9 @@ class VaeTerms(NamedTuple):
     reconstruction: Tensor  # -E log p(x|z), Bernoulli
     divergence: Tensor  # KL(q(z|x) || p(z))
     codes: Tensor  # (n, Z) drawn from q(z|x)
-    logits: Tensor  # (n, channels, H, W) decoded from the codes
 
 
-def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = "f32") -> VaeTerms:
+def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic) -> VaeTerms:
     """Return the terms of the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers.
 
     The networks alone are computed in bf16.
@@ -171,7 +149,7 @@ def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic = 
         logits = vae.decode_logits(codes)
     logits = logits.float()
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes, logits)
+    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
 
 
 class VaeLoss(NamedTuple):
@@ -181,38 +159,22 @@ class VaeLoss(NamedTuple):
     reconstruction: Tensor
     divergence: Tensor
     class_loss: Tensor  # cross-entropy of the class head, 0 without one
-    guide_loss: Tensor  # cross-entropy of the guide on the decodings, 0 without one
 
 
-class Guide(NamedTuple):
-    """A classifier that is asked about the decodings, and what draws the augmentation that it sees them under."""
-
-    module: nn.Module
-    views: np.random.Generator
-    part: MinibatchPart  # the decodings' place in the minibatch
-
-
-@dataclass(frozen=True)
-class VaeObjective:
-    """The loss of a β-VAE, and of a linear classifier of its codes where there is one."""
-
-    spec: RunFile
-    vae: Vae
-    head: nn.Module | None
-
-    def __call__(
-        self, images: Tensor, labels: Tensor, drawn: Tensor, beta: float, guide: Guide | None
-    ) -> VaeLoss:
-        """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers."""
-        section = self.spec.vae
-        terms = vae_terms(self.vae, images, drawn, self.spec.resources.arithmetic("vae"))
-        total = terms.reconstruction + beta * terms.divergence
-        class_loss = guide_loss = torch.zeros_like(total)
-        if self.head is not None:
-            class_loss = F.cross_entropy(self.head(terms.codes), labels)
-            total = total + section.class_weight * class_loss
-        if guide is not None:
-            seen = augment(torch.sigmoid(terms.logits), guide.views, guide.part)
-            guide_loss = F.cross_entropy(guide.module(seen), labels)
-            total = total + section.guide_weight * guide_loss
-        return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss, guide_loss)
+def vae_loss(
+    spec: RunFile,
+    vae: Vae,
+    head: nn.Module | None,
+    images: Tensor,
+    labels: Tensor,
+    drawn: Tensor,
+    beta: float,
+) -> VaeLoss:
+    """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers; `head` classifies codes."""
+    terms = vae_terms(vae, images, drawn, spec.resources.arithmetic("vae"))
+    total = terms.reconstruction + beta * terms.divergence
+    class_loss = torch.zeros_like(total)
+    if head is not None:
+        class_loss = F.cross_entropy(head(terms.codes), labels)
+        total = total + spec.vae.class_weight * class_loss
+    return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss)

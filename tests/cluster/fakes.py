@@ -238,14 +238,14 @@ def train_part_dying_once(
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_part(spec, store, part, None, progress=progress if is_first_worker() else deadly)
+    train_part(spec, store, part, progress=progress if is_first_worker() else deadly)
 
 
 def train_part_noting(spec: RunFile, store: Store, part: Any, notes: Path, *, progress: Progress) -> None:
     """Train with others; each worker writes down its working directory and the GPUs that it sees."""
     note_working_dir(notes / "working directories", progress=silent)
     note_visible_gpus(notes / "gpus", progress=silent)
-    train_part(spec, store, part, None, progress=progress)
+    train_part(spec, store, part, progress=progress)
 
 
 @ray.remote(num_cpus=2)

@@ -83,14 +83,14 @@ def test_two_calls_a_worker_are_under_way_at_once_and_all_have_ended_before_the_
 
     monkeypatch.setattr(ray, "wait", noted)
     with RayCompute(None, tiny(**SPEC | {"resources": {"workers": 1}})) as compute:
-        parts: Any = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(7)])
+        parts = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(7)])
         assert (max(started), sum(ended)) == (2, 7)
         started.clear()
         ended.clear()
-        monkeypatch.setattr(parts.listener, "poll", lambda: polls.append(None))
+        monkeypatch.setattr(compute.listener, "flush", lambda: polls.append(None))
         assert parts.map(add, 1) == [5 * n + 1 for n in range(7)]
         assert (max(started), sum(ended)) == (2, 7)
-        assert len(polls) == len(started)  # what workers report is shown meanwhile
+        assert len(polls) >= 7  # what workers report is shown meanwhile
 
 
 def test_waiting_for_what_other_work_holds_is_said(
@@ -122,8 +122,8 @@ def test_a_driver_that_lost_its_run_cancels_the_calls_under_way(
         raise RunBusyError("another process has this run")
 
     with RayCompute(None, tiny(**SPEC)) as compute:
-        parts: Any = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(3)])
-        parts.require_lock = lost
+        parts = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(3)])
+        compute.require_lock = lost
         with pytest.raises(RunBusyError):
             parts.map(rest, 600)
     assert len(cancelled) == 3

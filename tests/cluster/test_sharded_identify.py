@@ -91,7 +91,7 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         with RayCompute(None, spec) as compute:
             context = compute._identify_context(spec, tiny_models, store, None)
             waiting = [index for index in order if index not in records]
-            records |= ShardQueue(context, waiting, SHARDS, silent).run()
+            records |= ShardQueue(context, waiting, SHARDS).run()
         killer.join()
         assert store.gate.exists()
         assert np.array_equal(gather_shards(records).codes, local_psi.codes)
@@ -277,7 +277,7 @@ def queue_on_broken_nodes(
 ) -> ShardQueue:
     context = BrokenNodes(**vars(compute._identify_context(compute.spec, models, store, None)))
     context.broken = broken
-    return ShardQueue(context, range(SHARDS), SHARDS, silent)
+    return ShardQueue(context, range(SHARDS), SHARDS)
 
 
 def end_in_time(store: FolderStore) -> None:
@@ -329,7 +329,7 @@ def test_a_worker_whose_ping_fails_is_pinged_again_later_and_not_at_once(
     crashed = ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()
     with RayCompute(None, tiny(resources={"workers": 1})) as compute:
         queue = ShardQueue(
-            compute._identify_context(compute.spec, tiny_models, FolderStore(tmp_path), None), [0], 1, silent
+            compute._identify_context(compute.spec, tiny_models, FolderStore(tmp_path), None), [0], 1
         )
         queue._scale()
         (worker,) = queue.workers

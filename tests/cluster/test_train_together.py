@@ -41,7 +41,7 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
 ) -> None:
     """300 images in minibatches of 50: each worker computes 25."""
     spec, here, there = together(), FolderStore(tmp_path / "one"), FolderStore(tmp_path / "two")
-    train_part(spec, here, "vae", None, progress=silent)
+    train_part(spec, here, "vae", progress=silent)
     with RayCompute(None, spec) as compute:
         compute.run_distributed("train", train_part_dying_once, spec, there, "vae", tmp_path / "killed")
     assert (tmp_path / "killed").exists()
@@ -55,7 +55,7 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     for name, weights in one.weights.items():
         np.testing.assert_allclose(two.weights[name], weights, atol=TOLERANCE, err_msg=name)
     start = tiny(vae={"epochs": 1, "class_weight": 2.0, "batch_size": 50})
-    train_part(start, FolderStore(tmp_path / "start"), "vae", None, progress=silent)
+    train_part(start, FolderStore(tmp_path / "start"), "vae", progress=silent)
     moved = checkpoint(FolderStore(tmp_path / "start"), "vae").weights
     assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
 
@@ -94,7 +94,7 @@ def test_training_workers_that_were_granted_no_gpu_see_none(two_heads: Path) -> 
 def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
     spec = together(classifier={"epochs": 2, "optimizer": "adam", "learning_rate": 1e30})
     with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
-        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "classifier", None)
+        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "classifier")
     assert len(set(lines.processes("train: worker 0"))) == 1
 
 
@@ -111,7 +111,7 @@ def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
         RayCompute(None, spec) as compute,
         pytest.raises(RunFileError, match="train_workers: 3 workers .* room for 2"),
     ):
-        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "vae", None)
+        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "vae")
 
 
 def test_a_node_that_is_lost_between_two_trainings_is_waited_for(

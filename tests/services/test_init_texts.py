@@ -29,7 +29,7 @@ def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
 
 def test_fields_are_as_wide_as_the_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
-    lines = call(monkeypatch, capsys, "fields", "vae.guide_weight")[1].splitlines()[1:]
+    lines = call(monkeypatch, capsys, "fields", "vae.class_weight")[1].splitlines()[1:]
     assert 50 < max(map(len, lines)) <= 60
 
 

@@ -20,13 +20,13 @@ from defuse_core.device import autocast
 from defuse_core.errors import ModelError
 from defuse_core.identify import Identifier
 from defuse_core.local import LocalCompute, Profile
-from defuse_core.models import accuracy, load_classifier, to_tensor
+from defuse_core.models import load_classifier, predict, to_tensor
 from defuse_core.protocols import Call, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training import CHECK_LOSS_EVERY, Losses, batches, precision
 from defuse_core.training.batches import DeviceImages
-from defuse_core.training.precision import accuracy_as_in_f32, answers_as_in_f32, margin_bound
+from defuse_core.training.precision import answers_as_in_f32, margin_bound, predict_as_in_f32
 from defuse_core.training.reference_models import reference_models
 from tests.conftest import made_in_a_run, tiny
 
@@ -84,10 +84,10 @@ class Recording(torch.nn.Module):
 @pytest.mark.parametrize(
     ("count", "arithmetic", "fast"), [(2047, "bf16", False), (2048, "bf16", True), (2048, "f32", False)]
 )
-def test_an_accuracy_is_computed_in_bf16_where_that_is_chosen_and_pays(count, arithmetic, fast):
+def test_answers_are_computed_in_bf16_where_that_is_chosen_and_pays(count, arithmetic, fast):
     pixels = np.random.default_rng(0).random((count, 1, 2, 2), np.float32)
     classifier = Recording().eval()
-    accuracy_as_in_f32(classifier, Images(pixels, np.zeros(count, np.int64)), arithmetic)
+    predict_as_in_f32(classifier, Images(pixels, np.zeros(count, np.int64)), arithmetic)
     assert (True in classifier.in_bf16) is fast
 
 
@@ -153,13 +153,12 @@ def test_psi_of_bf16_is_that_of_f32(tiny_spec, tiny_models):
         assert one.failing == other.failing
 
 
-def test_the_accuracy_in_bf16_is_that_of_f32(tiny_models, tiny_spec, monkeypatch):
+def test_the_answers_in_bf16_are_those_of_f32(tiny_models, tiny_spec, monkeypatch):
     monkeypatch.setattr("defuse_core.training.precision.WORTHWHILE", 10)
     classifier = load_classifier(tiny_spec, tiny_models.classifier, 10)
     rng = np.random.default_rng(0)
     images = Images(rng.random((1000, 1, 16, 16), np.float32), rng.integers(0, 10, 1000))
-    assert accuracy_as_in_f32(classifier, images, "bf16") == accuracy(classifier, images)
-    assert np.isnan(accuracy_as_in_f32(classifier, images.take(slice(0)), "bf16"))
+    np.testing.assert_array_equal(predict_as_in_f32(classifier, images, "bf16"), predict(classifier, images))
 
 
 def test_models_trained_in_bf16_are_other_weights_of_about_the_same_accuracy(finished_run):

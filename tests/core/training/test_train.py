@@ -14,10 +14,7 @@ from defuse_core.errors import DefuseError, ModelError, RunFileError, RunMismatc
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_vae,
-    decode_codes,
-    encode_images,
     kl_to_prior,
-    load_vae,
     to_device,
     to_tensor,
 )
@@ -26,11 +23,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import _expect_validation, train, train_side_by_side
 from defuse_core.training import minibatches, set_learning_rate
-from defuse_core.training.reference_models import (
-    load_reference_models,
-    mean_probabilities,
-)
-from tests.conftest import recommended, tiny
+from tests.conftest import tiny
 from tests.core.test_models import LinearAutoencoder
 
 
@@ -127,21 +120,6 @@ def test_an_interrupted_training_resumes_within_its_schedule_and_with_its_class_
     for name, array in resumed.vae.items():
         np.testing.assert_array_equal(array, convolutional.vae[name])
     assert resumed.vae_history == convolutional.vae_history
-
-
-def test_with_a_guide_the_reference_models_see_the_class_in_more_reconstructions(convolutional, references):
-    without = recommended(vae=RECOMMENDED_VAE, classifier={"epochs": 1})
-    images, seen = open_splits(without.data, without.seed).train, []
-    judging = load_reference_models(without, without.review.reference, references, 10)
-    spec = recommended(vae={**RECOMMENDED_VAE, "guide_weight": 20.0}, classifier={"epochs": 1})
-    guided = train(spec, None, references, progress=silent)
-    for models in (convolutional, guided):
-        vae = load_vae(without, models.vae)
-        probabilities = mean_probabilities(judging, decode_codes(vae, encode_images(vae, images)))
-        seen.append(probabilities[np.arange(len(images)), images.labels].mean())
-    assert seen[1] > seen[0] + 0.1
-    losses = [row.guide_loss for row in guided.vae_history]
-    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_one_cycle_schedule_rises_over_a_tenth_of_the_steps_and_falls_to_zero():
@@ -379,7 +357,7 @@ def test_a_classifier_to_train_on_that_cannot_be_read_is_refused_before_the_vae_
 ):
     spec, store = tiny(classifier=brought), FolderStore(tmp_path)
     with pytest.raises(DefuseError, match=message):
-        train_side_by_side(spec, store, LocalCompute(), None)
+        train_side_by_side(spec, store, LocalCompute())
     assert not [key for key in store.list() if "vae" in key]
 
 
