@@ -196,9 +196,9 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
         if part is None:
             continue
         if not isinstance(part, tuple | list) or len(part) not in (2, 3):
+            found = f"found {type(part).__name__}; of a data set of pairs give tuple(zip(*dataset))"
             raise DataError(
-                f"{name}: expected (images, labels), found {type(part).__name__}; of a data set of pairs give "
-                "tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
+                f"{name}: expected (images, labels), {found}, with images in [0, 1] that are not augmented"
             )
         try:
             images, *others = (_array(values) for values in part)
@@ -224,7 +224,11 @@ def _array(values: npt.ArrayLike | Tensor | Sequence[Tensor]) -> npt.NDArray[Any
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has none
-    return np.asarray(values)
+    array = np.asarray(values)
+    is_text = array.dtype == object and all(
+        isinstance(value, str) for value in array.flat
+    )  # as pandas has it
+    return array.astype(str) if is_text else array
 
 
 class _Given:

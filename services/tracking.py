@@ -73,6 +73,7 @@ def tracking(run: Run, settings: Settings) -> Iterator[None]:
         status = "SCHEDULED"
         raise
     finally:
+        log.info("mlflow: sending what %s has made", run.name)
         try:
             _send(run, settings, status)
         except Exception as error:  # mlflow and its transports raise many kinds of errors

@@ -44,7 +44,7 @@ PrintableText = Annotated[str, AfterValidator(expect_printable)]
 def _expect_one_group(pattern: str) -> str:
     try:
         groups = re.compile(pattern).groups
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"expected a regular expression, found {pattern!r} ({error})") from error
     if groups != 1:
         raise ValueError(

@@ -240,17 +240,17 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             raise RunFileError(f"--set {override}: {section} is not a section")
         tree[section] = dict(below)  # another section can be a YAML alias of this one
         tree = tree[section]
+    quoted = "'" + text.strip().replace("'", "''") + "'"
+    remedy = f"put the value in quotes of its own: --set {shlex.quote(f'{path}={quoted}')}"
     try:
         value, comment = parse_yaml(text), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or error
-        raise RunFileError(f"--set {override}: the value is not YAML ({reason})") from error
-    if comment:
-        quoted = "'" + text.strip().replace("'", "''") + "'"
         raise RunFileError(
-            f"--set {override}: YAML takes {comment!r} for a comment; put the value in quotes of its own: "
-            f"--set {shlex.quote(f'{path}={quoted}')}"
-        )
+            f"--set {override}: the value is not YAML ({reason}); if it is text, {remedy}"
+        ) from error
+    if comment:
+        raise RunFileError(f"--set {override}: YAML takes {comment!r} for a comment; {remedy}")
     tree[field] = value
 
 

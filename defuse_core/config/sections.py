@@ -39,7 +39,7 @@ class DataSection(Section):
     signs); with a share the test part is the official one. Tracks are held out whole. Paper: 0."""
     track_pattern: PatternOfOneGroup | None = None
     """folder: a regular expression whose one group, found in CLASS/FILE, names the object that the image shows, such as
-    `/(.+)_` for OBJECT_FRAME.png. Images of one object, a track, stay in one part and count as one piece of evidence.
+    `/(.+)_` for OBJECT_FRAME.png. Images of one object, a track, are kept together and count as one piece of evidence.
     npz: give arrays train_tracks, validation_tracks and test_tracks instead. Paper: the signs have tracks."""
 
 

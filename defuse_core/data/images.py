@@ -306,7 +306,7 @@ class Splits:
         return {name: len(images) for name, images in self.parts().items()}
 
     def fingerprint(self, *names: str) -> str:
-        """Return a SHA-256, in hex, over class names, shapes, all labels and the pixels of some images.
+        """Return a SHA-256, in hex, over class names, shapes, all labels and tracks, and the pixels of some images.
 
         It is of the named parts, or of all. Reads at most 128 evenly spaced images of each, so it can miss a change
         elsewhere.
@@ -317,6 +317,8 @@ class Splits:
             images = parts[name]
             digest.update(f"\0{name} {images.pixels.dtype} {images.pixels.shape}\0".encode())
             digest.update(np.ascontiguousarray(images.labels, "<i8").data)
+            if images.tracks is not None:
+                digest.update(np.ascontiguousarray(images.tracks, "<i8").data)
             sample = images.pixels[evenly_spaced(len(images), FINGERPRINT_IMAGES)]
             digest.update(np.ascontiguousarray(sample).tobytes())
         return digest.hexdigest()

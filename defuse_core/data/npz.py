@@ -105,7 +105,7 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
 
 
 def _column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return labels of shape (N, 1), as MedMNIST has them, as (N,), and any other array as it is.
+    """Return labels and tracks of shape (N, 1), as MedMNIST has them, as (N,), and any other array as it is.
 
     Raises an error for what is no array, or holds no text that can be shown.
     """
@@ -113,7 +113,7 @@ def _column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
         raise ValueError(f"no array of values in {name}")
     if name == "classes":
         found.tolist()  # raises for letters that do not exist
-    is_column = name.endswith("_labels") and found.ndim == 2 and found.shape[1] == 1
+    is_column = name.endswith(("_labels", "_tracks")) and found.ndim == 2 and found.shape[1] == 1
     return found.reshape(-1) if is_column else found
 
 

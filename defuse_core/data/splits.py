@@ -35,9 +35,15 @@ def random_rows(count: int, most: int, rng: np.random.Generator) -> I64:
 
 
 def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
-    """Return (kept, held): `share` of each class, or of its tracks, is held out. DataError if either is empty."""
+    """Return (kept, held): `share` of each class, or of its tracks, is held out; every class has images that are kept.
+
+    Raises DataError if a part is empty.
+    """
     if images.tracks is not None:
         held, kept = split_tracks(images, share, rng)
+        untrained = ~np.isin(images.labels, images.labels[kept])  # of a class whose tracks are all held out
+        held = held[~np.isin(images.tracks[held], images.tracks[untrained])]
+        kept = np.setdiff1d(np.arange(len(images)), held)
         if not (len(held) and len(kept)):
             tracks = count_of(len(np.unique(images.tracks)), "track")
             raise DataError(

@@ -263,7 +263,8 @@ class Registry:
                     f"the canary or shadow of version {beside} ended just now; see `defuse promote` for the new state"
                 )
             return ended
-        before = self._read(current.sequence - 1) if current.sequence > 1 else EMPTY
+        # another file, which need not be there for `production`
+        before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
         if not production and (before.canary or before.shadow) not in (None, current.production):
             raise InputError(
                 f"the last change has ended a canary or shadow ({current.change_text}); `defuse rollback --production` "

@@ -224,6 +224,10 @@ def test_every_field_has_a_description():
         ("seed= ", "expected a value, found none"),
         ("correct={epochs: 2, lambdas: [1], epochs: 3}", "the value is not YAML .'epochs' a second time"),
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
+        (
+            "data.track_pattern=[^/]+/(.+)_",
+            r"if it is text, put the value in quotes of its own: --set 'data\.track_p",
+        ),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
         ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
         ("data.root=/data/parts #2", "--set data.root=/data/parts #2: YAML takes '#2' for a comment"),

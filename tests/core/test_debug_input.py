@@ -44,9 +44,11 @@ def settings_of(store: Path, until: type[DefuseError] | None = None, **changes: 
     return load_run_file(store / "parts" / "run.yaml")
 
 
-def test_a_third_array_names_the_object_that_each_image_shows(tmp_path):
+@pytest.mark.parametrize("dtype", [str, object])  # pandas has texts as objects
+def test_a_third_array_names_the_object_that_each_image_shows(tmp_path, dtype):
     images, labels = digits()
-    spec = settings_of(tmp_path, train=(images[:400], labels[:400], [f"part {i // 4}" for i in range(400)]))
+    objects = np.array([f"part {i // 4}" for i in range(400)], dtype)
+    spec = settings_of(tmp_path, train=(images[:400], labels[:400], objects))
     splits = open_splits(spec.data, 0)
     assert splits.validation is not None and splits.train.tracks is not None
     assert not set(splits.train.tracks) & set(splits.validation.tracks)

@@ -186,7 +186,7 @@ def test_equal_splits_have_equal_fingerprints_in_memory_and_on_disk(tmp_path: Pa
     assert splits_of(images).fingerprint() == splits_of(images.loaded()).fingerprint()
 
 
-@pytest.mark.parametrize("change", ["pixel", "label", "class name", "order", "size"])
+@pytest.mark.parametrize("change", ["pixel", "label", "class name", "order", "size", "tracks"])
 def test_any_change_to_small_splits_changes_their_fingerprint(change: str):
     pixels, labels, classes = numbered(9).pixels[:].copy(), np.arange(9) % 2, ["even", "odd"]
     before = Splits(Images(pixels.copy(), labels.copy()), None, None, tuple(classes)).fingerprint()
@@ -198,9 +198,10 @@ def test_any_change_to_small_splits_changes_their_fingerprint(change: str):
         classes[0] = "straight"
     elif change == "order":
         pixels = pixels[::-1].copy()
-    else:
+    elif change == "size":
         pixels, labels = pixels[:8], labels[:8]
-    assert Splits(Images(pixels, labels), None, None, tuple(classes)).fingerprint() != before
+    tracks = np.arange(9) if change == "tracks" else None
+    assert Splits(Images(pixels, labels, tracks), None, None, tuple(classes)).fingerprint() != before
 
 
 def test_a_fingerprint_reads_few_images_of_a_large_set():

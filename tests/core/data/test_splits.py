@@ -133,6 +133,13 @@ def test_what_is_held_out_of_tracks_are_whole_tracks():
     assert not set(kept.tracks) & set(held.tracks)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_only_track_of_a_class_is_kept(seed: int):
+    tracked = Images(numbered(50).pixels, np.repeat([0, 1], [45, 5]), np.arange(50) // 5)
+    kept, held = hold_out(tracked, 0.4, generator(seed, "test"))
+    assert 1 in kept.labels and len(held) >= 15
+
+
 def test_the_seed_says_which_images_are_held_out_halved_and_sampled():
     images = numbered(40)
     for divided in (

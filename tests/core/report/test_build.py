@@ -185,7 +185,7 @@ def test_the_report_says_how_many_failing_draws_the_screen_keeps(tmp_path: Path)
 def test_the_kept_share_is_left_out_where_nothing_fails(tmp_path: Path):
     report, page = with_failing_draws(0)(tmp_path)
     assert (report.psi.failing_draws, report.psi.kept_share) == (0, None)
-    assert "are kept" not in page
+    assert "are kept" not in page and "kept in Ψ" not in page
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -219,6 +219,8 @@ def test_a_rollback_right_after_its_canary_was_ended_leaves_production_unless_th
     ):
         registry.roll_back("bo", "")
     assert registry.state().production == 2
+    before = f"changes/{registry.state().sequence - 1:06d}.json"
+    registry.store.write(before, b"damaged")  # `--production` does not need it
     assert registry.roll_back("bo", "", production=True).production == 1
 
 
