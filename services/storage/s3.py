@@ -26,6 +26,7 @@ from tenacity import (
 )
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.files import map_ahead
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
 from services.storage.s3_errors import (
@@ -217,9 +218,8 @@ class S3Store:
 
     def delete_all(self) -> None:
         """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last."""
-        for key in sorted(self._all_keys(), key=lambda key: (key == "run.yaml", key)):
-            if key != KEY:
-                self.delete(key)
+        list(map_ahead(self.delete, [key for key in self._all_keys() if key not in {"run.yaml", KEY}]))
+        self.delete("run.yaml")
         self._abort_uploads()
         if self.prefix in self.leases:
             self.leases[self.prefix].remove = True
@@ -372,7 +372,7 @@ class S3Store:
         return str(done["ETag"])
 
 
-_session = functools.cache(boto3.Session)  # whose clients share credentials, which a program or a person gives once
+_session = functools.cache(boto3.Session)  # its clients share credentials: a program is asked for them once
 _one_at_a_time = threading.Lock()  # a session makes a client, and finds credentials, for one thread
 
 
