@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus
@@ -24,14 +22,12 @@ from defuse_core.errors import ComputeError, InputError, without_credentials
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 GIVE_UP_AFTER_S = 300.0  # without an answer to who follows a log, such as over a tunnel that is made again
-PAUSE_S = 2.0
+PAUSE_S = 3.0  # before a log is asked for again, whole: some hundred kB after a day
 ANSWER_WITHIN_S = 20.0
-STATUS_EVERY_S = 20.0  # while a log is followed, whose connection can die without a word
 WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
     "every node"
 )
-DISCONNECTED = (RuntimeError, OSError, aiohttp.ClientError)  # what Ray's client raises
 
 
 @dataclass(frozen=True)
@@ -100,22 +96,15 @@ class Jobs:
     def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
         """Show what the job writes until it ends, across lost connections, and return it as it ended.
 
+        Asks for the whole log again and again: a websocket, by which Ray sends what is new, passes fewer proxies.
         Raises ComputeError where the connection is lost for good, and what `show` raises.
         """
         self.get(job_id)  # raises at once for an unknown job, another token or an address without a dashboard
         shown = 0  # characters
         lost_at: float | None = None  # since then nothing answers
         while True:
-            position = 0
             try:
-                for text in self._tail(job_id):  # from the log's beginning, with each connection
-                    position += len(text)
-                    if position > shown:
-                        show(text[shown - position :])
-                        shown = position
-                job, lost_at = self.get(job_id), None
-                if job.is_over:
-                    return job
+                job, text = self.get(job_id), self.logs(job_id)  # in this order: an ended job writes no more
             except (ComputeError, InputError) as error:  # also a refusal, as while the head starts again
                 lost = f"job {job_id}: lost the connection to {self.shown} ({str(error).partition('; check')[0]})"
                 if lost_at is None:
@@ -126,39 +115,14 @@ class Jobs:
                         f"{lost}; the job may go on, and `defuse jobs logs {job_id} --follow --address {self.shown}` "
                         "follows it again"
                     ) from error
+            else:
+                lost_at = None
+                if len(text) > shown:
+                    show(text[shown:])
+                    shown = len(text)
+                if job.is_over:
+                    return job
             time.sleep(PAUSE_S)
-
-    def _tail(self, job_id: str) -> Iterator[str]:
-        """Yield the log as it arrives until the connection ends, or the job, even if the connection does not notice.
-
-        Raises ComputeError where nothing answers. Ctrl-C is heeded at any time.
-        """
-        received, is_over = 0, False
-        with asyncio.Runner() as runner:
-            texts = self.client.tail_job_logs(job_id)
-
-            async def next_text() -> str | None:
-                return await anext(texts, None)
-
-            while True:
-                coming = runner.get_loop().create_task(next_text())
-                while not runner.run(asyncio.wait({coming}, timeout=STATUS_EVERY_S))[0]:
-                    if is_over:  # for a while, and the rest of the log has not come
-                        yield self.logs(job_id)[received:]
-                        return
-                    is_over = self.get(job_id).is_over
-                try:
-                    text = coming.result()
-                except DISCONNECTED as error:
-                    if not received:  # as where a proxy takes no such connection
-                        raise ComputeError(self._without_credentials(error)) from error
-                    if self.get(job_id).is_over:
-                        yield self.logs(job_id)[received:]
-                    return
-                if text is None:
-                    return
-                received += len(text)
-                yield text
 
     def _proxy_hint(self) -> str:
         """Return what to do where requests go through a proxy of the environment, which may not reach the head."""
@@ -167,9 +131,6 @@ class Jobs:
             return ""
         host = urlsplit(address).hostname
         return f"; if the proxy of the environment does not reach it, add {host} to NO_PROXY"
-
-    def _without_credentials(self, error: Exception) -> str:
-        return without_credentials(str(error), self.address)
 
     @contextlib.contextmanager
     def _errors_translated(self, job_id: str = "") -> Iterator[None]:
@@ -189,7 +150,9 @@ class Jobs:
                 raise InputError(
                     f"{self.shown} does not take a job of this size (413); {WITHOUT_UPLOAD}"
                 ) from error
-            raise ComputeError(f"{self.shown}: {self._without_credentials(error).splitlines()[0]}") from error
+            raise ComputeError(
+                f"{self.shown}: {without_credentials(str(error), self.address).splitlines()[0]}"
+            ) from error
 
 
 def _job(details: Any) -> Job:

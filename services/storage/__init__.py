@@ -9,6 +9,7 @@ from defuse_core.errors import InputError
 from defuse_core.store import Store, folder_store
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*:/|s3[an]?:|s3//|.*://", re.IGNORECASE)  # gs://x, s3:/x, S3:x
+COPIES_OF_RAY = "working_dir_files"  # Ray's folder of the working directories of jobs
 
 
 def open_store(address: str) -> Store:
@@ -27,10 +28,16 @@ def store_folder(address: str) -> Path:
     """Return the folder that an address names; ~ is the user's home, which shells leave alone in --store=~/runs.
 
     Raises InputError for another kind of address, or a misspelled one, which would become a folder; ./s3:/x is one.
+    Likewise for a folder in the copy that Ray makes of a job's working directory, since Ray deletes it.
     """
     if URL.match(address):
         raise InputError(f"--store {address}: expected s3://bucket/prefix or a folder")
     try:
-        return Path(address).expanduser().absolute()
+        folder = Path(address).expanduser().absolute()
     except RuntimeError as error:
         raise InputError(f"--store {address}: expected the home of an existing user after ~") from error
+    if COPIES_OF_RAY in folder.parts:
+        raise InputError(
+            f"--store {address}: expected s3://bucket/prefix or an absolute folder; Ray deletes the folder of this job"
+        )
+    return folder

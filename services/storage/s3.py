@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from tenacity import (
 )
 
 from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.files import map_ahead
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
 from services.storage.s3_errors import (
@@ -44,7 +46,7 @@ PARTS_AT_ONCE = 4
 READ_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 60.0  # of a large object: a proxy, or the buffers of a slow line, may still hold most of it
 SEND_BYTES = 2**20  # from here on
-HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # well within LEASE_S
+HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # others take the lease after LEASE_S
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 14  # attempts, with botocore's pauses: about a minute where the server refuses connections
@@ -108,6 +110,7 @@ class S3Store:
         # locked prefix -> the lease of its driver when it was taken; shared with the stores below
         self.fences = {} if fences is None else fences
         self.leases: dict[str, Lease] = {}  # likewise, in the driver's process only
+        self.attempts, self.timeout_s = PATIENCE, READ_TIMEOUT_S
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Store, (self.bucket, self.prefix, self.endpoint, self.region, dict(self.fences))
@@ -215,9 +218,8 @@ class S3Store:
 
     def delete_all(self) -> None:
         """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last."""
-        for key in sorted(self._all_keys(), key=lambda key: (key == "run.yaml", key)):
-            if key != KEY:
-                self.delete(key)
+        list(map_ahead(self.delete, [key for key in self._all_keys() if key not in {"run.yaml", KEY}]))
+        self.delete("run.yaml")
         self._abort_uploads()
         if self.prefix in self.leases:
             self.leases[self.prefix].remove = True
@@ -238,7 +240,8 @@ class S3Store:
 
         Raises RunBusyError if another driver holds it; takes LEASE_S to find out that a holder is dead.
         """
-        beating = _HeartbeatStore(self.bucket, self.prefix, self.endpoint, self.region)
+        beating = S3Store(self.bucket, self.prefix, self.endpoint, self.region)
+        beating.attempts, beating.timeout_s = HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S
         with hold(LeaseInBucket(self), LeaseInBucket(beating)) as lease:
             self.leases[self.prefix] = lease
             self.fences[self.prefix] = lease.state
@@ -258,7 +261,7 @@ class S3Store:
 
     @property
     def _client(self) -> Any:
-        return _client(self.endpoint, self.region, PATIENCE, READ_TIMEOUT_S)
+        return _client(self.endpoint, self.region, self.attempts, self.timeout_s)
 
     @property
     def _sending_client(self) -> Any:
@@ -268,7 +271,7 @@ class S3Store:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
     def _errors(self, key: str = "") -> AbstractContextManager[None]:
-        return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint, _client.cache_clear)
+        return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint, _forget_clients)
 
     def _fence(self) -> tuple[str, LeaseState] | None:
         """Return the locked prefix that this store is in, and the lease of its driver."""
@@ -369,12 +372,13 @@ class S3Store:
         return str(done["ETag"])
 
 
-class _HeartbeatStore(S3Store):
-    """The store of a heartbeat: it asks again soon where an answer stalls, before others take the lease over."""
+_session = functools.cache(boto3.Session)  # its clients share credentials: a program is asked for them once
+_one_at_a_time = threading.Lock()  # a session makes a client, and finds credentials, for one thread
 
-    @property
-    def _client(self) -> Any:
-        return _client(self.endpoint, self.region, HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S)
+
+def _forget_clients() -> None:
+    _client.cache_clear()
+    _session.cache_clear()
 
 
 @functools.cache
@@ -390,6 +394,7 @@ def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: 
         response_checksum_validation="when_required",  # else a checksum with an error fails in botocore
         max_pool_connections=16,
     )
-    client = boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    with _one_at_a_time:
+        client = _session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
     OutageWatch(client, timeout_s)
     return client

@@ -32,12 +32,13 @@ OF_JOB: list[Callable[..., object]] = [Jobs.get, Jobs.logs, Jobs.stop, partial(J
 
 
 class Head:
-    """The routes of a dashboard that Ray's client asks for one job, whose log ends to arrive in the middle."""
+    """The routes of a dashboard that Ray's client asks for one job, behind a proxy that passes no websocket."""
 
     def __init__(self) -> None:
-        self.status, self.exit_code, self.is_silent, self.tails = "RUNNING", 0, False, 0
+        self.status, self.exit_code, self.is_silent = "RUNNING", 0, False
+        self.log, self.reads = LOG[:11], 0
+        self.ends = False  # the job writes its last line and ends, right after somebody has read its log
         self.refusals = 0  # questions that it answers with 403, as a proxy before a head that starts again
-        self.drops = 0  # connections that it loses in the middle of the log; 0: it falls silent there
         self.address = f"http://127.0.0.1:{free_port()}"
 
     async def start(self) -> web.AppRunner:
@@ -49,12 +50,11 @@ class Head:
                 {"type": "SUBMISSION", "entrypoint": "", "status": self.status}
                 | {"submission_id": "j1", "driver_exit_code": self.exit_code}
             ),
-            "/api/jobs/j1/logs": lambda: {"logs": LOG},
+            "/api/jobs/j1/logs": self._read,
         }
         for path, answer in answers.items():
             app.router.add_get(path, lambda _, answer=answer: self._answer(answer))
         app.router.add_post("/api/jobs/j1/stop", lambda _: asyncio.sleep(SILENCE_S, web.json_response({})))
-        app.router.add_get("/api/jobs/j1/logs/tail", self._tail)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", int(self.address.rpartition(":")[2])).start()
@@ -69,28 +69,22 @@ class Head:
             return web.json_response({}, status=403)
         return web.json_response(answer())
 
-    async def _tail(self, request: web.Request) -> web.WebSocketResponse:
-        self.tails += 1
-        socket = web.WebSocketResponse(autoping=False)
-        await socket.prepare(request)
-        await socket.send_str(LOG[:15])
-        if not self.drops:
-            await asyncio.sleep(60)
-        elif self.tails > self.drops:
-            await socket.send_str(LOG[15:])
-            self.status = "SUCCEEDED"
-        else:
-            assert request.transport is not None
-            request.transport.close()
-        return socket
+    def _read(self) -> dict[str, str]:
+        self.reads += 1
+        answer = {"logs": self.log}
+        if self.ends:
+            self.end()
+        return answer
+
+    def end(self) -> None:
+        self.log, self.status = LOG, "SUCCEEDED"
 
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which the client replaces
-    for name, seconds in {"STATUS_EVERY_S": 0.3, "PAUSE_S": 0.05}.items():
-        assert getattr(jobs, name) >= 2
-        monkeypatch.setattr(jobs, name, seconds)
+    assert jobs.PAUSE_S >= 2
+    monkeypatch.setattr(jobs, "PAUSE_S", 0.05)
     found, loop = Head(), asyncio.new_event_loop()
     runner = loop.run_until_complete(found.start())
     server = threading.Thread(target=loop.run_forever)
@@ -108,46 +102,25 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "ANSWER_WITHIN_S", 1.0)
 
 
-def test_a_job_that_ends_while_its_log_has_fallen_silent_is_shown_to_its_end(head: Head) -> None:
-    shown: list[str] = []
-
-    def show(text: str) -> None:
-        shown.append(text)
-        head.status = "SUCCEEDED"
-
-    job = Jobs(head.address).follow("j1", show)
-    assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:15], LOG[15:]])
-
-
-@pytest.mark.parametrize("drops", [1, 20])
-def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice(head: Head, drops: int) -> None:
-    head.drops = drops
+def test_a_followed_job_is_shown_to_its_end_where_no_websocket_passes(head: Head) -> None:
+    head.ends = True
     shown: list[str] = []
     job = Jobs(head.address).follow("j1", shown.append)
-    assert (job.status, shown, head.tails) == ("SUCCEEDED", [LOG[:15], LOG[15:]], drops + 1)
-
-
-def test_a_job_that_ends_as_its_connection_is_lost_is_shown_to_its_end(head: Head) -> None:
-    head.drops = 100
-    shown: list[str] = []
-
-    def show(text: str) -> None:
-        shown.append(text)
-        head.status = "SUCCEEDED"
-
-    assert Jobs(head.address).follow("j1", show).status == "SUCCEEDED"
-    assert (shown, head.tails) == ([LOG[:15], LOG[15:]], 1)
+    assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:11], LOG[11:]])
 
 
 def test_refusals_after_the_first_contact_are_a_lost_connection_for_a_while(
     head: Head, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    head.drops = 100
+    shown: list[str] = []
 
-    def show(_: str) -> None:
-        head.status, head.refusals = "SUCCEEDED", 20
+    def show(text: str) -> None:
+        shown.append(text)
+        head.refusals = 20
+        head.end()
 
     assert Jobs(head.address).follow("j1", show).status == "SUCCEEDED"
+    assert shown == [LOG[:11], LOG[11:]]
     lost = f"job j1: lost the connection to {head.address} ("
     (line,) = [line for name, _, line in caplog.record_tuples if name == "defuse"]
     assert line.startswith(lost) and line.endswith("; trying again for 5 minutes")
@@ -156,6 +129,7 @@ def test_refusals_after_the_first_contact_are_a_lost_connection_for_a_while(
         head.refusals = 10**6
 
     monkeypatch.setattr(jobs, "GIVE_UP_AFTER_S", 1.0)
+    head.status, head.refusals = "RUNNING", 0
     with pytest.raises(ComputeError, match=r"\(.* requires another token") as raised:
         Jobs(head.address).follow("j1", show_no_more)
     assert str(raised.value).startswith(lost)
@@ -220,7 +194,7 @@ FOLLOW = """
 import signal, sys
 from cluster import jobs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which the process of the tests may ignore
-jobs.STATUS_EVERY_S, jobs.ANSWER_WITHIN_S, jobs.PAUSE_S = 0.3, 60, 0.05
+jobs.ANSWER_WITHIN_S, jobs.PAUSE_S = 60, 0.05
 jobs.Jobs(sys.argv[1]).follow("j1", lambda text: print(text, flush=True))
 """
 
@@ -247,7 +221,7 @@ def test_a_log_that_cannot_be_printed_is_not_a_lost_connection(head: Head) -> No
 
     with pytest.raises(OSError, match="No space left"):
         Jobs(head.address).follow("j1", show)
-    assert head.tails == 1
+    assert head.reads == 1
 
 
 def test_a_followed_job_whose_log_nobody_reads_is_left_as_after_ctrl_c(head: Head) -> None:

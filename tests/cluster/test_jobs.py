@@ -200,15 +200,25 @@ def test_a_bad_run_file_is_refused_before_it_is_submitted(
     assert err.count("\n") == 1
 
 
-@pytest.mark.usefixtures("followed")
-def test_ray_job_submit_runs_the_installed_defuse_as_well(head: str, place: Path) -> None:
-    run = ["defuse", "run", "own.yaml", "--name", "first", "--store", str(place / "runs"), "--until", "train"]
+def ray_job_submit(head: str, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    run = ["defuse", "run", "own.yaml", "--name", "first", "--until", "train", *words]
     ray = [str(BIN / "ray"), "job", "submit", "--address", head, "--working-dir", str(place), "--", *run]
-    done = subprocess.run(
+    return subprocess.run(
         ray, env=environment(), cwd=place, capture_output=True, text=True, timeout=240, check=False
     )
+
+
+@pytest.mark.usefixtures("followed")
+def test_ray_job_submit_runs_the_installed_defuse_as_well(head: str, place: Path) -> None:
+    done = ray_job_submit(head, place, "--store", str(place / "runs"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "first: done until train" in done.stdout + done.stderr
+
+
+def test_a_store_in_the_folder_of_a_job_which_ray_deletes_is_refused(head: str, place: Path) -> None:
+    refused = ray_job_submit(head, place)
+    assert refused.returncode == 1
+    assert "--store runs: expected s3://bucket/prefix or an absolute folder" in refused.stdout
 
 
 def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(

@@ -23,9 +23,9 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    s3._client.cache_clear()
+    s3._forget_clients()
     yield monkeypatch
-    s3._client.cache_clear()
+    s3._forget_clients()
 
 
 @pytest.fixture(scope="session")

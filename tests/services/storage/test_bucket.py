@@ -81,7 +81,7 @@ def test_an_object_that_another_tool_wrote_is_read(bucket: Store) -> None:
 
 
 def _refused(aws: pytest.MonkeyPatch, address: str = "s3://bucket/run") -> str:
-    s3._client.cache_clear()
+    s3._forget_clients()
     with pytest.raises(StoreError) as refused:
         open_store(address).write("a", b"1")
     line = str(refused.value)
@@ -118,7 +118,7 @@ def test_missing_credentials_are_a_wrong_setting_that_no_repetition_mends(
     for name, value in settings.items():
         aws.setenv(name, value)
     aws.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    s3._client.cache_clear()
+    s3._forget_clients()
     with pytest.raises(StoreError) as refused:
         open_store("s3://bucket/run")
     assert refused.value.exit_code == 2

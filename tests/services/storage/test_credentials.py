@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ def test_a_program_that_gives_no_credentials_is_reported_with_its_reason(
     assert refused.value.exit_code == exit_code
     with pytest.raises(StoreError, match=words):  # and not the endpoint, which opening looks at first
         open_store("s3://bucket/run")
+
+
+def test_a_program_is_asked_for_credentials_once_by_all_clients_and_threads(
+    store: s3.S3Store, aws: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program, config, asked = tmp_path / "process.sh", tmp_path / "config", tmp_path / "asked"
+    keys = '{"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "b"}'
+    program.write_text(f"#!/bin/sh\necho asked >> {asked}\necho '{keys}'\n")
+    program.chmod(0o755)
+    config.write_text(f"[default]\ncredential_process = {program}\n")
+    aws.setenv("AWS_CONFIG_FILE", str(config))
+
+    def sign(attempts: int) -> None:
+        client = s3._client(store.endpoint, store.region, attempts, 10.0)
+        client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "a"})
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(sign, range(1, 5)))
+    assert asked.read_text() == "asked\n"
 
 
 def test_a_login_that_is_missing_is_a_wrong_setting_and_says_how_to_log_in(

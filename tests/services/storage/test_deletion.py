@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from buckets import THIEF, steal
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import FolderStore, Store
 from services.storage import lease, s3
+from tests.waiting import WAIT_S
 
 
 def everything(store: Store) -> list[str]:
@@ -96,6 +98,24 @@ def test_a_bucket_keeps_the_run_file_until_all_else_is_deleted(
     assert bucket.list() == ["run.yaml"]
     monkeypatch.setattr(s3.S3Store, "delete", delete)
     with bucket.lock():  # the lease was released, not left
+        bucket.delete_all()
+    assert everything(bucket) == []
+
+
+def test_the_files_of_a_bucket_are_deleted_several_at_once(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        bucket.write(f"psi/{number}", b"1")
+    two, delete = threading.Barrier(2), s3.S3Store.delete
+
+    def meet(store: s3.S3Store, key: str) -> None:
+        if key.startswith("psi/"):
+            two.wait(WAIT_S)
+        delete(store, key)
+
+    monkeypatch.setattr(s3.S3Store, "delete", meet)
+    with bucket.lock():
         bucket.delete_all()
     assert everything(bucket) == []
 

@@ -46,7 +46,7 @@ def stuttering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
-    s3._client.cache_clear()
+    s3._forget_clients()
     _Stuttering.stalls, _Stuttering.halves = request.param == "stalls", 2
     _Stuttering.given_up.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Stuttering) as server:
@@ -54,7 +54,7 @@ def stuttering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         yield s3.S3Store("bucket", "run/", f"http://127.0.0.1:{server.server_port}", "us-east-1")
         _Stuttering.given_up.set()
         server.shutdown()
-    s3._client.cache_clear()
+    s3._forget_clients()
 
 
 def test_an_object_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -> None:

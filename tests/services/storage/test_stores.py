@@ -162,6 +162,19 @@ def test_a_misspelled_address_does_not_become_a_folder(address: str) -> None:
         open_store(address)
 
 
+def test_a_store_in_rays_copy_of_a_jobs_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(
+        InputError, match="--store runs: expected s3://bucket/prefix or an absolute folder; Ray"
+    ):
+        open_store("runs")
+    open_store(str(tmp_path / "runs"))
+
+
 @pytest.mark.parametrize("address", ["a:b", "s3", "s3/bucket", "./s3:/bucket", "runs/a:/b"])
 def test_a_folder_may_have_a_colon_in_its_name(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
