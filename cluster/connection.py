@@ -37,7 +37,7 @@ from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileErr
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
-START_AGAIN = "start the command again; if it fails again, see session_latest/logs in Ray's folder (/tmp/ray)"
+START_ATTEMPTS = 3  # Ray gives its agents 15 s to start, whatever is set; their first import may take longer
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 OTHER_TOKEN = (
     "requires another token than this process has: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
@@ -71,21 +71,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     limit_memory_retries()
     if address is None:
-        prepare_embedded_ray()
-        keep_idle_workers()
-        try:
-            with kept_sigterm_handler():
-                num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
-                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-        except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
-            if is_temporary_folder_unusable(error):
-                raise InputError(
-                    f"Ray did not start on this machine ({explained_line(error)}); set RAY_TMPDIR to a folder that can "
-                    f"be written, whose path has at most {MAX_TEMPORARY_FOLDER} characters"
-                ) from error
-            raise ComputeError(
-                f"Ray did not start on this machine ({explained_line(error)}); {START_AGAIN}"
-            ) from error
+        _start_embedded(cpus, quiet)
         return True
     if "://" in address:
         raise InputError(
@@ -106,6 +92,30 @@ def connect(address: str | None, cpus: int = 0) -> bool:
             ) from error
         raise _unreachable(address, found) from error
     return True
+
+
+def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
+    prepare_embedded_ray()
+    keep_idle_workers()
+    num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with kept_sigterm_handler():
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+            return
+        except Exception as error:  # Ray raises bare ones
+            failed = f"Ray did not start on this machine ({explained_line(error)})"
+            if is_temporary_folder_unusable(error):
+                raise InputError(
+                    f"{failed}; set RAY_TMPDIR to a folder that can be written, whose path has at most "
+                    f"{MAX_TEMPORARY_FOLDER} characters"
+                ) from error
+            if attempt == START_ATTEMPTS:
+                raise ComputeError(
+                    f"{failed} in {START_ATTEMPTS} attempts; end other work on it, or compute without Ray: `defuse run "
+                    "--on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
+                ) from error
+            log.warning("%s; starting it again", failed)
 
 
 def disconnect() -> None:

@@ -104,9 +104,27 @@ def test_a_ray_that_does_not_start_on_this_machine_is_one_line(
     monkeypatch.setattr("cluster.connection.ray.init", timed_out)
     with pytest.raises(
         ComputeError,
-        match=r"^Ray did not start on this machine \(Exception: The current node timed out .*\); start the command",
+        match=r"^Ray did not start on this machine \(Exception: The .* timed out .*\) in 3 attempts; .*`defuse run ",
     ):
         start()
+
+
+def test_a_ray_that_does_not_start_in_time_is_started_again_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = iter([Exception("The current node timed out during startup."), None])
+
+    def second_time(**_: object) -> None:
+        if error := next(outcomes):
+            raise error
+
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", second_time)
+    assert connect(None)
+    assert next(outcomes, "both used") == "both used"
+    assert caplog.messages == [
+        "Ray did not start on this machine (Exception: The current node timed out during startup.); starting it again"
+    ]
 
 
 @pytest.mark.parametrize(
