@@ -148,10 +148,10 @@ def has_gpus() -> bool:
 
 
 def task_resources(section: ResourcesSection) -> WorkerResources:
-    """Return what the only task of a step holds: `train_threads` CPUs, or as many as a node has."""
+    """Return what the only task of a step holds: `train_threads` CPUs, or as many as a node with its GPUs has."""
     gpus = worker_resources(section).gpus
     suitable = [node.cpus for node in nodes() if node.gpus >= gpus]
-    return WorkerResources(min(section.train_threads, max(suitable, default=0)), gpus)
+    return WorkerResources(min(section.train_threads, max(suitable, default=section.train_threads)), gpus)
 
 
 def capacity(worker: WorkerResources) -> int:

@@ -75,6 +75,14 @@ def test_the_only_task_of_a_step_holds_no_more_cpus_than_a_node_that_has_its_gpu
     assert task_resources(ResourcesSection(train_threads=40, gpus_per_worker=0)) == WorkerResources(32, 0)
 
 
+def test_a_task_waits_for_a_node_with_its_gpu_after_the_last_one_was_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster_of(monkeypatch, (8, 0, True), (8, 1, False))
+    CapacityMonitor("train", task_resources(ResourcesSection(gpus_per_worker=1))).check(running=False)
+    assert caplog.messages == ["train: waiting for a node with room for a worker of 2 CPU and 1 GPU"]
+
+
 def test_more_workers_than_the_nodes_have_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster_of(monkeypatch, (3, 0, True), (2, 0, True), (9, 0, False))
     assert capacity(worker_resources(ResourcesSection(cpus_per_worker=2))) == 2
