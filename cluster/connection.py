@@ -31,6 +31,7 @@ from cluster.ray_compat import (
     limit_memory_retries,
     set_private_token,
     shorten_socket_paths,
+    wait_for_absent_head,
 )
 from defuse_core.config import RunFile, model_sections
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
@@ -78,6 +79,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
             f"{without_credentials(address)} (--address or RAY_ADDRESS): expected HOST:PORT of a cluster that this "
             "machine is a node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"
         )
+    wait_for_absent_head()
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise _unreachable(address, found)
     try:

@@ -30,6 +30,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
 }
 RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
+HEAD_AWAY_S = 600  # as KubeRay lets its workers wait
 SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
 # bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
 MAX_TEMPORARY_FOLDER = 39
@@ -273,10 +274,11 @@ def shut_down_serve() -> None:
 
 
 def embedded_ray_has_ended() -> bool:
-    """Return whether a process of the Ray that this program started has ended; False beside a running cluster."""
+    """Return whether the GCS or the raylet of the Ray that this program started has ended; False beside a cluster."""
     from ray._private import worker
 
-    return worker._global_node is not None and bool(worker._global_node.dead_processes())
+    node: Any = worker._global_node
+    return node is not None and any(kind in ("gcs_server", "raylet") for kind, _ in node.dead_processes())
 
 
 def log_folder() -> str:
@@ -301,6 +303,14 @@ def limit_memory_retries() -> None:
     Ray counts these retries apart from a task's max_retries, and reads the variable when this process connects.
     """
     os.environ.setdefault("RAY_task_oom_retries", str(MEMORY_RETRIES))
+
+
+def wait_for_absent_head() -> None:
+    """Let this process wait for the head of its cluster, such as while another machine takes its place.
+
+    By default Ray's C++ part ends the process after a minute, with exit code 1 and whatever the process does.
+    """
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_AWAY_S))
 
 
 def job_client(address: str, timeout_s: float) -> JobSubmissionClient:

@@ -26,6 +26,7 @@ from cluster.resources import (
 )
 from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, RunFileError
+from tests.waiting import wait_until
 
 
 def cluster_of(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float, bool]) -> None:
@@ -46,6 +47,25 @@ def test_only_living_nodes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nodes() == [WorkerResources(8, 0), WorkerResources(0, 0), WorkerResources(4, 1)]
     assert capacity(WorkerResources(2, 0)) == 6
     assert capacity(WorkerResources(2, 1)) == 1
+
+
+def test_a_head_that_does_not_answer_is_waited_for_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def once_warned() -> list[dict[str, Any]]:
+        wait_until(lambda: bool(caplog.messages))
+        return [{"NodeID": "n0", "Alive": True, "Resources": {"CPU": 2}}]
+
+    monkeypatch.setattr(resources, "WARN_AFTER_S", 0.01)
+    monkeypatch.setattr(ray, "nodes", once_warned)
+    assert nodes() == [WorkerResources(2, 0)]
+    assert caplog.messages == ["waiting for the head of the cluster, which does not answer"]
+
+
+def test_what_ray_raises_for_its_nodes_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        nodes()
 
 
 def test_tasks_keep_off_living_nodes_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

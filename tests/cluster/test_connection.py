@@ -51,6 +51,14 @@ def test_an_address_without_a_cluster_is_one_line_soon(silent: bool, monkeypatch
     assert time.monotonic() - begun < 18  # less than by default
 
 
+def test_a_driver_waits_ten_minutes_for_the_head_of_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("cluster.connection.connection_error", lambda *_: None)
+    monkeypatch.setattr("cluster.connection.ray.init", lambda **_: None)
+    assert connect("head:6379")
+    assert ("RAY_gcs_rpc_server_reconnect_timeout_s", "600") in os.environ.items()
+
+
 def test_what_is_no_address_at_all_is_one_line() -> None:
     with pytest.raises(
         ComputeError, match=r"no Ray cluster answers at head \(Invalid address format: head\); check"

@@ -179,6 +179,59 @@ def test_a_task_that_runs_out_of_memory_again_and_again_is_an_error(tmp_path: Pa
     )
 
 
+def with_killed_gcs(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that starts Ray and calls kill_gcs."""
+    kill_gcs = (
+        "import os, signal, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from ray._private import worker\n"
+        "def kill_gcs():\n"
+        "    os.kill(worker._global_node.all_processes['gcs_server'][0].process.pid, signal.SIGKILL)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", kill_gcs + program, *words],
+        env={name: value for name, value in os.environ.items() if "reconnect" not in name},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3 * WAIT_S,
+        check=False,
+    )
+
+
+def test_ray_waits_so_long_for_the_head_of_a_cluster_as_it_was_asked_to() -> None:
+    """And ends the process then, whatever that does."""
+    done = with_killed_gcs(
+        "from cluster import connection, ray_compat\n"
+        "ray_compat.HEAD_AWAY_S = 3\n"
+        "ray_compat.wait_for_absent_head()\n"
+        "connection.connect(None)\n"
+        "kill_gcs()\n"
+        "time.sleep(50)\n"  # less than Ray's default
+    )
+    assert done.returncode == 1
+    assert "Failed to connect to GCS within 3 seconds" in done.stderr
+
+
+def test_a_step_ends_soon_after_the_embedded_ray(tmp_path: Path) -> None:
+    done = with_killed_gcs(
+        "from cluster.compute import RayCompute\n"
+        "from tests.cluster.fakes import sleeping\n"
+        "from tests.conftest import tiny\n"
+        "begun = Path(sys.argv[1])\n"
+        "def kill_once_begun():\n"
+        "    while not begun.exists():\n"
+        "        time.sleep(0.1)\n"
+        "    kill_gcs()\n"
+        "threading.Thread(target=kill_once_begun, daemon=True).start()\n"
+        "with RayCompute(None, tiny()) as compute:\n"
+        "    compute.task('train', sleeping, begun)\n",
+        str(tmp_path / "pid"),
+    )
+    assert "ComputeError: Ray has ended on this machine" in done.stderr
+    assert "Failed to connect to GCS" not in done.stderr  # Ray's C++ part did not end it
+
+
 def test_the_environment_and_the_loggers_are_put_back() -> None:
     names, loggers = ray_compat.TUNE_ENVIRONMENT, [logging.getLogger(n) for n in ray_compat.TUNE_LOGGERS]
     before = [os.environ.get(name) for name in names], [logger.level for logger in loggers]
@@ -332,11 +385,12 @@ def test_a_task_that_has_just_ended_is_not_cancelled_which_can_end_the_driver(mo
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_ray_that_runs_has_not_ended_and_one_of_whose_processes_is_gone_has(monkeypatch) -> None:
-    assert not embedded_ray_has_ended()
     ended = subprocess.Popen(["true"])
     ended.wait()
     info = SimpleNamespace(process=ended)
-    monkeypatch.setitem(worker._global_node.all_processes, "test", [info])
+    monkeypatch.setitem(worker._global_node.all_processes, "dashboard", [info])  # goes on without
+    assert not embedded_ray_has_ended()
+    monkeypatch.setitem(worker._global_node.all_processes, "gcs_server", [info])
     assert embedded_ray_has_ended()
 
 
