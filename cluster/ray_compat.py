@@ -132,10 +132,12 @@ def named_trainable(function: Callable[..., Any], name: str) -> type[Trainable]:
 
 
 PROBE = """
+import signal
 import sys
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import GcsClient
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
 try:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1]))
@@ -147,17 +149,13 @@ except Exception as error:
 def connection_error(address: str, timeout_s: float) -> str | None:
     """Return why no cluster can be joined at `address`, None where one can.
 
-    In a process of its own, since ray.init and its client retry for minutes and cannot be interrupted.
+    In a process of its own, since ray.init and its client retry for minutes and cannot be interrupted. Its limit is a
+    signal, which counts from where Ray is imported, and ends Ray's C++ part as well.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, address],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, address, str(timeout_s)], capture_output=True, text=True, check=False
+    )
+    if done.returncode == -signal.SIGALRM:
         return f"no answer within {timeout_s:.0f} s"
     if done.returncode == 0:
         return None
