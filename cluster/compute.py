@@ -14,9 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
-from ray.exceptions import RayError
 
-from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_paths
+from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
 from cluster.progress import ProgressListener
 from cluster.ray_compat import cancel_all
@@ -100,16 +99,15 @@ class RayCompute:
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
-        shared, started = shared_arguments(calls), []
+        with ray_errors(step):
+            shared, started = shared_arguments(calls), []
         for numbers, some in calls_by_task(calls, task_resources(self.spec.resources)):
             args = [shared.get(id(each), each) for call in some for each in call.args]
             options = {"num_cpus": 1} if some[0].one_thread else {}
             started.append(self._start(step, some[0].function, *args, numbers=numbers, **options))
         self._wait(step, *(done for done, *_ in started))
-        try:
+        with ray_errors(step):  # a result whose node was lost, and that could not be made again
             return ray.get([result for _, *results in started for result in results])
-        except RayError as error:  # a result whose node was lost, and that could not be made again
-            raise as_defuse_error(error, step) from error
 
     def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         from cluster.train import run_together  # imports pandas and more
@@ -164,6 +162,7 @@ class RayCompute:
 
         return run_trials(self._sweep_context(models, requests))
 
+    @ray_errors("identify")
     def _identify_context(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
     ) -> IdentifyContext:
@@ -183,6 +182,7 @@ class RayCompute:
             profile=self.profile,
         )
 
+    @ray_errors("correct")
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
         from cluster.sweep import SweepContext
 
@@ -268,26 +268,26 @@ class RayCompute:
         options = {"name": step, "max_retries": LOST_NODES, **resources.options()} | options
         remote = ray.remote(max_calls=1 if options["num_gpus"] else 0)(in_worker)
         started = remote.options(num_returns=1 + len(numbers), **options)
-        return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
+        with ray_errors(step):
+            return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
 
     def _wait(self, step: str, *tasks: Any) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error."""
         waiting, listener = list(tasks), self.listener
         assert listener is not None  # a task was started
         monitor, has_run = CapacityMonitor(step, task_resources(self.spec.resources)), False
-        try:
-            while waiting:
-                ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
-                self.require_lock()
-                shown = listener.flush() if ready else listener.poll()
-                ray.get(ready)
-                has_run = has_run or shown or bool(ready)
-                monitor.check(has_run)
-        except BaseException as error:
-            cancel_all(waiting)
-            if isinstance(error, RayError):
-                raise as_defuse_error(error, step) from error
-            raise
+        with ray_errors(step):
+            try:
+                while waiting:
+                    ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
+                    self.require_lock()
+                    shown = listener.flush() if ready else listener.poll()
+                    ray.get(ready)
+                    has_run = has_run or shown or bool(ready)
+                    monitor.check(has_run)
+            except BaseException:
+                cancel_all(waiting)
+                raise
 
 
 def on_ray(
@@ -334,16 +334,15 @@ class RayPartitions:
         }
         self.has_run = False
         remote: Any = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
-        self.parts = self._wait([partial(remote.remote, load, *each) for each in arguments])  # ObjectRefs
+        with ray_errors(step):
+            self.parts = self._wait([partial(remote.remote, load, *each) for each in arguments])  # ObjectRefs
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         remote: Any = ray.remote(_on_part).options(**self.options)
-        shared = [ray.put(argument) for argument in args]
-        references = self._wait([partial(remote.remote, function, part, *shared) for part in self.parts])
-        try:
-            return ray.get(references)
-        except RayError as error:
-            raise as_defuse_error(error, self.step) from error
+        with ray_errors(self.step):
+            shared = [ray.put(argument) for argument in args]
+            calls = [partial(remote.remote, function, part, *shared) for part in self.parts]
+            return ray.get(self._wait(calls))
 
     def _wait(self, calls: Sequence[Callable[[], Any]]) -> list[Any]:
         """Start the calls, so many at once as there are workers, and return references to their results at the end.
@@ -361,10 +360,8 @@ class RayPartitions:
                     running = self._still_running(running)
             while running:
                 running = self._still_running(running)
-        except BaseException as error:
+        except BaseException:
             cancel_all(running)
-            if isinstance(error, RayError):
-                raise as_defuse_error(error, self.step) from error
             raise
         return references
 

@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import (
     ActorDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayActorError,
     RayError,
@@ -47,6 +49,9 @@ OTHER_TOKEN = (
 # of the RuntimeErrors of ray.init where a cluster answers
 CANNOT_JOIN = ("Version mismatch", "No node info found", "This node has an IP address")
 MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or GPU (section resources)"
+FREE_DISK = (
+    "free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is 95 % full"
+)
 INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
 # in Ray's texts: the lines about a lost actor before the cause, and the address of a node
 LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)
@@ -202,11 +207,23 @@ def as_defuse_error(error: BaseException, where: str) -> DefuseError:
     return ComputeError(f"{where}: {explained_line(error)}")
 
 
+@contextlib.contextmanager
+def ray_errors(where: str) -> Iterator[None]:
+    """Raise errors of Ray, also of what its store does not take, as those of the tree."""
+    try:
+        yield
+    except RayError as error:
+        raise as_defuse_error(error, where) from error
+
+
 def explained_line(error: BaseException) -> str:
     """Return the cause of `error` as one line, without the traceback that Ray puts around it."""
     cause = cause_of(error)
     if isinstance(cause, DefuseError):
         return str(cause)  # one line already
+    if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
+        remedy = FREE_DISK if isinstance(cause, OutOfDiskError) else MORE_MEMORY
+        return f"{_line(cause, 0)}{_node(error)}; {remedy}"
     if isinstance(error, RayTaskError):
         return _of_task(error, cause)
     if isinstance(cause, RayError):
@@ -243,7 +260,7 @@ def _of_task(error: RayTaskError, cause: BaseException) -> str:
     return f"{type(cause).__name__}: {_flat(cause)}{remedy}"
 
 
-def _node(error: RayError) -> str:
+def _node(error: BaseException) -> str:
     found = NODE.search(str(error))
     return f" on {found[1]}" if found else ""
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from cluster import connection
 from cluster.connection import INSIST, connect, disconnect, explained_line, prepare_embedded_ray
@@ -224,4 +224,18 @@ def test_a_node_without_the_code_is_named_for_tasks_and_workers() -> None:
         assert explained_line(error) == f"No module named 'cluster' on 10.0.0.7; {install}"
     assert explained_line(ActorDiedError(failed)) == (
         f"its worker process on 10.0.0.7 died (ModuleNotFoundError: No module named 'cluster'; {install})"
+    )
+
+
+def test_a_full_disk_or_store_of_ray_is_named_with_its_node_and_what_to_do() -> None:
+    full = OutOfDiskError("Local disk is full")
+    assert explained_line(full) == (
+        "Local disk is full; free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is "
+        "95 % full"
+    )
+    text = f'Traceback (most recent call last):\n  File "a.py", line 1\nray.exceptions.OutOfDiskError: {full}'
+    failed = RayTaskError("f", text, full, "ray::f", 3, "10.0.0.7")
+    assert explained_line(failed).startswith("Local disk is full on 10.0.0.7; free space")
+    assert explained_line(ObjectStoreFullError("Failed to put object 12")).startswith(
+        "Failed to put object 12; use nodes with more memory"
     )
