@@ -117,9 +117,9 @@ class RayCompute:
         resources = replace(resources, gpus=min(1, math.ceil(resources.gpus)))  # NCCL: none is shared
         expect_training_room(resources, workers, wait=self.had_room)  # a node may have been lost since
         self.had_room = True
-        done, _ = self._start(
-            step, run_together, function, args, workers, resources, listener.actor, num_cpus=0, num_gpus=0
-        )
+        given = function, args, workers, resources, listener.actor
+        # here, so that no error of a worker names the node of this task instead
+        done, _ = self._start(step, run_together, *given, num_gpus=0, **on_this_node())
         self._wait(step, done)
 
     def partitions(

@@ -200,11 +200,16 @@ def is_worker_lost(error: BaseException) -> bool:
 
 
 def as_defuse_error(error: BaseException, where: str) -> DefuseError:
-    """Return the error of the tree that a Ray `error` carries, else a ComputeError with `where` and the cause."""
+    """Return the error of the tree that a Ray `error` carries, else a ComputeError with `where` and the cause.
+
+    One from another node names it: what this node has, such as images or credentials, that one may lack.
+    """
     cause = cause_of(error)
-    if isinstance(cause, DefuseError):
-        return cause
-    return ComputeError(f"{where}: {explained_line(error)}")
+    if not isinstance(cause, DefuseError):
+        return ComputeError(f"{where}: {explained_line(error)}")
+    here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    node = _node(error)
+    return type(cause)(f"{cause} ({node.strip()})") if node not in ("", f" on {here}") else cause
 
 
 @contextlib.contextmanager
@@ -261,8 +266,10 @@ def _of_task(error: RayTaskError, cause: BaseException) -> str:
 
 
 def _node(error: BaseException) -> str:
-    found = NODE.search(str(error))
-    return f" on {found[1]}" if found else ""
+    found = NODE.findall(str(error))
+    return (
+        f" on {found[-1]}" if found else ""
+    )  # the last: before it are tasks that needed the failed one's result
 
 
 def _flat(error: BaseException) -> str:

@@ -11,12 +11,20 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from cluster import connection
-from cluster.connection import INSIST, connect, disconnect, explained_line, prepare_embedded_ray
-from defuse_core.errors import ComputeError, InputError
+from cluster.connection import (
+    INSIST,
+    as_defuse_error,
+    connect,
+    disconnect,
+    explained_line,
+    prepare_embedded_ray,
+)
+from defuse_core.errors import ComputeError, DataError, InputError
 from tests.ports import free_port
 
 
@@ -225,6 +233,20 @@ def test_a_node_without_the_code_is_named_for_tasks_and_workers() -> None:
     assert explained_line(ActorDiedError(failed)) == (
         f"its worker process on 10.0.0.7 died (ModuleNotFoundError: No module named 'cluster'; {install})"
     )
+
+
+def test_an_error_of_another_node_names_it_and_one_of_this_node_does_not() -> None:
+    here = ray.util.get_node_ip_address()
+    cause = DataError("data.root: /data does not exist")
+    for node, told in (("10.0.0.7", f"{cause} (on 10.0.0.7)"), (here, str(cause))):
+        text = f'Traceback (most recent call last):\n  File "a.py", line 1\nDataError: {cause}'
+        failed = RayTaskError("load", text, cause, "ray::load", 3, node)
+        for error in failed, failed.as_instanceof_cause():
+            found = as_defuse_error(error, "train")
+            assert type(found) is DataError and str(found) == told
+        needed_by = RayTaskError("use", str(failed), cause, "ray::use", 4, "10.0.0.8")
+        assert str(as_defuse_error(needed_by, "train")) == told
+    assert as_defuse_error(cause, "train") is cause
 
 
 def test_a_full_disk_or_store_of_ray_is_named_with_its_node_and_what_to_do() -> None:
