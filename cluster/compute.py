@@ -16,9 +16,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
-from ray.exceptions import RayError
 
-from cluster.connection import as_defuse_error, connect, disconnect, require_absolute_paths
+from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
 from cluster.progress import ProgressListener
 from cluster.ray_compat import cancel_all
@@ -102,16 +101,15 @@ class RayCompute:
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
-        shared, started = shared_arguments(calls), []
+        with ray_errors(step):
+            shared, started = shared_arguments(calls), []
         for numbers, some in calls_by_task(calls, task_resources(self.spec.resources)):
             args = [shared.get(id(each), each) for call in some for each in call.args]
             options = {"num_cpus": 1} if some[0].one_thread else {}
             started.append(self._start(step, some[0].function, *args, numbers=numbers, **options))
         self._wait(step, (done for done, *_ in started))
-        try:
+        with ray_errors(step):  # a result whose node was lost, and that could not be made again
             return ray.get([result for _, *results in started for result in results])
-        except RayError as error:  # a result whose node was lost, and that could not be made again
-            raise as_defuse_error(error, step) from error
 
     def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         from cluster.train import run_together  # imports pandas and more
@@ -121,9 +119,9 @@ class RayCompute:
         resources = replace(resources, gpus=min(1, math.ceil(resources.gpus)))  # NCCL: none is shared
         expect_training_room(resources, workers, wait=self.had_room)  # a node may have been lost since
         self.had_room = True
-        done, _ = self._start(
-            step, run_together, function, args, workers, resources, listener.actor, num_cpus=0, num_gpus=0
-        )
+        given = function, args, workers, resources, listener.actor
+        # here, so that no error of a worker names the node of this task instead
+        done, _ = self._start(step, run_together, *given, num_gpus=0, **on_this_node())
         self._wait(step, [done])
 
     def partitions(
@@ -166,6 +164,7 @@ class RayCompute:
 
         return run_trials(self._sweep_context(models, requests))
 
+    @ray_errors("identify")
     def _identify_context(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None
     ) -> IdentifyContext:
@@ -185,6 +184,7 @@ class RayCompute:
             profile=self.profile,
         )
 
+    @ray_errors("correct")
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
         from cluster.sweep import SweepContext
 
@@ -269,7 +269,8 @@ class RayCompute:
         options = {"name": step, "max_retries": LOST_NODES, **resources.options()} | options
         remote = ray.remote(max_calls=1 if options["num_gpus"] else 0)(in_worker)
         started = remote.options(num_returns=1 + len(numbers), **options)
-        return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
+        with ray_errors(step):
+            return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
 
     def _wait(
         self,
@@ -286,19 +287,18 @@ class RayCompute:
         waiting, tasks, listener = list[Any](), iter(tasks), self.listener
         assert listener is not None  # a task was started
         monitor, has_run = CapacityMonitor(step, worker or task_resources(self.spec.resources)), False
-        try:
-            while waiting := [*waiting, *islice(tasks, at_once - len(waiting))]:
-                ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
-                self.require_lock()
-                shown = listener.flush() if ready else listener.poll()
-                ray.get(ready)
-                has_run = has_run or shown or bool(ready)
-                monitor.check(has_run)
-        except BaseException as error:
-            cancel_all(waiting)
-            if isinstance(error, RayError):
-                raise as_defuse_error(error, step) from error
-            raise
+        with ray_errors(step):
+            try:
+                while waiting := [*waiting, *islice(tasks, at_once - len(waiting))]:
+                    ready, waiting = ray.wait(waiting, timeout=POLL_EVERY_S)
+                    self.require_lock()
+                    shown = listener.flush() if ready else listener.poll()
+                    ray.get(ready)
+                    has_run = has_run or shown or bool(ready)
+                    monitor.check(has_run)
+            except BaseException:
+                cancel_all(waiting)
+                raise
 
 
 def on_ray(
@@ -347,12 +347,10 @@ class RayPartitions:
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         remote: Any = ray.remote(_on_part).options(**self.options)
-        shared = [ray.put(argument) for argument in args]
-        references = self._run(partial(remote.remote, function, part, *shared) for part in self.parts)
-        try:
+        with ray_errors(self.step):
+            shared = [ray.put(argument) for argument in args]
+            references = self._run(partial(remote.remote, function, part, *shared) for part in self.parts)
             return ray.get(references)
-        except RayError as error:
-            raise as_defuse_error(error, self.step) from error
 
     def _run(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
         """Make the calls, two for each worker at once, and return references to their results. Raises the first error.

@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import (
     ActorDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayActorError,
     RayError,
@@ -31,13 +33,14 @@ from cluster.ray_compat import (
     limit_memory_retries,
     set_private_token,
     shorten_socket_paths,
+    wait_for_absent_head,
 )
 from defuse_core.config import RunFile, model_sections
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
-START_AGAIN = "start the command again; if it fails again, see session_latest/logs in Ray's folder (/tmp/ray)"
+START_ATTEMPTS = 3  # Ray gives its agents 15 s to start, whatever is set; their first import may take longer
 INSIST = "DEFUSE_UNAUTHENTICATED_RAY"  # 1: start Ray although RAY_AUTH_MODE turns authentication off
 OTHER_TOKEN = (
     "requires another token than this process has: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
@@ -46,6 +49,9 @@ OTHER_TOKEN = (
 # of the RuntimeErrors of ray.init where a cluster answers
 CANNOT_JOIN = ("Version mismatch", "No node info found", "This node has an IP address")
 MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or GPU (section resources)"
+FREE_DISK = (
+    "free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is 95 % full"
+)
 INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
 # in Ray's texts: the lines about a lost actor before the cause, and the address of a node
 LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)
@@ -71,27 +77,14 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     limit_memory_retries()
     if address is None:
-        prepare_embedded_ray()
-        keep_idle_workers()
-        try:
-            with kept_sigterm_handler():
-                num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
-                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
-        except Exception as error:  # Ray raises bare ones, such as where the machine stood still for 30 s
-            if is_temporary_folder_unusable(error):
-                raise InputError(
-                    f"Ray did not start on this machine ({explained_line(error)}); set RAY_TMPDIR to a folder that can "
-                    f"be written, whose path has at most {MAX_TEMPORARY_FOLDER} characters"
-                ) from error
-            raise ComputeError(
-                f"Ray did not start on this machine ({explained_line(error)}); {START_AGAIN}"
-            ) from error
+        _start_embedded(cpus, quiet)
         return True
     if "://" in address:
         raise InputError(
             f"{without_credentials(address)} (--address or RAY_ADDRESS): expected HOST:PORT of a cluster that this "
             "machine is a node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"
         )
+    wait_for_absent_head()
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise _unreachable(address, found)
     try:
@@ -106,6 +99,30 @@ def connect(address: str | None, cpus: int = 0) -> bool:
             ) from error
         raise _unreachable(address, found) from error
     return True
+
+
+def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
+    prepare_embedded_ray()
+    keep_idle_workers()
+    num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            with kept_sigterm_handler():
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+            return
+        except Exception as error:  # Ray raises bare ones
+            failed = f"Ray did not start on this machine ({explained_line(error)})"
+            if is_temporary_folder_unusable(error):
+                raise InputError(
+                    f"{failed}; set RAY_TMPDIR to a folder that can be written, whose path has at most "
+                    f"{MAX_TEMPORARY_FOLDER} characters"
+                ) from error
+            if attempt == START_ATTEMPTS:
+                raise ComputeError(
+                    f"{failed} in {START_ATTEMPTS} attempts; end other work on it, or compute without Ray: `defuse run "
+                    "--on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
+                ) from error
+            log.warning("%s; starting it again", failed)
 
 
 def disconnect() -> None:
@@ -183,11 +200,25 @@ def is_worker_lost(error: BaseException) -> bool:
 
 
 def as_defuse_error(error: BaseException, where: str) -> DefuseError:
-    """Return the error of the tree that a Ray `error` carries, else a ComputeError with `where` and the cause."""
+    """Return the error of the tree that a Ray `error` carries, else a ComputeError with `where` and the cause.
+
+    One from another node names it: what this node has, such as images or credentials, that one may lack.
+    """
     cause = cause_of(error)
-    if isinstance(cause, DefuseError):
-        return cause
-    return ComputeError(f"{where}: {explained_line(error)}")
+    if not isinstance(cause, DefuseError):
+        return ComputeError(f"{where}: {explained_line(error)}")
+    here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    node = _node(error)
+    return type(cause)(f"{cause} ({node.strip()})") if node not in ("", f" on {here}") else cause
+
+
+@contextlib.contextmanager
+def ray_errors(where: str) -> Iterator[None]:
+    """Raise errors of Ray, also of what its store does not take, as those of the tree."""
+    try:
+        yield
+    except RayError as error:
+        raise as_defuse_error(error, where) from error
 
 
 def explained_line(error: BaseException) -> str:
@@ -195,6 +226,9 @@ def explained_line(error: BaseException) -> str:
     cause = cause_of(error)
     if isinstance(cause, DefuseError):
         return str(cause)  # one line already
+    if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
+        remedy = FREE_DISK if isinstance(cause, OutOfDiskError) else MORE_MEMORY
+        return f"{_line(cause, 0)}{_node(error)}; {remedy}"
     if isinstance(error, RayTaskError):
         return _of_task(error, cause)
     if isinstance(cause, RayError):
@@ -231,9 +265,11 @@ def _of_task(error: RayTaskError, cause: BaseException) -> str:
     return f"{type(cause).__name__}: {_flat(cause)}{remedy}"
 
 
-def _node(error: RayError) -> str:
-    found = NODE.search(str(error))
-    return f" on {found[1]}" if found else ""
+def _node(error: BaseException) -> str:
+    found = NODE.findall(str(error))
+    return (
+        f" on {found[-1]}" if found else ""
+    )  # the last: before it are tasks that needed the failed one's result
 
 
 def _flat(error: BaseException) -> str:

@@ -30,6 +30,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
 }
 RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
+HEAD_AWAY_S = 600  # as KubeRay lets its workers wait
 SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
 # bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
 MAX_TEMPORARY_FOLDER = 39
@@ -131,10 +132,12 @@ def named_trainable(function: Callable[..., Any], name: str) -> type[Trainable]:
 
 
 PROBE = """
+import signal
 import sys
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import GcsClient
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
 try:
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1]))
@@ -146,17 +149,13 @@ except Exception as error:
 def connection_error(address: str, timeout_s: float) -> str | None:
     """Return why no cluster can be joined at `address`, None where one can.
 
-    In a process of its own, since ray.init and its client retry for minutes and cannot be interrupted.
+    In a process of its own, since ray.init and its client retry for minutes and cannot be interrupted. Its limit is a
+    signal, which counts from where Ray is imported, and ends Ray's C++ part as well.
     """
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, address],
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, address, str(timeout_s)], capture_output=True, text=True, check=False
+    )
+    if done.returncode == -signal.SIGALRM:
         return f"no answer within {timeout_s:.0f} s"
     if done.returncode == 0:
         return None
@@ -273,10 +272,11 @@ def shut_down_serve() -> None:
 
 
 def embedded_ray_has_ended() -> bool:
-    """Return whether a process of the Ray that this program started has ended; False beside a running cluster."""
+    """Return whether the GCS or the raylet of the Ray that this program started has ended; False beside a cluster."""
     from ray._private import worker
 
-    return worker._global_node is not None and bool(worker._global_node.dead_processes())
+    node: Any = worker._global_node
+    return node is not None and any(kind in ("gcs_server", "raylet") for kind, _ in node.dead_processes())
 
 
 def log_folder() -> str:
@@ -301,6 +301,14 @@ def limit_memory_retries() -> None:
     Ray counts these retries apart from a task's max_retries, and reads the variable when this process connects.
     """
     os.environ.setdefault("RAY_task_oom_retries", str(MEMORY_RETRIES))
+
+
+def wait_for_absent_head() -> None:
+    """Let this process wait for the head of its cluster, such as while another machine takes its place.
+
+    By default Ray's C++ part ends the process after a minute, with exit code 1 and whatever the process does.
+    """
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_AWAY_S))
 
 
 def job_client(address: str, timeout_s: float) -> JobSubmissionClient:

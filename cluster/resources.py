@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,13 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.ray_compat import embedded_ray_has_ended, log_folder
 from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, RunFileError, count_of
 
 log = logging.getLogger("defuse")
 CHECK_EVERY_S = 3.0
-WARN_AFTER_S = 30.0  # of waiting for what other work holds
+WARN_AFTER_S = 30.0  # of waiting for what other work holds, or for the head
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
 LOOK_EVERY_S = 1.0  # meanwhile
 
@@ -89,15 +92,41 @@ def claim_devices(step: str) -> WorkerLocation:
 
 def nodes() -> list[WorkerResources]:
     """Return what each living node has in all."""
-    found = (node["Resources"] for node in ray.nodes() if node["Alive"])  # type: ignore[no-untyped-call]
+    found = (node["Resources"] for node in _living_nodes())
     return [WorkerResources(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in found]
 
 
 def on_nodes_with_cpus() -> dict[str, Any]:
     """Return options of a task that keep it off nodes without CPUs, such as a head: these may have no images."""
-    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    others = [node["NodeID"] for node in found if node["Alive"] and not node["Resources"].get("CPU")]
+    others = [node["NodeID"] for node in _living_nodes() if not node["Resources"].get("CPU")]
     return {"label_selector": {"ray.io/node-id": f"!in({','.join(others)})"}} if others else {}
+
+
+def _living_nodes() -> list[dict[str, Any]]:
+    """Return Ray's description of each living node, once the head answers.
+
+    Asked in a thread, since ray.nodes blocks, and Ctrl-C with it. Raises ComputeError where the embedded Ray has ended.
+    """
+    if embedded_ray_has_ended():
+        raise ComputeError(
+            "Ray has ended on this machine, as where its memory is full; run again to continue "
+            f"(Ray's logs are in {log_folder()})"
+        )
+    answer: Future[list[dict[str, Any]]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(ray.nodes())  # type: ignore[no-untyped-call]
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found = answer.result(WARN_AFTER_S)
+    except TimeoutError:
+        log.warning("waiting for the head of the cluster, which does not answer")
+        found = answer.result()
+    return [node for node in found if node["Alive"]]
 
 
 def on_this_node() -> dict[str, Any]:
@@ -148,10 +177,10 @@ def has_gpus() -> bool:
 
 
 def task_resources(section: ResourcesSection) -> WorkerResources:
-    """Return what the only task of a step holds: `train_threads` CPUs, or as many as a node has."""
+    """Return what the only task of a step holds: `train_threads` CPUs, or as many as a node with its GPUs has."""
     gpus = worker_resources(section).gpus
     suitable = [node.cpus for node in nodes() if node.gpus >= gpus]
-    return WorkerResources(min(section.train_threads, max(suitable, default=0)), gpus)
+    return WorkerResources(min(section.train_threads, max(suitable, default=section.train_threads)), gpus)
 
 
 def capacity(worker: WorkerResources) -> int:

@@ -219,7 +219,7 @@ def _follow(jobs: Jobs, job_id: str) -> None:
 def _exit_code(job: Job) -> int:
     """Return the run's own exit code; 4 for a job that was stopped, was killed or never began.
 
-    A 1 is the interpreter's, such as for a missing dependency: `defuse run` never ends with it.
+    A 1 is the interpreter's, such as for a missing dependency, or Ray's: `defuse run` itself never ends with it.
     """
     if job.status == "SUCCEEDED":
         return 0

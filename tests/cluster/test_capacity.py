@@ -26,6 +26,7 @@ from cluster.resources import (
 )
 from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, RunFileError
+from tests.waiting import wait_until
 
 
 def cluster_of(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float, bool]) -> None:
@@ -46,6 +47,25 @@ def test_only_living_nodes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nodes() == [WorkerResources(8, 0), WorkerResources(0, 0), WorkerResources(4, 1)]
     assert capacity(WorkerResources(2, 0)) == 6
     assert capacity(WorkerResources(2, 1)) == 1
+
+
+def test_a_head_that_does_not_answer_is_waited_for_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def once_warned() -> list[dict[str, Any]]:
+        wait_until(lambda: bool(caplog.messages))
+        return [{"NodeID": "n0", "Alive": True, "Resources": {"CPU": 2}}]
+
+    monkeypatch.setattr(resources, "WARN_AFTER_S", 0.01)
+    monkeypatch.setattr(ray, "nodes", once_warned)
+    assert nodes() == [WorkerResources(2, 0)]
+    assert caplog.messages == ["waiting for the head of the cluster, which does not answer"]
+
+
+def test_what_ray_raises_for_its_nodes_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        nodes()
 
 
 def test_tasks_keep_off_living_nodes_without_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +93,14 @@ def test_the_only_task_of_a_step_holds_no_more_cpus_than_a_node_that_has_its_gpu
     assert task_resources(ResourcesSection(train_threads=8)) == WorkerResources(6, 1)
     assert task_resources(ResourcesSection(train_threads=3)) == WorkerResources(3, 1)
     assert task_resources(ResourcesSection(train_threads=40, gpus_per_worker=0)) == WorkerResources(32, 0)
+
+
+def test_a_task_waits_for_a_node_with_its_gpu_after_the_last_one_was_lost(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster_of(monkeypatch, (8, 0, True), (8, 1, False))
+    CapacityMonitor("train", task_resources(ResourcesSection(gpus_per_worker=1))).check(running=False)
+    assert caplog.messages == ["train: waiting for a node with room for a worker of 2 CPU and 1 GPU"]
 
 
 def test_more_workers_than_the_nodes_have_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

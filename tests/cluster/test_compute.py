@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 from ray._private.ray_constants import DEFAULT_TASK_MAX_RETRIES
+from ray.exceptions import OutOfDiskError
 
 from cluster.compute import RayCompute, on_ray
 from cluster.connection import require_absolute_paths
@@ -64,6 +65,24 @@ def test_relative_weights_are_refused_on_a_joined_cluster_except_in_a_job_which_
     in_job = SimpleNamespace(runtime_env={"working_dir": "gcs://of_the_job.zip"})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: in_job)
     require_absolute_paths(spec)
+
+
+def test_what_the_store_of_ray_does_not_take_from_the_driver_is_an_error_of_the_step(
+    tiny_spec: RunFile, tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise OutOfDiskError("Local disk is full")
+
+    monkeypatch.setattr(ray, "put", full)
+    shared = [Call(vae_size, tiny_models), Call(vae_size, tiny_models)]
+    with RayCompute(None, tiny_spec) as compute:
+        for step, work in (
+            ("identify", lambda: compute.identify(tiny_spec, tiny_models, FolderStore(tmp_path))),
+            ("train", lambda: compute.tasks("train", shared)),
+            ("distill", lambda: compute.partitions("distill", len, []).map(len, tiny_models)),
+        ):
+            with pytest.raises(ComputeError, match=f"^{step}: Local disk is full; free space"):
+                work()
 
 
 def test_a_task_passes_on_its_progress_its_log_and_its_result(tiny_spec: RunFile, lines: Lines) -> None:

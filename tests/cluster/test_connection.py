@@ -11,12 +11,20 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from cluster import connection
-from cluster.connection import INSIST, connect, disconnect, explained_line, prepare_embedded_ray
-from defuse_core.errors import ComputeError, InputError
+from cluster.connection import (
+    INSIST,
+    as_defuse_error,
+    connect,
+    disconnect,
+    explained_line,
+    prepare_embedded_ray,
+)
+from defuse_core.errors import ComputeError, DataError, InputError
 from tests.ports import free_port
 
 
@@ -49,6 +57,14 @@ def test_an_address_without_a_cluster_is_one_line_soon(silent: bool, monkeypatch
         ):
             connect(address)
     assert time.monotonic() - begun < 18  # less than by default
+
+
+def test_a_driver_waits_ten_minutes_for_the_head_of_its_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("cluster.connection.connection_error", lambda *_: None)
+    monkeypatch.setattr("cluster.connection.ray.init", lambda **_: None)
+    assert connect("head:6379")
+    assert ("RAY_gcs_rpc_server_reconnect_timeout_s", "600") in os.environ.items()
 
 
 def test_what_is_no_address_at_all_is_one_line() -> None:
@@ -104,9 +120,27 @@ def test_a_ray_that_does_not_start_on_this_machine_is_one_line(
     monkeypatch.setattr("cluster.connection.ray.init", timed_out)
     with pytest.raises(
         ComputeError,
-        match=r"^Ray did not start on this machine \(Exception: The current node timed out .*\); start the command",
+        match=r"^Ray did not start on this machine \(Exception: The .* timed out .*\) in 3 attempts; .*`defuse run ",
     ):
         start()
+
+
+def test_a_ray_that_does_not_start_in_time_is_started_again_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes = iter([Exception("The current node timed out during startup."), None])
+
+    def second_time(**_: object) -> None:
+        if error := next(outcomes):
+            raise error
+
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", second_time)
+    assert connect(None)
+    assert next(outcomes, "both used") == "both used"
+    assert caplog.messages == [
+        "Ray did not start on this machine (Exception: The current node timed out during startup.); starting it again"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -198,4 +232,32 @@ def test_a_node_without_the_code_is_named_for_tasks_and_workers() -> None:
         assert explained_line(error) == f"No module named 'cluster' on 10.0.0.7; {install}"
     assert explained_line(ActorDiedError(failed)) == (
         f"its worker process on 10.0.0.7 died (ModuleNotFoundError: No module named 'cluster'; {install})"
+    )
+
+
+def test_an_error_of_another_node_names_it_and_one_of_this_node_does_not() -> None:
+    here = ray.util.get_node_ip_address()
+    cause = DataError("data.root: /data does not exist")
+    for node, told in (("10.0.0.7", f"{cause} (on 10.0.0.7)"), (here, str(cause))):
+        text = f'Traceback (most recent call last):\n  File "a.py", line 1\nDataError: {cause}'
+        failed = RayTaskError("load", text, cause, "ray::load", 3, node)
+        for error in failed, failed.as_instanceof_cause():
+            found = as_defuse_error(error, "train")
+            assert type(found) is DataError and str(found) == told
+        needed_by = RayTaskError("use", str(failed), cause, "ray::use", 4, "10.0.0.8")
+        assert str(as_defuse_error(needed_by, "train")) == told
+    assert as_defuse_error(cause, "train") is cause
+
+
+def test_a_full_disk_or_store_of_ray_is_named_with_its_node_and_what_to_do() -> None:
+    full = OutOfDiskError("Local disk is full")
+    assert explained_line(full) == (
+        "Local disk is full; free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is "
+        "95 % full"
+    )
+    text = f'Traceback (most recent call last):\n  File "a.py", line 1\nray.exceptions.OutOfDiskError: {full}'
+    failed = RayTaskError("f", text, full, "ray::f", 3, "10.0.0.7")
+    assert explained_line(failed).startswith("Local disk is full on 10.0.0.7; free space")
+    assert explained_line(ObjectStoreFullError("Failed to put object 12")).startswith(
+        "Failed to put object 12; use nodes with more memory"
     )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,21 @@ def source(module: str) -> str:
     file = importlib.import_module(module).__file__
     assert file is not None
     return Path(file).read_text(encoding="utf-8")
+
+
+def run_program(
+    program: str, *words: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, since this one is in another Ray."""
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", program, *words],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=3 * WAIT_S,
+        check=False,
+    )
 
 
 def test_tune_does_not_describe_its_actors_with_the_keys_of_the_store(
@@ -133,15 +149,7 @@ def test_one_process_starts_two_clusters_of_a_token_each_also_where_tmpdir_is_lo
     long.mkdir()
     others = ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
     environment = {name: value for name, value in os.environ.items() if name not in others}
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", TWO_CLUSTERS],
-        env=environment | {"TMPDIR": str(long)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3 * WAIT_S,
-        check=False,
-    )
+    done = run_program(TWO_CLUSTERS, env=environment | {"TMPDIR": str(long)})
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.startswith("HELP ") and second.startswith("HELP ") and first != second
@@ -164,19 +172,62 @@ with RayCompute(None, tiny()) as compute:
 def test_a_task_that_runs_out_of_memory_again_and_again_is_an_error(tmp_path: Path) -> None:
     """In a Ray that finds its memory full as soon as a task runs."""
     full = {"RAY_memory_usage_threshold": "0.0", "RAY_memory_monitor_refresh_ms": "250"}
-    done = subprocess.run(
-        [sys.executable, "-c", NEVER_ENOUGH_MEMORY, str(tmp_path / "pid")],
-        env=os.environ | full,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3 * WAIT_S,
-        check=False,
-    )
+    done = run_program(NEVER_ENOUGH_MEMORY, str(tmp_path / "pid"), env=os.environ | full)
     # which of Ray's sentences it is depends on what its monitor saw first
     assert re.search(
         "ComputeError: train: .*memory.*; use nodes with more memory", done.stderr, re.IGNORECASE
     )
+
+
+KILL_GCS = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from ray._private import worker
+
+def kill_gcs():
+    os.kill(worker._global_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+"""
+
+
+AWAY = """
+from cluster import connection, ray_compat
+ray_compat.HEAD_AWAY_S = 3
+ray_compat.wait_for_absent_head()
+connection.connect(None)
+kill_gcs()
+time.sleep(50)  # less than Ray's default
+"""
+
+
+def test_ray_waits_so_long_for_the_head_of_a_cluster_as_it_was_asked_to() -> None:
+    """And ends the process then, whatever that does."""
+    others = {name: value for name, value in os.environ.items() if "reconnect" not in name}
+    done = run_program(KILL_GCS + AWAY, env=others)
+    assert done.returncode == 1
+    assert "Failed to connect to GCS within 3 seconds" in done.stderr
+
+
+ENDED = """
+from cluster.compute import RayCompute
+from tests.cluster.fakes import sleeping
+from tests.conftest import tiny
+
+def kill_once(begun):
+    while not begun.exists():
+        time.sleep(0.1)
+    kill_gcs()
+
+begun = Path(sys.argv[1])
+threading.Thread(target=kill_once, args=(begun,), daemon=True).start()
+with RayCompute(None, tiny()) as compute:
+    compute.task("train", sleeping, begun)
+"""
+
+
+def test_a_step_ends_soon_after_the_embedded_ray(tmp_path: Path) -> None:
+    done = run_program(KILL_GCS + ENDED, str(tmp_path / "pid"))
+    assert "ComputeError: Ray has ended on this machine" in done.stderr
+    assert "Failed to connect to GCS" not in done.stderr  # Ray's C++ part did not end it
 
 
 def test_the_environment_and_the_loggers_are_put_back() -> None:
@@ -237,10 +288,10 @@ def test_ray_s_client_of_jobs_waits_so_long_for_all_but_uploads_and_submissions(
     ]
 
 
-def test_the_parts_of_ray_that_the_probe_of_an_address_imports_exist() -> None:
-    imports = "\n".join(line for line in ray_compat.PROBE.splitlines() if "import" in line)
-    done = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("ray_session")
+def test_a_cluster_that_answers_is_found_where_importing_ray_takes_longer(monkeypatch) -> None:
+    monkeypatch.setattr(ray_compat, "PROBE", f"import time; time.sleep(5)\n{ray_compat.PROBE}")
+    assert ray_compat.connection_error(ray.get_runtime_context().gcs_address, 5) is None
 
 
 @pytest.mark.parametrize("mode", [None, "token", "TOKEN", "Token", "disabled", "", "tokens"])
@@ -332,11 +383,12 @@ def test_a_task_that_has_just_ended_is_not_cancelled_which_can_end_the_driver(mo
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_ray_that_runs_has_not_ended_and_one_of_whose_processes_is_gone_has(monkeypatch) -> None:
-    assert not embedded_ray_has_ended()
     ended = subprocess.Popen(["true"])
     ended.wait()
     info = SimpleNamespace(process=ended)
-    monkeypatch.setitem(worker._global_node.all_processes, "test", [info])
+    monkeypatch.setitem(worker._global_node.all_processes, "dashboard", [info])  # goes on without
+    assert not embedded_ray_has_ended()
+    monkeypatch.setitem(worker._global_node.all_processes, "gcs_server", [info])
     assert embedded_ray_has_ended()
 
 
