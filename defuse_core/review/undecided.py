@@ -36,6 +36,9 @@ MANY_FAILING = 0.05
 WORSE_BY = 0.02
 NEARLY_CERTAIN = 0.1  # p-value, uncorrected, up to which a component that is not significant stays undecided
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
+BETTER_REFERENCES = (
+    "train better ones, or use a pretrained network (review.reference.architecture: custom, import_path)"
+)
 
 
 def why_undecided(
@@ -81,8 +84,7 @@ def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet 
 
     Each is a clause, "; " and what to do.
     """
-    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    worse = _worse_references(models, references if used else None)
+    worse = worse_references(spec, models, references)
     causes = (why_guessing(models), _unfit_vae(models.health, worse), worse)
     return [cause for cause in causes if cause is not None]
 
@@ -143,10 +145,14 @@ def why_guessing(models: Models) -> str | None:
     )
 
 
-def _worse_references(models: Models, references: ReferenceSet | None) -> str | None:
-    """Return that the reference models know less than the classifier, so that they cannot tell where it fails."""
+def worse_references(spec: RunFile, models: Models, references: ReferenceSet | None) -> str | None:
+    """Return that the reference models know less than the classifier, so that they cannot tell where it fails.
+
+    None where they do not, or where nothing depends on what they tell.
+    """
+    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
     part = compared_images(models)
-    if references is None or part is None:
+    if references is None or part is None or not used:
         return None
     known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]
     if not are_worse(known, models.accuracy[part], models.images[part]):
@@ -154,7 +160,7 @@ def _worse_references(models: Models, references: ReferenceSet | None) -> str | 
     return (
         f"the reference models, which tell failures from unclear pictures, are right on fewer {part} images (at best "
         f"{percent(max(known))}) than the classifier ({percent(models.accuracy[part])}), so they may take one for the "
-        "other; train better ones (section review.reference)"
+        f"other; {BETTER_REFERENCES}"
     )
 
 
@@ -185,8 +191,8 @@ def _nothing_kept(psi: Psi | None) -> str | None:
     if psi is None or psi.total or not psi.failing:
         return None
     return (
-        f"the reference models see the class of the image in none of {count_of(psi.failing, 'failing draw')}; train "
-        "better ones, or lower identify.min_probability"
+        f"the reference models see the class of the image in none of {count_of(psi.failing, 'failing draw')}; "
+        f"{BETTER_REFERENCES}, or lower identify.min_probability"
     )
 
 
