@@ -69,7 +69,9 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
 
 
 def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
-    """Log how many components there are, and how far the fit is from convergence."""
+    """Log how many components there are, and how far the fit is from convergence; nothing where there was none."""
+    if not scenarios.codes_used:
+        return
     state = "converged"
     if not scenarios.converged:
         state = "had NOT converged"
