@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
-from defuse_core.distill.draws import UNDIVIDED
+from defuse_core.distill.draws import UNCERTAIN, UNDIVIDED
 from defuse_core.errors import count_of, percent
 from defuse_core.intervals import ONE_SIDED, binomial_tail, discoveries
 from defuse_core.review.verdicts import tested_counts
@@ -76,7 +76,7 @@ def why_undecided(
             f"{'no' if unlabelled == len(gallery) else of} reviewed image has a label, since nobody chose a class or "
             "the votes are tied; ask more annotators, or find out why the images show no class"
         )
-    return _too_few_units(spec.review, gallery, verdicts, open_ones)
+    return _too_few_units(spec.review, gallery, verdicts, open_ones) or _not_reviewed(scenarios)
 
 
 def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet | None) -> list[str]:
@@ -259,6 +259,17 @@ def _too_few_units(
     )
 
 
+def _not_reviewed(scenarios: Scenarios | None) -> str | None:
+    """Return how many components were not reviewed, since too few photographs show them."""
+    few = () if scenarios is None else [one for one in scenarios.dropped if one.reason.startswith(UNCERTAIN)]
+    if not few:
+        return None
+    return (
+        f"{count_of(len(few), 'component')} {'was' if len(few) == 1 else 'were'} not reviewed, the first since "
+        f"{few[0].reason}; try more photographs or tracks of these classes (data.train_images)"
+    )
+
+
 def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, reviewed: int) -> str | None:
     """Return why no component was left to review, or little of Ψ; None where the others say that it does not fail.
 
@@ -274,7 +285,7 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
         return None
     heaviest = max(unclear, key=lambda one: one.weight)
     remedy = "more identify.draws or better reference models"
-    if heaviest.reason.startswith(UNDIVIDED):
+    if heaviest.reason.startswith((UNDIVIDED, UNCERTAIN)):
         remedy = "more photographs or tracks of these classes (data.train_images)"
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"
