@@ -25,7 +25,7 @@ from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import DamagedError, StoreError
+from defuse_core.errors import DamagedError, StoreError, count_of
 from defuse_core.files import map_ahead
 from defuse_core.models import (
     Decoder,
@@ -302,14 +302,16 @@ def finished_shards(store: Store, fingerprint: str) -> dict[int, Psi]:
 
 
 def gather_shards(counts: dict[int, Psi]) -> Psi:
-    """Return the record of all shards together, from the counts of each. The codes stay in the store."""
+    """Return the record of all shards together, from the counts of each, and log it. The codes stay in the store."""
     done = [counts[index] for index in sorted(counts)]
-    return Psi(
+    psi = Psi(
         codes=np.array([shard.total for shard in done], np.int64),
         worker_seconds=sum(shard.worker_seconds for shard in done),
         fingerprint=done[0].fingerprint if done else "",
         **_totals(done),
     )
+    log.info("kept %s of %s", f"{psi.total:,}", count_of(psi.failing, "failing draw"))
+    return psi
 
 
 def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:

@@ -52,6 +52,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
+from defuse_core.review.undecided import worse_references
 from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
@@ -156,6 +157,8 @@ def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | 
     if run.until != "train" and not anchored:
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
+    if run.load(Psi) is None and (worse := worse_references(spec, models, references)) is not None:
+        log.warning("train: %s", worse)
     if anchored and references is not None:
         measure = partial(compute.task, "train", measure_perturbed, spec, models, references)
         models = replace(models, health=run.once("train", Health, measure))

@@ -1,7 +1,4 @@
-"""What `defuse_core.debug` and `defuse_core.open` return: a run, its scenarios, and the real images near to them.
-
-Everything is read from the run when it is first asked for. In a notebook all of them show themselves.
-"""
+"""What `defuse_core.debug` and `defuse_core.open` return. All is read from the run when it is first asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
-from defuse_core.data import Images, PictureFiles, reopen_splits
+from defuse_core.data import Images, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.device import torch_defaults
 from defuse_core.distill.draws import distances_from
@@ -51,12 +48,7 @@ COLUMNS = ("accepted", "label", "mistaken_for", "name", "purity", "support", *SH
 
 
 class RunResult:
-    """A run and what it found.
-
-    run = defuse.open("runs/parts")
-    run.scenarios.to_frame()
-    run.corrected()(images)
-    """
+    """A run and what it found."""
 
     def __init__(self, run: Run, classifier: nn.Module | None = None) -> None:
         """`classifier` is the one given by the user, if it is in memory; `corrected` returns a copy of it."""
@@ -177,7 +169,7 @@ class RunResult:
             labels=tuple(classes[label] for label in images.labels),
             answers=tuple(classes[answer] for answer in predict(self._before, images)),
             rows=self._rows[name][rows] if name in self._rows else rows,
-            files=tuple(images.pixels.paths) if isinstance(images.pixels, PictureFiles) else None,
+            files=images.files,
             distances=distances,
             part=name,
         )
@@ -278,6 +270,15 @@ class ScenarioView:
     def support(self) -> int:
         """Training images that its failing codes come from."""
         return int(self._result._findings[0].scenarios.support[self.number])
+
+    @property
+    def sources(self) -> tuple[str, ...] | None:
+        """Files of the photographs that its failures are moved copies of, at most 64; None where there are no files."""
+        failures = self._result._findings[0].scenarios.failures
+        if failures is None:
+            return None
+        rows = np.unique(failures.anchors.source[failures.anchor[self.number]])
+        return self._result._part("train").take(rows).files
 
     @property
     def before(self) -> float | None:

@@ -311,12 +311,17 @@ class ReviewSection(Section):
             return None
         return self.max_false / 2 if self.decides_twice else self.max_false
 
+    @property
+    def least_units(self) -> int:
+        """The fewest reviewed images, or photographs or tracks that they are of, by which a component is accepted."""
+        rate = self.false_discovery_rate
+        return 1 if rate is None else fewest_units(self.rho, rate)
+
     @model_validator(mode="after")
     def _can_accept(self) -> Self:
         if self.tau == "auto" and self.rho > 0.95:
             raise ValueError("tau: auto measures shares up to 0.95, so rho must be at most that; or set a τ")
-        rate, more = self.false_discovery_rate, self.more_images if self.decides_twice else 0
-        needed = 0 if rate is None else fewest_units(self.rho, rate)
+        needed, more = self.least_units, self.more_images if self.decides_twice else 0
         if self.images + more < needed:
             raise ValueError(
                 f"accept: lower-bound accepts nothing with rho = {self.rho:g} and so few images: it takes {needed} "

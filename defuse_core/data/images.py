@@ -255,6 +255,11 @@ class Images:
         """(N,) the track of each image, or its row where images have no tracks."""
         return np.arange(len(self)) if self.tracks is None else self.tracks
 
+    @property
+    def files(self) -> tuple[str, ...] | None:
+        """The file of each image; None where they are arrays."""
+        return tuple(self.pixels.paths) if isinstance(self.pixels, PictureFiles) else None
+
     def batch(self, rows: slice | I64 = slice(None)) -> F32:
         """Return some images, or all, (n, channels, H, W) in [0, 1], as a new, contiguous and writable array."""
         raw = self.pixels[rows]

@@ -63,19 +63,20 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec, data_fingerprint).train
         anchored = component_failures(fits.members(), train, spec.seed)
-        scenarios = with_both_halves(replace(scenarios, failures=anchored))
+        scenarios = with_both_halves(replace(scenarios, failures=anchored), spec.review.least_units)
     log_scenarios(spec, scenarios)
     return scenarios
 
 
 def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
-    """Log how many components there are, and how far the fit is from convergence."""
+    """Log how many components there are, and how far the fit is from convergence; nothing where there was none."""
+    if not scenarios.codes_used:
+        return
     state = "converged"
     if not scenarios.converged:
         state = "had NOT converged"
-        if scenarios.last_change is not None:
-            change = f"{scenarios.last_change:.3g} nats, tolerance {spec.distill.tolerance:g}"
-            state += f" (its bound changed by {change})"
+        if (changed := scenarios.last_change) is not None:
+            state += f" (its bound changed by {changed:.3g} nats, tolerance {spec.distill.tolerance:g})"
     weights = scenarios.all_weights
     log.info(
         "kept %d of %d components with weight over %g (lighter ones hold %.0f %% of the codes), from %s codes; the fit "

@@ -25,7 +25,9 @@ COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part
 FAILURES_KEPT = 256  # L, with vae.decode: anchored
 IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 REPAIRS = 5000  # units that change halves at most
-UNDIVIDED = "too few photographs to hold out"  # the reason why a component is dropped begins with it
+# the reasons why a component is dropped begin with these
+UNDIVIDED = "too few photographs to hold out"
+UNCERTAIN = "too few photographs to be certain"
 SIDEWAYS = 0.1  # share of the repairs that change a random unit
 
 
@@ -301,31 +303,37 @@ def _with_fewest_undivided(several: list[I64], held: Bool, rng: np.random.Genera
     return best
 
 
-def with_both_halves(scenarios: Scenarios) -> Scenarios:
-    """Return the components with photographs in both halves; the others become dropped ones.
+def with_both_halves(scenarios: Scenarios, least: int = 1) -> Scenarios:
+    """Return the components with photographs in both halves, `least` of them to review; the others become dropped ones.
 
-    Those would be measured on the photographs that they are tuned on, or tuned on photographs that others are measured
-    on.
+    Without both halves they would be measured on the photographs that they are tuned on, or tuned on photographs that
+    others are measured on; with fewer to review no verdict could accept them (`ReviewSection.least_units`).
     """
     failures = scenarios.failures
     if failures is None:
         return scenarios
-    # (S, L) whether the image of a failure is held out
-    held = failures.anchors.held_out[failures.anchor]
-    undivided = held.all(axis=1) | ~held.any(axis=1)
-    if not undivided.any():
-        return scenarios
+    reasons = [_why_dropped(failures, component, least) for component in range(len(scenarios))]
     dropped = [
-        scenarios.dropped_component(component, f"{UNDIVIDED}: {_why_undivided(failures, component)}")
-        for component in np.flatnonzero(undivided).tolist()
+        scenarios.dropped_component(component, reason)
+        for component, reason in enumerate(reasons)
+        if reason is not None
     ]
-    return scenarios.take(np.flatnonzero(~undivided), dropped=(*scenarios.dropped, *dropped))
+    if not dropped:
+        return scenarios
+    kept = np.array([component for component, reason in enumerate(reasons) if reason is None], np.int64)
+    return scenarios.take(kept, dropped=(*scenarios.dropped, *dropped))
 
 
-def _why_undivided(failures: ComponentFailures, component: int) -> str:
-    units = len(np.unique(failures.anchors.unit[failures.anchor[component]]))
-    what = "photograph" if failures.anchors.track is None else "track"
-    return f"all are of one {what}" if units == 1 else f"other components share its {count_of(units, what)}"
+def _why_dropped(failures: ComponentFailures, component: int, least: int) -> str | None:
+    anchor, what = failures.anchor[component], "photograph" if failures.anchors.track is None else "track"
+    units, held = failures.anchors.unit[anchor], failures.anchors.held_out[anchor]
+    count, reviewed = len(np.unique(units)), len(np.unique(units[~held]))
+    if held.all() or not held.any():
+        shared = f"other components share its {count_of(count, what)}"
+        return f"{UNDIVIDED}: {f'all are of one {what}' if count == 1 else shared}"
+    if reviewed < least:
+        return f"{UNCERTAIN}: {count_of(reviewed, what)} would be reviewed, and significance takes {least}"
+    return None
 
 
 def in_region(scenarios: Scenarios, component: int, codes: F32) -> Bool:

@@ -27,7 +27,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced, to_levels
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ANOTHER_NAME, VaeHealthError, percent
+from defuse_core.errors import ANOTHER_NAME, VaeHealthError, count_of, percent
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import (
     Vae,
@@ -178,29 +178,30 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
     """Log the verdict with its figures in one line: a warning unless the β-VAE is fit."""
     log.log(
         logging.INFO if health.verdict == "fit" else logging.WARNING,
-        "the β-VAE is %s: %s %.1f %% of %s training images right and %.1f %% of %s "
-        "(the most frequent answer on them: %s, %.0f %%); %d of %d latent dimensions collapsed",
+        "the β-VAE is %s: %s; the most frequent answer on %s is %s (%.0f %%)",
         health.verdict,
-        judge_gets(health),
-        100 * health.originals_right,
-        f"{health.images:,}",
-        100 * health.reconstructions_right,
-        pictures_judged(health),
+        health_figures(health),
+        _pictures_judged(health),
         classes[health.most_common_answer],
         100 * health.most_common_share,
-        health.collapsed,
-        health.dimensions,
     )
 
 
-def judge_gets(health: Health) -> str:
-    """Return the beginning of a sentence: who answered, and "get" or "gets"."""
-    return "the reference models get" if health.judged_by == REFERENCES else "the classifier gets"
+def health_figures(health: Health) -> str:
+    """Return the figures that the verdict rests on, as a clause."""
+    get, keep = "the classifier gets", "keeps {} of its"
+    if health.judged_by == REFERENCES:
+        get, keep = "the reference models get", "keep {} of their"
+    return (
+        f"{get} {percent(health.originals_right)} of {count_of(health.images, 'training image')} right and "
+        f"{keep.format(percent(health.kept_right))} right answers on {_pictures_judged(health)} "
+        f"(fit: at least {percent(FIT_FROM, 0)}); {health.collapsed} of "
+        f"{count_of(health.dimensions, 'latent dimension')} collapsed"
+    )
 
 
-def pictures_judged(health: Health) -> str:
-    """Return what the verdict is on: reconstructions, or images perturbed by noise."""
-    return "them once moved by the noise" if health.anchored else "their reconstructions"
+def _pictures_judged(health: Health) -> str:
+    return "images moved by the noise" if health.anchored else "reconstructions"
 
 
 def expect_healthy(spec: RunFile, models: Models) -> None:
@@ -209,9 +210,7 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
     if VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
-        f"the β-VAE is {health.verdict}: {judge_gets(health)} {percent(health.originals_right)} of the training images "
-        f"right but {percent(health.reconstructions_right)} of {pictures_judged(health)}, and {health.collapsed} of "
-        f"{health.dimensions} latent dimensions collapsed ({STRIP_KEY} in the run shows both); "
+        f"the β-VAE is {health.verdict}: {health_figures(health)} ({STRIP_KEY} in the run shows them); "
         f"{why_guessing(models) or _remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
     )
 

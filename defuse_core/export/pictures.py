@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -14,19 +15,20 @@ from defuse_core.artifacts import (
     F32,
     I64,
     NONE_OF_THE_ABOVE,
+    Corrections,
     Gallery,
-    Models,
     Verdicts,
 )
-from defuse_core.data import Images
-from defuse_core.data.images import to_levels, to_picture
-from defuse_core.errors import InputError
-from defuse_core.export.finished import load_finished
+from defuse_core.data import Images, reopen_splits
+from defuse_core.data.images import data_root, to_levels, to_picture
+from defuse_core.errors import DataError, InputError, RunMismatchError
+from defuse_core.export.finished import FinishedRun, load_finished
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images, tuning_images
 
+log = logging.getLogger("defuse")
 TABLE = "labels.csv"
 
 
@@ -43,6 +45,8 @@ class PictureRow:
     origin: str
     before: str  # answer of the classifier before the correction
     after: str  # and after it; empty where nothing was corrected
+    # file of the training image that it is made from, below data.root; empty where decoded plainly, or of no file
+    source: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,7 @@ class LabelledPictures:
     images: F32  # (n, channels, H, W)
     labels: I64  # (n,)
     scenario: I64  # (n,)
+    source: I64 | None  # (n,) training image that each is anchored at; None where decoded plainly
 
 
 def export_scenarios(run: Run, folder: Path) -> int:
@@ -65,20 +70,35 @@ def export_scenarios(run: Run, folder: Path) -> int:
     cannot be written.
     """
     expect_new_folder("--scenarios", folder)
-    models, parts = _load(run)
+    found, parts = _load(run)
+    classes, files = found.models.classes, _training_files(found)
     with filling("--scenarios", folder) as unfinished:
         rows: list[PictureRow] = []
         for pictures, before, after in parts:
-            rows += _write(pictures, (before, after), models.classes, unfinished)
+            rows += _write(pictures, (before, after), classes, unfinished, files=files)
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-        (unfinished / TABLE).write_text(text.getvalue(), encoding="utf-8")
+        (unfinished / TABLE).write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
     return len(rows)
 
 
-def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64 | None]]]:
+def _training_files(found: FinishedRun) -> Sequence[Path] | None:
+    """Return the files of the training images below data.root; None where decoded plainly, and where they are none."""
+    if found.gallery.source is None:
+        return None
+    try:
+        files = reopen_splits(found.spec, found.models.data_fingerprint).train.files
+    except (DataError, RunMismatchError) as error:
+        log.warning(
+            "%s: the column source is empty, since the training images are not available: %s", TABLE, error
+        )
+        return None
+    return None if files is None else [Path(file).relative_to(data_root(found.spec.data)) for file in files]
+
+
+def _load(run: Run) -> tuple[FinishedRun, list[tuple[LabelledPictures, I64, I64 | None]]]:
     found = load_finished(run)
     if not len(found.verdicts.accepted):
         raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
@@ -86,20 +106,25 @@ def _load(run: Run) -> tuple[Models, list[tuple[LabelledPictures, I64, I64 | Non
     vae, fixes = load_vae(run.spec, found.models.vae), found.fixes
     parts = [
         _reviewed(found.gallery, found.verdicts),
-        _drawn("train", "tuned", tuning_images(vae, fixes), fixes.scenario),
-        _drawn("test", "held-out", held_out_images(vae, fixes), fixes.scenario),
+        _drawn("train", "tuned", tuning_images(vae, fixes), fixes, fixes.tune_anchor),
+        _drawn("test", "held-out", held_out_images(vae, fixes), fixes, fixes.test_anchor),
     ]
     # what the files hold, in levels of a 255th
     stored = [Images(to_levels(part.images), part.labels).batch() for part in parts]
     corrected = found.sweep.has_correction
     answers = [(predict(before, each), predict(after, each) if corrected else None) for each in stored]
-    return found.models, [(part, *both) for part, both in zip(parts, answers, strict=True)]
+    return found, [(part, *both) for part, both in zip(parts, answers, strict=True)]
 
 
-def _drawn(part: str, origin: str, images: Images, scenarios: I64) -> LabelledPictures:
-    """Return images that were drawn from each of `scenarios` in turn, under the label of the scenario."""
-    each = np.repeat(scenarios, len(images) // len(scenarios))
-    return LabelledPictures(part, origin, "scenario", images.batch(), images.labels, each)
+def _drawn(
+    part: str, origin: str, images: Images, fixes: Corrections, anchor: I64 | None
+) -> LabelledPictures:
+    """Return images that were drawn from each scenario of `fixes` in turn, under the label of the scenario."""
+    each = np.repeat(fixes.scenario, len(images) // len(fixes.scenario))
+    source = None
+    if fixes.anchors is not None and anchor is not None:
+        source = fixes.anchors.source[anchor.ravel()]
+    return LabelledPictures(part, origin, "scenario", images.batch(), images.labels, each, source)
 
 
 def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
@@ -108,12 +133,23 @@ def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
     labelled = labels != NONE_OF_THE_ABOVE
     scenario = np.repeat(accepted[:, None], labels.shape[1], axis=1)
     return LabelledPictures(
-        "train", "reviewed", "votes", gallery.images[accepted][labelled], labels[labelled], scenario[labelled]
+        "train",
+        "reviewed",
+        "votes",
+        gallery.images[accepted][labelled],
+        labels[labelled],
+        scenario[labelled],
+        None if gallery.source is None else gallery.source[accepted][labelled],
     )
 
 
 def _write(
-    pictures: LabelledPictures, answers: tuple[I64, I64 | None], classes: tuple[str, ...], folder: Path
+    pictures: LabelledPictures,
+    answers: tuple[I64, I64 | None],
+    classes: tuple[str, ...],
+    folder: Path,
+    *,
+    files: Sequence[Path] | None,
 ) -> Iterator[PictureRow]:
     counts: dict[int, int] = {}
     before, after = answers
@@ -135,6 +171,9 @@ def _write(
             origin=pictures.origin,
             before=classes[before[index]],
             after="" if after is None else classes[after[index]],
+            source=""
+            if files is None or pictures.source is None
+            else files[pictures.source[index]].as_posix(),
         )
 
 

@@ -81,7 +81,8 @@ def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) ->
     ]
     kept = np.array([number for number, (tau, _) in enumerate(found) if tau is not None], np.int64)
     taus = np.array([tau for tau, _ in found if tau is not None], np.float64)
-    log.info("%d of %d components are pure and misclassified at some τ", len(kept), len(scenarios))
+    if len(scenarios):
+        log.info("%d of %d components are pure and misclassified at some τ", len(kept), len(scenarios))
     return scenarios.take(kept, taus=taus, dropped=(*scenarios.dropped, *dropped))
 
 

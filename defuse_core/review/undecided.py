@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
-from defuse_core.distill.draws import UNDIVIDED
+from defuse_core.distill.draws import UNCERTAIN, UNDIVIDED
 from defuse_core.errors import count_of, percent
 from defuse_core.intervals import ONE_SIDED, binomial_tail, discoveries
 from defuse_core.review.verdicts import tested_counts
@@ -36,6 +36,9 @@ MANY_FAILING = 0.05
 WORSE_BY = 0.02
 NEARLY_CERTAIN = 0.1  # p-value, uncorrected, up to which a component that is not significant stays undecided
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
+BETTER_REFERENCES = (
+    "train better ones, or use a pretrained network (review.reference.architecture: custom, import_path)"
+)
 
 
 def why_undecided(
@@ -73,7 +76,7 @@ def why_undecided(
             f"{'no' if unlabelled == len(gallery) else of} reviewed image has a label, since nobody chose a class or "
             "the votes are tied; ask more annotators, or find out why the images show no class"
         )
-    return _too_few_units(spec.review, gallery, verdicts, open_ones)
+    return _too_few_units(spec.review, gallery, verdicts, open_ones) or _not_reviewed(scenarios)
 
 
 def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet | None) -> list[str]:
@@ -81,8 +84,7 @@ def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet 
 
     Each is a clause, "; " and what to do.
     """
-    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    worse = _worse_references(models, references if used else None)
+    worse = worse_references(spec, models, references)
     causes = (why_guessing(models), _unfit_vae(models.health, worse), worse)
     return [cause for cause in causes if cause is not None]
 
@@ -143,10 +145,14 @@ def why_guessing(models: Models) -> str | None:
     )
 
 
-def _worse_references(models: Models, references: ReferenceSet | None) -> str | None:
-    """Return that the reference models know less than the classifier, so that they cannot tell where it fails."""
+def worse_references(spec: RunFile, models: Models, references: ReferenceSet | None) -> str | None:
+    """Return that the reference models know less than the classifier, so that they cannot tell where it fails.
+
+    None where they do not, or where nothing depends on what they tell.
+    """
+    used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
     part = compared_images(models)
-    if references is None or part is None:
+    if references is None or part is None or not used:
         return None
     known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]
     if not are_worse(known, models.accuracy[part], models.images[part]):
@@ -154,7 +160,7 @@ def _worse_references(models: Models, references: ReferenceSet | None) -> str | 
     return (
         f"the reference models, which tell failures from unclear pictures, are right on fewer {part} images (at best "
         f"{percent(max(known))}) than the classifier ({percent(models.accuracy[part])}), so they may take one for the "
-        "other; train better ones (section review.reference)"
+        f"other; {BETTER_REFERENCES}"
     )
 
 
@@ -185,8 +191,8 @@ def _nothing_kept(psi: Psi | None) -> str | None:
     if psi is None or psi.total or not psi.failing:
         return None
     return (
-        f"the reference models see the class of the image in none of {count_of(psi.failing, 'failing draw')}; train "
-        "better ones, or lower identify.min_probability"
+        f"the reference models see the class of the image in none of {count_of(psi.failing, 'failing draw')}; "
+        f"{BETTER_REFERENCES}, or lower identify.min_probability"
     )
 
 
@@ -253,6 +259,17 @@ def _too_few_units(
     )
 
 
+def _not_reviewed(scenarios: Scenarios | None) -> str | None:
+    """Return how many components were not reviewed, since too few photographs show them."""
+    few = () if scenarios is None else [one for one in scenarios.dropped if one.reason.startswith(UNCERTAIN)]
+    if not few:
+        return None
+    return (
+        f"{count_of(len(few), 'component')} {'was' if len(few) == 1 else 'were'} not reviewed, the first since "
+        f"{few[0].reason}; try more photographs or tracks of these classes (data.train_images)"
+    )
+
+
 def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, reviewed: int) -> str | None:
     """Return why no component was left to review, or little of Ψ; None where the others say that it does not fail.
 
@@ -268,7 +285,7 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
         return None
     heaviest = max(unclear, key=lambda one: one.weight)
     remedy = "more identify.draws or better reference models"
-    if heaviest.reason.startswith(UNDIVIDED):
+    if heaviest.reason.startswith((UNDIVIDED, UNCERTAIN)):
         remedy = "more photographs or tracks of these classes (data.train_images)"
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"

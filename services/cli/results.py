@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     "folder",
     type=GivenPath(),
     help="New folder for the pictures of the failure scenarios: train/CLASS/*.png (reviewed, and drawn to tune on), "
-    "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv, whose column class_index has the "
-    "classifier's class numbers. torchvision's ImageFolder numbers the folders. Failures that are tuned on though "
+    "test/CLASS/*.png (held out; a suite checks the same ones) and labels.csv. Its column class_index has the "
+    "classifier's class numbers (torchvision's ImageFolder numbers the folders), and source the photograph that a "
+    "picture was made from (vae.decode: anchored, with image files). Failures that are tuned on though "
     "nobody reviewed them (correct.unreviewed) are not among the pictures.",
 )
 @click.option("--force", is_flag=True, help="Replace the file of --to if it exists.")

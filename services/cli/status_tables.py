@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.artifacts import Models
-from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of, percent
+from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of
 from defuse_core.report.formatting import before_after, date_time, duration, size
 from defuse_core.runs import UNFINISHED, Run
 from defuse_core.steps import STEPS
@@ -232,15 +232,11 @@ def print_status(run: Run, console: Console | None = None) -> None:
 
 
 def _print_health(console: Console, run: Run, models: Models) -> None:
-    from defuse_core.evaluation.health import judge_gets, pictures_judged, with_measured_health
+    from defuse_core.evaluation.health import health_figures, with_measured_health
 
     health = with_measured_health(run, models).health
-    text = (
-        f"β-VAE: {health.verdict}. {judge_gets(health).capitalize()} {percent(health.originals_right)} of "
-        f"{count_of(health.images, 'training image')} right, and {percent(health.reconstructions_right)} of "
-        f"{pictures_judged(health)}; {health.collapsed} of {count_of(health.dimensions, 'latent dimension')} "
-        "collapsed."
-    )
+    figures = health_figures(health)
+    text = f"β-VAE: {health.verdict}. {figures[0].upper()}{figures[1:]}."
     print_text(console, text, "" if health.verdict == "fit" else "yellow")
 
 

@@ -191,11 +191,13 @@ def test_screening_decodes_one_batch_at_a_time_with_the_result_of_all_at_once(ti
     assert not kept[~failed].any()
 
 
-def test_the_counts_of_screening_reach_the_record_of_all_shards(screening, tmp_path):
+def test_the_counts_of_screening_reach_the_record_of_all_shards_and_the_log(screening, tmp_path, caplog):
     store = FolderStore(tmp_path)
     records = [save_shard(store, screening.shard(index)) for index in range(2)]
-    psi = gather_shards(finished_shards(store, screening.fingerprint))
+    with caplog.at_level("INFO", "defuse"):
+        psi = gather_shards(finished_shards(store, screening.fingerprint))
     assert psi.failing == sum(record.failing for record in records) > psi.total
+    assert caplog.messages == [f"kept {psi.total:,} of {psi.failing:,} failing draws"]
 
 
 def test_every_code_knows_whether_the_classifier_gets_its_source_image_wrong(identifier):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from defuse_core.artifacts import Psi
-from defuse_core.pipeline import _once_each
+from defuse_core.local import LocalCompute
+from defuse_core.pipeline import _healthy_models, _once_each
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from tests.conftest import tiny
+from tests.conftest import recommended, tiny, trained_run
 
 
 def psi(total: int) -> Psi:
@@ -29,3 +32,18 @@ def test_artefacts_of_one_step_that_are_missing_are_made_together_and_the_others
         assert {name: each.total for name, each in found.items()} == {"one": 1, "two": 20, "three": 3}
     assert asked == [("one", "three")]
     assert set(run.manifest()["artefacts"]) == set(kinds)
+
+
+def test_reference_models_that_are_worse_than_the_classifier_are_told_before_identification(
+    tmp_path, tiny_models, references, caplog
+):
+    worse = replace(references, test=references.test - 0.5)
+    for name, models, told in (("good", references, 0), ("worse", worse, 1)):
+        run = trained_run(FolderStore(tmp_path), name, recommended(), tiny_models, models)
+        _healthy_models(run, LocalCompute())
+        assert caplog.text.count("train: the reference models, which tell failures from unclear") == told
+    assert "review.reference.architecture: custom, import_path" in caplog.text
+    caplog.clear()
+    run.once("identify", Psi, lambda: psi(20))
+    _healthy_models(run, LocalCompute())
+    assert "the reference models" not in caplog.text

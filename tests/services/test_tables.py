@@ -380,20 +380,20 @@ def test_status_shows_the_health_of_the_vae_as_soon_as_it_is_trained(tmp_path: P
     print_status(run, console)
     shown = " ".join(text_of(console).split())
     assert "β-VAE: blind. The classifier gets 98.1 % of 5,000 training images right" in shown
-    assert "40.2 % of their reconstructions; 7 of 16 latent dimensions collapsed." in shown
+    assert (
+        "keeps 41.0 % of its right answers on reconstructions (fit: at least 90 %); 7 of 16 latent" in shown
+    )
 
 
 def test_status_shows_what_reference_models_measured_of_an_anchored_vae(tmp_path: Path):
     run = a_run(tmp_path, "anchored")
     found, _ = sample_findings()
     trained = Health(5000, 0.981, 0.402, 0.41, 2, 0.83, 7, 16, "poor", anchored=True)
-    measured = dataclasses.replace(
-        trained, reconstructions_right=0.953, verdict="fit", judged_by="reference models"
-    )
+    measured = dataclasses.replace(trained, kept_right=0.953, verdict="fit", judged_by="reference models")
     run.store.write("models.safetensors", encode(dataclasses.replace(found.models, health=trained)))
     run.store.write("health.safetensors", encode(measured))
     console = terminal()
     print_status(run, console)
     shown = " ".join(text_of(console).split())
     assert "β-VAE: fit. The reference models get 98.1 % of 5,000 training images right" in shown
-    assert "and 95.3 % of them once moved by the noise; 7 of 16 latent dimensions collapsed." in shown
+    assert "keep 95.3 % of their right answers on images moved by the noise (fit: at least 90 %)" in shown

@@ -21,6 +21,7 @@ from defuse_core.distill.components import (
     fit_mixture,
     fit_mixtures,
     log_scenarios,
+    no_scenarios,
     scenarios_of,
     small_cell,
 )
@@ -155,6 +156,7 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
         log_scenarios(spec, found)
         log_scenarios(spec, replace(found, last_change=None, dropped=()))
         log_scenarios(spec, replace(found, converged=True, dropped=()))
+        log_scenarios(spec, no_scenarios(2, 0))
     kept = (
         "kept 2 of 6 components with weight over 0.1 (lighter ones hold 18 % of the codes), from 1,000 codes;"
     )

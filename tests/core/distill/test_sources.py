@@ -194,6 +194,17 @@ def test_components_that_cannot_be_divided_are_dropped_and_none_is_tuned_on_what
     assert units[False] and units[True] and not units[False] & units[True]
 
 
+@pytest.mark.parametrize("tracks", [None, 12])
+def test_a_component_with_fewer_photographs_to_review_than_significance_takes_is_dropped(tracks):
+    scenarios = with_tracks([list(range(8)), list(range(2, 12))], tracks)
+    kept = with_both_halves(scenarios, least=5)
+    assert (len(kept), len(with_both_halves(scenarios, least=4))) == (1, 2)
+    what = "track" if tracks else "photograph"
+    assert [dropped.reason for dropped in kept.dropped] == [
+        f"too few photographs to be certain: 4 {what}s would be reviewed, and significance takes 5"
+    ]
+
+
 def test_no_scenario_is_left_where_none_can_be_divided():
     kept = with_both_halves(with_tracks([[0], [1]], 2))
     assert (len(kept), len(kept.dropped)) == (0, 2)

@@ -84,8 +84,9 @@ def test_the_log_warns_of_a_vae_that_is_not_fit(caplog):
             log_health(kind, ("cat", "dog"))
         assert [record.levelname for record in caplog.records] == [level]
     assert (
-        "poor: the classifier gets 75.0 % of 200 training images right and 70.0 % of their reconstructions "
-        "(the most frequent answer on them: cat, 70 %); 1 of 4 latent dimensions collapsed"
+        "poor: the classifier gets 75.0 % of 200 training images right and keeps 93.3 % of its right answers on "
+        "reconstructions (fit: at least 90 %); 1 of 4 latent dimensions collapsed; the most frequent answer on "
+        "reconstructions is cat (70 %)"
     ) in caplog.text
 
 

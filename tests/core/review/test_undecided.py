@@ -10,7 +10,7 @@ import pytest
 from sample_findings import report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Models, Override, ReferenceSet
-from defuse_core.distill.draws import UNDIVIDED
+from defuse_core.distill.draws import UNCERTAIN, UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.review.undecided import why_undecided
 from tests.sample_components import FIT
@@ -124,6 +124,14 @@ def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_suc
         and "the 6 images that" in text
         and "photographs" not in text
     )
+
+
+def test_components_that_were_not_reviewed_since_too_few_photographs_show_them_leave_it_open():
+    found, evaluation = sample_findings(COUNT, 0)
+    for reason, told in ((f"{UNCERTAIN}: 4 photographs", True), (f"{UNDIVIDED}: all are of one", False)):
+        scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(weight=0.1, reason=reason),))
+        text = undecided((dataclasses.replace(found, scenarios=scenarios), evaluation)) or ""
+        assert text.startswith("1 component was not reviewed, the first since too few photographs") is told
 
 
 def test_what_people_rejected_is_decided():
