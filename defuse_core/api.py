@@ -196,9 +196,9 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
         if part is None:
             continue
         if not isinstance(part, tuple | list) or len(part) not in (2, 3):
-            found = f"found {type(part).__name__}; of a data set of pairs give tuple(zip(*dataset))"
             raise DataError(
-                f"{name}: expected (images, labels), {found}, with images in [0, 1] that are not augmented"
+                f"{name}: expected (images, labels), found {type(part).__name__}; of a data set of pairs give "
+                "tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
             )
         try:
             images, *others = (_array(values) for values in part)
@@ -208,9 +208,7 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
         floats = images.dtype.kind == "f"
         arrays[f"{name}_images"] = images.astype(np.float32, copy=False) if floats else images
     if arrays and "train_images" not in arrays:
-        raise DataError(
-            "train: expected (images, labels), found none; validation and test alone do not suffice"
-        )
+        raise DataError("train: expected (images, labels), found none; validation and test do not suffice")
     if isinstance(classes, str | Mapping):
         raise DataError(f"classes: expected a list of names, found {type(classes).__name__}")
     if arrays and classes is not None:
@@ -225,9 +223,7 @@ def _array(values: npt.ArrayLike | Tensor | Sequence[Tensor]) -> npt.NDArray[Any
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has none
     array = np.asarray(values)
-    is_text = array.dtype == object and all(
-        isinstance(value, str) for value in array.flat
-    )  # as pandas has it
+    is_text = array.dtype == object and {type(value) for value in array.flat} == {str}  # as pandas has it
     return array.astype(str) if is_text else array
 
 

@@ -23,14 +23,7 @@ from defuse_core.errors import DefuseError, StoreError, count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
-from services.serving.registry import (
-    AUTHOR,
-    POLL_S,
-    REMEDY,
-    DamagedVersionError,
-    Registry,
-    is_store_outage,
-)
+from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry, is_store_outage
 from services.serving.registry_state import EMPTY, RegistryState
 
 log = logging.getLogger("defuse")
