@@ -16,7 +16,7 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
     `judges` is the accuracy of each of three judges on real images, and `before` that of the classifier.
     """
     count, nothing = len(own_label), np.full(3, np.nan)
-    mean = own_label.mean(axis=0)
+    mean = own_label.mean(axis=0) if count else np.full(4, np.nan)
     shares = np.stack([mean, np.maximum(mean - 0.05, 0), np.minimum(mean + 0.05, 1)], axis=1)
     better = np.rint(units * np.maximum(own_label[:, DEFUSE] - own_label[:, PLAIN], 0)).astype(np.int64)
     # of two plain trainings that do the same

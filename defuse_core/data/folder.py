@@ -64,10 +64,11 @@ def open_folder(data: DataSection, seed: int) -> Splits:
     """Return the images under ROOT, read on demand; the classes are the names of the folders, sorted."""
     root = data_root(data)
     classes = folder_classes(root / "train")
-    parts = {name: _part(root / name, classes, data) for name in ("train", "validation", "test")}
-    train = parts["train"]
+    found = {name: _files(root / name, classes) for name in ("train", "validation", "test")}
+    _expect_images(root, [path for files in found.values() for of_class in files for path in of_class])
+    train, validation, test = (_images(files, data) if files else None for files in found.values())
     assert train is not None  # folder_classes raises where its folder is missing
-    return divided(Splits(train, parts["validation"], parts["test"], classes), data, seed)
+    return divided(Splits(train, validation, test, classes), data, seed)
 
 
 def folder_classes(part: Path) -> tuple[str, ...]:
@@ -92,9 +93,10 @@ def _class_folders(part: Path) -> tuple[str, ...]:
     return names
 
 
-def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | None:
+def _files(part: Path, classes: tuple[str, ...]) -> list[FilePaths]:
+    """Return the files of each class of a part, sorted; nothing of a part that does not exist."""
     if not part.exists():
-        return None
+        return []
     found = _class_folders(part)
     if not found:
         raise DataError(
@@ -106,7 +108,7 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
         if odd[0] in classes:
             where = "train; add it, empty if there are no images of this class, or remove it"
         raise DataError(f"{part}: expected the class folders of train, but {odd[0]} is only in {where}")
-    files = [FilePaths.pack(_image_files(part / name), f"{part}{os.sep}") for name in classes]
+    files = [FilePaths.pack(sorted(walk_files(part / name)), f"{part}{os.sep}") for name in classes]
     if part.name == "train" and (
         empty := [n for n, images in zip(classes, files, strict=True) if not images]
     ):
@@ -115,7 +117,22 @@ def _part(part: Path, classes: tuple[str, ...], data: DataSection) -> Images | N
         )
     if not any(files):
         raise DataError(f"{part}: expected images, found none; add some or remove the folder")
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(images) for images in files])
+    return files
+
+
+def _expect_images(root: Path, paths: list[str]) -> None:
+    """Raise DataError naming the files below `root` whose suffix is of no image."""
+    others = [path.removeprefix(f"{root}{os.sep}") for path in paths if not path.lower().endswith(SUFFIXES)]
+    if others:
+        raise DataError(
+            f"{root}: expected images ({' '.join(SUFFIXES)}), found {count_of(len(others), 'other file')}: "
+            f"{first_few(others, most=20)}; convert them to PNG or JPEG, or remove them"
+        )
+
+
+def _images(files: list[FilePaths], data: DataSection) -> Images:
+    """Return the images of a part from the files of each class."""
+    labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(images) for images in files])
     paths = FilePaths.concatenate(files)
     tracks = None if data.track_pattern is None else _tracks(paths, data.track_pattern)
     return Images(PictureFiles(paths, data.channels, data.image_size), labels, tracks)
@@ -133,18 +150,6 @@ def _tracks(paths: FilePaths, pattern: str) -> I64:
             )
         objects.append(found[1])
     return np.unique(objects, return_inverse=True)[1].astype(np.int64)
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Return the files of a class, sorted. Raises DataError naming one that is not an image."""
-    found: list[str] = []
-    for path in walk_files(folder):
-        if not path.lower().endswith(SUFFIXES):
-            raise DataError(
-                f"{path}: expected an image ({' '.join(SUFFIXES)}); convert this file to PNG or JPEG, or remove it"
-            )
-        found.append(path)
-    return sorted(found)
 
 
 def walk_files(folder: Path) -> Iterator[str]:

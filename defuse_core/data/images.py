@@ -9,10 +9,11 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,9 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
-from defuse_core.errors import DataError, has_control_characters
+from defuse_core.errors import DataError, first_few, has_control_characters
+
+Read = TypeVar("Read")
 
 # of the suffixes of a folder's images, and GIF, which they can hide; Pillow starts a program for other formats
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -92,16 +95,37 @@ class PictureFiles:
         return len(self.paths)
 
     def __getitem__(self, rows: slice | I64) -> U8:
-        """Return pixels (n, channels, H, W). Raises DataError naming a file that is no readable image."""
+        """Return pixels (n, channels, H, W). Raises DataError naming the files that are no readable images."""
         paths = self.paths.take(rows)
         pixels = np.empty((len(paths), *self.shape[1:]), np.uint8)
-        for image, path in zip(pixels, paths, strict=True):
-            image[:] = read_picture(path, self._channels, self._size)
+        read = partial(read_picture, channels=self._channels, size=self._size)
+        for image, picture in zip(pixels, read_each(paths, read), strict=True):
+            image[:] = picture
         return pixels
 
     def at(self, rows: slice | I64) -> PictureFiles:
         """Return the files of `rows`. Reads nothing."""
         return PictureFiles(self.paths.take(rows), self._channels, self._size)
+
+
+def read_each(paths: Sequence[str] | FilePaths, read: Callable[[str], Read]) -> Iterator[Read]:
+    """Yield what `read` returns of each image file. Raises, after the last, one DataError for all that it fails on."""
+    errors: dict[str, DataError] = {}
+    for path in paths:
+        try:
+            found = read(path)
+        except DataError as error:
+            errors[path] = error
+        else:
+            yield found
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        first = next(iter(errors.values()))
+        raise DataError(
+            f"{len(errors)} of {len(paths):,} image files cannot be read: {first_few([*errors], most=20)}; the first "
+            f"error is: {first}"
+        )
 
 
 def read_picture(path: str, channels: int, size: int) -> U8:
@@ -117,8 +141,11 @@ def opened_picture(path: str) -> Iterator[Image.Image]:
     A named pipe would be waited for without end.
     """
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode):
             raise DataError("expected an image, found a pipe, a device or a socket; remove it")
+        if not found.st_size:
+            raise DataError("expected an image, found an empty file; restore or remove it")
         with Image.open(path, formats=FORMATS) as picture:
             yield picture
     except DataError as error:

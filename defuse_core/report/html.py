@@ -25,6 +25,7 @@ from defuse_core.report.correction_notices import may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
+LARGE = 64  # images of at least so many pixels a side are shown larger, five a row
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
@@ -92,6 +93,7 @@ def render_page(
         image_counts=", ".join(
             f"{report.run.images[part]:,} {part}" for part in PARTS if part in report.run.images
         ),
+        large_images=spec.data.image_size >= LARGE,
         max_per_image=spec.identify.max_per_image,
         seen=_seen_in_real_images(report),
         class_images="validation images alone"

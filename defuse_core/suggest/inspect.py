@@ -16,7 +16,7 @@ from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
 from defuse_core.data.folder import SUFFIXES, folder_classes, odd_images, part_of, shared_images, walk_files
-from defuse_core.data.images import convert_picture, evenly_spaced, keeps_colours, opened_picture
+from defuse_core.data.images import convert_picture, evenly_spaced, keeps_colours, opened_picture, read_each
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.errors import DataError, first_few
 
@@ -25,6 +25,7 @@ LARGEST_SUGGESTED = 64  # unless the classifier asks for more: costs grow with t
 SAMPLE = 200  # pictures that are looked at
 FEWEST = 4  # training images, of which one at least is held out for validation
 FEW = 20  # training images of a class: fewer are worth a warning
+OBLONG = 1.1  # longer side by shorter one, from which a picture in a square looks stretched
 # Difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less).
 COLOUR = 6
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
@@ -67,12 +68,12 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
             f"init {root}: expected a folder of images, or an .npz file, found neither; check the path"
         )
     if root.is_file():
-        name, (height, width, channels), forms = "npz", _look_at_npz(root, called), set[Form]()
+        name, (height, width, channels), forms = "npz", _look_at_npz(root, called), list[Form]()
         image_size, lines = height, unread_arrays(root)
     else:
         _expect_train(root)
         name, ((height, width, channels), forms) = "folder", _look_at_pictures(root / "train")
-        image_size, lines = _suggested_size(min(height, width)), overlooked(root)
+        image_size, lines = _suggested_size(min(height, width)), [*overlooked(root), *_stretched(forms)]
     try:
         section = DataSection.model_validate(
             {"name": name, "root": root, "image_size": image_size, "channels": channels}
@@ -100,6 +101,17 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
         (*lines, *_few_images(splits), *odd_images(splits.train), *shared_images(splits)),
         frozenset(forms),
     )
+
+
+def _stretched(forms: list[Form]) -> list[str]:
+    """Return a line where some pictures are far from square."""
+    count = sum(max(height, width) > OBLONG * min(height, width) for height, width, _ in forms)
+    if not count:
+        return []
+    return [
+        f"{count} of {len(forms)} pictures looked at have sides that differ by over 10 % and are stretched to a square "
+        "without crop or padding; if the classifier was trained on crops, crop the files first"
+    ]
 
 
 def _few_images(splits: Splits) -> list[str]:
@@ -205,20 +217,23 @@ def _some_pictures(folder: Path, most: int) -> list[str]:
     return [found[row] for row in evenly_spaced(len(found), most)]
 
 
-def _look_at_pictures(train: Path) -> tuple[tuple[int, int, int], set[Form]]:
+def _look_at_pictures(train: Path) -> tuple[tuple[int, int, int], list[Form]]:
     """Return median height, median width and 1 or 3 channels of pictures of every class, and the forms of these."""
     folders = [train / name for name in folder_classes(train)]
     each = max(2, SAMPLE // len(folders))
-    forms, coloured = list[Form](), False
-    for path in [path for folder in folders for path in _some_pictures(folder, each)]:
-        with opened_picture(path) as picture:
-            kept = frozenset(channels for channels in (1, 3) if keeps_colours(picture, channels))
-            forms.append((picture.height, picture.width, kept))
-            coloured = coloured or _is_coloured(picture)
-    if not forms:
+    paths = [path for folder in folders for path in _some_pictures(folder, each)]
+    if not paths:
         raise DataError(f"{train}: expected one folder of images per class, found no images")
+    forms, coloured = zip(*read_each(paths, _look_at), strict=True)
     height, width = (int(side) for side in np.median(np.array([form[:2] for form in forms]), axis=0))
-    return (height, width, 3 if coloured else 1), set(forms)
+    return (height, width, 3 if any(coloured) else 1), list(forms)
+
+
+def _look_at(path: str) -> tuple[Form, bool]:
+    """Return the form of a picture, and whether it is coloured."""
+    with opened_picture(path) as picture:
+        kept = frozenset(channels for channels in (1, 3) if keeps_colours(picture, channels))
+        return (picture.height, picture.width, kept), _is_coloured(picture)
 
 
 def _is_coloured(picture: Image.Image) -> bool:

@@ -27,7 +27,7 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.models.adapters import with_stated_range
-from defuse_core.models.probe import LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
+from defuse_core.models.probe import CLEARLY_BETTER, LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import PLAIN_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
@@ -52,6 +52,9 @@ SCALE = 2.0  # identify.scale
 ANCHORED_PURITY = 0.7
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
+WITH_LESS = (
+    "fewer images (--train-images), smaller ones (--image-size) or more --minutes (minutes= in Python)"
+)
 TOO_LONG = 1.5  # times the minutes asked for, or those planned, from which the other is worth a word
 
 
@@ -83,16 +86,19 @@ def plan_run(
     minutes: float,
     progress: Progress = silent,
     image_size: int | None = None,
+    train_images: int | None = None,
 ) -> Plan:
     """Return a run file for these images and this classifier, whose run needs about so many minutes here.
 
     `own` is section `classifier` for a classifier of the user's own, without what the probe finds. Without
-    `image_size`, the size follows from the images and the classifier.
+    `image_size`, the size follows from the images and the classifier; `train_images` is data.train_images.
     """
     own, stated = with_stated_range(own)
     sized = fit_image_size(facts, own, image_size, progress)
     progress("measuring speeds", 0, 5, "speeds")
     classifier, tree = sized.module, sized.tree
+    if train_images is not None:
+        tree["data"]["train_images"] = train_images
     spec = parse_run_file(tree, "the suggested run file")
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
@@ -125,7 +131,8 @@ def plan_run(
 def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
     """Write into section `classifier` what the classifier plainly needs and the section does not say.
 
-    Returns notes of what was written, and of what is only better, since that may be due to the fault that is sought.
+    Returns notes of what was written, and of what is better by little, since that may be due to the fault that is
+    sought.
     """
     notes = []
     if "input_range" not in section:
@@ -143,7 +150,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
         f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
         f"on {percent(probe.by_range[given])} with {given}"
     )
-    if probe.needed_range == given:
+    if probe.needed_range == given and probe.by_range[best] <= probe.by_range[given] + CLEARLY_BETTER:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
     section["input_range"] = best
     order = "" if probe.class_order is None else ", before the classes are reordered"
@@ -289,13 +296,12 @@ def _set_sizes(
         side = tree["data"]["image_size"]
         warnings.append(
             f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
-            f"pixels takes about {planned:,.0f} minutes here; set data.train_images or a smaller data.image_size"
+            f"pixels takes about {planned:,.0f} minutes here; give {WITH_LESS}"
         )
         return round(planned), warnings
     if epochs < FEW_EPOCHS:
         warnings.append(
-            f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give more "
-            "(--minutes, or minutes= in Python), or set data.train_images or a smaller data.image_size"
+            f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give {WITH_LESS}"
         )
     if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
         return max(1, round(planned)), warnings

@@ -67,6 +67,9 @@ if TYPE_CHECKING:
     ".npz keeps its own. "
     "[default: the pictures' own if your classifier takes it, else one that suits it]",
 )
+@click.option(
+    "--train-images", type=click.IntRange(min=4), help="Training images that the run uses. [default: all]"
+)
 @click.option("--out", type=GivenPath(), help="Run file to write. [default: the name of IMAGES, with .yaml]")
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")
 def init(
@@ -75,6 +78,7 @@ def init(
     weights: Path | None,
     minutes: float,
     image_size: int | None,
+    train_images: int | None,
     out: Path | None,
     force: bool,
 ) -> None:
@@ -104,7 +108,8 @@ def init(
     expect_writable("--out", path)
     choice = classifier_fields(classifier, weights)
     with ProgressDisplay() as display:
-        plan = plan_run(inspect_data(images.absolute()), choice, minutes, display, image_size)
+        facts = inspect_data(images.absolute())
+        plan = plan_run(facts, choice, minutes, display, image_size, train_images)
     replace_file("--out", path, write_run_file(plan).encode())
     load_run_file(path)
     _print_plan(plan, path, minutes)

@@ -47,11 +47,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
         print_text(console, warning, "yellow")
     console.print()
     print_accuracy(report, console)
-    if report.evidence is not None:
+    if report.evidence is not None and (report.scenarios.accepted or report.tradeoff):
         _print_evidence(report.evidence, console)
     if report.scenarios.accepted:
         print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
-    print_table(console, _agreement_table(report))
+    if report.agreement.all.images:
+        print_table(console, _agreement_table(report))
     for line in _lines(report):
         print_text(console, line, "dim")
 

@@ -44,6 +44,25 @@ def test_a_name_that_is_no_file_is_refused_before_any_run(
         inspect_data(tmp_path)
 
 
+def test_files_that_are_no_pictures_are_named_together(tmp_path: Path):
+    write(tmp_path)
+    for name in ("cat/0.png", "dog/1.png"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"^2 of 40 image .*/cat/0\.png, .*/dog/1\.png; .* found an empty file"
+    ):
+        inspect_data(tmp_path)
+
+
+def test_pictures_that_are_stretched_are_counted(tmp_path: Path):
+    write(tmp_path)
+    height, width, *_ = PIXELS[0].shape
+    for number, size in enumerate([(2 * width, height), (width, 3 * height), (41, 40)]):
+        Image.fromarray(PIXELS[number]).resize(size).save(tmp_path / f"train/cat/{number}.png")
+    line = "2 of 41 pictures looked at have sides that differ by over 10 % and are stretched to a square "
+    assert sum(noted.startswith(line) for noted in inspect_data(tmp_path).warnings) == 1
+
+
 def test_arrays_of_an_npz_file_that_are_not_read_are_named(tmp_path: Path):
     parts = {"train_images": PIXELS, "train_labels": np.arange(40) % 2}
     np.savez(tmp_path / "own.npz", **parts)

@@ -86,10 +86,15 @@ def test_another_input_range_is_noted_where_it_is_certainly_better_by_few_points
     before[:70] = after[:45] = False  # 25 gained of 500, none lost
     certain = _clearly_better(before, after, labels, 10, BETTER_RANGE)
     assert certain and not _clearly_better(before, after, labels, 10)
-    probe = replace(some_probe(), by_range={"0..1": 0.86, "-1..1": 0.91}, best_is_certain=certain)
+    probe = replace(some_probe(), by_range={"0..1": 0.86, "-1..1": 0.905}, best_is_certain=certain)
     assert probe.best_range("0..1") == "-1..1"
     assert replace(probe, best_is_certain=False).best_range("0..1") == "0..1"
     assert replace(probe, by_range={"0..1": 0.86, "-1..1": 0.875}).best_range("0..1") == "0..1"
+    by_little, by_much = {}, {}
+    (note,) = _set_probed(by_little, probe)
+    assert not by_little and note.endswith("set classifier.input_range: -1..1 if it was trained on that")
+    _set_probed(by_much, replace(probe, by_range={"0..1": 0.73, "-1..1": 0.85}))
+    assert by_much == {"input_range": "-1..1"}
 
 
 def some_probe() -> ClassifierProbe:

@@ -200,7 +200,7 @@ ODD_FOLDERS = [  # what is odd, how it is made, the line, the exit code
     ("valid/", lambda root: shutil.copytree(root / "test", root / "valid"), "rename it to validation/", 0),
     ("dev/", lambda root: shutil.copytree(root / "test", root / "dev"), "dev/ is not read", 0),
     ("Thumbs.db", lambda root: (root / "train/cat/Thumbs.db").touch(), "ignored: 1 file such as train/cat/", 0),
-    ("notes", lambda root: (root / "train/cat/notes.txt").touch(), "notes.txt: expected an image", 2),
+    ("notes", lambda root: (root / "train/cat/notes.txt").touch(), "found 1 other file: train/cat/notes.txt;", 2),
     ("no train/", lambda root: shutil.rmtree(root / "train"), "train: expected a folder with one folder", 2),
     ("one class", lambda root: shutil.rmtree(root / "train/cat"), "two classes or more, found 1", 2),
     ("an empty class", lambda root: (root / "train/fox").mkdir(), "train/fox: expected images", 2),

@@ -148,7 +148,7 @@ def test_a_classifier_below_an_unknown_home_is_one_line(tmp_path, monkeypatch, c
 
 
 @pytest.mark.usefixtures("known_speeds")
-def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_not_written(
+def test_an_input_range_that_gives_five_points_more_is_written_with_the_way_back(
     pictures, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -158,10 +158,9 @@ def test_an_input_range_that_only_heals_a_fault_of_the_classifier_is_a_note_and_
     tree, out = start(
         monkeypatch, capsys, pictures, "--classifier", "tests.own_classifiers:plain", "--weights", "own.pth"
     )
-    assert "input_range" not in tree["classifier"]
-    assert re.search(
-        r"note +the classifier is right on 99.\d % of 204 .* set classifier.input_range: imagenet if", out
-    )
+    assert tree["classifier"]["input_range"] == "imagenet"
+    line = r"note +classifier.input_range is set to imagenet: right on 99.\d % of 204 .*; remove it if .* on 0..1"
+    assert re.search(line, out)
 
 
 @pytest.mark.usefixtures("known_speeds")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from defuse_core.data import Images, Splits
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
@@ -89,3 +90,19 @@ def test_the_time_of_a_run_that_cannot_use_the_minutes_is_what_it_needs(
     assert code == 0 and told in out
     written = Path("digits.yaml").read_text().splitlines()[0]
     assert f"Written by `defuse init`{told.partition(';')[0].lstrip(',')} on" in written
+
+
+def test_fewer_training_images_are_planned_for_with_more_epochs(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 20.0)
+    monkeypatch.chdir(tmp_path)
+    images = digits()
+    np.savez("digits.npz", train_images=images.pixels[:, 0], train_labels=images.labels)
+    planned = []
+    for options in ([], ["--train-images", 40]):
+        chosen = ["digits.npz", "--minutes", 1, "--force", *options]
+        code, out, _ = call(monkeypatch, capsys, "init", *chosen)
+        tree = yaml.safe_load(Path("digits.yaml").read_text())
+        planned.append((code, tree["data"].get("train_images"), tree["vae"]["epochs"]))
+        told = "give fewer images (--train-images), smaller ones (--image-size) or more --minutes"
+        assert told in out
+    assert planned == [(0, None, 2), (0, 40, 6)]

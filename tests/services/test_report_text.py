@@ -38,3 +38,11 @@ def test_a_narrow_report_drops_intervals_and_a_column_before_rows_become_records
     lines = [line.split() for line in console.file.getvalue().splitlines()]
     assert ["Validation", "Test", "Scenario", "images"] in lines and ["Before", "Plain", "Defuse"] in lines
     assert ["left-out", "scenarios", "35", "%", "90", "%", "100", "%"] in lines
+
+
+def test_a_table_without_a_figure_is_left_out(tmp_path: Path):
+    report = report_of((*sample_findings(0, 0), sample_evidence(np.zeros((0, 4)))), tmp_path)
+    console = Console(width=120, file=io.StringIO())
+    print_report(report, console)
+    titles = ("Accuracy (Figure 4)", "Evidence, by", "Agreement of the annotators")
+    assert [title for title in titles if title in console.file.getvalue()] == ["Accuracy (Figure 4)"]

@@ -186,10 +186,20 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda root: (root / "train/cat/notes.txt").touch(), "notes.txt: expected an image"),
         (
-            lambda root: (root / "train/cat/1.HEIC").touch(),
-            "; convert this file to PNG or JPEG, or remove it",
+            lambda root: [
+                (root / f"{name}.HEIC").touch() for name in ("train/cat/1", "train/dog/2", "test/cat/3")
+            ],
+            "found 3 other files: train/cat/1.HEIC, train/dog/2.HEIC, test/cat/3.HEIC; convert them to PNG or JPEG",
+        ),
+        (
+            lambda root: [
+                (root / "train" / path).write_bytes(text)
+                for path, text in (("cat/1.png", b""), ("cat/2.png", b"no picture"), ("dog/0.png", b"none"))
+            ],
+            "3 of 10 image files cannot be read: {root}/train/cat/1.png, {root}/train/cat/2.png, "
+            "{root}/train/dog/0.png; the first error is: {root}/train/cat/1.png: expected an image, found an empty "
+            "file; restore or remove it",
         ),
         (
             lambda root: (root / "test/fox").mkdir(),
@@ -250,4 +260,4 @@ def test_a_folder_out_of_order_is_refused_in_one_line(
     tmp_path: Path, spoil: Callable[[Path], Any], expected: str
 ):
     spoil(write_folder(tmp_path))
-    assert expected in error_of(section("folder", tmp_path))
+    assert expected.format(root=tmp_path) in error_of(section("folder", tmp_path))

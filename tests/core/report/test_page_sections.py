@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_evidence import sample_evidence
-from sample_findings import report_of, sample_findings, sample_run, sample_watch
+from sample_findings import report_of, sample_findings, sample_run, sample_spec, sample_watch
 
 from defuse_core.report import write_report
+from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -117,3 +119,19 @@ def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path:
         and "after (right)" not in text
         and 'class="badge after' not in text
     )
+
+
+@pytest.mark.parametrize(("candidates", "left"), [(0, []), (2, ["agreement"])])
+def test_a_section_without_a_figure_is_left_out(candidates: int, left: list[str], tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(candidates, 0), sample_evidence(np.zeros((0, 4))))
+    page = words_of(run.store.read("report.html"))
+    for form in ('id="{}"', 'href="#{}"'):
+        assert [name for name in ("evidence", "tradeoff", "agreement") if form.format(name) in page] == left
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_images_of_64_pixels_and_more_are_shown_larger(tmp_path: Path, size: int):
+    run = Run(FolderStore(tmp_path), "sample", sample_spec(image_size=size))
+    write_report(run, *sample_findings(2, 1, side=size))
+    assert ('class="shots large"' in words_of(run.store.read("report.html"))) is (size == 64)
