@@ -39,7 +39,7 @@ from defuse_core.data.npz import Arrays, image_shape, splits_of
 from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
-from defuse_core.models import is_same_program, program_of
+from defuse_core.models import expect_storable, is_same_program, program_of
 from defuse_core.pipeline import expect_same_images, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
 from defuse_core.results import RunResult, is_complete
@@ -108,13 +108,14 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
 
     Raises:
         DataError: The images or labels are not as described.
-        ModelError: The classifier is no nn.Module or fails on the images, or torch.export cannot follow its code.
+        ModelError: The classifier is no nn.Module, fails on the images or in torch.export, or is untrusted TorchScript.
         RunFileError: The settings are not those of a run file.
         RunMismatchError: A run of this name began with other images, another classifier or other settings.
         VaeHealthError: The β-VAE draws images that are of no use (vae.accept).
         LabelsPending: People have not answered yet; the same call continues later.
     """
     _expect_module(classifier)
+    expect_storable(classifier)
     if not 1 <= minutes <= MOST_MINUTES:  # NaN is not, either
         raise InputError(f"minutes: expected 1 to {MOST_MINUTES:,}, found {minutes:g}")
     opened = _opened(store)
@@ -129,8 +130,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
             return result
-        started = nullcontext(LocalCompute(progress)) if compute is None else compute(run)
-        with started as running:
+        with nullcontext(LocalCompute(progress)) if compute is None else compute(run) as running:
             run_defuse(run, running, annotators(run, running))
     return RunResult(run, classifier)
 

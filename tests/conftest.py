@@ -387,3 +387,8 @@ def ray_session() -> Iterator[None]:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def trusted_torchscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFUSE_TRUST_TORCHSCRIPT", "1")

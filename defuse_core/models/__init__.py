@@ -38,6 +38,7 @@ from defuse_core.models.probe import is_same_program, log_classifier, probe_clas
 from defuse_core.models.programs import (
     SelfContainedClassifier,
     copy_for_inference,
+    expect_storable,
     load_program,
     program_of,
 )

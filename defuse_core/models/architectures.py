@@ -16,11 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, one_line
 from defuse_core.models.adapters import EXTERNAL, IMAGENET_MEAN, IMAGENET_SD, adapt, reorder
 from defuse_core.models.programs import (
     load_program,
-    open_timm,
     open_transformers,
     read_file,
     transformers_from,
@@ -292,12 +291,32 @@ def _expect_python(module: nn.Module) -> nn.Module:
     return module
 
 
+def _open_timm(name: str, classes: int, channels: int) -> nn.Module:
+    """Return timm's architecture `name` without weights. Raises ModelError for names that would be downloaded."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError("classifier.architecture: timm needs timm; pip install timm") from error
+    if ":" in name or "/" in name:
+        raise ModelError(
+            f"classifier.timm_model: {name} would be downloaded; expected a plain name of timm such as resnet18, and "
+            "classifier.weights with its file"
+        )
+    try:
+        net: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    except Exception as error:
+        raise ModelError(
+            f"classifier.timm_model: timm cannot make {name} ({one_line(error)}); see timm.list_models()"
+        ) from error
+    return net
+
+
 def _external_classifier(spec: RunFile, classes: int, stored: Weights | None) -> nn.Module:
     section = spec.classifier
     if section.architecture == "custom":
         return _expect_python(import_module("classifier.import_path", section.import_path or ""))
     if section.architecture == "timm":
-        return open_timm(section.timm_model or "", classes, spec.data.channels)
+        return _open_timm(section.timm_model or "", classes, spec.data.channels)
     if stored is not None:
         source, where = stored["source"].tobytes(), "the run's classifier"
         program = section.architecture == "program"

@@ -74,7 +74,7 @@ def _read_tree(path: Path) -> Any:
         if "Unsupported global" in str(error):
             raise ModelError(
                 f"{path}: expected a state dict of tensors, found pickled Python objects, which are never loaded; save "
-                "torch.save(model.state_dict(), file), or the network with torch.jit.save or torch.export.save"
+                "torch.save(model.state_dict(), file), or the network with torch.export.save"
             ) from error
         raise _no_state_dict(path) from error
 

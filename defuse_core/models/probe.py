@@ -269,14 +269,15 @@ def is_same_program(classifier: nn.Module, stored: bytes, images: Images) -> boo
 
     Raises ModelError where the classifier fails on them.
     """
-    program = load_program(stored, "the stored classifier").net
-    nets = [net.to(device()) for net in (copy_for_inference(classifier), program)]
-    own, same = (net.state_dict() for net in nets)
+    program = load_program(stored, "the stored classifier").to(device())
+    copied = copy_for_inference(classifier).to(device())
+    own, same = copied.state_dict(), program.net.state_dict()
     if any(not torch.equal(own[name], same[name]) for name in own.keys() & same.keys()):
         return False
     sample = images.take(evenly_spaced(len(images), COMPARED_IMAGES))
     answer, recorded = (
-        map_batches(partial(_logits_of_code, net, sample), len(sample), COMPARED_AT_ONCE) for net in nets
+        map_batches(partial(_logits_of_code, net, sample), len(sample), COMPARED_AT_ONCE)
+        for net in (copied, program)
     )
     return answer.shape == recorded.shape and np.allclose(answer, recorded, rtol=1e-3, atol=1e-4)
 

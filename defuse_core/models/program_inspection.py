@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from defuse_core.errors import ModelError
-from defuse_core.models.operators import WITHOUT_OPERATOR, is_harmless_operator
+from defuse_core.models.operators import WITHOUT_OPERATOR, is_harmless_operator, wrong_argument
 
 FILES_OF_PROGRAM = re.compile(
     r"archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|data/sample_inputs/model\.pt|extra/.*"
     r"|data/(weights|constants)/(model_(weights|constants)_config\.json|(weight|tensor)_\d+)",
     re.ASCII,
 )
-OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(?!prim)(\w+)", re.ASCII)  # to.prim_dtype crashes
+OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 # Operators that call a graph of the program, and the place of the graph among their inputs.
 AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
 WRAPPERS = {"torch.ops.higher_order.wrap_with_set_grad_enabled": 1, AUTOCAST: 4}
@@ -62,7 +62,6 @@ NAMES_IN_CODE = {  # of what torch writes from a program
 }  # fmt: skip
 # in its module
 SET_BY_TORCH = {"_guards_fn", "_in_spec", "_out_spec", "range_constraints", "validate_inputs"}
-STRIDED = 7  # torch.strided in torch's schema of programs
 GRAPH = re.compile(r"submod_\d+", re.ASCII)  # the names that torch writes
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)
@@ -116,7 +115,7 @@ def expect_harmless_program(reader: Any, names: list[str], where: str) -> None:
     program = json.loads(text)
     _expect_harmless_text([program, {"expr_str": list(program["range_constraints"])}], where)
     _expect_graphs_where_they_are_called(program, where)
-    _expect_no_layouts(program, where)
+    _expect_harmless_arguments(program, where)
     tensors |= {text for key, text in _strings(program) if key in NAMES_OF_PARTS}
     for name in tensors:  # what follows the name of a tensor would be an attribute of that tensor
         if any(name[: dot.start()] in tensors for dot in re.finditer(r"\.", name)):
@@ -235,14 +234,11 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
         )
 
 
-def _expect_no_layouts(program: Any, where: str) -> None:
-    """Raise ModelError for a tensor that is made in another layout than the usual one, such as a sparse one."""
+def _expect_harmless_arguments(program: Any, where: str) -> None:
+    """Raise ModelError for an argument that torch's kernels trust although it may be wrong."""
     for node in _nodes(program):
-        for each in node["inputs"]:
-            if each["name"] == "layout" and each["arg"] not in ({"as_layout": STRIDED}, {"as_none": True}):
-                raise ModelError(
-                    f"{where}: gives {node['target']} a layout, and sparse tensors are not loaded; export dense ones"
-                )
+        if wrong := wrong_argument(node["target"], node["inputs"]):
+            raise ModelError(f"{where}: gives {node['target']} {wrong}")
 
 
 def _is_free(name: str) -> bool:
@@ -286,11 +282,7 @@ def _is_harmless_operator(target: str) -> bool:
     of_aten = OF_ATEN.fullmatch(target)
     if of_aten is None:
         return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))
-    name, overload = of_aten[1], "" if of_aten[2] == "default" else of_aten[2]
-    return is_harmless_operator(name) and any(
-        schema.overload_name == overload and not any(argument.is_out for argument in schema.arguments)
-        for schema in torch._C._jit_get_schemas_for_operator(f"aten::{name}")
-    )
+    return is_harmless_operator(of_aten[1], "" if of_aten[2] == "default" else of_aten[2])
 
 
 def _are_plain_containers(spec: dict[str, Any]) -> bool:

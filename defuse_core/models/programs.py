@@ -1,8 +1,8 @@
-"""Classifiers that other tools saved: TorchScript, torch.export, Hugging Face transformers and timm.
+"""Classifiers that other tools saved: TorchScript, torch.export and Hugging Face transformers.
 
-The first two need no code of the user; `script_inspection` and `program_inspection` check a file before torch reads it.
-The checked bytes, not the path, are what torch reads, and its own zip reader is what both are read with: Python's can
-find other entries in the same bytes.
+The first two need no code of the user. `program_inspection` checks a file of torch.export before torch reads it: the
+checked bytes, not the path, are what torch reads, and its own zip reader is what both are read with, as Python's can
+find other entries in the same bytes. A TorchScript file is code that no inspection makes safe: it needs consent.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import logging
+import os
 import platform
 import re
 import tempfile
@@ -26,17 +27,18 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import nn
 from torch.export.passes import move_to_device_pass
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from defuse_core.device import device
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
-from defuse_core.models.script_inspection import expect_harmless_script
 
 OTHER_WAY = (
     "name its factory and its weights in settings instead "
     "(classifier.architecture: custom, import_path, weights)"
 )
+TRUST = "DEFUSE_TRUST_TORCHSCRIPT"  # 1: load files of TorchScript
 LARGEST_BATCH = (
     512  # images that a classifier gets at once where nothing is set: two times correct.batch_size
 )
@@ -63,8 +65,14 @@ class SelfContainedClassifier(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> Any:
-        """(n, channels, H, W) -> whatever the network returns."""
-        return self.net(images)
+        """(n, channels, H, W) -> whatever the network returns.
+
+        In a program attention is computed by torch's plain kernel: the others trust that key and value are as long.
+        """
+        if not isinstance(self.net, torch.fx.GraphModule):
+            return self.net(images)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.net(images)
 
 
 def read_file(path: Path) -> bytes:
@@ -100,21 +108,34 @@ def program_kind(data: bytes) -> str | None:
     return "torchscript" if any(name.startswith("code/") for name in names) else None
 
 
-def _expect_harmless(data: bytes, kind: str, where: str) -> None:
-    """Raise ModelError for a file of `program_kind` kind that could do more than compute with tensors."""
+def expect_trusted(where: str) -> None:
+    """Raise ModelError, of a TorchScript program, unless the environment says that its author is trusted."""
+    if os.environ.get(TRUST) != "1":
+        raise ModelError(
+            f"{where}: found a TorchScript program, which can do whatever its author wants on this machine; if you "
+            f"trust its author, set {TRUST}=1 (on every node of a cluster), else save the network with "
+            "torch.export.save, or give its function and a state dict (classifier.architecture: custom, import_path, "
+            "weights)"
+        )
+
+
+def expect_storable(module: nn.Module | None) -> None:
+    """Raise ModelError for a module of TorchScript, which is stored as such a file, where none are loaded."""
+    if module is not None and isinstance(_unwrapped(module), torch.jit.ScriptModule):
+        expect_trusted("classifier")
+
+
+def _expect_harmless(data: bytes, where: str) -> None:
+    """Raise ModelError for a torch.export file that could do more than compute with tensors."""
     reader = torch._C.PyTorchFileReader(io.BytesIO(data))
     names = reader.get_all_records()
     listed = [name.partition("/")[2] for name in zipfile.ZipFile(io.BytesIO(data)).namelist()]
-    is_flatbuffer = data[4:8] == b"PTMF"  # which torch.jit.load reads in place of the zip archive
-    if is_flatbuffer or sorted(names) != sorted(listed) or len({name.lower() for name in names}) < len(names):
+    if sorted(names) != sorted(listed) or len({name.lower() for name in names}) < len(names):
         raise ModelError(
             f"{where}: the entries of its zip archive are ambiguous (a name twice, or two lists of entries), so it is "
             "not loaded; save the network again"
         )
-    if kind == "torchscript":
-        expect_harmless_script(reader, names, where)
-    else:
-        expect_harmless_program(reader, names, where)
+    expect_harmless_program(reader, names, where)
 
 
 def load_program(data: bytes, where: str) -> SelfContainedClassifier:
@@ -126,8 +147,9 @@ def load_program(data: bytes, where: str) -> SelfContainedClassifier:
             "module of torch.save, needs its code: --classifier package.module:factory --weights FILE (in a run file "
             "classifier.architecture: custom, import_path and weights; the file is to hold the state dict)"
         )
+    if kind == "torchscript":
+        expect_trusted(where)
     try:
-        _expect_harmless(data, kind, where)
         net = _load_script(data) if kind == "torchscript" else _load_exported(data, where)
     except ModelError:
         raise
@@ -227,6 +249,7 @@ def _load_script(data: bytes) -> nn.Module:
 
 
 def _load_exported(data: bytes, where: str) -> nn.Module:
+    _expect_harmless(data, where)
     program = torch.export.load(io.BytesIO(data))
     _expect_any_batch(program, where)
     # also to the CPU: the graph names the device of the export where it makes tensors
@@ -357,26 +380,6 @@ def class_names_of(classifier: nn.Module) -> tuple[str, ...] | None:
         return None
     listed = tuple(str(names[index]) for index in sorted(names))
     return None if listed[0].startswith("LABEL_") else listed
-
-
-def open_timm(name: str, classes: int, channels: int) -> nn.Module:
-    """Return timm's architecture `name` without weights. Raises ModelError for names that would be downloaded."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ModelError("classifier.architecture: timm needs timm; pip install timm") from error
-    if ":" in name or "/" in name:
-        raise ModelError(
-            f"classifier.timm_model: {name} would be downloaded; expected a plain name of timm such as resnet18, and "
-            "classifier.weights with its file"
-        )
-    try:
-        net: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-    except Exception as error:
-        raise ModelError(
-            f"classifier.timm_model: timm cannot make {name} ({one_line(error)}); see timm.list_models()"
-        ) from error
-    return net
 
 
 def _transformers() -> Any:

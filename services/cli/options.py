@@ -211,8 +211,8 @@ track_option = click.option(
 
 
 CLASSIFIER_HELP = (
-    "Your classifier: package.module:factory (with --weights), a file of torch.jit.save or torch.export.save, "
-    "a folder of Hugging Face's, or timm:NAME (with --weights)."
+    "Your classifier: package.module:factory (with --weights), a file of torch.export.save (or of torch.jit.save, if "
+    "DEFUSE_TRUST_TORCHSCRIPT=1), a folder of Hugging Face's, or timm:NAME (with --weights)."
 )
 
 

@@ -1,10 +1,10 @@
 """Plain beside anchored decoding on somebody's photographs, from an .npz file to the decision.
 
     python tests/bench/photos.py layout photos.npz photos/          # as folders: train/CLASS/*.png and so on
-    python tests/bench/photos.py classifier photos/ photos_net.pt   # a small ResNet of one's own, as TorchScript
+    python tests/bench/photos.py classifier photos/ photos_net.pt2  # a small ResNet of one's own, as a program
     python tests/bench/photos.py decodings runs photos --picture anchored.png
 
-Between the second and the third: `defuse init photos/ --classifier photos_net.pt` and `defuse run photos.yaml`. The
+Between the second and the third: `defuse init photos/ --classifier photos_net.pt2` and `defuse run photos.yaml`. The
 third takes the run's β-VAE, and says of test images, moved by 1, 2, 4 and 8 times the posterior's noise, what the
 classifier gets wrong and what the reference models and judges, who are independent of it, still see.
 """
@@ -105,7 +105,7 @@ def from_folder(folder: Path, size: int) -> tuple[Images, Images, int]:
 @click.option("--epochs", default=14)
 @click.option("--size", default=32, help="Pixels of a side, a multiple of 8.")
 def classifier(folder: Path, file: Path, epochs: int, size: int) -> None:
-    """Train a small ResNet on FOLDER and save it as TorchScript."""
+    """Train a small ResNet on FOLDER and save it with torch.export.save."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     train, test, classes = from_folder(folder, size)
@@ -126,7 +126,9 @@ def classifier(folder: Path, file: Path, epochs: int, size: int) -> None:
         right = (predict(net.eval(), test) == test.labels).mean()
         net.train()
         click.echo(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}, test {right:.1%}")
-    torch.jit.script(net.eval()).save(str(file))
+    shapes = ({0: torch.export.Dim("batch")},)
+    example = (torch.rand(2, 3, size, size),)
+    torch.export.save(torch.export.export(net.eval(), example, dynamic_shapes=shapes), file)
 
 
 def augmented(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

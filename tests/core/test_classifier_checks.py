@@ -81,6 +81,7 @@ UNREACHED = [
 ]
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize("build", UNREACHED)
 def test_a_classifier_whose_logits_reach_no_parameter_is_refused(build):
     adapted = adapt(build(), section(), 10)
@@ -105,6 +106,7 @@ def test_gradients_in_one_mode_are_enough_and_the_check_leaves_no_trace(evaluate
     torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize("build", [trained, lambda: torch.jit.script(trained())])
 def test_programs_are_trainable(build):
     expect_trainable(adapt(as_program(build()), section(), 10), digits())

@@ -91,6 +91,7 @@ def test_the_remedy_is_the_callers_where_no_cause_is_found():
     assert line == "the classifier fails on images of shape (2, 3, 8, 8): my own words; look at it"
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 def test_a_frozen_script_is_told_to_be_saved_without_freezing(tmp_path: Path):
     torch.jit.freeze(torch.jit.script(trained().eval())).save(tmp_path / "net.pt")
     frozen = load_program((tmp_path / "net.pt").read_bytes(), "net.pt")

@@ -305,6 +305,7 @@ def test_a_classifier_that_torch_cannot_export_is_refused_with_the_other_way(tmp
     assert capfd.readouterr().err == ""  # and without a dump of its graph
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 def test_a_scripted_classifier_and_a_whole_run_file_are_taken(tmp_path):
     scripted = torch.jit.script(biased())
     spec = settings_of(tmp_path, classifier=scripted, settings=tiny())

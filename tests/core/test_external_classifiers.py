@@ -56,6 +56,7 @@ def program_spec(path: Path, **sections: dict[str, object]) -> RunFile:
     return tiny(classifier=classifier, vae={"epochs": 1, "accept": "blind"}, **sections)
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_program_answers_as_the_network_does_and_needs_no_file_afterwards(name, tmp_path, caplog):
     caplog.set_level("INFO")
@@ -94,6 +95,7 @@ def test_a_program_of_batches_up_to_a_size_is_refused_with_what_to_export(most, 
         load_program(data, "net.pt2")
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_program_stays_in_eval_mode_while_it_is_fine_tuned(name, tmp_path):
     layers = nn.Flatten(), nn.BatchNorm1d(256), nn.Dropout(0.5), nn.Linear(256, 10)
@@ -108,6 +110,7 @@ def test_a_program_stays_in_eval_mode_while_it_is_fine_tuned(name, tmp_path):
     torch.testing.assert_close(program(images), network(images))  # the statistics are still the same
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_program_is_corrected_like_any_other_classifier(name, tmp_path):
@@ -217,6 +220,7 @@ def test_a_program_of_a_gpu_names_the_export_that_is_needed(part, exported, tmp_
         load_program(changed, "gpu.pt2")
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 def test_torchscript_is_read_without_pythons_unpickler(tmp_path, monkeypatch):
     data = save_script(tmp_path / "net.pt").read_bytes()
     for name in ("load", "loads", "Unpickler"):

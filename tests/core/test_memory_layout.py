@@ -79,6 +79,7 @@ CUSTOM = {channels: f"{HERE}:{name}" for channels, name in ((1, "grey"), (3, "co
 FORMS = ["custom", "torch.jit", "torch.export"]
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize("channels", CUSTOM)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_view_behind_a_convolution_passes_the_checks_and_answers_as_for_its_owner(form, channels, tmp_path):

@@ -51,6 +51,7 @@ def test_a_program_of_torch_export_is_stacked_as_well(tiny_models, data, tmp_pat
     assert "cannot be stacked" not in caplog.text
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 def test_torchscript_is_not_stacked(tiny_models, data, tmp_path, caplog):
     torch.jit.script(trained()).save(tmp_path / "net.pt")
     spec, models = with_program(stacking(epochs=1), tmp_path / "net.pt", tiny_models)

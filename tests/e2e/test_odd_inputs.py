@@ -159,6 +159,7 @@ def start(classifier: dict[str, object], tmp_path: Path, monkeypatch, capsys) ->
     return code, err
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize(
     ("classifier", "line"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
@@ -170,6 +171,7 @@ def test_an_unusable_classifier_exits_2_with_one_line(classifier, line, files, t
     assert not (tmp_path / "runs/tiny/models.safetensors").exists()
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.parametrize(("classifier", "line"), [row[1:] for row in TAKEN], ids=[row[0] for row in TAKEN])
 def test_an_odd_but_usable_classifier_is_taken_with_a_line(
     classifier, line, files, tmp_path, monkeypatch, capsys, caplog

@@ -106,6 +106,7 @@ def test_more_minutes_give_more_epochs(pictures, tmp_path, monkeypatch, capsys):
     assert short["identify"]["draws"] <= long["identify"]["draws"]
 
 
+@pytest.mark.usefixtures("trusted_torchscript")
 @pytest.mark.usefixtures("known_speeds")
 def test_the_range_that_a_program_expects_and_its_probabilities_are_written(
     pictures, tmp_path, monkeypatch, capsys

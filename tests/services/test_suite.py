@@ -159,14 +159,14 @@ def test_a_factory_that_loads_its_own_weights_needs_no_file_of_them(suite, files
 
 
 def test_a_program_and_a_run_are_checked_too(suite, files, store, monkeypatch, capsys):
-    options = ["--suite", suite, "--classifier", files / "good.pt"]
+    monkeypatch.setenv("DEFUSE_TRUST_TORCHSCRIPT", "1")
+    options = "--suite", suite, "--classifier", files / "good.pt"
     code, _, err = call(monkeypatch, capsys, "check", *options)
     assert code == 2
     assert "set classifier.outputs: probabilities" in one_line(err)
-    chosen = ["--set", "classifier.outputs=probabilities", "--json"]
-    code, out, _ = call(monkeypatch, capsys, "check", *options, *chosen)
-    page = json.loads(out)
-    assert (code, page["passed"], len(page["scenarios"])) == (0, True, 2)
+    options += "--set", "classifier.outputs=probabilities", "--json"
+    code, out, _ = call(monkeypatch, capsys, "check", *options)
+    assert (code, (page := json.loads(out))["passed"], len(page["scenarios"])) == (0, True, 2)
     assert call(monkeypatch, capsys, "check", "first", "--store", store.address, "--suite", suite)[0] == 0
 
 
