@@ -113,19 +113,15 @@ def read_each(paths: Sequence[str] | FilePaths, read: Callable[[str], Read]) -> 
     errors: dict[str, DataError] = {}
     for path in paths:
         try:
-            found = read(path)
+            yield read(path)
         except DataError as error:
             errors[path] = error
-        else:
-            yield found
-    if len(errors) == 1:
-        raise next(iter(errors.values()))
     if errors:
         first = next(iter(errors.values()))
-        raise DataError(
-            f"{len(errors)} of {len(paths):,} image files cannot be read: {first_few([*errors], most=20)}; the first "
-            f"error is: {first}"
-        )
+        if len(errors) == 1:
+            raise first
+        count, names = f"{len(errors)} of {len(paths):,}", first_few([*errors], most=20)
+        raise DataError(f"{count} image files cannot be read: {names}; the first error is: {first}")
 
 
 def read_picture(path: str, channels: int, size: int) -> U8:
@@ -151,9 +147,7 @@ def opened_picture(path: str) -> Iterator[Image.Image]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except PermissionError as error:
-        raise DataError(
-            f"{path}: no permission to read this image; make it readable for this user"
-        ) from error
+        raise DataError(f"{path}: no permission to read this image; make it readable to you") from error
     except FileNotFoundError as error:
         if Path(path).is_symlink():
             raise DataError(f"{path}: this link leads to a file that does not exist; remove it") from error
