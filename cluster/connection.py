@@ -31,6 +31,7 @@ from cluster.ray_compat import (
     keep_idle_workers,
     kept_sigterm_handler,
     limit_memory_retries,
+    nothing_left_of_a_failed_start,
     set_private_token,
     shorten_socket_paths,
     wait_for_absent_head,
@@ -107,7 +108,7 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
     num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with kept_sigterm_handler():
+            with kept_sigterm_handler(), nothing_left_of_a_failed_start():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
             return
         except Exception as error:  # Ray raises bare ones
@@ -119,8 +120,8 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
                 ) from error
             if attempt == START_ATTEMPTS:
                 raise ComputeError(
-                    f"{failed} in {START_ATTEMPTS} attempts; end other work on it, or compute without Ray: `defuse run "
-                    "--on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
+                    f"{failed} in {START_ATTEMPTS} attempts; end other work where it is busy, or compute without Ray: "
+                    "`defuse run --on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
                 ) from error
             log.warning("%s; starting it again", failed)
 

@@ -104,7 +104,8 @@ class Jobs:
         lost_at: float | None = None  # since then nothing answers
         while True:
             try:
-                job, text = self.get(job_id), self.logs(job_id)  # in this order: an ended job writes no more
+                job = self.get(job_id)  # first: an ended job writes no more
+                text = self._log_of(job_id, job)
             except (ComputeError, InputError) as error:  # also a refusal, as while the head starts again
                 lost = f"job {job_id}: lost the connection to {self.shown} ({str(error).partition('; check')[0]})"
                 if lost_at is None:
@@ -123,6 +124,16 @@ class Jobs:
                 if job.is_over:
                     return job
             time.sleep(PAUSE_S)
+
+    def _log_of(self, job_id: str, job: Job) -> str:
+        """Return the log of a job; empty, with a warning, where that of an ended one cannot be read."""
+        try:
+            return self.logs(job_id)
+        except (ComputeError, InputError) as error:
+            if not job.is_over:
+                raise
+            log.warning("job %s: it has ended, and its log cannot be read (%s)", job_id, error)
+            return ""
 
     def _proxy_hint(self) -> str:
         """Return what to do where requests go through a proxy of the environment, which may not reach the head."""

@@ -196,6 +196,27 @@ def shorten_socket_paths() -> None:
         os.environ.setdefault("RAY_TMPDIR", "/tmp")
 
 
+@contextlib.contextmanager
+def nothing_left_of_a_failed_start() -> Iterator[None]:
+    """End the processes that Ray began in the block where it fails: it leaves them beside the next start."""
+    import psutil  # type: ignore[import-untyped]  # which Ray brings along
+    import ray
+
+    before, was_connected = set(psutil.Process().children()), ray.is_initialized()
+    try:
+        yield
+    except BaseException:
+        if not was_connected:
+            ray.shutdown()
+        for child in set(psutil.Process().children()) - before:
+            with contextlib.suppress(psutil.Error):
+                if any("/ray/" in part for part in child.cmdline()):
+                    for each in (*child.children(recursive=True), child):
+                        each.kill()
+                    child.wait()
+        raise
+
+
 def is_temporary_folder_unusable(error: Exception) -> bool:
     """Whether Ray cannot start as its folder of temporary files cannot be written, or has too long a path."""
     return isinstance(error, PermissionError) or "AF_UNIX path length" in str(error)

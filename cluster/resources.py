@@ -124,6 +124,8 @@ def _living_nodes() -> list[dict[str, Any]]:
     try:
         found = answer.result(WARN_AFTER_S)
     except TimeoutError:
+        if answer.done():  # Ray's own error
+            raise
         log.warning("waiting for the head of the cluster, which does not answer")
         found = answer.result()
     return [node for node in found if node["Alive"]]

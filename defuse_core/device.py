@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # torch's flags of how it computes f32: convolutions and recurrent layers of GPUs, and the products of both
 _backends: Any = torch.backends  # its annotations lack some of them
@@ -161,3 +163,26 @@ def _set_allocator(options: Mapping[int, int]) -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in options.items():
             libc.mallopt(option, value)
+
+
+class _PlainAttention:
+    """A context in which attention is computed by torch's plain kernel: a setting of the process, shared by threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._plain = threading.Lock(), 0, sdpa_kernel(SDPBackend.MATH)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._plain = sdpa_kernel(SDPBackend.MATH)
+                self._plain.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._plain.__exit__(None, None, None)
+
+
+plain_attention = _PlainAttention()

@@ -25,6 +25,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
+from defuse_core.distill.draws import with_both_halves
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, DataError, StoreError
 from defuse_core.evaluation import (
@@ -242,9 +243,11 @@ def _scenarios(
         scenarios = distill_all(run.spec, psi, run.store, models.data_fingerprint, compute)
     else:
         scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
-    if run.spec.review.tau != "auto" or references is None:
-        return scenarios
-    return tighten(run.spec, models, references, scenarios, compute)
+    if run.spec.review.tau == "auto" and references is not None:
+        scenarios = tighten(run.spec, models, references, scenarios, compute)
+    return with_both_halves(
+        scenarios, run.spec.review.least_units
+    )  # the classifier is not right on those left
 
 
 def _verdicts_with_all_overrides(run: Run, judge: Callable[[], Verdicts]) -> Verdicts:

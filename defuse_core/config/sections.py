@@ -47,7 +47,7 @@ class ClassifierSection(Section):
     """The classifier f that is debugged."""
 
     architecture: Literal["cnn", "resnet18", "custom", "program", "transformers", "timm"] = "cnn"
-    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path; program is a TorchScript or torch.export file;
+    """cnn is Figure 7; resnet18 is torchvision's; custom is import_path; program is a torch.export or TorchScript file;
     transformers is a local folder of Hugging Face's; timm is timm_model. Paper: cnn for MNIST, resnet18 otherwise."""
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""

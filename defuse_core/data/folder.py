@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def open_folder(data: DataSection, seed: int) -> Splits:
     root = data_root(data)
     classes = folder_classes(root / "train")
     found = {name: _files(root / name, classes) for name in ("train", "validation", "test")}
-    _expect_images(root, [path for files in found.values() for of_class in files for path in of_class])
+    _expect_images(root, (path for files in found.values() for of_class in files for path in of_class))
     train, validation, test = (_images(files, data) if files else None for files in found.values())
     assert train is not None  # folder_classes raises where its folder is missing
     return divided(Splits(train, validation, test, classes), data, seed)
@@ -120,7 +120,7 @@ def _files(part: Path, classes: tuple[str, ...]) -> list[FilePaths]:
     return files
 
 
-def _expect_images(root: Path, paths: list[str]) -> None:
+def _expect_images(root: Path, paths: Iterable[str]) -> None:
     """Raise DataError naming the files below `root` whose suffix is of no image."""
     others = [path.removeprefix(f"{root}{os.sep}") for path in paths if not path.lower().endswith(SUFFIXES)]
     if others:

@@ -110,17 +110,17 @@ class PictureFiles:
 
 def read_each(paths: Sequence[str] | FilePaths, read: Callable[[str], Read]) -> Iterator[Read]:
     """Yield what `read` returns of each image file. Raises, after the last, one DataError for all that it fails on."""
-    errors: dict[str, DataError] = {}
+    failed, first = list[str](), ""
     for path in paths:
         try:
             yield read(path)
         except DataError as error:
-            errors[path] = error
-    if errors:
-        first = next(iter(errors.values()))
-        if len(errors) == 1:
-            raise first
-        count, names = f"{len(errors)} of {len(paths):,}", first_few([*errors], most=20)
+            failed.append(path)
+            first = first or str(error)
+    if len(failed) == 1:
+        raise DataError(first)
+    if failed:
+        count, names = f"{len(failed)} of {len(paths):,}", first_few(failed, most=20)
         raise DataError(f"{count} image files cannot be read: {names}; the first error is: {first}")
 
 

@@ -63,7 +63,7 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec, data_fingerprint).train
         anchored = component_failures(fits.members(), train, spec.seed)
-        scenarios = with_both_halves(replace(scenarios, failures=anchored), spec.review.least_units)
+        scenarios = with_both_halves(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)
     return scenarios
 

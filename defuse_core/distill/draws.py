@@ -27,7 +27,7 @@ IMAGES_KEPT = 64  # training images that the failures of one component come from
 REPAIRS = 5000  # units that change halves at most
 # the reasons why a component is dropped begin with these
 UNDIVIDED = "too few photographs to hold out"
-UNCERTAIN = "too few photographs to be certain"
+UNCERTAIN = "too few photographs or tracks for certainty"
 SIDEWAYS = 0.1  # share of the repairs that change a random unit
 
 
@@ -332,7 +332,7 @@ def _why_dropped(failures: ComponentFailures, component: int, least: int) -> str
         shared = f"other components share its {count_of(count, what)}"
         return f"{UNDIVIDED}: {f'all are of one {what}' if count == 1 else shared}"
     if reviewed < least:
-        return f"{UNCERTAIN}: {count_of(reviewed, what)} would be reviewed, and significance takes {least}"
+        return f"{UNCERTAIN}: {count_of(reviewed, what)} to review, and significance takes {least}"
     return None
 
 

@@ -101,7 +101,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
         failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
-        scenarios = with_both_halves(replace(scenarios, failures=failures), spec.review.least_units)
+        scenarios = with_both_halves(replace(scenarios, failures=failures))
     log_scenarios(spec, scenarios)
     return scenarios
 

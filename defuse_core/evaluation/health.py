@@ -210,7 +210,7 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
     if VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
-        f"the β-VAE is {health.verdict}: {health_figures(health)} ({STRIP_KEY} in the run shows them); "
+        f"the β-VAE is {health.verdict}: {health_figures(health)} ({STRIP_KEY} in the run shows some); "
         f"{why_guessing(models) or _remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -72,10 +72,15 @@ def export_scenarios(run: Run, folder: Path) -> int:
     expect_new_folder("--scenarios", folder)
     found, parts = _load(run)
     classes, files = found.models.classes, _training_files(found)
+
+    def file_of(index: int) -> str:
+        """Return the file of a training image below data.root; empty where there is none."""
+        return "" if files is None else Path(files[index]).relative_to(data_root(found.spec.data)).as_posix()
+
     with filling("--scenarios", folder) as unfinished:
         rows: list[PictureRow] = []
         for pictures, before, after in parts:
-            rows += _write(pictures, (before, after), classes, unfinished, files=files)
+            rows += _write(pictures, (before, after), classes, unfinished, file_of=file_of)
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
         writer.writeheader()
@@ -84,18 +89,17 @@ def export_scenarios(run: Run, folder: Path) -> int:
     return len(rows)
 
 
-def _training_files(found: FinishedRun) -> Sequence[Path] | None:
-    """Return the files of the training images below data.root; None where decoded plainly, and where they are none."""
+def _training_files(found: FinishedRun) -> Sequence[str] | None:
+    """Return the file of each training image; None where decoded plainly, and where images are in no files."""
     if found.gallery.source is None:
         return None
     try:
-        files = reopen_splits(found.spec, found.models.data_fingerprint).train.files
+        return reopen_splits(found.spec, found.models.data_fingerprint).train.files
     except (DataError, RunMismatchError) as error:
         log.warning(
             "%s: the column source is empty, since the training images are not available: %s", TABLE, error
         )
         return None
-    return None if files is None else [Path(file).relative_to(data_root(found.spec.data)) for file in files]
 
 
 def _load(run: Run) -> tuple[FinishedRun, list[tuple[LabelledPictures, I64, I64 | None]]]:
@@ -149,7 +153,7 @@ def _write(
     classes: tuple[str, ...],
     folder: Path,
     *,
-    files: Sequence[Path] | None,
+    file_of: Callable[[int], str],
 ) -> Iterator[PictureRow]:
     counts: dict[int, int] = {}
     before, after = answers
@@ -171,9 +175,7 @@ def _write(
             origin=pictures.origin,
             before=classes[before[index]],
             after="" if after is None else classes[after[index]],
-            source=""
-            if files is None or pictures.source is None
-            else files[pictures.source[index]].as_posix(),
+            source="" if pictures.source is None else file_of(pictures.source[index]),
         )
 
 

@@ -286,7 +286,8 @@ def _expect_python(module: nn.Module) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError(
             "classifier.import_path: expected a module of Python, found one of TorchScript; save it with "
-            "torch.jit.save, and give the file: classifier.architecture: program, classifier.weights: FILE"
+            "torch.jit.save, and give the file: classifier.architecture: program, classifier.weights: FILE (with "
+            "DEFUSE_TRUST_TORCHSCRIPT=1 in the environment)"
         )
     return module
 

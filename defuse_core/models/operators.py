@@ -132,10 +132,11 @@ def _wrong_window(given: dict[str, Any]) -> str | None:
 
 def _wrong_scale(given: dict[str, Any]) -> str | None:
     for key, value in given.items():
-        if key.startswith("scale") and not (
-            value.keys() <= CONSTANTS
-            and all(LEAST_SCALE <= number <= LARGEST_SCALE for number in _numbers(value))
-        ):
+        scales = [each for part in value.values() for each in (part if isinstance(part, list) else [part])]
+        in_bounds = [
+            isinstance(each, int | float) and LEAST_SCALE <= each <= LARGEST_SCALE for each in scales
+        ]
+        if key.startswith("scale") and not (value.keys() <= CONSTANTS and all(in_bounds)):  # "NaN" is a text
             return f"{key} other than numbers from 1e-6 to 1e6; set the size in place of scale_factor"
     return None
 

@@ -27,9 +27,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import nn
 from torch.export.passes import move_to_device_pass
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from defuse_core.device import device
+from defuse_core.device import device, plain_attention
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
@@ -71,7 +70,7 @@ class SelfContainedClassifier(nn.Module):
         """
         if not isinstance(self.net, torch.fx.GraphModule):
             return self.net(images)
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention:
             return self.net(images)
 
 

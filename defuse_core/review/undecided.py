@@ -265,8 +265,8 @@ def _not_reviewed(scenarios: Scenarios | None) -> str | None:
     if not few:
         return None
     return (
-        f"{count_of(len(few), 'component')} {'was' if len(few) == 1 else 'were'} not reviewed, the first since "
-        f"{few[0].reason}; try more photographs or tracks of these classes (data.train_images)"
+        f"{count_of(len(few), 'component')} {'was' if len(few) == 1 else 'were'} not reviewed ({few[0].reason}); try "
+        "more photographs or tracks of these classes (data.train_images)"
     )
 
 

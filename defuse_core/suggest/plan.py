@@ -53,7 +53,8 @@ ANCHORED_PURITY = 0.7
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 WITH_LESS = (
-    "fewer images (--train-images), smaller ones (--image-size) or more --minutes (minutes= in Python)"
+    "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
+    "minutes=)"
 )
 TOO_LONG = 1.5  # times the minutes asked for, or those planned, from which the other is worth a word
 

@@ -6,10 +6,13 @@ import errno
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
@@ -24,6 +27,7 @@ from cluster.connection import (
     explained_line,
     prepare_embedded_ray,
 )
+from cluster.ray_compat import nothing_left_of_a_failed_start
 from defuse_core.errors import ComputeError, DataError, InputError
 from tests.ports import free_port
 
@@ -141,6 +145,17 @@ def test_a_ray_that_does_not_start_in_time_is_started_again_with_a_warning(
     assert caplog.messages == [
         "Ray did not start on this machine (Exception: The current node timed out during startup.); starting it again"
     ]
+
+
+def test_a_start_that_fails_leaves_none_of_rays_processes() -> None:
+    words = [sys.executable, "-c", "import time; time.sleep(300)"]
+    with subprocess.Popen([*words, "other"]) as other:
+        with pytest.raises(TimeoutError), nothing_left_of_a_failed_start():
+            left = subprocess.Popen([*words, "/ray/raylet"])
+            raise TimeoutError
+        assert not psutil.pid_exists(left.pid)
+        assert other.poll() is None
+        other.kill()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class Head:
     """The routes of a dashboard that Ray's client asks for one job, behind a proxy that passes no websocket."""
 
     def __init__(self) -> None:
-        self.status, self.exit_code, self.is_silent = "RUNNING", 0, False
+        self.status, self.exit_code, self.is_silent, self.is_unreadable = "RUNNING", 0, False, False
         self.log, self.reads = LOG[:11], 0
         self.ends = False  # the job writes its last line and ends, right after somebody has read its log
         self.refusals = 0  # questions that it answers with 403, as a proxy before a head that starts again
@@ -50,7 +50,7 @@ class Head:
                 {"type": "SUBMISSION", "entrypoint": "", "status": self.status}
                 | {"submission_id": "j1", "driver_exit_code": self.exit_code}
             ),
-            "/api/jobs/j1/logs": self._read,
+            "/api/jobs/j1/logs": lambda: self.fail_to_read() if self.is_unreadable else self._read(),
         }
         for path, answer in answers.items():
             app.router.add_get(path, lambda _, answer=answer: self._answer(answer))
@@ -78,6 +78,11 @@ class Head:
 
     def end(self) -> None:
         self.log, self.status = LOG, "SUCCEEDED"
+
+    def fail_to_read(self) -> dict[str, str]:
+        """Answer 500, as Ray does for a log with bytes of another encoding."""
+        self.end()
+        raise web.HTTPInternalServerError(text="'utf-8' codec can't decode byte 0xff")
 
 
 @pytest.fixture
@@ -107,6 +112,15 @@ def test_a_followed_job_is_shown_to_its_end_where_no_websocket_passes(head: Head
     shown: list[str] = []
     job = Jobs(head.address).follow("j1", shown.append)
     assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:11], LOG[11:]])
+
+
+def test_an_ended_job_whose_log_cannot_be_read_is_returned_with_a_warning(
+    head: Head, caplog: pytest.LogCaptureFixture
+) -> None:
+    head.is_unreadable, head.exit_code = True, 3
+    job = Jobs(head.address).follow("j1", print)
+    assert (job.status, job.exit_code) == ("SUCCEEDED", 3)
+    assert "job j1: it has ended, and its log cannot be read (" in caplog.text
 
 
 def test_refusals_after_the_first_contact_are_a_lost_connection_for_a_while(

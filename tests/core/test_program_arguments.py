@@ -6,6 +6,7 @@ With such, torch 2.13 ends the process, or reads or writes outside of tensors.
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from defuse_core.device import plain_attention
 from defuse_core.errors import ModelError
 from defuse_core.models.operators import KNOWN_OPERATORS
 from defuse_core.models.programs import load_program
@@ -102,6 +104,7 @@ def resized(images: Tensor) -> Tensor:
         (lambda images: images[:, 1:], "slice.Tensor", {"start": {"as_int": -(2**31)}}, "the number -2147483648"),
         (resized, "upsample_nearest2d.vec", {"scale_factors": {"as_floats": [1e-30, 1e-30]}}, "scale_factors other"),
         (resized, "upsample_nearest2d.vec", {"scale_factors": {"as_floats": [1e7, 1e7]}}, "scale_factors other"),
+        (resized, "upsample_nearest2d.vec", {"scale_factors": {"as_floats": ["Infinity", 2.0]}}, "scale_factors"),
         (resized, "upsample_nearest2d.vec", {"scale_factors": {"as_sym_ints": []}}, "scale_factors other than"),
     ],
 )  # fmt: skip
@@ -208,6 +211,28 @@ def test_attention_of_programs_is_computed_by_the_kernel_that_compares_key_and_v
     program = load_program(packed(entries), "net.pt2")
     with pytest.raises(RuntimeError, match="Expected size"):
         program(IMAGES)
+
+
+def test_attention_stays_plain_while_another_thread_is_inside_and_is_as_before_at_the_end():
+    def kernels() -> tuple[bool, bool]:
+        return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+
+    before = kernels()
+    entered, left = threading.Event(), threading.Event()
+
+    def inside() -> None:
+        with plain_attention:
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=inside)
+    with plain_attention:
+        thread.start()
+        assert entered.wait(60)
+    assert kernels() == (False, False)
+    left.set()
+    thread.join()
+    assert kernels() == before == (True, True)
 
 
 def two_directories(shown: bytes, read: bytes) -> bytes:

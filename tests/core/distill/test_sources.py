@@ -201,7 +201,7 @@ def test_a_component_with_fewer_photographs_to_review_than_significance_takes_is
     assert (len(kept), len(with_both_halves(scenarios, least=4))) == (1, 2)
     what = "track" if tracks else "photograph"
     assert [dropped.reason for dropped in kept.dropped] == [
-        f"too few photographs to be certain: 4 {what}s would be reviewed, and significance takes 5"
+        f"too few photographs or tracks for certainty: 4 {what}s to review, and significance takes 5"
     ]
 
 

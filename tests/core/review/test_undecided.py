@@ -131,7 +131,7 @@ def test_components_that_were_not_reviewed_since_too_few_photographs_show_them_l
     for reason, told in ((f"{UNCERTAIN}: 4 photographs", True), (f"{UNDIVIDED}: all are of one", False)):
         scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(weight=0.1, reason=reason),))
         text = undecided((dataclasses.replace(found, scenarios=scenarios), evaluation)) or ""
-        assert text.startswith("1 component was not reviewed, the first since too few photographs") is told
+        assert text.startswith("1 component was not reviewed (too few photographs") is told
 
 
 def test_what_people_rejected_is_decided():
