@@ -268,9 +268,8 @@ def _of_task(error: RayTaskError, cause: BaseException) -> str:
 
 def _node(error: BaseException) -> str:
     found = NODE.findall(str(error))
-    return (
-        f" on {found[-1]}" if found else ""
-    )  # the last: before it are tasks that needed the failed one's result
+    # the last: before it are tasks that needed the failed one's result
+    return f" on {found[-1]}" if found else ""
 
 
 def _flat(error: BaseException) -> str:

@@ -169,20 +169,19 @@ class _PlainAttention:
     """A context in which attention is computed by torch's plain kernel: a setting of the process, shared by threads."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._plain = threading.Lock(), 0, sdpa_kernel(SDPBackend.MATH)
+        self._lock, self._inside, self._set = threading.Lock(), 0, contextlib.ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._plain = sdpa_kernel(SDPBackend.MATH)
-                self._plain.__enter__()
+                self._set.enter_context(sdpa_kernel(SDPBackend.MATH))
             self._inside += 1
 
     def __exit__(self, *_error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._plain.__exit__(None, None, None)
+                self._set.close()
 
 
 plain_attention = _PlainAttention()

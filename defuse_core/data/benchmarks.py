@@ -27,7 +27,7 @@ from defuse_core.data.images import (
     fit_pixels,
     reading,
 )
-from defuse_core.data.splits import divided, halves, hold_out
+from defuse_core.data.splits import divided, halves, hold_out, track_numbers
 from defuse_core.errors import DataError
 from defuse_core.seeds import generator
 
@@ -237,8 +237,7 @@ def open_signs(data: DataSection, seed: int) -> Splits:
     base = _signs_base(data)
     files = sorted((base / "GTSRB" / "Training").glob("*/*.ppm"))
     train = _pictures(files, [_class_of(file) for file in files], data, base)
-    _, tracks = np.unique([track_of(file) for file in files], return_inverse=True)
-    train = replace(train, tracks=tracks.astype(np.int64))
+    train = replace(train, tracks=track_numbers([track_of(file) for file in files]))
     return _divided_with_halves(Splits(train, None, _official_test(base, data), SIGNS), data, seed)
 
 

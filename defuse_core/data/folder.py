@@ -31,7 +31,7 @@ from defuse_core.data.images import (
     expect_class_names,
     opened_picture,
 )
-from defuse_core.data.splits import divided
+from defuse_core.data.splits import divided, track_numbers
 from defuse_core.errors import DataError, count_of, first_few
 
 log = logging.getLogger("defuse")
@@ -149,7 +149,7 @@ def _tracks(paths: FilePaths, pattern: str) -> I64:
                 "match; correct the pattern, or rename the file"
             )
         objects.append(found[1])
-    return np.unique(objects, return_inverse=True)[1].astype(np.int64)
+    return track_numbers(objects)
 
 
 def walk_files(folder: Path) -> Iterator[str]:

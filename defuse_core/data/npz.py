@@ -13,7 +13,7 @@ from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
 from defuse_core.data.folder import part_of
 from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
-from defuse_core.data.splits import divided
+from defuse_core.data.splits import divided, track_numbers
 from defuse_core.errors import DataError, first_few
 
 PARTS = ("train", "validation", "test")
@@ -190,7 +190,7 @@ def _tracks(arrays: Arrays, part: str, count: int, where: str) -> I64 | None:
             f"{where}: {part}_tracks: expected {count} integers or texts, the object that each image shows, found "
             f"{tracks.dtype} {tracks.shape}; correct them"
         )
-    return np.unique(tracks, return_inverse=True)[1].astype(np.int64)
+    return track_numbers(tracks)
 
 
 def _labels(arrays: Arrays, part: str, where: str) -> I64:

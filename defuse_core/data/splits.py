@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from defuse_core.artifacts import F64, I64
 from defuse_core.config import DataSection
@@ -78,6 +81,11 @@ def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
         held_out = validation is not None
     train = sample(train, data.train_images, seed)
     return replace(splits, train=train, validation=validation, validation_held_out=held_out)
+
+
+def track_numbers(objects: Sequence[str] | npt.NDArray[Any]) -> I64:
+    """Return Images.tracks, (N,), from what names the object that each image shows: a number for each that differs."""
+    return np.unique(objects, return_inverse=True)[1].astype(np.int64)
 
 
 def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tuple[I64, I64]:

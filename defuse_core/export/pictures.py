@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.data import Images, reopen_splits
-from defuse_core.data.images import data_root, to_levels, to_picture
+from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import DataError, InputError, RunMismatchError
 from defuse_core.export.finished import FinishedRun, load_finished
 from defuse_core.files import expect_new_folder, filling
@@ -71,11 +71,11 @@ def export_scenarios(run: Run, folder: Path) -> int:
     """
     expect_new_folder("--scenarios", folder)
     found, parts = _load(run)
-    classes, files = found.models.classes, _training_files(found)
+    classes, files, root = found.models.classes, _training_files(found), found.spec.data.root
 
     def file_of(index: int) -> str:
         """Return the file of a training image below data.root; empty where there is none."""
-        return "" if files is None else Path(files[index]).relative_to(data_root(found.spec.data)).as_posix()
+        return "" if files is None or root is None else Path(files[index]).relative_to(root).as_posix()
 
     with filling("--scenarios", folder) as unfinished:
         rows: list[PictureRow] = []
