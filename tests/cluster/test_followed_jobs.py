@@ -85,6 +85,15 @@ class Head:
         raise web.HTTPInternalServerError(text="'utf-8' codec can't decode byte 0xff")
 
 
+async def end(runner: web.AppRunner) -> None:
+    """End the server, and what it still does: asyncio would log that in a later test, when it is collected."""
+    await runner.cleanup()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which the client replaces
@@ -95,7 +104,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     server = threading.Thread(target=loop.run_forever)
     server.start()
     yield found
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    asyncio.run_coroutine_threadsafe(end(runner), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     server.join()
     loop.close()
