@@ -105,7 +105,7 @@ def _load_on_cpu(spec: RunFile, weights: Weights, classes: int, where: str) -> n
     """Return the classifier in eval mode, in the memory layout that the exporters expect."""
     with computing_on(torch.device("cpu")):
         module = load_classifier(spec, weights, classes, where)
-    moved: nn.Module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    moved: nn.Module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
     return moved.eval()
 
 

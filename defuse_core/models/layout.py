@@ -49,7 +49,7 @@ def use_default_layout_if_needed(network: nn.Module, images: Tensor) -> None:
                 network(images)
     except (Exception, SystemExit) as error:
         if "view size is not compatible" in str(error):
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, unused-ignore]
             setattr(network, entry, partial(_of_contiguous, getattr(network, entry)))
     finally:
         network.train(training)
