@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # torch's flags of how it computes f32: convolutions and recurrent layers of GPUs, and the products of both
 _backends: Any = torch.backends  # its annotations lack some of them
@@ -165,23 +164,36 @@ def _set_allocator(options: Mapping[int, int]) -> None:
             libc.mallopt(option, value)
 
 
+ATTENTION_KERNELS = ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp", "math_sdp")  # torch's, the plain one last
+
+
 class _PlainAttention:
-    """A context in which attention is computed by torch's plain kernel: a setting of the process, shared by threads."""
+    """A context in which attention is computed by torch's plain kernel: a setting of the process, shared by threads.
+
+    The first thread that enters sets it and the last one that leaves ends it, which torch's own sdpa_kernel refuses
+    where these are two.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._set = threading.Lock(), 0, contextlib.ExitStack()
+        self._lock, self._inside, self._before = threading.Lock(), 0, [True] * len(ATTENTION_KERNELS)
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._set.enter_context(sdpa_kernel(SDPBackend.MATH))
+                self._before = [getattr(_backends.cuda, f"{name}_enabled")() for name in ATTENTION_KERNELS]
+                self._enable([name == "math_sdp" for name in ATTENTION_KERNELS])
             self._inside += 1
 
     def __exit__(self, *_error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._set.close()
+                self._enable(self._before)
+
+    @staticmethod
+    def _enable(wanted: Sequence[bool]) -> None:
+        for name, value in zip(ATTENTION_KERNELS, wanted, strict=True):
+            getattr(_backends.cuda, f"enable_{name}")(value)
 
 
 plain_attention = _PlainAttention()
