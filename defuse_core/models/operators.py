@@ -60,7 +60,7 @@ fft_irfft2 fft_rfft fft_rfft2 ger grid_sampler group_norm inner instance_norm kr
 matmul max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices mm mv
 outer pad pairwise_distance reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
 replication_pad3d rms_norm scaled_dot_product_attention tensordot upsample_bicubic2d upsample_bilinear2d
-upsample_nearest2d vdot
+upsample_nearest2d _upsample_nearest_exact2d vdot
 """  # and products
 KNOWN_OPERATORS = frozenset(f"{ELEMENTWISE} {REDUCTIONS} {SHAPES} {TENSORS} {LAYERS}".split())
 WITHOUT_OPERATOR = (
@@ -73,7 +73,9 @@ POSITIONAL, KEYWORD = 1, 2  # the kinds of inputs there
 CONSTANTS = {"as_int", "as_ints", "as_bool", "as_float", "as_floats", "as_none"}
 LARGEST, TO_THE_END = 2**31 - 1, 2**63 - 1  # of whole numbers; the latter is the end of images[1:]
 LEAST_SCALE, LARGEST_SCALE = 1e-6, 1e6
-WITH_TRUSTED_ARGUMENTS = ("max_pool", "repeat_interleave", "upsample_")
+# One shows whole numbers as others, such as those at which pooling writes its gradient; of repeats in a tensor torch
+# trusts the sum, which can overflow.
+REFUSED_OVERLOADS = {("view", "dtype"), ("repeat_interleave", "Tensor"), ("repeat_interleave", "self_Tensor")}
 
 
 def is_harmless_operator(name: str, overload: str) -> bool:
@@ -82,7 +84,8 @@ def is_harmless_operator(name: str, overload: str) -> bool:
     An empty `overload` is the default one. Those of TorchScript's interpreter alone, such as `remainder.int`, are none.
     """
     is_known = name in KNOWN_OPERATORS or name.removesuffix("_") in KNOWN_OPERATORS
-    if not is_known or f"aten::{name}.{overload}".removesuffix(".") not in _registered_operators():
+    is_registered = f"aten::{name}.{overload}".removesuffix(".") in _registered_operators()
+    if not is_known or not is_registered or (name, overload) in REFUSED_OVERLOADS:
         return False
     return not any(argument.is_out for argument in torch._C._get_schema(f"aten::{name}", overload).arguments)
 
@@ -105,16 +108,12 @@ def wrong_argument(target: str, inputs: list[dict[str, Any]]) -> str | None:
     for number in _numbers([each["arg"] for each in inputs]):
         if isinstance(number, int) and abs(number) > LARGEST and not (has_end and number == TO_THE_END):
             return f"the number {str(number)[:80]}, expected one under 2**31 in size; export the network without it"
-    if not target.startswith(tuple(f"torch.ops.aten.{each}" for each in WITH_TRUSTED_ARGUMENTS)):
+    check = next((check for prefix, check in CHECKS.items() if name.startswith(prefix)), None)
+    if check is None:
         return None
     if not _is_in_order(name, "" if overload == "default" else overload, inputs):
         return "its inputs in an order that torch.export does not write; export it again"
-    if name.startswith("repeat_interleave"):
-        is_trusted = given.get("output_size", {"as_none": True}) != {"as_none": True}
-        return (
-            "output_size, which torch does not compare with the repeats; leave it out" if is_trusted else None
-        )
-    return _wrong_window(given) if name.startswith("max_pool") else _wrong_scale(given)
+    return check(given)
 
 
 def _wrong_window(given: dict[str, Any]) -> str | None:
@@ -139,6 +138,20 @@ def _wrong_scale(given: dict[str, Any]) -> str | None:
         if key.startswith("scale") and not (value.keys() <= CONSTANTS and all(in_bounds)):  # "NaN" is a text
             return f"{key} other than numbers from 1e-6 to 1e6; set the size in place of scale_factor"
     return None
+
+
+def _wrong_heads(given: dict[str, Any]) -> str | None:
+    if given.get("enable_gqa", {"as_none": True}) in ({"as_none": True}, {"as_bool": False}):
+        return None
+    return "enable_gqa, with which torch can divide by 0; repeat key and value instead"
+
+
+CHECKS = {  # of what is given to operators whose name begins so
+    "max_pool": _wrong_window,
+    "scaled_dot_product": _wrong_heads,
+    "upsample_": _wrong_scale,
+    "_upsample_": _wrong_scale,
+}
 
 
 def _is_in_order(name: str, overload: str, inputs: list[dict[str, Any]]) -> bool:

@@ -72,10 +72,16 @@ def resized(images: Tensor) -> Tensor:
     ("function", "target", "inputs", "said"),
     [
         (
-            lambda _: torch.repeat_interleave(REPEATS, output_size=8),
-            "repeat_interleave.Tensor",
+            lambda images: F.scaled_dot_product_attention(images, images, images, enable_gqa=True),
+            "scaled_dot_product_attention.default",
             {},
-            "output_size, which torch does not compare",
+            "enable_gqa, with which torch can divide by 0",
+        ),
+        (
+            lambda images: F.interpolate(images, scale_factor=0.5, mode="nearest-exact"),
+            "_upsample_nearest_exact2d.vec",
+            {"scale_factors": {"as_floats": [1e-30, 1e-30]}},
+            "scale_factors other",
         ),
         (
             lambda images: F.max_pool2d(images, [2, 1], [1, 1], [1, 0], [2, 1]),
@@ -135,8 +141,9 @@ def test_no_input_moves_to_the_place_of_another_that_is_left_out():
         lambda images: F.max_pool2d(images, 2, dilation=2),
         lambda images: F.max_pool2d(images, images.shape[2:]),
         lambda images: images.repeat_interleave(2, 1),
-        lambda _: torch.repeat_interleave(REPEATS),
         resized,
+        lambda images: F.interpolate(images, scale_factor=2, mode="nearest-exact"),
+        lambda images: F.scaled_dot_product_attention(images, images, images),
         lambda images: F.interpolate(images, size=(4, 4), mode="bicubic"),
         lambda images: ((images > 0) & (images < 1)).float(),
         lambda images: images.clone().copy_(images),
@@ -154,7 +161,7 @@ def test_what_classifiers_give_these_operators_is_loaded(function):
         "_native_batch_norm_legit_no_training", "_native_multi_head_attention", "_nested_tensor_from_mask",
         "_nested_tensor_from_mask_left_aligned", "_reshape_alias", "_sparse_coo_tensor_unsafe",
         "_transform_bias_rescale_qkv", "_transformer_encoder_layer_fwd", "_upsample_bilinear2d_aa",
-        "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_weight_norm",
+        "_upsample_nearest_exact1d", "_upsample_nearest_exact3d", "_weight_norm",
         "_weight_norm_interface", "batch_norm_update_stats", "fbgemm_pack_gemm_matrix_fp16",
         "fbgemm_pack_quantized_matrix", "from_file", "fused_moving_avg_obs_fake_quant", "gru", "lstm",
         "max_pool2d_with_indices_backward", "mkldnn_rnn_layer", "native_batch_norm", "rnn_tanh", "save",
@@ -171,6 +178,30 @@ def test_operators_that_trust_their_arguments_are_refused_by_name(name):
         target = f"torch.ops.aten.{name}.{overload or 'default'}"
         with pytest.raises(ModelError, match=rf"calls {target}, which is none .*remove_parametrizations"):
             load_program(packed(changed(entries, MODEL, first_node(target=target))), "net.pt2")
+
+
+def indices_as_numbers(images: Tensor) -> Tensor:
+    """Let batch normalisation write into the places at which pooling will write its gradient, unseen by autograd."""
+    _, places = F.max_pool2d(images[:1, :1], 4, return_indices=True)
+    statistics = places.flatten().view(torch.float64)
+    ones = torch.ones(4, dtype=torch.float64)
+    return F.batch_norm(ones.expand(2, 4), statistics, ones, training=True, momentum=1.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (indices_as_numbers, "view.dtype"),
+        (lambda _: torch.repeat_interleave(REPEATS), "repeat_interleave.Tensor"),
+        (lambda images: images.repeat_interleave(REPEATS, 2), "repeat_interleave.self_Tensor"),
+    ],
+)
+def test_overloads_that_trust_their_arguments_are_refused(function, target):
+    """A sum of repeats that overflows is too small for what is written, and places given as numbers lie anywhere."""
+    with pytest.raises(
+        ModelError, match=rf"calls torch\.ops\.aten\.{target}, which is none of the operators"
+    ):
+        load_program(packed(calling(function)), "net.pt2")
 
 
 @pytest.mark.parametrize("name", ["remainder.int", "add.t", "floordiv.int", "__round_to_zero_floordiv.int"])
