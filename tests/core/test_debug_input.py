@@ -114,7 +114,7 @@ def test_images_are_taken_in_the_forms_that_people_have(form, tmp_path):
 
 
 def holding_a_lock() -> nn.Module:
-    net = biased()
+    net = Net()
     net.lock = threading.Lock()  # type: ignore[assignment]
     return net
 
@@ -199,7 +199,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"fails on images of shape \(8, 3, 16, 16\)",
     ),
     "a frozen classifier": (
-        {"classifier": biased().requires_grad_(False)},
+        {"classifier": Net().requires_grad_(False)},
         ModelError,
         "expected parameters to fine-tune, found none",
     ),

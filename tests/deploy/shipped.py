@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,7 @@ def arguments() -> dict[str, str]:
     return dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG" and "=" in rest)
 
 
+@functools.cache
 def documents() -> list[tuple[str, dict[str, Any]]]:
     """Return every Kubernetes document with the name of its file."""
     files = sorted(KUBERNETES.glob("*.yaml"))
