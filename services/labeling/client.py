@@ -8,12 +8,12 @@ the server before it tries again (see project.py).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import logging
 import re
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +23,7 @@ from services.settings import checked_address, fits_a_header, proxy_for
 
 try:
     import httpx
-    from label_studio_sdk import LabelStudio
+    from label_studio_sdk import base_client
     from label_studio_sdk.core.api_error import ApiError
     from label_studio_sdk.core.parse_error import ParsingError
 except ModuleNotFoundError as error:
@@ -31,6 +31,8 @@ except ModuleNotFoundError as error:
 
 REPEAT: Any = {"max_retries": 2}  # for requests that have the same effect twice as once
 ONCE: Any = {"max_retries": 0}
+# Without these names the server counts the tasks and answers of each project in eight ways, and sends it whole.
+PROJECT_FIELDS = ",".join(("id", *(field.name for field in dataclasses.fields(ProjectSettings))))
 TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
 PAGE_SIZE = 250  # tasks
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
@@ -66,7 +68,8 @@ class LabelStudioClient:
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )
         with translated_errors(self.address):
-            self._sdk: Any = LabelStudio(  # type: ignore[no-untyped-call]
+            # LabelStudio, which adds to it what is not used here, takes over a second to import
+            self._sdk: Any = base_client.LabelStudioBase(
                 base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, follow_redirects=False
             )
         # without the slash the token would be sent to the path above a prefix
@@ -101,13 +104,14 @@ class LabelStudioClient:
     def create_project(self, settings: ProjectSettings) -> Project:
         """Create a project. After a lost reply it may exist nonetheless."""
         with translated_errors(self.address):
-            return _project(self._sdk.projects.create(**asdict(settings), request_options=ONCE))
+            return _project(self._sdk.projects.create(**dataclasses.asdict(settings), request_options=ONCE))
 
     def project(self, number: int) -> Project | None:
         """Return the project, or None if it does not exist."""
         with translated_errors(self.address):
             try:
-                return _project(self._sdk.projects.get(id=number, request_options=REPEAT))
+                options = REPEAT | {"additional_query_parameters": {"include": PROJECT_FIELDS}}
+                return _project(self._sdk.projects.get(id=number, request_options=options))
             except ApiError as error:
                 if error.status_code == 404 and is_json(error.body):
                     return None
@@ -116,8 +120,13 @@ class LabelStudioClient:
     def find_projects(self, mark: str) -> list[Project]:
         """Return the projects whose description contains `mark`, oldest first."""
         with translated_errors(self.address):
-            pages = self._sdk.projects.list(page_size=100, request_options=REPEAT)
-            found = [_project(project) for project in pages if mark in (project.description or "")]
+            page = self._sdk.projects.list(page_size=100, include=PROJECT_FIELDS, request_options=REPEAT)
+            rows = list(page.items or ())
+            with missing_allowed():  # projects were deleted meanwhile
+                while page.response.next:
+                    page = page.next_page()
+                    rows += page.items or ()
+            found = [_project(row) for row in rows if mark in (row.description or "")]
         return sorted(found, key=lambda project: project.id)
 
     def update_project(self, number: int, **settings: Any) -> None:
