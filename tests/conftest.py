@@ -6,6 +6,7 @@ models that only they use, run in one process, and the longest begin first.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
@@ -216,13 +217,10 @@ def pytest_collection() -> Generator[None, object, object]:
     collected = yield
     gc.collect()
     gc.freeze()
+    # Libraries look for their objects at the end; some (nanobind's) call those leaked that they do not find.
+    atexit.register(gc.unfreeze)
     gc.enable()
     return collected
-
-
-def pytest_unconfigure() -> None:
-    """Let libraries find their objects at the end, which some (nanobind's) call leaked otherwise."""
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
