@@ -29,17 +29,22 @@ from tests import start_forked_worker
 
 # Without Ray, whose C++ part reads the environment of a worker when it is imported.
 IMPORTED = (
+    "colorful",
     "defuse_core.pipeline",
     "fastapi",
+    "filelock",
     "fsspec",
     "google.protobuf.descriptor_pb2",
+    "jsonschema",
     "opentelemetry.sdk.metrics",
     "pandas",
     "prometheus_client",
     "pyarrow.fs",
+    "pyarrow.parquet",
     "requests",
     "services.serving.model",
     "sklearn.mixture",
+    "tenacity",
     "torch._dynamo",
     "torchvision",
     "uvicorn",
