@@ -35,6 +35,7 @@ from cluster.ray_compat import (
     set_private_token,
     shorten_socket_paths,
     wait_for_absent_head,
+    without_unused_processes,
 )
 from defuse_core.config import RunFile, model_sections
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
@@ -108,7 +109,7 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
     num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with kept_sigterm_handler(), nothing_left_of_a_failed_start():
+            with kept_sigterm_handler(), nothing_left_of_a_failed_start(), without_unused_processes():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
             return
         except Exception as error:  # Ray raises bare ones

@@ -29,17 +29,22 @@ from tests import start_forked_worker
 
 # Without Ray, whose C++ part reads the environment of a worker when it is imported.
 IMPORTED = (
+    "colorful",
     "defuse_core.pipeline",
     "fastapi",
+    "filelock",
     "fsspec",
     "google.protobuf.descriptor_pb2",
+    "jsonschema",
     "opentelemetry.sdk.metrics",
     "pandas",
     "prometheus_client",
     "pyarrow.fs",
+    "pyarrow.parquet",
     "requests",
     "services.serving.model",
     "sklearn.mixture",
+    "tenacity",
     "torch._dynamo",
     "torchvision",
     "uvicorn",
@@ -79,12 +84,14 @@ def forked_workers() -> Iterator[None]:
         return
     from ray._private import ray_constants
 
+    from cluster.ray_compat import without_unused_processes
+
     with contextlib.ExitStack() as stack:
         if start_forked_worker.ADDRESS not in os.environ:  # else that of `make test` serves all
             stack.enter_context(fork_server())
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(ray_constants, "SETUP_WORKER_FILENAME", start_forked_worker.__file__)
-        patch.setattr("ray._private.node.Node.start_log_monitor", lambda _: None)  # nobody reads their logs
+        stack.enter_context(without_unused_processes())
         yield
 
 

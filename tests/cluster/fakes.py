@@ -216,6 +216,13 @@ def note_working_dir(folder: Path, *, progress: Progress) -> None:
     (folder / f"{os.getpid()}").write_text(str(Path.cwd()))
 
 
+def note_place(folder: Path, *, progress: Progress) -> None:
+    """Write down the working directory of this process and the GPUs that it sees."""
+    folder.mkdir(exist_ok=True)
+    note_working_dir(folder / "working directories", progress=silent)
+    note_visible_gpus(folder / "gpus", progress=silent)
+
+
 def failing(error: Exception, *, progress: Progress) -> None:
     raise error
 
@@ -243,8 +250,7 @@ def train_part_dying_once(
 
 def train_part_noting(spec: RunFile, store: Store, part: Any, notes: Path, *, progress: Progress) -> None:
     """Train with others; each worker writes down its working directory and the GPUs that it sees."""
-    note_working_dir(notes / "working directories", progress=silent)
-    note_visible_gpus(notes / "gpus", progress=silent)
+    note_place(notes, progress=silent)
     train_part(spec, store, part, progress=progress)
 
 

@@ -1,7 +1,7 @@
 """A cluster of several nodes on one machine: `python -m tests.cluster.nodes FOLDER` plays the scenes that it is told.
 
 It reads the names of scenes, and prints what came of each as a line of JSON. A process of its own, since the tests'
-process is in another Ray already; all scenes share its head.
+process is in another Ray already; all scenes share its head, and begin with a node that one before them left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,20 @@ def main(folder: Path) -> None:
             except Exception:
                 found = {"finished": False, "error": traceback.format_exc()}
             print(json.dumps({"lines": lines.lines, **found}), flush=True)
-            clear(cluster)
 
 
-def clear(cluster: Cluster) -> None:
-    """Remove all nodes but the head."""
-    for node in list(cluster.worker_nodes):
+def only_node(cluster: Cluster) -> Any:
+    """Return the only node beside the head, of one CPU: one that an earlier scene left, else a new one."""
+    living = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.poll() is None]
+    remove(cluster, cluster.worker_nodes - set(living[:1]))
+    return living[0] if living else cluster.add_node(num_cpus=1)
+
+
+def remove(cluster: Cluster, nodes: Iterable[Any]) -> None:
+    """Remove these nodes, and return once no others are there but those that are left."""
+    for node in list(nodes):
         cluster.remove_node(node, allow_graceful=False)
-    wait_until(lambda: capacity(WorkerResources(1, 0)) == 0)
+    wait_until(lambda: capacity(WorkerResources(1, 0)) == len(cluster.worker_nodes))
 
 
 def in_background(work: Callable[[], Any]) -> threading.Thread:
@@ -113,8 +119,8 @@ def nodes_come_and_go(cluster: Cluster, models: Models, folder: Path) -> dict[st
     """One node begins; a second joins, works, and has its raylet killed."""
     store, spec = GatedStore(folder), tiny(resources={"workers": "auto"})
     lines = log_lines()
+    only_node(cluster)
     with RayCompute(None, spec) as compute:
-        cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.identify(spec, models, store))
         wait_until(lambda: len(store.list("psi/")) == 1)  # and its worker is held
         late = cluster.add_node(num_cpus=1)
@@ -130,8 +136,8 @@ def nodes_come_and_go(cluster: Cluster, models: Models, folder: Path) -> dict[st
 def the_last_node_dies(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
     """The only node that has room for workers is killed; another one comes later."""
     store, spec = GatedStore(folder), tiny(resources={"workers": "auto"})
+    only = only_node(cluster)
     with RayCompute(None, spec) as compute:
-        only = cluster.add_node(num_cpus=1)
         thread = in_background(lambda: compute.identify(spec, models, store))
         wait_until(lambda: len(store.list("psi/")) == 1)
         kill_raylet(only)
@@ -147,8 +153,8 @@ def a_node_joins_a_sweep(cluster: Cluster, models: Models, folder: Path) -> dict
     """One node with room for one trial begins; a second joins once an epoch is done, and gets one, too."""
     store, spec = GatedStore(folder), tiny(correct=SHORT_SWEEP)
     lines = log_lines()
+    only_node(cluster)
     with RayCompute(None, spec) as compute:
-        cluster.add_node(num_cpus=1)
         thread = in_background(
             lambda: compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0]
         )
@@ -165,6 +171,7 @@ def the_node_of_a_sweep_dies(cluster: Cluster, models: Models, folder: Path) -> 
     store, spec = GatedStore(folder), tiny(correct=SHORT_SWEEP)
     lines = log_lines()
     found = []
+    remove(cluster, cluster.worker_nodes)
     with RayCompute(None, spec) as compute:
         thread = in_background(
             lambda: found.append(compute.sweeps(models, [SweepRequest(spec, made_up(spec), None, store)])[0])
@@ -191,9 +198,17 @@ def made_up(spec: RunFile) -> Corrections:
     return Corrections(np.arange(2), np.arange(2), tune, test)
 
 
-def two_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
-    """Two GPUs that are not there: who sees which?"""
-    cluster.add_node(num_cpus=2, num_gpus=2)
+def a_node_with_two_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
+    """Two GPUs that are not there."""
+    remove(cluster, cluster.worker_nodes)
+    cluster.add_node(num_cpus=4, num_gpus=2)
+    finished = two_gpus(models, folder)
+    lines = list(log_lines().lines)
+    return {"finished": finished, "lines": lines, **tasks_on_a_gpu(), "refused": too_many_training(folder)}
+
+
+def two_gpus(models: Models, folder: Path) -> bool:
+    """Two workers and two trials: who sees which GPU?"""
     spec = tiny(correct=SHORT_SWEEP)
     with RayCompute(None, spec) as compute:
         shards, lines = GatedStore(folder), log_lines()
@@ -208,37 +223,33 @@ def two_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
         wait_until(lambda: len(set(lines.processes("correct: λ"))) == 2)  # both run at once
         store.open()
         thread.join(200)
-    return {"finished": not thread.is_alive()}
+    return not thread.is_alive()
 
 
-def tasks_on_a_gpu(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
-    """Two tasks one after the other on a GPU that is not there, and short calls that would be four tasks on CPUs."""
-    cluster.add_node(num_cpus=2, num_gpus=1)
+def tasks_on_a_gpu() -> dict[str, Any]:
+    """Two tasks one after the other, and short calls that would be four tasks on CPUs."""
     with RayCompute(None, tiny()) as compute:
         tasks = [compute.task("train", pid_by_rows, range(1)) for _ in range(2)]
         calls = map_in_tasks(compute, "distill", 4, pid_by_rows, at_once=1)
-    return {"finished": True, "tasks": tasks, "calls": calls}
+    return {"tasks": tasks, "calls": calls}
 
 
-def more_training_workers_than_gpus(cluster: Cluster, models: Models, folder: Path) -> dict[str, Any]:
-    """Five training workers, four GPUs that are not there, and half a GPU for each other worker."""
-    cluster.add_node(num_cpus=8, num_gpus=4)
-    spec = tiny(resources={"gpus_per_worker": 0.5, "train_workers": 5, "train_threads": 1})
+def too_many_training(folder: Path) -> str | None:
+    """Return how three training workers are refused, where each other worker has half a GPU."""
+    spec = tiny(resources={"gpus_per_worker": 0.5, "train_workers": 3, "train_threads": 1})
     try:
         with RayCompute(None, spec) as compute:
             compute.run_distributed("train", note_working_dir, folder)
     except RunFileError as error:
-        return {"finished": True, "refused": str(error)}
-    return {"finished": True, "refused": None}
+        return str(error)
+    return None
 
 
 SCENES = {
     "nodes": nodes_come_and_go,
     "last": the_last_node_dies,
     "sweep": a_node_joins_a_sweep,
-    "gpus": two_gpus,
-    "gpu-tasks": tasks_on_a_gpu,
-    "shared-gpus": more_training_workers_than_gpus,
+    "gpus": a_node_with_two_gpus,
     "lost": the_node_of_a_sweep_dies,
 }
 

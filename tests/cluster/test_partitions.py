@@ -36,7 +36,7 @@ from tests.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SPEC = {
-    "distill": {"by": "cell", "max_codes": None, "engine": "torch", "max_iterations": 20},
+    "distill": {"by": "cell", "max_codes": None, "engine": "torch", "max_iterations": 8},
     "resources": {"workers": 2},
 }
 
@@ -131,14 +131,14 @@ def test_a_driver_that_lost_its_run_cancels_the_calls_under_way(
 
 @pytest.fixture
 def stored(tmp_path: Path) -> tuple[Psi, FolderStore]:
-    """2,000 codes of two cells in 20 shards."""
+    """1,000 codes of two cells in 10 shards."""
     rng, store = np.random.default_rng(0), FolderStore(tmp_path / "run")
-    for index in range(20):
+    for index in range(10):
         codes = (rng.standard_normal((100, 4)) + 6 * rng.integers(0, 2, (100, 1))).astype(np.float32)
         truth = rng.integers(0, 2, 100)
         failures = sample_failures(codes, 100 * index + np.arange(100), truth, truth + 1)
         save_shard(store, Shard(failures, 100, 100, 0, 0, 0.0, index=index))
-    return Psi(np.full(20, 100), 2000, 2000, 0, 0, 0.0), store
+    return Psi(np.full(10, 100), 1000, 1000, 0, 0, 0.0), store
 
 
 def test_all_of_psi_gives_the_same_bits_on_any_number_of_workers(

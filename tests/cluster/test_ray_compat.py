@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import logging
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,10 @@ from cluster.ray_compat import (
     named_trainable,
     quiet_tune,
 )
-from tests.conftest import ROOT
+from tests.cluster import programs
+from tests.conftest import tiny
+from tests.e2e import forked_commands
+from tests.start_forked_worker import fork_workers
 from tests.waiting import WAIT_S
 
 
@@ -54,19 +58,12 @@ def source(module: str) -> str:
     return Path(file).read_text(encoding="utf-8")
 
 
-def run_program(
-    program: str, *words: str, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, since this one is in another Ray."""
-    return subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", program, *words],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=3 * WAIT_S,
-        check=False,
-    )
+def run_program(log: Path, program: Callable[[], None]) -> tuple[int | None, str]:
+    """Return the exit code and the output of a program in a process of its own: this one is in another Ray."""
+    process = forked_commands.start_calls(log, faulthandler.enable, fork_workers, program)
+    process.join(3 * WAIT_S)
+    process.kill()
+    return process.exitcode, log.read_text()
 
 
 def test_tune_does_not_describe_its_actors_with_the_keys_of_the_store(
@@ -124,110 +121,37 @@ def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: No
     assert pids_of_four_tasks(tmp_path / "second") <= first
 
 
-TWO_CLUSTERS = """
-import os
-import sys
-from tests.conftest import tiny
-
-for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-    del os.environ[name]
-from cluster.compute import RayCompute
-from tests.cluster.fakes import shouting
-
-for number in range(2):
-    with RayCompute(None, tiny()) as compute:
-        print(compute.task("review", shouting, "help"), os.environ["RAY_AUTH_TOKEN"])
-    assert "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_MODE" not in os.environ
-sys.stdout.flush()
-os._exit(0)  # without C++'s destructors: threads that Ray leaves behind can end a process with a signal meanwhile
-"""
-
-
 def test_one_process_starts_two_clusters_of_a_token_each_also_where_tmpdir_is_long(tmp_path: Path) -> None:
     """Ray keeps the token that it has read, and puts sockets, of which paths are short, into TMPDIR."""
     long = tmp_path / ("x" * ray_compat.MAX_TEMPORARY_FOLDER)
     long.mkdir()
-    others = ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR")
-    environment = {name: value for name, value in os.environ.items() if name not in others}
-    done = run_program(TWO_CLUSTERS, env=environment | {"TMPDIR": str(long)})
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first.startswith("HELP ") and second.startswith("HELP ") and first != second
-
-
-NEVER_ENOUGH_MEMORY = """
-import sys
-from pathlib import Path
-from cluster import ray_compat
-from cluster.compute import RayCompute
-from tests.cluster.fakes import sleeping
-from tests.conftest import tiny
-
-ray_compat.MEMORY_RETRIES = 1
-with RayCompute(None, tiny()) as compute:
-    compute.task("train", sleeping, Path(sys.argv[1]))
-"""
+    code, said = run_program(tmp_path / "log", partial(programs.start_two_clusters, tiny(), long))
+    assert code == 0, said
+    first, second = re.findall("^HELP (.*)$", said, re.MULTILINE)
+    assert first != second
+    started = re.findall("^processes (.*)$", said, re.MULTILINE)
+    assert started == ["gcs_server raylet"] * 2  # none that without_unused_processes leaves out
 
 
 def test_a_task_that_runs_out_of_memory_again_and_again_is_an_error(tmp_path: Path) -> None:
-    """In a Ray that finds its memory full as soon as a task runs."""
-    full = {"RAY_memory_usage_threshold": "0.0", "RAY_memory_monitor_refresh_ms": "250"}
-    done = run_program(NEVER_ENOUGH_MEMORY, str(tmp_path / "pid"), env=os.environ | full)
+    program = partial(programs.sleep_in_full_memory, tiny(), tmp_path / "pid")
+    _, said = run_program(tmp_path / "log", program)
     # which of Ray's sentences it is depends on what its monitor saw first
-    assert re.search(
-        "ComputeError: train: .*memory.*; use nodes with more memory", done.stderr, re.IGNORECASE
-    )
+    assert re.search("ComputeError: train: .*memory.*; use nodes with more memory", said, re.IGNORECASE)
 
 
-KILL_GCS = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from ray._private import worker
-
-def kill_gcs():
-    os.kill(worker._global_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
-"""
-
-
-AWAY = """
-from cluster import connection, ray_compat
-ray_compat.HEAD_AWAY_S = 3
-ray_compat.wait_for_absent_head()
-connection.connect(None)
-kill_gcs()
-time.sleep(50)  # less than Ray's default
-"""
-
-
-def test_ray_waits_so_long_for_the_head_of_a_cluster_as_it_was_asked_to() -> None:
+def test_ray_waits_so_long_for_the_head_of_a_cluster_as_it_was_asked_to(tmp_path: Path) -> None:
     """And ends the process then, whatever that does."""
-    others = {name: value for name, value in os.environ.items() if "reconnect" not in name}
-    done = run_program(KILL_GCS + AWAY, env=others)
-    assert done.returncode == 1
-    assert "Failed to connect to GCS within 3 seconds" in done.stderr
-
-
-ENDED = """
-from cluster.compute import RayCompute
-from tests.cluster.fakes import sleeping
-from tests.conftest import tiny
-
-def kill_once(begun):
-    while not begun.exists():
-        time.sleep(0.1)
-    kill_gcs()
-
-begun = Path(sys.argv[1])
-threading.Thread(target=kill_once, args=(begun,), daemon=True).start()
-with RayCompute(None, tiny()) as compute:
-    compute.task("train", sleeping, begun)
-"""
+    code, said = run_program(tmp_path / "log", programs.go_on_without_head)
+    assert code == 1
+    assert "Failed to connect to GCS within 3 seconds" in said
 
 
 def test_a_step_ends_soon_after_the_embedded_ray(tmp_path: Path) -> None:
-    done = run_program(KILL_GCS + ENDED, str(tmp_path / "pid"))
-    assert "ComputeError: Ray has ended on this machine" in done.stderr
-    assert "Failed to connect to GCS" not in done.stderr  # Ray's C++ part did not end it
+    program = partial(programs.sleep_in_ray_that_ends, tiny(), tmp_path / "pid")
+    _, said = run_program(tmp_path / "log", program)
+    assert "ComputeError: Ray has ended on this machine" in said
+    assert "Failed to connect to GCS" not in said  # Ray's C++ part did not end it
 
 
 def test_the_environment_and_the_loggers_are_put_back() -> None:
@@ -294,21 +218,35 @@ def test_a_cluster_that_answers_is_found_where_importing_ray_takes_longer(monkey
     assert ray_compat.connection_error(ray.get_runtime_context().gcs_address, 5) is None
 
 
-@pytest.mark.parametrize("mode", [None, "token", "TOKEN", "Token", "disabled", "", "tokens"])
-def test_ray_agrees_on_which_modes_leave_it_without_authentication(
-    mode: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+IS_DISABLED = """
+import os, sys
+from ray._private.authentication import authentication_token_setup as setup
+from ray._raylet import AuthenticationMode, Config, get_authentication_mode
+for mode in sys.argv[1:]:
+    if os.fork() == 0:
+        if mode != "none":
+            os.environ["RAY_AUTH_MODE"] = mode
+        Config.initialize("")  # reads the variable
+        setup.enable_token_auth_by_default()
+        print(get_authentication_mode() == AuthenticationMode.DISABLED, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_ray_agrees_on_which_modes_leave_it_without_authentication(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")
-    if mode is not None:
-        monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    asked = (
-        "from ray._private.authentication import authentication_token_setup as setup\n"
-        "from ray._raylet import AuthenticationMode, get_authentication_mode\n"
-        "setup.enable_token_auth_by_default()\n"
-        "print(get_authentication_mode() == AuthenticationMode.DISABLED)"
+    modes = ["none", "token", "TOKEN", "Token", "disabled", "", "tokens"]
+    done = subprocess.run(
+        [sys.executable, "-c", IS_DISABLED, *modes], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-    assert is_unauthenticated() == (done.stdout.strip() == "True")
+    found = []
+    for mode in modes:
+        if mode != "none":
+            monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        found.append(str(is_unauthenticated()))
+    assert found == done.stdout.split()
+    assert found == ["False"] * 4 + ["True"] * 3
 
 
 def test_a_cluster_of_ray_start_has_no_token_by_itself(

@@ -22,7 +22,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_same_psi, noted
-from tests.cluster.fakes import NotingStore, note_visible_gpus, visible_gpus
+from tests.cluster.fakes import NotingStore, note_place, visible_gpus
 from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny
 
@@ -91,14 +91,18 @@ def test_a_sweep_waits_for_its_first_node_and_one_that_dies_costs_nothing(
     assert found["rows"] == [asdict(row) for row in whole.rows]
 
 
+@pytest.fixture(scope="module")
+def gpus(play: Play) -> dict[str, Any]:
+    return play("gpus")
+
+
 def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
-    folder: Path, play: Play, local_psi: Psi, local_store: FolderStore
+    folder: Path, gpus: dict[str, Any], local_psi: Psi, local_store: FolderStore
 ) -> None:
-    lines = play("gpus")["lines"]
-    gpus = r"GPU (\d) \(CUDA_VISIBLE_DEVICES=(\d)\)"
-    workers = [m.groups() for line in lines if (m := re.search(f"identify: worker . is .* {gpus}", line))]
+    lines, shown = gpus["lines"], r"GPU (\d) \(CUDA_VISIBLE_DEVICES=(\d)\)"
+    workers = [m.groups() for line in lines if (m := re.search(f"identify: worker . is .* {shown}", line))]
     assert sorted(workers) == [(str(gpu), str(gpu)) for gpu in range(2)]
-    trials = [m.groups() for line in lines if (m := re.search(f"correct: λ = .* in .* {gpus}", line))]
+    trials = [m.groups() for line in lines if (m := re.search(f"correct: λ = .* in .* {shown}", line))]
     assert sorted(trials) == [(str(gpu), str(gpu)) for gpu in range(2)]
     loud = [
         line for line in lines if re.search(r"^\w+: GPU \d was granted, but torch .* cannot use it", line)
@@ -107,35 +111,34 @@ def test_each_worker_and_trial_sees_its_own_gpu_and_says_if_it_cannot_use_it(
     assert_same_psi(len(local_psi.codes), FolderStore(folder / "gpus"), local_store)
 
 
-def test_a_process_that_had_a_gpu_ends_with_its_task_and_short_calls_share_one(play: Play) -> None:
-    found = play("gpu-tasks")
-    (first,), (second,) = found["tasks"]
+def test_a_process_that_had_a_gpu_ends_with_its_task_and_short_calls_share_one(gpus: dict[str, Any]) -> None:
+    (first,), (second,) = gpus["tasks"]
     assert first != second
-    assert len(found["calls"]) == 4 and len(set(found["calls"])) == 1
+    assert len(gpus["calls"]) == 4 and len(set(gpus["calls"])) == 2  # one for each GPU
 
 
-def test_workers_that_train_together_get_a_gpu_each(play: Play) -> None:
-    """Five of half a GPU would fit on four GPUs; NCCL refuses two workers on one."""
-    refused = play("shared-gpus")["refused"]
-    assert refused == (
-        "resources.train_workers: 5 workers of 1 CPU and 1 GPU each asked for, but the cluster has room for 4"
+def test_workers_that_train_together_get_a_gpu_each(gpus: dict[str, Any]) -> None:
+    """Three of half a GPU would fit on two GPUs; NCCL refuses two workers on one."""
+    assert gpus["refused"] == (
+        "resources.train_workers: 3 workers of 1 CPU and 1 GPU each asked for, but the cluster has room for 2"
     )
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_workers_that_were_granted_no_gpu_see_none(
+def test_workers_that_were_granted_no_gpu_see_none_and_keep_their_working_directory(
     tiny_models: Models, fixes: Corrections, tmp_path: Path
 ) -> None:
-    """Workers that train together: test_train_together.py."""
+    """So that relative paths lead somewhere. Workers that train together: test_train_together.py."""
     spec = tiny(correct={"lambdas": [1.0], "epochs": 1})
-    shards, trials = (NotingStore(tmp_path / name, note_visible_gpus) for name in ("shards", "trials"))
+    shards, trials = (NotingStore(tmp_path / name, note_place) for name in ("shards", "trials"))
     with RayCompute(None, spec) as compute:
-        compute.task("train", note_visible_gpus, tmp_path / "task")
+        compute.task("train", note_place, tmp_path / "task")
         assert compute.partitions("distill", visible_gpus, [(0,)]).map(str) == [""]
         compute.identify(spec, tiny_models, shards)
         compute.sweeps(tiny_models, [SweepRequest(spec, fixes, None, trials)])
     for folder in (tmp_path / "task", shards.notes, trials.notes):
-        assert noted(folder) == {""}, folder
+        assert noted(folder / "gpus") == {""}, folder
+        assert noted(folder / "working directories") == noted(tmp_path / "task" / "working directories")
 
 
 @pytest.mark.parametrize(

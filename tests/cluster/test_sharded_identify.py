@@ -133,11 +133,10 @@ def test_a_picture_that_cannot_be_read_stops_the_run_at_once_and_is_named_with_i
     assert not any("again" in line or "repeating" in line for line in lines.lines)
 
 
-@pytest.mark.parametrize("workers", [1, "auto"])
-def test_any_number_of_workers_finds_the_same_psi(
-    workers: object, tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
+def test_as_many_workers_as_fit_find_the_same_psi_and_components(
+    tiny_models: Models, local_psi: Psi, local_store: FolderStore, tmp_path: Path
 ) -> None:
-    spec = tiny(resources={"workers": workers})
+    spec = tiny(resources={"workers": "auto"})
     fingerprint = tiny_models.data_fingerprint
     with RayCompute(None, spec) as compute:
         psi = compute.identify(spec, tiny_models, FolderStore(tmp_path))

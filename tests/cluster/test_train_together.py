@@ -91,11 +91,19 @@ def test_training_workers_that_were_granted_no_gpu_see_none(two_heads: Path) -> 
     assert noted(two_heads / "gpus") == {""}
 
 
-def test_a_training_that_diverges_does_so_once(tmp_path: Path, lines: Lines) -> None:
+def test_a_training_that_diverges_does_so_once_and_a_node_that_is_lost_before_the_next_one_is_waited_for(
+    tmp_path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     spec = together(classifier={"epochs": 2, "optimizer": "adam", "learning_rate": 1e30})
-    with RayCompute(None, spec) as compute, pytest.raises(ModelError, match="the classifier diverged"):
-        compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "classifier")
-    assert len(set(lines.processes("train: worker 0"))) == 1
+    with RayCompute(None, spec) as compute:
+        with pytest.raises(ModelError, match="the classifier diverged"):
+            compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "classifier")
+        assert len(set(lines.processes("train: worker 0"))) == 1
+        monkeypatch.setattr("cluster.resources.NODES_JOIN_WITHIN_S", 0.1)
+        monkeypatch.setattr("cluster.resources.capacity", lambda worker: 1)
+        with pytest.raises(ComputeError, match=r"waited 0 minutes for room for 2 workers of 1 CPU and 0 GPU"):
+            compute.run_distributed("train", note_working_dir, tmp_path / "second")
+    assert "waiting for room for 2 workers of 1 CPU and 0 GPU each to join the cluster" in caplog.text
 
 
 def test_a_damaged_image_that_one_worker_found_is_the_error_although_the_first_was_lost_with_it() -> None:
@@ -112,15 +120,3 @@ def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:
         pytest.raises(RunFileError, match="train_workers: 3 workers .* room for 2"),
     ):
         compute.run_distributed("train", train_part, spec, FolderStore(tmp_path), "vae")
-
-
-def test_a_node_that_is_lost_between_two_trainings_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("cluster.resources.NODES_JOIN_WITHIN_S", 0.1)
-    with RayCompute(None, together()) as compute:
-        compute.run_distributed("train", note_working_dir, tmp_path / "first")
-        monkeypatch.setattr("cluster.resources.capacity", lambda worker: 1)
-        with pytest.raises(ComputeError, match=r"waited 0 minutes for room for 2 workers of 1 CPU and 0 GPU"):
-            compute.run_distributed("train", note_working_dir, tmp_path / "second")
-    assert "waiting for room for 2 workers of 1 CPU and 0 GPU each to join the cluster" in caplog.text

@@ -1,4 +1,4 @@
-"""Commands in processes of their own that need not import torch: they are forked from a process that has done so."""
+"""Commands and calls in processes that need not import torch: they are forked from a process that has done so."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,9 +24,14 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(IMPORTED)
 
 
-def start(words: Sequence[str], log: Path, *before: Callable[[], None]) -> BaseProcess:
-    """Start `defuse WORDS` in a session of its own, with its output in `log`; it calls each of `before` first."""
-    process = context.Process(target=_run, args=(words, log, dict(os.environ), before), daemon=True)
+def start(words: Sequence[str], log: Path, *before: Callable[[], object]) -> BaseProcess:
+    """Start `defuse WORDS` after the calls `before`."""
+    return start_calls(log, *before, partial(_command, words))
+
+
+def start_calls(log: Path, *calls: Callable[[], object]) -> BaseProcess:
+    """Start a process in a session of its own, with its output in `log`, that makes these calls."""
+    process = context.Process(target=_run, args=(log, dict(os.environ), calls), daemon=True)
     process.start()
     return process
 
@@ -44,11 +50,14 @@ def hasty_leases() -> None:
     lease.BEAT_S, lease.LEASE_S = 0.5, 3.0
 
 
-def _run(
-    words: Sequence[str], log: Path, environment: dict[str, str], before: Sequence[Callable[[], None]]
-) -> None:
+def _command(words: Sequence[str]) -> None:
     from services.cli import main
 
+    sys.argv = ["defuse", *words]
+    main()
+
+
+def _run(log: Path, environment: dict[str, str], calls: Sequence[Callable[[], object]]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -56,7 +65,5 @@ def _run(
         os.dup2(output, stream.fileno())
     os.environ.clear()
     os.environ.update(environment)
-    for change in before:
-        change()
-    sys.argv = ["defuse", *words]
-    main()
+    for call in calls:
+        call()

@@ -5,8 +5,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -133,26 +133,32 @@ def test_a_driver_killed_in_the_middle_of_each_step_goes_on_to_the_same_artefact
     indirect=["place"],
 )
 def test_a_driver_that_is_asked_to_end_does_so_in_one_line_and_leaves_no_lock_and_no_process(
-    place, how, code, whole, tmp_path, monkeypatch
+    place, how, code, whole, tmp_path
 ):
-    forkserver.ensure_running()  # before the variable is set, which it would keep
-    monkeypatch.setenv("STARTED_BY", str(tmp_path))
     run = tmp_path / "ended" / "tiny"
     copy_until(whole, run, "identify")
-    # Steps that take longer follow. The workers are not forked: their environment is looked at.
-    driver = start(whole.parents[1] / "tiny.yaml", place, run.parent, "correct")
+    before = [fork_workers] if "ray" in place else []
+    # steps that take longer follow
+    driver = start(
+        whole.parents[1] / "tiny.yaml", place, run.parent, "correct", *before, partial(os.chdir, tmp_path)
+    )
+    wait_until(lambda: (run / UNDER_WAY["identify"]).exists() or not driver.is_alive(), within_s=WAIT_S)
+    started = processes_in(tmp_path)
+    assert len(started) > (4 if before else 0), "not those of Ray: GCS, raylet, its agents and workers"
     assert kill_once_there(driver, run / UNDER_WAY["identify"], how)
     log = (tmp_path / "ended.log").read_text()
     assert log.endswith("\ndefuse: stopped; the same command continues from here\n")
     assert "***" not in log  # the stack of Ray's C++ part
     assert driver.exitcode == code
     assert (run / ".lock").read_text() == ""
-    mark = f"STARTED_BY={tmp_path}".encode()
-    wait_until(lambda: not any(mark in each for each in environments()), every_s=1.0)
+    wait_until(lambda: not processes_in(tmp_path), lambda: processes_in(tmp_path), every_s=1.0)
 
 
-def environments() -> Iterator[bytes]:
-    """Yield the environment of each process of this machine."""
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def processes_in(folder: Path) -> dict[str, str]:
+    """Return which processes of this machine work in `folder`, as those do that one in it has started."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            yield path.read_bytes()
+            if (path / "cwd").readlink() == folder:
+                found[path.name] = (path / "cmdline").read_text()
+    return found
