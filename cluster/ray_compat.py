@@ -8,12 +8,14 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -310,6 +312,21 @@ def shut_down_serve() -> None:
         if embedded_ray_has_ended() or time.monotonic() > give_up:
             return
     serve.shutdown()  # type: ignore[no-untyped-call] # forgets the controller
+
+
+def reuse_addresses() -> None:
+    """Let Serve's HTTP servers in this process listen on a port that still has connections of a process that was killed.
+
+    Serve sets no SO_REUSEADDR, so a replica with a fixed port could not be replaced within a minute.
+    """
+    from ray.serve._private import http_util
+
+    class ReusingSocket(socket.socket):
+        def bind(self, address: Any) -> None:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            super().bind(address)
+
+    http_util.socket = SimpleNamespace(**{**vars(socket), "socket": ReusingSocket})
 
 
 def embedded_ray_has_ended() -> bool:

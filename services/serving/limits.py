@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from cluster.ray_compat import reuse_addresses
 from defuse_core.config import ServeSection
 from services.settings import read_settings
 
@@ -343,8 +344,9 @@ class NoDisconnectCheck:
 def limit_headers() -> list[Middleware]:
     """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware.
 
-    uvicorn takes no client's address from X-Forwarded-For, as by default for loopback: `client_address` decides.
+    They listen also where a server that was killed did a moment ago. uvicorn takes no client's address from X-Forwarded-For, as by default for loopback: `client_address` decides.
     """
+    reuse_addresses()
     os.environ["FORWARDED_ALLOW_IPS"] = ""
     name = f"{LimitedHttpProtocol.__module__}:{LimitedHttpProtocol.__qualname__}"
     uvicorn.config.HTTP_PROTOCOLS["auto"] = name

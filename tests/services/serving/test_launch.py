@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -66,9 +67,15 @@ def _check_that_a_killed_replica_answers_on_the_same_port_again(running):
     (replica,) = listening("ServeReplica", running.port)
     own_priority = os.getpriority(os.PRIO_PROCESS, 0)
     assert os.getpriority(os.PRIO_PROCESS, replica) == own_priority  # Ray lowers that of its workers
-    os.kill(replica, signal.SIGKILL)
-    wait_until(lambda: answers(running.http), running.output)
+    with socket.create_connection(("127.0.0.1", running.port)):  # of a client that does not notice
+        os.kill(replica, signal.SIGKILL)
+        wait_until(lambda: answers(running.http), running.output, every_s=0.2)
     assert listening("ServeReplica", running.port) != [replica]
+    assert len(list(logs_of(running).glob("serve/replica_*.log"))) == 2  # the first that was started could listen
+
+
+def logs_of(running):
+    return Path(re.search(r"logs of replicas: (.*)\);", running.output())[1])
 
 
 def answers(http):

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import uvicorn.config
 from load_generator import limited, load, request_bytes
+from ray.serve._private import http_util
 from starlette.requests import Request
 
 from defuse_core.config import ServeSection
@@ -268,19 +269,39 @@ def test_the_address_of_a_client_is_the_one_that_a_proxy_on_this_machine_adds(pe
     assert client_address(request, forwarded_for=False) == peer  # the header may be the client's
 
 
-def test_uvicorn_leaves_the_address_of_a_client_to_us(monkeypatch):
-    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")  # put back, too
+@pytest.fixture
+def limited_headers(monkeypatch):
+    """This process after `limit_headers`, whose changes are taken back."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
     monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", uvicorn.config.HTTP_PROTOCOLS["auto"])
+    monkeypatch.setattr(http_util, "socket", socket)
+    limit_headers()
+
+
+def test_uvicorn_leaves_the_address_of_a_client_to_us(limited_headers):
     seen = []
 
     async def application(scope, receive, send):
         seen.append(scope["client"][0])
         await answer(send)
 
-    limit_headers()
     with http_server(application) as port:
         httpx.get(f"http://127.0.0.1:{port}", headers={"X-Forwarded-For": "192.0.2.7"}, timeout=60)
     assert seen == ["127.0.0.1"]
+
+
+def test_a_server_listens_on_a_port_whose_last_connections_are_not_forgotten(limited_headers):
+    with http_util.socket.socket() as first:
+        first.bind(("127.0.0.1", 0))
+        first.listen()
+        port = first.getsockname()[1]
+        with connected(port) as client:
+            first.accept()[0].close()  # before the client closes it
+            assert client.recv(1) == b""
+    with socket.socket() as serves_own, pytest.raises(OSError, match="in use"):
+        serves_own.bind(("127.0.0.1", port))
+    with http_util.socket.socket() as next_one:
+        next_one.bind(("127.0.0.1", port))
 
 
 async def answer(send):
