@@ -139,7 +139,7 @@ def test_haproxy_listens_for_other_machines_starts_below_a_long_folder_and_ends_
     options = ("--store", own_store.address, "--host", "0.0.0.0", "--set", "serve.cpus_per_replica=0.5")
     long_folder = short_folder / "temporary"
     long_folder.mkdir()
-    with serve_process(short_folder, "first", *options, TMPDIR=str(long_folder)) as running:
+    with serve_process(short_folder, "first", *options, forked=True, TMPDIR=str(long_folder)) as running:
         expected = [{(ANY, running.port)}]
         wait_until(lambda: ports_of_haproxy(running.port) == expected, every_s=LOOK_EVERY_S)
         folder = configuration_of(listening("haproxy.cfg", running.port)[0]).parent.parent
