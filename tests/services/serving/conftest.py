@@ -39,7 +39,8 @@ def good_spec(tiny_spec: RunFile) -> RunFile:
     tree["data"]["train_images"] = None
     tree["classifier"] |= {"epochs": 12, "channels": 16, "optimizer": "adam", "learning_rate": 3e-3}
     # With a class head every class has its own codes, so that scenarios are right on each kind of processor.
-    tree["vae"] |= {"latent_dim": 8, "class_weight": 20.0, "epochs": 60, "beta": 0.1, "learning_rate": 3e-3}
+    tree["vae"] |= {"latent_dim": 8, "class_weight": 20.0, "epochs": 40, "beta": 0.1, "learning_rate": 3e-3}
+    tree["vae"]["batch_size"] = 64
     tree["check"]["min_scenario_accuracy"] = 0.8
     return parse_run_file(tree, "good")
 
