@@ -149,7 +149,8 @@ def nodes(short_folder: Path) -> Iterator[dict[str, str]]:
     own = {f"RAY_SERVE_HAPROXY_{what}_PORT": str(free_port()) for what in ("METRICS", "STATS")}
     own |= {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_worker_niceness": "0",  # as in tests/conftest.py
+        "RAY_worker_niceness": "0",  # these two as in tests/conftest.py
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     }
     for name in ("ray-head", "ray-worker"):
         given = services[name]["environment"] | {"RAY_AUTH_TOKEN_PATH": str(token)}
