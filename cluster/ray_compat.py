@@ -315,7 +315,7 @@ def shut_down_serve() -> None:
 
 
 def reuse_addresses() -> None:
-    """Let Serve's HTTP servers in this process listen on a port that still has connections of a process that was killed.
+    """Let Serve's HTTP servers in this process listen on a port with connections of another that was killed.
 
     Serve sets no SO_REUSEADDR, so a replica with a fixed port could not be replaced within a minute.
     """

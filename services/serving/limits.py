@@ -344,7 +344,8 @@ class NoDisconnectCheck:
 def limit_headers() -> list[Middleware]:
     """Let the HTTP servers that this process starts from now on use LimitedHttpProtocol; return their middleware.
 
-    They listen also where a server that was killed did a moment ago. uvicorn takes no client's address from X-Forwarded-For, as by default for loopback: `client_address` decides.
+    They listen also where a server that was killed did a moment ago. uvicorn takes no client's address from
+    X-Forwarded-For, as by default for loopback: `client_address` decides.
     """
     reuse_addresses()
     os.environ["FORWARDED_ALLOW_IPS"] = ""
