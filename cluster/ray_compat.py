@@ -326,7 +326,7 @@ def reuse_addresses() -> None:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             super().bind(address)
 
-    http_util.socket = SimpleNamespace(**{**vars(socket), "socket": ReusingSocket})
+    vars(http_util)["socket"] = SimpleNamespace(**vars(socket) | {"socket": ReusingSocket})
 
 
 def embedded_ray_has_ended() -> bool:
