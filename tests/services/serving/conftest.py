@@ -29,6 +29,7 @@ from tests.ports import free_port
 from tests.waiting import wait_until
 
 NO_ACCESS_LOG = {"enable_access_log": False}  # as in services/serving/app.py
+ASK_EVERY_S = 0.25  # a server that must change: an answer costs 10 ms of processors
 LIGHT = {"cpus_per_replica": 0.1, "timeout_s": 60.0}  # many replicas on two cores, both busy
 
 
@@ -116,6 +117,20 @@ class ServedApplication:
         wait_until(
             lambda: self.model().get("version") == version,
             lambda: f"expected {version}, still answers with {self.model()}",
+            every_s=ASK_EVERY_S,
+        )
+
+    def wait_for_others(self, versions: set[str]) -> None:
+        """Return once the application has these versions, and no more, as canary or shadow."""
+
+        def others() -> set[str]:
+            page = self.model()
+            return {page["canary"], page["shadow"]} - {None}
+
+        wait_until(
+            lambda: others() == versions,
+            lambda: f"expected {versions} beside production, found {others()}",
+            every_s=ASK_EVERY_S,
         )
 
 

@@ -70,7 +70,7 @@ def serve_process(
         )
     running = ServeProcess(process, port, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60), log)
     try:
-        wait_until(lambda: is_ready(running), running.output, within_s=240)
+        wait_until(lambda: is_ready(running), running.output, within_s=240, every_s=0.2)
         yield running
     finally:
         if process.poll() is None:

@@ -217,7 +217,7 @@ def test_doubtful_answers_are_flagged_counted_and_the_detector_is_in_the_metrics
         page = app.http.get("/metrics").text
         return [name for name in names if name not in page]
 
-    wait_until(lambda: not missing(), lambda: f"not on the metrics page: {missing()}")
+    wait_until(lambda: not missing(), lambda: f"not on the metrics page: {missing()}", every_s=0.5)
 
 
 def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, good_spec):
@@ -234,6 +234,7 @@ def test_an_input_inside_a_failure_scenario_is_marked_and_counted(app, planted, 
     wait_until(
         lambda: any(is_count(line) for line in app.http.get("/metrics").text.splitlines()),
         lambda: "no counter of the scenario appeared on the metrics page",
+        every_s=0.5,
     )
 
 

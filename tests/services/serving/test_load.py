@@ -112,10 +112,10 @@ def test_a_replica_that_cannot_load_the_version_does_not_start_beside_one_that_a
     whole = registry.store.read(key)
     registry.store.write(key, b"cut")
     os.kill(one_replica_of(app.name), signal.SIGKILL)
-    wait_until(lambda: "others answer until" in deployment_of(app.name).message)
+    wait_until(lambda: "others answer until" in deployment_of(app.name).message, every_s=0.5)
     assert statuses(load(app.port, 4, limited(requests_for(app, pictures), 50))) == {200: 50}
     registry.store.write(key, whole)
-    wait_until(lambda: deployment_of(app.name).replica_states == {"RUNNING": 2})
+    wait_until(lambda: deployment_of(app.name).replica_states == {"RUNNING": 2}, every_s=0.5)
 
 
 def deployment_of(name):
@@ -158,14 +158,8 @@ def live(live_app):
     live_app.registry.assign(live_app.number["first"], PromotionRequest("ana", ""))
     wait_until(lambda: live_app.app.http.get("/readyz").status_code == 200)
     live_app.app.wait_for(live_app.version("first"))
-    wait_until(lambda: not others(live_app.app))
+    live_app.app.wait_for_others(set())
     return live_app
-
-
-def others(app):
-    """Return the versions that an application has beside production."""
-    page = app.model()
-    return {page["canary"], page["shadow"]} - {None}
 
 
 def test_32_clients_are_all_answered_in_bounded_time(live, pictures):
@@ -200,7 +194,7 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     running = Load(live.app.port, 8, requests)
     running.start()
     live.registry.assign(live.number["second"], PromotionRequest("ana", "", canary=0.3))
-    wait_until(lambda: others(live.app) == {live.version("second")})
+    live.app.wait_for_others({live.version("second")})
     assert set(statuses(running.stop())) == {200}  # nobody noticed it come
     replies = load(live.app.port, 8, limited(requests, 200))
     assert set(statuses(replies)) == {200}
@@ -221,7 +215,7 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
         live.registry.assign(number, PromotionRequest("ana", "", shadow=True))
     else:
         live.registry.assign(number, PromotionRequest("ana", "", canary=0.5))
-    wait_until(lambda: others(live.app) == {str(number)})
+    live.app.wait_for_others({str(number)})
     running = Load(live.app.port, 8, requests_for(live.app, pictures, 500))
     running.start()  # until it ends: a shadow leaves requests out where it has too little time
     wait_until(lambda: not {live.registry.state().canary, live.registry.state().shadow} - {None})
@@ -298,10 +292,10 @@ def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
     for _ in range(3):  # in turns, since other processes of the machine take their share now and then
         alone += request_rate(app.port, requests)
         slow_app.registry.assign(2, PromotionRequest("ana", "", shadow=True))
-        wait_until(lambda: others(app) == {"2"})
+        app.wait_for_others({"2"})
         beside += request_rate(app.port, requests)
         slow_app.registry.end_canary(2, "ana", "")
-        wait_until(lambda: not others(app))
+        app.wait_for_others(set())
     assert beside > 0.5 * alone
 
 
@@ -314,7 +308,7 @@ def request_rate(port, requests):
 
 def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):
     slow_app.registry.assign(2, PromotionRequest("ana", "", canary=0.5))
-    wait_until(lambda: slow_app.app.model()["canary"] == "2")
+    slow_app.app.wait_for_others({"2"})
     running = Load(slow_app.app.port, 8, requests_for(slow_app.app, pictures))
     running.start()
     wait_until(lambda: slow_app.registry.state().canary is None)
