@@ -38,9 +38,9 @@ class DataSection(Section):
     and svhn: 0 halves the official test set into validation and test (the halves of the signs show the same physical
     signs); with a share the test part is the official one. Tracks are held out whole. Paper: 0."""
     track_pattern: PatternOfOneGroup | None = None
-    """folder: a regular expression whose one group, found in CLASS/FILE, names the object that the image shows, such as
-    `/(.+)_` for OBJECT_FRAME.png. Images of one object, a track, are kept together and count as one piece of evidence.
-    npz: give arrays train_tracks, validation_tracks and test_tracks instead. Paper: the signs have tracks."""
+    """folder: a regular expression whose one group, found in CLASS/FILE, names the object shown: `/(.+)_` for
+    OBJECT_FRAME.png, `(.+)_` if each class numbers its objects anew. Images of one object, a track, are kept together
+    and count as one piece of evidence. npz: train_tracks, validation_tracks, test_tracks. Paper: signs have tracks."""
 
 
 class ClassifierSection(Section):

@@ -143,10 +143,11 @@ def _tracks(paths: FilePaths, pattern: str) -> I64:
     objects = []
     for name in map(os.fsdecode, paths.names):
         found = re.search(pattern, name)
-        if found is None or found[1] is None:
+        if found is None or not found[1]:
+            what = "no match" if found is None else "an empty text"
             raise DataError(
-                f"{paths.root}{name}: expected data.track_pattern {pattern} to find the object in {name}, found no "
-                "match; correct the pattern, or rename the file"
+                f"{paths.root}{name}: expected data.track_pattern {pattern} to find the object in {name}, found "
+                f"{what}; correct the pattern, or rename the file"
             )
         objects.append(found[1])
     return track_numbers(objects)
@@ -188,14 +189,16 @@ def _raise(error: OSError) -> None:
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
-    """Log the parts with their counts; warn of classes without a training image, folders not read, images that are odd
-    or in two parts.
+    """Log the parts with their counts; warn of classes without a training image, tracks of several classes, folders not
+    read, images that are odd or in two parts.
     """
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
     log.info("images: %s, of %d classes", counts, len(splits.classes))
     for part, images in splits.parts().items():
         if images.tracks is not None:
             log.info("images: %s in %s", count_of(len(np.unique(images.tracks)), "track"), part)
+            for line in _odd_tracks(data, part, images.labels, images.tracks, splits.classes):
+                log.warning("images: %s", line)
     counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
     if absent := [name for name, count in zip(splits.classes, counted, strict=True) if not count]:
         log.warning(
@@ -210,6 +213,29 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             log.warning("data.root %s: %s", data.root, line)
     for line in [*odd_images(splits.train), *shared_images(splits)]:
         log.warning("images: %s", line)
+
+
+def _odd_tracks(
+    data: DataSection, part: str, labels: I64, tracks: I64, classes: tuple[str, ...]
+) -> list[str]:
+    """Return a line where tracks hold images of several classes, and where each training track is one image."""
+    given = "data.track_pattern" if data.name == "folder" else f"{part}_tracks"
+    found, frames = np.unique(tracks, return_counts=True)
+    lines = []
+    if part == "train" and len(found) > 1 and frames.max() == 1:
+        lines.append(f"each training track is one image; check {given}")
+    track, label = np.unique(np.stack([tracks, labels]), axis=1)  # the classes of each track
+    of_track = np.unique(track, return_counts=True)[1]
+    if (mixed := found[of_track > 1]).size:
+        names = first_few([classes[each] for each in label[track == mixed[0]]])
+        remedy = f"give each class its own in {given}"
+        if data.name == "folder":
+            remedy = f"{given} has to find the class, too, as in (.+)_ in place of /(.+)_"
+        lines.append(
+            f"{len(mixed)} of {count_of(len(found), 'track')} in {part} hold images of several classes, such as one of "
+            f"{names}; if each class numbers its objects anew, {remedy}"
+        )
+    return lines
 
 
 def part_of(name: str) -> str | None:

@@ -83,9 +83,34 @@ def test_images_of_one_object_form_a_track_that_is_held_out_whole(
     assert "images: 6 tracks in train" in caplog.text
 
 
-def test_a_file_whose_object_is_not_found_is_named(tmp_path: Path):
-    data = section("folder", write_folder(tmp_path), track_pattern="/(.+)_")
-    assert "cat/0.png: expected data.track_pattern /(.+)_ to find" in error_of(data)
+@pytest.mark.parametrize(
+    ("pattern", "warned"),
+    [
+        (
+            "/(.+)_",
+            ["images: 2 of 2 tracks in train hold images of several classes, such as one of cat, dog"],
+        ),
+        ("(.+)_", []),
+        ("(.+)", ["images: each training track is one image"]),
+    ],
+)
+def test_tracks_that_are_hardly_objects_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, pattern: str, warned: list[str]
+):
+    for i, name in enumerate(("cat/1_1", "cat/1_2", "cat/2_1", "dog/1_1", "dog/1_2", "dog/2_1")):
+        save_picture(tmp_path / "train" / f"{name}.png", noise(6, SIZE, SIZE, 3)[i])
+    data = section("folder", tmp_path, track_pattern=pattern)
+    log_parts(data, open_splits(data, 0))
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == warned
+
+
+@pytest.mark.parametrize(("pattern", "found"), [("/(.+)_", "no match"), ("()", "an empty text")])
+def test_a_file_whose_object_is_not_found_is_named(tmp_path: Path, pattern: str, found: str):
+    data = section("folder", write_folder(tmp_path), track_pattern=pattern)
+    wanted = (
+        f"cat/0.png: expected data.track_pattern {pattern} to find the object in cat/0.png, found {found}; "
+    )
+    assert wanted in error_of(data)
 
 
 def test_hidden_files_are_not_images_of_a_class(tmp_path: Path):
