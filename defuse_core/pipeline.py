@@ -53,7 +53,7 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.undecided import worse_references
+from defuse_core.review.undecided import not_reviewed, worse_references
 from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
@@ -245,9 +245,11 @@ def _scenarios(
         scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau == "auto" and references is not None:
         scenarios = tighten(run.spec, models, references, scenarios, compute)
-    return with_both_halves(
-        scenarios, run.spec.review.least_units
-    )  # the classifier is not right on those left
+    # the classifier is not right on those left
+    scenarios = with_both_halves(scenarios, run.spec.review.least_units)
+    if (lack := not_reviewed(scenarios)) is not None:
+        log.info("%s", lack)
+    return scenarios
 
 
 def _verdicts_with_all_overrides(run: Run, judge: Callable[[], Verdicts]) -> Verdicts:

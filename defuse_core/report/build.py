@@ -60,7 +60,7 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
-from defuse_core.review.undecided import doubts_about_models, why_undecided
+from defuse_core.review.undecided import doubts_about_models, not_reviewed, why_undecided
 from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
 from defuse_core.runs import Run
 from defuse_core.watch import FailureWatch
@@ -113,10 +113,10 @@ def build_report(
         failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
         provenance=_provenance(run, found),
     )
-    doubts = doubts_about_models(run.spec, models, found.references)
+    doubts = [*doubts_about_models(run.spec, models, found.references), not_reviewed(found.scenarios)]
     words = {
         "headline": headline(report, run.spec.correct),
-        "caveats": tuple(caveats(report, run.spec.correct, doubts)),
+        "caveats": tuple(caveats(report, run.spec.correct, [doubt for doubt in doubts if doubt])),
     }
     return report.model_copy(update=words)
 

@@ -203,7 +203,7 @@ def not_the_majority(report: Report) -> str | None:
 def caveats(report: Report, correct: CorrectSection, doubts: Sequence[str]) -> list[str]:
     """Return what a reader must know before the figures; the first sentence of each is its title.
 
-    `correct` is that of the run file, whose limits chose λ; `doubts` are those about its models.
+    `correct` is that of the run file, whose limits chose λ; `doubts` are those about its models and what was reviewed.
     """
     judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
     notices = (

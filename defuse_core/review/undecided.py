@@ -76,7 +76,7 @@ def why_undecided(
             f"{'no' if unlabelled == len(gallery) else of} reviewed image has a label, since nobody chose a class or "
             "the votes are tied; ask more annotators, or find out why the images show no class"
         )
-    return _too_few_units(spec.review, gallery, verdicts, open_ones) or _not_reviewed(scenarios)
+    return _too_few_units(spec.review, gallery, verdicts, open_ones) or not_reviewed(scenarios)
 
 
 def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet | None) -> list[str]:
@@ -87,6 +87,17 @@ def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet 
     worse = worse_references(spec, models, references)
     causes = (why_guessing(models), _unfit_vae(models.health, worse), worse)
     return [cause for cause in causes if cause is not None]
+
+
+def not_reviewed(scenarios: Scenarios | None) -> str | None:
+    """Return how many components are not reviewed, since too few photographs show them, and what to do; or None."""
+    few = () if scenarios is None else [one for one in scenarios.dropped if one.reason.startswith(UNCERTAIN)]
+    if not few:
+        return None
+    return (
+        f"{count_of(len(few), 'component')} {'is' if len(few) == 1 else 'are'} not reviewed ({few[0].reason}); try "
+        "more photographs or tracks of these classes (data.train_images)"
+    )
 
 
 def are_worse(models: Sequence[float | None], classifier: float | None, images: int | None) -> bool:
@@ -256,17 +267,6 @@ def _too_few_units(
     return (
         f"{count} of {count_of(len(gallery), 'candidate scenario')} fail{'s' if count == 1 else ''} in over "
         f"{percent(review.rho, 0)} (review.rho), but {lack}; {remedy}"
-    )
-
-
-def _not_reviewed(scenarios: Scenarios | None) -> str | None:
-    """Return how many components were not reviewed, since too few photographs show them."""
-    few = () if scenarios is None else [one for one in scenarios.dropped if one.reason.startswith(UNCERTAIN)]
-    if not few:
-        return None
-    return (
-        f"{count_of(len(few), 'component')} {'was' if len(few) == 1 else 'were'} not reviewed ({few[0].reason}); try "
-        "more photographs or tracks of these classes (data.train_images)"
     )
 
 

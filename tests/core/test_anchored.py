@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from defuse_core.artifacts import (
     Gallery,
     Health,
     Models,
+    Psi,
     ReferenceSet,
     Scenarios,
     Sweep,
@@ -37,7 +39,7 @@ from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.intervals import share_with_bounds
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, decode_codes, encode_images, load_vae, predict
-from defuse_core.pipeline import _controls, load_findings, run_defuse
+from defuse_core.pipeline import _controls, _scenarios, load_findings, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_corrections, with_used_anchors
 from defuse_core.runs import PLAIN_NAMES, Run
@@ -362,3 +364,13 @@ def test_evidence_is_of_held_out_photographs_alone_and_each_of_them_counts_once(
     assert (made.units <= photographs).all() and max(photographs) < fixes.test.shape[1]
     share, units = single.own_label[0, 0], int(single.units[0])
     np.testing.assert_allclose(single.own_label[0], share_with_bounds(share * units, units))
+
+
+def test_components_of_too_few_photographs_for_certainty_are_logged(
+    finished, tiny_models, references, caplog
+):
+    run = copy.copy(finished)
+    run.spec = SPEC.with_fields("review", max_false=0.01)
+    with caplog.at_level("INFO", "defuse"):
+        _scenarios(run, LocalCompute(), finished.load(Psi), tiny_models, references)
+    assert "components are not reviewed (too few photographs or tracks for certainty: " in caplog.text

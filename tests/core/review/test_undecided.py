@@ -126,12 +126,20 @@ def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_suc
     )
 
 
-def test_components_that_were_not_reviewed_since_too_few_photographs_show_them_leave_it_open():
+def test_components_that_were_not_reviewed_since_too_few_photographs_show_them_leave_it_open(
+    tmp_path: Path,
+):
     found, evaluation = sample_findings(COUNT, 0)
     for reason, told in ((f"{UNCERTAIN}: 4 photographs", True), (f"{UNDIVIDED}: all are of one", False)):
         scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(weight=0.1, reason=reason),))
-        text = undecided((dataclasses.replace(found, scenarios=scenarios), evaluation)) or ""
-        assert text.startswith("1 component was not reviewed (too few photographs") is told
+        one = dataclasses.replace(found, scenarios=scenarios)
+        words = "1 component is not reviewed (too few photographs"
+        assert (undecided((one, evaluation)) or "").startswith(words) is told
+        health = Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 0, 16, "poor")
+        one = dataclasses.replace(one, models=fit(found.models, health))
+        report = report_of((one, evaluation), tmp_path)
+        assert report.headline.startswith("Could not tell: the β-VAE is poor")  # which hides nothing else
+        assert (words in " ".join(report.caveats)) is told
 
 
 def test_what_people_rejected_is_decided():
