@@ -35,7 +35,7 @@ from defuse_core.config import (
     with_absolute_root,
 )
 from defuse_core.data import Images, open_splits
-from defuse_core.data.npz import Arrays, image_shape, splits_of
+from defuse_core.data.npz import Arrays, column, image_shape, splits_of
 from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import LocalCompute
@@ -93,14 +93,12 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
             (N, H, W), (N, H, W, c) or (N, c, H, W), with H = W even, 8 to 512, and c of 1 or 3. If several show one
             object, a third array (N,) names it. Without `validation`, 15 % of the training images are held out.
         classes: The names of the classes; a label is an index into them. Default: the labels themselves.
-        store: Folder of runs, where ~ is the user's home, or another Store where `settings` name images and weights
-            in files.
+        store: Folder of runs (~ is the user's home), or another Store if `settings` name images and weights in files.
         name: Name of the run. It becomes a folder in the store.
         settings: With `train`: the fields that differ from what `defuse init` suggests for these images, such as
             `{"vae": {"epochs": 20}}`. Or a whole run file: its path, or a RunFile. `defuse fields` lists all fields.
             Fields that a later call leaves out stay as earlier calls set them; a warning names them.
-        minutes: Time that a new run is planned for, on this machine; later calls keep its plan. A run file has its
-            own sizes.
+        minutes: Time that a new run is planned for, on this machine; later calls keep its plan, run files their sizes.
         compute: Where to compute. Default: in this process. On Ray: `cluster.compute.on_ray("head:6379")`.
         annotators: Who labels the scenarios. Default: the reference models of the run. For people see README; all but
             the reference models need review.annotators: label-studio in `settings`.
@@ -197,12 +195,13 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
             continue
         if not isinstance(part, tuple | list) or len(part) not in (2, 3):
             raise DataError(
-                f"{name}: expected (images, labels), found {type(part).__name__}; of a data set of pairs give "
-                "tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
+                f"{name}: expected (images, labels) or (images, labels, objects), found {type(part).__name__}; of a "
+                "data set of pairs give tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
             )
+        names = (f"{name}_labels", f"{name}_tracks")
         try:
-            images, *others = (_array(values) for values in part)
-            arrays |= zip((f"{name}_labels", f"{name}_tracks"), others, strict=False)
+            images, *others = map(_array, part[:2] if part[-1] is None else part)
+            arrays |= zip(names, map(column, names, others), strict=False)
         except (ValueError, TypeError, RuntimeError) as error:  # lists of several shapes, or of no numbers
             raise DataError(f"{name}: expected images of one size and labels; {one_line(error)}") from error
         floats = images.dtype.kind == "f"
@@ -223,7 +222,9 @@ def _array(values: npt.ArrayLike | Tensor | Sequence[Tensor]) -> npt.NDArray[Any
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has none
     array = np.asarray(values)
-    is_text = array.dtype == object and {type(value) for value in array.flat} == {str}  # as pandas has it
+    if array.dtype.kind == "U":  # also of a list that mixes texts and others
+        array = np.asarray(values, object)
+    is_text = array.dtype == object and all(isinstance(value, str) for value in array.flat)
     return array.astype(str) if is_text else array
 
 
@@ -378,8 +379,7 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 def _shape(images: npt.NDArray[Any]) -> dict[str, int]:
     """Return size and channels as section data has them. Raises DataError where the array holds no usable images."""
-    shape = image_shape(images)
-    if shape is None:
+    if (shape := image_shape(images)) is None:
         raise DataError(
             "train: expected images of shape (N, H, W), (N, H, W, c) or (N, c, H, W) with c of 1 or 3, found "
             f"{images.shape}"

@@ -92,7 +92,7 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         with archive:
             if any(part.compress_type not in COMPRESSIONS for part in archive.zip.infolist()):
                 raise ValueError("a compression that numpy does not write")
-            return {name: _column(name, archive[name]) for name in archive.files if name in wanted}
+            return {name: column(name, archive[name]) for name in archive.files if name in wanted}
     except (PermissionError, IsADirectoryError) as error:
         raise DataError(
             f"{file}: expected a readable .npz file ({error.strerror}); check data.root"
@@ -104,7 +104,7 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
         ) from error
 
 
-def _column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return labels and tracks of shape (N, 1), as MedMNIST has them, as (N,), and any other array as it is.
 
     Raises an error for what is no array, or holds no text that can be shown.
@@ -186,9 +186,10 @@ def _tracks(arrays: Arrays, part: str, count: int, where: str) -> I64 | None:
     if tracks is None:
         return None
     if tracks.shape != (count,) or tracks.dtype.kind not in "iuU":
+        odd = [each for each in tracks.flat if not isinstance(each, str)] if tracks.dtype == object else []
         raise DataError(
             f"{where}: {part}_tracks: expected {count} integers or texts, the object that each image shows, found "
-            f"{tracks.dtype} {tracks.shape}; correct them"
+            f"{tracks.dtype} {tracks.shape}{f' with {odd[0]!r}' if odd else ''}; correct them"
         )
     return track_numbers(tracks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def test_a_third_array_names_the_object_that_each_image_shows(tmp_path, dtype):
     assert splits.validation is not None and splits.train.tracks is not None
     assert not set(splits.train.tracks) & set(splits.validation.tracks)
     assert len(set(splits.validation.tracks)) == 15
+
+
+def test_a_third_of_none_is_left_out_and_a_column_is_taken(tmp_path):
+    images, labels = digits()
+    spec = settings_of(tmp_path, train=(images, labels[:, None], np.arange(len(labels))[:, None] // 4))
+    assert open_splits(spec.data, 0).train.tracks is not None
+    spec = settings_of(tmp_path, train=(images, labels, None))
+    assert open_splits(spec.data, 0).train.tracks is None
 
 
 def stop() -> Any:
@@ -168,7 +177,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"train: expected images of shape .* found \(20, 256\)",
     ),
     "a class named twice": ({"classes": ["a", "b", "a"]}, DataError, "^debug: classes: .* found 'a' 2 times;"),
-    "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"train: expected \(images, labels\), found ndarray"),
+    "no pair": ({"train": np.zeros((20, 16, 16))}, DataError, r"^train: expected \(images, labels\) .* found ndarray"),
     "a data set": (
         {"train": TensorDataset(torch.rand(20, 16, 16), torch.arange(20) % 2)},
         DataError,
@@ -178,6 +187,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"train": (np.linspace(-1, 3, 20 * 256).reshape(20, 16, 16), np.arange(20) % 2)},
         DataError,
         r"found values from -1 to .*; undo a normalisation \(x \* sd \+ mean\) and let the classifier do it",
+    ),
+    "objects with gaps": (
+        {"train": (np.zeros((4, 16, 16), np.uint8), [0, 1, 0, 1], ["a", math.nan, "b", math.nan])},
+        DataError,
+        r"train_tracks: expected 4 integers or texts, .* found object \(4,\) with nan; correct them",
+    ),
+    "four arrays": (
+        {"train": (np.zeros((4, 16, 16), np.uint8), [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1])},
+        DataError,
+        r"train: expected \(images, labels\) or \(images, labels, objects\), found tuple",
     ),
     "several sizes": (
         {"train": ([np.zeros((16, 16), np.uint8), np.zeros((16, 12), np.uint8)], [0, 1])},
