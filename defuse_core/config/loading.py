@@ -80,7 +80,7 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
         raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
     for override in overrides:
         apply_override(tree, override)
-    return parse_run_file(tree, str(path))
+    return parse_run_file(tree, f"{path} with --set" if overrides else str(path))
 
 
 def parse_run_file(tree: dict[str, Any], where: str) -> RunFile:

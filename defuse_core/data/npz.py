@@ -162,7 +162,7 @@ def _names(names: npt.NDArray[Any], where: str) -> tuple[str, ...]:
 
 
 def _part(arrays: Arrays, part: str, data: DataSection, where: str) -> Images | None:
-    if not {f"{part}_images", f"{part}_labels"} & set(arrays):
+    if not {f"{part}_images", f"{part}_labels", f"{part}_tracks"} & set(arrays):
         return None
     for name in (f"{part}_images", f"{part}_labels"):
         if name not in arrays:

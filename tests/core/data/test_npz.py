@@ -234,6 +234,7 @@ BAD_NPZ: list[tuple[str, Arrays, str]] = [
     ),
     ("fewer labels than images", {"train_labels": np.arange(11) % 3}, "found 11 and 12"),
     ("a track too few", {"train_tracks": np.arange(11)}, "train_tracks: expected 12 integers or texts"),
+    ("tracks alone", {"validation_tracks": np.arange(6)}, "expected an array validation_images, found "),
     ("tracks that are no names", {"train_tracks": np.zeros(12)}, "found float64 (12,); correct them"),
     ("no train_images", {"train_images": None}, "expected an array train_images, found test_images"),
     ("no test_labels", {"test_labels": None}, "expected an array test_labels"),
