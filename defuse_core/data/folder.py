@@ -31,7 +31,7 @@ from defuse_core.data.images import (
     expect_class_names,
     opened_picture,
 )
-from defuse_core.data.splits import divided, track_numbers
+from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
 from defuse_core.errors import DataError, count_of, first_few
 
 log = logging.getLogger("defuse")
@@ -203,10 +203,11 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if absent := [name for name, count in zip(splits.classes, counted, strict=True) if not count]:
         log.warning(
             "images: %d of %d classes have no training image (%s); add some, lower data.validation_share or raise "
-            "data.train_images",
+            "data.train_images%s",
             len(absent),
             len(splits.classes),
             first_few(absent),
+            "" if splits.train.tracks is None else f", or {CHECK_TRACKS}",
         )
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):

@@ -104,6 +104,16 @@ def test_tracks_that_are_hardly_objects_are_told(
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == warned
 
 
+def test_a_training_part_of_one_class_is_refused_and_where_there_are_tracks_they_are_named(tmp_path: Path):
+    root = write_folder(tmp_path)
+    found = "expected training images of two classes or more, found"
+    assert f"{found} 1 image of one; raise data.train_images, or add images" in error_of(
+        section("folder", root, train_images=1)
+    )
+    data = section("folder", root, train_images=6, track_pattern="(.+)/")  # a track for each class
+    assert f"{found} 5 images of one in 1 track; check the tracks (data.track_pattern" in error_of(data)
+
+
 @pytest.mark.parametrize(("pattern", "found"), [("/(.+)_", "no match"), ("()", "an empty text")])
 def test_a_file_whose_object_is_not_found_is_named(tmp_path: Path, pattern: str, found: str):
     data = section("folder", write_folder(tmp_path), track_pattern=pattern)
