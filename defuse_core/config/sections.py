@@ -180,7 +180,7 @@ class DistillSection(Section):
     min_weight: float = Field(0.01, ge=0, lt=1)
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
-    """Components with codes of fewer training images (of a track, each) are dropped. Paper: 1, which drops none."""
+    """Components with codes of fewer training images, of whatever tracks, are dropped. Paper: 1, which drops none."""
     order: Literal["weight", "source-error"] = "weight"
     """Which scenarios come first: source-error, those of the highest error on the training images that their codes
     come from (lower 95 % bound, by tracks), so that real images show these. Paper: weight."""

@@ -149,7 +149,7 @@ def test_a_value_begins_behind_the_first_sign_of_equality(tmp_path, override, va
         ("data.=1", "--set data.=1: expected section.field=value"),
         ("=1", "--set =1: expected section.field=value"),
         ("judges=count: 0 # none", "YAML takes '# none' for a comment"),
-        ("nothing.deeper=1", "run.yaml: nothing: unknown field"),
+        ("nothing.deeper=1", "run.yaml with --set: nothing: unknown field"),
     ],
 )
 def test_an_override_that_sets_nothing_or_half_of_a_value_is_refused(tmp_path, override, message):
