@@ -12,7 +12,6 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -31,8 +30,6 @@ from defuse_core.data.images import (
     evenly_spaced,
     expect_class_names,
     opened_picture,
-    read_each,
-    read_picture,
 )
 from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
 from defuse_core.errors import DataError, count_of, first_few
@@ -215,21 +212,8 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
             log.warning("data.root %s: %s", data.root, line)
-    try:
-        odd = odd_images(splits.train)
-    except DataError:  # of a sample
-        _read_all(splits)
-        raise
-    for line in [*odd, *shared_images(splits)]:
+    for line in [*odd_images(splits.train), *shared_images(splits)]:
         log.warning("images: %s", line)
-
-
-def _read_all(splits: Splits) -> None:
-    """Raise DataError naming all files, of every part, that are no readable images."""
-    files = [path for images in splits.parts().values() for path in images.files or ()]
-    _, channels, size, _ = splits.train.pixels.shape
-    for _ in read_each(files, partial(read_picture, channels=channels, size=size)):
-        pass
 
 
 def _odd_tracks(

@@ -92,7 +92,7 @@ def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
 
 
 def _tracks_in(images: Images) -> str:
-    return count_of(len(np.unique(images.unit)), "track")
+    return count_of(len(np.unique(images.tracks)), "track")
 
 
 def track_numbers(objects: Sequence[str] | npt.NDArray[Any]) -> I64:

@@ -14,7 +14,6 @@ from data_samples import SIZE, error_of, noise, save_picture, section
 
 from defuse_core.data import PictureFiles, log_parts, open_splits
 from defuse_core.data.folder import overlooked, part_of
-from defuse_core.errors import DataError
 from tests.no_access import refuse_access
 
 
@@ -209,20 +208,6 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkey
     locked.mkdir()
     refuse_access(monkeypatch, locked)
     assert f"cannot read {locked} (Permission denied)" in error_of(section("folder", tmp_path))
-
-
-def test_once_a_file_cannot_be_read_all_of_every_part_are_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    root = write_folder(tmp_path)
-    for name in ("train/cat/0.png", "train/cat/1.png", "test/dog/2.png"):
-        (root / name).write_bytes(b"no picture")
-    monkeypatch.setattr("defuse_core.data.folder.FINGERPRINT_IMAGES", 2)  # of train the first and the last
-    data = section("folder", root)
-    with pytest.raises(
-        DataError, match=r"^3 of 30 image files cannot be read: .*cat/1\.png, .*test/dog/2\.png; the"
-    ):
-        log_parts(data, open_splits(data, 0))
 
 
 def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
