@@ -208,7 +208,7 @@ def without_unused_processes() -> Iterator[None]:
     """
     from ray._private.node import Node
 
-    started = {name: getattr(Node, name) for name in UNUSED_PROCESSES}
+    started = {name: getattr(Node, name) for name in UNUSED_PROCESSES if hasattr(Node, name)}
     for name in started:
         setattr(Node, name, lambda *_, **__: None)
     try:

@@ -222,7 +222,7 @@ def _array(values: npt.ArrayLike | Tensor | Sequence[Tensor]) -> npt.NDArray[Any
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has none
     array = np.asarray(values)
-    if array.dtype.kind == "U":  # also of a list that mixes texts and others
+    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):  # a list may mix texts and others
         array = np.asarray(values, object)
     is_text = array.dtype == object and all(isinstance(value, str) for value in array.flat)
     return array.astype(str) if is_text else array

@@ -197,6 +197,8 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     for part, images in splits.parts().items():
         if images.tracks is not None:
             log.info("images: %s in %s", count_of(len(np.unique(images.tracks)), "track"), part)
+            if part == "validation" and splits.validation_held_out:
+                continue  # those of the training images were told
             for line in _odd_tracks(data, part, images.labels, images.tracks, splits.classes):
                 log.warning("images: %s", line)
     counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
@@ -225,7 +227,8 @@ def _odd_tracks(
     lines = []
     if part == "train" and len(found) > 1 and frames.max() == 1:
         lines.append(f"each training track is one image; check {given}")
-    track, label = np.unique(np.stack([tracks, labels]), axis=1)  # the classes of each track
+    # the classes of each track
+    track, label = np.divmod(np.unique(tracks * len(classes) + labels), len(classes))
     of_track = np.unique(track, return_counts=True)[1]
     if (mixed := found[of_track > 1]).size:
         names = first_few([classes[each] for each in label[track == mixed[0]]])

@@ -50,9 +50,10 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
         held = held[~np.isin(images.tracks[held], images.tracks[untrained])]
         kept = np.setdiff1d(np.arange(len(images)), held)
         if not (len(held) and len(kept)):
+            tracks = count_of(len(np.unique(images.tracks)), "track")
             raise DataError(
-                f"data.validation_share: {share} of {_tracks_in(images)} leaves a part empty; {CHECK_TRACKS}, add "
-                "images or change the share"
+                f"data.validation_share: {share} of {tracks} leaves a part empty; {CHECK_TRACKS}, add images or change "
+                "the share"
             )
         return images.take(kept), images.take(held)
     count = round(share * len(images))
@@ -74,25 +75,14 @@ def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Ima
 
 def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
     """Return a data set as `data` divides it: validation_share is held out where there is no validation part, and
-    train_images are drawn of the others. Raises DataError where these are of one class.
+    train_images are drawn of the others.
     """
     train, validation, held_out = splits.train, splits.validation, False
     if validation is None:
         train, validation = with_validation(train, data.validation_share, seed)
         held_out = validation is not None
     train = sample(train, data.train_images, seed)
-    if len(np.unique(train.labels)) < 2:
-        of_tracks = f" in {_tracks_in(train)}" if train.tracks is not None else ""
-        remedy = CHECK_TRACKS if of_tracks else "raise data.train_images"
-        raise DataError(
-            f"data: expected training images of two classes or more, found {count_of(len(train), 'image')} of one"
-            f"{of_tracks}; {remedy}, or add images"
-        )
     return replace(splits, train=train, validation=validation, validation_held_out=held_out)
-
-
-def _tracks_in(images: Images) -> str:
-    return count_of(len(np.unique(images.tracks)), "track")
 
 
 def track_numbers(objects: Sequence[str] | npt.NDArray[Any]) -> I64:
