@@ -1,17 +1,15 @@
-"""RayCompute: the heavy steps on a Ray cluster, one short method each. Its results equal LocalCompute's.
-
-RayPartitions: parts of a data set in Ray's store, and functions that run where the parts are.
-"""
+"""RayCompute: the heavy steps on a Ray cluster, one short method each. Its results equal LocalCompute's."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -19,15 +17,17 @@ import ray
 
 from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
-from cluster.progress import ProgressListener
+from cluster.partitions import RayPartitions
+from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
+    LOST_NODES,
     CapacityMonitor,
     WorkerResources,
     capacity,
+    claim_devices,
     expect_training_room,
     expect_worker_room,
-    hide_other_gpus,
     on_nodes_with_cpus,
     on_this_node,
     task_resources,
@@ -35,7 +35,6 @@ from cluster.resources import (
     wait_for_nodes,
     worker_resources,
 )
-from cluster.tasks import calls_by_task, in_worker, shared_arguments
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.correct import collect_sweep
@@ -47,7 +46,7 @@ from defuse_core.identify import (
     shard_fingerprint,
 )
 from defuse_core.local import UNTRACED, Profile
-from defuse_core.protocols import Call, Progress, SweepRequest, silent
+from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.trials import finished_trials
@@ -59,7 +58,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
-LOST_NODES = 10  # that a task is repeated after, and images or parts are loaded again, within one step
 
 
 class RayCompute:
@@ -102,8 +100,8 @@ class RayCompute:
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
         with ray_errors(step):
-            shared, started = shared_arguments(calls), []
-        for numbers, some in calls_by_task(calls, task_resources(self.spec.resources)):
+            shared, started = _shared_arguments(calls), []
+        for numbers, some in _calls_by_task(calls, task_resources(self.spec.resources)):
             args = [shared.get(id(each), each) for call in some for each in call.args]
             options = {"num_cpus": 1} if some[0].one_thread else {}
             started.append(self._start(step, some[0].function, *args, numbers=numbers, **options))
@@ -127,7 +125,8 @@ class RayCompute:
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> RayPartitions:
-        return RayPartitions(self, step, load, arguments)
+        self._join_cluster()
+        return RayPartitions(self.spec.resources, step, load, arguments, self._wait)
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
@@ -267,7 +266,7 @@ class RayCompute:
         """
         listener, resources = self._join_cluster(), task_resources(self.spec.resources)
         options = {"name": step, "max_retries": LOST_NODES, **resources.options()} | options
-        remote = ray.remote(max_calls=1 if options["num_gpus"] else 0)(in_worker)
+        remote = _remote_calls(max_calls=1 if options["num_gpus"] else 0)
         started = remote.options(num_returns=1 + len(numbers), **options)
         with ray_errors(step):
             return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
@@ -315,64 +314,58 @@ def on_ray(
     )
 
 
-class RayPartitions:
-    """The protocol `Partitions` on a cluster, on CPUs.
+@functools.cache
+def _remote_calls(max_calls: int) -> Any:
+    """Return `_calls_in_worker` as one function of Ray, which starts the tasks of one in the order of their calls."""
+    return ray.remote(max_calls=max_calls)(_calls_in_worker)
 
-    Ray starts a call on a node that has its part, and loads a part again that was lost with its node. A call holds its
-    CPUs only once its part is there, so no call waits for a part that waits for a CPU.
+
+def _calls_in_worker(
+    step: str,
+    numbers: Sequence[int],
+    function: Callable[..., Any],
+    profile: Profile,
+    progress_actor: Any,
+    *args: object,
+) -> tuple[Any, ...]:
+    """Make the calls of a task, with the devices that Ray gave its process; return None and then their results.
+
+    `args` are the arguments of one call after the other. Their reports go to the driver's actor, under the numbers
+    `numbers`.
     """
+    results, count = [], len(args) // len(numbers)
+    for place, number in enumerate(numbers):
+        own = args[place * count : (place + 1) * count]
+        with reporting(progress_actor, number) as reporter:
+            log.debug("%s: in %s", step, claim_devices(step))
+            with profile.task(step, function, reporter, number) as progress:
+                results.append(function(*own, progress=progress))
+    return None, *results
 
-    def __init__(
-        self,
-        compute: RayCompute,
-        step: str,
-        load: Callable[..., object],
-        arguments: Sequence[tuple[object, ...]],
-    ) -> None:
-        """Load the parts that load(*arguments) returns, spread over the nodes."""
-        compute._join_cluster()
-        self.compute, self.step, section = compute, step, compute.spec.resources
-        self.worker = WorkerResources(section.cpus_per_worker, 0)
-        self.workers = max(1, capacity(self.worker)) if section.workers == "auto" else section.workers
-        self.options = {
-            "name": step,
-            "num_cpus": section.cpus_per_worker,
-            "num_gpus": 0,
-            "num_returns": 2,
-            "max_retries": LOST_NODES,
-            **on_nodes_with_cpus(),
-        }
-        remote: Any = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
-        self.parts = self._run(partial(remote.remote, load, *each) for each in arguments)  # ObjectRefs
 
-    def map(self, function: Callable[..., T], *args: object) -> list[T]:
-        remote: Any = ray.remote(_on_part).options(**self.options)
-        with ray_errors(self.step):
-            shared = [ray.put(argument) for argument in args]
-            references = self._run(partial(remote.remote, function, part, *shared) for part in self.parts)
-            return ray.get(references)
+def _calls_by_task(
+    calls: Sequence[Call[Any]], worker: WorkerResources
+) -> list[tuple[tuple[int, ...], tuple[Call[Any], ...]]]:
+    """Return the calls of each task, after their numbers among those of the same function: one, or several short ones.
 
-    def _run(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
-        """Make the calls, two for each worker at once, and return references to their results. Raises the first error.
+    Calls of one thread, which are short and of one function, share as many tasks as run at once where these hold GPUs,
+    since each such task is a process of its own, which imports torch.
+    """
+    size = 1
+    if worker.gpus and all(call.one_thread for call in calls):
+        size = math.ceil(len(calls) / max(1, capacity(replace(worker, cpus=1)))) or 1
+    found = numbered(calls)
+    groups = (found[first : first + size] for first in range(0, len(found), size))
+    return [(tuple(number for number, _ in group), tuple(call for _, call in group)) for group in groups]
 
-        What runs is cancelled then, and where this is interrupted.
-        """
-        references: list[Any] = []
 
-        def started() -> Iterator[Any]:
-            for call in calls:
-                done, result = call()
-                references.append(result)
-                yield done
-
-        self.compute._wait(self.step, started(), self.worker, 2 * self.workers)
-        return references
+def _shared_arguments(calls: Sequence[Call[Any]]) -> dict[int, Any]:
+    """Return references to the artefacts that several calls take, by id: each is stored once."""
+    artefacts = [each for call in calls for each in call.args if is_dataclass(each)]
+    counts = Counter(map(id, artefacts))
+    shared = {id(each): each for each in artefacts if counts[id(each)] > 1}
+    return {name: ray.put(each) for name, each in shared.items()}
 
 
 def _copied(value: T) -> T:
     return value
-
-
-def _on_part(function: Callable[..., T], *args: object) -> tuple[None, T]:
-    hide_other_gpus()
-    return None, function(*args)

@@ -25,6 +25,7 @@ CHECK_EVERY_S = 3.0
 WARN_AFTER_S = 30.0  # of waiting for what other work holds, or for the head
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
 LOOK_EVERY_S = 1.0  # meanwhile
+LOST_NODES = 10  # that a task is repeated after, and images or parts are loaded again, within one step
 
 
 @dataclass(frozen=True)

@@ -44,17 +44,18 @@ class Profile:
     step: str | None = None  # None traces nothing
     store: Store | None = None  # of the run
 
-    def call(
-        self, step: str, function: Callable[..., T], *args: object, progress: Progress, task: int = 0
-    ) -> T:
-        """Return function(*args, progress=...), traced where `step` is the one to trace.
+    @contextmanager
+    def task(
+        self, step: str, function: Callable[..., object], progress: Progress, number: int
+    ) -> Iterator[Progress]:
+        """Trace the call of `function` in the block where `step` is the one to trace; yield its Progress.
 
-        `task` is the number of the call among those of the same function that run together. The memory that the call
-        freed is returned to the system: a worker may wait long for its next task, and a notebook is not the run alone.
+        `number` is that of the call among those of the same function that run together. The memory that the call freed
+        is returned to the system: a worker may wait long for its next task, and a notebook is not the run alone.
         """
         try:
-            with self.trace(step, function.__name__, progress, task) as reporting:
-                return function(*args, progress=reporting)
+            with self.trace(step, function.__name__, progress, number) as traced:
+                yield traced
         finally:
             release_memory()
 
@@ -136,11 +137,11 @@ class LocalCompute:
         return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
-        shared = ProgressSum(self.progress)
-        return [
-            self.profile.call(step, call.function, *call.args, progress=shared.of(task), task=task)
-            for task, call in numbered(calls)
-        ]
+        shared, results = ProgressSum(self.progress), []
+        for number, call in numbered(calls):
+            with self.profile.task(step, call.function, shared.of(number), number) as progress:
+                results.append(call.function(*call.args, progress=progress))
+        return results
 
     def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
         log.warning("%s: resources.train_workers needs Ray; one worker does all", step)

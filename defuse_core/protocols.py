@@ -119,7 +119,10 @@ class Compute(Protocol):
         """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
-        """Return the results of independent calls, in their order: each is a task, as many at a time as fit."""
+        """Return the results of independent calls, in their order.
+
+        Each is a task; they start in that order, as many at a time as fit.
+        """
 
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None

@@ -196,6 +196,13 @@ def meeting(folder: Path, name: str, other: str, *, progress: Progress) -> str:
     return name
 
 
+def place_among_starts(starts: Path, *, progress: Progress) -> int:
+    """Return how many tasks have started, this one with them, and take a while."""
+    place = Tally(starts).add()
+    time.sleep(0.2)
+    return place
+
+
 def shouting(word: str, *, progress: Progress) -> str:
     """Say how far it is, log a line, and return the word in capitals."""
     for done in range(1, 4):

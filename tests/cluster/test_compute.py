@@ -30,6 +30,7 @@ from tests.cluster.fakes import (
     held_by_rows,
     held_cpus,
     meeting,
+    place_among_starts,
     shouting,
     sleeping,
     vae_size,
@@ -177,6 +178,14 @@ def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order
     calls = [Call(meeting, tmp_path, name, other) for name, other in (("a", "b"), ("b", "a"))]
     with RayCompute(None, tiny_spec) as compute:
         assert compute.tasks("train", calls) == ["a", "b"]
+
+
+def test_tasks_start_in_the_order_of_their_calls(tiny_spec: RunFile, tmp_path: Path) -> None:
+    calls = [Call(place_among_starts, tmp_path / "starts") for _ in range(12)]
+    with RayCompute(None, tiny_spec) as compute:
+        places = compute.tasks("train", calls)
+    # on two CPUs, two of them start at once
+    assert all(abs(place - number) <= 2 for number, place in enumerate(places, start=1)), places
 
 
 def test_an_error_of_one_of_several_tasks_ends_the_others(tiny_spec: RunFile, tmp_path: Path) -> None:
