@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -94,15 +95,11 @@ def _model_set(run: Run, compute: Compute, step: str, name: SetName, key: str) -
     """Return the models of one set, trained in `step` where the run has none."""
 
     def make() -> ReferenceSet:
-        return _merge(compute.tasks(step, _calls(run.spec, name, _fingerprint(run), run.store)))
+        models = run.load(Models)
+        fingerprint = None if models is None else models.data_fingerprint
+        return _merge(compute.tasks(step, _calls(run.spec, name, fingerprint, run.store)))
 
     return run.once(step, ReferenceSet, make, key)
-
-
-def _fingerprint(run: Run) -> str | None:
-    """Return the fingerprint of the images that the run's classifier was trained on, if it has one."""
-    models = run.load(Models)
-    return None if models is None else models.data_fingerprint
 
 
 def ask_models(run: Run, compute: Compute, gallery: Gallery) -> F32:
@@ -179,13 +176,15 @@ def gallery_probabilities(
 def training_calls(run: Run) -> list[Call[TrainedClassifier]]:
     """Return the trainings that are yet to be made: of reference models, if the method needs them, and of judges.
 
-    They depend on no other model, so they fill the workers beside the classifier's and the β-VAE's.
+    They depend on no other model, so they fill the workers beside the classifier's and the β-VAE's. They take turns:
+    where a judge takes longer, the last ones are not all long.
     """
     wanted: dict[SetName, bool] = {
         "reference": references_take_part(run.spec) and run.load(ReferenceSet, "references") is None,
         "judges": run.until == STEPS[-1] and run.load(ReferenceSet, "judges") is None,
     }
-    return [call for name, yes in wanted.items() if yes for call in _calls(run.spec, name, None, run.store)]
+    sets = [_calls(run.spec, name, None, run.store) for name, yes in wanted.items() if yes]
+    return [call for turn in zip_longest(*sets) for call in turn if call is not None]
 
 
 def _calls(

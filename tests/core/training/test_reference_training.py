@@ -12,7 +12,7 @@ import torch
 from defuse_core.artifacts import Gallery, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy
 from defuse_core.protocols import silent
@@ -23,6 +23,7 @@ from defuse_core.training.reference_models import (
     answers_of_models,
     ask_models,
     build_reference,
+    judges,
     load_reference_models,
     trained_classifier,
     training_calls,
@@ -42,13 +43,13 @@ def calls_of(run: Run) -> list[tuple[object, ...]]:
 def test_models_that_are_yet_to_be_trained_are_those_that_the_run_needs_and_has_not_made(
     tmp_path, references
 ):
-    both = [("reference", 0), ("reference", 1), ("judges", 0), ("judges", 1)]
+    both = [("reference", 0), ("judges", 0), ("reference", 1), ("judges", 1)]
     run = Run.start(FolderStore(tmp_path), "a", SPEC)
     assert calls_of(run) == both
-    assert calls_of(Run(FolderStore(tmp_path), "a", SPEC, until="review")) == both[:2]
+    assert calls_of(Run(FolderStore(tmp_path), "a", SPEC, until="review")) == both[::2]
     papers = tiny(review={"reference": SMALL}, judges=SMALL)
-    assert calls_of(Run(FolderStore(tmp_path), "a", papers)) == both[2:]
-    for name, left in (("references", both[2:]), ("judges", [])):
+    assert calls_of(Run(FolderStore(tmp_path), "a", papers)) == both[1::2]
+    for name, left in (("references", both[1::2]), ("judges", [])):
         run.once("train", ReferenceSet, lambda: references, name)
         assert calls_of(run) == left
 
@@ -200,6 +201,6 @@ def test_missing_classes_are_told_once_of_a_set(tmp_path, caplog):
 
 def test_models_are_trained_on_the_images_of_the_classifier(tmp_path, tiny_models: Models):
     run = Run.start(FolderStore(tmp_path), "a", SPEC)
-    assert module._fingerprint(run) is None
-    run.once("train", Models, lambda: tiny_models)
-    assert module._fingerprint(run) == tiny_models.data_fingerprint
+    run.once("train", Models, lambda: dataclasses.replace(tiny_models, data_fingerprint="of others"))
+    with pytest.raises(RunMismatchError, match="images differ"):
+        judges(run, LocalCompute())
