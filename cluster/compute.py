@@ -161,7 +161,7 @@ class RayCompute:
             return [([*trials.values()], {}) for trials in finished]
         from cluster.sweep import run_trials  # imports pandas and more
 
-        return run_trials(self._sweep_context(models, requests))
+        return run_trials(self._sweep_context(models, requests), finished)
 
     @ray_errors("identify")
     def _identify_context(

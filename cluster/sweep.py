@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,22 +62,23 @@ class SweepContext:
     name: str
     profile: Profile
 
-    def unfinished(self) -> list[TrialId]:
+    def unfinished(self, finished: Sequence[Container[float]]) -> list[TrialId]:
         """Return the trials that are yet to be run, request after request."""
-        names: list[TrialId] = []
-        for number, request in enumerate(self.requests):
-            done = finished_trials(request.spec, request.store)
-            stacks = enumerate(stacks_of(request.spec.correct))
-            names += [(number, index) for index, lams in stacks if not done.keys() >= set(lams)]
-        return names
+        return [
+            (number, index)
+            for number, (request, done) in enumerate(zip(self.requests, finished, strict=True))
+            for index, lams in enumerate(stacks_of(request.spec.correct))
+            if not all(lam in done for lam in lams)
+        ]
 
 
-def run_trials(sweep: SweepContext) -> list[Outcome]:
-    """Return for each request the finished trials, and the error of each λ whose trial failed for good.
+def run_trials(sweep: SweepContext, finished: Sequence[Mapping[float, Trial]]) -> list[Outcome]:
+    """Return for each request its trials, and the error of each λ whose trial failed for good.
 
-    Raises the error of a trial that the images, the store or the machines failed: the same command continues it.
+    `finished` are those of each request that were done before, by λ. Raises the error of a trial that the images, the
+    store or the machines failed: the same command continues it.
     """
-    names = sweep.unfinished()
+    names = sweep.unfinished(finished)
     with quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
         results = fit(_tuner(sweep, names, folder))
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
@@ -91,8 +92,15 @@ def run_trials(sweep: SweepContext) -> list[Outcome]:
             error, done = _failure(result.error, lams), finished_trials(request.spec, request.store)
             failed |= {lam: error for lam in lams if lam not in done and lam not in failed}
     return [
-        ([_stored(each.store, lam) for lam in each.spec.correct.lambdas if lam not in failed], failed)
-        for each, failed in zip(sweep.requests, failures, strict=True)
+        (
+            [
+                done.get(lam) or _stored(each.store, lam)
+                for lam in each.spec.correct.lambdas
+                if lam not in failed
+            ],
+            failed,
+        )
+        for each, done, failed in zip(sweep.requests, finished, failures, strict=True)
     ]
 
 
