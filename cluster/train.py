@@ -90,7 +90,8 @@ def _worker(config: dict[str, Any]) -> ModelError | None:
         except ModelError as error:
             return error
         except DefuseError as error:  # as an error of a task, which names its node
-            raise RayTaskError("train", traceback.format_exc(), error) from error
+            failed = RayTaskError("train", traceback.format_exc(), error)  # type: ignore[no-untyped-call]
+            raise failed from error
     return None
 
 
