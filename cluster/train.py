@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from ray import train
+from ray.exceptions import RayTaskError
 from ray.train import (
     FailureConfig,
     LoggingConfig,
@@ -87,11 +89,14 @@ def _worker(config: dict[str, Any]) -> ModelError | None:
                 config["function"](*config["args"], progress=progress)
         except ModelError as error:
             return error
+        except DefuseError as error:  # as an error of a task, which names its node
+            failed = RayTaskError("train", traceback.format_exc(), error)  # type: ignore[no-untyped-call]
+            raise failed from error
     return None
 
 
 def _cause(error: TrainingFailedError) -> DefuseError:
     """Return the error of the first worker that has one of the tree, else a ComputeError of the first that failed."""
     failures = [getattr(each, "_base_exc", each) for each in getattr(error, "worker_failures", {}).values()]
-    own = (cause for cause in map(cause_of, failures) if isinstance(cause, DefuseError))
-    return next(own, as_defuse_error(next(iter(failures), error), "train"))
+    own = (each for each in failures if isinstance(cause_of(each), DefuseError))
+    return as_defuse_error(next(own, next(iter(failures), error)), "train")

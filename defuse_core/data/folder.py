@@ -134,12 +134,12 @@ def _images(files: list[FilePaths], data: DataSection) -> Images:
     """Return the images of a part from the files of each class."""
     labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(images) for images in files])
     paths = FilePaths.concatenate(files)
-    tracks = None if data.track_pattern is None else _tracks(paths, data.track_pattern)
+    tracks = None if data.track_pattern is None else track_numbers(_objects(paths, data.track_pattern))
     return Images(PictureFiles(paths, data.channels, data.image_size), labels, tracks)
 
 
-def _tracks(paths: FilePaths, pattern: str) -> I64:
-    """Return the track of each file, (N,): a number for each text in the pattern's group. DataError without a match."""
+def _objects(paths: FilePaths, pattern: str) -> list[str]:
+    """Return the object that each file shows, the text in the pattern's group. Raises DataError without a match."""
     objects = []
     for name in map(os.fsdecode, paths.names):
         found = re.search(pattern, name)
@@ -150,7 +150,7 @@ def _tracks(paths: FilePaths, pattern: str) -> I64:
                 f"{what}; correct the pattern, or rename the file"
             )
         objects.append(found[1])
-    return track_numbers(objects)
+    return objects
 
 
 def walk_files(folder: Path) -> Iterator[str]:
@@ -214,7 +214,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
             log.warning("data.root %s: %s", data.root, line)
-    for line in [*odd_images(splits.train), *shared_images(splits)]:
+    for line in [*odd_images(splits.train), *shared_images(splits), *_shared_tracks(data, splits)]:
         log.warning("images: %s", line)
 
 
@@ -240,6 +240,27 @@ def _odd_tracks(
             f"{names}; if each class numbers its objects anew, {remedy}"
         )
     return lines
+
+
+def _shared_tracks(data: DataSection, splits: Splits) -> list[str]:
+    """Return a line for each two parts with tracks of one name; not of one number, since each part may begin anew."""
+    found = dict[str, Iterable[str]]()
+    if data.name == "npz":
+        with np.load(data_root(data), allow_pickle=False) as arrays:
+            given = [part for part in splits.parts() if f"{part}_tracks" in arrays]
+            found = {part: map(str, arrays[f"{part}_tracks"].flat) for part in given}
+    for part, images in splits.parts().items():
+        if data.track_pattern is not None and isinstance(images.pixels, PictureFiles):
+            found[part] = _objects(images.pixels.paths, data.track_pattern)
+    named = {
+        part: {name for name in names if re.search(r"[^\W\d_][^/]*$", name)} for part, names in found.items()
+    }
+    return [
+        f"{len(both)} of {count_of(len(names), 'track')} in {part} have the name of one in {earlier}, such as "
+        f"{min(both)}; if they show the same objects, figures on {part} images are too good: keep each in one part"
+        for (earlier, others), (part, names) in combinations(named.items(), 2)
+        if (both := names & others)
+    ]
 
 
 def part_of(name: str) -> str | None:

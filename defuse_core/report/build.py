@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from defuse_core.artifacts import (
     NONE_OF_THE_ABOVE,
     Bool,
     Evaluation,
-    FailedTrial,
     Override,
     Psi,
     Scenarios,
@@ -62,7 +60,7 @@ from defuse_core.report.schema import (
 )
 from defuse_core.review.undecided import doubts_about_models, not_reviewed, why_undecided
 from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
-from defuse_core.runs import Run
+from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.watch import FailureWatch
 
 
@@ -110,7 +108,7 @@ def build_report(
         evidence=None if evidence is None else evidence_figures(found, evidence),
         watch=None if watch is None else watch_figures(watch, run.spec.serve),
         per_class=_per_class(models.classes, evaluation, run.spec.check.max_class_loss),
-        failed_trials=_failed("baseline", found.baseline.failed) + _failed("defuse", found.sweep.failed),
+        failed_trials=_failed_trials(run, found),
         provenance=_provenance(run, found),
     )
     doubts = [*doubts_about_models(run.spec, models, found.references), not_reviewed(found.scenarios)]
@@ -342,8 +340,16 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation, max_loss: float) 
     )
 
 
-def _failed(sweep: Literal["baseline", "defuse"], trials: Iterable[FailedTrial]) -> tuple[SweepFailure, ...]:
-    return tuple(SweepFailure(sweep=sweep, lam=trial.lam, cause=trial.cause) for trial in trials)
+def _failed_trials(run: Run, found: Findings) -> tuple[SweepFailure, ...]:
+    """Return the fine-tunings that failed, with those that only evidence needs."""
+    failed = [("baseline", found.baseline.failed), ("defuse", found.sweep.failed)]
+    controls = ((name, run.load(Sweep, name)) for name in CONTROL_NAMES)
+    failed += [(name, sweep.failed) for name, sweep in controls if sweep is not None]
+    return tuple(
+        SweepFailure(sweep=name, lam=trial.lam, cause=trial.cause)
+        for name, trials in failed
+        for trial in trials
+    )
 
 
 def _provenance(run: Run, found: Findings) -> Provenance:

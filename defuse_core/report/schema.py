@@ -226,7 +226,8 @@ class ClassAccuracy(FigureModel):
 
 
 class SweepFailure(FigureModel):
-    sweep: Literal["baseline", "defuse"]
+    sweep: str
+    """"baseline" or "defuse", or a fine-tuning that only evidence needs, such as "plain_1" or "left_out_0"."""
     lam: float
     cause: str
 

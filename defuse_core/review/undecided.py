@@ -284,8 +284,10 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
     if not unclear or right > weight or (reviewed and weight <= MOST_UNCLEAR):
         return None
     heaviest = max(unclear, key=lambda one: one.weight)
+    if heaviest.reason.startswith(UNCERTAIN):
+        return not_reviewed(scenarios)  # in its words, which are then no caveat, too
     remedy = "more identify.draws or better reference models"
-    if heaviest.reason.startswith((UNDIVIDED, UNCERTAIN)):
+    if heaviest.reason.startswith(UNDIVIDED):
         remedy = "more photographs or tracks of these classes (data.train_images)"
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"

@@ -29,7 +29,7 @@ from defuse_core.models import (
 from defuse_core.models.adapters import with_stated_range
 from defuse_core.models.probe import CLEARLY_BETTER, LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.protocols import Progress, silent
-from defuse_core.runs import PLAIN_NAMES
+from defuse_core.runs import CONTROL_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts
 
@@ -43,7 +43,6 @@ SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "
 # 37 steps on fewer than half, on 65 to 71 % after 390 on all, and on 90 to 95 % after 975.
 FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
-CONTROLS = len(PLAIN_NAMES) + 2  # trainings of evidence beside the two sweeps, with those of the two folds
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
@@ -312,7 +311,7 @@ def _set_sizes(
 def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
     reference, correct = tree["review"]["reference"], tree["correct"]
-    trainings = 2 * len(correct["lambdas"]) + CONTROLS
+    trainings = 2 * len(correct["lambdas"]) + len(CONTROL_NAMES)
     visits = trainings * _visits(correct["epochs"]) * correct.get("train_images", count)
     return float(
         tree["classifier"]["epochs"] * count / speeds.classifier
@@ -369,8 +368,8 @@ def _correct(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str
     """
     epochs, visits = 3, seconds * speeds.classifier
     per_training = float(_visits(epochs) * count)
-    lambdas = _clamp((visits / per_training - CONTROLS) / 2, 2, 4)
-    all_trainings = (2 * lambdas + CONTROLS) * per_training
+    lambdas = _clamp((visits / per_training - len(CONTROL_NAMES)) / 2, 2, 4)
+    all_trainings = (2 * lambdas + len(CONTROL_NAMES)) * per_training
     section: dict[str, Any] = {
         "lambdas": LAMBDAS[lambdas],
         "epochs": epochs,

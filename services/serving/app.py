@@ -189,7 +189,6 @@ def serve_until_stopped(
             for line in registry_changes(
                 Registry(open_store(args.store)),
                 shutdown,
-                POLL_S,
                 check=LivenessCheck(url, _deployed if proxy is Proxy.CLUSTER else None),
                 has_model=args.run is not None,
             ):
@@ -346,7 +345,6 @@ class ShutdownSignal:
 def registry_changes(
     registry: Registry,
     shutdown: ShutdownSignal,
-    poll_s: float,
     *,
     check: Callable[[], None],
     has_model: bool,  # of a run, which answers until a version is promoted
@@ -354,7 +352,7 @@ def registry_changes(
     """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
     known: RegistryState | None = None
     reported = ""  # why the registry could not be read at the last poll
-    while not shutdown.wait(0 if known is None else poll_s):
+    while not shutdown.wait(0 if known is None else POLL_S):
         check()
         try:
             if known is None:
@@ -371,7 +369,7 @@ def registry_changes(
             if str(error) != reported:
                 reported = str(error)
                 log.warning("the registry cannot be read: %s", error)
-            shutdown.wait(poll_s)
+            shutdown.wait(POLL_S)
 
 
 @contextlib.contextmanager

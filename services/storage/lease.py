@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from defuse_core.errors import RunBusyError, StoreError, one_line, without_credentials
@@ -71,19 +70,16 @@ class LeaseInBucket:
         It reads twice before it returns None: some servers replace an object in two steps.
         """
         with contextlib.suppress(FileNotFoundError):
-            return self.store._fetch(KEY)
+            return self.store.read_with_version(KEY)
         time.sleep(READ_AGAIN_S)
         with contextlib.suppress(FileNotFoundError):
-            return self.store._fetch(KEY)
+            return self.store.read_with_version(KEY)
         return None
 
     def is_held(self) -> bool:
         """Whether a living driver holds the lease, by the server's clock; nobody waits for a heartbeat."""
-        with contextlib.suppress(FileNotFoundError), self.store._errors(KEY):
-            answer = self.store._client.get_object(**self.store._at(KEY))
-            now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-            silent_s = (now - answer["LastModified"]).total_seconds()
-            return silent_s < LEASE_S and not LeaseState.parse(answer["Body"].read()).released
+        with contextlib.suppress(FileNotFoundError):
+            return self.store.age_s(KEY) < LEASE_S and not LeaseState.parse(self.store.read(KEY)).released
         return False
 
     def write_if(self, data: bytes, version: str | None) -> str | None:
@@ -91,17 +87,16 @@ class LeaseInBucket:
         seen = self.read()
         if (seen and seen[0]) != version:  # all that a server without conditional writes can do
             return None
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-        return self.store._put_if(KEY, data, **condition)
+        return self.store.write_if(KEY, data, version)
 
     def delete_if(self, version: str) -> None:
         """Delete if the version is `version`, as far as the server honours that condition."""
-        self.store._delete_if(KEY, version)
+        self.store.delete_if(KEY, version)
 
     def is_conditional(self, data: bytes) -> bool:
         """Whether the server honours the condition of a write. `data` is what the lease holds now."""
-        conditions = ({"IfNoneMatch": "*"}, {"IfMatch": '"of no object"'})  # neither holds
-        return all(self.store._put_if(KEY, data, **condition) is None for condition in conditions)
+        others = (None, '"of no object"')  # versions that it does not have
+        return all(self.store.write_if(KEY, data, version) is None for version in others)
 
 
 class Lease:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import boto3
@@ -38,7 +39,6 @@ from services.storage.s3_errors import (
     translated_errors,
 )
 
-log = logging.getLogger("defuse")
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
 PART_BYTES = 16 * 2**20
 LIST_PAGE = 1000
@@ -128,9 +128,8 @@ class S3Store:
     def check(self) -> None:
         """Raise StoreError if the bucket cannot be listed; does not wait long for an answer."""
         with self._errors():
-            _client(self.endpoint, self.region, 2, READ_TIMEOUT_S).list_objects_v2(
-                Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1
-            )
+            client = _client(self.endpoint, self.region, 2, READ_TIMEOUT_S)
+            client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
 
     def exists(self, key: str) -> bool:
         return self.version(key) is not None
@@ -141,9 +140,9 @@ class S3Store:
         return None
 
     def read(self, key: str) -> bytes:
-        return self._fetch(key)[1]
+        return self.read_with_version(key)[1]
 
-    def _fetch(self, key: str) -> tuple[str, bytes]:
+    def read_with_version(self, key: str) -> tuple[str, bytes]:
         """Return version and content of an object. Reads a body again that breaks off, stalls or arrives altered."""
         with self._errors(key):
             for attempt in Retrying(
@@ -156,6 +155,13 @@ class S3Store:
                 with attempt:
                     data: bytes = answer["Body"].read()
         return str(answer["ETag"]), data
+
+    def age_s(self, key: str) -> float:
+        """Return how long ago an object was written, by the server's clock. Raises FileNotFoundError without one."""
+        with self._errors(key):
+            answer = self._client.head_object(**self._at(key))
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - answer["LastModified"]).total_seconds())
 
     def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         if unless is None and self._fence() is None:
@@ -183,16 +189,27 @@ class S3Store:
         if self.exists(key):
             return False
         self._require_fence()
-        return self._put_if(key, data, IfNoneMatch="*") is not None or self._holds(key, data)
+        return self.write_if(key, data, None) is not None or self._holds(key, data)
+
+    def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
+        """Write if the version is `version` (None: absent). Return the new version, or None if it is not."""
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        with self._errors(key):
+            try:
+                return self._put(key, data, **condition)
+            except aws.ClientError as error:
+                if status_of(error) in {409, 412} or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
+                    return None
+                if status_of(error) != 501:
+                    raise
+            return self._put(key, data)
 
     def list(self, prefix: str = "") -> list[str]:
         """All keys but hidden ones, and but the empty objects by which other programs mark a folder."""
-        found = self._all_keys(prefix)
-        return [key for key in found if key and not key.endswith("/") and not is_hidden(key)]
+        return [key for key in self._all_keys(prefix) if key and not key.endswith("/") and not is_hidden(key)]
 
     def _all_keys(self, prefix: str = "") -> Sequence[str]:
-        paging = {"PageSize": LIST_PAGE}
-        found = self._listed("list_objects_v2", "Contents", prefix, PaginationConfig=paging)
+        found = self._listed("list_objects_v2", "Contents", prefix, PaginationConfig={"PageSize": LIST_PAGE})
         return sorted(each["Key"].removeprefix(self.prefix) for each in found)
 
     def folders(self) -> Sequence[str]:
@@ -200,9 +217,7 @@ class S3Store:
         names = (each["Prefix"].removeprefix(self.prefix).rstrip("/") for each in found)
         return sorted(name for name in names if not is_hidden(name))
 
-    def _listed(
-        self, operation: str, field: str, prefix: str = "", **options: Any
-    ) -> Iterator[dict[str, Any]]:
+    def _listed(self, operation: str, field: str, prefix: str = "", **options: Any) -> Iterator[Any]:
         """Yield what a listing below the prefix has in `field`, page after page: one is held at a time."""
         with self._errors():
             pages = self._client.get_paginator(operation)
@@ -215,6 +230,19 @@ class S3Store:
             return
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             self._client.delete_object(**self._at(key))
+
+    def delete_if(self, key: str, version: str) -> bool:
+        """Delete this version of an object; False where the object has another one."""
+        with contextlib.suppress(FileNotFoundError), self._errors(key):
+            try:
+                self._client.delete_object(**self._at(key), IfMatch=version)
+            except aws.ClientError as error:
+                if status_of(error) in {409, 412}:
+                    return False
+                if status_of(error) != 501:
+                    raise
+                self._client.delete_object(**self._at(key))
+        return True
 
     def delete_all(self) -> None:
         """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last."""
@@ -230,9 +258,8 @@ class S3Store:
         """Drop the parts that killed writers left, which no listing shows; some servers do not list them either."""
         with contextlib.suppress(StoreError, FileNotFoundError), self._errors():
             for upload in list(self._listed("list_multipart_uploads", "Uploads")):
-                self._client.abort_multipart_upload(
-                    Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
+                at = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                self._client.abort_multipart_upload(**at)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -279,8 +306,7 @@ class S3Store:
 
     def _require_fence(self) -> None:
         """Raise RunBusyError where another driver than the one for whom this store writes holds the run."""
-        fence = self._fence()
-        if fence is None:
+        if (fence := self._fence()) is None:
             return
         prefix, own = fence
         locked = S3Store(self.bucket, prefix, self.endpoint, self.region)
@@ -300,45 +326,19 @@ class S3Store:
                 if unless(self.read(key)):
                     return True
         self._require_fence()
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-        return self._put_if(key, data, **condition) is not None or self._holds(key, data)
+        return self.write_if(key, data, version) is not None or self._holds(key, data)
 
     def _delete_unchanged(self, key: str) -> bool:
         """Delete `key` if nobody else writes it meanwhile; True if it is gone."""
         version = self.version(key)
         self._require_fence()
-        return version is None or self._delete_if(key, version)
-
-    def _delete_if(self, key: str, version: str) -> bool:
-        """Delete this version of an object; False where the object has another one."""
-        with contextlib.suppress(FileNotFoundError), self._errors(key):
-            try:
-                self._client.delete_object(**self._at(key), IfMatch=version)
-            except aws.ClientError as error:
-                if status_of(error) in {409, 412}:
-                    return False
-                if status_of(error) != 501:
-                    raise
-                self._client.delete_object(**self._at(key))
-        return True
+        return version is None or self.delete_if(key, version)
 
     def _holds(self, key: str, data: bytes) -> bool:
         """Whether `key` holds `data`: a refusal may follow a write that took effect, whose answer was lost."""
         with contextlib.suppress(FileNotFoundError):
             return self.read(key) == data
         return False
-
-    def _put_if(self, key: str, data: bytes, **condition: str) -> str | None:
-        """Return the new version, or None if the condition did not hold."""
-        with self._errors(key):
-            try:
-                return self._put(key, data, **condition)
-            except aws.ClientError as error:
-                if status_of(error) in {409, 412} or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
-                    return None
-                if status_of(error) != 501:
-                    raise
-            return self._put(key, data)
 
     def _put(self, key: str, data: bytes, **condition: str) -> str | None:
         if len(data) >= LARGE_BYTES:

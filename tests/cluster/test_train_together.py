@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError
+import ray
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
 
 from cluster.compute import RayCompute
-from cluster.train import _cause
+from cluster.train import _cause, _worker
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
-from defuse_core.protocols import silent
+from defuse_core.protocols import Progress, silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
 from tests.cluster.checks import Lines, noted
@@ -111,6 +114,23 @@ def test_a_damaged_image_that_one_worker_found_is_the_error_although_the_first_w
     assert _cause(WorkerGroupError("", {0: ActorDiedError(), 1: damaged})) is damaged
     lost = _cause(WorkerGroupError("", {0: ActorDiedError(), 1: OSError("connection reset")}))
     assert isinstance(lost, ComputeError) and str(lost).startswith("train: its worker process died")
+
+
+def _deny(*, progress: Progress) -> None:
+    raise DataError("data.root: /data does not exist")
+
+
+def test_an_error_of_a_worker_on_another_node_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.train.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    monkeypatch.setattr("cluster.train.claim_devices", lambda step: "10.0.0.7")
+    for node, told in (("10.0.0.7", " (on 10.0.0.7)"), (ray.util.get_node_ip_address(), "")):
+        with monkeypatch.context() as there:
+            there.setattr("ray.util.get_node_ip_address", lambda node=node: node)
+            with pytest.raises(RayTaskError) as raised:
+                _worker({"function": _deny, "args": (), "progress_actor": None})
+        arrived = pickle.loads(pickle.dumps(raised.value))
+        found = _cause(WorkerGroupError("", {0: ActorDiedError(), 1: arrived}))
+        assert type(found) is DataError and str(found) == f"data.root: /data does not exist{told}"
 
 
 def test_more_workers_than_fit_are_an_error_at_once(tmp_path: Path) -> None:

@@ -111,6 +111,22 @@ def test_tracks_with_which_a_class_has_no_training_image_are_named(tmp_path: Pat
     assert "raise data.train_images, or check the tracks (data.track_pattern, or the array" in caplog.text
 
 
+@pytest.mark.parametrize(("name", "told"), [("part", True), ("", False)])
+def test_a_track_whose_name_is_in_two_parts_is_told_and_one_of_a_number_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, told: bool
+):
+    files = ("train/cat/{}1_0", "train/dog/{}2_0", "train/dog/{}2_1", "test/cat/{}1_1", "test/dog/{}3_0")
+    for file, image in zip(files, noise(5, SIZE, SIZE, 3), strict=True):
+        save_picture(tmp_path / f"{file.format(name)}.png", image)
+    data = section("folder", tmp_path, track_pattern="(.+)_")
+    log_parts(data, open_splits(data, 0))
+    text = (
+        "images: 1 of 2 tracks in test have the name of one in train, such as cat/part1; if they show the same "
+        "objects, figures on test images are too good: keep each in one part"
+    )
+    assert [record.getMessage() for record in caplog.records] == [text] * told
+
+
 @pytest.mark.parametrize(("pattern", "found"), [("/(.+)_", "no match"), ("()", "an empty text")])
 def test_a_file_whose_object_is_not_found_is_named(tmp_path: Path, pattern: str, found: str):
     data = section("folder", write_folder(tmp_path), track_pattern=pattern)

@@ -110,6 +110,18 @@ def test_the_parts_of_an_npz_file_are_told_in_one_line(tmp_path: Path, caplog: p
     assert [record.getMessage() for record in caplog.records] == ["images: 12 train, 6 test, of 3 classes"]
 
 
+@pytest.mark.parametrize(
+    ("objects", "told"), [(["part1", "part2"], True), (["1", "2"], False), ([1, 2], False)]
+)
+def test_a_track_whose_name_is_in_two_parts_of_an_npz_file_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, objects: list[str], told: bool
+):
+    tracks = {"train_tracks": np.repeat(objects, 6), "test_tracks": np.repeat(objects[:1], 6)}
+    data = section("npz", write_npz(tmp_path / "own.npz", **tracks))
+    log_parts(data, open_splits(data, 0))
+    assert ("1 of 1 track in test have the name of one in train, such as part1; " in caplog.text) is told
+
+
 def test_an_array_that_is_not_wanted_is_not_read(tmp_path: Path):
     file = write_npz(tmp_path / "own.npz", notes=np.array([0, None]))  # pickled
     assert open_splits(section("npz", file), 0).counts() == {"train": 12, "test": 6}

@@ -11,7 +11,7 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override, Sweep, SweepRow
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, FailedTrial, Override, Sweep, SweepRow
 from defuse_core.config import parse_run_file
 from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
@@ -320,3 +320,11 @@ def test_reviewed_images_are_also_judged_each_by_its_own_label(tmp_path: Path):
     )
     judged = report_of(sample, tmp_path).scenarios.own_labels
     assert (judged.images, judged.before, judged.defuse) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+def test_a_failed_control_of_the_evidence_is_told_with_its_cause(tmp_path: Path):
+    run = sample_run(tmp_path)
+    failed = Sweep((), None, {}, (FailedTrial(0.0, "diverged"),))
+    run.once("report", Sweep, lambda: failed, "plain_1")
+    (told,) = build_report(run, *sample_findings(3, 2)).failed_trials
+    assert (told.sweep, told.lam, told.cause) == ("plain_1", 0.0, "diverged")

@@ -153,6 +153,15 @@ def dropped(
     return DroppedComponent(weight, 8, 3, 2, reason, right, small)
 
 
+def test_components_that_are_not_reviewed_are_told_once(tmp_path: Path):
+    found, evaluation = sample_findings(0, 0)
+    few = dropped(reason=f"{UNCERTAIN}: 4 photographs")
+    scenarios = dataclasses.replace(found.scenarios, dropped=(few,))
+    report = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path)
+    assert report.headline.startswith("Could not tell: 1 component is not reviewed (too few photographs")
+    assert not any("photographs" in text for text in report.caveats)
+
+
 @pytest.mark.parametrize(
     ("components", "words"),
     [

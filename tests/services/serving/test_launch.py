@@ -239,7 +239,7 @@ class ThirdWait:
 def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(tmp_path):
     registry = Registry(FolderStore(tmp_path))
     wait = ThirdWait(lambda: registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {}))
-    (line,) = registry_changes(registry, wait, 0, check=lambda: None, has_model=True)
+    (line,) = registry_changes(registry, wait, check=lambda: None, has_model=True)
     assert r"eve\x1b[2J: a change (a\nb)" in line
 
 
@@ -248,7 +248,7 @@ def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_u
 
     def lines(has_model: bool, **updates: int) -> list[str]:
         wait = ThirdWait(lambda: registry.change("a change", "ana", "", lambda state: updates))
-        return list(registry_changes(registry, wait, 0, check=lambda: None, has_model=has_model))
+        return list(registry_changes(registry, wait, check=lambda: None, has_model=has_model))
 
     first, second = lines(has_model=False)
     assert first == "no version is in production: requests are answered with 503 until `defuse promote RUN`"
@@ -284,7 +284,7 @@ def test_a_registry_that_went_back_is_one_line_and_a_lost_one_is_one_warning(tmp
                 step()
             return step is None
 
-    lines = list(registry_changes(registry, Waits(), 1, check=lambda: None, has_model=True))
+    lines = list(registry_changes(registry, Waits(), check=lambda: None, has_model=True))
     replaced = "the registry was restored from a backup or made again: the last change was number"
     assert [line for line in lines if replaced in line] == [
         f"{replaced} 2, and is number 1 now",

@@ -86,7 +86,7 @@ def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_nod
     with pytest.raises(ComputeError, match=f"nothing answers at {url}, and Ray.* has ended") as failure:
         list(
             registry_changes(
-                Registry(FolderStore(tmp_path)), shutdown, 0, check=LivenessCheck(url), has_model=True
+                Registry(FolderStore(tmp_path)), shutdown, check=LivenessCheck(url), has_model=True
             )
         )
     assert shutdown.waits == MAX_FAILURES and failure.value.exit_code == 4

@@ -127,18 +127,18 @@ def test_a_heartbeat_whose_answer_was_lost_is_ones_own(
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 1000.0)
     assert isinstance(bucket, s3.S3Store)
-    put = s3.S3Store._put_if
+    put = s3.S3Store.write_if
 
-    def answer_lost(store: s3.S3Store, key: str, data: bytes, **condition: str) -> None:
-        put(store, key, data, **condition)
+    def answer_lost(store: s3.S3Store, key: str, data: bytes, version: str | None) -> None:
+        put(store, key, data, version)
         raise StoreError("no answer")
 
     with bucket.lock():
         held = bucket.leases[bucket.prefix]
-        monkeypatch.setattr(s3.S3Store, "_put_if", answer_lost)
+        monkeypatch.setattr(s3.S3Store, "write_if", answer_lost)
         with pytest.raises(StoreError, match="no answer"):
             held.beat()
-        monkeypatch.setattr(s3.S3Store, "_put_if", put)
+        monkeypatch.setattr(s3.S3Store, "write_if", put)
         held.beat()
         assert not held.lost
         bucket.write("still", b"mine")

@@ -166,14 +166,14 @@ def test_a_lease_that_a_server_replaces_in_two_steps_is_there(
 ) -> None:
     assert isinstance(bucket, s3.S3Store)
     bucket.write(lease.KEY, THIEF)
-    fetch, missing = s3.S3Store._fetch, [True]
+    fetch, missing = s3.S3Store.read_with_version, [True]
 
     def fetch_between(store: s3.S3Store, key: str) -> tuple[str, bytes]:
         if missing and missing.pop():
             raise FileNotFoundError
         return fetch(store, key)
 
-    monkeypatch.setattr(s3.S3Store, "_fetch", fetch_between)
+    monkeypatch.setattr(s3.S3Store, "read_with_version", fetch_between)
     seen = LeaseInBucket(bucket).read()
     assert seen is not None and seen[1] == THIEF
     bucket.delete(lease.KEY)
@@ -197,12 +197,12 @@ def test_a_heartbeat_outlives_an_error_of_any_kind(monkeypatch):
 def test_a_server_that_heeds_one_condition_of_two_does_not_heed_conditions(heeded, bucket, monkeypatch):
     bucket.write(lease.KEY, THIEF)
     assert LeaseInBucket(bucket).is_conditional(THIEF)
-    put = s3.S3Store._put_if
+    put = s3.S3Store._put
 
     def heed_one(store: s3.S3Store, key: str, data: bytes, **condition: str) -> str | None:
         return put(store, key, data, **{name: value for name, value in condition.items() if name == heeded})
 
-    monkeypatch.setattr(s3.S3Store, "_put_if", heed_one)
+    monkeypatch.setattr(s3.S3Store, "_put", heed_one)
     assert not LeaseInBucket(bucket).is_conditional(THIEF)
 
 

@@ -42,10 +42,10 @@ def refuse(server: Stubber, call: str, status: int, code: str, **asked: Any) -> 
     ("status", "code"),
     [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict"), (404, "NoSuchKey")],
 )
-@pytest.mark.parametrize("condition", [{"IfMatch": OLD}, {"IfNoneMatch": "*"}])
-def test_a_condition_that_does_not_hold_is_no_error(store, server, status, code, condition):
+@pytest.mark.parametrize(("version", "condition"), [(OLD, {"IfMatch": OLD}), (None, {"IfNoneMatch": "*"})])
+def test_a_condition_that_does_not_hold_is_no_error(store, server, status, code, version, condition):
     refuse(server, "put_object", status, code, Body=b"1", **condition)
-    assert store._put_if("a", b"1", **condition) is None
+    assert store.write_if("a", b"1", version) is None
 
 
 @pytest.mark.parametrize("status", [403, 400], ids=["refused", "expired"])  # a HEAD gets no more than that
@@ -75,22 +75,22 @@ def test_credentials_of_a_profile_are_read_again_after_they_were_refused(status,
 def test_a_server_that_knows_no_conditions_is_asked_without_them(store, server):
     refuse(server, "put_object", 501, "NotImplemented", Body=b"1", IfMatch=OLD)
     server.add_response("put_object", {"ETag": NEW}, AT | {"Body": b"1"})
-    assert store._put_if("a", b"1", IfMatch=OLD) == NEW
+    assert store.write_if("a", b"1", OLD) == NEW
     refuse(server, "delete_object", 501, "NotImplemented", IfMatch=OLD)
     server.add_response("delete_object", {}, AT)
-    assert store._delete_if("a", OLD)
+    assert store.delete_if("a", OLD)
 
 
 def test_another_error_of_a_conditional_write_is_an_error_and_not_tried_without_the_condition(store, server):
     refuse(server, "put_object", 403, "AccessDenied", Body=b"1", IfMatch=OLD)
     with pytest.raises(StoreError, match="refused the credentials"):
-        store._put_if("a", b"1", IfMatch=OLD)
+        store.write_if("a", b"1", OLD)
 
 
 def test_another_error_of_a_conditional_deletion_is_an_error(store, server):
     refuse(server, "delete_object", 403, "AccessDenied", IfMatch=OLD)
     with pytest.raises(StoreError, match="refused the credentials"):
-        store._delete_if("a", OLD)
+        store.delete_if("a", OLD)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_another_error_of_a_conditional_deletion_is_an_error(store, server):
 )
 def test_an_object_that_another_one_replaced_is_not_deleted(store, server, status, code, gone):
     refuse(server, "delete_object", status, code, IfMatch=OLD)
-    assert store._delete_if("a", OLD) is gone
+    assert store.delete_if("a", OLD) is gone
 
 
 def test_a_value_that_others_always_replace_is_given_up_and_says_so(store, server, aws):
@@ -149,14 +149,14 @@ def test_a_large_object_is_completed_with_its_checksums_and_on_its_condition(sto
     sent_in_parts(server, aws)
     server.add_response("head_object", {"ETag": OLD}, AT)
     server.add_response("complete_multipart_upload", {"ETag": NEW}, AT | COMPLETE | {"IfMatch": OLD})
-    assert store._put_if("a", b"12345", IfMatch=OLD) == NEW
+    assert store.write_if("a", b"12345", OLD) == NEW
 
 
 def test_a_large_object_that_another_writer_replaced_meanwhile_is_dropped(store, server, aws):
     sent_in_parts(server, aws)
     server.add_response("head_object", {"ETag": NEW}, AT)
     server.add_response("abort_multipart_upload", {}, AT | {"UploadId": "7"})
-    assert store._put_if("a", b"12345", IfMatch=OLD) is None
+    assert store.write_if("a", b"12345", OLD) is None
 
 
 def test_a_large_object_is_stored_where_the_answer_to_its_completion_was_lost(store, server, aws):
@@ -269,4 +269,4 @@ def test_a_write_over_https_is_a_plain_one_at_a_server_that_is_not_aws(aws, endp
     aws.delenv("AWS_ENDPOINT_URL", raising=False)
     store = s3.S3Store("bucket", "run/", endpoint, "eu-west-1")
     store._client.meta.events.register("before-send.s3", answer)
-    assert store._put_if("a", b"1", IfMatch=OLD) == NEW
+    assert store.write_if("a", b"1", OLD) == NEW
