@@ -36,6 +36,7 @@ KEY = "mlflow.json"
 EXPERIMENT = "defuse"
 PARAMS_AT_ONCE, METRICS_AT_ONCE = 100, 1000  # the limits of MLflow's server
 PARAM_LENGTH = 500  # characters
+ERROR_LENGTH = 600  # characters: MLflow's own errors name the cause, or what to set, at their end
 SWEEPS = ("baseline", "sweep")
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
@@ -64,7 +65,7 @@ def expect_mlflow(settings: Settings) -> None:
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
         )
-    remedy = "correct MLFLOW_TRACKING_URI, unless the server is only down for now"
+    remedy = "check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN; it is asked again when the run ends"
     with _warning(settings, "the server cannot be used", remedy):
         _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)
 
@@ -92,12 +93,14 @@ def _warning(settings: Settings, what: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:  # mlflow and its transports raise many kinds of errors
         text = without_credentials(f"{type(error).__name__}: {error}", settings.mlflow_uri)
-        log.warning("mlflow: %s (%s); %s", what, one_line(text, 300), remedy)
+        log.warning("mlflow: %s (%s); %s", what, one_line(text, ERROR_LENGTH), remedy)
 
 
 def _client(settings: Settings) -> MlflowClient:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    # else it logs each retry beside the line of `_warning`
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
     return MlflowClient(settings.mlflow_uri)
