@@ -1,8 +1,9 @@
 """`--track mlflow`: `defuse run` sends a run's settings, figures, report and model to an MLflow server at its end.
 
-The run does not depend on it: a server that does not answer costs one line of the log, and the same command sends it
-later. `mlflow.json` in the run holds the id of the MLflow run, its parameters, and when the artefacts of its figures
-were made. If the run has others by then, as after `defuse review set --redo`, it is another MLflow run.
+The run does not depend on it: a server that does not answer costs one line of the log at the start and one at the end,
+and the same command sends it later. `mlflow.json` in the run holds the id of the MLflow run, its parameters, and when
+the artefacts of its figures were made. If the run has others by then, as after `defuse review set --redo`, it is
+another MLflow run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ KEY = "mlflow.json"
 EXPERIMENT = "defuse"
 PARAMS_AT_ONCE, METRICS_AT_ONCE = 100, 1000  # the limits of MLflow's server
 PARAM_LENGTH = 500  # characters
+ERROR_LENGTH = 600  # characters: MLflow's own errors name the cause, or what to set, at their end
 SWEEPS = ("baseline", "sweep")
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
@@ -49,7 +51,10 @@ Rows = list[tuple[int, Figures]]  # figures with their step
 
 
 def expect_mlflow(settings: Settings) -> None:
-    """Raise InputError where mlflow is not installed, no server is named, or its token cannot be sent."""
+    """Warn of a server that does not answer: now, not after an hour of training.
+
+    Raises InputError where mlflow is not installed, no server is named, or its token cannot be sent.
+    """
     if find_spec("mlflow") is None:
         raise InputError("--track mlflow needs mlflow; pip install mlflow-skinny")
     if settings.mlflow_uri is None:
@@ -60,6 +65,9 @@ def expect_mlflow(settings: Settings) -> None:
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
         )
+    remedy = "check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN; it is asked again when the run ends"
+    with _warning(settings, "the server cannot be used", remedy):
+        _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)
 
 
 @contextlib.contextmanager
@@ -74,24 +82,34 @@ def tracking(run: Run, settings: Settings) -> Iterator[None]:
         raise
     finally:
         log.info("mlflow: sending what %s has made", run.name)
-        try:
+        with _warning(settings, f"{run.name} is not tracked", "the same command sends it later"):
             _send(run, settings, status)
-        except Exception as error:  # mlflow and its transports raise many kinds of errors
-            text = without_credentials(f"{type(error).__name__}: {error}", settings.mlflow_uri)
-            log.warning(
-                "mlflow: %s is not tracked (%s); the same command sends it later",
-                run.name,
-                one_line(text, 300),
-            )
+
+
+@contextlib.contextmanager
+def _warning(settings: Settings, what: str, remedy: str) -> Iterator[None]:
+    """Log any error of the block in one line, without the password of the server's address."""
+    try:
+        yield
+    except Exception as error:  # mlflow and its transports raise many kinds of errors
+        text = without_credentials(f"{type(error).__name__}: {error}", settings.mlflow_uri)
+        log.warning("mlflow: %s (%s); %s", what, one_line(text, ERROR_LENGTH), remedy)
+
+
+def _client(settings: Settings) -> MlflowClient:
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    # else it logs each retry beside the line of `_warning`
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    return MlflowClient(settings.mlflow_uri)
 
 
 def _send(run: Run, settings: Settings, status: str) -> None:
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
+    client = _client(settings)
+    from mlflow.entities import Metric, Param  # after DEFAULTS are set
 
-    client = MlflowClient(settings.mlflow_uri)
     fields = flat_fields(json.loads(run.store.read(SETTINGS)))
     params = {name: _as_param(value) for name, value in fields.items()}
     artefacts = run.manifest()["artefacts"]

@@ -124,9 +124,11 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
     data = plan.tree["data"]
     show = partial(echo_marked, width=len("classifier  "))
     show("images", f"{counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
+    some = data.get("train_images", facts.counts["train"])
+    fewer = f"; {some:,} of the training images" if some < facts.counts["train"] else ""
     show(
         "used as",
-        f"{data['image_size']}x{data['image_size']}, {'grey' if data['channels'] == 1 else 'colour'}",
+        f"{data['image_size']}x{data['image_size']}, {'grey' if data['channels'] == 1 else 'colour'}{fewer}",
     )
     if plan.probe is not None:
         show("classifier", f"right on {describe_accuracy(plan)}")

@@ -105,4 +105,5 @@ def test_fewer_training_images_are_planned_for_with_more_epochs(tmp_path: Path, 
         planned.append((code, tree["data"].get("train_images"), tree["vae"]["epochs"]))
         told = "give fewer images (--train-images), smaller ones (--image-size) or more --minutes"
         assert told in out
+        assert ("16x16, grey; 40 of the training images" in out) == bool(options)
     assert planned == [(0, None, 2), (0, 40, 6)]
