@@ -80,7 +80,7 @@ class ReviewStatus:
         A false discovery rate is over all scenarios, and CROWDLAB's weights follow from all answers.
         """
         can_change = self.outstanding > 0 and not _are_independent(self.tasks.review)
-        provisional: Bool = self.decided & ~self.overridden & ~self.final & can_change
+        provisional: Bool = self.decided & ~self.overridden & can_change
         return provisional
 
     @property
