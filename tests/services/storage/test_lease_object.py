@@ -152,6 +152,16 @@ def test_a_store_that_fails_for_a_while_is_asked_again_by_the_heartbeat_and_by_t
     assert not state(found).released
 
 
+def test_a_write_that_took_effect_is_ones_own_however_often_its_answer_is_lost(monkeypatch):
+    found = ObjectInMemory()
+    write = found.write_if
+    monkeypatch.setattr(found, "write_if", lambda *given: write(*given) and None)
+    held = Lease(found, "alone")
+    held.take()
+    held.beat()
+    assert not held.lost and state(found) == held.state
+
+
 def test_a_driver_that_lost_its_lease_leaves_nothing_of_it_where_the_run_was_deleted():
     found = ObjectInMemory()
     with hold(found, found) as held:
