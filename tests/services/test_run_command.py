@@ -91,6 +91,11 @@ def test_images_are_found_from_every_folder(tmp_path, monkeypatch, capsys):
     images = ("--set", "data.name=npz", "--set", "data.root=images.npz")
     call(monkeypatch, capsys, "run", "tiny.yaml", "--on", "local", *images)
     assert Run.open(FolderStore("runs"), "tiny").spec.data.root == tmp_path / "images.npz"
+    code, _, err = call(
+        monkeypatch, capsys, "run", "tiny.yaml", "--on", "local", *images[:3], "data.root=gone.npz"
+    )
+    assert code == 2 and "gone.npz does not exist" in one_line(err)
+    assert Run.open(FolderStore("runs"), "tiny").spec.data.root == tmp_path / "images.npz"
 
 
 def test_the_file_inside_a_run_begins_no_other_run(finished, tmp_path, monkeypatch, capsys):

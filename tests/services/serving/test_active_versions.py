@@ -230,6 +230,9 @@ def test_a_running_replica_ends_a_damaged_canary_and_goes_on(own_store, monkeypa
     assert loads == [2]  # its whole file, each time
     ended = Registry(own_store).state()
     assert ended.canary is None and "000002" in ended.why
+    put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", canary=0.1))
+    after = watcher.load_changes(after)
+    assert after is not None and answering(after) == {"production": "1", "canary": "3"}
 
 
 def role_name(role: PromotionRequest) -> str:

@@ -215,3 +215,12 @@ def test_a_heartbeat_that_fails_is_logged_once_per_outage_without_passwords_and_
         outage()
     told = f"{bucket.address}: the lease was not renewed, trying again: no answer from http://***@host"
     assert [line for line in caplog.messages if "lease" in line] == [told, told]
+
+
+def test_a_heartbeat_without_an_answer_is_given_up_long_before_others_may_take_the_lease(
+    bucket: Store,
+) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    with bucket.lock():
+        beating = bucket.leases[bucket.prefix].object.store
+        assert beating.attempts * beating.timeout_s < lease.LEASE_S / 2

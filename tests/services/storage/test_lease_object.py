@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from buckets import THIEF
+from buckets import THIEF, steal
 
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import Store
 from services.storage import lease, s3
 from services.storage.lease import Lease, LeaseInBucket, LeaseState, hold
-from tests.waiting import wait_until
+from tests.waiting import WAIT_S, wait_until
 
 
 class ObjectInMemory:
@@ -229,3 +230,29 @@ def test_a_run_that_nobody_holds_is_deleted_with_the_lease_of_its_last_driver(bu
     bucket.delete_all()
     assert bucket._all_keys() == []
     bucket.require_lock()
+
+
+def test_no_heartbeat_is_under_way_once_the_lease_is_released():
+    found, begun, done = ObjectInMemory(), threading.Event(), list[bool]()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.1)
+        done.append(True)
+
+    with hold(found, found):
+        found.before["write_if"] = [slow]
+        assert begun.wait(WAIT_S)
+    assert done and state(found).released
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_lease_that_changes_between_the_look_and_the_write_is_not_replaced(
+    held: bool, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = LeaseInBucket(bucket)  # type: ignore[arg-type]
+    version, read = found.write_if(b"{}", None) if held else None, found.read
+    monkeypatch.setattr(found, "read", lambda: (read(), steal(bucket))[0])
+    assert found.write_if(b'{"beats": 1}', version) is None
+    seen = read()
+    assert seen is not None and seen[1] == THIEF
