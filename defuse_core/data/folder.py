@@ -225,7 +225,7 @@ def _odd_tracks(
     given = "data.track_pattern" if data.name == "folder" else f"{part}_tracks"
     found, frames = np.unique(tracks, return_counts=True)
     lines = []
-    if part == "train" and len(found) > 1 and frames.max() == 1:
+    if part == "train" and frames.max() == 1:
         lines.append(f"each training track is one image; check {given}")
     # the classes of each track
     track, label = np.divmod(np.unique(tracks * len(classes) + labels), len(classes))

@@ -211,7 +211,7 @@ def _follow(jobs: Jobs, job_id: str) -> None:
             f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.shown}", err=True
         )
         raise click.exceptions.Exit(stopped_exit_code()) from None
-    if job.exit_code is None or job.status != "SUCCEEDED":
+    if job.status != "SUCCEEDED":
         click.echo(f"job {job_id}: {_ending(job)}", err=True)
     raise click.exceptions.Exit(_exit_code(job))
 
@@ -223,7 +223,7 @@ def _exit_code(job: Job) -> int:
     """
     if job.status == "SUCCEEDED":
         return 0
-    return job.exit_code if job.status == "FAILED" and job.exit_code in RUN_EXIT_CODES else 4
+    return job.exit_code if job.exit_code in RUN_EXIT_CODES else 4
 
 
 def _ending(job: Job) -> str:

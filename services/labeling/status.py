@@ -80,7 +80,7 @@ class ReviewStatus:
         A false discovery rate is over all scenarios, and CROWDLAB's weights follow from all answers.
         """
         can_change = self.outstanding > 0 and not _are_independent(self.tasks.review)
-        provisional: Bool = self.decided & ~self.overridden & ~self.final & can_change
+        provisional: Bool = self.decided & ~self.overridden & can_change
         return provisional
 
     @property
@@ -311,7 +311,7 @@ def _queue_target(status: ReviewStatus, queued: QueuedTask, duplicate: bool) -> 
         return (queued.overlap, True) if queued.labeled else (max(queued.submitted, 1), True)
     first = status.tasks.first_answers - int(status.given_per_task[queued.index])
     # Label Studio counts annotations that are discarded here, so the overlap grows by them.
-    return queued.submitted + (min(first, wanted) if first > 0 else wanted), False
+    return queued.submitted + (first if first > 0 else wanted), False
 
 
 def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> bool:

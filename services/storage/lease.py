@@ -109,7 +109,6 @@ class Lease:
         self.lost = False
         # At the end, with the run that was deleted, in place of a mark that it was released.
         self.remove = False
-        self.beating = threading.Lock()
         self.ended = threading.Event()
 
     def require(self) -> None:
@@ -147,11 +146,10 @@ class Lease:
 
     def beat(self) -> None:
         """Rewrite the lease once, and find out whether this driver still holds it."""
-        with self.beating:
-            self.state = replace(self.state, beats=self.state.beats + 1)
-            version = None if self.lost else self._write(self.version)
-            self.lost = version is None
-            self.version = version or self.version
+        self.state = replace(self.state, beats=self.state.beats + 1)
+        version = self._write(self.version)
+        self.lost = version is None
+        self.version = version or self.version
 
     def release(self) -> None:
         """Mark the lease as released, or remove it with its run, if this driver still holds it."""

@@ -159,9 +159,10 @@ def test_what_workers_that_train_and_runs_on_gpus_wait_for_is_asked_for_as_a_who
     monkeypatch.setattr(resources, "placement_group", asked.append)
     monkeypatch.setattr(resources, "remove_placement_group", lambda _: None)
     monkeypatch.setattr(resources, "NODES_JOIN_WITHIN_S", 0.0)
-    cluster_of(monkeypatch, (8, 0, True))
+    cluster_of(monkeypatch, (8, 2, True))
     with pytest.raises(ComputeError, match="for room for 3 workers"):
         expect_training_room(WorkerResources(2, 1), 3, wait=True)
+    cluster_of(monkeypatch, (8, 0, True))
     with pytest.raises(ComputeError, match="for a node with a GPU"):
         wait_for_gpus(ResourcesSection(), True)
     assert asked == [[{"CPU": 2, "GPU": 1}] * 3, [{"GPU": 1}]]

@@ -155,10 +155,12 @@ def test_shards_that_are_there_are_not_made_again(
     for key in local_store.list("psi/"):
         if int(Path(key).stem) in kept:
             FolderStore(store.folder).write(key, local_store.read(key))
-    with RayCompute(None, tiny_spec) as compute:
+    told, count = list[object](), len(local_psi.codes)
+    with RayCompute(None, tiny_spec, lambda *args: told.append(args)) as compute:
         assert_equal_psi(compute.identify(tiny_spec, tiny_models, store), local_psi)
-    made = [index for index in range(len(local_psi.codes)) if int(store.writes(shard_key(index)))]
-    assert made == [index for index in range(len(local_psi.codes)) if index not in kept]
+    assert ("perturbing training images", count, count, "shards") in told
+    made = [index for index in range(count) if int(store.writes(shard_key(index)))]
+    assert made == [index for index in range(count) if index not in kept]
 
 
 def test_waiting_for_what_other_work_holds_is_said(

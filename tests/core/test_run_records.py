@@ -93,10 +93,10 @@ def test_a_report_of_a_run_with_a_damaged_manifest_names_the_manifest(finished_r
     assert rewrite_report(run).run.name == "tiny"
 
 
-def test_weights_in_a_folder_are_known_by_all_of_its_files(store, tmp_path):
+def test_weights_in_a_folder_are_known_by_all_of_its_files(store, tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     folder.mkdir()
-    (folder / "config.json").write_bytes(b"1")
+    (folder / "config.json").write_bytes(b"{}")
     (folder / "model").write_bytes(b"1")
     (folder / ".cache").mkdir()
     spec = tiny(vae={"weights": folder})
@@ -111,6 +111,9 @@ def test_weights_in_a_folder_are_known_by_all_of_its_files(store, tmp_path):
         (folder / name).unlink()
         if before is not None:
             (folder / name).write_bytes(before)
+    Run.start(store, "a", spec)
+    in_order = Path.iterdir  # another file system lists in another order
+    monkeypatch.setattr(Path, "iterdir", lambda path: reversed([*in_order(path)]))
     Run.start(store, "a", spec)
 
 
@@ -170,7 +173,9 @@ def test_the_manifest_names_device_images_annotators_and_the_versions_of_all_art
     store, tiny_models, caplog
 ):
     run = Run.start(store, "a", tiny())
-    run.store.write("manifest.json", b'{"versions": {"python": "2.7"}}')
+    now = platform.python_version()
+    before = {"python": f"{now}0", "platform": "another kernel"}
+    run.store.write("manifest.json", json.dumps({"versions": before}).encode())
     run.once("train", Models, lambda: replace(tiny_models, device="a card"))
     one = np.zeros(1, np.int64)
     run.once("review", Votes, lambda: Votes(one, one, one, one, np.zeros(1), ("Ada",), "people", {}))
@@ -178,10 +183,10 @@ def test_the_manifest_names_device_images_annotators_and_the_versions_of_all_art
     assert (manifest["name"], manifest["seed"], manifest["device"]) == ("a", tiny().seed, "a card")
     assert manifest["data_fingerprint"] == tiny_models.data_fingerprint
     assert manifest["annotators"] == "people"
-    now = platform.python_version()
-    assert manifest["versions"]["python"] == f"2.7, {now}"
-    (warning,) = caplog.messages  # of the first artefact alone
-    assert f"made with python 2.7, and now with {now}" in warning
+    assert manifest["versions"]["python"] == f"{now}0, {now}"
+    assert manifest["versions"]["platform"] == f"another kernel, {platform.platform()}"
+    (warning,) = caplog.messages  # of the first artefact alone, and not of the kernel
+    assert f"made with python {now}0, and now with {now}" in warning
 
 
 def test_each_state_of_the_code_is_a_version_of_its_own(store, tmp_path):

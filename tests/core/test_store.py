@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from defuse_core import store as module
-from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.files import expect_no_own_folder
 from defuse_core.store import LOCK, FolderStore
 from tests.no_access import refuse_access
 
@@ -208,3 +210,23 @@ def test_a_folder_that_is_moved_or_deleted_is_not_made_again(key: str, tmp_path:
     with pytest.raises(StoreError, match="runs: it was moved"):
         runs.within("c").write(key, b"{}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_that_is_edited_in_its_place_has_another_version(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path)
+    store.write("a", b"one")
+    before = store.version("a")
+    time.sleep(0.05)  # of the clock that a file system uses
+    (tmp_path / "a").write_bytes(b"two")
+    assert store.version("a") not in (None, before)
+
+
+@pytest.mark.parametrize("names", [("run.yaml", "settings.json"), ("run.yaml", "manifest.json")])
+def test_a_folder_is_a_run_also_where_one_of_its_damaged_files_was_deleted(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in names:
+        FolderStore(tmp_path / "run").write(name, b"")
+    expect_no_own_folder("--out", tmp_path / "out.json")
+    with pytest.raises(InputError, match=r"--out .*/run/out\.json: is inside the run .*/run, which it could"):
+        expect_no_own_folder("--out", tmp_path / "run" / "out.json")

@@ -6,7 +6,9 @@ import errno
 import os
 import shutil
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -21,7 +23,15 @@ from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
 from defuse_core.files import source_digest
-from services.cli.jobs import PACKAGES, RUN_FILE, _copy_module, _expect_uploadable, _row, build_working_dir
+from services.cli.jobs import (
+    PACKAGES,
+    RUN_FILE,
+    _copy_module,
+    _expect_uploadable,
+    _jobs_at,
+    _row,
+    build_working_dir,
+)
 from tests.conftest import tiny
 
 
@@ -330,3 +340,28 @@ def test_a_module_without_a_spec_is_no_code_to_take_along(
 def test_what_others_submitted_cannot_act_on_the_terminal(started: float | None) -> None:
     job = Job("raysubmit\n1", "bash -c '\x1b[2J'", "RUNNING", started, None, None, "")
     assert not any("\n" in cell or "\x1b" in cell for cell in _row(job))
+
+
+def test_a_job_is_listed_with_its_beginning_and_the_time_that_it_took() -> None:
+    begun = time.mktime((2026, 1, 31, 12, 5, 0, 0, 0, -1))
+    job = Job("j1", "digits", "SUCCEEDED", begun, begun + 3 * 3600 + 61, 0, "")
+    assert _row(job) == ("j1", "SUCCEEDED", "2026-01-31 12:05", "3:01:01", "digits")
+    assert _row(replace(job, started=None, ended=None))[2:4] == ("-", "-")
+
+
+@pytest.mark.parametrize(
+    ("given", "dashboard", "cluster", "asked"),
+    [
+        ("http://given", "http://dashboard", "http://cluster", "http://given"),
+        (None, "http://dashboard", "http://cluster", "http://dashboard"),
+        (None, "", "http://cluster", "http://cluster"),
+        (None, "", "cluster:6379", "http://127.0.0.1:8265"),  # of Ray itself, and no dashboard's
+    ],
+)
+def test_the_dashboard_is_the_one_that_is_given_and_else_that_of_the_environment(
+    given: str | None, dashboard: str, cluster: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.jobs.Jobs", lambda address: address)  # which connects
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", dashboard)
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    assert str(_jobs_at(given)) == asked

@@ -91,6 +91,11 @@ def test_images_are_found_from_every_folder(tmp_path, monkeypatch, capsys):
     images = ("--set", "data.name=npz", "--set", "data.root=images.npz")
     call(monkeypatch, capsys, "run", "tiny.yaml", "--on", "local", *images)
     assert Run.open(FolderStore("runs"), "tiny").spec.data.root == tmp_path / "images.npz"
+    code, _, err = call(
+        monkeypatch, capsys, "run", "tiny.yaml", "--on", "local", *images[:3], "data.root=gone.npz"
+    )
+    assert code == 2 and "gone.npz does not exist" in one_line(err)
+    assert Run.open(FolderStore("runs"), "tiny").spec.data.root == tmp_path / "images.npz"
 
 
 def test_the_file_inside_a_run_begins_no_other_run(finished, tmp_path, monkeypatch, capsys):
@@ -100,3 +105,13 @@ def test_the_file_inside_a_run_begins_no_other_run(finished, tmp_path, monkeypat
     assert code == 2
     assert f"to continue it, give `--name tiny --store {tmp_path}/copy/runs` too" in one_line(err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_cluster_is_the_one_that_is_given_and_else_that_of_the_environment(tmp_path, monkeypatch, capsys):
+    asked = list[str]()
+    monkeypatch.setattr("cluster.compute.on_ray", lambda address, *_: asked.append(address) or 1 / 0)
+    monkeypatch.setenv("RAY_ADDRESS", "ours:6379")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    for words in ([], ["--address", "given:6379"]):
+        call(monkeypatch, capsys, "run", tmp_path / "tiny.yaml", "--store", tmp_path / "runs", *words)
+    assert asked == ["ours:6379", "given:6379"]

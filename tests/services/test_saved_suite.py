@@ -13,6 +13,7 @@ import torch
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Sweep
 from defuse_core.codec import encode
+from defuse_core.config import dump_run_file
 from defuse_core.data import open_splits
 from defuse_core.export.suite import (
     SHEET,
@@ -127,6 +128,25 @@ def test_a_run_with_other_classes_than_the_suite_is_refused_with_both(
         code == 2
         and "expected the classes of the suite (run first), 0, 1, 2, 3, 4 and 5 more, found a," in err
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("image_size", 32, "data.image_size of the suite (run first), 16, found 32"),
+        ("channels", 3, "data.channels of the suite (run first), 1, found 3"),
+    ],
+)
+def test_a_run_with_other_images_than_the_suite_is_refused_with_both(
+    field: str, value: int, told: str, run: Run, suite: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for key in run.store.list():
+        FolderStore(tmp_path).within("first").write(key, run.store.read(key))
+    FolderStore(tmp_path).delete("first/settings.json")
+    other = dump_run_file(run.spec.with_fields("data", **{field: value}))
+    FolderStore(tmp_path).write("first/run.yaml", other.encode())
+    code, _, err = call(monkeypatch, capsys, "check", "first", "--store", tmp_path, "--suite", suite)
+    assert code == 2 and told in err
 
 
 def test_the_networks_of_the_run_are_described_as_they_are_and_without_its_files():

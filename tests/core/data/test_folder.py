@@ -104,6 +104,16 @@ def test_tracks_that_are_hardly_objects_are_told(
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == warned
 
 
+def test_tracks_of_which_some_are_held_out_for_validation_are_told_once(tmp_path: Path, caplog):
+    for name in (f"{kind}/{track}_1" for track in range(4) for kind in ("cat", "dog")):
+        save_picture(tmp_path / "train" / f"{name}.png", noise(1, SIZE, SIZE, 3)[0])
+    data = section("folder", tmp_path, track_pattern="/(.+)_", validation_share=0.5)
+    splits = open_splits(data, 0)
+    assert splits.counts() == {"train": 4, "validation": 4}
+    log_parts(data, splits)
+    assert caplog.text.count("hold images of several classes") == 1
+
+
 def test_tracks_with_which_a_class_has_no_training_image_are_named(tmp_path: Path, caplog):
     """Each class is a track here."""
     data = section("folder", write_folder(tmp_path), train_images=6, track_pattern="(.+)/")
@@ -283,6 +293,13 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
             lambda root: [
                 (root / "train/cat/deep").mkdir(),
                 (root / "train/cat/deep/loop").symlink_to(root / "train/cat/deep"),
+            ],
+            "train/cat/deep/loop: this link leads to a folder above it",
+        ),
+        (
+            lambda root: [
+                (root / "train/cat/deep").mkdir(),
+                (root / "train/cat/deep/loop").symlink_to(root / "train/cat"),
             ],
             "train/cat/deep/loop: this link leads to a folder above it",
         ),

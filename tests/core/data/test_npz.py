@@ -359,3 +359,6 @@ def test_a_run_whose_images_were_moved_says_what_records_their_new_place(tmp_pat
         DataError, match=r"gone\.npz does not exist; .* by `defuse run RUNFILE --name RUN --set data\.root"
     ):
         reopen_splits(moved, "any")
+    (tmp_path / "gone.npz").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="expected an .npz file of plain arrays.*save it again$"):
+        reopen_splits(moved, "any")

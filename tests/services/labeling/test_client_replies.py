@@ -34,7 +34,17 @@ def test_an_address_loses_its_spaces_and_the_slash_at_its_end():
     assert checked_address(" https://labels.example.org/prefix/ ") == "https://labels.example.org/prefix"
 
 
-@pytest.mark.parametrize("address", ["http://", "http://[::1", "http://me@labels", "http://labels/#token=1"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://",
+        "http://[::1",
+        "http://me@labels",
+        "http://:secret@labels",
+        "http://labels/#token=1",
+        "http://labels/?token=1",
+    ],
+)
 def test_an_address_without_a_host_or_with_more_than_one_is_refused(address):
     with pytest.raises(InputError, match="^LABEL_STUDIO_URL: expected a"):
         checked_address(address)
@@ -59,13 +69,13 @@ def test_the_proxy_of_the_environment_is_named_where_a_server_cannot_be_reached(
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     assert message().endswith("cannot be reached; start it or correct LABEL_STUDIO_URL, then run again")
-    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
-    assert (
-        "if the proxy of the environment does not reach it, add labels to NO_PROXY; else start it"
-        in message()
-    )
-    monkeypatch.setenv("no_proxy", "labels")
-    assert "PROXY" not in message()
+    for name in ("http_proxy", "all_proxy"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "http://proxy.example.org:3128")
+            told = "if the proxy of the environment does not reach it, add labels to NO_PROXY; else start it"
+            assert told in message()
+            patch.setenv("no_proxy", "labels")
+            assert "PROXY" not in message()
 
 
 def test_the_web_page_of_a_proxy_that_does_not_reach_the_server_is_no_failure_of_label_studio(

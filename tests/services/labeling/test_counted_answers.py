@@ -46,6 +46,13 @@ def test_a_changed_answer_keeps_its_annotators_place(rows, wanted, expected):
         assert tuple(found) == expected
 
 
+def test_who_answered_first_counts_also_where_that_answer_was_changed_later(tmp_path):
+    _, tasks = blank_review(tmp_path, 1, answers_per_task=1)
+    given = annotation(1, 3, created=1.0, changed=30.0), annotation(2, 4, created=10.0)
+    (counted,) = read_annotations([task_of(tasks, 0, *given)], tasks).answers
+    assert (counted["annotation"], counted["created"], counted["when"]) == (1, 1.0, 30.0)
+
+
 def test_annotators_are_listed_by_their_first_counted_answer_and_the_others_after_them(tmp_path):
     _, tasks = blank_review(tmp_path, 1)
     answers = [annotation(1, 3, created=20.0), annotation(2, 9, created=10.0)]

@@ -256,6 +256,7 @@ def test_the_queue_holds_what_lacks_answers_and_nothing_else(tmp_path):
         task_of(tasks, 2, *both, overlap=2),
         task_of(tasks, 3, *both, overlap=7, labeled=True),  # out of the queue already
         task_of(tasks, 4, overlap=1),
+        task_of(tasks, 5, annotation(3, 1, None), overlap=2),  # a skip
         task_of(tasks, IMAGES, overlap=2),  # of a scenario that a person decided
         task_of(tasks, 0, number=99, overlap=2),  # a copy
     ]

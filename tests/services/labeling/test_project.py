@@ -114,6 +114,19 @@ def test_a_deleted_project_is_said_and_made_again_only_when_asked(make_review):
     assert len(review.tasks()) == 12
 
 
+def test_people_are_not_asked_again_while_their_votes_are_stored(make_review):
+    review = make_review()
+    number = review.annotators.push(review.gallery).number
+    review.run.store.write("votes.safetensors", b"of people")
+    review.api._sdk.projects.delete(id=number)
+    before = review.state
+    with pytest.raises(
+        InputError, match=r"has no project with their answers; `defuse review reopen .*--discard"
+    ):
+        review.annotators.push(review.gallery, repair=True)
+    assert review.state == before
+
+
 def test_a_project_deleted_while_waiting_ends_the_wait(make_review, monkeypatch):
     review = make_review()
     review.annotators.wait, review.annotators.first_pause_s = True, 0.01

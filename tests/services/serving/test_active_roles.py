@@ -198,7 +198,7 @@ def test_a_registry_that_is_restored_from_a_backup_is_followed_back_and_the_log_
     assert line.endswith("made again: the last change was number 4, and is number 2 now")
 
 
-def test_another_model_under_the_number_of_a_loaded_version_is_loaded_anew(store, put):
+def test_another_model_under_the_number_of_a_loaded_version_is_loaded_anew(store, put, caplog):
     """As after a backup was restored and another run was promoted before the next poll."""
     put(1)
     backup = Registry(store).state()
@@ -212,6 +212,7 @@ def test_another_model_under_the_number_of_a_loaded_version_is_loaded_anew(store
     assert after.production is begun.production
     assert after.canary is not None and after.canary.candidate.run == "run-3"
     assert after.statistics is not begun.statistics
+    assert "the last change was number 4, and is number 4 now" in caplog.text
 
 
 def test_a_lost_registry_leaves_the_loaded_versions_and_one_that_is_made_again_is_followed(store, put):

@@ -150,6 +150,10 @@ def test_a_canary_whose_end_is_not_stored_yet_stays_ended_after_another_change(o
     put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", canary=0.1))
     after = watcher.load_changes(after)
     assert after is not None and answering(after) == {"production": "1", "canary": "3"}
+    watcher.ended = None  # its end is stored now
+    put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
+    after = watcher.load_changes(after)
+    assert after is not None and answering(after) == {"production": "1", "canary": "2"}
 
 
 def test_promoting_the_version_in_production_again_replaces_the_run_of_a_server(own_store):
@@ -226,6 +230,9 @@ def test_a_running_replica_ends_a_damaged_canary_and_goes_on(own_store, monkeypa
     assert loads == [2]  # its whole file, each time
     ended = Registry(own_store).state()
     assert ended.canary is None and "000002" in ended.why
+    put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", canary=0.1))
+    after = watcher.load_changes(after)
+    assert after is not None and answering(after) == {"production": "1", "canary": "3"}
 
 
 def role_name(role: PromotionRequest) -> str:

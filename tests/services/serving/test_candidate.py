@@ -26,6 +26,7 @@ from services.serving.candidate import (
     _digest,
     _key,
     prepare_candidate,
+    require_corrected,
     with_settings,
 )
 from services.serving.checks import Check
@@ -222,3 +223,11 @@ def test_a_damaged_candidate_is_named_with_its_run_and_made_again_once_it_is_del
         prepare_candidate(run)
     run.store.delete(key)
     assert prepare_candidate(run)[1].digest == candidate.digest
+
+
+def test_a_run_with_judges_is_served_only_once_what_they_say_is_stored(own_store: FolderStore):
+    run = Run.open(own_store, "first")
+    require_corrected(run)
+    run.spec = run.spec.with_fields("judges", count=2)
+    with pytest.raises(InputError, match="^run first is not finished; "):
+        require_corrected(run)

@@ -232,6 +232,16 @@ def test_another_content_type_is_rejected(header, named):
     assert refused.value.status == 415
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
+def test_a_body_that_is_compressed_in_any_way_is_rejected(encoding):
+    headers = [(b"content-type", b"image/png"), (b"content-encoding", encoding.encode())]
+    with pytest.raises(
+        RejectedInput, match=f"encoding {encoding} is not supported; send the body wi"
+    ) as refused:
+        content_type(Request({"type": "http", "headers": headers}))
+    assert refused.value.status == 415
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "RGBA", "P", "I;16", "CMYK"])
 def test_other_sizes_and_colors_are_converted_with_serve_resize(mode):
     data = file(mode, (28, 20), "JPEG" if mode == "CMYK" else "PNG")
@@ -318,7 +328,10 @@ def test_pixels_in_json_are_one_image_or_several(value):
         (b'{"pixels": [[true]]}', 422, "numbers"),
         (b'{"pixels": [[null]]}', 422, "numbers"),
         (b'{"pixels": [[{}]]}', 422, "numbers"),
-        (b'{"pixels": [[true, 0.5]]}', 422, "numbers"),
+        (b'{"pixels": [[true, 0.5]]}', 422, "something else"),
+        (b'{"pixels": [[false, 0.5]]}', 422, "something else"),
+        (b'{"pixels": [[null, 0.5]]}', 422, "from 0 to 1$"),
+        (b'{"pixels": [[{}, 0.5]]}', 422, "from 0 to 1$"),
         (b'{"pixels": [[0, 1], [0]]}', 422, "equal length"),
         (b'{"pixels": ' + b"[" * 200 + b"]" * 200 + b"}", 422, "pixels"),
         (b'{"pixels": [[0.5, 1' + b"0" * 400 + b"]]}", 422, "pixels"),

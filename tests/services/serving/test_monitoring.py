@@ -19,6 +19,8 @@ from services.serving.app import registry_changes
 from services.serving.monitoring import (
     MAX_FAILURES,
     LivenessCheck,
+    ServingMetrics,
+    _exporters,
     _scrape,
     merge_pages,
     metrics_page,
@@ -147,6 +149,15 @@ def test_a_page_that_is_cut_within_a_line_is_left_out():
         assert merge_pages([whole[: len(page) + end], whole]) == merge_pages([whole])
 
 
+def test_only_living_nodes_with_metrics_are_asked(monkeypatch):
+    found = [(True, 81), (False, 82), (True, 0), (True, 84)]
+    nodes = [
+        {"Alive": alive, "MetricsExportPort": port, "NodeManagerAddress": "10.0.0.7"} for alive, port in found
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert _exporters() == ["http://10.0.0.7:81/metrics", "http://10.0.0.7:84/metrics"]
+
+
 def test_nodes_are_not_asked_through_an_http_proxy(monkeypatch):
     class Node(Healthy):
         def do_GET(self) -> None:
@@ -225,3 +236,39 @@ def test_the_gauges_are_set_again_between_two_polls(own_store, monkeypatch):
 
     asyncio.run(asyncio.wait_for(wait(), 20))
     assert roles[:3] == [{"production": "1"}] * 3
+
+
+def recorded(
+    metrics: ServingMetrics, gauge: str, monkeypatch: pytest.MonkeyPatch
+) -> dict[tuple[str, ...], float]:
+    """What a gauge is set to from now on, by the values of its tags."""
+    values: dict[tuple[str, ...], float] = {}
+    monkeypatch.setattr(
+        getattr(metrics, gauge), "set", lambda value, tags: values.update({tuple(tags.values()): value})
+    )
+    return values
+
+
+def test_a_version_without_its_role_of_before_is_not_shown_as_serving(monkeypatch):
+    metrics, before = ServingMetrics(), {"production": "1", "canary": "2"}
+    values = recorded(metrics, "serving", monkeypatch)
+    metrics.set_roles({}, before)
+    assert values == {("1", "production"): 1, ("2", "canary"): 1}
+    metrics.set_roles(before, {"production": "2"})
+    assert values == {("1", "production"): 0, ("2", "canary"): 0, ("2", "production"): 1}
+
+
+def test_the_figures_of_the_detector_are_those_of_their_images_and_none_is_no_figure(candidate, monkeypatch):
+    metrics, found = ServingMetrics(), candidate.watch_figures(candidate.run_file().serve)
+    values = recorded(metrics, "detection", monkeypatch)
+    nothing = found.test.model_copy(update={"average_precision": 0.0, "calibration_error": None})
+    metrics.set_detection("1", found.model_copy(update={"test": nothing}))
+    of_test = {figure: value for (_, images, figure), value in values.items() if images == "test"}
+    assert of_test == {
+        "auroc": found.test.auroc.value,
+        "auroc_low": found.test.auroc.low,
+        "average_precision": 0.0,
+        "precision": found.test.precision.value,
+        "recall": found.test.recall.value,
+    }
+    assert values["1", "validation", "auroc"] == found.validation.auroc.value

@@ -87,6 +87,13 @@ def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidat
     assert [s.production for s in registry.changes_after(EMPTY)] == [None, 1, 1, 2, 1, 2]
 
 
+def test_a_version_that_comes_back_can_be_rolled_back_to_each_one_before_it(registry, candidates):
+    for name in ("first", "second", "first"):
+        state = promote(registry, candidates[name], ANA)
+    assert state.previous == (1, 2)
+    assert [registry.roll_back("bo", "").production for _ in range(2)] == [2, 1]
+
+
 @pytest.mark.parametrize(
     "how", [PromotionRequest("ana", "", canary=0.05), PromotionRequest("ana", "", shadow=True)]
 )

@@ -210,6 +210,10 @@ def test_a_slot_whose_write_failed_takes_the_next_input_and_the_others_stay(tmp_
     monkeypatch.setattr(FolderStore, "write", write)
     offer_in_turn(reservoir, 20, 0.001)
     assert [sampled.failure for sampled in read_traffic(store, "a", DRAWN)] == [0.9] * 4 + [0.001]
+    monkeypatch.setattr(FolderStore, "write", fail)
+    while reservoir._kept[f"a/{FOLDER}/003"][0][0] > -np.inf:
+        offer_in_turn(reservoir, 1, 0.9)
+    assert caplog.text.count("an input was not stored") == 2  # once for each time that the store fails
 
 
 def test_a_sample_whose_first_writes_failed_is_filled(tmp_path, monkeypatch):

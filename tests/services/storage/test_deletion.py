@@ -74,10 +74,11 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next_driver(tmp_path: Pat
     (tmp_path / ".run.a1b2c3.deleted" / "psi").mkdir(parents=True)
     (tmp_path / ".run.a1b2c3.deleted" / "psi" / "1").touch()
     (tmp_path / ".run.a1b2c3.deleted" / "run.yaml").touch()
+    (tmp_path / ".other.a1b2c3.deleted").mkdir()  # which its own next driver finishes
     assert FolderStore(tmp_path).list() == []
     with FolderStore(tmp_path / "run").lock():
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", ".other.a1b2c3.deleted"}
 
 
 def test_a_bucket_keeps_the_run_file_until_all_else_is_deleted(

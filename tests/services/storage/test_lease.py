@@ -198,15 +198,29 @@ def test_a_heartbeat_that_fails_is_logged_once_per_outage_without_passwords_and_
         failures.append(held)
         raise TypeError("no answer from http://ana:sup3r@host")
 
+    def outage() -> None:
+        failures.clear()
+        monkeypatch.setattr(lease.Lease, "beat", fail)
+        wait_until(lambda: len(failures) >= 3)
+        monkeypatch.setattr(lease.Lease, "beat", beat)
+        beats = held.state.beats
+        wait_until(lambda: held.state.beats > beats)
+
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     beat, failures = lease.Lease.beat, list[lease.Lease]()
     assert isinstance(bucket, s3.S3Store)
     with bucket.lock():
-        monkeypatch.setattr(lease.Lease, "beat", fail)
-        wait_until(lambda: len(failures) >= 3)
-        monkeypatch.setattr(lease.Lease, "beat", beat)
         held = bucket.leases[bucket.prefix]
-        beats = held.state.beats
-        wait_until(lambda: held.state.beats > beats)
+        outage()
+        outage()
     told = f"{bucket.address}: the lease was not renewed, trying again: no answer from http://***@host"
-    assert [line for line in caplog.messages if "lease" in line] == [told]
+    assert [line for line in caplog.messages if "lease" in line] == [told, told]
+
+
+def test_a_heartbeat_without_an_answer_is_given_up_long_before_others_may_take_the_lease(
+    bucket: Store,
+) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    with bucket.lock():
+        beating = bucket.leases[bucket.prefix].object.store
+        assert beating.attempts * beating.timeout_s < lease.LEASE_S / 2

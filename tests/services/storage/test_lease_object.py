@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from buckets import THIEF
+from buckets import THIEF, steal
 
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import Store
 from services.storage import lease, s3
 from services.storage.lease import Lease, LeaseInBucket, LeaseState, hold
-from tests.waiting import wait_until
+from tests.waiting import WAIT_S, wait_until
 
 
 class ObjectInMemory:
@@ -152,6 +153,16 @@ def test_a_store_that_fails_for_a_while_is_asked_again_by_the_heartbeat_and_by_t
     assert not state(found).released
 
 
+def test_a_write_that_took_effect_is_ones_own_however_often_its_answer_is_lost(monkeypatch):
+    found = ObjectInMemory()
+    write = found.write_if
+    monkeypatch.setattr(found, "write_if", lambda *given: write(*given) and None)
+    held = Lease(found, "alone")
+    held.take()
+    held.beat()
+    assert not held.lost and state(found) == held.state
+
+
 def test_a_driver_that_lost_its_lease_leaves_nothing_of_it_where_the_run_was_deleted():
     found = ObjectInMemory()
     with hold(found, found) as held:
@@ -219,3 +230,29 @@ def test_a_run_that_nobody_holds_is_deleted_with_the_lease_of_its_last_driver(bu
     bucket.delete_all()
     assert bucket._all_keys() == []
     bucket.require_lock()
+
+
+def test_no_heartbeat_is_under_way_once_the_lease_is_released():
+    found, begun, done = ObjectInMemory(), threading.Event(), list[bool]()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.1)
+        done.append(True)
+
+    with hold(found, found):
+        found.before["write_if"] = [slow]
+        assert begun.wait(WAIT_S)
+    assert done and state(found).released
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_lease_that_changes_between_the_look_and_the_write_is_not_replaced(
+    held: bool, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = LeaseInBucket(bucket)  # type: ignore[arg-type]
+    version, read = found.write_if(b"{}", None) if held else None, found.read
+    monkeypatch.setattr(found, "read", lambda: (read(), steal(bucket))[0])
+    assert found.write_if(b'{"beats": 1}', version) is None
+    seen = read()
+    assert seen is not None and seen[1] == THIEF

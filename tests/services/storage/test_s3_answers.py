@@ -253,7 +253,8 @@ def test_a_store_keeps_its_region_and_the_address_of_a_server_that_is_not_the_re
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "trailing"), [("https://storage.example", False), (PRIVATE, True), (None, True)]
+    ("endpoint", "trailing"),
+    [("https://storage.example", False), (PRIVATE, True), (f"{PRIVATE}.cn", True), (None, True)],
 )
 def test_a_write_over_https_is_a_plain_one_at_a_server_that_is_not_aws(aws, endpoint, trailing):
     """Google's server and others refuse a checksum that follows the body."""

@@ -57,7 +57,7 @@ def test_of_many_that_create_at_once_one_wins(store: Store) -> None:
 
 
 def test_keys_are_listed_in_order_below_a_prefix(store: Store) -> None:
-    for key in ("psi/2", "psi/1", "psi2/1", "run.yaml"):
+    for key in ("psi/2", "psi/1", "psi2/1", "psi/.own", "run.yaml"):
         store.write(key, b"")
     assert store.list() == ["psi/1", "psi/2", "psi2/1", "run.yaml"]
     assert store.list("psi/") == ["psi/1", "psi/2"]
