@@ -29,11 +29,11 @@ from cluster.ray_compat import (
     is_temporary_folder_unusable,
     is_unauthenticated,
     keep_idle_workers,
-    kept_sigterm_handler,
     limit_memory_retries,
     nothing_left_of_a_failed_start,
     set_private_token,
     shorten_socket_paths,
+    signals_wait_for_start,
     wait_for_absent_head,
     without_unused_processes,
 )
@@ -90,7 +90,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise _unreachable(address, found)
     try:
-        with kept_sigterm_handler():
+        with signals_wait_for_start():
             ray.init(address=address, **quiet)
     except Exception as error:
         found = explained_line(error)
@@ -109,7 +109,7 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
     num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with kept_sigterm_handler(), nothing_left_of_a_failed_start(), without_unused_processes():
+            with nothing_left_of_a_failed_start(), signals_wait_for_start(), without_unused_processes():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
             return
         except Exception as error:  # Ray raises bare ones

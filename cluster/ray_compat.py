@@ -105,16 +105,14 @@ def kept_working_dir() -> AbstractContextManager[None]:
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Set these environment variables inside, and put back those from before."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def withhold_credentials() -> None:
@@ -160,10 +158,8 @@ def connection_error(address: str, timeout_s: float) -> str | None:
     )
     if done.returncode == -signal.SIGALRM:
         return f"no answer within {timeout_s:.0f} s"
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return lines[-1] if done.returncode else None
 
 
 def is_unauthenticated() -> bool:
@@ -266,17 +262,34 @@ def cancel_all(tasks: Sequence[Any]) -> None:
 
 
 @contextlib.contextmanager
-def kept_sigterm_handler() -> Iterator[None]:
-    """Put back the handler of SIGTERM that this program has for it, which ray.init replaces by one that exits with 15.
+def signals_wait_for_start() -> Iterator[None]:
+    """Let this program's handlers of SIGINT and SIGTERM run after the block, a start of Ray; a second one interrupts.
 
-    Ray's C++ part adds another, which dumps its stack.
+    A process whose start of Ray is interrupted ends with SIGSEGV. ray.init also puts a handler of SIGTERM in place of
+    the program's, which exits with 15, and Ray's C++ part another, which dumps its stack.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    from ray._private import utils
+
+    both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    own: dict[int, Any] = {each: found for each in both if callable(found := signal.getsignal(each))}
+    arrived, set_handler = list[int](), utils.set_sigterm_handler
+
+    def note(number: int, _: object) -> None:
+        arrived.append(number)
+        signal.signal(number, own[number])
+
+    if signal.SIGTERM in own:
+        utils.set_sigterm_handler = lambda _: None
+    for number in own:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        utils.set_sigterm_handler = set_handler
+        for number, handler in own.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
 
 
 def deployment_version(application: str, deployment: str) -> str | None:
@@ -301,9 +314,8 @@ def shut_down_serve() -> None:
     from ray import serve
     from ray.serve.context import _get_global_client
 
-    if embedded_ray_has_ended():
-        return
-    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    has_ended = embedded_ray_has_ended()
+    client: Any = None if has_ended else _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return
     client.shutdown_cached_handles()

@@ -67,6 +67,30 @@ def go_on_without_head() -> None:
     time.sleep(50)  # less than Ray's default
 
 
+def interrupt_a_start() -> None:
+    """Send this process SIGINT when the embedded Ray begins to connect, and print what is left."""
+    import psutil
+    import ray
+    from ray._private import worker
+
+    from cluster import connection
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the process of the tests may ignore
+    connect, how = worker.connect, ["before"]
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        connect(*args, **kwargs)
+        how[0] = "after"
+
+    worker.connect = interrupted
+    try:
+        connection.connect(None)
+    except KeyboardInterrupt:
+        left = [child.name() for child in psutil.Process().children()]
+        print(f"interrupted {how[0]} the start,", ray.is_initialized(), left, flush=True)
+
+
 def _sleep(spec: RunFile, pid: Path) -> None:
     from cluster.compute import RayCompute
     from tests.cluster.fakes import sleeping

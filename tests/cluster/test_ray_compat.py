@@ -22,8 +22,7 @@ import pytest
 import ray
 import requests
 from ray import tune
-from ray._private import worker
-from ray._private.utils import set_sigterm_handler
+from ray._private import utils, worker
 from ray.job_submission import JobSubmissionClient
 from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
@@ -35,10 +34,10 @@ from cluster.ray_compat import (
     embedded_ray_has_ended,
     is_unauthenticated,
     job_client,
-    kept_sigterm_handler,
     log_folder,
     named_trainable,
     quiet_tune,
+    signals_wait_for_start,
 )
 from tests.cluster import programs
 from tests.conftest import tiny
@@ -273,11 +272,29 @@ def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
     try:
         for handler, kept in ((own, own), (signal.SIG_DFL, of_ray)):
             signal.signal(signal.SIGTERM, handler)
-            with kept_sigterm_handler():
-                set_sigterm_handler(of_ray)  # as ray.init does
+            with signals_wait_for_start():
+                utils.set_sigterm_handler(of_ray)  # as ray.init does
             assert signal.getsignal(signal.SIGTERM) is kept
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_waits_for_the_start_of_ray_and_a_second_one_does_not():
+    done = []
+    with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
+        signal.raise_signal(signal.SIGINT)
+        done.append("the start")
+    assert done == ["the start"]
+    with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("unreachable")
+    assert done == ["the start"]
+
+
+def test_ctrl_c_while_ray_starts_ends_what_was_started_and_no_process_of_it_is_left(tmp_path: Path) -> None:
+    code, said = run_program(tmp_path / "log", programs.interrupt_a_start)
+    assert (code, said.strip()) == (0, "interrupted after the start, False []")
 
 
 @ray.remote
