@@ -106,6 +106,15 @@ def test_of_the_failing_draws_around_an_image_those_nearest_to_its_own_code_are_
         assert np.linalg.norm(code - mu) <= np.linalg.norm(others - mu, axis=1).min() + 1e-5
 
 
+def test_the_cap_is_on_the_draws_that_pass_the_screen(tiny_models, references):
+    every, nearest = (
+        Identifier(recommended(identify={"max_per_image": cap}), tiny_models, references).shard(0).failures
+        for cap in (None, 1)
+    )
+    assert len(nearest) < len(every)
+    np.testing.assert_array_equal(nearest.source, np.unique(every.source))
+
+
 def test_the_cap_never_adds_a_draw_that_did_not_fail():
     failed = np.array([[False, True, False]])
     assert nearest_failures(failed, np.zeros((1, 3), np.float32), 2).tolist() == failed.tolist()
@@ -293,6 +302,15 @@ def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier)
     assert psi.fingerprint == identifier.fingerprint
 
 
+def test_the_record_of_all_shards_is_in_their_order_whichever_was_made_first(two_shards, identifier):
+    counts = finished_shards(two_shards, identifier.fingerprint)
+    first, second = (counts[index].total for index in (0, 1))
+    assert first != second
+    psi = gather_shards({1: counts[1], 0: counts[0]})
+    assert psi.codes.tolist() == [first, second]
+    assert psi.worker_seconds == pytest.approx(counts[0].worker_seconds + counts[1].worker_seconds)
+
+
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
@@ -325,6 +343,16 @@ def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_mo
     name, array = next(iter(tiny_models.vae.items()))
     other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
     assert shard_fingerprint(tiny(), other) != identifier.fingerprint
+    name, array = next(iter(tiny_models.classifier.items()))
+    other = replace(tiny_models, classifier=tiny_models.classifier | {name: array + 1})
+    assert shard_fingerprint(tiny(), other) != identifier.fingerprint
+
+
+def test_the_fingerprint_depends_on_the_seed_and_on_the_images(tiny_models, identifier):
+    other_seed = tiny().model_copy(update={"seed": 1})
+    assert shard_fingerprint(other_seed, tiny_models) != identifier.fingerprint
+    other_images = replace(tiny_models, data_fingerprint="others")
+    assert shard_fingerprint(tiny(), other_images) != identifier.fingerprint
 
 
 def test_the_fingerprint_depends_on_the_models_that_screen(tiny_models, references):
@@ -365,6 +393,8 @@ def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
     assert len(set(values.tolist())) == 40
     assert (values < 100).any()
     assert (values >= 2000).any()
+    other = subsample_psi(spec.model_copy(update={"seed": 1}), psi, store).codes[:, 0]
+    assert set(other.tolist()) != set(values.tolist())
 
 
 def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):
