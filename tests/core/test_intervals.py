@@ -133,9 +133,13 @@ def test_where_positives_are_spread_widely_the_interval_is_that_of_delong():
     ones, zeros = np.repeat([-4.0, 4.0], 5) + 0.3 * np.arange(10), rng.standard_normal(60)
     below = (ones[:, None] > zeros).astype(float)  # (10, 60)
     variance = below.mean(axis=1).var(ddof=1) / 10 + below.mean(axis=0).var(ddof=1) / 60
-    area, low, high = auroc(np.concatenate([ones, zeros]), np.arange(70) < 10)
+    scores, positive = np.concatenate([ones, zeros]), np.arange(70) < 10
+    area, low, high = auroc(scores, positive)
     assert area == pytest.approx(below.mean())
     assert (low, high) == pytest.approx(tuple(logit_interval(area, np.sqrt(variance), 9)))
+    assert auroc(-scores, ~positive) == pytest.approx(
+        auroc(scores, positive)
+    )  # also where negatives are rarer
 
 
 def test_where_tracks_hold_both_kinds_the_interval_is_that_of_obuchowski():

@@ -79,7 +79,10 @@ def test_krippendorffs_alpha_equals_the_published_example() -> None:
         [1, None, 2, 1, 3, 3, 4, 3, None, None, None, None, None, None, None],
         [None, None, 2, 1, 3, 4, 4, None, 2, 1, 1, 3, 3, None, 4],
     ]
-    assert krippendorff_alpha(votes(table), 15) == pytest.approx(0.691, abs=5e-4)
+    given = votes(table)
+    assert krippendorff_alpha(given, 15) == pytest.approx(0.691, abs=5e-4)
+    of_three = dataclasses.replace(given, scenario=given.image // 5, image=given.image % 5)
+    assert krippendorff_alpha(of_three, 5) == krippendorff_alpha(given, 15)
 
 
 def test_alpha_is_undefined_for_one_annotator_or_one_answer() -> None:
