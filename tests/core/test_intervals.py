@@ -32,8 +32,8 @@ def test_a_share_lies_within_its_bounds_whatever_was_rounded():
     total = np.arange(1, 2000)
     for hits in (np.zeros_like(total), total // 2, total):
         low, high = wilson(hits, total)
-        assert (low <= hits / total).all()
-        assert (high >= hits / total).all()
+        assert (low >= 0).all() and (low <= hits / total).all()
+        assert (high >= hits / total).all() and (high <= 1).all()
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
