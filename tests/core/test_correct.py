@@ -283,9 +283,9 @@ def models_with(validation: float, tiny_models: Models) -> Models:
 def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
     trials = [
         trial(10.0, (0.60, 1.0, 0.9)),
-        trial(0.001, (0.98, 0.2, 0.2)),
+        trial(0.01, (0.98, 0.2, 1.0)),
         trial(1.0, (0.975, 0.9, 0.8)),
-        trial(0.01, (0.98, 0.3, 1.0)),
+        trial(0.001, (0.98, 0.2, 0.2)),
     ]
     sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials)
     assert sweep.chosen.lam == chosen
