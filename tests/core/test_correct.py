@@ -16,7 +16,7 @@ from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training import cycle, train_step
 from defuse_core.training.batches import random_affine
-from defuse_core.trials import run_trial, trial_key
+from defuse_core.trials import finished_trials, run_trial, trial_key
 from defuse_core.tuning_data import reviewed_failures
 from tests.conftest import fine_tuning_data, tiny
 from tests.own_classifiers import trained
@@ -198,9 +198,9 @@ def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_r
 ):
     store, tuning = FolderStore(tmp_path), FineTuning(tiny_spec, tiny_models, data)
     killed = next(run_trial(tuning, 1.0, store))
-    assert len(killed.rows) == 1
+    assert len(killed.rows) == 1 and finished_trials(tiny_spec, store) == {}
     *_, done = run_trial(tuning, 1.0, store)
-    assert [row.epoch for row in done.rows] == [1, 2]
+    assert [row.epoch for row in done.rows] == [1, 2] and [*finished_trials(tiny_spec, store)] == [1.0]
     before = store.read(trial_key(1.0))
     assert [trial.done for trial in run_trial(tuning, 1.0, store)] == [True]
     assert store.read(trial_key(1.0)) == before
