@@ -11,6 +11,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep, SweepRo
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
+from defuse_core.distill.draws import wide_draws
 from defuse_core.evaluation import Controls, Findings
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
@@ -239,3 +240,23 @@ def test_test_images_and_failing_draws_of_one_track_are_one_unit(setting, eviden
     assert made.real_failure_images == evidence.real_failure_images > 10
     assert made.real_failures[1, 0] == pytest.approx(evidence.real_failures[1, 0])
     assert np.ptp(made.real_failures[1, 1:]) > np.ptp(evidence.real_failures[1, 1:])
+
+
+def test_draws_are_of_the_seed_and_wider_ones_of_each_scenario_its_own(setting, monkeypatch):
+    drawn, failing = [], []
+
+    def noting(spec, scenarios, number, count, factor, rng, **options):
+        found = wide_draws(spec, scenarios, number, count, factor, rng, **options)
+        moved = (found.codes - scenarios.means[number]) / np.sqrt(factor)
+        drawn.append(tuple(moved[0].round(2).tolist()))
+        return found
+
+    monkeypatch.setattr("defuse_core.evaluation.evidence.wide_draws", noting)
+    splits, controls = open_splits(setting.spec.data, setting.spec.seed), Controls((setting.shifted(2),), ())
+    for seed in (0, 1):
+        spec = setting.spec.model_copy(update={"seed": seed})
+        judging = _Judging(spec, setting.found, controls, splits, silent)
+        judging._wider()
+        failing.append(judging._failing_draws()[0])
+    assert len(set(drawn)) == 2 * SCENARIOS  # the same at both factors
+    assert not np.array_equal(*failing)
