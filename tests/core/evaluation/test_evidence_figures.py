@@ -155,6 +155,7 @@ def test_wider_draws_and_pairs_tell_the_correction_from_plain_training(setting, 
         part = np.arange(len(known)) // IMAGES == row
         better, worse = ((one & ~other & known & part).sum() for one, other in (right, right[::-1]))
         assert made.pairs[0, row].tolist() == [(known & part).sum(), better, worse]
+        assert made.units[row] == (known & part).sum()
     assert made.confirmed.any() and not made.worse.any()
 
 
@@ -184,6 +185,7 @@ def test_real_failures_are_the_first_failing_draws_in_which_the_judges_see_the_c
     other = gather_evidence(spec, found, Controls((setting.shifted(0),) * 2, ()), progress=silent)
     np.testing.assert_allclose(other.real_failures[:, 0], [0, right[1], 0, right[1]])
     assert other.worse.any() and not other.confirmed.any()
+    assert other.worse_than_before.any() and not evidence.worse_than_before.any()
     references = load_reference_models(spec, spec.review.reference, setting.references, 10)
     seen = model_probabilities(references, shown).mean(axis=0)
     sure = seen[np.arange(len(truth)), truth] >= spec.identify.min_probability
