@@ -95,7 +95,9 @@ class FineTuning:
         worst = 0.0
         for part, images in self.data.clean.parts().items():
             if part in counted:
-                before = np.nan_to_num(self.models.class_accuracy[part])
+                before = self.models.class_accuracy[
+                    part
+                ]  # nan of a class without images, which loses nothing
                 counts = np.bincount(images.labels, minlength=classes)
                 after = np.bincount(images.labels, right[part], minlength=classes) / np.maximum(counts, 1)
                 loss = certain_loss(before, after, _units_of_each(images, classes))

@@ -364,6 +364,9 @@ def test_evidence_is_of_held_out_photographs_alone_and_each_of_them_counts_once(
     assert (made.units <= photographs).all() and max(photographs) < fixes.test.shape[1]
     share, units = single.own_label[0, 0], int(single.units[0])
     np.testing.assert_allclose(single.own_label[0], share_with_bounds(share * units, units))
+    held_out = failures.held_out_anchors(fixes.scenario[:1])
+    share, most = single.wider[0, 0, 0], len(np.unique(held_out.unit))
+    assert np.ptp(single.wider[0, 0, 1:]) >= np.ptp(share_with_bounds(share * most, most)[1:]) - 1e-9
 
 
 def test_components_of_too_few_photographs_for_certainty_are_logged(

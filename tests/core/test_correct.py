@@ -16,7 +16,7 @@ from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training import cycle, train_step
 from defuse_core.training.batches import random_affine
-from defuse_core.trials import run_trial, trial_key
+from defuse_core.trials import finished_trials, run_trial, trial_key
 from defuse_core.tuning_data import reviewed_failures
 from tests.conftest import fine_tuning_data, tiny
 from tests.own_classifiers import trained
@@ -198,9 +198,9 @@ def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_r
 ):
     store, tuning = FolderStore(tmp_path), FineTuning(tiny_spec, tiny_models, data)
     killed = next(run_trial(tuning, 1.0, store))
-    assert len(killed.rows) == 1
+    assert len(killed.rows) == 1 and finished_trials(tiny_spec, store) == {}
     *_, done = run_trial(tuning, 1.0, store)
-    assert [row.epoch for row in done.rows] == [1, 2]
+    assert [row.epoch for row in done.rows] == [1, 2] and [*finished_trials(tiny_spec, store)] == [1.0]
     before = store.read(trial_key(1.0))
     assert [trial.done for trial in run_trial(tuning, 1.0, store)] == [True]
     assert store.read(trial_key(1.0)) == before
@@ -283,9 +283,9 @@ def models_with(validation: float, tiny_models: Models) -> Models:
 def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
     trials = [
         trial(10.0, (0.60, 1.0, 0.9)),
-        trial(0.001, (0.98, 0.2, 0.2)),
+        trial(0.01, (0.98, 0.2, 1.0)),
         trial(1.0, (0.975, 0.9, 0.8)),
-        trial(0.01, (0.98, 0.3, 1.0)),
+        trial(0.001, (0.98, 0.2, 0.2)),
     ]
     sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials)
     assert sweep.chosen.lam == chosen

@@ -54,8 +54,7 @@ def test_codes_are_the_encoding_of_their_source_plus_beta_noise(identifier, tiny
     failures = identifier.shard(1).failures
     mu = encode_images(identifier.vae, identifier.train.take(failures.source))
     noise = failures.codes - mu
-    assert noise.min() > 0
-    assert noise.max() < 1
+    assert noise.min() > 0 and noise.max() < 1
     assert noise.mean() == pytest.approx(0.5, abs=0.02)  # the paper's noise is a shift by about a half
 
 
@@ -104,6 +103,15 @@ def test_of_the_failing_draws_around_an_image_those_nearest_to_its_own_code_are_
         mu = encode_images(worker.vae, worker.train.take(np.array([source])))
         others = every.codes[every.source == source]
         assert np.linalg.norm(code - mu) <= np.linalg.norm(others - mu, axis=1).min() + 1e-5
+
+
+def test_the_cap_is_on_the_draws_that_pass_the_screen(tiny_models, references):
+    every, nearest = (
+        Identifier(recommended(identify={"max_per_image": cap}), tiny_models, references).shard(0).failures
+        for cap in (None, 1)
+    )
+    assert len(nearest) < len(every)
+    np.testing.assert_array_equal(nearest.source, np.unique(every.source))
 
 
 def test_the_cap_never_adds_a_draw_that_did_not_fail():
@@ -289,8 +297,14 @@ def test_finished_shards_are_counted_from_what_is_stored(two_shards, identifier)
     psi = gather_shards(finished_shards(two_shards, identifier.fingerprint))
     shard = shard_of_psi(two_shards, identifier.fingerprint, 0)
     assert psi.codes[0] == len(shard.failures)
-    assert psi.images == 64
-    assert psi.fingerprint == identifier.fingerprint
+    assert (psi.images, psi.fingerprint) == (64, identifier.fingerprint)
+
+
+def test_the_record_of_all_shards_is_in_their_order_whichever_was_made_first(two_shards, identifier):
+    counts = finished_shards(two_shards, identifier.fingerprint)
+    psi = gather_shards({1: counts[1], 0: counts[0]})
+    assert psi.codes.tolist() == [counts[0].total, counts[1].total] and counts[0].total != counts[1].total
+    assert psi.worker_seconds == pytest.approx(counts[0].worker_seconds + counts[1].worker_seconds)
 
 
 @pytest.mark.parametrize(
@@ -322,9 +336,18 @@ def test_a_shard_of_another_run_is_not_finished(two_shards, tiny_models, caplog)
 
 def test_the_fingerprint_depends_on_the_weights_and_not_on_the_resources(tiny_models, identifier):
     assert shard_fingerprint(tiny(resources={"workers": 7}), tiny_models) == identifier.fingerprint
-    name, array = next(iter(tiny_models.vae.items()))
-    other = replace(tiny_models, vae=tiny_models.vae | {name: array + 1})
-    assert shard_fingerprint(tiny(), other) != identifier.fingerprint
+    for field in ("vae", "classifier"):
+        moved = {name: array + 1 for name, array in getattr(tiny_models, field).items()}
+        assert shard_fingerprint(tiny(), replace(tiny_models, **{field: moved})) != identifier.fingerprint
+
+
+def test_the_fingerprint_depends_on_the_seed_and_on_the_images(tiny_models, identifier):
+    other_seed, other_images = (
+        tiny().model_copy(update={"seed": 1}),
+        replace(tiny_models, data_fingerprint="x"),
+    )
+    prints = shard_fingerprint(other_seed, tiny_models), shard_fingerprint(tiny(), other_images)
+    assert len({identifier.fingerprint, *prints}) == 3
 
 
 def test_the_fingerprint_depends_on_the_models_that_screen(tiny_models, references):
@@ -363,8 +386,9 @@ def test_a_sample_of_psi_has_no_code_twice_and_every_shard_a_share(tmp_path):
     spec = tiny(distill={"max_codes": 40, "max_components": 6})
     values = subsample_psi(spec, psi, store).codes[:, 0]
     assert len(set(values.tolist())) == 40
-    assert (values < 100).any()
-    assert (values >= 2000).any()
+    assert (values < 100).any() and (values >= 2000).any()
+    other = spec.model_copy(update={"seed": 1})
+    assert not np.array_equal(subsample_psi(other, psi, store).codes[:, 0], values)
 
 
 def test_a_missing_shard_is_named_with_what_to_delete(tmp_path):

@@ -32,8 +32,8 @@ def test_a_share_lies_within_its_bounds_whatever_was_rounded():
     total = np.arange(1, 2000)
     for hits in (np.zeros_like(total), total // 2, total):
         low, high = wilson(hits, total)
-        assert (low <= hits / total).all()
-        assert (high >= hits / total).all()
+        assert (low >= 0).all() and (low <= hits / total).all()
+        assert (high >= hits / total).all() and (high <= 1).all()
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 5), (3, 10), (10, 10), (61, 64)])
@@ -133,9 +133,13 @@ def test_where_positives_are_spread_widely_the_interval_is_that_of_delong():
     ones, zeros = np.repeat([-4.0, 4.0], 5) + 0.3 * np.arange(10), rng.standard_normal(60)
     below = (ones[:, None] > zeros).astype(float)  # (10, 60)
     variance = below.mean(axis=1).var(ddof=1) / 10 + below.mean(axis=0).var(ddof=1) / 60
-    area, low, high = auroc(np.concatenate([ones, zeros]), np.arange(70) < 10)
+    scores, positive = np.concatenate([ones, zeros]), np.arange(70) < 10
+    area, low, high = auroc(scores, positive)
     assert area == pytest.approx(below.mean())
     assert (low, high) == pytest.approx(tuple(logit_interval(area, np.sqrt(variance), 9)))
+    assert auroc(-scores, ~positive) == pytest.approx(
+        auroc(scores, positive)
+    )  # also where negatives are rarer
 
 
 def test_where_tracks_hold_both_kinds_the_interval_is_that_of_obuchowski():

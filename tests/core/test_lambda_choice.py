@@ -1,4 +1,4 @@
-"""What each epoch of fine-tuning is scored on, which row is chosen, and which clean images are left."""
+"""What each epoch of fine-tuning draws and is scored on, which row is chosen, and which clean images are left."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from defuse_core.artifacts import Corrections, Models, SweepRow, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import ChoiceRule, FineTuning, collect_sweep, fine_tune, require_progress
+from defuse_core.correct import (
+    ChoiceRule,
+    FineTuning,
+    TuningSteps,
+    after_epoch,
+    collect_sweep,
+    fine_tune,
+    require_progress,
+)
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, load_classifier, weights_of
 from defuse_core.protocols import silent
+from defuse_core.training import Adam
 from defuse_core.tuning_data import load_clean_images
 from tests.conftest import fine_tuning_data, tiny
+from tests.sample_components import sample_failures
 
 Row = tuple[float, float | None, float]
 
@@ -48,9 +59,11 @@ def chosen(spec: RunFile, models: Models, *rows: Row) -> int | None:
 def test_each_part_of_the_data_is_scored_as_itself(tiny_models):
     rng = np.random.default_rng(0)
     codes = rng.standard_normal((2, 24, 4)).astype(np.float32)
-    fixes = Corrections(np.arange(2), np.array([8, 2]), codes, -codes)
+    others = sample_failures(codes[0], np.arange(24), np.full(24, 5), np.full(24, 6))
+    fixes = Corrections(np.arange(2), np.array([8, 2]), codes, -codes, unreviewed=others)
     spec = tiny(correct={"epochs": 1})
     data = fine_tuning_data(spec, tiny_models, fixes)
+    assert len(data.scenario.d_f) > len(data.scenario.tune)
     *_, made = fine_tune(FineTuning(spec, tiny_models, data), 1.0, None)
     classifier, (row,) = load_classifier(spec, made.best, 10), made.rows
     found = (row.train, row.validation, row.test, row.tune, row.scenario)
@@ -141,6 +154,14 @@ def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_acc
     assert epoch((0.9, 0.88, 0.896), (0.9, 0.88, 0.904)) == 2
 
 
+def test_of_equal_epochs_the_earlier_one_is_kept():
+    rule, trial = rule_of(tiny(), 0.9), Trial(1.0, (), {}, {}, {}, 0, False)
+    rows = rows_of(1.0, *[(0.9, 0.88, 0.9)] * 2)
+    for row in rows:
+        trial = after_epoch(rule, trial, row, {"epoch": np.array(row.epoch)}, {})
+    assert (trial.best_epoch, trial.best["epoch"]) == (1, 1) and rule.best_rows(rows) == [rows[0]]
+
+
 def test_clean_accuracy_is_that_on_validation_images_and_on_training_images_where_there_are_none(tiny_models):
     spec = tiny(correct={"choose_by": "tune", "max_loss": 0.1})
     assert chosen(spec, tiny_models, (1.0, 0.7, 1.0)) is None
@@ -198,6 +219,36 @@ def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked
     assert sweeps[0].chosen == sweeps[1].chosen
     rule = ChoiceRule(spec.correct, tiny_models.accuracy)
     assert rule.best_rows(sweeps[0].rows) == rule.best_rows(sweeps[1].rows)
+
+
+def test_each_epoch_and_each_seed_has_random_numbers_of_its_own(tiny_models, data, monkeypatch):
+    moves, found = list[float](), []
+
+    def noting(images, rng):
+        moves.append(rng.random())
+        return images
+
+    monkeypatch.setattr("defuse_core.correct.random_affine", noting)
+    optimizer = Adam(load_classifier(tiny(), tiny_models.classifier, 10).parameters(), 1e-3)
+    for seed, epoch in ((0, 1), (0, 2), (1, 1)):
+        spec = tiny(correct={"augment": True}).model_copy(update={"seed": seed})
+        both, labels, _ = next(TuningSteps(FineTuning(spec, tiny_models, data)).epoch(epoch, optimizer))
+        clean, scenario = (part.flatten().tolist() for part in both.split(len(labels)))
+        found.append((tuple(clean), tuple(scenario), moves[-1], torch.rand(1).item()))
+    for kind in zip(*found, strict=True):
+        assert len(set(kind)) == 3
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-3, 10.0])
+def test_the_loss_is_that_on_clean_images_and_lambda_times_that_on_images_of_scenarios(
+    lam, tiny_models, data
+):
+    tuning = FineTuning(tiny(correct={"epochs": 1, "batch_size": 300}), tiny_models, data)
+    net = tuning.classifier(tiny_models.classifier).train()
+    ((both, labels, wrong),) = TuningSteps(tuning).epoch(1, Adam(net.parameters(), 1e-3))
+    clean, scenario = net(both).split(len(labels))
+    expected = cross_entropy(clean, labels) + lam * cross_entropy(scenario, wrong)
+    assert next(fine_tune(tuning, lam, None)).rows[0].loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("where", ["statistics", "moments", None])

@@ -28,7 +28,17 @@ from defuse_core.models import (
 )
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore, Store
-from defuse_core.trials import Stack, run_stack, run_trial, stacks_of, trial_key
+from defuse_core.training import Adam
+from defuse_core.trials import (
+    Stack,
+    _trials_after_epoch,
+    read_trial,
+    run_stack,
+    run_trial,
+    stacks_of,
+    trial_key,
+    write_trial,
+)
 from defuse_core.tuning_data import FineTuningData
 from tests.conftest import tiny
 from tests.own_classifiers import (
@@ -309,3 +319,20 @@ def test_lambda_0_beside_a_stack_is_the_trial_that_it_is_alone(tiny_models, fixe
         ("fine-tuning over λ", 1, 4, "trials"),
         ("fine-tuning over λ", 4, 4, "trials"),
     ]
+
+
+def test_the_trial_of_another_lambda_is_logged_and_begins_again(tmp_path, caplog):
+    store = FolderStore(tmp_path)
+    write_trial(store, Trial(1.0, (), {}, {}, {}, 0, False))
+    store.write(trial_key(2.0), store.read(trial_key(1.0)))
+    assert read_trial(store, 1.0) is not None and read_trial(store, 2.0) is None
+    assert "expected the trial of λ = 2, found that of λ = 1; the trial begins again" in caplog.text
+
+
+def test_an_epoch_of_a_stack_that_changes_nothing_since_the_one_before_has_diverged(tiny_models, data):
+    tuning = FineTuning(tiny(), tiny_models, data)
+    moved = {name: array + np.float32(0.01) for name, array in tiny_models.classifier.items()}
+    stack = Stack(tuning.classifier(moved), [moved, moved])
+    group = {lam: replace(tuning.new_trial(lam), weights=moved) for lam in (1.0, 2.0)}
+    optimizer = Adam(stack.parameters.values(), 1e-3)
+    assert _trials_after_epoch(tuning, stack, optimizer, group, np.ones((5, 2))) == {}

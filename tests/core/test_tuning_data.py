@@ -139,6 +139,8 @@ def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi,
     assert (chosen.source < RIGHT).any()
     if len(chosen) > 5:
         assert chosen.source.tolist() != sorted(chosen.source.tolist())  # a part of them is a sample, too
+    run.spec = run.spec.model_copy(update={"seed": 1})
+    assert not np.array_equal(choose_unreviewed(*arguments).codes, chosen.codes)
 
 
 def test_all_that_are_clear_are_tuned_on_where_they_are_fewer_than_images_of_scenarios(
@@ -291,3 +293,19 @@ def test_with_an_image_that_is_left_out_goes_its_track_unless_that_is_tuned_on(t
     left_out, tuned = np.array([0, 5]), np.array([6])  # of the tracks 0 and 1, and 1
     found = load_clean_images(spec, tiny_models, left_out, tuned, progress=silent).train
     np.testing.assert_array_equal(found.pixels, np.delete(train.pixels, [0, 1, 2, 3, 5], axis=0))
+
+
+def test_a_sample_of_the_training_images_follows_from_the_seed_and_has_its_share_of_each_class(
+    tiny_models, monkeypatch
+):
+    spec, none = tiny(correct={"train_images": 100}), np.zeros(0, np.int64)
+    splits = open_splits(spec.data, spec.seed)
+    monkeypatch.setattr("defuse_core.tuning_data.reopen_splits", lambda *_: splits)
+    one, other = (
+        load_clean_images(each, tiny_models, none, none, progress=silent).train
+        for each in (spec, spec.model_copy(update={"seed": 1}))
+    )
+    assert not np.array_equal(one.pixels, other.pixels)
+    share = np.bincount(splits.train.labels, minlength=10) * 100 / len(splits.train)
+    for sample in (one, other):
+        assert np.abs(np.bincount(sample.labels, minlength=10) - share).max() < 1

@@ -12,6 +12,7 @@ import pytest
 
 from defuse_core.artifacts import Psi, Shard
 from defuse_core.config import RunFile
+from defuse_core.data import Images
 from defuse_core.distill.components import distill, fit_mixtures
 from defuse_core.distill.mixture import one_component
 from defuse_core.distill.sharded import (
@@ -128,6 +129,49 @@ def test_a_cell_over_epsilon_that_the_sample_misses_is_one_component(
     assert found.weights[number] == pytest.approx(0.003, abs=1e-6)
     assert not any(dropped.source == 5 for dropped in found.dropped)
     np.testing.assert_allclose(found.means[number], rare.mean(axis=0), atol=1.0)
+
+
+@pytest.mark.parametrize("min_weight", [3 / 16, 0.05])
+def test_cells_that_are_too_small_are_those_of_the_fit_in_one_piece(
+    min_weight: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("defuse_core.distill.sharded.PART_CODES", 1)
+    store, rng = FolderStore(tmp_path), np.random.default_rng(0)
+    for index, truth in enumerate((np.repeat([0, 5], [6, 2]), np.repeat([0, 5, 7], [6, 1, 1]))):
+        codes, source = rng.standard_normal((8, 4)).astype(np.float32), 8 * index + np.arange(8)
+        found = sample_failures(codes, source, truth, truth + 1)
+        save_shard(store, Shard(found, 8, 8, 0, 0, 0.0, index=index))
+    psi, spec = Psi(np.array([8, 8]), 16, 16, 0, 0, 0.0), all_codes("cell", min_weight=min_weight)
+    failures = subsample_psi(spec, psi, store)
+    whole = fit_mixtures(failures, spec.distill, spec.seed, silent).scenarios()
+    found = distill_all(spec, psi, store, "", LocalCompute())
+    assert found.dropped == whole.dropped and found.dropped[-1].reason == "a single code is no cluster"
+    assert (5 in found.cells[:, 0]) is (min_weight < 3 / 16)
+
+
+def test_anchored_components_keep_their_own_failures_and_those_of_one_photograph_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    centres, sizes = np.array([[0.0, 0.0], [40.0, 0.0], [0.0, 40.0]]), [60, 100, 140]
+    codes = np.repeat(centres, sizes, axis=0) + np.random.default_rng(0).standard_normal((300, 2))
+    source = np.concatenate([np.arange(60), np.full(100, 60), 61 + np.arange(140)])
+    labels = np.repeat([[0, 0, 1], [1, 2, 2]], sizes, axis=1)  # three cells
+    found = sample_failures(codes.astype(np.float32), source, *labels)
+    store = FolderStore(tmp_path)
+    save_shard(store, Shard(found, 300, 300, 0, 0, 0.0, index=0))
+    train = Images(np.zeros((201, 1, 4, 4), np.uint8), np.zeros(201, np.int64))
+    monkeypatch.setattr("defuse_core.distill.sharded.reopen_splits", lambda *_: SimpleNamespace(train=train))
+    spec = all_codes("cell", max_components=3, min_weight=0.1).with_fields(
+        "vae", decode="anchored", latent_dim=2
+    )
+    made = distill_all(spec, Psi(np.array([300]), 300, 300, 0, 0, 0.0), store, "", LocalCompute())
+    np.testing.assert_allclose(made.means, centres[[2, 0]], atol=1)
+    assert [dropped.reason for dropped in made.dropped] == [
+        "too few photographs to hold out: all are of one photograph"
+    ]
+    assert made.failures is not None
+    for mean, own in zip(made.means, made.failures.codes, strict=True):
+        assert np.abs(own - mean).max() < 10
 
 
 def test_failures_of_a_cell_that_the_sample_misses_are_read_from_all_shards(

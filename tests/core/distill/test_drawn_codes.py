@@ -141,6 +141,25 @@ def test_components_with_the_same_failures_keep_others_of_them():
     assert len(one) == len(other) == IMAGES_KEPT and len(one & other) < IMAGES_KEPT / 2
 
 
+def test_another_seed_keeps_other_failures_and_holds_out_other_images():
+    images = 4 * IMAGES_KEPT
+    train = Images(np.zeros((images, 1, 2, 2), np.uint8), np.zeros(images, np.int64))
+    many, few = (
+        [component_failures([of_sources(np.arange(count))], train, seed).anchors for seed in (0, 1)]
+        for count in (images, 20)
+    )
+    assert many[0].source.tolist() != many[1].source.tolist()
+    assert few[0].source.tolist() == few[1].source.tolist() == list(range(20))
+    assert few[0].held_out.tolist() != few[1].held_out.tolist()
+
+
+def test_failures_that_are_kept_of_an_image_are_drawn_from_all_of_its_own():
+    codes, source = np.arange(2000, dtype=np.float32).reshape(1000, 2), np.zeros(1000, np.int64)
+    train = Images(np.zeros((1, 1, 2, 2), np.uint8), np.zeros(1, np.int64))
+    kept = component_failures([sample_failures(codes, source, source, source)], train, 0).codes[0, :, 0]
+    assert len(np.unique(kept)) == FAILURES_KEPT and kept.min() < 200 and kept.max() > 1800
+
+
 def test_the_region_of_a_component_holds_99_of_100_of_its_codes():
     scenarios = component()
     inverse = np.linalg.inv(COVARIANCE)
@@ -176,3 +195,5 @@ def test_each_component_is_reviewed_in_an_order_of_its_own():
     )
     orders = [spread_draws(SPEC, both, number, 12, generator(0, "a")).anchors.tolist() for number in (0, 1)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(12))
+    other = spread_draws(SPEC.model_copy(update={"seed": 1}), both, 0, 12, generator(0, "a"))
+    assert other.anchors.tolist() != orders[0]

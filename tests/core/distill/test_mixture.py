@@ -20,6 +20,8 @@ from defuse_core.distill import mixture
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
+    mixture_coefficients,
+    partial_sums,
     prior_covariance,
     responsibilities,
     sample_covariance,
@@ -119,6 +121,14 @@ def test_responsibilities_equal_the_densities_weighted() -> None:
     expected = weights * np.stack(densities, axis=1)
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(responsibilities(codes, weights, means, covariances), expected, rtol=1e-6)
+
+
+def test_coefficients_of_a_mixture_give_its_responsibilities() -> None:
+    codes, center = planted(4, 3, 60).astype(np.float32), np.ones(3)
+    fit = fitted(codes.astype(np.float64), 6, 10)
+    sums, _ = partial_sums(codes, center, mixture_coefficients(fit, center))
+    expected = responsibilities(codes, fit.weights, fit.means, fit.covariances).sum(axis=0)
+    np.testing.assert_allclose(sums[:, 0], expected, atol=1e-6)
 
 
 def test_a_code_far_from_every_component_still_has_responsibilities() -> None:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from sample_findings import sample_findings
 
-from defuse_core.artifacts import Corrections, Models, Psi, Scenarios, Shard, Sweep
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Corrections,
+    Models,
+    Psi,
+    Scenarios,
+    Shard,
+    Sweep,
+)
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
@@ -26,6 +34,7 @@ from defuse_core.evaluation import (
     evaluate,
     expect_same_accuracy,
     expect_same_answers,
+    latent_map,
     shares_of_mixture,
 )
 from defuse_core.identify import gather_shards, save_shard
@@ -161,6 +170,23 @@ def test_the_map_shows_only_failures_near_an_accepted_scenario(tiny_spec, tiny_m
     of_class = evaluation.point_component[evaluation.point_kind == TRAINING]
     np.testing.assert_array_equal(of_class, train.labels[rows])
     assert np.isfinite(evaluation.points).all()
+
+
+def test_each_failure_on_the_map_is_of_its_own_component_and_the_seed_says_which_are_shown(
+    tiny_spec, tiny_models, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("defuse_core.evaluation.embed", lambda spec, codes: codes)
+    store, spec = FolderStore(tmp_path), tiny_spec.with_fields("report", tsne_failures=15)
+    found, train = findings(tiny_models, store, accepted=2), open_splits(spec.data, spec.seed).train
+    codes, kind, component = latent_map(spec, found, train, store)
+    shown = kind == FAILURE
+    np.testing.assert_array_equal(component[shown], codes[shown].mean(axis=1) > 0)
+    assert shown.sum() == 15 and set(component[shown]) == {0, 1}
+    other, _, _ = latent_map(spec.model_copy(update={"seed": 1}), found, train, store)
+    assert not np.array_equal(other[kind == TRAINING], codes[kind == TRAINING])
+    verdicts = dataclasses.replace(found.verdicts, labels=np.array([NONE_OF_THE_ABOVE, 3]))
+    _, kind, component = latent_map(spec, dataclasses.replace(found, verdicts=verdicts), train, store)
+    assert kind[-2:].tolist() == [REJECTED, ACCEPTED] and set(component[kind == FAILURE]) == {1}
 
 
 def test_codes_of_a_dropped_component_belong_to_no_scenario_and_are_not_on_the_map(

@@ -11,10 +11,11 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep, SweepRo
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
+from defuse_core.distill.draws import wide_draws
 from defuse_core.evaluation import Controls, Findings
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.models import decode_codes, load_classifier, load_vae, predict
+from defuse_core.models import Decoder, decode_codes, load_classifier, load_vae, predict
 from defuse_core.protocols import silent
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, model_probabilities
@@ -139,6 +140,7 @@ def test_a_plain_training_that_failed_for_good_is_not_compared_with_if_there_are
     made = gather_evidence(setting.spec, setting.found, Controls(plain, ()), progress=silent)
     np.testing.assert_array_equal(made.pairs, evidence.pairs[[0, 2]])
     np.testing.assert_array_equal(made.scenario_plain, evidence.scenario_plain[[0, 2]])
+    assert made.plain_clean.shape == (2, 2)
 
 
 def test_wider_draws_and_pairs_tell_the_correction_from_plain_training(setting, evidence):
@@ -153,6 +155,7 @@ def test_wider_draws_and_pairs_tell_the_correction_from_plain_training(setting, 
         part = np.arange(len(known)) // IMAGES == row
         better, worse = ((one & ~other & known & part).sum() for one, other in (right, right[::-1]))
         assert made.pairs[0, row].tolist() == [(known & part).sum(), better, worse]
+        assert made.units[row] == (known & part).sum()
     assert made.confirmed.any() and not made.worse.any()
 
 
@@ -179,8 +182,10 @@ def test_real_failures_are_the_first_failing_draws_in_which_the_judges_see_the_c
     found = dataclasses.replace(
         setting.found, sweep=setting.shifted(1)
     )  # the classifier before is what fails
-    other = gather_evidence(spec, found, Controls((setting.shifted(0),), ()), progress=silent)
+    other = gather_evidence(spec, found, Controls((setting.shifted(0),) * 2, ()), progress=silent)
     np.testing.assert_allclose(other.real_failures[:, 0], [0, right[1], 0, right[1]])
+    assert other.worse.any() and not other.confirmed.any()
+    assert other.worse_than_before.any() and not evidence.worse_than_before.any()
     references = load_reference_models(spec, spec.review.reference, setting.references, 10)
     seen = model_probabilities(references, shown).mean(axis=0)
     sure = seen[np.arange(len(truth)), truth] >= spec.identify.min_probability
@@ -239,3 +244,45 @@ def test_test_images_and_failing_draws_of_one_track_are_one_unit(setting, eviden
     assert made.real_failure_images == evidence.real_failure_images > 10
     assert made.real_failures[1, 0] == pytest.approx(evidence.real_failures[1, 0])
     assert np.ptp(made.real_failures[1, 1:]) > np.ptp(evidence.real_failures[1, 1:])
+
+
+def test_draws_are_of_the_seed_and_wider_ones_of_each_scenario_its_own(setting, monkeypatch):
+    drawn, failing = [], []
+
+    def noting(spec, scenarios, number, count, factor, rng, **options):
+        found = wide_draws(spec, scenarios, number, count, factor, rng, **options)
+        moved = (found.codes - scenarios.means[number]) / np.sqrt(factor)
+        drawn.append(tuple(moved[0].round(2).tolist()))
+        return found
+
+    monkeypatch.setattr("defuse_core.evaluation.evidence.wide_draws", noting)
+    splits, controls = open_splits(setting.spec.data, setting.spec.seed), Controls((setting.shifted(2),), ())
+    for seed in (0, 1):
+        spec = setting.spec.model_copy(update={"seed": seed})
+        judging = _Judging(spec, setting.found, controls, splits, silent)
+        judging._wider()
+        failing.append(judging._failing_draws()[0])
+    assert len(set(drawn)) == 2 * SCENARIOS  # the same at both factors
+    assert not np.array_equal(*failing)
+
+
+def test_with_anchored_decoding_each_failing_draw_is_decoded_at_its_own_image(setting):
+    spec = setting.spec.with_fields("vae", decode="anchored").with_fields("identify", scale=3.0)
+    splits, rng = open_splits(spec.data, spec.seed), generator(spec.seed, "evidence", "fresh")
+    judging = _Judging(spec, setting.found, Controls((setting.shifted(2),), ()), splits, silent)
+    test = splits.test.take(random_rows(len(splits.test), FRESH_IMAGES, rng))
+    mu, sigma = encode_posterior(setting.vae, test, spec.identify.batch_size)
+    codes = mu[:, None] + draw_noise(spec.identify, sigma, rng)  # (n, Q, Z)
+    shape = codes.shape[:2]
+    shown = Decoder(setting.vae, test).decode(codes.reshape(-1, 4), np.repeat(np.arange(shape[0]), shape[1]))
+    answers, seen = setting.answers(setting.shifted(0), shown), setting.majority(shown)
+    truth = np.repeat(test.labels, shape[1])
+    real = ((answers != truth) & (seen == truth)).reshape(shape)
+    rows = np.flatnonzero(real.any(axis=1))
+    draw = real[rows].argmax(axis=1)
+    expected = shown.reshape(*shape, -1)[rows, draw]
+    found, _, units = judging._failing_draws()
+    assert len(found) == len(rows) and draw.max() > 0
+    order = np.argsort(units)
+    np.testing.assert_array_equal(units[order], test.unit[rows])
+    np.testing.assert_allclose(found[order].reshape(len(rows), -1), expected, atol=1e-4)

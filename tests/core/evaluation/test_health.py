@@ -52,7 +52,7 @@ def health(kept: int, kl=ALIVE):
         (89, ALIVE, "poor"),
         (50, ALIVE, "poor"),
         (49, ALIVE, "blind"),
-        (100, [1, 1, 1, 0.09], "fit"),
+        (100, [1, 0.1, 0.1, 0.09], "fit"),
         (100, [1, 1, 0.09, 0.09], "poor"),
         (100, [0, 0, 0, 0.09], "blind"),
     ],

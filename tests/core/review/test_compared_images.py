@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import ReferenceSet
-from defuse_core.review.undecided import compared_images, why_undecided
+from defuse_core.review.undecided import are_worse, compared_images, why_undecided
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -51,3 +51,8 @@ def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
         known = {"models": models, "references": references, "psi": found.psi, "scenarios": None}
         text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
         assert (text is not None) is told
+
+
+def test_the_difference_is_compared_with_the_standard_errors_of_both() -> None:
+    for images, worse in ((64, False), (70, True)):  # 1.645 standard errors are 10.3 and 9.8 points
+        assert are_worse([0.8], 0.9, images) is worse

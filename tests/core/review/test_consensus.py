@@ -5,7 +5,7 @@ import pytest
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Votes
 from defuse_core.errors import RunFileError
-from defuse_core.review.verdicts import count_not_majority, crowdlab_consensus, majority, tally
+from defuse_core.review.verdicts import Consensus, count_not_majority, crowdlab_consensus, majority, tally
 
 CLASSES, SHAPE = 4, (5, 20)
 RELIABLE, GUESSING = 0.95, 0.4
@@ -152,8 +152,11 @@ def test_a_model_and_one_person_are_never_sure_nor_is_anybody_where_no_image_has
     votes, probabilities, _ = crowd()
     one = np.flatnonzero(votes.image == 0)
     votes.answer[one[votes.annotator[one] > 0]] = NONE_OF_THE_ABOVE
-    sure = crowdlab_consensus(votes, probabilities[None]).sure(1e-9)
+    consensus = crowdlab_consensus(votes, probabilities[None])
+    sure = consensus.sure(1e-9)
     assert not sure[:, 0].any() and sure[:, 1:].mean() > 0.5
+    alone = consensus.chosen[:, 0] == 1
+    assert alone.any() and (consensus.quality[alone, 0] > 0).all()
     votes.answer[votes.annotator > 0] = NONE_OF_THE_ABOVE
     assert not crowdlab_consensus(votes, probabilities[None]).quality.any()
 
@@ -168,6 +171,22 @@ def test_the_models_do_not_decide_between_two_people_who_disagree():
     assert not consensus.quality[split].any() and not consensus.chosen[split].any()
     agreed = given.max(axis=2) == 2
     np.testing.assert_array_equal(consensus.sure(0.2), agreed & (consensus.quality >= 0.2))
+
+
+def test_each_of_several_models_counts():
+    votes, probabilities, _ = crowd()
+    other = np.roll(probabilities, 1, axis=2)
+    alone, both, turned = (
+        crowdlab_consensus(votes, np.stack(models)).quality
+        for models in ([probabilities], [probabilities, other], [other, probabilities])
+    )
+    np.testing.assert_allclose(both, turned, atol=1e-6)
+    assert not np.allclose(alone, both, atol=1e-3)
+
+
+def test_a_label_of_just_the_quality_that_is_asked_for_is_sure():
+    one = Consensus(np.array([[3]]), np.array([[0.75]]), np.array([[2]]))
+    assert one.sure(0.75).all() and not one.sure(0.76).any()
 
 
 def test_the_order_of_the_votes_changes_neither_labels_nor_quality():

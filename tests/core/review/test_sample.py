@@ -44,6 +44,10 @@ def test_further_images_have_the_majoritys_label_as_those_of_the_gallery(tiny_mo
     doubtful = np.array([True, False])
     more = sample_more_images(spec, tiny_models, models, scenarios, doubtful, progress=silent)
     assert more.drawn.tolist() == more.labelled.tolist() == [spec.review.more_images, 0]
+    reference = TINY["review"]["reference"] | {"min_confidence": 0.9999}
+    sure = recommended(review={"tau": 0.1, "reference": reference})
+    unsure = sample_more_images(sure, tiny_models, models, scenarios, doubtful, progress=silent)
+    assert unsure.labelled[0] < unsure.drawn[0]
 
 
 def anchored_component(track: I64 | None = None) -> Scenarios:

@@ -88,10 +88,25 @@ def test_a_dropped_component_is_right_only_where_it_is_pure_and_wrong_on_few_at_
         assert dropped.right is right
 
 
+def test_a_dropped_component_is_right_where_just_rho_of_its_draws_are_wrong():
+    spec = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5, "rho": 0.5})
+    for wrong, right in ((32, True), (33, False)):
+        answers = np.where(np.arange(64) < wrong, 3, 8), np.full(64, 8)
+        (found,) = find_taus(spec, one_component(), range(1), lambda draws: answers, silent)  # noqa: B023
+        assert found[0] is None and found[1].right is right
+
+
+def test_each_component_that_is_kept_has_its_own_tau():
+    ((_, outcome),) = find_taus(SPEC, one_component(), range(1), ball(100.0), silent)
+    three = one_component().take(np.array([0, 0, 0]))
+    found = with_taus(SPEC, three, [(1.0, outcome), (None, outcome), (0.25, outcome)])
+    assert found.taus.tolist() == [1.0, 0.25] and len(found.dropped) == 1
+
+
 def found_at_any_tau(pure: int, wrong: int, labelled: int = 64, **review) -> float | None:
     """Return the τ where so many of 64 draws show class 8, the other labelled ones class 1, and `wrong` fail."""
     labels = np.where(np.arange(64) < pure, 8, np.where(np.arange(64) < labelled, 1, NONE_OF_THE_ABOVE))
-    answers = np.where(np.arange(64) < wrong, 3, labels)
+    answers = np.where(np.arange(64) < wrong, 3, np.where(labels == NONE_OF_THE_ABOVE, 8, labels))
     spec = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5} | review)
     ((tau, _),) = find_taus(spec, one_component(), range(1), lambda draws: (answers, labels), silent)
     return tau
@@ -104,6 +119,9 @@ def test_requirements_are_on_the_lower_bounds_of_the_shares():
     assert found_at_any_tau(pure=64, wrong=36) is None
     assert found_at_any_tau(pure=64, wrong=40) == 1
     assert found_at_any_tau(pure=20, wrong=20, labelled=20, purity=0.2) == 1
+    # what has no label is not wrong, nor is what has another one that the classifier gives, too
+    assert found_at_any_tau(pure=40, wrong=10, labelled=40, purity=0.4) is None
+    assert found_at_any_tau(pure=40, wrong=20, purity=0.4) is None
 
 
 def test_what_rho_rejects_is_not_found_whatever_share_is_asked_for():
@@ -133,6 +151,19 @@ def test_a_component_that_fails_around_its_mean_and_not_at_it_is_kept():
         return np.where(outside, 3, 8), np.full(len(outside), 8)
 
     assert tightened(ring).taus[0] == 1
+
+
+def test_each_component_is_examined_on_draws_of_its_own_that_follow_from_the_seed():
+    seen = []
+
+    def examine(draws):
+        seen.append(draws.codes.tobytes())
+        return np.full(len(draws.codes), 3), np.full(len(draws.codes), 8)
+
+    for seed in (0, 1):
+        spec = SPEC.model_copy(update={"seed": seed})
+        find_taus(spec, one_component().take(np.array([0, 0])), range(2), examine, silent)
+    assert len(set(seen)) == len(seen) == 4
 
 
 def test_draws_without_a_label_count_against_purity():

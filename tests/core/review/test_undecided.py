@@ -109,6 +109,12 @@ def test_photographs_that_all_fail_but_for_the_number_of_tests_leave_it_open_and
     )
 
 
+def test_of_components_with_few_and_with_enough_photographs_it_is_told_that_they_are_not_significant():
+    text = undecided(with_units([6, 3, 0, 0, 0], [6, 3, 9, 9, 9]))
+    assert text is not None and text.startswith("2 of 5 candidate scenarios fail in over 50 %")
+    assert "that is not significant" in text
+
+
 def test_images_of_tracks_and_images_that_are_decoded_plainly_are_counted_as_such():
     found, evaluation = with_units([3], [3])
     gallery = dataclasses.replace(
@@ -228,7 +234,7 @@ def test_failures_in_components_of_little_weight_are_undecided_as_those_in_cells
     found, evaluation = sample_findings(0, 0)
     cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 50
     for weights, dropped_cells, words in (
-        (np.full(120, 0.005), (), "60 % of the codes of Ψ are in components of at most 0.01"),
+        (np.full(60, 0.01), (), "60 % of the codes of Ψ are in components of at most 0.01"),
         (
             np.full(60, 0.005),
             cells,

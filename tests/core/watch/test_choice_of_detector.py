@@ -38,6 +38,18 @@ def test_a_more_complex_method_has_to_be_better_by_a_standard_error(gain: float,
     assert watch.best(codes=False).detector.method == METHODS[0]
 
 
+def test_a_method_has_to_be_better_than_the_best_of_the_simpler_ones() -> None:
+    watch = two_methods(0.5, 0.0)
+    first, last = watch.methods
+    middle = dataclasses.replace(
+        first,
+        detector=dataclasses.replace(first.detector, method=METHODS[1]),
+        validation=np.full(100, np.exp(-1.0)),
+    )
+    found = dataclasses.replace(watch, methods=(first, middle, last)).best()
+    assert found is not None and found.detector.method == METHODS[1]
+
+
 def test_images_of_one_track_are_one_piece_of_evidence_for_a_method() -> None:
     tracks = np.arange(100) // 10  # a standard error of 0.17
     assert two_methods(0.1, 0.5).best().detector.method == METHODS[2]

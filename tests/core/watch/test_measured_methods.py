@@ -153,6 +153,15 @@ def test_test_outputs_that_are_not_finite_and_right_answers_of_few_tracks_are_a_
     assert f"in {validation.wrong.sum()} tracks, and at least 10 wrong and 10 right ones of" in _problem(
         dataclasses.replace(validation, tracks=few), test
     )
+    enough = np.where(validation.wrong, 100 + np.arange(200), np.arange(200) % 10)
+    assert _problem(dataclasses.replace(validation, tracks=enough), test) == ""
+
+
+def test_ten_wrong_answers_are_enough():
+    given = made_answers(200, 0)
+    wrong, right = np.flatnonzero(given.wrong), np.flatnonzero(~given.wrong)
+    nine, ten = (_problem(given.take(np.concatenate([wrong[:count], right])), given) for count in (9, 10))
+    assert "9 of" in nine and ten == ""
 
 
 def test_answers_that_are_taken_keep_all_that_is_theirs():
@@ -214,6 +223,8 @@ def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tin
     for name, array in vars(whole).items():
         np.testing.assert_allclose(getattr(batched, name), array, rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(batched.tracks, tracked.tracks)
+    mislabelled = dataclasses.replace(tracked, labels=(tracked.labels + 1) % 10)  # which no score may know
+    np.testing.assert_array_equal(_answers(classifier, vae, mislabelled, given[3]).distance, batched.distance)
 
 
 def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_models, monkeypatch):
@@ -222,6 +233,10 @@ def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_model
     codes, labels = training_codes(tiny_spec, load_vae(tiny_spec, tiny_models.vae), train)
     assert len(codes) == len(labels) == 100 < len(train)
     assert not np.array_equal(labels, train.labels[:100])
+    again, _ = training_codes(tiny_spec, load_vae(tiny_spec, tiny_models.vae), train)
+    seed = tiny_spec.model_copy(update={"seed": 1})
+    other, _ = training_codes(seed, load_vae(tiny_spec, tiny_models.vae), train)
+    assert np.array_equal(again, codes) and not np.array_equal(other, codes)
 
 
 class DecodesNothing:

@@ -12,6 +12,7 @@ from defuse_core.export.compare import share_inside
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
 from defuse_core.watch import _answers
 from defuse_core.watch.scenario_regions import (
+    VARIANCE_FLOOR,
     class_gaussians,
     fit_regions,
     mahalanobis,
@@ -24,7 +25,8 @@ def test_a_scenario_with_a_single_image_has_a_region(tiny_spec, tiny_models):
     ordinary, _ = training_codes(tiny_spec, vae, open_splits(tiny_spec.data, tiny_spec.seed).train)
     single = np.zeros((1, 1, ordinary.shape[1]), np.float32)
     regions = fit_regions(vae, Corrections(np.array([0]), np.array([3]), single, single), ordinary)
-    assert np.isfinite(regions.covariances).all()
+    spread = VARIANCE_FLOOR**2 * ordinary.var(axis=0).mean()  # a share of a small share of that of all images
+    np.testing.assert_allclose(regions.covariances[0], spread * np.eye(4), rtol=1e-5)
     assert regions.recall[0, -1] == 1  # the image it is fitted on
 
 
