@@ -95,9 +95,8 @@ class FineTuning:
         worst = 0.0
         for part, images in self.data.clean.parts().items():
             if part in counted:
-                before = self.models.class_accuracy[
-                    part
-                ]  # nan of a class without images, which loses nothing
+                # nan of a class without images, which loses nothing
+                before = self.models.class_accuracy[part]
                 counts = np.bincount(images.labels, minlength=classes)
                 after = np.bincount(images.labels, right[part], minlength=classes) / np.maximum(counts, 1)
                 loss = certain_loss(before, after, _units_of_each(images, classes))
