@@ -90,7 +90,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise _unreachable(address, found)
     try:
-        with signals_wait_for_start():
+        with nothing_left_of_a_failed_start(), signals_wait_for_start():
             ray.init(address=address, **quiet)
     except Exception as error:
         found = explained_line(error)

@@ -263,10 +263,10 @@ def cancel_all(tasks: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def signals_wait_for_start() -> Iterator[None]:
-    """Let this program's handlers of SIGINT and SIGTERM run after the block, a start of Ray; a second one interrupts.
+    """Let this program's handlers of SIGINT and SIGTERM run after the block, a start of Ray; the same again interrupts.
 
-    A process whose start of Ray is interrupted ends with SIGSEGV. ray.init also puts a handler of SIGTERM in place of
-    the program's, which exits with 15, and Ray's C++ part another, which dumps its stack.
+    A process whose start of Ray is interrupted ends with SIGSEGV. ray.init also replaces the program's handler of
+    SIGTERM by one that exits with 15, and Ray's C++ part by another, which dumps its stack.
     """
     from ray._private import utils
 

@@ -43,6 +43,7 @@ REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  
 DEFAULTS = {  # of the environment, read when mlflow is imported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # else a server under maintenance holds a run up for hours
     "MLFLOW_DISABLE_TELEMETRY": "true",  # else it sends records of its use to an address of its own
 }
 
@@ -66,6 +67,7 @@ def expect_mlflow(settings: Settings) -> None:
             "set it to the token alone"
         )
     remedy = "check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN; it is asked again when the run ends"
+    log.info("mlflow: asking the server")
     with _warning(settings, "the server cannot be used", remedy):
         _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)
 

@@ -189,8 +189,8 @@ def _raise(error: OSError) -> None:
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
-    """Log the parts with their counts; warn of classes without a training image, tracks of several classes, folders not
-    read, images that are odd or in two parts.
+    """Log the parts with their counts; warn of classes without a training image, tracks of several classes or in two
+    parts, folders not read, images that are odd or in two parts.
     """
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
     log.info("images: %s, of %d classes", counts, len(splits.classes))
@@ -243,24 +243,26 @@ def _odd_tracks(
 
 
 def _shared_tracks(data: DataSection, splits: Splits) -> list[str]:
-    """Return a line for each two parts with tracks of one name; not of one number, since each part may begin anew."""
-    found = dict[str, Iterable[str]]()
-    if data.name == "npz":
-        with np.load(data_root(data), allow_pickle=False) as arrays:
-            given = [part for part in splits.parts() if f"{part}_tracks" in arrays]
-            found = {part: map(str, arrays[f"{part}_tracks"].flat) for part in given}
-    for part, images in splits.parts().items():
-        if data.track_pattern is not None and isinstance(images.pixels, PictureFiles):
-            found[part] = _objects(images.pixels.paths, data.track_pattern)
-    named = {
-        part: {name for name in names if re.search(r"[^\W\d_][^/]*$", name)} for part, names in found.items()
-    }
+    """Return a line for each two parts with tracks of one name."""
+    named = {part: _track_names(data, part, images) for part, images in splits.parts().items()}
     return [
-        f"{len(both)} of {count_of(len(names), 'track')} in {part} have the name of one in {earlier}, such as "
+        f"{len(both)} of {count_of(len(names), 'named track')} in {part} have the name of one in {earlier}, such as "
         f"{min(both)}; if they show the same objects, figures on {part} images are too good: keep each in one part"
         for (earlier, others), (part, names) in combinations(named.items(), 2)
         if (both := names & others)
     ]
+
+
+def _track_names(data: DataSection, part: str, images: Images) -> set[str]:
+    """Return the names of a part's tracks; without those that are numbers, since each part may begin anew."""
+    names: Iterable[str] = ()
+    if data.track_pattern is not None and isinstance(images.pixels, PictureFiles):
+        names = _objects(images.pixels.paths, data.track_pattern)
+    elif data.name == "npz":
+        with np.load(data_root(data), allow_pickle=False) as arrays:
+            if f"{part}_tracks" in arrays:
+                names = map(str, arrays[f"{part}_tracks"].flat)
+    return {name for name in names if re.search(r"[^\W\d_][^/]*$", name)}
 
 
 def part_of(name: str) -> str | None:

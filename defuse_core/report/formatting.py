@@ -12,7 +12,19 @@ from defuse_core.report.schema import Mean
 # Below this the images of the scenarios show several classes, and accuracy by the scenario's label means little.
 LOW_PURITY = 0.8
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+FINE_TUNINGS = {  # that only evidence needs
+    "plain": "plain further training 1",
+    "plain_1": "plain further training 2",
+    "plain_2": "plain further training 3",
+    "left_out_0": "without half 1 of the scenarios",
+    "left_out_1": "without half 2 of the scenarios",
+}
 SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number
+
+
+def sweep_text(name: str) -> str:
+    """Return what is fine-tuned in a sweep of that name, where only evidence needs it."""
+    return FINE_TUNINGS.get(name, name)
 
 
 def spread(mean: Mean) -> str:

@@ -283,11 +283,11 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
     weight, right = sum(one.weight for one in unclear), sum(one.weight for one in dropped if one.right)
     if not unclear or right > weight or (reviewed and weight <= MOST_UNCLEAR):
         return None
-    heaviest = max(unclear, key=lambda one: one.weight)
-    if heaviest.reason.startswith(UNCERTAIN):
+    if all(one.reason.startswith(UNCERTAIN) for one in unclear):
         return not_reviewed(scenarios)  # in its words, which are then no caveat, too
+    heaviest = max(unclear, key=lambda one: one.weight)
     remedy = "more identify.draws or better reference models"
-    if heaviest.reason.startswith(UNDIVIDED):
+    if heaviest.reason.startswith((UNDIVIDED, UNCERTAIN)):
         remedy = "more photographs or tracks of these classes (data.train_images)"
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"

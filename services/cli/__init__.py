@@ -7,7 +7,6 @@ import errno
 import io
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -142,8 +141,6 @@ def _run_command() -> None:
         code = defuse.main(standalone_mode=False)
     except SystemExit as error:  # commands end with click's Exit
         place = traceback.extract_tb(error.__traceback__)[-1]
-        if error.code == signal.SIGTERM:  # of Ray's handler, while it starts
-            _fail(stopped_line(), 128 + signal.SIGTERM)
         if Path(place.filename).parent == Path(click.__file__).parent:  # a shell asked for completions
             raise
         _fail(_exit_of_other_code(error, place), InputError.exit_code)

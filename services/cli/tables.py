@@ -20,6 +20,7 @@ from defuse_core.report.formatting import (
     lam_text,
     pairs_text,
     spread,
+    sweep_text,
     unbroken,
 )
 from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
@@ -221,7 +222,9 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}{rest}.")
     if report.watch is not None:
         lines.append(f"Watch: {report.watch.verdict}")
-    lines += [f"Failed: {t.sweep}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials]
+    lines += [
+        f"Failed: {sweep_text(t.sweep)}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials
+    ]
     return lines
 
 

@@ -314,7 +314,7 @@ class ShutdownSignal:
     """Ctrl-C or SIGTERM: ends `wait`.
 
     Elsewhere it raises KeyboardInterrupt: at each signal during startup, and at the first one afterwards, so that a
-    look-up in a store that does not answer ends. Create it after Ray has started, which installs handlers for both.
+    look-up in a store that does not answer ends.
     """
 
     def __init__(self) -> None:

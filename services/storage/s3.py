@@ -192,7 +192,7 @@ class S3Store:
         return self.write_if(key, data, None) is not None or self._holds(key, data)
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
-        """Write if the version is `version` (None: absent). Return the new version, or None if it is not."""
+        """Write if the version is `version` (None: absent), whoever has the lease; the new version, else None."""
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
         with self._errors(key):
             try:
@@ -232,7 +232,7 @@ class S3Store:
             self._client.delete_object(**self._at(key))
 
     def delete_if(self, key: str, version: str) -> bool:
-        """Delete this version of an object; False where the object has another one."""
+        """Delete this version of an object, whoever has the lease; False where the object has another one."""
         with contextlib.suppress(FileNotFoundError), self._errors(key):
             try:
                 self._client.delete_object(**self._at(key), IfMatch=version)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +279,15 @@ def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_a_signal_waits_for_the_start_of_ray_and_a_second_one_does_not():
+@pytest.fixture
+def sigint_interrupts() -> Iterator[None]:
+    """A shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_waits_for_the_start_of_ray_and_a_second_one_does_not(sigint_interrupts: None):
     done = []
     with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
         signal.raise_signal(signal.SIGINT)

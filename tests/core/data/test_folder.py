@@ -131,7 +131,7 @@ def test_a_track_whose_name_is_in_two_parts_is_told_and_one_of_a_number_is_not(
     data = section("folder", tmp_path, track_pattern="(.+)_")
     log_parts(data, open_splits(data, 0))
     text = (
-        "images: 1 of 2 tracks in test have the name of one in train, such as cat/part1; if they show the same "
+        "images: 1 of 2 named tracks in test have the name of one in train, such as cat/part1; if they show the same "
         "objects, figures on test images are too good: keep each in one part"
     )
     assert [record.getMessage() for record in caplog.records] == [text] * told

@@ -119,7 +119,9 @@ def test_a_track_whose_name_is_in_two_parts_of_an_npz_file_is_told(
     tracks = {"train_tracks": np.repeat(objects, 6), "test_tracks": np.repeat(objects[:1], 6)}
     data = section("npz", write_npz(tmp_path / "own.npz", **tracks))
     log_parts(data, open_splits(data, 0))
-    assert ("1 of 1 track in test have the name of one in train, such as part1; " in caplog.text) is told
+    assert (
+        "1 of 1 named track in test have the name of one in train, such as part1; " in caplog.text
+    ) is told
 
 
 def test_an_array_that_is_not_wanted_is_not_read(tmp_path: Path):

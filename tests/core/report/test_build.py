@@ -16,7 +16,8 @@ from defuse_core.config import parse_run_file
 from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
-from defuse_core.runs import Run
+from defuse_core.report.formatting import sweep_text
+from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS
 
@@ -328,3 +329,9 @@ def test_a_failed_control_of_the_evidence_is_told_with_its_cause(tmp_path: Path)
     run.once("report", Sweep, lambda: failed, "plain_1")
     (told,) = build_report(run, *sample_findings(3, 2)).failed_trials
     assert (told.sweep, told.lam, told.cause) == ("plain_1", 0.0, "diverged")
+
+
+def test_each_fine_tuning_that_only_evidence_needs_has_a_text():
+    assert {name for name in CONTROL_NAMES if sweep_text(name) != name} == {*CONTROL_NAMES}
+    assert sweep_text("plain_1") == "plain further training 2"
+    assert sweep_text("baseline") == "baseline"
