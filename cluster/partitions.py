@@ -13,7 +13,8 @@ from cluster.resources import LOST_NODES, WorkerResources, capacity, hide_other_
 from defuse_core.config import ResourcesSection
 
 T = TypeVar("T")
-# Starts tasks of a step, each given as the reference that is ready once it has ended, so many of such workers at once.
+# Waits for the tasks of a step. Its arguments: the step; an iterator that starts a task and yields a reference, ready
+# once the task has ended; what a task holds; how many run at once at most.
 Wait = Callable[[str, Iterable[Any], WorkerResources, int], None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,13 @@ class SweepContext:
     name: str
     profile: Profile
 
-    def unfinished(self, finished: Sequence[Container[float]]) -> list[TrialId]:
+    def unfinished(self, finished: Sequence[Mapping[float, Trial]]) -> list[TrialId]:
         """Return the trials that are yet to be run, request after request."""
         return [
             (number, index)
             for number, (request, done) in enumerate(zip(self.requests, finished, strict=True))
             for index, lams in enumerate(stacks_of(request.spec.correct))
-            if not all(lam in done for lam in lams)
+            if not done.keys() >= set(lams)
         ]
 
 

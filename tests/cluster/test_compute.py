@@ -182,9 +182,8 @@ def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order
 
 def test_tasks_start_in_the_order_of_their_calls(tmp_path: Path) -> None:
     calls = [Call(place_among_starts, tmp_path / "starts") for _ in range(12)]
-    with RayCompute(
-        None, tiny(resources={"train_threads": 2})
-    ) as compute:  # all CPUs, so one after the other
+    one_at_a_time = tiny(resources={"train_threads": 2})  # a task holds all CPUs
+    with RayCompute(None, one_at_a_time) as compute:
         assert compute.tasks("train", calls) == [*range(1, 13)]
 
 

@@ -48,9 +48,8 @@ def test_no_image_is_reviewed_twice_before_all_were_and_tracks_take_turns(tracks
 
 
 def test_draws_for_review_at_one_image_are_of_all_its_failures():
-    scenarios = one_component(
-        2, None
-    )  # an image to review and one that is held out, with three failures each
+    # an image to review and one that is held out, with three failures each
+    scenarios = one_component(2, None)
     still = replace(scenarios, covariances=1e-12 * scenarios.covariances)
     shown = spread_draws(SPEC, still, 0, 40, generator(0, "a"))
     assert len(np.unique(shown.anchors)) == 1 and len(np.unique(shown.codes.round(3), axis=0)) == 3
