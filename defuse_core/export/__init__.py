@@ -25,6 +25,7 @@ from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, plain_section, raw_output, scaled
 from defuse_core.models.programs import SOURCE
+from defuse_core.optional_packages import expect_packages
 from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
@@ -190,13 +191,9 @@ def _as_program(module: nn.Module, example: Tensor, facts: dict[str, str]) -> tu
 
 
 def _as_onnx(module: nn.Module, example: Tensor, facts: dict[str, str], path: Path) -> tuple[bytes, Answer]:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        raise InputError(
-            f"--to {path}: writing ONNX needs other packages; pip install onnx onnxruntime onnxscript"
-        ) from error
+    expect_packages(f"--to {path}", "onnx", "onnxruntime", "onnxscript")  # torch's exporter needs onnxscript
+    import onnxruntime
+
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     exported = torch.onnx.export(
         _traced(module, example),

@@ -5,7 +5,6 @@ An image's label is the majority of its votes, or CROWDLAB's, from the votes and
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from defuse_core.config import ReviewSection
 from defuse_core.config.base import fewest_units
 from defuse_core.errors import RunFileError, count_of, percent
 from defuse_core.intervals import ROUNDING, probability_not_over, significantly_over, wilson
+from defuse_core.optional_packages import expect_packages
 
 LEAST_ANSWERS = 2  # for a label that CROWDLAB chooses, so that the models and a single person never decide
 
@@ -69,8 +69,7 @@ def stops_when_sure(review: ReviewSection) -> bool:
 
 def expect_cleanlab() -> None:
     """Raise RunFileError without the package cleanlab."""
-    if importlib.util.find_spec("cleanlab") is None:
-        raise RunFileError("review.consensus: crowdlab needs the package cleanlab; pip install cleanlab")
+    expect_packages("review.consensus: crowdlab", "cleanlab", error=RunFileError)
 
 
 def crowdlab_consensus(votes: Votes, probabilities: F32) -> Consensus:

@@ -132,7 +132,6 @@ class ProgressDisplay:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.is_live,
         )
         self.shown: dict[str, TaskID] = {}
         # activity -> when it was first reported, and how far it was
@@ -152,12 +151,12 @@ class ProgressDisplay:
                     )
                 ],
             )
-        self.bars.start()
+            self.bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-        if self.handlers:
+        if self.is_live:
+            self.bars.stop()
             logging.getLogger().handlers = self.handlers
 
     def __call__(self, what: str, done: int, total: int, unit: str) -> None:

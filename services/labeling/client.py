@@ -18,16 +18,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
+from defuse_core.optional_packages import expect_packages
 from services.labeling.records import ANNOTATION, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, proxy_for
 
+CLIENT = ("Label Studio's client", "label-studio-sdk", "httpx")
 try:
     import httpx
     from label_studio_sdk import base_client
     from label_studio_sdk.core.api_error import ApiError
     from label_studio_sdk.core.parse_error import ParsingError
-except ModuleNotFoundError as error:
-    raise InputError("Label Studio needs its client here: pip install label-studio-sdk httpx") from error
+except ModuleNotFoundError:
+    expect_packages(*CLIENT)
+    raise
 
 REPEAT: Any = {"max_retries": 2}  # for requests that have the same effect twice as once
 ONCE: Any = {"max_retries": 0}
@@ -58,6 +61,7 @@ class LabelStudioClient:
         self, address: str, token: str, *, public_address: str | None = None, timeout_s: float = 60.0
     ) -> None:
         """`public_address` is the one that annotators open, if it is another than `address`."""
+        expect_packages(*CLIENT)
         self.address = checked_address(address)
         self.public_address = (
             checked_address(public_address, "LABEL_STUDIO_HOST") if public_address else self.address

@@ -46,6 +46,12 @@ def test_a_log_gets_a_line_every_15_seconds_at_most(clock, caplog):
     assert [line.split()[2] for line in caplog.messages] == ["1", "16", "31", "46", "61"]
 
 
+def test_a_log_gets_no_line_from_bars_that_are_not_drawn():
+    """rich before release 15 ends bars that it does not draw with an empty line."""
+    with ProgressDisplay(Console(file=io.StringIO())) as display:
+        assert not display.bars.live.is_started
+
+
 def test_a_second_sweep_has_a_rate_of_its_own(clock, caplog):
     display = ProgressDisplay(Console(file=io.StringIO()))
     for trial in (1, 2, 3):

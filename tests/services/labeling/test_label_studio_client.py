@@ -173,12 +173,20 @@ def test_a_personal_access_token_does_as_well_as_a_legacy_one(server):
     LabelStudioClient(server.address, made.json()["token"]).check_access()
 
 
-@pytest.mark.parametrize("missing", ["label_studio_sdk", "httpx"])
-def test_without_the_client_library_it_is_said_what_to_install(missing, monkeypatch):
+@pytest.mark.parametrize(
+    ("missing", "package"), [("label_studio_sdk", "label-studio-sdk"), ("httpx", "httpx")]
+)
+def test_without_the_client_library_it_is_said_what_to_install(missing, package, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "services.labeling.client")
-    with pytest.raises(InputError, match="pip install label-studio-sdk httpx"):
+    with pytest.raises(InputError, match=f"{package}.* .found none.; pip install '{package}"):
         importlib.import_module("services.labeling.client")
+
+
+def test_a_client_library_that_is_too_old_is_named_before_a_reply_cannot_be_read(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", {"label-studio-sdk": "2.0.23", "httpx": "0.28"}.get)
+    with pytest.raises(InputError, match=r"label-studio-sdk 2.1 or newer \(found 2.0.23\); pip install"):
+        LabelStudioClient("http://127.0.0.1:1", "token")
 
 
 def test_a_local_server_needs_no_client_library():

@@ -126,7 +126,7 @@ def test_stored_votes_are_concluded_without_the_client_of_label_studio(served, t
     monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
     done = CliRunner().invoke(defuse, ["review", "status", review.name, "--store", str(tmp_path)])
     assert done.exit_code == 0 and review.load(Verdicts) is not None
-    assert "Label Studio needs its client here" in " ".join(done.output.split())
+    assert "Label Studio's client needs label-studio-sdk" in " ".join(done.output.split())
 
 
 def test_an_input_that_was_swapped_in_label_studio_is_not_concluded(cli, served, accounts, server, tmp_path):

@@ -1,0 +1,55 @@
+"""Packages that single features need, and the oldest release of each that Defuse works with."""
+
+from importlib import metadata
+from importlib.util import find_spec
+
+from packaging.version import Version
+
+from defuse_core.errors import InputError
+
+# as in the extras of pyproject.toml
+OLDEST = {
+    "cleanlab": "2.7",
+    "httpx": "0.27",
+    "label-studio-sdk": "2.1",
+    "mlflow-skinny": "3",
+    "mlxtend": "0.23",
+    "onnx": "1.17",
+    "onnxruntime": "1.20",
+    "onnxscript": "0.3",
+    "timm": "1.0.26",
+    "transformers": "5",
+}
+MODULES = {
+    "label-studio-sdk": "label_studio_sdk",
+    "mlflow-skinny": "mlflow",
+}  # of another name than the package
+
+
+def expect_packages(who: str, *names: str, error: type[InputError] = InputError) -> None:
+    """Raise `error` where `who` needs a package that is not installed, or an older release than OLDEST names.
+
+    Nothing is imported.
+    """
+    found = {name: _release(name) for name in names}
+    wanting = [name for name, release in found.items() if release is None or _is_old(name, release)]
+    if wanting:
+        needed = " and ".join(
+            f"{name} {OLDEST[name]} or newer (found {found[name] or 'none'})" for name in wanting
+        )
+        remedy = " ".join(f"'{name}>={OLDEST[name]}'" for name in wanting)
+        raise error(f"{who} needs {needed}; pip install {remedy}")
+
+
+def _release(name: str) -> str | None:
+    """Return the installed release; empty where it has another name, as onnxruntime-gpu, None without the package."""
+    if find_spec(MODULES.get(name, name)) is None:
+        return None
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _is_old(name: str, release: str) -> bool:
+    return bool(release) and Version(release) < Version(OLDEST[name])

@@ -1,0 +1,39 @@
+"""Packages of single features: one that is missing, one that is too old, one whose release nobody knows."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+
+import pytest
+
+from defuse_core.errors import ModelError
+from defuse_core.optional_packages import expect_packages
+
+
+def test_a_package_of_the_oldest_release_or_a_newer_one_is_no_error() -> None:
+    expect_packages("this test", "timm", "mlflow-skinny", "label-studio-sdk")
+
+
+def test_a_missing_and_an_old_package_are_named_together_and_a_good_one_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    releases = {"timm": "1.0.9", "httpx": "0.28.1"}
+    monkeypatch.setattr(metadata, "version", releases.__getitem__)
+    with pytest.raises(ModelError) as caught:
+        expect_packages("this test", "timm", "httpx", "label-studio-sdk", error=ModelError)
+    assert str(caught.value) == (
+        "this test needs timm 1.0.26 or newer (found 1.0.9) and label-studio-sdk 2.1 or newer (found none); "
+        "pip install 'timm>=1.0.26' 'label-studio-sdk>=2.1'"
+    )
+
+
+def test_a_module_of_another_package_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime-gpu has the module onnxruntime, and no package of that name is installed."""
+
+    def unknown(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", unknown)
+    expect_packages("this test", "onnxruntime")
