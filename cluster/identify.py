@@ -54,6 +54,19 @@ def _warn_not_stored(state: RetryCallState) -> None:
     log.warning("identify: shard %d not stored, trying again in %g s: %s", index, state.upcoming_sleep, error)
 
 
+# no method of the actor: Ray pickles those, and tenacity's before release 9.2 cannot be pickled
+@retry(
+    retry=retry_if_exception_type(StoreError),
+    wait=wait_exponential(multiplier=0.5),
+    stop=stop_after_attempt(SAVE_ATTEMPTS),
+    before_sleep=_warn_not_stored,
+    reraise=True,
+)
+def _save_patiently(store: Store, shard: Shard) -> Psi:
+    """Write the shard. A store that fails for a while does not cost what was found."""
+    return save_shard(store, shard)
+
+
 class ShardWorker:
     """The actor. It opens data and models with its first shard, and returns counts."""
 
@@ -80,22 +93,11 @@ class ShardWorker:
             self.identifier = self.identifier or Identifier(self.spec, models, references, train)
             with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                 shard = self.identifier.shard(index)
-            record = self._save(shard)
+            record = _save_patiently(self.store, shard)
         count("images", record.images)
         count("decodings", record.decodings)
         count("failures", record.total)
         return record
-
-    @retry(
-        retry=retry_if_exception_type(StoreError),
-        wait=wait_exponential(multiplier=0.5),
-        stop=stop_after_attempt(SAVE_ATTEMPTS),
-        before_sleep=_warn_not_stored,
-        reraise=True,
-    )
-    def _save(self, shard: Shard) -> Psi:
-        """Write the shard. A store that fails for a while does not cost what was found."""
-        return save_shard(self.store, shard)
 
 
 @contextlib.contextmanager

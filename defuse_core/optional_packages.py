@@ -12,11 +12,11 @@ OLDEST = {
     "cleanlab": "2.7",
     "httpx": "0.27",
     "label-studio-sdk": "2.1",
-    "mlflow-skinny": "3",
+    "mlflow-skinny": "3.2",
     "mlxtend": "0.23",
     "onnx": "1.17",
     "onnxruntime": "1.20",
-    "onnxscript": "0.3",
+    "onnxscript": "0.6",
     "timm": "1.0.26",
     "transformers": "5",
 }

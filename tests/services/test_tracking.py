@@ -226,7 +226,7 @@ def test_a_missing_package_or_address_is_one_line_before_anything_starts(tmp_pat
     assert (code, "set MLFLOW_TRACKING_URI" in one_line(err)) == (2, True)
     monkeypatch.setitem(sys.modules, "mlflow", None)
     code, _, err = call(monkeypatch, capsys, *command)
-    assert (code, "pip install 'mlflow-skinny>=3'" in one_line(err)) == (2, True)
+    assert (code, "pip install 'mlflow-skinny>=3.2'" in one_line(err)) == (2, True)
     assert not (tmp_path / "runs").exists()
 
 
