@@ -99,7 +99,7 @@ def hypergeometric_tail(hits: int, drawn: int, marked: int, total: int) -> float
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return McNemar's exact p-value, two-sided, of images that became right and wrong."""
+    """Return McNemar's exact p-value, two-sided, of images or tracks that became right and wrong."""
     from scipy.stats import binomtest
 
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -89,7 +89,7 @@ class Evidence:
     names: tuple[str, ...]
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
     real: NearestReal
-    # (2, 3) the first plain training, defuse against before on the test set: gained, lost, p-value
+    # (2, 3) the first plain training, defuse against before on the test set: units gained, lost, p-value
     mcnemar: F64
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
     screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
@@ -206,7 +206,9 @@ class _Judging:
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(partial(_at_fault, rho), scenario_purity, self._of_each(right[BEFORE]))),
             real=real,
-            mcnemar=np.stack([_mcnemar(tested[BEFORE], after) for after in (tested_plain[0], corrected)]),
+            mcnemar=np.stack(
+                [_mcnemar(after, tested[BEFORE], test_units) for after in (tested_plain[0], corrected)]
+            ),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth, fresh_units),
             pairs=pairs,
@@ -336,15 +338,13 @@ class _Judging:
         return *_right(self._all_answers(test), test.labels), test.unit
 
 
-def _mcnemar(before: F64, after: F64) -> F64:
-    """Return images that became right, that became wrong, and McNemar's exact p-value, (3,), of hits (N,).
+def _mcnemar(after: F64, before: F64, units: I64) -> F64:
+    """Return units that became right, that became wrong, and McNemar's exact p-value, (3,), of hits (N,).
 
     nan without images or without a classifier, whose hits are nan.
     """
-    if not np.isfinite(after).any():
-        return np.full(3, np.nan)
-    gained, lost = int((after > before).sum()), int((after < before).sum())
-    return np.array([gained, lost, mcnemar(gained, lost)])
+    known, gained, lost = pairs_of(after, before, units).tolist()
+    return np.array([gained, lost, mcnemar(gained, lost)]) if known else np.full(3, np.nan)
 
 
 def _answers(classifier: nn.Module | None, images: F32 | Images) -> F64:

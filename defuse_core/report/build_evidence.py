@@ -113,8 +113,8 @@ def _against_plain(found: Findings, evidence: Evidence) -> AgainstPlain:
     return AgainstPlain(
         scenarios=_scenario_pairs(evidence.scenario_own_label[:, DEFUSE], evidence.scenario_plain),
         left_out=_scenario_pairs(evidence.scenario_left_out, evidence.scenario_plain),
-        real_failures=_pairs(evidence.real_failure_pairs),
-        test=_pairs(evidence.test_pairs),
+        real_failures=_pairs(evidence.real_failure_pairs, "draw", evidence.real_failure_images),
+        test=_pairs(evidence.test_pairs, "image", found.models.images.get("test")),
     )
 
 
@@ -122,26 +122,31 @@ def _against_baseline(found: Findings, evidence: Evidence) -> AgainstBaseline:
     if not found.sweep.has_correction:
         return AgainstBaseline(scenarios=None, real_failures=None)
     _, baseline, _, defuse = evidence.scenario_own_label.T
+    pairs = evidence.real_failure_pairs_with_baseline[None]
     return AgainstBaseline(
         scenarios=_scenario_pairs(defuse, baseline[None]),
-        real_failures=_pairs(evidence.real_failure_pairs_with_baseline[None]),
+        real_failures=_pairs(pairs, "draw", evidence.real_failure_images),
     )
 
 
 def _scenario_pairs(right: F64, others: F64) -> Pairs | None:
     """Return how many scenarios of (A,) accuracies, nan left out, are more and less often right than (P, A) others."""
     rows = [pairs_of(right, other, np.arange(len(right))) for other in others]
-    return _pairs(np.stack(rows))
+    return _pairs(np.stack(rows), "scenario")
 
 
-def _pairs(pairs: I64) -> Pairs | None:
-    """Return the figures of (P, 3) `pairs_of`, those of the strongest training; None without any pair."""
+def _pairs(pairs: I64, pair: Literal["scenario", "draw", "image"], images: int | None = None) -> Pairs | None:
+    """Return the figures of (P, 3) `pairs_of`, those of the strongest training; None without any pair.
+
+    Fewer pairs than `images` are tracks of these.
+    """
     count, better, worse = map(int, least_favourable(pairs))
     if not count:
         return None
     # of the training that is most favourable to the correction
     _, least_worse, most_better = map(int, least_favourable(pairs[:, [0, 2, 1]]))
     return Pairs(
+        pair=pair if images is None or count == images else "track",
         better=better,
         worse=worse,
         p_value=mcnemar(better, worse),

@@ -109,9 +109,9 @@ def no_better_than_baseline(report: Report) -> str | None:
     compared = []
     if scenarios is not None:
         shares = own.defuse.value, own.baseline.value
-        compared.append(_Compared("the scenarios", "scenario", accepted, *shares, scenarios))
+        compared.append(_Compared("the scenarios", accepted, *shares, scenarios))
     if draws is not None:
-        compared.append(_Compared(TEST_DRAWS, "draw", None, real.defuse.value, real.baseline.value, draws))
+        compared.append(_Compared(TEST_DRAWS, None, real.defuse.value, real.baseline.value, draws))
     return _no_better(other, compared)
 
 
@@ -130,7 +130,6 @@ class _Compared:
     """One kind of images on which the correction is compared with another fine-tuning."""
 
     name: str
-    pair: str  # what one pair is
     possible: int | None  # pairs that there can be, where these are few
     after: float | None
     other: float | None
@@ -143,7 +142,7 @@ class _Compared:
     def figures(self, other: _Other) -> str:
         """Return both accuracies and the pairs, as two sentences."""
         name = self.name.removeprefix("the ")
-        better, worse = count_of(self.pairs.better, self.pair), self.pairs.worse
+        better, worse = count_of(self.pairs.better, self.pairs.pair), self.pairs.worse
         return (
             f"{name[0].upper()}{name[1:]}: {percent(self.after)} after the correction, {percent(self.other)} after "
             f"{other.figures}. Compared with {other.pairs}: better on {better}, worse on {worse}, "
@@ -179,18 +178,18 @@ def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:
     against, own, real = evidence.against_plain, evidence.own_label, evidence.real_failures
     new, left_out = evidence.left_out_new_confusion, evidence.left_out
     shares = left_out.defuse.value, left_out.plain.value
-    without = ("scenarios left out of the tuning", "scenario", accepted, *shares, against.left_out)
+    without = ("scenarios left out of the tuning", accepted, *shares, against.left_out)
     if new.count:
         name = "left-out scenarios with a new confusion"
-        without = (name, "scenario", new.count, new.defuse, new.plain, new.against_plain)
+        without = (name, new.count, new.defuse, new.plain, new.against_plain)
     rows = (
-        ("the scenarios", "scenario", accepted, own.defuse.value, own.plain.value, against.scenarios),
+        ("the scenarios", accepted, own.defuse.value, own.plain.value, against.scenarios),
         without,
-        (TEST_DRAWS, "draw", None, real.defuse.value, real.plain.value, against.real_failures),
+        (TEST_DRAWS, None, real.defuse.value, real.plain.value, against.real_failures),
     )
     return [
-        _Compared(name, pair, possible, after, plain, pairs)
-        for name, pair, possible, after, plain, pairs in rows
+        _Compared(name, possible, after, plain, pairs)
+        for name, possible, after, plain, pairs in rows
         if pairs is not None
     ]
 

@@ -75,7 +75,8 @@ class Judges(FigureModel):
 
 
 class McNemar(FigureModel):
-    """Test images that the classifier before got wrong and that are right now, and the reverse; exact p-value."""
+    """Test images, or tracks, that the classifier before got wrong and that are right now, and the reverse; exact
+    p-value. A track counts by the mean over its images."""
 
     gained: int
     lost: int
@@ -85,6 +86,8 @@ class McNemar(FigureModel):
 class Pairs(FigureModel):
     """The correction against plain further training, or against the baseline, pair by pair."""
 
+    pair: Literal["scenario", "draw", "image", "track"]
+    """What one pair is: a track in the place of draws or images where the test images have tracks."""
     better: int
     """Pairs in which the correction is more often right."""
     worse: int

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
-VERSION: Final = 11  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 12  # of report.json; grows when a field is renamed or removed, or gets another meaning
 
 
 class Accuracy(FigureModel):
@@ -280,7 +280,7 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[11]
+    version: Literal[12]
     headline: str
     """The result, in one or two sentences."""
     caveats: tuple[str, ...]

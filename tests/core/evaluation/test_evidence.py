@@ -23,6 +23,7 @@ from defuse_core.evaluation.evidence import (
     Evidence,
     _at_fault,
     _known_share,
+    _mcnemar,
     gather_evidence,
 )
 from defuse_core.intervals import is_better, is_testable, pairs_of
@@ -121,6 +122,14 @@ def test_pictures_of_images_of_one_track_have_one_unit() -> None:
     assert units_of(in_tracks, anchor, 6).tolist() == [7, 7, 8, 8, 8, 7]
     assert units_of(alone, anchor, 6).tolist() == [1, 2, 4, 3, 3, 1]
     assert units_of(None, None, 3).tolist() == [0, 1, 2]  # plain decoding
+
+
+def test_mcnemars_test_counts_test_images_of_one_track_once() -> None:
+    before, tracks = np.ones(300), np.repeat(np.arange(10), 30)
+    after = np.where(tracks == 3, 0.0, before)
+    assert _mcnemar(after, before, tracks).tolist() == [0, 1, 1]
+    assert _mcnemar(after, before, np.arange(300))[:2].tolist() == [0, 30]
+    assert np.isnan(_mcnemar(np.full(300, np.nan), before, tracks)).all()
 
 
 def test_an_interval_counts_pictures_of_one_image_once() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
+from sample_evidence import sample_evidence
+from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run
 
 from defuse_core.intervals import mcnemar
+from defuse_core.report.build import build_report
 from defuse_core.report.correction_notices import (
     costs_a_class,
     no_better_than_plain_training,
@@ -68,6 +70,7 @@ def judged(report, own=None, left_out=None, real=None):
         name: None
         if counts is None
         else Pairs(
+            pair="draw" if name == "real_failures" else "scenario",
             better=counts[0],
             worse=counts[1],
             p_value=mcnemar(*counts),
@@ -148,6 +151,15 @@ def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Pa
         "Failing draws from test images: 84.0 % after the correction, 84.0 % after plain further training. "
         "Compared with it: better on 54 draws, worse on 82, p = 0.02."
     )
+
+
+def test_the_notices_count_draws_of_one_track_as_that_track(tmp_path: Path):
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
+    evidence.real_failure_pairs[:], evidence.real_failure_pairs_with_baseline[:] = [7, 3, 2], [7, 4, 1]
+    report = build_report(sample_run(tmp_path), *sample_findings(), evidence)
+    notices = " ".join(report.caveats)
+    assert "better on 3 tracks, worse on 2," in notices and "better on 4 tracks, worse on 1," in notices
+    assert "draws, worse" not in notices
 
 
 def test_the_notice_compares_with_the_strongest_of_several_plain_trainings(tmp_path: Path):

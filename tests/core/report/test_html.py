@@ -138,9 +138,21 @@ def test_a_gain_on_the_test_set_stands_beside_plain_training_and_has_a_colour_on
     write_report(run, *sample_findings(), evidence)
     page = run.store.read("report.html").decode()
     tiles = page.split("Accuracy on the test set")[1].partition("<nav>")[0]
-    plain = "98.40\u00a0% after plain further training<br>against it "
+    plain = "98.40\u00a0% after plain further training<br>against the strongest of 2: "
     assert f'<span class="{colour}">+0.30 points</span><br>{plain}{told}' in tiles
     assert "Plain further training (λ = 0)" in page.split('id="result"')[1].partition("</section>")[0]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
+    evidence.test_pairs[:], evidence.mcnemar[1] = [10, 0, 1], [0, 1, 1]
+    evidence = dataclasses.replace(evidence, plain_each=evidence.plain_each[:, :1])
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(), evidence)
+    page = run.store.read("report.html").decode()
+    assert "after plain further training<br>against it +0 −1 tracks, p\u00a01</div>" in page
+    assert "<dt>test tracks, Defuse</dt><dd>+0 −1, p\u00a0=\u00a01</dd>" in page
 
 
 @pytest.mark.usefixtures("no_figures")
