@@ -91,9 +91,10 @@ class CheckSection(Section):
     """Thresholds of `defuse check`, which a corrected classifier must reach to be promoted. Fractions of 1. Ours."""
 
     min_scenario_accuracy: float = Field(0.9, ge=0, le=1)
-    """Least accuracy on the held-out images of all failure scenarios; a scenario that reaches it counts as fixed."""
+    """Least accuracy on the held-out images of all failure scenarios, by their labels; one that reaches it counts as
+    fixed."""
     min_each_scenario: float = Field(0.5, ge=0, le=1)
-    """Least accuracy on the held-out images of any one failure scenario."""
+    """Least accuracy on the held-out images of any one failure scenario, by its label."""
     max_loss: float = Field(0.005, ge=0, le=1)
     """Clean accuracy that may be lost (on test images; on validation or training images where there are none)."""
     max_class_loss: float = Field(0.05, ge=0, le=1)

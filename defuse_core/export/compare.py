@@ -36,7 +36,7 @@ RIDGE = 1e-3  # of the mean variance, added to each: the β-VAE may not use a di
 
 @dataclass(frozen=True)
 class ComparedScenario:
-    """One scenario of either run. Accuracies are on its held-out pictures."""
+    """One scenario of either run. Accuracies are on its held-out pictures, by its label."""
 
     state: State
     label: str
@@ -77,8 +77,8 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
 
     The reason is None for a run that could tell whether its classifier has failure scenarios.
 
-    A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures. Original is the
-    classifier that a run debugged, corrected the one after its correction.
+    A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures, by its label.
+    Original is the classifier that a run debugged, corrected the one after its correction.
 
     - broken by B: B's original is right, B's corrected is not; for a scenario of A
     - was right: both originals are right, and B's corrected

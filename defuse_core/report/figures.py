@@ -49,6 +49,7 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # the name of a class may contain $
 }
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
+SCENARIOS = "held-out scenario images, by the scenario's label"
 NAMED_CLASSES = 12  # with more classes than this their names would cover the picture
 SPREADING_ROUNDS = 200
 
@@ -81,7 +82,7 @@ def draw_tradeoff(report: Report) -> Figure | None:
             _write_beside(ax, f"λ = {lam_text(row.lam)}", point, 7, color=INK, fontweight="bold")
     for point in before:
         _write_beside(ax, "before", point, -6, color=MUTED)
-    ax.set(xlabel="accuracy on held-out scenario images", ylabel=f"accuracy on the {split} set")
+    ax.set(xlabel=f"accuracy on {SCENARIOS}", ylabel=f"accuracy on the {split} set")
     ax.margins(0.14)
     _percent(6, ax.xaxis, ax.yaxis)
     return figure
@@ -125,7 +126,7 @@ def draw_lambdas(report: Report) -> Figure | None:
     figure, axes = new_figure(5.2, height(rows), columns=2, sharey=True)
     before = report.accuracy.before
     places = np.arange(len(rows))
-    columns = ((split, f"{split} set"), ("scenario", "held-out scenario images"))
+    columns = ((split, f"{split} set"), ("scenario", SCENARIOS.replace(", ", ",\n")))
     for ax, (name, title) in zip(axes, columns, strict=True):
         values = [getattr(row, name) for row in rows]
         start = getattr(before, name, None)

@@ -213,7 +213,7 @@ def _measured(result: SuiteResult) -> str:
     asked = (
         f"expected at least {percent(result.scenario.least)}" if result.is_asked else "nothing is required"
     )
-    return f"{percent(result.accuracy)}, {asked}"
+    return f"{percent(result.accuracy)} by its label, {asked}"
 
 
 def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
@@ -292,7 +292,7 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     that B debugged. Those that only B found are new where the classifier that A debugged passes, and otherwise found
     now. Broken by B: the classifier that B debugged passes, but B's correction fails there. Broken by A: the same of A,
     for a scenario that only B found. Accuracies are those of each run's classifier before and after its correction, on
-    the scenario's held-out pictures.
+    the scenario's held-out pictures, by its label.
 
     \b
     defuse compare parts-v1 parts-v2

@@ -126,8 +126,8 @@ def print_comparison(
     """
     console = console or Terminal()
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
-    limit = f"Right: at least {percent(right_from, None)} of the pictures (check.min_scenario_accuracy of B)."
-    print_text(console, limit, "")
+    limit = f"Right: at least {percent(right_from, None)} of the pictures by the scenario's label"
+    print_text(console, f"{limit} (check.min_scenario_accuracy of B).", "")
     print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
     counts = Counter[str](row.state for row in rows)
     shown = ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state])

@@ -92,18 +92,19 @@ class CandidateReport:
 
     def _mean_scenario_accuracy(self, least: float) -> Check:
         found = float(self.scenario_after.mean())
-        line = f"scenario accuracy: {percent(found, 2)}, expected at least {percent(least, 2)}"
+        line = f"scenario accuracy by the scenarios' labels: {percent(found, 2)}, expected at least {percent(least, 2)}"
         return Check("scenario accuracy", found >= least - ROUNDING, line, found, least)
 
     def _worst_scenario_accuracy(self, least: float) -> Check:
         worst = int(self.scenario_after.argmin())
         found = float(self.scenario_after[worst])
-        line = f"worst scenario: {self.scenario[worst]}, {percent(found, 2)}, expected at least {percent(least, 2)}"
+        line = f"worst scenario by its label: {self.scenario[worst]}, {percent(found, 2)}, "
+        line += f"expected at least {percent(least, 2)}"
         return Check("worst scenario", found >= least - ROUNDING, line, found, least)
 
     def _improvement(self) -> Check:
         before, after = float(self.scenario_before.mean()), float(self.scenario_after.mean())
-        line = f"improvement: scenario accuracy {percent(before, 2)} to {percent(after, 2)}"
+        line = f"improvement by the scenarios' labels: {percent(before, 2)} to {percent(after, 2)}"
         return Check("improvement", after > before, line, after - before, 0.0)
 
     def _clean_accuracy(self, most: float) -> Check:

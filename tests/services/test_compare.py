@@ -204,7 +204,10 @@ def test_an_accuracy_just_below_the_limit_is_not_shown_as_the_limit():
     shares = (0.1, 0.95, 230 / 256, 231 / 256)
     print_comparison("a", "b", [ComparedScenario("back again", "8", "3", 0, None, *shares)], 0.9, console)
     text = console.file.getvalue()
-    assert "Right: at least 90 % of the pictures (check.min_scenario_accuracy of B)." in text
+    assert (
+        "Right: at least 90 % of the pictures by the scenario's label (check.min_scenario_accuracy of B)."
+        in text
+    )
     assert "89.8 %" in text and "90.2 %" in text
 
 

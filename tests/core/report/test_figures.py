@@ -24,6 +24,13 @@ def test_figure_5_names_the_classifier_before_and_the_chosen_lambda(tmp_path: Pa
     assert picture.count(">before</text>") == 1 and picture.count(">λ = ") == 1
 
 
+def test_figure_5_says_by_whose_label_the_accuracy_on_scenarios_is(tmp_path: Path):
+    sample = sample_findings(2, 1)
+    pictures = draw_figures(report_of(sample, tmp_path), *sample)
+    assert ">accuracy on held-out scenario images, by the scenario's label</text>" in pictures["tradeoff"]
+    assert ">by the scenario's label</text>" in pictures["lambdas"]
+
+
 def test_marks_that_coincide_are_moved_apart():
     points = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0], [50.0, 0.0]])
     moved = move_apart(points, 10)

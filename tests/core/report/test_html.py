@@ -198,6 +198,7 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
         run = sample_run(tmp_path / name)
         write_report(run, dataclasses.replace(found, sweep=sweep), evaluation)
         text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+        assert "One point per λ, at the epoch that the rule of choice picks;" in text
         rows[name] = ("Defuse 2" in text, "ringed point" in text, "Shaded" in text, "none was chosen" in text)
     assert rows == {"chosen": (True, True, True, False), "none": (False, False, False, True)}
 
@@ -222,6 +223,7 @@ def test_the_page_says_by_which_rule_lambda_is_chosen(tmp_path: Path, changes: d
     write_report(run, *sample_findings(3, 2))
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert words in text
+    assert "during fine-tuning; accuracies on these are by the scenario's label." in text
 
 
 @pytest.mark.usefixtures("no_figures")

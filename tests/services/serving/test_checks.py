@@ -234,7 +234,13 @@ def test_the_check_of_the_worst_scenario_names_it():
         report_on([1], [True]), scenario=numbers, scenario_before=np.zeros(2), scenario_after=after
     )
     (line,) = (check.line for check in found.checks(CheckSection()) if check.name == "worst scenario")
-    assert line.startswith("worst scenario: 7, 60.00 %, expected at least ")
+    assert line.startswith("worst scenario by its label: 7, 60.00 %, expected at least ")
+
+
+def test_the_checks_on_scenarios_say_by_whose_label_they_are():
+    lines = {check.name: check.line for check in report_on([1], [True]).checks(CheckSection())}
+    for name in ("scenario accuracy", "improvement"):
+        assert lines[name].startswith(f"{name} by the scenarios' labels: ")
 
 
 def test_every_class_means_those_with_images_and_the_others_are_named():
