@@ -1,7 +1,7 @@
 """What judges say of a finished correction: models that took no part in making it (judges of the run file).
 
 The paper scores a correction by the one label of each scenario. That figure rises even where the classifier only learns
-to give every picture of a scenario the same answer. Here every generated image has its own label, the majority of the
+to give every picture of a scenario the same answer. Here each image measured has its own label, the majority of the
 judges. Controls are the baseline and *plain further training*: the same fine-tuning with λ = 0, several times with
 other random numbers. Its figures are the means over these trainings.
 

@@ -353,8 +353,8 @@ def test_where_nothing_was_corrected_the_classifier_stays_and_is_not_tested_agai
 @pytest.mark.parametrize(
     ("count", "words"),
     [
-        (1, "1 judge, an independent model that took no part in this run, labels every generated image."),
-        (3, "3 judges, independent models that took no part in this run, label every generated image."),
+        (1, "1 judge, an independent model that took no part in this run, labels the held-out images,"),
+        (3, "3 judges, independent models that took no part in this run, label the held-out images,"),
     ],
 )
 def test_the_page_counts_the_judges(finished, count: int, words: str) -> None:
@@ -363,7 +363,8 @@ def test_the_page_counts_the_judges(finished, count: int, words: str) -> None:
     counted = report.model_copy(update={"evidence": report.evidence.model_copy(update={"judges": judges})})
     found, evaluation, evidence, _ = load_findings(run)
     page = render_page(counted, run.spec, found, evaluation, {}, evidence)
-    assert words in " ".join(page.split())
+    asked = f"{words} the wider draws and the failing draws from test images, not those that were reviewed or tuned on."
+    assert asked in " ".join(page.split())
 
 
 def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_path) -> None:
