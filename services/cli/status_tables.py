@@ -20,6 +20,7 @@ from defuse_core.steps import STEPS
 from defuse_core.store import Store
 from services.cli.console import Terminal, add_row, new_table, print_fitting, print_table
 from services.cli.tables import print_accuracy, print_text
+from services.labeling.records import STATE_KEY
 
 if TYPE_CHECKING:
     from defuse_core.report import Report
@@ -113,8 +114,8 @@ def _step_state(
 
 
 def _waits_for_people(run: Run, keys: set[str]) -> bool:
-    """Whether people are asked: not once the votes are stored, as after `defuse review set --redo`."""
-    asked = run.spec.review.annotators == "label-studio" and "gallery.safetensors" in keys
+    """Whether people were asked, and the votes are not stored yet, as after `defuse review set --redo`."""
+    asked = run.spec.review.annotators == "label-studio" and STATE_KEY in keys
     return asked and "votes.safetensors" not in keys
 
 

@@ -22,6 +22,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.status_tables import ARTEFACTS, StepState, print_runs, print_status, step_states
 from services.cli.tables import print_report
+from services.labeling.records import STATE_KEY
 from tests.no_access import refuse_access
 
 LONG = ("No passing for vehicles over 3.5 metric tons", "Speed limit (30km/h)", "[bold]Stop[/bold]", "Yield")
@@ -250,9 +251,11 @@ def test_a_damaged_checkpoint_is_shown_as_the_training_that_begins_again(tmp_pat
     assert "begins again" in text_of(console)
 
 
-def test_a_review_by_people_waits_for_them(tmp_path: Path):
+def test_a_review_by_people_waits_for_them_once_they_are_asked(tmp_path: Path):
     run = a_run(tmp_path, annotators="label-studio")
     finish(run, "models", "psi", "scenarios", "gallery")
+    assert {s.step: s.state for s in step_states(run)}["review"] == "to do"  # as with --until draw
+    run.store.write(STATE_KEY, b"{}")
     assert {s.step: s.state for s in step_states(run)}["review"] == "waits for people"
     finish(run, "votes")  # as after `defuse review set --redo`
     assert {s.step: s.state for s in states_under_way(run)}["review"] == "under way"
