@@ -209,12 +209,13 @@ def _scenario_table(status: ReviewStatus) -> Table:
     """Return a row per scenario; for inputs from traffic with the share that the server expects to be wrong."""
     gallery = status.tasks.gallery
     table = _table(gallery, "state", "answers missing")
-    reasons = _findings(gallery, status.verdicts())
+    verdicts = status.verdicts()
+    reasons = _findings(gallery, verdicts)
     states = zip(status.decided, status.provisional, strict=True)
     for scenario, (decided, provisional) in enumerate(states):
         state = "open"
         if decided:
-            state = "overridden" if status.overridden[scenario] else reasons[scenario]
+            state = (verdicts.reasons if status.overridden[scenario] else reasons)[scenario]
         if provisional:
             state = f"its answers are in; so far {state}"
         missing = int(status.missing_per_task[scenario].sum())

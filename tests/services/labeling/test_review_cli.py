@@ -143,7 +143,7 @@ def test_set_records_a_decision_that_status_shows(cli, make_review):
     done = cli("review", "set", name, "2", "--label", "8", "--reason", "seen on paper", "--author", "Ada")
     assert done.output == "scenario 2 is a failure: 8; `defuse run` continues with it\n"
     assert json.loads(review.run.store.read("overrides/0001.json"))["author"] == "Ada"
-    assert "2 9 overridden" in " ".join(cli("review", "status", name).output.split())
+    assert "2 9 accepted as 8 by Ada: seen on paper" in " ".join(cli("review", "status", name).output.split())
     decided = json.loads(cli("review", "status", name, "--json").stdout)["scenarios"][2]
     assert (decided["accepted"], decided["label"], decided["decided"]) == (True, "8", True)
     assert decided["missing"] == 0 and "seen on paper" in decided["reason"]

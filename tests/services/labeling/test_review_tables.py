@@ -99,7 +99,7 @@ def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path
         "scenario answers missing expected wrong state",
         "7 0 25 % 100 % of 2 labelled images are misclassified",
         "none 1 unknown open",
-        "3 4 50 % overridden",
+        "3 4 50 % rejected by Ada: blurred",
     ]
 
 
