@@ -178,6 +178,7 @@ def open_traffic_review(store: Store, run: Run, overrides: Sequence[str] = ()) -
     spec = _overridden(run.spec, overrides).with_fields(
         "review",
         annotators="label-studio",
+        form="image",  # inputs have no common label, least of all those inside no scenario
         prelabel=False,
         stop_early=False,
         accept="share",  # a report on the served model, not a decision about a scenario

@@ -269,11 +269,23 @@ def test_every_input_is_asked_about_however_early_the_verdict_is_sure(
 
 def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
     told = {"prelabel": True, "stop_early": True, "accept": "lower-bound", "consensus": "crowdlab"}
+    told["form"] = "scenario"
     run = review_run(tmp_path, digits_gallery(), rho=0.3, **told)
     meet(run, tmp_path, 2, 3)
     review = open_traffic_review(FolderStore(tmp_path), run).spec.review
     assert (review.annotators, review.prelabel, review.stop_early) == ("label-studio", False, False)
     assert (review.accept, review.consensus, review.rho) == ("share", "majority", run.spec.review.rho)
+    assert review.form == "image"
+
+
+def test_a_review_of_traffic_that_has_begun_keeps_its_form(served, tmp_path):
+    store = FolderStore(tmp_path)
+    gallery = open_traffic_review(store, served).require(Gallery)
+    served.store.within("traffic-1").delete_all()
+    spec = served.spec.with_fields("review", form="scenario")
+    Run.start(store, f"{served.name}/traffic-1", spec).once("draw", Gallery, lambda: gallery)
+    for given in ([], ["review.answers_per_task=2"]):
+        assert open_traffic_review(store, served, given).spec.review.form == "scenario"
 
 
 def test_reviews_of_traffic_are_listed_by_their_number_once_they_have_inputs(tmp_path):
