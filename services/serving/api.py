@@ -88,7 +88,10 @@ class ModelInfo(BaseModel):
     watch: bool = Field(description="whether answers name the failure scenarios that contain an image")
     failures: WatchFigures = Field(description="how well failing inputs are found")
     scenarios: list[ScenarioInfo]
-    failed_checks: list[str] = Field(description="checks that failed before a forced promotion")
+    failed_checks: list[str] = Field(
+        description="checks that this version failed: those that its promotion was forced over; if it was not "
+        "promoted, or came back by a rollback, those of `defuse check`"
+    )
     canary: str | None
     canary_share: float
     shadow: str | None

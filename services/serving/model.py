@@ -59,7 +59,8 @@ class Prediction(BaseModel):
         description="whether failure_probability reaches the version's threshold; null with it"
     )
     explanation: str | None = Field(
-        description="name of the failure scenario that contains the image if it is flagged, else null"
+        description="if the image is flagged and inside a known failure scenario: the name of the nearest that "
+        "explains the answer, else `in the region of scenario 4`, the nearest; otherwise null"
     )
     scenarios: list[ScenarioMatch] | None = Field(
         description="known failure scenarios that contain the image, nearest first; null without the watch"

@@ -77,6 +77,23 @@ def test_a_promotion_forced_for_an_equal_version_keeps_what_it_was_forced_over(r
     assert registry.roll_back("bo", "").failed_checks is None
 
 
+def test_a_version_that_was_not_promoted_has_the_checks_of_its_run_that_failed(registry, candidates):
+    told = ModelInfo.model_fields["failed_checks"].description or ""
+    assert "if it was not promoted, or came back by a rollback, those of `defuse check`" in told
+    served = LoadedModel(candidates["swapped"], ServeSection())
+    failed = ModelInfo.of(served, registry.state(), None, None).failed_checks
+    assert failed == candidates["swapped"].failed_checks() != []
+
+
+def test_a_version_that_came_back_by_a_rollback_has_the_checks_of_its_run_that_failed(registry, candidates):
+    promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="a drill"))
+    promote(registry, candidates["first"], ANA)
+    back = registry.roll_back("bo", "")
+    served = LoadedModel(registry.load(1), ServeSection(), 1)
+    failed = ModelInfo.of(served, back, None, None).failed_checks
+    assert failed == candidates["swapped"].failed_checks() != []
+
+
 def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidates):
     for name in ("first", "second"):
         promote(registry, candidates[name], ANA)

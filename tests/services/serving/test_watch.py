@@ -15,7 +15,7 @@ from defuse_core.runs import Run
 from defuse_core.watch.scenario_regions import mahalanobis
 from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
-from services.serving.model import LoadedModel, ScenarioDistances
+from services.serving.model import LoadedModel, Prediction, ScenarioDistances
 from services.serving.registry_state import EMPTY
 
 
@@ -124,6 +124,8 @@ def test_a_scenario_explains_its_own_confusion(candidate, answer):
 
 
 def test_any_other_answer_is_only_in_the_region_of_a_scenario(candidate):
+    told = Prediction.model_fields["explanation"].description or ""
+    assert "the name of the nearest that explains the answer, else `in the region of scenario 4`" in told
     found = matches_for(candidate, 5)
     assert found.explanation == found.scenarios[0].name == "in the region of scenario 0"
     assert not found.scenarios[0].explains
