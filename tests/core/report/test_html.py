@@ -224,6 +224,10 @@ def test_the_page_says_whether_failing_inputs_are_found(tmp_path: Path, separati
     assert report.watch is not None and (report.watch.method is None) == words.startswith("No method")
     text = " ".join(" ".join(page.words).split())
     assert "Finding failing inputs" in text and words in text and "All methods" in text
+    served = "When the corrected classifier is served, "
+    assert (f"{served}each answer gets a failure probability" in text) is (report.watch.method is not None)
+    without = "its answers have no failure probability (failure_probability is null), for this reason:"
+    assert (f"{served}{without} No method" in text) is (report.watch.method is None)
 
 
 @pytest.mark.usefixtures("no_figures")
