@@ -70,7 +70,7 @@ class Scenario(FigureModel):
     """Null where rejected, and without judges."""
     tuning_agreement: float | None
     """Share of its first draws to tune on in which the reference models see its label. Null where rejected, and without
-    correct.filter, which leaves out the other draws."""
+    correct.filter, which leaves out the other draws, unless they see it in none."""
 
 
 class OwnLabels(FigureModel):
