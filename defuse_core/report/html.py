@@ -29,6 +29,7 @@ LARGE = 64  # images of at least so many pixels a side are shown larger, five a 
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
+DECIDED_EARLY = "decided_early"  # note of the annotators with numbers of scenarios
 DISCARDED = "discarded_answers"  # note of the annotators that the page shows as a table
 SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
 
@@ -84,10 +85,11 @@ def render_page(
         classes=sorted(report.per_class, key=lambda row: (-abs(_change(row)), row.name)),
         shown_classes=SHOWN_CLASSES,
         notes={
-            name.replace("_", " "): formatting.text_of(value)
+            name.replace("_", " "): _note_text(name, value)
             for name, value in notes.items()
             if name not in SHOWN_ELSEWHERE
         },
+        not_answered=int((~found.votes.answered(found.gallery.predicted.shape)).sum()),
         discarded_answers=notes.get(DISCARDED, []),
         shown_answers=SHOWN_ANSWERS,
         image_counts=", ".join(
@@ -105,6 +107,13 @@ def render_page(
         run_file=dump_run_file(spec),
     )
     return formatting.unbroken(text) + "\n"
+
+
+def _note_text(name: str, value: object) -> str:
+    text = formatting.text_of(value)
+    if name != DECIDED_EARLY or not isinstance(value, list) or not value:
+        return text
+    return f"{'scenario' if len(value) == 1 else 'scenarios'} {text}"
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class Scenario(FigureModel):
     misclassified: float | None
     """Share of its labelled review images that the classifier gets wrong."""
     purity: float | None
-    """Share of its review images whose annotators' label is the scenario's."""
+    """Of its review images with an answer, the share whose annotators' label is the scenario's. Null without any."""
     agreement: float | None
     """Mean over its review images of the share of votes for the majority, or for one label of a tie; none-of-the-above
     and images with a single vote are left out."""

@@ -18,12 +18,13 @@ from sample_findings import (
     with_verdicts,
 )
 
-from defuse_core.artifacts import FailedTrial, Override
+from defuse_core.artifacts import FailedTrial, Override, Votes
 from defuse_core.data.images import data_address
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, render_real
+from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
@@ -246,11 +247,30 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     run = sample_run(tmp_path)
     report = write_report(run, found, evaluation)
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
-    assert "answers saved 58 decided early 0, 1" in text
+    assert "answers saved 58 decided early scenarios 0, 1" in text
     assert "1 answer not counted:" in text
     assert "annotator-7 no label was chosen" in text
     assert "annotators saw the models' answer" in text
     assert any(notice.startswith("Answers were preselected.") for notice in report.caveats)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("early", "words"), [([0], "scenario 0"), ([], "none")])
+def test_images_without_an_answer_are_counted_apart(tmp_path: Path, early: list[int], words: str):
+    found, evaluation = sample_findings(1, 1, answered_by="people")
+    scenario, image, annotator = np.indices((1, 6, 5)).reshape(3, -1)
+    answers, when = np.full(30, 4), np.zeros(30)
+    found.gallery.predicted[:] = 9
+    votes = Votes(
+        scenario, image, annotator, answers, when, tuple("abcde"), "people", {"decided_early": early}
+    )
+    verdicts = decide_verdicts(found.gallery, votes, 0.5)
+    run = sample_run(tmp_path)
+    report = write_report(run, dataclasses.replace(found, votes=votes, verdicts=verdicts), evaluation)
+    assert report.scenarios.purity == 1
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert f"no class chosen 0 no label, no answer 4 decided early {words}" in text
+    assert "the classifier is taught. Images without an answer are left out." in text
 
 
 @pytest.mark.usefixtures("no_figures")
