@@ -289,6 +289,16 @@ def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_
     assert "label is not the majority's 1" in text
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_a_page_with_rejected_candidates_alone_explains_what_their_images_show(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(2, 0, classes=tuple(f"class {n}" for n in range(10))))
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert "Classifier's answer, before: ✓ the annotators' label ✗ another class" in text
+    assert "Numbers on the images are class numbers 0 class 0 1 class 1" in text
+    assert "if it differs from the scenario's" not in text
+
+
 def test_no_real_images_are_shown_where_none_has_the_scenarios_label():
     nothing = np.zeros((2, 12), np.int64)
     pixels = np.repeat(np.arange(24, dtype=np.uint8), 16).reshape(2, 12, 1, 4, 4)
