@@ -26,20 +26,27 @@ def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
     more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
     return (
         "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
-        f"images: {', '.join(figures)}{more}. {_less_for_a_class(correct)}"
+        f"images: {', '.join(figures)}{more}. {_less_for_a_class(report, correct)}"
     )
 
 
-def _less_for_a_class(correct: CorrectSection) -> str:
+def class_parts(report: Report) -> list[str]:
+    """Return the images on which a λ may cost no class more than its limit: training (plain decoding), validation."""
+    training = [] if report.vae.health.anchored else ["training"]
+    return [*training, *(["validation"] if "validation" in report.run.images else [])]
+
+
+def _less_for_a_class(report: Report, correct: CorrectSection) -> str:
     """Return what makes the choice of λ cost a class less."""
+    parts = class_parts(report)
+    remedy = f"give {'more ' if 'validation' in parts else ''}validation images, or smaller correct.lambdas"
     if correct.choose_by != "tune":
         return "Only correct.choose_by: tune considers what a λ costs a class."
+    if not parts:
+        return f"Without validation images no λ is left out for what it costs a class; {remedy}."
     if correct.class_loss_allowed > 0:
         return "A smaller correct.max_class_loss may choose another λ."
-    return (
-        "On training and validation images no class lost significantly; give more validation images, or smaller "
-        "correct.lambdas."
-    )
+    return f"On {' and '.join(parts)} images no class lost significantly; {remedy}."
 
 
 def unconfirmed(report: Report) -> str | None:

@@ -21,7 +21,7 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
-from defuse_core.report.correction_notices import may_be_equal
+from defuse_core.report.correction_notices import class_parts, may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
@@ -98,9 +98,7 @@ def render_page(
         large_images=spec.data.image_size >= LARGE,
         max_per_image=spec.identify.max_per_image,
         seen=_seen_in_real_images(report),
-        class_images="validation images alone"
-        if spec.vae.decode == "anchored"
-        else "training or on validation images",
+        class_images=_class_images(report),
         rho=spec.review.rho,
         correct=spec.correct,
         widen=spec.correct.tuning_factor,
@@ -146,6 +144,13 @@ def _seen_in_real_images(report: Report) -> str:
     known = [in_training or found.seen_in_real_data for in_training, found in rows]
     untold = f", {known.count(None)} where these cannot tell" if None in known else ""
     return f"{known.count(True)} also seen in real images{untold}"
+
+
+def _class_images(report: Report) -> str:
+    """Return in words on which images a λ may cost no class more than its limit; empty where on none."""
+    parts = class_parts(report)
+    images = f"{' or on '.join(parts)} images" if parts else ""
+    return f"{images} alone" if parts == ["validation"] else images
 
 
 def _change(row: ClassAccuracy) -> float:

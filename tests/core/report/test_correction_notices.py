@@ -62,6 +62,45 @@ def test_the_remedy_for_a_class_that_loses_is_none_that_the_run_file_has_already
     assert text.endswith(remedy)
 
 
+@pytest.mark.parametrize(
+    ("anchored", "parts", "remedy"),
+    [
+        (
+            False,
+            ("train", "validation"),
+            "On training and validation images no class lost significantly; give more validation",
+        ),
+        (
+            False,
+            ("train",),
+            "On training images no class lost significantly; give validation images, or smaller",
+        ),
+        (
+            True,
+            ("train", "validation"),
+            "On validation images no class lost significantly; give more validation",
+        ),
+        (
+            True,
+            ("train",),
+            "Without validation images no λ is left out for what it costs a class; give validation",
+        ),
+    ],
+)
+def test_the_remedy_for_a_class_that_loses_names_the_images_that_count(
+    tmp_path: Path, anchored: bool, parts: tuple[str, ...], remedy: str
+):
+    found, evaluation = sample_findings()
+    models = dataclasses.replace(
+        found.models,
+        images={part: found.models.images[part] for part in parts},
+        health=dataclasses.replace(found.models.health, anchored=anchored),
+    )
+    report = report_of((dataclasses.replace(found, models=models), losing_class(evaluation)), tmp_path)
+    strict = SAMPLE_CORRECT.model_copy(update={"max_class_loss": 0.0})
+    assert f"%). {remedy}" in (costs_a_class(report, strict) or "")
+
+
 def judged(report, own=None, left_out=None, real=None):
     """The report with so many pairs, better and worse, against plain further training."""
     pairs = {

@@ -215,6 +215,42 @@ def test_the_page_says_by_which_rule_lambda_is_chosen(tmp_path: Path, changes: d
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
+    ("anchored", "parts", "words"),
+    [
+        (
+            False,
+            ("train", "test"),
+            "accuracy, that cost no class significantly more than 5 points on training images, and",
+        ),
+        (
+            True,
+            ("train", "validation"),
+            "significantly more than 5 points on validation images alone, and that are",
+        ),
+        (
+            True,
+            ("train", "test"),
+            "0.5 points of the training accuracy and that are within one point of the highest",
+        ),
+    ],
+)
+def test_the_page_states_a_limit_per_class_on_the_images_that_count_for_it(
+    tmp_path: Path, anchored: bool, parts: tuple[str, ...], words: str
+):
+    (found, evaluation), run = sample_findings(3, 2), sample_run(tmp_path)
+    models = dataclasses.replace(
+        found.models,
+        images={part: found.models.images[part] for part in parts},
+        health=dataclasses.replace(found.models.health, anchored=anchored),
+    )
+    write_report(run, dataclasses.replace(found, models=models), evaluation)
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert words in text
+    assert ("A loss that is not significant (95 %) is allowed" in text) is ("significantly more" in words)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
     ("separation", "words"),
     [(3.0, "Finds failing inputs by max-softmax"), (0.0, "No method finds failing inputs: the AUROC")],
 )
