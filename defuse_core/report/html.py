@@ -21,7 +21,7 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
-from defuse_core.report.correction_notices import class_parts, may_be_equal
+from defuse_core.report.correction_notices import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
@@ -129,6 +129,7 @@ def environment() -> Environment:
         inspect.getmembers(formatting, inspect.isfunction),
         count_of=count_of,
         decimal=decimal,
+        has_no_plain=has_no_plain,
         may_be_equal=may_be_equal,
         SIGNIFICANT=SIGNIFICANT,
     )

@@ -100,11 +100,16 @@ class ScenarioSummary(FigureModel):
     unreviewed_images: int
     """Codes of Ψ that nobody reviewed and that are tuned on beside the scenarios (correct.unreviewed)."""
     false_by_judges: int | None
-    """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
-    review.rho. Null without judges."""
+    """Of the `judged` scenarios, those on whose held-out images, by the judges' labels, the classifier before is wrong
+    on at most review.rho. Null without any."""
     undecided: str | None
     """Why the run could not tell whether the classifier has failure scenarios, and what to do. Null where it could, and
     with accepted ones."""
+
+    @property
+    def judged(self) -> int:
+        """Accepted scenarios with a held-out image that the judges label."""
+        return sum(row.evidence is not None and row.evidence.before is not None for row in self.list)
 
 
 class Mean(FigureModel):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import SAMPLE_CORRECT, report_of, sample_findings
+from sample_evidence import sample_evidence
+from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run
 
 from defuse_core.intervals import mcnemar
+from defuse_core.report import write_report
 from defuse_core.report.correction_notices import (
     costs_a_class,
     no_better_than_plain_training,
@@ -238,7 +240,7 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
             row.model_copy(
                 update={
                     "evidence": ScenarioEvidence.model_construct(
-                        confirmed=answer, worse=False, independent_images=4, defuse=0.9
+                        confirmed=answer, worse=False, independent_images=4, before=0.1, plain=0.5, defuse=0.9
                     ),
                 }
             )
@@ -248,13 +250,29 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
         return unconfirmed(report.model_copy(update={"scenarios": scenarios}))
 
     assert (told(None, None, None) or "").startswith(
-        "On 3 scenarios there are too few independent images to tell"
+        "On 3 scenarios the judges agree on too few independent images to tell whether the correction does"
     )
     assert (told(None, False, True) or "").endswith(
-        "on: 1. On 1 scenario there are too few independent images to tell."
+        "on: 1. On 1 scenario the judges agree on too few independent images to tell."
     )
     assert told(True, None, None) == (
-        "The correction is confirmed on 1 of 1 scenario that can be tested. On 2 scenarios there are too few "
+        "The correction is confirmed on 1 of 1 scenario that can be tested. On 2 scenarios the judges agree on too few "
         "independent images to tell."
     )
     assert told(True, True, True) is None
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_silence_of_the_judges_and_of_plain_training_are_told_apart(tmp_path: Path):
+    def told(own: list[float], name: str) -> tuple[str, str]:
+        evidence = sample_evidence(np.array([own] * 2))
+        run = sample_run(tmp_path / name)
+        text = unconfirmed(write_report(run, *sample_findings(2, 2), evidence)) or ""
+        return text, " ".join(run.store.read("report.html").decode().split())
+
+    text, page = told([0.05, 0.6, np.nan, 0.98], "plain")
+    assert text.startswith("No plain training finished. ") and text.endswith("(λ = 0); see Exceptions.")
+    assert " · no plain training finished</span>" in page and "too few to confirm" not in page
+    text, page = told([np.nan] * 4, "judges")
+    assert text.startswith("On 2 scenarios the judges agree on too few independent images to tell whether")
+    assert " · judges agree on 0 independent images, too few to confirm</span>" in page
