@@ -13,15 +13,17 @@ from defuse_core.intervals import is_confirmed
 def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, before: float = 0.98) -> Evidence:
     """Evidence with the accuracies (A, B) by own label on the scenarios, each on so many labelled units.
 
-    `judges` is the accuracy of each of three judges on real images, and `before` that of the classifier.
+    A scenario without an accuracy after plain further training (nan) has no unit that is compared with it. `judges` is
+    the accuracy of each of three judges on real images, and `before` that of the classifier.
     """
     count, nothing = len(own_label), np.full(3, np.nan)
     mean = own_label.mean(axis=0) if count else np.full(4, np.nan)
     shares = np.stack([mean, np.maximum(mean - 0.05, 0), np.minimum(mean + 0.05, 1)], axis=1)
-    better = np.rint(units * np.maximum(own_label[:, DEFUSE] - own_label[:, PLAIN], 0)).astype(np.int64)
+    differences = np.nan_to_num(own_label[:, [DEFUSE]] - own_label[:, [PLAIN, BEFORE]])
+    gain, change = np.rint(units * differences).astype(np.int64).T
+    labelled = np.where(np.isnan(own_label[:, PLAIN]), 0, units)
     # of two plain trainings that do the same
-    pairs = np.stack([np.stack([np.full(count, units), better, np.zeros(count, np.int64)], axis=1)] * 2)
-    change = np.rint(units * (own_label[:, DEFUSE] - own_label[:, BEFORE])).astype(np.int64)
+    pairs = np.stack([np.stack([labelled, np.maximum(gain, 0), np.zeros(count, np.int64)], axis=1)] * 2)
     with_before = np.stack([np.full(count, units), np.maximum(change, 0), np.maximum(-change, 0)], axis=1)
     real = np.zeros((count, 1, 1, 32, 32), np.uint8)
     return Evidence(

@@ -273,6 +273,12 @@ class Votes:
     def __post_init__(self) -> None:
         expect_shapes(self, {"scenario": "V", "image": "V", "annotator": "V", "answer": "V", "when": "V"})
 
+    def answered(self, shape: tuple[int, ...]) -> Bool:
+        """Return which images of a gallery of this shape have an answer, (S, R), none-of-the-above included."""
+        answered: Bool = np.zeros(shape, np.bool_)
+        answered[self.scenario, self.image] = True
+        return answered
+
 
 @dataclass(frozen=True)
 class Override:
@@ -307,7 +313,7 @@ class Verdicts:
 
     labels: I64  # (S,) label of an accepted scenario, NONE_OF_THE_ABOVE for a rejected one
     misclassified: F64  # (S,) share of the labelled images that f gets wrong; nan where none has a label
-    purity: F64  # (S,) share of the reviewed images whose own label is the scenario's (majority) label
+    purity: F64  # (S,) share of the images with an answer whose own label is the scenario's; nan without one
     image_labels: I64  # (S, R) by review.consensus; NONE_OF_THE_ABOVE where tied or no class chosen
     agreement: F64  # (S, R) share of votes for the majority or a tied label (§4.4); nan with fewer than two
     ties: int  # images without a label because their vote was tied

@@ -395,6 +395,6 @@ def _at_fault(rho: float, purity: float, before: float) -> str:
     The classifier's only where it fails: where it is wrong on over `rho` of the pictures, by the judges' labels.
     """
     low, high = AT_FAULT_PURITY
-    if purity < low:
+    if purity < low and not np.isnan(before):  # nan where the judges label no picture
         return "β-VAE"
     return "classifier" if purity >= high and 1 - before > rho else "unclear"

@@ -208,10 +208,11 @@ def _scenarios(
     )
 
 
-def _false_by_judges(evidence: Evidence, rho: float) -> int:
-    """Return on how many scenarios the classifier before is wrong on at most rho of the judged held-out images."""
+def _false_by_judges(evidence: Evidence, rho: float) -> int | None:
+    """Return on how many scenarios the classifier before is wrong on at most rho of the held-out images with a judges'
+    label; None where no image has one."""
     right = evidence.scenario_own_label[:, BEFORE]
-    return int((1 - right <= rho).sum())
+    return int((1 - right <= rho).sum()) if np.isfinite(right).any() else None
 
 
 def _own_labels(found: Findings, evaluation: Evaluation, *, tuned_on: bool) -> OwnLabels:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of, percent
 from defuse_core.intervals import MIN_CONFIRMED, SIGNIFICANT
-from defuse_core.report.evidence_schema import EvidenceFigures, Pairs
+from defuse_core.report.evidence_schema import EvidenceFigures, Pairs, ScenarioEvidence
 from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
@@ -26,20 +26,27 @@ def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
     more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
     return (
         "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
-        f"images: {', '.join(figures)}{more}. {_less_for_a_class(correct)}"
+        f"images: {', '.join(figures)}{more}. {_less_for_a_class(report, correct)}"
     )
 
 
-def _less_for_a_class(correct: CorrectSection) -> str:
+def class_parts(report: Report) -> list[str]:
+    """Return the images on which a λ may cost no class more than its limit: training (plain decoding), validation."""
+    training = [] if report.vae.health.anchored else ["training"]
+    return [*training, *(["validation"] if "validation" in report.run.images else [])]
+
+
+def _less_for_a_class(report: Report, correct: CorrectSection) -> str:
     """Return what makes the choice of λ cost a class less."""
+    parts = class_parts(report)
+    remedy = f"give {'more ' if 'validation' in parts else ''}validation images, or smaller correct.lambdas"
     if correct.choose_by != "tune":
         return "Only correct.choose_by: tune considers what a λ costs a class."
+    if not parts:
+        return f"Without validation images no λ is left out for what it costs a class; {remedy}."
     if correct.class_loss_allowed > 0:
         return "A smaller correct.max_class_loss may choose another λ."
-    return (
-        "On training and validation images no class lost significantly; give more validation images, or smaller "
-        "correct.lambdas."
-    )
+    return f"On {' and '.join(parts)} images no class lost significantly; {remedy}."
 
 
 def unconfirmed(report: Report) -> str | None:
@@ -50,7 +57,13 @@ def unconfirmed(report: Report) -> str | None:
     judged = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
     tested = [(number, found) for number, found in judged if found.confirmed is not None]
     few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
-    untold = f"On {count_of(few, 'scenario')} there are too few independent images to tell" if few else ""
+    agree = "the judges agree on too few independent images to tell"
+    untold = f"On {count_of(few, 'scenario')} {agree}" if few else ""
+    if few and not tested and any(has_no_plain(found) for _, found in judged):
+        return (
+            "No plain training finished. So nothing tells whether the correction does more than plain further training "
+            "(λ = 0); see Exceptions."
+        )
     if few and not tested:
         return f"{untold} whether the correction does more than plain further training (λ = 0)."
     rows = [number for number, found in tested if not found.confirmed]
@@ -75,6 +88,11 @@ def unconfirmed(report: Report) -> str | None:
         title += f", and worse than plain further training on {len(worse)}"
     by_judges = f"By the judges' labels of the held-out images it {'; '.join(claims)}"
     return " ".join(f"{text}." for text in (title, by_judges if claims else "", untold) if text)
+
+
+def has_no_plain(found: ScenarioEvidence) -> bool:
+    """Whether the judges label images of the scenario, but no plain training finished that could be compared there."""
+    return found.before is not None and found.plain is None
 
 
 def no_better_than_plain_training(report: Report) -> str | None:

@@ -197,11 +197,11 @@ class ScenarioEvidence(FigureModel):
     plain_each: tuple[float | None, ...]
     """As of FourShares."""
     independent_images: int | None
-    """Held-out images, of which those that are anchored at one image, or at images of one track, count once. Null where
-    nothing was corrected."""
+    """Held-out images with a judges' label, of which those that are anchored at one image, or at images of one track,
+    count once; 0 where no plain training finished. Null where nothing was corrected."""
     at_fault: Literal["classifier", "β-VAE", "unclear"]
     """The β-VAE where most held-out images do not show the label; the classifier where at least 90 % show it, and it is
-    wrong on over review.rho of them by the judges' labels."""
+    wrong on over review.rho of them by the judges' labels. Unclear where the judges label none."""
     support: int
     """Training images that its codes come from."""
     real_error: float | None

@@ -21,7 +21,7 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
-from defuse_core.report.correction_notices import may_be_equal
+from defuse_core.report.correction_notices import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
@@ -29,6 +29,7 @@ LARGE = 64  # images of at least so many pixels a side are shown larger, five a 
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
+DECIDED_EARLY = "decided_early"  # note of the annotators with numbers of scenarios
 DISCARDED = "discarded_answers"  # note of the annotators that the page shows as a table
 SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
 
@@ -84,10 +85,11 @@ def render_page(
         classes=sorted(report.per_class, key=lambda row: (-abs(_change(row)), row.name)),
         shown_classes=SHOWN_CLASSES,
         notes={
-            name.replace("_", " "): formatting.text_of(value)
+            name.replace("_", " "): _note_text(name, value)
             for name, value in notes.items()
             if name not in SHOWN_ELSEWHERE
         },
+        not_answered=int((~found.votes.answered(found.gallery.predicted.shape)).sum()),
         discarded_answers=notes.get(DISCARDED, []),
         shown_answers=SHOWN_ANSWERS,
         image_counts=", ".join(
@@ -96,15 +98,20 @@ def render_page(
         large_images=spec.data.image_size >= LARGE,
         max_per_image=spec.identify.max_per_image,
         seen=_seen_in_real_images(report),
-        class_images="validation images alone"
-        if spec.vae.decode == "anchored"
-        else "training or on validation images",
+        class_images=_class_images(report),
         rho=spec.review.rho,
         correct=spec.correct,
         widen=spec.correct.tuning_factor,
         run_file=dump_run_file(spec),
     )
     return formatting.unbroken(text) + "\n"
+
+
+def _note_text(name: str, value: object) -> str:
+    text = formatting.text_of(value)
+    if name != DECIDED_EARLY or not isinstance(value, list) or not value:
+        return text
+    return f"{'scenario' if len(value) == 1 else 'scenarios'} {text}"
 
 
 @functools.cache
@@ -122,6 +129,7 @@ def environment() -> Environment:
         inspect.getmembers(formatting, inspect.isfunction),
         count_of=count_of,
         decimal=decimal,
+        has_no_plain=has_no_plain,
         may_be_equal=may_be_equal,
         SIGNIFICANT=SIGNIFICANT,
     )
@@ -137,6 +145,13 @@ def _seen_in_real_images(report: Report) -> str:
     known = [in_training or found.seen_in_real_data for in_training, found in rows]
     untold = f", {known.count(None)} where these cannot tell" if None in known else ""
     return f"{known.count(True)} also seen in real images{untold}"
+
+
+def _class_images(report: Report) -> str:
+    """Return in words on which images a λ may cost no class more than its limit; empty where on none."""
+    parts = class_parts(report)
+    images = f"{' or on '.join(parts)} images" if parts else ""
+    return f"{images} alone" if parts == ["validation"] else images
 
 
 def _change(row: ClassAccuracy) -> float:

@@ -132,12 +132,19 @@ def worse_judges(report: Report) -> str | None:
 
 def uncompared_models(report: Report) -> str | None:
     """Return that no image shows whether judges are as good as the classifier; None where some do, or nobody judged."""
-    if report.evidence is None or not report.run.validation_from_training or "test" in report.run.images:
+    run = report.run
+    unseen = "validation" in run.images and not run.validation_from_training
+    if report.evidence is None or unseen or "test" in run.images:
         return None
+    why = "There are neither test nor validation images"
+    if "validation" in run.images:
+        why = (
+            "There are no test images, and the classifier may have been trained on the validation images "
+            "(data.validation_share), which the other models never saw"
+        )
     return (
-        "It is unknown whether judges and reference models are as accurate as the classifier. There are no test "
-        "images, and the classifier may have been trained on the validation images (data.validation_share), which "
-        "the other models never saw. Give test images (a folder named test)."
+        "It is unknown whether judges and reference models are as accurate as the classifier. "
+        f"{why}. Give test images (a folder named test)."
     )
 
 

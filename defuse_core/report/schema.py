@@ -56,7 +56,7 @@ class Scenario(FigureModel):
     misclassified: float | None
     """Share of its labelled review images that the classifier gets wrong."""
     purity: float | None
-    """Share of its review images whose annotators' label is the scenario's."""
+    """Of its review images with an answer, the share whose annotators' label is the scenario's. Null without any."""
     agreement: float | None
     """Mean over its review images of the share of votes for the majority, or for one label of a tie; none-of-the-above
     and images with a single vote are left out."""
@@ -70,7 +70,7 @@ class Scenario(FigureModel):
     """Null where rejected, and without judges."""
     tuning_agreement: float | None
     """Share of its first draws to tune on in which the reference models see its label. Null where rejected, and without
-    correct.filter, which leaves out the other draws."""
+    correct.filter, which leaves out the other draws, unless they see it in none."""
 
 
 class OwnLabels(FigureModel):
@@ -100,11 +100,16 @@ class ScenarioSummary(FigureModel):
     unreviewed_images: int
     """Codes of Ψ that nobody reviewed and that are tuned on beside the scenarios (correct.unreviewed)."""
     false_by_judges: int | None
-    """Accepted scenarios on whose held-out images, by the judges' labels, the classifier before is wrong on at most
-    review.rho. Null without judges."""
+    """Of the `judged` scenarios, those on whose held-out images, by the judges' labels, the classifier before is wrong
+    on at most review.rho. Null without any."""
     undecided: str | None
     """Why the run could not tell whether the classifier has failure scenarios, and what to do. Null where it could, and
     with accepted ones."""
+
+    @property
+    def judged(self) -> int:
+        """Accepted scenarios with a held-out image that the judges label."""
+        return sum(row.evidence is not None and row.evidence.before is not None for row in self.list)
 
 
 class Mean(FigureModel):

@@ -313,10 +313,11 @@ def decide_verdicts(
     false = probability_not_over(*tested, rho)[by_vote]
     _apply(overrides, labels, reasons, gallery.classes)
     leading = np.where(labels == NONE_OF_THE_ABOVE, voted, labels)
+    asked = votes.answered(gallery.predicted.shape).sum(axis=1)
     return Verdicts(
         labels=labels,
         misclassified=misclassified,
-        purity=(labelled & (image_labels == leading[:, None])).mean(axis=1),
+        purity=(labelled & (image_labels == leading[:, None])).sum(axis=1) / np.where(asked, asked, np.nan),
         image_labels=image_labels,
         agreement=_agreement(counts),
         ties=int((~labelled & (counts.sum(axis=-1) > 0)).sum()),

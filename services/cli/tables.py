@@ -283,7 +283,7 @@ def _verdicts(report: Report) -> list[str]:
         parts.append(f"{percent(false)} {expected}")
         if judged is not None and worse_judges(report) is None:
             decided = ", those that a person decided on included" if report.overrides else ""
-            parts.append(f"the judges see {judged} of {report.scenarios.accepted} as false{decided}")
+            parts.append(f"the judges see {judged} of {report.scenarios.judged} as false{decided}")
     if report.evidence is not None and report.evidence.purity.value is not None:
         parts.append(f"purity by the judges {percent(report.evidence.purity.value)}")
     if agreement is not None:

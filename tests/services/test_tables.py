@@ -186,8 +186,9 @@ def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_tr
 
 @pytest.mark.parametrize(("judges", "good"), [(0.99, True), (0.4, False)])
 def test_a_report_says_how_many_scenarios_good_judges_see_as_false(tmp_path: Path, judges: float, good: bool):
-    console, sample = terminal(200), with_verdicts(sample_findings(3, 2), false_share=0.031)
-    judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]), judges=judges)
+    console, sample = terminal(200), with_verdicts(sample_findings(4, 3), false_share=0.031)
+    own = np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0], [np.nan] * 4])  # the last: no label
+    judged = sample_evidence(own, judges=judges)
     print_report(build_report(a_run(tmp_path), *sample, judged), console)
     clause = "are right; the judges see 1 of 2 as false; purity by the judges 90.0 %."
     assert (clause in " ".join(text_of(console).split())) is good

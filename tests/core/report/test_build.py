@@ -218,6 +218,12 @@ def test_the_report_says_how_many_accepted_scenarios_the_judges_see_as_false(tmp
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert '<b class="unbroken">1 of 2</b>.' in page
     assert report_of(sample, tmp_path).scenarios.false_by_judges is None
+    some = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [np.nan] * 4]))
+    assert write_report(run, *sample, some).scenarios.false_by_judges == 0
+    page = run.store.read("report.html").decode().replace("\xa0", " ")
+    assert '<b class="unbroken">0 of 1</b>.' in page
+    none = sample_evidence(np.full((2, 4), np.nan))
+    assert build_report(run, *sample, none).scenarios.false_by_judges is None
     decided = with_verdicts(sample, overrides=(Override(1, 3, "ana", "seen", "2026-01-31T12:00:00Z"),))
     write_report(run, *decided, judged)
     page = run.store.read("report.html").decode().replace("\xa0", " ")

@@ -11,6 +11,7 @@ from sample_evidence import sample_evidence
 from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run
 
 from defuse_core.intervals import mcnemar
+from defuse_core.report import write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.correction_notices import (
     costs_a_class,
@@ -62,6 +63,45 @@ def test_the_remedy_for_a_class_that_loses_is_none_that_the_run_file_has_already
     report = report_of((found, losing_class(evaluation)), tmp_path)
     text = costs_a_class(report, SAMPLE_CORRECT.model_copy(update=settings)) or ""
     assert text.endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("anchored", "parts", "remedy"),
+    [
+        (
+            False,
+            ("train", "validation"),
+            "On training and validation images no class lost significantly; give more validation",
+        ),
+        (
+            False,
+            ("train",),
+            "On training images no class lost significantly; give validation images, or smaller",
+        ),
+        (
+            True,
+            ("train", "validation"),
+            "On validation images no class lost significantly; give more validation",
+        ),
+        (
+            True,
+            ("train",),
+            "Without validation images no λ is left out for what it costs a class; give validation",
+        ),
+    ],
+)
+def test_the_remedy_for_a_class_that_loses_names_the_images_that_count(
+    tmp_path: Path, anchored: bool, parts: tuple[str, ...], remedy: str
+):
+    found, evaluation = sample_findings()
+    models = dataclasses.replace(
+        found.models,
+        images={part: found.models.images[part] for part in parts},
+        health=dataclasses.replace(found.models.health, anchored=anchored),
+    )
+    report = report_of((dataclasses.replace(found, models=models), losing_class(evaluation)), tmp_path)
+    strict = SAMPLE_CORRECT.model_copy(update={"max_class_loss": 0.0})
+    assert f"%). {remedy}" in (costs_a_class(report, strict) or "")
 
 
 def judged(report, own=None, left_out=None, real=None):
@@ -211,7 +251,7 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
             row.model_copy(
                 update={
                     "evidence": ScenarioEvidence.model_construct(
-                        confirmed=answer, worse=False, independent_images=4, defuse=0.9
+                        confirmed=answer, worse=False, independent_images=4, before=0.1, plain=0.5, defuse=0.9
                     ),
                 }
             )
@@ -221,13 +261,29 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
         return unconfirmed(report.model_copy(update={"scenarios": scenarios}))
 
     assert (told(None, None, None) or "").startswith(
-        "On 3 scenarios there are too few independent images to tell"
+        "On 3 scenarios the judges agree on too few independent images to tell whether the correction does"
     )
     assert (told(None, False, True) or "").endswith(
-        "on: 1. On 1 scenario there are too few independent images to tell."
+        "on: 1. On 1 scenario the judges agree on too few independent images to tell."
     )
     assert told(True, None, None) == (
-        "The correction is confirmed on 1 of 1 scenario that can be tested. On 2 scenarios there are too few "
+        "The correction is confirmed on 1 of 1 scenario that can be tested. On 2 scenarios the judges agree on too few "
         "independent images to tell."
     )
     assert told(True, True, True) is None
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_silence_of_the_judges_and_of_plain_training_are_told_apart(tmp_path: Path):
+    def told(own: list[float], name: str) -> tuple[str, str]:
+        evidence = sample_evidence(np.array([own] * 2))
+        run = sample_run(tmp_path / name)
+        text = unconfirmed(write_report(run, *sample_findings(2, 2), evidence)) or ""
+        return text, " ".join(run.store.read("report.html").decode().split())
+
+    text, page = told([0.05, 0.6, np.nan, 0.98], "plain")
+    assert text.startswith("No plain training finished. ") and text.endswith("(λ = 0); see Exceptions.")
+    assert " · no plain training finished</span>" in page and "too few to confirm" not in page
+    text, page = told([np.nan] * 4, "judges")
+    assert text.startswith("On 2 scenarios the judges agree on too few independent images to tell whether")
+    assert " · judges agree on 0 independent images, too few to confirm</span>" in page

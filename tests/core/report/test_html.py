@@ -18,12 +18,13 @@ from sample_findings import (
     with_verdicts,
 )
 
-from defuse_core.artifacts import FailedTrial, Override
+from defuse_core.artifacts import FailedTrial, Override, Votes
 from defuse_core.data.images import data_address
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, render_real
+from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
@@ -228,6 +229,42 @@ def test_the_page_says_by_which_rule_lambda_is_chosen(tmp_path: Path, changes: d
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
+    ("anchored", "parts", "words"),
+    [
+        (
+            False,
+            ("train", "test"),
+            "accuracy, that cost no class significantly more than 5 points on training images, and",
+        ),
+        (
+            True,
+            ("train", "validation"),
+            "significantly more than 5 points on validation images alone, and that are",
+        ),
+        (
+            True,
+            ("train", "test"),
+            "0.5 points of the training accuracy and that are within one point of the highest",
+        ),
+    ],
+)
+def test_the_page_states_a_limit_per_class_on_the_images_that_count_for_it(
+    tmp_path: Path, anchored: bool, parts: tuple[str, ...], words: str
+):
+    (found, evaluation), run = sample_findings(3, 2), sample_run(tmp_path)
+    models = dataclasses.replace(
+        found.models,
+        images={part: found.models.images[part] for part in parts},
+        health=dataclasses.replace(found.models.health, anchored=anchored),
+    )
+    write_report(run, dataclasses.replace(found, models=models), evaluation)
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert words in text
+    assert ("A loss that is not significant (95 %) is allowed" in text) is ("significantly more" in words)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
     ("separation", "words"),
     [(3.0, "Finds failing inputs by max-softmax"), (0.0, "No method finds failing inputs: the AUROC")],
 )
@@ -238,6 +275,10 @@ def test_the_page_says_whether_failing_inputs_are_found(tmp_path: Path, separati
     assert report.watch is not None and (report.watch.method is None) == words.startswith("No method")
     text = " ".join(" ".join(page.words).split())
     assert "Finding failing inputs" in text and words in text and "All methods" in text
+    served = "When the corrected classifier is served, "
+    assert (f"{served}each answer gets a failure probability" in text) is (report.watch.method is not None)
+    without = "its answers have no failure probability (failure_probability is null), for this reason:"
+    assert (f"{served}{without} No method" in text) is (report.watch.method is None)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -256,11 +297,30 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     run = sample_run(tmp_path)
     report = write_report(run, found, evaluation)
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
-    assert "answers saved 58 decided early 0, 1" in text
+    assert "answers saved 58 decided early scenarios 0, 1" in text
     assert "1 answer not counted:" in text
     assert "annotator-7 no label was chosen" in text
     assert "annotators saw the models' answer" in text
     assert any(notice.startswith("Answers were preselected.") for notice in report.caveats)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("early", "words"), [([0], "scenario 0"), ([], "none")])
+def test_images_without_an_answer_are_counted_apart(tmp_path: Path, early: list[int], words: str):
+    found, evaluation = sample_findings(1, 1, answered_by="people")
+    scenario, image, annotator = np.indices((1, 6, 5)).reshape(3, -1)
+    answers, when = np.full(30, 4), np.zeros(30)
+    found.gallery.predicted[:] = 9
+    votes = Votes(
+        scenario, image, annotator, answers, when, tuple("abcde"), "people", {"decided_early": early}
+    )
+    verdicts = decide_verdicts(found.gallery, votes, 0.5)
+    run = sample_run(tmp_path)
+    report = write_report(run, dataclasses.replace(found, votes=votes, verdicts=verdicts), evaluation)
+    assert report.scenarios.purity == 1
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert f"no class chosen 0 no label, no answer 4 decided early {words}" in text
+    assert "the classifier is taught. Images without an answer are left out." in text
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -277,6 +337,16 @@ def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_
     assert " 1 of " in notice and " has a label that" in notice
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert "label is not the majority's 1" in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_page_with_rejected_candidates_alone_explains_what_their_images_show(tmp_path: Path):
+    run = sample_run(tmp_path)
+    write_report(run, *sample_findings(2, 0, classes=tuple(f"class {n}" for n in range(10))))
+    text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
+    assert "Classifier's answer, before: ✓ the annotators' label ✗ another class" in text
+    assert "Numbers on the images are class numbers 0 class 0 1 class 1" in text
+    assert "if it differs from the scenario's" not in text
 
 
 def test_no_real_images_are_shown_where_none_has_the_scenarios_label():

@@ -290,6 +290,24 @@ def test_models_that_cannot_be_compared_with_the_classifier_are_not_called_worse
     assert text in caveats(report, SAMPLE_CORRECT, ()) and text.endswith("(a folder named test).")
 
 
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [(("train",), True), (("train", "validation"), False), (("train", "test"), False)],
+)
+def test_without_an_image_that_no_model_was_trained_on_the_judges_accuracy_is_unknown(
+    tmp_path: Path, parts: tuple[str, ...], told: bool
+):
+    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))
+    images = {part: report.run.images[part] for part in parts}
+    text = uncompared_models(
+        report.model_copy(update={"run": report.run.model_copy(update={"images": images})})
+    )
+    assert (text is not None) is told
+    assert (
+        text is None or "classifier. There are neither test nor validation images. Give test images" in text
+    )
+
+
 def test_the_headline_has_what_plain_training_reaches_on_the_test_set(tmp_path: Path):
     report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))
     assert report.headline.endswith(

@@ -135,3 +135,19 @@ def test_images_of_64_pixels_and_more_are_shown_larger(tmp_path: Path, size: int
     run = Run(FolderStore(tmp_path), "sample", sample_spec(image_size=size))
     write_report(run, *sample_findings(2, 1, side=size))
     assert ('class="shots large"' in words_of(run.store.read("report.html"))) is (size == 64)
+
+
+@pytest.mark.parametrize(
+    ("kept", "judged", "unfiltered", "left_out"),
+    [([0.0, 0.5], True, True, True), ([0.2, 0.5], True, False, True), ([0.0, 0.0], False, True, False)],
+)
+def test_the_page_says_which_draws_to_tune_on_are_left_out(
+    tmp_path: Path, kept: list[float], judged: bool, unfiltered: bool, left_out: bool
+):
+    run, (found, evaluation) = sample_run(tmp_path), sample_findings(3, 2)
+    fixes = replace(found.fixes, kept=np.array(kept))
+    evidence = sample_evidence(np.tile([0.07, 0.5, 0.7, 0.9], (2, 1))) if judged else None
+    write_report(run, replace(found, fixes=fixes), evaluation, evidence)
+    text = words_of(run.store.read("report.html"))
+    assert ("whose label they see in no draw is tuned on unfiltered draws." in text) is unfiltered
+    assert ("In the measurement with left-out scenarios, draws in their regions are not" in text) is left_out

@@ -144,6 +144,15 @@ def test_purity_counts_unlabelled_images_against_the_scenario():
     assert verdicts([[8, 8, NO, 8]] * 3, predicted=[1, 1, 1, 1]).purity[0] == pytest.approx(3 / 4)
 
 
+def test_purity_leaves_out_images_that_nobody_was_asked_about():
+    first = verdicts(
+        [[8] * 6] * 5, predicted=[1] * 10
+    )  # final after these, so that the other four are not asked about
+    assert (first.purity[0], first.no_class_chosen) == (1.0, 4)
+    nothing = verdicts(np.zeros((5, 0), np.int64), [1] * 10, overrides=[Override(0, 8, "ann", "8s", WHEN)])
+    assert np.isnan(nothing.purity[0])
+
+
 def test_six_of_ten_wrong_are_accepted_by_the_paper_and_are_in_doubt_by_the_lower_bound():
     answers, predicted = [[8] * 10] * 3, [1] * 6 + [8] * 4
     assert verdicts(answers, predicted).labels[0] == 8
