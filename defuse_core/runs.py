@@ -164,6 +164,9 @@ class Run:
             text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
             log.info(text, ", ".join(f"{lam:g}" for lam in added))
         if not noted == found.spec == spec:
+            if any((each.check, each.serve) != (spec.check, spec.serve) for each in (before, found.spec)):
+                for key in REPORT_FILES:  # whose figures follow from them
+                    run.store.delete(key)
             run._note_settings(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run

@@ -325,6 +325,23 @@ def test_the_same_call_goes_on_where_the_run_file_was_edited_or_not_written(
     assert {row.lam for row in found.report.tradeoff} == {1.0, 3.0}
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_a_report_of_other_settings_is_not_taken_for_that_of_a_call_that_was_stopped(
+    finished, store, tmp_path, monkeypatch
+):
+    shutil.copytree(store, tmp_path / "runs")
+    other = arguments(tmp_path / "runs", compute=no_compute)
+    other["settings"] = SETTINGS | {"serve": {"failure_threshold": 0.5}}
+    with monkeypatch.context() as patch:
+        patch.setattr("defuse_core.pipeline.write_report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            defuse.debug(**other)
+    page = Path(defuse.debug(**other).page)
+    assert "failure_threshold: 0.5\n" in page.read_text(encoding="utf-8")
+    again = page.stat().st_mtime_ns
+    assert Path(defuse.debug(**other).page).stat().st_mtime_ns == again  # nothing is left to write
+
+
 def test_the_given_classifier_keeps_its_mode_and_weights(finished, store):
     net = biased().train()
     weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
