@@ -121,7 +121,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     run_store = opened.within(checked_name(name))
     with _ONE_AT_A_TIME, torch_defaults(), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
-        recorded = Run.open(opened, name).spec if given.begun else None
+        recorded = Run.recorded(opened, name) if given.begun else None
         spec = given.run_file(recorded, minutes, progress)
         run = Run.start(opened, name, spec if compute else with_absolute_root(spec), check=expect_same_images)
         given.keep_settings(minutes)

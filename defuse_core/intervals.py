@@ -9,7 +9,6 @@ from defuse_core.artifacts import F64, I64, Bool
 
 SIGNIFICANT = 0.05  # p-value below which a test counts
 MIN_CONFIRMED = 0.5  # a confirmed correction is right on over this share of a scenario's held-out images
-ONE_SIDED = 1.645  # standard errors of a bound at 95 %
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 

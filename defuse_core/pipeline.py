@@ -27,7 +27,7 @@ from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.draws import with_both_halves
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import DamagedError, DataError, StoreError
+from defuse_core.errors import DataError, StoreError
 from defuse_core.evaluation import (
     Controls,
     Findings,
@@ -42,8 +42,7 @@ from defuse_core.evaluation.health import expect_healthy, measure_perturbed, wit
 from defuse_core.identify import SAMPLE_CODES
 from defuse_core.models import EXTERNAL
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
-from defuse_core.report import Report, write_report
-from defuse_core.report.build import build_report
+from defuse_core.report import Report, draw_report, store_report, write_report
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
     filter_corrections,
@@ -70,6 +69,7 @@ from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
 CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # architectures whose code is not Defuse's, nor stored
+EVALUATION = "evaluation.safetensors"  # of every finished run; deleted with the report
 T = TypeVar("T")
 
 
@@ -132,7 +132,7 @@ def expect_same_images(run: Run) -> None:
     A step that is yet to be made notices that by itself, on the machine that reads the images.
     """
     root = run.spec.data.root
-    is_finished = run.store.exists("evaluation.safetensors")
+    is_finished = run.store.exists(EVALUATION)
     if root is None or not is_finished or (models := run.load(Models)) is None:
         return
     with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
@@ -142,7 +142,7 @@ def expect_same_images(run: Run) -> None:
 
 def _expect_same_code(run: Run, compute: Compute, models: Models, gallery: Gallery) -> None:
     """Raise RunMismatchError where the classifier's code, or its package, has changed, before it is computed with."""
-    is_finished = run.with_added is None and run.store.exists("evaluation.safetensors")
+    is_finished = run.with_added is None and run.store.exists(EVALUATION)
     if run.spec.classifier.architecture in CODE_ELSEWHERE and not is_finished:
         compute.task("review", expect_same_code, run.spec, models, gallery)
 
@@ -310,16 +310,21 @@ def _corrections(
 def rewrite_report(run: Run) -> Report:
     """Rewrite the report of a finished run from its artefacts and return it.
 
-    Raises InputError if unfinished, DamagedError where the manifest is damaged.
+    It is not written where the run is deleted or changed meanwhile: nobody holds its lock. Raises InputError if
+    unfinished, DamagedError where the manifest is damaged.
     """
-    found, evaluation, evidence, watch = load_findings(run)
+    version = run.store.version(EVALUATION)
+    report, page = draw_report(run, *load_findings(run))
     try:
-        return write_report(run, found, evaluation, evidence, watch)
-    except DamagedError:  # of what is read: the store itself can be written
-        raise
+        if run.store.version(EVALUATION) == version:
+            store_report(run, report, page)
+        else:
+            log.warning(
+                "the page is not written again, since the results of the run were deleted or changed meanwhile"
+            )
     except StoreError as error:
         log.warning("the page is not written again, since the store cannot be written: %s", error)
-        return build_report(run, found, evaluation, evidence, watch)
+    return report
 
 
 def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:

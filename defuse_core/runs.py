@@ -88,10 +88,6 @@ def _weights_digests(spec: RunFile) -> dict[str, str]:
     return digests
 
 
-def _damaged(store: Store, name: str) -> str:
-    return f"{store.address}/{name}/run.yaml: expected what Defuse wrote there"
-
-
 def _recorded(tree: dict[str, Any], where: str) -> RunFile:
     try:
         return parse_run_file(tree, where)
@@ -168,6 +164,9 @@ class Run:
             text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
             log.info(text, ", ".join(f"{lam:g}" for lam in added))
         if not noted == found.spec == spec:
+            if any((each.check, each.serve) != (spec.check, spec.serve) for each in (before, found.spec)):
+                for key in REPORT_FILES:  # whose figures follow from them
+                    run.store.delete(key)
             run._note_settings(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
@@ -212,13 +211,20 @@ class Run:
         results: the run's artefacts are of other settings.
         """
         run = cls._read(store, name)
-        made_with = run._settings()
-        if made_with is not None and (edited := changed_field(made_with, run.spec)):
+        if edited := changed_field(run._settings() or run.spec, run.spec):
             raise RunMismatchError(
-                f"{run.store.address}/run.yaml was edited: {edited}; undo that, or give `defuse run` the run file that "
-                "this run began with"
+                f"{run.store.address}/run.yaml was edited, or a command was stopped before it wrote it: {edited}; undo "
+                "the edit, or give the last `defuse run` command of this run again (in Python its last call)"
             )
         return run
+
+    @classmethod
+    def recorded(cls, store: Store, name: str) -> RunFile:
+        """Return the run file that the run called `name` was made with, also where `open` refuses its run.yaml."""
+        run = cls._read(store, name)
+        if changed_field(made_with := run._settings() or run.spec, run.spec) is None:
+            return run.spec
+        return made_with.with_fields("data", root=run.spec.data.root)
 
     @classmethod
     def _read(cls, store: Store, name: str) -> Run:
@@ -227,13 +233,15 @@ class Run:
             text = store.within(name).read("run.yaml")
         except FileNotFoundError as error:
             raise no_such_run(store, name) from error
+        where = f"{store.address}/{name}/run.yaml"
+        damaged = f"{where}: expected what Defuse wrote there, found"
         try:
             tree = parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
-            raise RunFileError(f"{_damaged(store, name)}, found no YAML; {REMEDY}") from error
+            raise RunFileError(f"{damaged} no YAML; {REMEDY}") from error
         if not isinstance(tree, dict):
-            raise RunFileError(f"{_damaged(store, name)}, found {type(tree).__name__}; {REMEDY}")
-        run = cls(store, name, _recorded(tree, f"{store.address}/{name}/run.yaml"))
+            raise RunFileError(f"{damaged} {type(tree).__name__}; {REMEDY}")
+        run = cls(store, name, _recorded(tree, where))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():
             run.spec = run.spec.with_fields("data", root=own)  # its folder may have been moved
@@ -380,10 +388,7 @@ def _with_current(noted: dict[str, str], spec: RunFile) -> dict[str, str]:
 
 
 def versions(architecture: str = "") -> dict[str, str]:
-    """Return what a run is made with now: Python, the platform and the packages whose numerics matter.
-
-    These are of all runs, and the one that an `architecture` of its name needs.
-    """
+    """Return the versions of now: Python, the platform, packages whose numerics matter, and that of `architecture`."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     own = {"timm", "transformers"} & {architecture}
     for package in ("defuse", "torch", "torchvision", *own, "numpy", "scikit-learn", "ray"):

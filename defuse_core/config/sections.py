@@ -31,7 +31,7 @@ class DataSection(Section):
     already. Paper: 32 for MNIST (28 padded, here too) and SVHN, 128 for signs."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colour."""
-    train_images: int | None = Field(None, ge=1)
+    train_images: int | None = Field(None, ge=2)
     """Use only so many training images, drawn by seed (whole tracks). Paper: all."""
     validation_share: float = Field(0.0, ge=0, lt=1)
     """Share of the training images held out for validation where the data set has no validation part of its own. signs
@@ -219,7 +219,7 @@ class ClassifierSet(Section):
     """Passes over the training images. 0 uses a pretrained model: `weights`, or what import_path returns."""
     batch_size: int = Field(128, ge=2)
     """Images per step."""
-    train_images: int | None = Field(None, ge=1)
+    train_images: int | None = Field(None, ge=2)
     """Train them on only so many training images, drawn by seed."""
 
     @model_validator(mode="after")

@@ -41,7 +41,7 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.protocols import Progress
-from defuse_core.review.undecided import why_guessing
+from defuse_core.review.undecided import CHECK_CLASSIFIER, why_guessing
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities
@@ -216,6 +216,8 @@ def expect_healthy(spec: RunFile, models: Models) -> None:
 
 
 def _remedy(spec: RunFile, health: Health) -> str:
+    if not health.originals_right and health.judged_by != REFERENCES:
+        return f"the classifier gets no training image right; {CHECK_CLASSIFIER}"
     if 2 * health.collapsed >= health.dimensions:
         return f"lower vae.beta (now {spec.vae.beta:g}) and choose {ANOTHER_NAME}"
     if health.anchored:

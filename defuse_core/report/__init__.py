@@ -25,13 +25,25 @@ def write_report(
     watch: FailureWatch | None = None,
 ) -> Report:
     """Write `report.json` and `report.html` into the run, and return the report."""
+    report, page = draw_report(run, found, evaluation, evidence, watch)
+    store_report(run, report, page)
+    return report
+
+
+def draw_report(
+    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None, watch: FailureWatch | None
+) -> tuple[Report, str]:
+    """Return the report and its page, of which nothing is written."""
     from defuse_core.report.build import build_report
     from defuse_core.report.figures import draw_figures
     from defuse_core.report.html import render_page
 
     report = build_report(run, found, evaluation, evidence, watch)
     pictures = draw_figures(report, found, evaluation)
-    page = render_page(report, run.spec, found, evaluation, pictures, evidence)
+    return report, render_page(report, run.spec, found, evaluation, pictures, evidence)
+
+
+def store_report(run: Run, report: Report, page: str) -> None:
+    """Write what `draw_report` returns into the run."""
     run.store.write("report.html", page.encode())
     run.store.write("report.json", (report.model_dump_json(indent=1, by_alias=True) + "\n").encode())
-    return report

@@ -22,7 +22,7 @@ from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.draws import UNCERTAIN, UNDIVIDED
 from defuse_core.errors import count_of, percent
-from defuse_core.intervals import ONE_SIDED, binomial_tail, discoveries
+from defuse_core.intervals import binomial_tail, certain_loss, discoveries, wilson
 from defuse_core.review.verdicts import tested_counts
 
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
@@ -36,6 +36,8 @@ MANY_FAILING = 0.05
 WORSE_BY = 0.02
 NEARLY_CERTAIN = 0.1  # p-value, uncorrected, up to which a component that is not significant stays undecided
 LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
+GOOD_SKILL = 0.5  # of a good one: images so few that it may be one do not show that it guesses
+CHECK_CLASSIFIER = "check its weights, the input range and class order that it expects, and the labels"
 BETTER_REFERENCES = (
     "train better ones, or use a pretrained network (review.reference.architecture: custom, import_path)"
 )
@@ -103,15 +105,14 @@ def not_reviewed(scenarios: Scenarios | None) -> str | None:
 def are_worse(models: Sequence[float | None], classifier: float | None, images: int | None) -> bool:
     """Whether the best of some models is right on clearly fewer real images than the classifier, if both are known.
 
-    Of so few `images` that the difference could be by chance, it is not.
+    Of so few `images` that the difference could be by chance (`certain_loss`), it is not.
     """
     known = [value for value in models if value is not None and math.isfinite(value)]
     if not known or classifier is None:
         return False
     best = max(known)
-    variance = best * (1 - best) + classifier * (1 - classifier)
-    by_chance = 0.0 if images is None else ONE_SIDED * math.sqrt(variance / max(1, images))
-    return classifier - best > max(WORSE_BY, by_chance)
+    loss = certain_loss(np.array([classifier]), np.array([best]), np.array([images or 0]))
+    return classifier - best > WORSE_BY and (images is None or loss.item() > 0)
 
 
 def unseen_images(accuracy: Mapping[str, float]) -> str | None:
@@ -128,17 +129,22 @@ def compared_images(models: Models) -> str | None:
     return None if part == "validation" and models.validation_from_training else part
 
 
-def guesses(balanced_accuracy: float, classes: int) -> bool:
+def guesses(balanced_accuracy: float, classes: int, images: int) -> bool:
     """Whether a classifier is hardly better than one that does not look at the images, which are of `classes` classes.
 
-    `balanced_accuracy`, on images unseen before, is the mean over the classes of the share that is right: at most
+    `balanced_accuracy`, on `images` unseen before, is the mean over the classes of the share that is right: at most
     1/classes for all answers that do not depend on the image, such as the most frequent class. Images of one class
-    tell nothing: False.
+    tell nothing, and neither do so few that a good classifier may be right on that share of them: False.
     """
     if classes < 2:
         return False
     chance = 1 / classes
-    return balanced_accuracy < 2 * chance and balanced_accuracy - chance < LEAST_SKILL * (1 - chance)
+    possible = wilson(np.array([balanced_accuracy * images]), np.array([images]))[1].item()
+    return (
+        balanced_accuracy < 2 * chance
+        and balanced_accuracy - chance < LEAST_SKILL * (1 - chance)
+        and possible - chance < GOOD_SKILL * (1 - chance)
+    )
 
 
 def why_guessing(models: Models) -> str | None:
@@ -147,12 +153,12 @@ def why_guessing(models: Models) -> str | None:
     if part is None:
         return None
     classes = int(np.isfinite(models.class_accuracy[part]).sum())  # that have images there
-    if not guesses(models.balanced_accuracy[part], classes):
+    if not guesses(models.balanced_accuracy[part], classes, models.images[part]):
         return None
+    of = count_of(models.images[part], f"{part} image")
     return (
-        f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of the {part} "
-        f"images, and on {percent(models.balanced_accuracy[part])} on average over their {classes} classes); "
-        "check its weights, the input range and class order that it expects, and the labels"
+        f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of {of}, and on "
+        f"{percent(models.balanced_accuracy[part])} on average over their {classes} classes); {CHECK_CLASSIFIER}"
     )
 
 

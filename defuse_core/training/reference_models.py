@@ -35,7 +35,7 @@ from defuse_core.config import ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import DataError, ModelError, StoreError
+from defuse_core.errors import DataError, ModelError, StoreError, count_of
 from defuse_core.models import (
     ReferenceCnn,
     ResidualNet,
@@ -277,21 +277,21 @@ def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, label
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
-    """Return the part of the training images that the set `name` is trained on. DataError if it is empty."""
+    """Return the part of the training images that the set `name` is trained on. DataError if it has fewer than two."""
+    part = train
     if spec.judges.count and spec.judges.share:
         for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
         part = train.take(for_judges if name == "judges" else others)
-        if not len(part) and section.epochs:
-            raise DataError(
-                f"judges.share: {spec.judges.share} of {len(train)} training images leaves none for the "
-                f"{'judges' if name == 'judges' else 'reference models'}; change the share, or set it to 0 to train "
-                "both on all"
-            )
-        train = part
-    if section.train_images is not None and section.train_images < len(train):
-        order = stratified_order(train.labels, generator(spec.seed, name, "sample"))
-        train = train.take(np.sort(order[: section.train_images]))
-    return train
+    if len(part) < 2 and section.epochs:
+        raise DataError(
+            f"judges.share: {spec.judges.share} of {count_of(len(train), 'training image')} leaves "
+            f"{len(part) or 'none'} for the {'judges' if name == 'judges' else 'reference models'}, which need two; "
+            "change the share, set it to 0 to train both on all, or give more images"
+        )
+    if section.train_images is not None and section.train_images < len(part):
+        order = stratified_order(part.labels, generator(spec.seed, name, "sample"))
+        part = part.take(np.sort(order[: section.train_images]))
+    return part
 
 
 def _scores(model: nn.Module, splits: Splits) -> tuple[float | None, float | None]:

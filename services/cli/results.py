@@ -255,7 +255,7 @@ def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
 
 def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> InputError | None:
     """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
-    from defuse_core.files import writing
+    from defuse_core.files import expect_writable, replace_file, writing
 
     run, asked = loaded.description.run, _count_asked(results)
     failed = sum(not result.passed for result in results)
@@ -274,7 +274,8 @@ def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult
     try:
         with writing("--junit", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            ElementTree.ElementTree(page).write(path, encoding="utf-8", xml_declaration=True)
+        expect_writable("--junit", path)
+        replace_file("--junit", path, ElementTree.tostring(page, encoding="utf-8", xml_declaration=True))
     except InputError as error:
         return error
     return None

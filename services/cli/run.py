@@ -239,7 +239,7 @@ def run(
         address = address or read_settings().ray_address
     if address is None:  # on a cluster the nodes alone may see the images
         spec = with_absolute_root(spec)
-        recorded = Run.open(opened, name).spec if opened.within(name).exists("run.yaml") else None
+        recorded = Run.recorded(opened, name) if opened.within(name).exists("run.yaml") else None
         if recorded is None or recorded.data.root != spec.data.root:
             expect_root(spec.data)  # before it is recorded, and before anything is measured
     if track is not None:

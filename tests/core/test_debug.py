@@ -19,6 +19,7 @@ from defuse_core.data import open_splits
 from defuse_core.errors import (
     ModelError,
     RunMismatchError,
+    StoreError,
 )
 from defuse_core.results import is_complete
 from defuse_core.runs import Run
@@ -26,6 +27,7 @@ from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 from tests.e2e.test_cli import call
 from tests.own_classifiers import Net, trained
+from tests.services.test_run_command import write_all_but_run_file
 
 PREFERRED = 8  # class that the test's classifier sees too often
 SETTINGS: dict[str, Any] = {
@@ -301,6 +303,43 @@ def test_a_run_that_lacks_something_is_not_complete(finished, store, tmp_path):
         (tmp_path / "parts" / name).write_bytes(kept)
     (tmp_path / "parts" / "report.json").write_text('{"version": 3}')
     assert not is_complete(defuse.open(tmp_path / "parts"))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_same_call_goes_on_where_the_run_file_was_edited_or_not_written(
+    finished, store, tmp_path, monkeypatch
+):
+    shutil.copytree(store, tmp_path / "runs")
+    file = tmp_path / "runs/parts/run.yaml"
+    file.write_text(file.read_text().replace("draws: 4", "draws: 9"))
+    assert defuse.debug(**arguments(tmp_path / "runs", compute=no_compute)).run.spec.identify.draws == 4
+    assert "draws: 4" in file.read_text()
+    more = SETTINGS | {"correct": SETTINGS["correct"] | {"lambdas": [1.0, 3.0]}}
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "write", write_all_but_run_file)
+        with pytest.raises(StoreError):
+            defuse.debug(**arguments(tmp_path / "runs", settings=more))
+    with pytest.raises(RunMismatchError, match="stopped before it wrote it: correct.lambdas"):
+        defuse.open(tmp_path / "runs/parts")
+    found = defuse.debug(**arguments(tmp_path / "runs", settings=more))
+    assert {row.lam for row in found.report.tradeoff} == {1.0, 3.0}
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_report_of_other_settings_is_not_taken_for_that_of_a_call_that_was_stopped(
+    finished, store, tmp_path, monkeypatch
+):
+    shutil.copytree(store, tmp_path / "runs")
+    other = arguments(tmp_path / "runs", compute=no_compute)
+    other["settings"] = SETTINGS | {"serve": {"failure_threshold": 0.5}}
+    with monkeypatch.context() as patch:
+        patch.setattr("defuse_core.pipeline.write_report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            defuse.debug(**other)
+    page = Path(defuse.debug(**other).page)
+    assert "failure_threshold: 0.5\n" in page.read_text(encoding="utf-8")
+    again = page.stat().st_mtime_ns
+    assert Path(defuse.debug(**other).page).stat().st_mtime_ns == again  # nothing is left to write
 
 
 def test_the_given_classifier_keeps_its_mode_and_weights(finished, store):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from defuse_core.artifacts import Psi
 from defuse_core.local import LocalCompute
-from defuse_core.pipeline import _healthy_models, _once_each
-from defuse_core.runs import Run
+from defuse_core.pipeline import EVALUATION, _healthy_models, _once_each, rewrite_report
+from defuse_core.runs import REPORT_FILES, Run
 from defuse_core.store import FolderStore
-from tests.conftest import recommended, tiny, trained_run
+from tests.conftest import FIGURES, recommended, tiny, trained_run
 
 
 def psi(total: int) -> Psi:
@@ -32,6 +34,30 @@ def test_artefacts_of_one_step_that_are_missing_are_made_together_and_the_others
         assert {name: each.total for name, each in found.items()} == {"one": 1, "two": 20, "three": 3}
     assert asked == [("one", "three")]
     assert set(run.manifest()["artefacts"]) == set(kinds)
+
+
+@pytest.mark.parametrize("meanwhile", ["deleted", "made again", "run deleted"])
+def test_a_report_of_results_that_are_deleted_or_changed_while_it_is_drawn_is_not_written(
+    finished_run, tmp_path, monkeypatch, caplog, meanwhile
+):
+    shutil.copytree(finished_run / "runs/tiny", tmp_path / "tiny")
+    run = Run.open(FolderStore(tmp_path), "tiny")
+
+    def draw(*_: object) -> dict[str, str]:
+        evaluation = run.store.read(EVALUATION)
+        if meanwhile == "run deleted":  # in a bucket, where the folder is none
+            for key in run.store.list():
+                run.store.delete(key)
+        else:
+            run.delete(["evaluation"])
+        if meanwhile == "made again":
+            run.store.write(EVALUATION, evaluation)
+        return {}
+
+    monkeypatch.setattr(FIGURES, draw)
+    assert rewrite_report(run).run.name == "tiny"
+    assert not any(run.store.exists(key) for key in REPORT_FILES)
+    assert "not written again, since the results of the run were deleted or changed" in caplog.text
 
 
 def test_reference_models_that_are_worse_than_the_classifier_are_told_before_identification(

@@ -19,7 +19,7 @@ from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
 from defuse_core.files import source_digest
 from defuse_core.pipeline import rewrite_report
-from defuse_core.runs import FROM_SWEEP, IMAGES, WEIGHTS, Run, utc_now
+from defuse_core.runs import FROM_SWEEP, IMAGES, REPORT_FILES, WEIGHTS, Run, utc_now
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 
@@ -152,6 +152,21 @@ def test_an_added_lambda_is_recorded_and_what_follows_from_the_sweep_but_trials_
     assert run.store.list() == sorted(
         [*kept, "psi.safetensors", "manifest.json", "run.yaml", "settings.json"]
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({"check": {"max_class_loss": 0.5}}, False), ({"serve": {"failure_threshold": 0.5}}, False), ({}, True)],
+)
+def test_a_report_by_other_limits_is_deleted_before_these_are_recorded(store, change, kept):
+    run = Run.start(store, "a", tiny())
+    run.once("identify", Psi, psi)
+    for key in REPORT_FILES:
+        run.store.write(key, b"by the limits of before")
+    changed = tiny(resources={"workers": 7}, **change)
+    Run.start(store, "a", changed)
+    assert [run.store.exists(key) for key in REPORT_FILES] == [kept] * 2
+    assert Run.open(store, "a").spec == changed
 
 
 def test_only_images_that_were_given_in_memory_are_looked_for_in_the_runs_own_folder(store, tmp_path):

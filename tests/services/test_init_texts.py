@@ -76,7 +76,7 @@ def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     assert "vae.latent_dim: integer ≥ 1, ≤ 512 [10]" in out
     assert "identify" not in out
     every = call(monkeypatch, capsys, "fields")[1]
-    assert "data.train_images: integer ≥ 1 | null [null]" in every
+    assert "data.train_images: integer ≥ 2 | null [null]" in every
     headings = [line for line in every.splitlines() if re.fullmatch("[a-z]+", line)]
     told = call(monkeypatch, capsys, "fields", "--help")[1]
     assert f"Sections: {', '.join(headings)}." in " ".join(told.split())

@@ -7,16 +7,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
 
+from defuse_core.errors import StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, npz, one_line
 from tests.waiting import WAIT_S
+
+
+def write_all_but_run_file(
+    store: FolderStore, key: str, data: bytes, unless: object = None, write: Any = FolderStore.write
+) -> None:
+    """Write as on a disk that is full once run.yaml is due."""
+    if key == "run.yaml":
+        raise StoreError("No space left on device")
+    write(store, key, data, unless)
 
 
 @pytest.fixture
@@ -105,6 +116,32 @@ def test_the_file_inside_a_run_begins_no_other_run(finished, tmp_path, monkeypat
     assert code == 2
     assert f"to continue it, give `--name tiny --store {tmp_path}/copy/runs` too" in one_line(err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_of_a_run_puts_back_a_run_file_that_was_edited_inside_it(
+    finished, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "copy/runs/tiny/run.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("draws: 4", "draws: 9"))
+    code, _, err = call(monkeypatch, capsys, "status", "tiny", "--store", tmp_path / "copy/runs")
+    assert code == 2 and "identify.draws: 4 in the run, 9 now; undo the edit, or give the last `defuse" in err
+    code, _, err = call(monkeypatch, capsys, *finished, "--until", "identify")
+    assert (code, file.read_text()) == (0, text), err
+
+
+def test_the_same_command_goes_on_where_one_was_stopped_before_it_wrote_the_run_file(
+    finished, tmp_path, monkeypatch, capsys
+):
+    words = [*finished, "--set", "correct.lambdas=[0.001, 1, 10, 2]", "--until", "correct"]
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "write", write_all_but_run_file)
+        assert call(patch, capsys, *words)[0] == 4
+    code, _, err = call(monkeypatch, capsys, "status", "tiny", "--store", tmp_path / "copy/runs")
+    assert code == 2 and "or a command was stopped before it wrote it: correct.lambdas: " in err
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 0, err
+    assert Run.open(FolderStore(tmp_path / "copy/runs"), "tiny").spec.correct.lambdas == (0.001, 1, 10, 2)
 
 
 def test_the_cluster_is_the_one_that_is_given_and_else_that_of_the_environment(tmp_path, monkeypatch, capsys):

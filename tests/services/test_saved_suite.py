@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
-from tests.e2e.test_cli import call
+from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run, swap_classes
 from tests.services.test_suite import EASY, with_scenarios
 
@@ -52,6 +54,26 @@ def suite(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite") / "suite"
     save_suite(run, folder)
     return folder
+
+
+def test_a_junit_file_that_cannot_be_written_whole_leaves_the_old_one(
+    suite: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    report = tmp_path / "report.xml"
+    report.write_text("<old/>")
+    words = ["check", "first", "--store", Path(run.store.address).parent, "--suite", suite, "--junit", report]
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))  # no file may hold a byte
+    try:
+        code, out, err = call(monkeypatch, capsys, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert f"--junit {report}: cannot be written (File too large)" in one_line(err)
+    assert (code, bool(out), report.read_text()) == (2, True, "<old/>")
+    report.unlink()
+    os.mkfifo(report)
+    assert "cannot be written (no ordinary file)" in one_line(call(monkeypatch, capsys, *words)[2])
+    assert report.is_fifo()
 
 
 @pytest.fixture

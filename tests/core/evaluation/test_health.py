@@ -226,6 +226,16 @@ def test_the_error_says_what_to_change(kl, vae, remedy, tiny_models):
     assert not re.search(remedy, str(raised.value))
 
 
+@pytest.mark.parametrize("kl", [ALIVE, np.zeros(4)])
+def test_the_beta_vae_is_not_blamed_where_the_classifier_gets_nothing_right(kl, tiny_models):
+    answers = np.zeros(100, np.int64)
+    never = measure_health(answers + 1, answers, answers, kl)
+    with pytest.raises(VaeHealthError) as raised:
+        expect_healthy(tiny(), dataclasses.replace(tiny_models, health=never))
+    assert "; the classifier gets no training image right; check its weights, the input" in str(raised.value)
+    assert "vae.beta" not in str(raised.value) and "vae.architecture" not in str(raised.value)
+
+
 def test_a_blind_vae_stops_the_run_before_identification_until_it_is_accepted(tmp_path):
     blind = {"vae": {"epochs": 1}, "classifier": {"epochs": 1}}
 

@@ -216,7 +216,7 @@ def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
 
     first = guessing(2).caveats[0]
     assert first.startswith(
-        "The classifier is hardly better than guessing (right on 98.3 % of the test images, and on"
+        "The classifier is hardly better than guessing (right on 98.3 % of 500 test images, and on"
     )
     assert "10.0 % on average over their 10 classes). Check its weights" in first
     assert not any("guessing" in text for text in report_of(sample_findings(), tmp_path).caveats)

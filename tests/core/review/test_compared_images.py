@@ -53,6 +53,12 @@ def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
         assert (text is not None) is told
 
 
-def test_the_difference_is_compared_with_the_standard_errors_of_both() -> None:
-    for images, worse in ((64, False), (70, True)):  # 1.645 standard errors are 10.3 and 9.8 points
+def test_the_difference_is_compared_with_the_errors_of_both() -> None:
+    for images, worse in ((64, False), (71, True)):  # with the error of one alone 43 would do
         assert are_worse([0.8], 0.9, images) is worse
+
+
+@pytest.mark.parametrize(("images", "worse"), [(1, False), (10, True), (0, False), (None, True)])
+def test_a_single_image_does_not_show_that_models_are_worse(images: int | None, worse: bool) -> None:
+    assert are_worse([0.0], 1.0, images) is worse
+    assert not are_worse([0.0], float("nan"), images)

@@ -23,7 +23,7 @@ from tests.sample_findings import sample_findings, sample_spec
             "validation images, and on 18.0 % on average over their 10 ",
         ),
         ({"train": 1.0, "validation": 0.1, "test": 0.2}, 10, None),
-        ({"test": 0.54}, 2, "of the test images, and on 54.0 % on average over their 2 classes"),
+        ({"test": 0.54}, 2, "of 500 test images, and on 54.0 % on average over their 2 classes"),
         ({"test": 0.56}, 2, None),
         ({"test": 0.05}, 1000, None),
         ({"train": 0.1}, 10, None),
@@ -52,6 +52,27 @@ def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
     known = {"models": models, "references": None, "psi": None, "scenarios": None}
     text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
     assert text is not None and "on 2.5 % on average over their 40 classes" in text
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "classes", "told"),
+    [
+        (1, 2, 2, None),
+        (10, 20, 2, "right on 50.0 % of 20 test images, and on 50.0 % on average over their 2 classes"),
+        (1, 10, 10, "right on 10.0 % of 10 test images"),
+        (0, 1, 10, None),
+        (0, 4, 10, "right on 0.0 % of 4 test images"),
+    ],
+)
+def test_images_of_which_a_good_classifier_may_get_as_few_right_do_not_tell_a_guess(
+    right: int, images: int, classes: int, told: str | None
+):
+    share, models = right / images, sample_findings(4, 0)[0].models
+    each = {"validation": np.ones(classes), "test": np.full(classes, share)}
+    accuracy = {"validation": 1.0, "test": share}
+    counts = {"validation": 60, "test": images}
+    text = why_guessing(dataclasses.replace(models, images=counts, accuracy=accuracy, class_accuracy=each))
+    assert (text is None) is (told is None) and (told or "") in (text or "")
 
 
 def test_images_of_a_single_class_do_not_tell_a_guess():

@@ -112,13 +112,20 @@ def test_without_a_share_of_their_own_both_are_trained_on_all_images():
 
 
 @pytest.mark.parametrize(
-    ("share", "train", "who"), [(0.001, judges, "judges"), (0.999, reference_models, "reference")]
+    ("share", "images", "left", "train", "who"),
+    [
+        (0.001, 20, "none", judges, "judges"),
+        (0.999, 20, "none", reference_models, "reference models"),
+        (0.3, 4, "1", judges, "judges"),
+        (0.7, 4, "1", reference_models, "reference models"),
+    ],
 )
-def test_a_share_that_leaves_a_set_without_images_is_refused_in_one_line(share, train, who):
-    spec = recommended(judges={"share": share}, data={"train_images": 20})
-    with pytest.raises(
-        DataError, match=f"^judges.share: {share} of 20 training images leaves none for the {who}.*both"
-    ):
+def test_a_share_that_leaves_a_set_fewer_than_two_images_is_refused_in_one_line(
+    share, images, left, train, who
+):
+    spec = recommended(judges={"share": share}, data={"train_images": images})
+    words = f"judges.share: {share} of {images} training images leaves {left} for the {who}, which need two; "
+    with pytest.raises(DataError, match=f"^{words}.*both"):
         made_in_a_run(train, spec)
 
 
