@@ -14,7 +14,9 @@ from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.serving import candidate
 from services.serving.candidate import Candidate, prepare_candidate
+from services.serving.checks import CandidateReport
 from services.serving.registry import Registry
 from tests.e2e.test_cli import call, one_line
 
@@ -90,6 +92,34 @@ def test_a_run_that_is_deleted_before_its_promotion_is_not_promoted(own_store, m
     assert list(own_store.folder.iterdir()) == []
 
 
+def test_a_run_that_is_changed_before_its_promotion_is_not_promoted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+
+    def prepare_and_change(*arguments: Any, **options: Any) -> tuple[str, Candidate]:
+        prepared = prepare_candidate(*arguments, **options)
+        redo = ["review", "set", "digits", "0", "--reject", "--reason", "no digit", "--redo"]
+        assert call(monkeypatch, capsys, *redo, *where)[0] == 0
+        return prepared
+
+    monkeypatch.setattr("services.serving.candidate.prepare_candidate", prepare_and_change)
+    code, _, err = call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")
+    assert code == 2 and "run digits was changed meanwhile; it is not promoted" in one_line(err)
+    assert not own_store.list("registry/")
+
+
+def test_checks_of_a_run_that_is_deleted_meanwhile_do_not_begin_it_again(own_store, monkeypatch, caplog):
+    run, evaluate = opened(own_store), candidate.evaluate_candidate
+    run.store.existing = None  # as in a bucket, where a write makes a deleted folder again
+
+    def delete_first(*arguments: Any) -> CandidateReport:
+        own_store.within("digits").delete_all()
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(candidate, "evaluate_candidate", delete_first)
+    assert prepare_candidate(run, must_store=False)[1].run == "digits"
+    assert own_store.list() == [] and "this run is gone" in caplog.text
+
+
 def test_a_run_that_cannot_be_locked_is_promoted_with_a_warning(own_store, monkeypatch, capsys, caplog):
     (
         own_store.folder / "digits" / ".lock"
@@ -97,7 +127,7 @@ def test_a_run_that_cannot_be_locked_is_promoted_with_a_warning(own_store, monke
     where = ["--store", own_store.address]
     code, out, _ = call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")
     assert (code, "version 1 to production" in out) == (0, True)
-    assert "run digits is promoted without a lock; do not delete it meanwhile" in caplog.text
+    assert "run digits is promoted without a lock; do not delete or change it meanwhile" in caplog.text
 
 
 def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, capsys):
