@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
-from defuse_core.runs import Run
+from defuse_core.config import dump_run_file
+from defuse_core.runs import SETTINGS, Run
 from defuse_core.store import FolderStore
 from services.serving import candidate
 from services.serving.candidate import Candidate, prepare_candidate
@@ -184,6 +186,23 @@ def test_a_run_in_the_registry_is_not_changed_but_its_copy_is(own_store, monkeyp
     assert {key: own_store.read(key) for key in own_store.list()} == stored
     shutil.copytree(own_store.folder / "digits", own_store.folder / "copy")
     assert call(monkeypatch, capsys, "review", "set", "copy", *redo)[0] == 0
+
+
+def test_a_vote_of_a_run_that_is_promoted_while_all_answers_are_read_is_not_reopened(
+    own_store, monkeypatch, capsys
+):
+    where = ["--store", own_store.address]
+    asked = opened(own_store).spec.with_fields("review", annotators="label-studio")
+    own_store.delete(f"digits/{SETTINGS}")
+    own_store.write("digits/run.yaml", dump_run_file(asked).encode())
+
+    def promote_first(*_: object) -> None:
+        assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+
+    monkeypatch.setattr(import_module("services.cli.review"), "_expect_no_answer_lost", promote_first)
+    code, _, err = call(monkeypatch, capsys, "review", "reopen", "digits", *where)
+    assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True)
+    assert own_store.exists("digits/votes.safetensors")
 
 
 def test_a_run_in_the_registry_is_not_deleted_by_another_case_of_its_name(own_store, monkeypatch, capsys):
