@@ -63,6 +63,11 @@ FROM_VERDICTS = (
     "failurewatch",
     "evidence",
 )
+# What a run stores, in the order in which it is made: each follows from those before it. Trials are those of a sweep.
+MADE = (
+    "measuredprecision", "models", "references", "judges", "health", "psi", "scenarios", "gallery", "labeling",
+    "annotation_authors", "prelabels", "votes", "overrides", *FROM_VERDICTS, "trials", "report",
+)  # fmt: skip
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline has every λ, too
 REPORT_FILES = ("report.json", "report.html")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
