@@ -53,16 +53,14 @@ PLAIN_NAMES = ("plain", "plain_1", "plain_2")
 CONTROL_NAMES = (*PLAIN_NAMES, "left_out_0", "left_out_1")  # what only evidence needs: with the two folds
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
-    "moreimages",
-    "verdicts",
-    "corrections",
-    "baseline",
-    "sweep",
-    *CONTROL_NAMES,
-    "evaluation",
-    "failurewatch",
+    "moreimages", "verdicts", "corrections", "baseline", "sweep", *CONTROL_NAMES, "evaluation", "failurewatch",
     "evidence",
-)
+)  # fmt: skip
+# What a run stores, in the order in which it is made: each follows from those before it. Trials are those of a sweep.
+MADE = (
+    "measuredprecision", "models", "references", "judges", "health", "psi", "scenarios", "gallery", "labeling",
+    "annotation_authors", "prelabels", "votes", "overrides", *FROM_VERDICTS, "trials", "report",
+)  # fmt: skip
 FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline has every λ, too
 REPORT_FILES = ("report.json", "report.html")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them

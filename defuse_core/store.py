@@ -99,6 +99,9 @@ class Store(Protocol):
         Killed in between, `run.yaml` is either left, or everything is gone for a reader.
         """
 
+    def remove_unfinished(self) -> None:
+        """Remove what writers that were killed left behind, once no living one can still write it."""
+
     def lock(self) -> AbstractContextManager[None]:
         """Hold this store for one driver. Raises RunBusyError, naming the holder, if another has it."""
 
@@ -204,6 +207,14 @@ class FolderStore:
             self.folder.rename(doomed)
         self._remove_deleted()
 
+    def remove_unfinished(self) -> None:
+        """Remove what writers that were killed left behind; a living one writes its file in seconds."""
+        found = (Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
+        for path in (path for path in found if path.match(f".*{UNFINISHED}")):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > UNFINISHED_S:
+                    path.unlink()
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder through the operating system, which releases it by itself when the driver dies."""
@@ -213,7 +224,7 @@ class FolderStore:
                     handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})"
                 )
             try:
-                self._remove_unfinished()
+                self.remove_unfinished()
                 yield
             finally:
                 with contextlib.suppress(RunBusyError, OSError):
@@ -314,14 +325,6 @@ class FolderStore:
             f"{folder}: {self.holders[folder]} holds this run, and {platform.node()} does not see its folder; "
             f"{SHARED_STORE} (or was the run deleted?)"
         )
-
-    def _remove_unfinished(self) -> None:
-        """Remove what writers that were killed left behind; a living one writes its file in seconds."""
-        found = (Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
-        for path in (path for path in found if path.match(f".*{UNFINISHED}")):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > UNFINISHED_S:
-                    path.unlink()
 
     def _remove_deleted(self) -> None:
         """Remove the folder that `delete_all` renamed, and those whose deletion was killed."""

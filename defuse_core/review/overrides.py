@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,12 +44,19 @@ def _judged_without(run: Run, entry: Override) -> bool:
 
 
 def override_verdict(
-    run: Run, scenario: int, label: str | None, *, author: str, reason: str, redo: bool = False
+    run: Run,
+    scenario: int,
+    label: str | None,
+    *,
+    author: str,
+    reason: str,
+    redo: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> str:
     """Store that `scenario` has `label` (a class's name or index), or is rejected (None); return a sentence about it.
 
     Raises InputError for an unknown scenario or class, and if the run already has verdicts: `redo` deletes them and
-    what follows from them, and `defuse run` makes that again.
+    what follows from them, and `defuse run` makes that again. Nothing is deleted where `check` raises an error.
     """
     gallery = run.load(Gallery)
     if gallery is None:
@@ -69,6 +77,7 @@ def override_verdict(
             _store(run, entry)  # the driver had read it before, and judged again with it
     elif redo:
         with run.store.lock():
+            check()
             run.delete(FROM_VERDICTS, TRIALS)
             # Last: beside verdicts that were made without it, it would be recorded and ignored.
             _store(run, entry)
@@ -105,14 +114,16 @@ def _judged_message(run: Run) -> str:
     )
 
 
-def reopen_vote(run: Run) -> None:
+def reopen_vote(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """Delete the votes and what follows from them, so that `defuse run` takes in all answers that people have given.
 
-    Raises InputError if the run has no votes yet, or if reference models gave them.
+    Raises InputError if the run has no votes yet, or if reference models gave them. Nothing is deleted where `check`
+    raises an error.
     """
     if run.spec.review.annotators != "label-studio":
         raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
     if not run.store.exists("votes.safetensors"):
         raise InputError(f"the vote of run {run.name} is still open: all answers will count")
     with run.store.lock():
+        check()
         run.delete(FROM_VOTES, TRIALS)

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
 # what to do with a run that is in the registry
 COPY_IT = "copy its folder in the store, and change the copy (`defuse run` continues it with --name)"
+# what commands without the run's lock store in it: in a bucket also after `defuse delete`
+LEFT_BEHIND = re.compile(
+    r"(traffic-\d+/)?(candidates/\w+\.safetensors|overrides/\d+\.json|"
+    r"(labeling|annotation_authors|report|mlflow|manifest)\.(json|html))"
+)
 EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
 
 
@@ -154,6 +159,12 @@ def open_run(name: str, store: str) -> Run:
     from services.storage import open_store
 
     return Run.open(open_store(store), checked_name(name))
+
+
+def is_left_behind(run: Store) -> bool:
+    """Whether nothing is there but what commands have stored that went on while the run was deleted."""
+    keys = run.list()
+    return bool(keys) and all(LEFT_BEHIND.fullmatch(key) for key in keys)
 
 
 def expect_not_promoted(store: Store, run: str, remedy: str) -> None:

@@ -210,10 +210,9 @@ def set_(
     if _is_of_traffic(name):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
     opened, _ = _open(name, store)
-    if redo:
-        expect_not_promoted(open_store(store), name, COPY_IT)
+    check = partial(expect_not_promoted, open_store(store), name, COPY_IT)
     author = author or local_user("--author")
-    decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo)
+    decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo, check=check)
     click.echo(f"{decision}; `defuse run` continues with it")
 
 
@@ -234,10 +233,12 @@ def reopen(name: str, store: str, discard: bool) -> None:
     from services.storage import open_store
 
     opened, gallery = _open(name, store)
-    expect_not_promoted(open_store(store), name, COPY_IT)
+    check = partial(expect_not_promoted, open_store(store), name, COPY_IT)
+    check()
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
-    reopen_vote(opened)
+    # it may have been promoted while all answers were read
+    reopen_vote(opened, check)
     click.echo(f"the vote of {name} is open again; `{_following(opened)}` takes in all answers")
 
 

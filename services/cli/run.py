@@ -27,6 +27,7 @@ from services.cli.options import (
     echo_marked,
     expect_not_promoted,
     given,
+    is_left_behind,
     json_option,
     name_option,
     number,
@@ -346,7 +347,7 @@ def delete(run: str, store: str, yes: bool) -> None:
 
     opened = open_store(store)
     found = opened.within(checked_name(run))
-    if not found.exists("run.yaml"):  # one that cannot be read is deleted, too
+    if not found.exists("run.yaml") and not is_left_behind(found):  # one that cannot be read is deleted, too
         raise no_such_run(opened, run)
     folder = Path(found.address)  # of a bucket: nothing that exists here
     if folder.is_symlink():  # the registry and the traffic of its own store are not seen from here

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +13,6 @@ from defuse_core.errors import (
     NONE,
     CheckFailed,
     InputError,
-    StoreError,
     decimal,
     escape_control_characters,
     percent,
@@ -43,8 +40,6 @@ if TYPE_CHECKING:
     from services.serving.candidate import Candidate
     from services.serving.registry import Registry
     from services.serving.registry_state import RegistryState, VersionInfo
-
-log = logging.getLogger("defuse")
 
 by_option = click.option(
     "--by", callback=given, help="Author of the change. [default: the user of this machine]"
@@ -103,7 +98,7 @@ def _check_run(run: str, store: str, as_json: bool) -> None:
     from services.serving.candidate import NothingCorrected
 
     try:
-        candidate = _candidate(open_run(run, store))
+        _, candidate = _candidate(open_run(run, store))
     except NothingCorrected as nothing:
         if as_json:
             print_json(_unchecked(run, True, nothing))
@@ -170,6 +165,7 @@ def promote(
     defuse promote mnist --canary 5%
     defuse promote mnist --why "canary within limits"
     """
+    from services.serving.candidate import held_unchanged
     from services.serving.registry import promote as promote_candidate
     from services.serving.registry_state import PromotionRequest
 
@@ -184,8 +180,9 @@ def promote(
     share = parse_share(canary) if canary else None
     request = PromotionRequest(by or local_user("--by"), why or "", force, share, shadow)
     opened, before = open_run(run, store), registry.state()
-    candidate = _candidate(opened)  # takes minutes, in which another version may go into production
-    with _protected_from_deletion(opened):
+    # takes minutes, in which another version may go into production, and the run may be deleted or changed
+    key, candidate = _candidate(opened)
+    with held_unchanged(opened, key, partial(open_run, run, store)):
         state = promote_candidate(registry, candidate, request, before)
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production
@@ -289,33 +286,12 @@ def serve(
         serve_until_stopped(args, section, address, host, port, chosen, click.echo)
 
 
-@contextlib.contextmanager
-def _protected_from_deletion(run: Run) -> Iterator[None]:
-    """Hold the run's lock, as `defuse delete` does. Raises InputError for a run that was deleted meanwhile.
-
-    Without the lock, and with a warning, where the store of the run cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        _require_existing(run)  # before the lock, which would make the folder again
-        try:
-            stack.enter_context(run.store.lock())
-        except StoreError as error:
-            log.warning("run %s is promoted without a lock; do not delete it meanwhile: %s", run.name, error)
-        _require_existing(run)
-        yield
-
-
-def _require_existing(run: Run) -> None:
-    if not run.exists():
-        raise InputError(f"run {run.name} was deleted meanwhile; it is not promoted")
-
-
-def _candidate(run: Run) -> Candidate:
+def _candidate(run: Run) -> tuple[str, Candidate]:
     from services.cli.console import ProgressDisplay
     from services.serving.candidate import prepare_candidate
 
     with ProgressDisplay() as display:  # a promotion copies the candidate to the registry
-        return prepare_candidate(run, display, must_store=False)[1]
+        return prepare_candidate(run, display, must_store=False)
 
 
 def parse_share(text: str) -> float:

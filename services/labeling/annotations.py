@@ -157,9 +157,15 @@ def read_authors(store: Store) -> Authors:
 
 
 def store_authors(store: Store, known: Authors, pulled: PulledAnnotations) -> None:
-    """Store the authors of the pulled annotations beside those that are known already."""
-    authors = known | pulled.authors()
-    if authors != known:
+    """Store the authors of the pulled annotations beside those that are stored by then.
+
+    `known` are those that were stored before the pull: what a repair has removed since then is not added again.
+    """
+    stored, seen = read_authors(store), pulled.authors()
+    authors = stored | {
+        annotation: seen[annotation] for annotation in seen.keys() - (known.keys() - stored.keys())
+    }
+    if authors != stored:
         _write_authors(store, authors)
 
 

@@ -124,12 +124,13 @@ class LabelStudioAnnotators:
         # after pull(), which deletes those of a project that is at another address
         authors = read_authors(self.run.store)
         pulled = read_annotations(listed, tasks, authors)
-        store_authors(self.run.store, authors, pulled)
         is_open = not self.run.store.exists("votes.safetensors")  # a closed review asks nobody any more
         lost = pulled.missing_since(authors) if is_open else Counter[int]()
         annotators = (*pulled.annotators(), *lost)
         # numbered in the state that the store has now: other commands may have changed it
         state = update_state(self.run.store, state, lambda known: known.with_annotators(annotators))
+        # after that, which raises for a run that was deleted meanwhile
+        store_authors(self.run.store, authors, pulled)
         crowdlab = self.run.spec.review.consensus == "crowdlab"
         stored = self.run.load(Prelabels) if crowdlab else None
         status = review_status(

@@ -22,6 +22,7 @@ from defuse_core.store import GONE, Store
 
 VERSION = 4  # of the stored state
 STATE_KEY = "labeling.json"
+LOST = f"{STATE_KEY} is missing: {GONE}"
 
 # ---- what Defuse sends
 
@@ -216,7 +217,7 @@ class ProjectState:
     def number(self) -> int:
         """The project's id in Label Studio, once it was pushed. Raises InputError where the run has lost it."""
         if self.project is None:
-            raise InputError(f"{STATE_KEY} is missing: {GONE}")
+            raise InputError(LOST)
         return self.project
 
     def with_annotators(self, seen: Iterable[int]) -> ProjectState:
@@ -261,8 +262,13 @@ def read_state(store: Store, gallery: Gallery) -> ProjectState:
 def update_state(
     store: Store, state: ProjectState, change: Callable[[ProjectState], ProjectState]
 ) -> ProjectState:
-    """Apply `change` to the stored state, which other commands may have changed since `state` was read; return it."""
+    """Apply `change` to the stored state, which other commands may have changed since `state` was read; return it.
+
+    Raises InputError where the state of a project is gone: the run was deleted, and a later one of its name is another.
+    """
     known = _stored_state(store)
+    if known is None and state.project is not None:
+        raise InputError(f"{store.address}/{LOST}")
     changed = change(known or state)
     if changed != known:
         write_state(store, changed)

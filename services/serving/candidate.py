@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.review.verdicts import most_common_errors, scenario_name
-from defuse_core.runs import Run, utc_now
+from defuse_core.runs import CONTINUES, Run, utc_now
+from defuse_core.store import GONE
 from defuse_core.watch import FailureWatch, watch_classifier
 from defuse_core.watch.scenario_regions import fit_regions, training_codes
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
@@ -187,6 +189,8 @@ def prepare_candidate(
     except FileNotFoundError:
         candidate = _make(run, artifacts, progress)
         try:
+            if not run.exists():  # a write would begin a deleted one again in a bucket
+                raise StoreError(f"{run.store.address}: {GONE}")
             run.store.write(key, encode(candidate))
         except StoreError as error:
             if must_store:
@@ -195,6 +199,38 @@ def prepare_candidate(
                 "the checks will be made again next time, since the store cannot be written: %s", error
             )
         return key, candidate
+
+
+@contextlib.contextmanager
+def held_unchanged(run: Run, key: str, reopen: Callable[[], Run]) -> Iterator[None]:
+    """Hold the run's lock, as `defuse delete` and `defuse review` do, to promote its candidate of this key.
+
+    Raises InputError where the run, which `reopen` reads again, was deleted meanwhile or has another candidate now.
+    Without the lock, and with a warning, where the store of the run cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        _require_existing(run)  # before the lock, which would make the folder again
+        try:
+            stack.enter_context(run.store.lock())
+        except StoreError as error:
+            log.warning(
+                "run %s is promoted without a lock; do not delete or change it meanwhile: %s", run.name, error
+            )
+        _require_existing(run)
+        now = None  # without a corrected classifier
+        with contextlib.suppress(InputError, CheckFailed):
+            found = reopen()
+            now = _key(found.spec, _load_corrected(found))
+        if now != key:
+            raise InputError(
+                f"run {run.name} was changed meanwhile; it is not promoted; {CONTINUES}; then promote it again"
+            )
+        yield
+
+
+def _require_existing(run: Run) -> None:
+    if not run.exists():
+        raise InputError(f"run {run.name} was deleted meanwhile; it is not promoted")
 
 
 def require_corrected(run: Run) -> None:

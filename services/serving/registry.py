@@ -130,6 +130,7 @@ class Registry:
 
         The file of an equal one is written again where it is damaged or missing.
         """
+        self.store.remove_unfinished()  # nobody locks a registry
         state = self.state()
         if known := state.versions_with(candidate.digest):
             self._repair(max(known), candidate)

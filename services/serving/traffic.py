@@ -255,6 +255,7 @@ class Reservoir:
             self._expect_store()
             if folder not in self._bounded:
                 self._delete_slots_above(folder)
+                self.store.within(folder).remove_unfinished()  # nobody locks a sample
                 self._bounded.add(folder)
             self.store.write(f"{folder}/{drawn[1]:04d}.safetensors", encode(sampled))
             self._failing = False

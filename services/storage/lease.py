@@ -76,6 +76,16 @@ class LeaseInBucket:
             return self.store.read_with_version(KEY)
         return None
 
+    def require(self, own: LeaseState) -> None:
+        """Raise RunBusyError where the lease is not the one that was taken as `own`."""
+        seen = self.read()
+        state = LeaseState("nobody", released=True) if seen is None else LeaseState.parse(seen[1])
+        if state.token != own.token or state.released:
+            holder = "nobody" if state.released else state.holder
+            raise RunBusyError(
+                f"{self.address}: {own.holder} held this run; {holder} holds it now; see `defuse status`"
+            )
+
     def is_held(self) -> bool:
         """Whether a living driver holds the lease, by the server's clock; nobody waits for a heartbeat."""
         with contextlib.suppress(FileNotFoundError):

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import boto3
+import tenacity
 from botocore import exceptions as aws
 from botocore.config import Config
-from tenacity import (
-    RetryError,
-    Retrying,
-    retry_if_exception_type,
-    retry_if_result,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)
 
-from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.errors import InputError, StoreError
 from defuse_core.files import map_ahead
+from defuse_core.runs import MADE
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
 from services.storage.s3_errors import (
@@ -40,9 +35,9 @@ from services.storage.s3_errors import (
 )
 
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
-PART_BYTES = 16 * 2**20
+PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
+UPLOAD_AGE = timedelta(days=1)  # since it began, also where a slow line still sends it
 LIST_PAGE = 1000
-PARTS_AT_ONCE = 4
 READ_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 60.0  # of a large object: a proxy, or the buffers of a slow line, may still hold most of it
 SEND_BYTES = 2**20  # from here on
@@ -145,10 +140,10 @@ class S3Store:
     def read_with_version(self, key: str) -> tuple[str, bytes]:
         """Return version and content of an object. Reads a body again that breaks off, stalls or arrives altered."""
         with self._errors(key):
-            for attempt in Retrying(
-                retry=retry_if_exception_type(BROKEN),
-                wait=wait_exponential(multiplier=READ_PAUSE_S),
-                stop=stop_after_attempt(READ_ATTEMPTS),
+            for attempt in tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(BROKEN),
+                wait=tenacity.wait_exponential(multiplier=READ_PAUSE_S),
+                stop=tenacity.stop_after_attempt(READ_ATTEMPTS),
                 reraise=True,
             ):
                 answer = self._client.get_object(**self._at(key))  # whose retries are the client's
@@ -172,14 +167,14 @@ class S3Store:
 
     def _repeat_until_done(self, key: str, change: Callable[[], bool]) -> None:
         """Change an object, again where another writer was faster. Raises StoreError after some attempts."""
-        retry = Retrying(
-            retry=retry_if_result(lambda done: not done),
-            wait=wait_random(0, WRITE_PAUSE_S),
-            stop=stop_after_attempt(WRITE_ATTEMPTS),
+        retry = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda done: not done),
+            wait=tenacity.wait_random(0, WRITE_PAUSE_S),
+            stop=tenacity.stop_after_attempt(WRITE_ATTEMPTS),
         )
         try:
             retry(change)
-        except RetryError as error:
+        except tenacity.RetryError as error:
             raise StoreError(
                 f"{self.address}/{key}: other writers replace it all the time; end them, then run again to continue"
             ) from error
@@ -245,8 +240,18 @@ class S3Store:
         return True
 
     def delete_all(self) -> None:
-        """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last."""
-        list(map_ahead(self.delete, [key for key in self._all_keys() if key not in {"run.yaml", KEY}]))
+        """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last.
+
+        What a run makes last goes first: what a deletion that is cut off leaves is the run at an earlier point.
+        """
+
+        def place(key: str) -> int:
+            name = key.partition("/")[0].partition(".")[0]
+            return MADE.index(name) if name in MADE else -1
+
+        keys = sorted((key for key in self._all_keys() if key not in {"run.yaml", KEY}), key=place)
+        for _, group in itertools.groupby(reversed(keys), place):
+            list(map_ahead(self.delete, group))
         self.delete("run.yaml")
         self._abort_uploads()
         if self.prefix in self.leases:
@@ -254,10 +259,13 @@ class S3Store:
         else:
             self.delete(KEY)
 
-    def _abort_uploads(self) -> None:
+    def remove_unfinished(self) -> None:
+        self._abort_uploads(lambda upload: datetime.now(UTC) - upload["Initiated"] > UPLOAD_AGE)
+
+    def _abort_uploads(self, chosen: Callable[[Any], bool] = lambda upload: True) -> None:
         """Drop the parts that killed writers left, which no listing shows; some servers do not list them either."""
         with contextlib.suppress(StoreError, FileNotFoundError), self._errors():
-            for upload in list(self._listed("list_multipart_uploads", "Uploads")):
+            for upload in filter(chosen, list(self._listed("list_multipart_uploads", "Uploads"))):
                 at = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 self._client.abort_multipart_upload(**at)
 
@@ -306,17 +314,9 @@ class S3Store:
 
     def _require_fence(self) -> None:
         """Raise RunBusyError where another driver than the one for whom this store writes holds the run."""
-        if (fence := self._fence()) is None:
-            return
-        prefix, own = fence
-        locked = S3Store(self.bucket, prefix, self.endpoint, self.region)
-        seen = LeaseInBucket(locked).read()
-        state = LeaseState("nobody", released=True) if seen is None else LeaseState.parse(seen[1])
-        if state.token != own.token or state.released:
-            holder = "nobody" if state.released else state.holder
-            raise RunBusyError(
-                f"{locked.address}: {own.holder} held this run; {holder} holds it now; see `defuse status`"
-            )
+        if (fence := self._fence()) is not None:
+            locked = S3Store(self.bucket, fence[0], self.endpoint, self.region)
+            LeaseInBucket(locked).require(fence[1])
 
     def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:
         """Put `data` if nobody else writes `key` meanwhile; True if it is stored, or is not wanted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 
 from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
-from defuse_core.runs import Run
+from defuse_core.config import dump_run_file
+from defuse_core.runs import SETTINGS, Run
 from defuse_core.store import FolderStore
+from services.serving import candidate
 from services.serving.candidate import Candidate, prepare_candidate
+from services.serving.checks import CandidateReport
 from services.serving.registry import Registry
 from tests.e2e.test_cli import call, one_line
 
@@ -90,6 +94,34 @@ def test_a_run_that_is_deleted_before_its_promotion_is_not_promoted(own_store, m
     assert list(own_store.folder.iterdir()) == []
 
 
+def test_a_run_that_is_changed_before_its_promotion_is_not_promoted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+
+    def prepare_and_change(*arguments: Any, **options: Any) -> tuple[str, Candidate]:
+        prepared = prepare_candidate(*arguments, **options)
+        redo = ["review", "set", "digits", "0", "--reject", "--reason", "no digit", "--redo"]
+        assert call(monkeypatch, capsys, *redo, *where)[0] == 0
+        return prepared
+
+    monkeypatch.setattr("services.serving.candidate.prepare_candidate", prepare_and_change)
+    code, _, err = call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")
+    assert code == 2 and "run digits was changed meanwhile; it is not promoted" in one_line(err)
+    assert not own_store.list("registry/")
+
+
+def test_checks_of_a_run_that_is_deleted_meanwhile_do_not_begin_it_again(own_store, monkeypatch, caplog):
+    run, evaluate = opened(own_store), candidate.evaluate_candidate
+    run.store.existing = None  # as in a bucket, where a write makes a deleted folder again
+
+    def delete_first(*arguments: Any) -> CandidateReport:
+        own_store.within("digits").delete_all()
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(candidate, "evaluate_candidate", delete_first)
+    assert prepare_candidate(run, must_store=False)[1].run == "digits"
+    assert own_store.list() == [] and "this run is gone" in caplog.text
+
+
 def test_a_run_that_cannot_be_locked_is_promoted_with_a_warning(own_store, monkeypatch, capsys, caplog):
     (
         own_store.folder / "digits" / ".lock"
@@ -97,7 +129,7 @@ def test_a_run_that_cannot_be_locked_is_promoted_with_a_warning(own_store, monke
     where = ["--store", own_store.address]
     code, out, _ = call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")
     assert (code, "version 1 to production" in out) == (0, True)
-    assert "run digits is promoted without a lock; do not delete it meanwhile" in caplog.text
+    assert "run digits is promoted without a lock; do not delete or change it meanwhile" in caplog.text
 
 
 def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, capsys):
@@ -105,6 +137,19 @@ def test_a_run_whose_run_file_is_damaged_can_be_deleted(own_store, monkeypatch, 
     code, out, _ = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address, "--yes")
     assert (code, out.startswith("deleted digits: ")) == (0, True)
     assert own_store.list() == []
+
+
+def test_what_commands_have_stored_since_a_run_was_deleted_can_be_deleted(own_store, monkeypatch, capsys):
+    for key in ("candidates/0123456789abcdef.safetensors", "labeling.json", "traffic-1/labeling.json"):
+        own_store.write(f"gone/{key}", b"1")
+        own_store.write(f"others/{key}", b"1")
+    own_store.write("others/notes.txt", b"not of a run")
+    where = ["--store", own_store.address, "--yes"]
+    code, out, _ = call(monkeypatch, capsys, "delete", "gone", *where)
+    assert (code, out.strip()) == (0, "deleted gone: 3 files")
+    code, _, err = call(monkeypatch, capsys, "delete", "others", *where)
+    assert (code, "no run called others" in one_line(err)) == (2, True)
+    assert not own_store.list("gone/") and len(own_store.list("others/")) == 4
 
 
 def test_a_link_to_a_run_of_another_store_is_not_deleted(own_store, tmp_path, monkeypatch, capsys):
@@ -154,6 +199,23 @@ def test_a_run_in_the_registry_is_not_changed_but_its_copy_is(own_store, monkeyp
     assert {key: own_store.read(key) for key in own_store.list()} == stored
     shutil.copytree(own_store.folder / "digits", own_store.folder / "copy")
     assert call(monkeypatch, capsys, "review", "set", "copy", *redo)[0] == 0
+
+
+def test_a_vote_of_a_run_that_is_promoted_while_all_answers_are_read_is_not_reopened(
+    own_store, monkeypatch, capsys
+):
+    where = ["--store", own_store.address]
+    asked = opened(own_store).spec.with_fields("review", annotators="label-studio")
+    own_store.delete(f"digits/{SETTINGS}")
+    own_store.write("digits/run.yaml", dump_run_file(asked).encode())
+
+    def promote_first(*_: object) -> None:
+        assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+
+    monkeypatch.setattr(import_module("services.cli.review"), "_expect_no_answer_lost", promote_first)
+    code, _, err = call(monkeypatch, capsys, "review", "reopen", "digits", *where)
+    assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True)
+    assert own_store.exists("digits/votes.safetensors")
 
 
 def test_a_run_in_the_registry_is_not_deleted_by_another_case_of_its_name(own_store, monkeypatch, capsys):

@@ -67,10 +67,12 @@ def test_authors_are_stored_beside_those_of_earlier_pulls_and_only_where_some_ar
     assert read_authors(store) == {}
     given = (annotation(1, 3), annotation(2, 4, "eleven"), annotation(3, None))
     pulled = read_annotations([task_of(tasks, 0, *given)], tasks)
-    store_authors(store, {9: 5, 1: 3, 2: 4}, pulled)
-    assert not store.exists(AUTHORS_KEY)  # all were known
+    store.write(AUTHORS_KEY, b'{"5": [9]}')
     store_authors(store, {9: 5}, pulled)
     assert read_authors(store) == {9: 5, 1: 3, 2: 4}
+    version = store.version(AUTHORS_KEY)
+    store_authors(store, {9: 5, 1: 3, 2: 4}, pulled)
+    assert store.version(AUTHORS_KEY) == version  # all were known
     store.write(AUTHORS_KEY, b'{"3": 1}')
     with pytest.raises(InputError, match="delete it, and the next pull writes it again"):
         read_authors(store)
@@ -135,8 +137,13 @@ def test_a_repair_deletes_skips_and_unreadable_answers_to_tasks_that_lack_answer
         task_of(tasks, 0, annotation(1, 3), annotation(2, 4, "eleven")),
         task_of(tasks, 1, annotation(3, 3, None), annotation(4, 5, "eleven")),
     ]
-    store_authors(tasks.store, {9: 3}, read_annotations(listed, tasks))
+    tasks.store.write(AUTHORS_KEY, b'{"3": [9]}')
+    pulled = read_annotations(listed, tasks)
+    store_authors(tasks.store, {9: 3}, pulled)
+    known = read_authors(tasks.store)
     deleted = list[int]()
     delete_skips(SimpleNamespace(delete_annotation=deleted.append), listed, tasks)
     assert deleted == [3, 4]
     assert read_authors(tasks.store) == {1: 3, 2: 4}  # nothing of what is gone is missed
+    store_authors(tasks.store, known, pulled)  # by a pull that began before the repair
+    assert read_authors(tasks.store) == {1: 3, 2: 4}

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shlex
+from functools import partial
 
 import numpy as np
 import pytest
@@ -187,6 +188,26 @@ def test_redo_waits_for_no_driver_that_is_writing(judged):
     with judged.store.lock(), pytest.raises(RunBusyError):
         override_verdict(judged, 2, "8", author="Ada", reason="checked", redo=True)
     assert judged.load(Verdicts) is not None
+
+
+@pytest.mark.parametrize(
+    "delete",
+    [
+        reopen_vote,
+        partial(override_verdict, scenario=2, label="8", author="Ada", reason="checked", redo=True),
+    ],
+    ids=["reopen", "redo"],
+)
+def test_a_check_that_fails_while_the_run_is_held_keeps_all_that_would_be_deleted(judged, delete):
+    before = {key: judged.store.read(key) for key in judged.store.list()}
+
+    def check():
+        assert judged.store.is_locked()
+        raise InputError("in production")
+
+    with pytest.raises(InputError, match="in production"):
+        delete(judged, check=check)
+    assert {key: judged.store.read(key) for key in judged.store.list()} == before
 
 
 def test_a_run_without_scenarios_says_how_far_it_is(run):

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from label_studio_live import digits_gallery
+from planted_review import answered_tasks, blank_review
 
 from defuse_core.errors import InputError
 from defuse_core.store import FolderStore
-from services.labeling.records import ProjectState, gallery_digest, read_state, update_state, write_state
+from services.labeling.annotators import LabelStudioAnnotators
+from services.labeling.project import ReviewProject
+from services.labeling.records import (
+    Project,
+    ProjectState,
+    Task,
+    gallery_digest,
+    read_state,
+    update_state,
+    write_state,
+)
+from services.settings import read_settings
 
 
 def test_the_number_of_an_annotator_never_changes():
@@ -25,6 +39,33 @@ def test_a_change_is_made_to_what_is_stored_by_then(tmp_path):
     write_state(store, replace(early, simulated=True))  # by another command
     changed = update_state(store, early, lambda known: known.with_annotators([7]))
     assert changed.simulated and changed.people == {"7": 1}
+
+
+def test_a_pull_stores_nothing_in_a_run_that_is_deleted_meanwhile(tmp_path):
+    run, tasks = blank_review(tmp_path, 1)
+    run.until, run.store.existing = "draw", None  # as in a bucket, where a write makes a deleted folder again
+    first = ReviewProject(None, run, tasks)
+    write_state(run.store, first.state)
+    project = Project(1, first.settings())
+
+    def listed(number: int, with_data: bool = True) -> Iterator[Task]:
+        yield from answered_tasks(tasks, first.state.secret)
+
+    def listed_during_a_deletion(number: int, with_data: bool = True) -> Iterator[Task]:
+        yield from listed(number)
+        for key in run.store.list():
+            run.store.delete(key)
+
+    annotators = LabelStudioAnnotators(run, read_settings())
+    annotators.client = SimpleNamespace(
+        address="http://labels", organization=lambda: 1, project=lambda number: project,
+        find_projects=lambda mark: [project], tasks=listed,
+    )  # fmt: skip
+    annotators.push(tasks.gallery)
+    annotators.client.tasks = listed_during_a_deletion
+    with pytest.raises(InputError, match="labeling.json is missing: this run is gone"):
+        annotators.status(tasks.gallery)
+    assert run.store.list() == []
 
 
 def test_the_digest_is_of_all_that_people_see_and_of_the_answers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from defuse_core.artifacts import Models
 from defuse_core.codec import encode
 from defuse_core.config import ServeSection
 from defuse_core.errors import CheckFailed, DamagedError, InputError
+from defuse_core.files import UNFINISHED
 from defuse_core.runs import Run
 from services.cli.serve import parse_share
 from services.serving import candidate as candidate_module
@@ -43,6 +45,17 @@ def test_a_promoted_candidate_becomes_version_1_with_who_when_and_why(registry, 
     assert registry.state() == state and state.when.endswith("Z")
     assert registry.load(1).digest == candidates["first"].digest
     assert registry.state().versions[1].run == "first"
+
+
+def test_what_a_killed_promotion_left_is_removed_by_the_next_one_in_time(registry, candidates):
+    versions = registry.store.within("versions").folder
+    versions.mkdir(parents=True)
+    old, new = (versions / f".000001.safetensors.{name}{UNFINISHED}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    promote(registry, candidates["first"], ANA)
+    assert sorted(versions.iterdir()) == [new, versions / "000001.safetensors"]
 
 
 def test_equal_weights_are_one_version(registry, candidates):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ import pytest
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import DamagedError, InputError, StoreError
+from defuse_core.files import UNFINISHED
 from defuse_core.store import FolderStore
 from services.serving.traffic import (
     Reservoir,
@@ -184,6 +186,17 @@ def test_a_store_that_fails_is_a_warning_and_other_files_in_a_sample_stay(tmp_pa
     reservoir._thread.shutdown()
     assert "an input was not stored: " in caplog.text and reservoir._pending == 0
     assert store.within(f"traffic/a/{FOLDER}/003").list() == ["0000.safetensors", "notes.safetensors"]
+
+
+def test_what_a_killed_server_was_writing_into_a_sample_is_removed(tmp_path):
+    store = FolderStore(tmp_path)
+    store.write(f"traffic/a/{FOLDER}/003/.0000.safetensors.1{UNFINISHED}", b"half")
+    (left,) = (path for path in tmp_path.rglob(".*") if path.is_file())
+    os.utime(left, (0, 0))
+    reservoir = Reservoir(store, 1)
+    reservoir.offer("a", sampled_input(np.zeros((1, 2, 2), np.float32), 3, 0))
+    reservoir._thread.shutdown()
+    assert [path.name for path in left.parent.iterdir()] == ["0000.safetensors"]
 
 
 def offer_in_turn(reservoir: Reservoir, count: int, failure: float | None = None) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,11 @@ from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import FolderStore, Store
 from services.storage import lease, s3
 from tests.waiting import WAIT_S
+
+STEPS = [  # in the order in which a run makes them
+    "run.yaml", "models.safetensors", "gallery.safetensors", "votes.safetensors", "verdicts.safetensors",
+    "corrections.safetensors", "sweep.safetensors", "trials/1", "report.json",
+]  # fmt: skip
 
 
 def everything(store: Store) -> list[str]:
@@ -118,6 +125,38 @@ def test_the_files_of_a_bucket_are_deleted_several_at_once(
     monkeypatch.setattr(s3.S3Store, "delete", meet)
     with bucket.lock():
         bucket.delete_all()
+    assert everything(bucket) == []
+
+
+@pytest.mark.parametrize("deleted", range(len(STEPS)))
+def test_a_deletion_of_a_bucket_that_is_cut_off_leaves_the_run_at_an_earlier_point(
+    deleted: int, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in STEPS:
+        bucket.write(key, b"1")
+    delete, left = s3.S3Store.delete, itertools.count()
+
+    def cut_off(store: s3.S3Store, key: str) -> None:
+        if next(left) >= deleted:
+            raise StoreError("cut off")
+        delete(store, key)
+
+    monkeypatch.setattr(s3.S3Store, "delete", cut_off)
+    with pytest.raises(StoreError, match="cut off"):
+        bucket.delete_all()
+    assert bucket.list() == sorted(STEPS[: len(STEPS) - deleted])
+
+
+def test_only_uploads_to_a_bucket_that_began_long_ago_are_removed_without_its_lock(
+    bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    bucket._client.create_multipart_upload(Bucket="bucket", Key=bucket.prefix + "000001.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "UPLOAD_AGE", timedelta(days=365 * 99))  # moto's begin in 2010
+        bucket.remove_unfinished()
+    assert len(everything(bucket)) == 1
+    bucket.remove_unfinished()
     assert everything(bucket) == []
 
 
