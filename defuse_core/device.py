@@ -143,6 +143,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def is_device_failure(error: BaseException) -> bool:
+    """Whether the GPU or a library of it failed, after which nothing may succeed on it in this process."""
+    words = ("CUDA error: ", "cuDNN error: ", "CUDNN_STATUS_", "CUBLAS_STATUS_")
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def release_memory() -> None:
     """Return freed memory to the system, some 0.1 ms for each MB. After cpu_threads the process keeps it otherwise."""
     with contextlib.suppress(OSError, AttributeError):
