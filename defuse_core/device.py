@@ -52,7 +52,7 @@ def device_name() -> str:
     """Return the name of the device, for the manifest: results are equal, bit for bit, on devices of one kind."""
     return (
         torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        if device().type == "cuda"
         else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     )
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning, collect_sweep
-from defuse_core.device import is_device_failure, is_out_of_memory, release_memory
+from defuse_core.device import computing_on, is_device_failure, is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
@@ -125,6 +125,15 @@ class LocalPartitions:
 
     def map(self, function: Callable[..., T], *args: object) -> list[T]:
         return [function(part, *args) for part in self.parts]
+
+
+@contextmanager
+def local_compute(
+    spec: RunFile, progress: Progress = silent, profile: Profile = UNTRACED
+) -> Iterator[LocalCompute]:
+    """Yield the Compute of a run in this process, for the block: on its GPU, unless resources.gpus_per_worker is 0."""
+    with computing_on(torch.device("cpu")) if spec.resources.gpus_per_worker == 0 else nullcontext():
+        yield LocalCompute(progress, profile)
 
 
 class LocalCompute:
