@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -38,7 +38,7 @@ from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, column, image_shape, splits_of
 from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
-from defuse_core.local import LocalCompute
+from defuse_core.local import local_compute
 from defuse_core.models import expect_storable, is_same_program, program_of
 from defuse_core.pipeline import expect_same_images, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
@@ -128,7 +128,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):
             return result
-        with nullcontext(LocalCompute(progress)) if compute is None else compute(run) as running:
+        with local_compute(run.spec, progress) if compute is None else compute(run) as running:
             run_defuse(run, running, annotators(run, running))
     return RunResult(run, classifier)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 # torch's flags of how it computes f32: convolutions and recurrent layers of GPUs, and the products of both
 _backends: Any = torch.backends  # its annotations lack some of them
@@ -50,7 +52,7 @@ def device_name() -> str:
     """Return the name of the device, for the manifest: results are equal, bit for bit, on devices of one kind."""
     return (
         torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        if device().type == "cuda"
         else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     )
 
@@ -60,19 +62,26 @@ def cpu_threads(count: int) -> Iterator[None]:
     """Compute with `count` CPU threads inside the block, and reproducibly; f32 is IEEE single precision, on GPUs too.
 
     Another number of threads adds in another order and so rounds differently. Each step therefore fixes its number,
-    whatever the machine has.
+    whatever the machine has. NumPy's linear algebra has one thread.
     """
     before, cudnn = torch.get_num_threads(), torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
-    torch.set_num_threads(count)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    _set_allocator(KEEPING)
-    try:
-        with _ieee_f32():
+    # entered before torch's number is set, which a library that both use then has
+    with _linear_algebra().limit(limits=1), _ieee_f32():
+        torch.set_num_threads(count)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        _set_allocator(KEEPING)
+        try:
             yield
-    finally:
-        torch.set_num_threads(before)
-        cudnn.deterministic, cudnn.benchmark = flags
+        finally:
+            torch.set_num_threads(before)
+            cudnn.deterministic, cudnn.benchmark = flags
+
+
+@functools.cache
+def _linear_algebra() -> ThreadpoolController:
+    """Return what sets the threads of NumPy's BLAS. To find the library takes some milliseconds."""
+    return ThreadpoolController().select(user_api="blas")
 
 
 @contextlib.contextmanager
@@ -141,6 +150,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     # of torch on a CPU; of a GPU outside torch's own allocator; of its libraries
     words = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Whether the GPU or a library of it failed, after which nothing may succeed on it in this process."""
+    words = ("CUDA error: ", "cuDNN error: ", "CUDNN_STATUS_", "CUBLAS_STATUS_")
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def release_memory() -> None:

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning, collect_sweep
-from defuse_core.device import is_out_of_memory, release_memory
+from defuse_core.device import computing_on, is_device_failure, is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
@@ -127,6 +127,15 @@ class LocalPartitions:
         return [function(part, *args) for part in self.parts]
 
 
+@contextmanager
+def local_compute(
+    spec: RunFile, progress: Progress = silent, profile: Profile = UNTRACED
+) -> Iterator[LocalCompute]:
+    """Yield the Compute of a run in this process, for the block: on its GPU, unless resources.gpus_per_worker is 0."""
+    with computing_on(torch.device("cpu")) if spec.resources.gpus_per_worker == 0 else nullcontext():
+        yield LocalCompute(progress, profile)
+
+
 class LocalCompute:
     """The protocol `Compute`, without a cluster."""
 
@@ -201,6 +210,10 @@ class LocalCompute:
                 raise ComputeError(
                     f"correct: λ = {names_of(lams)}: out of memory ({one_line(error)}); free memory and run again to "
                     f"continue, or lower correct.batch_size or stack under {ANOTHER_NAME}"
+                ) from error
+            if is_device_failure(error):
+                raise ComputeError(
+                    f"correct: λ = {names_of(lams)}: {one_line(error)}; run again to continue"
                 ) from error
             if not is_trial_failure(error):
                 raise

@@ -188,11 +188,7 @@ def train_classifier(
     classifier = initial_classifier(spec, splits.train, len(splits.classes))
     training = Training(classifier, _optimizer(spec, classifier), store, "classifier", splits.fingerprint())
     images = DeviceImages(splits.train, spec.resources.readers)
-    loss_of = averaged(
-        classifier,
-        partial(classifier_loss, spec, classifier),
-        all_used=section.architecture not in EXTERNAL,
-    )
+    loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))
     for epoch in training.epochs(section.epochs):
         loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
         validation = None

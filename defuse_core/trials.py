@@ -27,7 +27,7 @@ from defuse_core.correct import (
     fine_tune,
     require_progress,
 )
-from defuse_core.device import autocast, cpu_threads, device, is_out_of_memory
+from defuse_core.device import autocast, cpu_threads, device, is_device_failure, is_out_of_memory
 from defuse_core.errors import ANOTHER_NAME, DamagedError, DefuseError, ModelError, StoreError, one_line
 from defuse_core.models import set_weights, to_tensor, weights_of
 from defuse_core.store import Store
@@ -171,7 +171,7 @@ def _has_epochs(lam: float, epochs: int, data: bytes) -> bool:
 
 def is_trial_failure(error: BaseException) -> bool:
     """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
-    machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error)
+    machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error) or is_device_failure(error)
     return isinstance(error, ModelError) or not machines
 
 

@@ -181,6 +181,7 @@ def _draw_allowed(
     return codes.take(generator(spec.seed, "corrections", "unreviewed").permutation(rows))
 
 
+@cpu_threads(1)
 def allowed(codes: Failures, scenarios: Scenarios, verdicts: Verdicts) -> Bool:
     """Return which of (n,) failures may be tuned on, (n,). Not allowed are those
 

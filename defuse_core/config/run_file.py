@@ -50,7 +50,7 @@ class ResourcesSection(Section):
     there is no GPU."""
     gpus_per_worker: GpuShare | Literal["auto"] = "auto"
     """GPUs per worker, which computes on one at most; fractions are allowed; auto is 1 where the cluster has any GPU,
-    else 0."""
+    else 0. With 0, `--on local` computes on the CPU, too; otherwise on the machine's GPU."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs per worker."""
     train_threads: int = Field(2, ge=1)

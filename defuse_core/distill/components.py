@@ -259,16 +259,16 @@ def fit_mixture(codes: F32, components: int, section: DistillSection, seed: int,
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import BayesianGaussianMixture  # late: its import takes a second
 
-    mixture = BayesianGaussianMixture(
-        n_components=components,
-        covariance_type="full",
-        weight_concentration_prior_type="dirichlet_process",
-        max_iter=section.max_iterations,
-        tol=section.tolerance,
-        random_state=random_state,
-        covariance_prior=prior_covariance(sample_covariance(codes.astype(np.float64))),
-    )
     with threadpool_limits(1), warnings.catch_warnings():
+        mixture = BayesianGaussianMixture(
+            n_components=components,
+            covariance_type="full",
+            weight_concentration_prior_type="dirichlet_process",
+            max_iter=section.max_iterations,
+            tol=section.tolerance,
+            random_state=random_state,
+            covariance_prior=prior_covariance(sample_covariance(codes.astype(np.float64))),
+        )
         warnings.simplefilter("ignore", ConvergenceWarning)  # the report states it
         mixture.fit(codes.astype(np.float64))
     bounds = mixture.lower_bounds_

@@ -96,7 +96,8 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     )
     if not kept:
         return no_scenarios(spec.vae.latent_dim, psi.total, small)
-    fits = _fit(spec.distill, parts, kept, sample, compute.progress)
+    with cpu_threads(1):
+        fits = _fit(spec.distill, parts, kept, sample, compute.progress)
     fitted = _with_support(psi, cells, fits, parts)
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
@@ -195,8 +196,7 @@ def _fit(
     fits = {}
     for cell, table in tables.items():
         prior = prior_covariance(covariance_of(spreads[cell]))
-        with cpu_threads(1):
-            posterior = maximise(prior, summed_statistics(first[cell], table))
+        posterior = maximise(prior, summed_statistics(first[cell], table))
         fits[cell] = VariationalFit(
             posterior,
             prior,
@@ -219,8 +219,7 @@ def _iterate(parts: Partitions, centers: dict[Cell, F64], running: dict[Cell, Va
     tables = {cell: fit.coefficients() for cell, fit in running.items()}
     sums = _summed(parts, centers, tables)
     for cell, fit in running.items():
-        with cpu_threads(1):
-            fit.step(summed_statistics(sums[cell], tables[cell]))
+        fit.step(summed_statistics(sums[cell], tables[cell]))
 
 
 def _summed(

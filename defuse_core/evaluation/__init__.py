@@ -287,6 +287,7 @@ def has_known_confusion(found: Findings, errors: I64) -> Bool:
     return known
 
 
+@cpu_threads(1)
 def without_fold(found: Findings, fold: int) -> Corrections:
     """Return the corrections of all scenarios outside `fold`, without what is near one of it.
 

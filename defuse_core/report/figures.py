@@ -56,7 +56,9 @@ SPREADING_ROUNDS = 200
 
 def draw_figures(report: Report, found: Findings, evaluation: Evaluation) -> dict[str, str]:
     """Return the pictures of a run by name, as <svg> elements; those without data are absent."""
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # settings of the user's, such as text.usetex, would apply as well
+        mpl.rcParams.update(STYLE)
         figures = {
             "tradeoff": draw_tradeoff(report),
             "lambdas": draw_lambdas(report),

@@ -44,13 +44,15 @@ def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progr
     """Return R decoded images of every component, with the classifier's answers."""
     review = spec.review
     progress("drawing images to review", 0, 1, "galleries")
-    draws = [
-        spread_draws(spec, scenarios, component, review.images, generator(spec.seed, "gallery", component))
-        for component in range(len(scenarios))
-    ]
-    codes, anchors = stacked(draws, review.images, spec.vae.latent_dim)  # (S, R, Z), (S, R)
     images = anchors_of(scenarios)
     with cpu_threads(1):
+        draws = [
+            spread_draws(
+                spec, scenarios, component, review.images, generator(spec.seed, "gallery", component)
+            )
+            for component in range(len(scenarios))
+        ]
+        codes, anchors = stacked(draws, review.images, spec.vae.latent_dim)  # (S, R, Z), (S, R)
         decoder = decoder_of(load_vae(spec, models.vae), images)
         flat = decoder.decode(codes, anchors)
         predicted = predict(load_classifier(spec, models.classifier, len(models.classes)), flat)
@@ -97,6 +99,7 @@ def sample_more_images(
     return MoreImages(drawn, labelled, wrong, *(() if images is None else (unit, outcome)))
 
 
+@cpu_threads(1)
 def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
     """Return D_f: per failure scenario, codes to tune on and others to test on, under the scenario's one label.
 

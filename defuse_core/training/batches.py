@@ -217,17 +217,18 @@ class _LossModule(nn.Module):
         return self.loss(*args)
 
 
-def averaged(trained: nn.Module, loss: Callable[P, R], *, all_used: bool) -> Callable[P, R]:
+def averaged(trained: nn.Module, loss: Callable[P, R]) -> Callable[P, R]:
     """Return `loss`, the backward pass of which averages the gradients of `trained` over the workers.
 
-    `all_used` says that every parameter takes part in the loss, which saves a search for those that do not. On GPUs
-    batch normalisation sees the whole minibatch. Waits until all workers have called it.
+    On GPUs batch normalisation sees the whole minibatch. Waits until all workers have called it.
     """
     if group_size() == 1:
         return loss
     if device().type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(trained)  # type: ignore[no-untyped-call]
-    return DistributedDataParallel(_LossModule(trained, loss), find_unused_parameters=not all_used)
+    # Also without unused parameters: otherwise it divides the gradients anew after its first step, and three workers or
+    # more then add in another order than those of a training that was not interrupted.
+    return DistributedDataParallel(_LossModule(trained, loss), find_unused_parameters=True)
 
 
 def mean_over_workers(values: Tensor) -> Tensor:

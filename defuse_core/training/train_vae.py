@@ -69,9 +69,7 @@ def train_vae(
     trained = vae if head is None else nn.ModuleDict({"vae": vae, "head": to_device(head)})
     optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    loss = averaged(
-        trained, partial(vae_loss, spec, vae.train(), head), all_used=spec.vae.architecture != "custom"
-    )
+    loss = averaged(trained, partial(vae_loss, spec, vae.train(), head))
     images = DeviceImages(splits.train, spec.resources.readers)
     trainer = _VaeTrainer(spec, loss, optimizer, images, progress)
     for epoch in training.epochs(section.epochs):

@@ -333,7 +333,7 @@ def simulate(name: str, store: str) -> None:
 
     Use it to try out a whole review without people; the votes are those of models.
     """
-    from defuse_core.local import LocalCompute
+    from defuse_core.local import local_compute
     from services.cli.console import ProgressDisplay
     from services.labeling.annotators import LabelStudioAnnotators
     from services.labeling.local_server import running_server
@@ -346,8 +346,8 @@ def simulate(name: str, store: str) -> None:
     if server is None:
         raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
     annotators = LabelStudioAnnotators(opened, settings)
-    with ProgressDisplay() as display:
-        total = simulate_annotators(annotators, gallery, server, LocalCompute(display), display)
+    with ProgressDisplay() as display, local_compute(opened.spec, display) as compute:
+        total = simulate_annotators(annotators, gallery, server, compute, display)
     click.echo(f"answered {count_of(total, 'task')}; `{_following(opened)}` continues with the answers")
 
 

@@ -221,7 +221,7 @@ def run(
     """
     from defuse_core.config import load_run_file, with_absolute_root
     from defuse_core.data import check_class_names, expect_root
-    from defuse_core.local import LocalCompute, Profile
+    from defuse_core.local import Profile, local_compute
     from defuse_core.pipeline import run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.cli.console import ProgressDisplay
@@ -256,7 +256,7 @@ def run(
 
             computing = on_ray(address, display, traced)(started)
         else:
-            computing = contextlib.nullcontext(LocalCompute(display, traced))
+            computing = local_compute(started.spec, display, traced)
         with contextlib.suppress(ReachedStep):
             sending = tracking(started, read_settings()) if track else contextlib.nullcontext()
             with sending, computing as compute:

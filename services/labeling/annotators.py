@@ -218,11 +218,12 @@ class LabelStudioAnnotators:
 
     def _probabilities(self, gallery: Gallery) -> F32:
         """Return the reference models' probabilities on the gallery, (W, S, R, C), which the run stores."""
-        compute = self.compute
-        if compute is None:  # `defuse review push`, outside `defuse run`
-            from defuse_core.local import LocalCompute
-            from defuse_core.training.precision import resolve_precision
+        if self.compute is not None:
+            return ask_models_once(self.run, self.compute, gallery)
+        # `defuse review push`, outside `defuse run`
+        from defuse_core.local import local_compute
+        from defuse_core.training.precision import resolve_precision
 
-            compute = LocalCompute()
+        with local_compute(self.run.spec) as compute:
             resolve_precision(self.run, compute)
-        return ask_models_once(self.run, compute, gallery)
+            return ask_models_once(self.run, compute, gallery)

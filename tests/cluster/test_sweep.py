@@ -121,6 +121,12 @@ def test_a_trial_that_runs_out_of_memory_ends_the_sweep_with_what_to_do() -> Non
         _failure(RayTaskError("trial", "", error), (1.0,))
 
 
+def test_a_trial_whose_gpu_failed_in_every_attempt_ends_the_sweep_and_is_not_left_out() -> None:
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    with pytest.raises(ComputeError, match="^correct: λ = 1: AcceleratorError: CUDA error: unspecified"):
+        _failure(RayTaskError("trial", "", error), (1.0,))
+
+
 def test_a_trial_whose_worker_was_lost_again_and_again_ends_the_sweep_and_is_not_left_out() -> None:
     with pytest.raises(ComputeError, match="^correct: λ = 1: "):
         _failure(WorkerCrashedError(), (1.0,))

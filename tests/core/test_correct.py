@@ -88,6 +88,25 @@ def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    ],
+)
+def test_a_gpu_that_fails_stops_the_sweep_and_leaves_no_lambda_out(
+    tiny_spec, tiny_models, fixes, tmp_path, monkeypatch, error
+):
+    def lost(*asked):
+        raise error
+
+    monkeypatch.setattr("defuse_core.trials.run_trial", lost)
+    with pytest.raises(ComputeError, match=r"^correct: λ = 0\.001: .* error: .*; run again to continue$"):
+        LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
+
+
 def test_images_are_augmented_anew_in_every_step_and_only_while_tuning(tiny_models, data, monkeypatch):
     seen = []
 

@@ -13,9 +13,11 @@ from torch import nn
 from torch.backends import cudnn
 from torch.backends.cuda import matmul
 
-from defuse_core.device import F32_FLAGS, computing_on, cpu_threads, torch_defaults
-from defuse_core.local import LocalCompute
+from defuse_core.device import F32_FLAGS, computing_on, cpu_threads, device, device_name, torch_defaults
+from defuse_core.local import LocalCompute, local_compute
 from defuse_core.models.programs import load_program
+from defuse_core.protocols import Progress
+from tests.conftest import tiny
 
 FLAGS = {
     "torch's default": lambda: None,
@@ -104,6 +106,21 @@ def test_memory_that_the_caller_frees_after_a_run_is_returned() -> None:
     blocks.clear()
     assert resident_bytes() < peak - 150e6
     assert len(last) == 2**24
+
+
+def where_computed(*, progress: Progress) -> tuple[str, str]:
+    return device().type, device_name()
+
+
+def test_a_run_without_gpus_computes_on_the_cpu_in_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    found = {}
+    for gpus in (0, 0.5, "auto"):
+        with local_compute(tiny(resources={"gpus_per_worker": gpus})) as compute:
+            found[gpus] = compute.task("train", where_computed)
+    assert found[0][0] == "cpu" and found[0][1].startswith("cpu (")
+    assert found[0.5] == found["auto"] == ("cuda", "a GPU")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import Psi, Shard
+from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.distill.components import distill, fit_mixtures
@@ -114,6 +116,20 @@ def test_codes_are_fitted_in_parts_only_where_a_sample_would_leave_some_out_and_
         run = SimpleNamespace(spec=spec.with_fields("review", tau=0.5), store=store)
         _scenarios(run, Noting(), psi, SimpleNamespace(data_fingerprint=""), None)
         assert len(steps) == parts
+
+
+def test_the_number_of_cores_changes_nothing(tmp_path: Path) -> None:
+    rng, store = np.random.default_rng(0), FolderStore(tmp_path)
+    codes, labels = rng.standard_normal((400, 160)) @ rng.standard_normal((160, 160)), np.zeros(400, np.int64)
+    found = sample_failures(codes.astype(np.float32), np.arange(400), labels, labels + 1)
+    save_shard(store, Shard(found, 400, 400, 0, 0, 0.0, index=0))
+    psi = Psi(np.array([400]), 400, 400, 0, 0, 0.0)
+    spec = all_codes("all", max_components=2, max_iterations=2).with_fields("vae", latent_dim=160)
+    fitted = []
+    for cores in (1, 2):
+        with threadpool_limits(cores):
+            fitted.append(encode(distill_all(spec, psi, store, "", LocalCompute())))
+    assert fitted[0] == fitted[1]
 
 
 def test_a_cell_over_epsilon_that_the_sample_misses_is_one_component(

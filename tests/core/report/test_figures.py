@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from sample_findings import report_of, sample_findings
 
@@ -16,6 +17,15 @@ def test_equal_findings_give_equal_pictures(tmp_path: Path):
     assert set(pictures) == {"tradeoff", "lambdas", "latent", "kl"}
     assert all(picture.startswith("<svg") for picture in pictures.values())
     assert draw_figures(report_of(sample, tmp_path), *sample) == pictures
+
+
+def test_the_users_settings_of_matplotlib_change_no_picture(tmp_path: Path):
+    sample = sample_findings(3, 2)
+    pictures = draw_figures(report_of(sample, tmp_path), *sample)
+    with mpl.rc_context({"text.usetex": True, "axes.grid": True, "lines.linewidth": 5}):
+        settings = dict(mpl.rcParams)
+        assert draw_figures(report_of(sample, tmp_path), *sample) == pictures
+        assert dict(mpl.rcParams) == settings
 
 
 def test_figure_5_names_the_classifier_before_and_the_chosen_lambda(tmp_path: Path):

@@ -23,7 +23,7 @@ from defuse_core.training import (
     optimizer_state,
     train_step,
 )
-from defuse_core.training.batches import group_size, training_together
+from defuse_core.training.batches import averaged, group_size, training_together
 
 KEY = "training/net.safetensors"
 
@@ -76,6 +76,43 @@ def test_workers_train_together_from_one_checkpoint_which_the_first_writes_and_d
         train_in_group, (stores, tmp_path / "meeting"), nprocs=2, start_method="forkserver"
     )
     assert FolderStore(stores).list() == [f"0/{KEY}", "0/training/other.safetensors"]
+
+
+def train_averaged(store: FolderStore, epochs: int) -> Training:
+    """Train up to so many epochs of three steps; go on from the checkpoint in `store`."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    started = Training(net, Adam(net.parameters(), 1e-3), store, "net", "these images")
+    loss_of = averaged(net, lambda images: net(images).square().mean())
+    for epoch in started.epochs(epochs):
+        for step in range(3):
+            noise = torch.Generator().manual_seed(1000 * distributed.get_rank() + 10 * epoch + step)
+            train_step(loss_of(torch.randn(8, 20, generator=noise)), started.optimizer)
+        started.history.append(ClassifierEpoch(epoch + 1, 0.5))
+    return started
+
+
+def interrupt_in_group_of_three(rank: int, folder: Path, meeting: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=3)
+    with training_together():
+        whole = train_averaged(FolderStore(folder / "whole"), 2)
+        train_averaged(FolderStore(folder / "resumed"), 1)
+        distributed.barrier()  # the first worker has written the checkpoint
+        resumed = train_averaged(FolderStore(folder / "resumed"), 2)
+    for ours, other in zip(resumed.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(ours, other)
+    distributed.destroy_process_group()
+
+
+def test_a_training_of_three_workers_that_is_interrupted_ends_with_the_same_weights(tmp_path):
+    torch.multiprocessing.start_processes(
+        interrupt_in_group_of_three,
+        (tmp_path / "stores", tmp_path / "meeting"),
+        nprocs=3,
+        start_method="forkserver",
+    )
+    store = FolderStore(tmp_path / "stores" / "resumed")
+    assert epochs_stored(store) == 2
 
 
 def epochs_stored(store: FolderStore) -> int:

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from sample_findings import sample_watch
 from sklearn.metrics import average_precision_score, roc_auc_score
+from threadpoolctl import threadpool_limits
 
 from defuse_core.artifacts import Corrections
 from defuse_core.codec import encode
 from defuse_core.config import ServeSection
 from defuse_core.data import Images, open_splits
-from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.models import load_classifier, load_vae, predict, weights_of
 from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import calibration_error, watch_figures
+from defuse_core.training.train_vae import initial_vae
 from defuse_core.watch import (
     METHODS,
     Answers,
@@ -194,6 +196,17 @@ def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tin
             (found.test_wrong, splits.test),
         ):
             np.testing.assert_array_equal(wrong, predict(classifier, images) != images.labels)
+
+
+def test_the_number_of_cores_changes_no_watch(tiny_models):
+    spec = tiny(vae={"latent_dim": 160})
+    splits = open_splits(spec.data, spec.seed)
+    models = dataclasses.replace(tiny_models, vae=weights_of(initial_vae(spec, splits.train)))
+    found = []
+    for cores in (1, 2):
+        with threadpool_limits(cores):
+            found.append(encode(watch_classifier(spec, models, {}, splits)))
+    assert found[0] == found[1]
 
 
 def test_nothing_is_calibrated_on_validation_images_that_the_classifier_has_probably_seen(
