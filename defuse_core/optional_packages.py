@@ -1,11 +1,12 @@
 """Packages that single features need, and the oldest release of each that Defuse works with."""
 
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
+from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, one_line
 
 # as in the extras of pyproject.toml
 OLDEST = {
@@ -41,6 +42,17 @@ def expect_packages(who: str, *names: str, error: type[InputError] = InputError)
         raise error(f"{who} needs {needed}; pip install {remedy}")
 
 
+def import_package(who: str, name: str, *others: str, error: type[InputError] = InputError) -> Any:
+    """Return the module of a package that `who` needs, with others. Raises `error` where one cannot be used."""
+    expect_packages(who, name, *others, error=error)
+    try:
+        for other in (*others, name):
+            module = import_module(MODULES.get(other, other))
+    except ImportError as cause:
+        raise error(f"{who} needs {other}, which cannot be imported here ({one_line(cause)})") from cause
+    return module
+
+
 def _release(name: str) -> str | None:
     """Return the installed release; empty where it has another name, as onnxruntime-gpu, None without the package."""
     if find_spec(MODULES.get(name, name)) is None:
@@ -52,4 +64,8 @@ def _release(name: str) -> str | None:
 
 
 def _is_old(name: str, release: str) -> bool:
-    return bool(release) and Version(release) < Version(OLDEST[name])
+    """Whether a release comes before the oldest one; a release candidate or development version of that does not."""
+    try:
+        return Version(release).release < Version(OLDEST[name]).release
+    except InvalidVersion:
+        return False

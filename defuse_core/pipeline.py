@@ -70,6 +70,7 @@ from defuse_core.watch import FailureWatch, watch_run
 log = logging.getLogger("defuse")
 CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # architectures whose code is not Defuse's, nor stored
 EVALUATION = "evaluation.safetensors"  # of every finished run; deleted with the report
+MADE_FROM = (EVALUATION, "run.yaml")  # the report
 T = TypeVar("T")
 
 
@@ -313,14 +314,14 @@ def rewrite_report(run: Run) -> Report:
     It is not written where the run is deleted or changed meanwhile: nobody holds its lock. Raises InputError if
     unfinished, DamagedError where the manifest is damaged.
     """
-    version = run.store.version(EVALUATION)
+    made_from = [run.store.version(key) for key in MADE_FROM]
     report, page = draw_report(run, *load_findings(run))
     try:
-        if run.store.version(EVALUATION) == version:
+        if [run.store.version(key) for key in MADE_FROM] == made_from:
             store_report(run, report, page)
         else:
             log.warning(
-                "the page is not written again, since the results of the run were deleted or changed meanwhile"
+                "the page is not written again, since results or settings of the run were deleted or changed meanwhile"
             )
     except StoreError as error:
         log.warning("the page is not written again, since the store cannot be written: %s", error)

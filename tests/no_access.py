@@ -1,4 +1,4 @@
-"""A folder of another user, for a test that runs as root, whom no mode keeps out."""
+"""A folder of another user, for a test that runs as root, whom no mode keeps out; and a disk that gets full."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from defuse_core.errors import StoreError
+from defuse_core.store import FolderStore
 
 
 def refuse_access(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -29,3 +32,12 @@ def refuse_access(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
     patch.setattr(os, "stat", stat_elsewhere)
     patch.setattr(os, "scandir", scandir_elsewhere)
+
+
+def write_all_but_run_file(
+    store: FolderStore, key: str, data: bytes, unless: object = None, write: Any = FolderStore.write
+) -> None:
+    """Write as on a disk that is full once run.yaml is due."""
+    if key == "run.yaml":
+        raise StoreError("No space left on device")
+    write(store, key, data, unless)

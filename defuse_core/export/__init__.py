@@ -25,7 +25,7 @@ from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, plain_section, raw_output, scaled
 from defuse_core.models.programs import SOURCE
-from defuse_core.optional_packages import expect_packages
+from defuse_core.optional_packages import import_package
 from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
@@ -191,9 +191,8 @@ def _as_program(module: nn.Module, example: Tensor, facts: dict[str, str]) -> tu
 
 
 def _as_onnx(module: nn.Module, example: Tensor, facts: dict[str, str], path: Path) -> tuple[bytes, Answer]:
-    expect_packages(f"--to {path}", "onnx", "onnxruntime", "onnxscript")  # torch's exporter needs onnxscript
-    import onnxruntime
-
+    # torch's exporter needs the others
+    onnxruntime = import_package(f"--to {path}", "onnxruntime", "onnx", "onnxscript")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     exported = torch.onnx.export(
         _traced(module, example),

@@ -24,7 +24,7 @@ from defuse_core.models.programs import (
     read_file,
     transformers_from,
 )
-from defuse_core.optional_packages import expect_packages
+from defuse_core.optional_packages import import_package
 
 
 def halving_convolutions(channels_in: int, channels: int, stages: int) -> Iterator[nn.Module]:
@@ -295,9 +295,7 @@ def _expect_python(module: nn.Module) -> nn.Module:
 
 def _open_timm(name: str, classes: int, channels: int) -> nn.Module:
     """Return timm's architecture `name` without weights. Raises ModelError for names that would be downloaded."""
-    expect_packages("classifier.architecture: timm", "timm", error=ModelError)
-    import timm
-
+    timm = import_package("classifier.architecture: timm", "timm", error=ModelError)
     if ":" in name or "/" in name:
         raise ModelError(
             f"classifier.timm_model: {name} would be downloaded; expected a plain name of timm such as resnet18, and "

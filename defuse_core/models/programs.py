@@ -32,7 +32,7 @@ from defuse_core.device import device, plain_attention
 from defuse_core.errors import ModelError, count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
-from defuse_core.optional_packages import expect_packages
+from defuse_core.optional_packages import import_package
 
 OTHER_WAY = (
     "name its factory and its weights in settings instead "
@@ -383,9 +383,6 @@ def class_names_of(classifier: nn.Module) -> tuple[str, ...] | None:
 
 
 def _transformers() -> Any:
-    expect_packages("classifier.architecture: transformers", "transformers", error=ModelError)
-    import transformers
-
-    library: Any = transformers
+    library = import_package("classifier.architecture: transformers", "transformers", error=ModelError)
     library.utils.logging.disable_progress_bar()
     return library

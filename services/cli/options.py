@@ -18,7 +18,7 @@ import click
 
 from defuse_core.errors import DamagedError, InputError, RunFileError, has_control_characters
 from defuse_core.steps import STEPS
-from defuse_core.store import RESERVED, checked_name
+from defuse_core.store import RESERVED, FolderStore, checked_name
 
 if TYPE_CHECKING:
     from defuse_core.runs import Run
@@ -30,9 +30,10 @@ MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
 COPY_IT = "copy its folder in the store, and change the copy (`defuse run` continues it with --name)"
 # what commands without the run's lock store in it: in a bucket also after `defuse delete`
 LEFT_BEHIND = re.compile(
-    r"(traffic-\d+/)?(candidates/\w+\.safetensors|overrides/\d+\.json|"
-    r"(labeling|annotation_authors|report|mlflow|manifest)\.(json|html))"
+    r"candidates/\w+\.safetensors|overrides/\d+\.json|(labeling|annotation_authors)(-[\w-]+)?\.json|"
+    r"(prelabels|measuredprecision)\.safetensors|traffic-\d+/.+"
 )
+BESIDE_THESE = {"manifest.json", "mlflow.json"}  # which other programs may store, too
 EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
 
 
@@ -162,9 +163,12 @@ def open_run(name: str, store: str) -> Run:
 
 
 def is_left_behind(run: Store) -> bool:
-    """Whether nothing is there but what commands have stored that went on while the run was deleted."""
-    keys = run.list()
-    return bool(keys) and all(LEFT_BEHIND.fullmatch(key) for key in keys)
+    """Whether nothing is there but what commands have stored that went on while the run was deleted from a bucket.
+
+    In a folder that is deleted they store nothing.
+    """
+    keys = set(run.list()) - BESIDE_THESE
+    return not isinstance(run, FolderStore) and bool(keys) and all(map(LEFT_BEHIND.fullmatch, keys))
 
 
 def expect_not_promoted(store: Store, run: str, remedy: str) -> None:

@@ -245,9 +245,11 @@ class S3Store:
         What a run makes last goes first: what a deletion that is cut off leaves is the run at an earlier point.
         """
 
-        def place(key: str) -> int:
+        def place(key: str) -> tuple[int, bool]:
             name = key.partition("/")[0].partition(".")[0]
-            return MADE.index(name) if name in MADE else -1
+            return (
+                MADE.index(name) if name in MADE else -1
+            ), "/" not in key  # psi.safetensors lists its shards
 
         keys = sorted((key for key in self._all_keys() if key not in {"run.yaml", KEY}), key=place)
         for _, group in itertools.groupby(reversed(keys), place):

@@ -26,8 +26,8 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 from tests.e2e.test_cli import call
+from tests.no_access import write_all_but_run_file
 from tests.own_classifiers import Net, trained
-from tests.services.test_run_command import write_all_but_run_file
 
 PREFERRED = 8  # class that the test's classifier sees too often
 SETTINGS: dict[str, Any] = {

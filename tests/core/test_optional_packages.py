@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from defuse_core.errors import ModelError
-from defuse_core.optional_packages import expect_packages
+from defuse_core.optional_packages import expect_packages, import_package
 
 
 def test_a_package_of_the_oldest_release_or_a_newer_one_is_no_error() -> None:
@@ -37,3 +38,19 @@ def test_a_module_of_another_package_is_taken_as_it_is(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(metadata, "version", unknown)
     expect_packages("this test", "onnxruntime")
+
+
+@pytest.mark.parametrize("release", ["5.0.0rc1", "5.0.0.dev0", "from a branch"])
+def test_a_development_version_is_not_too_old(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: release)
+    expect_packages("this test", "transformers")
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "timm.py").write_text("from torch import nothing_of_this_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(ModelError, match="needs timm, which cannot be imported here .cannot import name"):
+        import_package("this test", "timm", error=ModelError)

@@ -36,7 +36,7 @@ def test_artefacts_of_one_step_that_are_missing_are_made_together_and_the_others
     assert set(run.manifest()["artefacts"]) == set(kinds)
 
 
-@pytest.mark.parametrize("meanwhile", ["deleted", "made again", "run deleted"])
+@pytest.mark.parametrize("meanwhile", ["deleted", "made again", "run deleted", "other settings"])
 def test_a_report_of_results_that_are_deleted_or_changed_while_it_is_drawn_is_not_written(
     finished_run, tmp_path, monkeypatch, caplog, meanwhile
 ):
@@ -48,6 +48,9 @@ def test_a_report_of_results_that_are_deleted_or_changed_while_it_is_drawn_is_no
         if meanwhile == "run deleted":  # in a bucket, where the folder is none
             for key in run.store.list():
                 run.store.delete(key)
+        elif meanwhile == "other settings":
+            spec = run.spec.with_fields("serve", failure_threshold=0.5)
+            Run.start(FolderStore(tmp_path), "tiny", spec)
         else:
             run.delete(["evaluation"])
         if meanwhile == "made again":
@@ -57,7 +60,7 @@ def test_a_report_of_results_that_are_deleted_or_changed_while_it_is_drawn_is_no
     monkeypatch.setattr(FIGURES, draw)
     assert rewrite_report(run).run.name == "tiny"
     assert not any(run.store.exists(key) for key in REPORT_FILES)
-    assert "not written again, since the results of the run were deleted or changed" in caplog.text
+    assert "not written again, since results or settings of the run were deleted or changed" in caplog.text
 
 
 def test_reference_models_that_are_worse_than_the_classifier_are_told_before_identification(

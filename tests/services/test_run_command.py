@@ -7,27 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
 
-from defuse_core.errors import StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, npz, one_line
+from tests.no_access import write_all_but_run_file
 from tests.waiting import WAIT_S
-
-
-def write_all_but_run_file(
-    store: FolderStore, key: str, data: bytes, unless: object = None, write: Any = FolderStore.write
-) -> None:
-    """Write as on a disk that is full once run.yaml is due."""
-    if key == "run.yaml":
-        raise StoreError("No space left on device")
-    write(store, key, data, unless)
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import resource
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,19 +56,20 @@ def suite(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def on_a_full_disk(path: Path, data: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_junit_file_that_cannot_be_written_whole_leaves_the_old_one(
     suite: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     report = tmp_path / "report.xml"
     report.write_text("<old/>")
     words = ["check", "first", "--store", Path(run.store.address).parent, "--suite", suite, "--junit", report]
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))  # no file may hold a byte
-    try:
-        code, out, err = call(monkeypatch, capsys, *words)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert f"--junit {report}: cannot be written (File too large)" in one_line(err)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", on_a_full_disk)
+        code, out, err = call(patch, capsys, *words)
+    assert f"--junit {report}: cannot be written (No space left on device)" in one_line(err)
     assert (code, bool(out), report.read_text()) == (2, True, "<old/>")
     report.unlink()
     os.mkfifo(report)

@@ -15,12 +15,14 @@ from buckets import THIEF, steal
 
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import FolderStore, Store
+from services.cli.options import is_left_behind
 from services.storage import lease, s3
 from tests.waiting import WAIT_S
 
 STEPS = [  # in the order in which a run makes them
-    "run.yaml", "models.safetensors", "gallery.safetensors", "votes.safetensors", "verdicts.safetensors",
-    "corrections.safetensors", "sweep.safetensors", "trials/1", "report.json",
+    "run.yaml", "models.safetensors", "psi/000000.safetensors", "psi.safetensors", "gallery.safetensors",
+    "votes.safetensors", "verdicts.safetensors", "corrections.safetensors", "sweep.safetensors", "trials/1",
+    "report.json",
 ]  # fmt: skip
 
 
@@ -126,6 +128,20 @@ def test_the_files_of_a_bucket_are_deleted_several_at_once(
     with bucket.lock():
         bucket.delete_all()
     assert everything(bucket) == []
+
+
+def test_what_commands_have_stored_since_a_run_was_deleted_from_a_bucket_is_known(bucket: Store) -> None:
+    for key in (
+        "candidates/0123456789abcdef.safetensors", "labeling.json", "labeling-12-abcd.json", "manifest.json",
+        "prelabels.safetensors", "traffic-1/run.yaml", "traffic-1/votes.safetensors",
+    ):  # fmt: skip
+        bucket.write(f"gone/{key}", b"1")
+        bucket.write(f"others/{key}", b"1")
+    bucket.write("others/notes.txt", b"not of a run")
+    bucket.write("page/manifest.json", b"not of a run")
+    bucket.write("page/report.html", b"not of a run")
+    assert is_left_behind(bucket.within("gone"))
+    assert not any(is_left_behind(bucket.within(name)) for name in ("others", "page", "nothing"))
 
 
 @pytest.mark.parametrize("deleted", range(len(STEPS)))
