@@ -236,10 +236,10 @@ def finished(tmp_path_factory, judged_run, no_figures_in_module):
 
 
 def test_plain_training_does_more_only_where_each_of_them_does() -> None:
-    twice_better = _pairs(np.array([[10, 9, 1], [10, 9, 1], [9, 0, 9]]))
+    twice_better = _pairs(np.array([[10, 9, 1], [10, 9, 1], [9, 0, 9]]), "scenario")
     assert (twice_better.better, twice_better.worse, twice_better.worse_than_each) == (0, 9, False)
-    assert _pairs(np.array([[10, 1, 9], [9, 0, 9]])).worse_than_each
-    assert not _pairs(np.array([[10, 3, 7], [9, 0, 9]])).worse_than_each
+    assert _pairs(np.array([[10, 1, 9], [9, 0, 9]]), "scenario").worse_than_each
+    assert not _pairs(np.array([[10, 3, 7], [9, 0, 9]]), "scenario").worse_than_each
 
 
 def test_plain_trainings_are_stored_apart_and_differ_from_each_other(finished) -> None:

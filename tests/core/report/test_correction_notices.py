@@ -97,6 +97,7 @@ def test_the_remedy_for_a_class_that_loses_names_the_images_that_count(
     models = dataclasses.replace(
         found.models,
         images={part: found.models.images[part] for part in parts},
+        class_accuracy={},
         health=dataclasses.replace(found.models.health, anchored=anchored),
     )
     report = report_of((dataclasses.replace(found, models=models), losing_class(evaluation)), tmp_path)

@@ -127,7 +127,10 @@ def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scen
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
     ("gained", "lost", "colour", "told"),
-    [(19, 15, "quiet", "+19 −15 images, p\u00a00.61"), (30, 5, "good", "+30 −5 images, p\u00a02.2e-05")],
+    [
+        (19, 15, "quiet", "+19\u00a0−15 images, p\u00a00.61"),
+        (30, 5, "good", "+30\u00a0−5 images, p\u00a02.2e-05"),
+    ],
 )
 def test_a_gain_on_the_test_set_stands_beside_plain_training_and_has_a_colour_only_where_it_is_more(
     tmp_path: Path, gained: int, lost: int, colour: str, told: str
@@ -152,7 +155,7 @@ def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings(), evidence)
     page = run.store.read("report.html").decode()
-    assert "after plain further training<br>against it +0 −1 tracks, p\u00a01</div>" in page
+    assert "after plain further training<br>against it +0\u00a0−1 tracks, p\u00a01</div>" in page
     assert "<dt>test tracks, Defuse</dt><dd>+0 −1, p\u00a0=\u00a01</dd>" in page
 
 
@@ -255,6 +258,7 @@ def test_the_page_states_a_limit_per_class_on_the_images_that_count_for_it(
     models = dataclasses.replace(
         found.models,
         images={part: found.models.images[part] for part in parts},
+        class_accuracy={},
         health=dataclasses.replace(found.models.health, anchored=anchored),
     )
     write_report(run, dataclasses.replace(found, models=models), evaluation)
