@@ -21,10 +21,8 @@ OLDEST = {
     "timm": "1.0.26",
     "transformers": "5",
 }
-MODULES = {
-    "label-studio-sdk": "label_studio_sdk",
-    "mlflow-skinny": "mlflow",
-}  # of another name than the package
+# those of another name than their package
+MODULES = {"label-studio-sdk": "label_studio_sdk", "mlflow-skinny": "mlflow"}
 
 
 def expect_packages(who: str, *names: str, error: type[InputError] = InputError) -> None:

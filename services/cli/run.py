@@ -360,9 +360,8 @@ def delete(run: str, store: str, yes: bool) -> None:
             raise click.exceptions.Exit(130)
         # it may have been promoted since, while the prompt waited
         expect_not_promoted(opened, run, "keep it")
-        sampled = delete_traffic(
-            opened, run
-        )  # before the run: a deletion that is cut off here can be repeated
+        # before the run: a deletion that is cut off here can be repeated
+        sampled = delete_traffic(opened, run)
         found.delete_all()
     click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
 
