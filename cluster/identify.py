@@ -62,7 +62,7 @@ def _warn_not_stored(state: RetryCallState) -> None:
     before_sleep=_warn_not_stored,
     reraise=True,
 )
-def _save_patiently(store: Store, shard: Shard) -> Psi:
+def _save_with_retries(store: Store, shard: Shard) -> Psi:
     """Write the shard. A store that fails for a while does not cost what was found."""
     return save_shard(store, shard)
 
@@ -93,7 +93,7 @@ class ShardWorker:
             self.identifier = self.identifier or Identifier(self.spec, models, references, train)
             with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                 shard = self.identifier.shard(index)
-            record = _save_patiently(self.store, shard)
+            record = _save_with_retries(self.store, shard)
         count("images", record.images)
         count("decodings", record.decodings)
         count("failures", record.total)

@@ -67,7 +67,7 @@ def cpu_threads(count: int) -> Iterator[None]:
     before, cudnn = torch.get_num_threads(), torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
     # entered before torch's number is set, which a library that both use then has
-    with _linear_algebra().limit(limits=1), _ieee_f32():
+    with _blas_threads().limit(limits=1), _ieee_f32():
         torch.set_num_threads(count)
         cudnn.deterministic, cudnn.benchmark = True, False
         _set_allocator(KEEPING)
@@ -79,7 +79,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 @functools.cache
-def _linear_algebra() -> ThreadpoolController:
+def _blas_threads() -> ThreadpoolController:
     """Return what sets the threads of NumPy's BLAS. To find the library takes some milliseconds."""
     return ThreadpoolController().select(user_api="blas")
 

@@ -41,13 +41,13 @@ def expect_packages(who: str, *names: str, error: type[InputError] = InputError)
 
 
 def import_package(who: str, name: str, *others: str, error: type[InputError] = InputError) -> Any:
-    """Return the module of a package that `who` needs, with others. Raises `error` where one cannot be used."""
+    """Return the module of the package `name`, which `who` needs with `others`. Raises `error` if one is unusable."""
     expect_packages(who, name, *others, error=error)
     try:
-        for other in (*others, name):
-            module = import_module(MODULES.get(other, other))
+        for package in (*others, name):  # its own last
+            module = import_module(MODULES.get(package, package))
     except ImportError as cause:
-        raise error(f"{who} needs {other}, which cannot be imported here ({one_line(cause)})") from cause
+        raise error(f"{who} needs {package}, which cannot be imported here ({one_line(cause)})") from cause
     return module
 
 

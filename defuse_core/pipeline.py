@@ -70,7 +70,7 @@ from defuse_core.watch import FailureWatch, watch_run
 log = logging.getLogger("defuse")
 CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # architectures whose code is not Defuse's, nor stored
 EVALUATION = "evaluation.safetensors"  # of every finished run; deleted with the report
-MADE_FROM = (EVALUATION, "run.yaml")  # the report
+REPORT_SOURCES = (EVALUATION, "run.yaml")  # another version of either means another report
 T = TypeVar("T")
 
 
@@ -314,10 +314,10 @@ def rewrite_report(run: Run) -> Report:
     It is not written where the run is deleted or changed meanwhile: nobody holds its lock. Raises InputError if
     unfinished, DamagedError where the manifest is damaged.
     """
-    made_from = [run.store.version(key) for key in MADE_FROM]
+    made_from = [run.store.version(key) for key in REPORT_SOURCES]
     report, page = draw_report(run, *load_findings(run))
     try:
-        if [run.store.version(key) for key in MADE_FROM] == made_from:
+        if [run.store.version(key) for key in REPORT_SOURCES] == made_from:
             store_report(run, report, page)
         else:
             log.warning(

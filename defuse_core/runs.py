@@ -57,7 +57,7 @@ FROM_VERDICTS = (
     "evidence",
 )  # fmt: skip
 # What a run stores, in the order in which it is made: each follows from those before it. Trials are those of a sweep.
-MADE = (
+CREATION_ORDER = (
     "measuredprecision", "models", "references", "judges", "health", "psi", "scenarios", "gallery", "labeling",
     "annotation_authors", "prelabels", "votes", "overrides", *FROM_VERDICTS, "trials", "report",
 )  # fmt: skip

@@ -33,7 +33,7 @@ LEFT_BEHIND = re.compile(
     r"candidates/\w+\.safetensors|overrides/\d+\.json|(labeling|annotation_authors)(-[\w-]+)?\.json|"
     r"(prelabels|measuredprecision)\.safetensors|traffic-\d+/.+"
 )
-BESIDE_THESE = {"manifest.json", "mlflow.json"}  # which other programs may store, too
+AMBIGUOUS_KEYS = {"manifest.json", "mlflow.json"}  # names that other programs use, too
 EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
 
 
@@ -167,7 +167,7 @@ def is_left_behind(run: Store) -> bool:
 
     In a folder that is deleted they store nothing.
     """
-    keys = set(run.list()) - BESIDE_THESE
+    keys = set(run.list()) - AMBIGUOUS_KEYS
     return not isinstance(run, FolderStore) and bool(keys) and all(map(LEFT_BEHIND.fullmatch, keys))
 
 

@@ -165,7 +165,7 @@ def promote(
     defuse promote mnist --canary 5%
     defuse promote mnist --why "canary within limits"
     """
-    from services.serving.candidate import held_unchanged
+    from services.serving.candidate import locked_for_promotion
     from services.serving.registry import promote as promote_candidate
     from services.serving.registry_state import PromotionRequest
 
@@ -182,7 +182,7 @@ def promote(
     opened, before = open_run(run, store), registry.state()
     # takes minutes, in which another version may go into production, and the run may be deleted or changed
     key, candidate = _candidate(opened)
-    with held_unchanged(opened, key, partial(open_run, run, store)):
+    with locked_for_promotion(opened, key, partial(open_run, run, store)):
         state = promote_candidate(registry, candidate, request, before)
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production

@@ -202,7 +202,7 @@ def prepare_candidate(
 
 
 @contextlib.contextmanager
-def held_unchanged(run: Run, key: str, reopen: Callable[[], Run]) -> Iterator[None]:
+def locked_for_promotion(run: Run, key: str, reopen: Callable[[], Run]) -> Iterator[None]:
     """Hold the run's lock, as `defuse delete` and `defuse review` do, to promote its candidate of this key.
 
     Raises InputError where the run, which `reopen` reads again, was deleted meanwhile or has another candidate now.

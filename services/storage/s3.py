@@ -22,7 +22,7 @@ from botocore.config import Config
 
 from defuse_core.errors import InputError, StoreError
 from defuse_core.files import map_ahead
-from defuse_core.runs import MADE
+from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
 from services.storage.s3_errors import (
@@ -242,14 +242,12 @@ class S3Store:
     def delete_all(self) -> None:
         """Delete every object and what is left of unfinished uploads; `run.yaml` and then the lease last.
 
-        What a run makes last goes first: what a deletion that is cut off leaves is the run at an earlier point.
+        What a run makes last goes first, lists before their shards: if cut off, it leaves the run at an earlier point.
         """
 
         def place(key: str) -> tuple[int, bool]:
             name = key.partition("/")[0].partition(".")[0]
-            return (
-                MADE.index(name) if name in MADE else -1
-            ), "/" not in key  # psi.safetensors lists its shards
+            return (CREATION_ORDER.index(name) if name in CREATION_ORDER else -1), "/" not in key
 
         keys = sorted((key for key in self._all_keys() if key not in {"run.yaml", KEY}), key=place)
         for _, group in itertools.groupby(reversed(keys), place):

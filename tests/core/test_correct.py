@@ -68,42 +68,39 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError("no room"),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
-        RuntimeError("CUDA error: out of memory"),
-    ],
-)
-def test_memory_that_is_missing_stops_the_sweep_and_leaves_no_lambda_out(
-    tiny_spec, tiny_models, fixes, tmp_path, monkeypatch, error
-):
-    def full(*asked):
-        raise error
-
-    monkeypatch.setattr("defuse_core.trials.run_trial", full)
-    with pytest.raises(ComputeError, match=r"λ = 0\.001: out of memory .* run again to continue, or"):
-        LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
+NO_MEMORY = r"λ = 0\.001: out of memory .* run again to continue, or"
+GPU_FAILED = r"^correct: λ = 0\.001: .* error: .*; run again to continue$"
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "told"),
     [
-        torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+        (MemoryError("no room"), NO_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), NO_MEMORY),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+            NO_MEMORY,
+        ),
+        (RuntimeError("CUDA error: out of memory"), NO_MEMORY),
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA"),
+            GPU_FAILED,
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), GPU_FAILED),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+            GPU_FAILED,
+        ),
     ],
 )
-def test_a_gpu_that_fails_stops_the_sweep_and_leaves_no_lambda_out(
-    tiny_spec, tiny_models, fixes, tmp_path, monkeypatch, error
+def test_missing_memory_and_a_gpu_that_fails_stop_the_sweep_and_leave_no_lambda_out(
+    tiny_spec, tiny_models, fixes, tmp_path, monkeypatch, error, told
 ):
-    def lost(*asked):
+    def fail(*asked):
         raise error
 
-    monkeypatch.setattr("defuse_core.trials.run_trial", lost)
-    with pytest.raises(ComputeError, match=r"^correct: λ = 0\.001: .* error: .*; run again to continue$"):
+    monkeypatch.setattr("defuse_core.trials.run_trial", fail)
+    with pytest.raises(ComputeError, match=told):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 

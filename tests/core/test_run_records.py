@@ -19,7 +19,7 @@ from defuse_core.artifacts import Models, Psi, Sweep, SweepRow, Votes
 from defuse_core.errors import DamagedError, RunFileError, RunMismatchError
 from defuse_core.files import source_digest
 from defuse_core.pipeline import rewrite_report
-from defuse_core.runs import FROM_SWEEP, IMAGES, MADE, REPORT_FILES, WEIGHTS, Run, utc_now
+from defuse_core.runs import CREATION_ORDER, FROM_SWEEP, IMAGES, REPORT_FILES, WEIGHTS, Run, utc_now
 from defuse_core.store import FolderStore
 from tests.conftest import ROOT, tiny
 
@@ -52,7 +52,8 @@ def test_a_damaged_run_file_of_a_run_is_named_with_what_to_do(store, text, found
 
 
 def test_the_order_in_which_a_run_is_made_names_every_artefact(finished_run):
-    assert set(Run.open(FolderStore(finished_run / "runs"), "tiny").manifest()["artefacts"]) <= set(MADE)
+    run = Run.open(FolderStore(finished_run / "runs"), "tiny")
+    assert set(run.manifest()["artefacts"]) <= set(CREATION_ORDER)
 
 
 @pytest.mark.parametrize("key", ["run.yaml", "settings.json"])
