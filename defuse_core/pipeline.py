@@ -40,7 +40,7 @@ from defuse_core.evaluation import (
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.identify import SAMPLE_CODES
-from defuse_core.models import EXTERNAL
+from defuse_core.models.adapters import CODE_ELSEWHERE
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, draw_report, store_report, write_report
 from defuse_core.review.overrides import read_overrides
@@ -68,7 +68,6 @@ from defuse_core.tuning_data import choose_unreviewed, expect_training_images, r
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
-CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # architectures whose code is not Defuse's, nor stored
 EVALUATION = "evaluation.safetensors"  # of every finished run; deleted with the report
 REPORT_SOURCES = (EVALUATION, "run.yaml")  # another version of either means another report
 T = TypeVar("T")

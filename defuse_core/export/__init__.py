@@ -21,11 +21,21 @@ from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import computing_on
 from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, no_lambda_chosen, one_line
+from defuse_core.evaluation import expect_same_code
 from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
-from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, plain_section, raw_output, scaled
+from defuse_core.models.adapters import (
+    CODE_ELSEWHERE,
+    EXTERNAL,
+    INPUT_RANGES,
+    as_logits,
+    plain_section,
+    raw_output,
+    scaled,
+)
 from defuse_core.models.programs import SOURCE
 from defuse_core.optional_packages import import_package
+from defuse_core.protocols import silent
 from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
@@ -56,7 +66,8 @@ def export_model(run: Run, path: Path) -> ExportedModel:
     .pt2 and .onnx hold the whole network, from images in [0, 1] to logits in the order of `classes`, for batches of any
     size. Every file names the run, the classes (JSON), channels and image_size: .onnx in metadata_props, .pt2 as a JSON
     object in its extra file FACTS. A file at `path` is replaced only by one that passes. Raises InputError where the
-    run has no corrected classifier or `path` cannot be written, ModelError where the answers differ.
+    run has no corrected classifier, its code has changed or `path` cannot be written, ModelError where the answers
+    differ.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(
@@ -82,7 +93,10 @@ def export_model(run: Run, path: Path) -> ExportedModel:
 
 
 def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
-    """Return what the run trained, and its corrected classifier in eval mode. Raises InputError where there is none."""
+    """Return what the run trained, and its corrected classifier in eval mode.
+
+    Raises InputError where there is none, RunMismatchError where its code has changed since the run began.
+    """
     models, sweep = run.load(Models), run.load(Sweep)
     if models is None or sweep is None:
         raise run.lacks(UNFINISHED)
@@ -90,6 +104,8 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
         raise InputError(
             f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"
         )
+    if run.spec.classifier.architecture in CODE_ELSEWHERE:
+        expect_same_code(run.spec, models, run.require(Gallery), progress=silent)
     return models, _load_on_cpu(run.spec, sweep.weights, len(models.classes), "the run's classifier")
 
 

@@ -20,6 +20,7 @@ from defuse_core.config import ClassifierSection
 from defuse_core.errors import ModelError, count_of, one_line
 
 EXTERNAL = ("custom", "program", "transformers", "timm")  # architectures whose code is not Defuse's
+CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # those whose code is not stored either
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x - shift) / factor, per channel
     "0..1": ((0.0,), (1.0,)),

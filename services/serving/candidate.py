@@ -27,11 +27,13 @@ from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError, StoreError, percent
+from defuse_core.evaluation import expect_same_code
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
 from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import load_vae
+from defuse_core.models.adapters import CODE_ELSEWHERE
 from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
@@ -179,10 +181,12 @@ def prepare_candidate(
 ) -> tuple[str, Candidate]:
     """Return the key of the run's candidate in its store, and the candidate, made and checked at the first call.
 
-    Raises InputError where the run has no corrected classifier yet, and StoreError where the candidate cannot be
-    stored; without `must_store`, a warning says that it will be made again.
+    Raises InputError where the run has no corrected classifier yet or its code has changed, and StoreError where the
+    candidate cannot be stored; without `must_store`, a warning says that it will be made again.
     """
     artifacts = _load_corrected(run)
+    if run.spec.classifier.architecture in CODE_ELSEWHERE:  # a stored candidate is of the code as it was
+        expect_same_code(run.spec, artifacts.models, artifacts.gallery, progress=progress)
     key = _key(run.spec, artifacts)
     try:
         return key, decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)

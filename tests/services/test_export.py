@@ -80,6 +80,17 @@ def test_the_network_answers_alike_for_batches_of_any_size(suffix, store, tmp_pa
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
+def test_a_classifier_whose_code_has_changed_is_not_exported(suffix, store, tmp_path, monkeypatch, capsys):
+    architectures = (opened(store).spec.classifier.architecture,)  # as if its code were the user's
+    monkeypatch.setattr("defuse_core.export.CODE_ELSEWHERE", architectures)
+    monkeypatch.setattr("torch.nn.ReLU", torch.nn.Sigmoid)  # the weights fit as before
+    path = tmp_path / f"model{suffix}"
+    code, _, err = call(monkeypatch, capsys, "export", "digits", "--store", store.address, "--to", path)
+    assert code == 2 and "stored images otherwise than when the run began" in one_line(err)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("difference", [1.0, float("nan")])
 def test_a_file_is_replaced_only_by_one_with_the_runs_answers(difference, store, tmp_path, monkeypatch):
     load = torch.export.load

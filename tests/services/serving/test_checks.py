@@ -23,7 +23,7 @@ from services.serving.candidate import prepare_candidate
 from services.serving.checks import CandidateReport, Check, evaluate_candidate, own_label_check
 from services.serving.model import LoadedModel
 from services.serving.registry_state import EMPTY
-from tests.services.serving.test_serve_commands import check, run
+from tests.services.serving.test_serve_commands import check, promote, run
 
 
 def own_labels(before: list[float], after: list[float]) -> np.ndarray:
@@ -155,6 +155,20 @@ def test_a_classifier_whose_code_has_changed_is_neither_checked_nor_compared(own
         run(check, "first", "--store", own_store.address)
     with pytest.raises(RunMismatchError, match="stored images otherwise than when the run began"):
         load_finished(Run.open(own_store, "first")).classifiers()
+
+
+def test_a_classifier_whose_code_has_changed_since_a_check_is_neither_checked_again_nor_promoted(
+    own_store, monkeypatch
+):
+    stored = Run.open(own_store, "first")
+    architectures = (stored.spec.classifier.architecture,)  # as if its code were the user's
+    monkeypatch.setattr("services.serving.candidate.CODE_ELSEWHERE", architectures)
+    assert own_store.exists(f"first/{prepare_candidate(stored)[0]}")
+    monkeypatch.setattr("torch.nn.ReLU", nn.Sigmoid)  # the weights fit as before
+    for command in (check, promote):
+        with pytest.raises(RunMismatchError, match="stored images otherwise than when the run began"):
+            run(command, "first", "--store", own_store.address)
+    assert not own_store.list("registry/")
 
 
 def report_on(labels: list[int], right_after: list[bool]) -> CandidateReport:
