@@ -356,8 +356,7 @@ def delete(run: str, store: str, yes: bool) -> None:
     with found.lock():
         keys = found.list()
         if not yes and not _confirmed(f"delete {count_of(len(keys), 'file')} in {found.address}?"):
-            click.echo("defuse: nothing was deleted", err=True)
-            raise click.exceptions.Exit(130)
+            raise InputError("nothing was deleted; to delete without being asked, give --yes")
         # it may have been promoted since, while the prompt waited
         expect_not_promoted(opened, run, "keep it")
         # before the run: a deletion that is cut off here can be repeated

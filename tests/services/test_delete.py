@@ -23,6 +23,9 @@ from services.serving.registry import Registry
 from tests.e2e.test_cli import call, one_line
 
 
+NOTHING_DELETED = "nothing was deleted; to delete without being asked, give --yes"
+
+
 def opened(store: FolderStore) -> Run:
     return Run.open(store, "digits")
 
@@ -41,14 +44,14 @@ def test_deleting_asks_first_and_a_no_deletes_nothing(answer, own_store, monkeyp
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
     code, out, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
     assert f"files in {own_store.within('digits').address}? [y/N]" in out
-    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
+    assert (code, one_line(err.strip())) == (2, f"defuse: {NOTHING_DELETED}")
     assert own_store.exists("digits/run.yaml")
 
 
 def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
     code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
-    assert (code, one_line(err.strip())) == (130, "defuse: nothing was deleted")
+    assert (code, one_line(err.strip())) == (2, f"defuse: {NOTHING_DELETED}")
     assert own_store.exists("digits/run.yaml")
 
 
