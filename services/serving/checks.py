@@ -56,7 +56,7 @@ class CandidateReport:
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
     dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
-    own_label: Check | None = None  # None without judges that are as good as the classifier
+    own_label: Check | None = None  # None without judges, and with worse ones
     by_own_label: F64 | None = None  # (A, 2) as own_label_accuracies
     fingerprint: str = ""  # of the clean images; empty where the classifier has probably seen them
 
