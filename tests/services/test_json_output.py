@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import click
@@ -14,9 +18,12 @@ from defuse_core.artifacts import Models
 from defuse_core.export.suite import save_suite
 from defuse_core.runs import Run
 from services.cli.options import json_option, print_json
+from tests.conftest import ROOT
 from tests.e2e.test_cli import call
 from tests.e2e.test_documented_commands import every_command
 from tests.services.test_suite import planted_runs, the_tiny_cnn
+
+PAGE = ROOT / "services/README.md"
 
 
 class Printing(torch.nn.Module):
@@ -75,6 +82,29 @@ def test_a_closed_stdout_gets_no_json_and_stderr_neither(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout", None)  # what Python makes of `>&-`
     command(["--json"], standalone_mode=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+@pytest.mark.parametrize(
+    ("accepted", "undecided", "low", "worse", "code"),
+    [
+        (2, None, 0.95, False, 0),
+        (0, None, None, False, 0),
+        (0, "the β-VAE is poor", None, False, 1),
+        (2, None, 0.5, False, 1),
+        (2, None, 0.95, True, 1),
+    ],
+)
+def test_the_documented_condition_on_a_report_holds_only_where_the_run_could_tell(
+    accepted, undecided, low, worse, code, tmp_path
+):
+    (command,) = re.findall(r"^jq -e .*?report\.json$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    evidence = {"own_label": {"defuse": {"low": low}}, "judges": {"worse": worse}}
+    scenarios = {"accepted": accepted, "undecided": undecided}
+    report = {"scenarios": scenarios, "evidence": evidence if accepted else None}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    done = subprocess.run(shlex.split(command), cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
 
 
 def test_every_json_is_this_option():
