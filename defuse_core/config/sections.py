@@ -286,15 +286,15 @@ class ReviewSection(Section):
     answers_per_task: int = Field(5, ge=1)
     """Label Studio: people asked per task (its overlap); it can change until the votes are stored. Paper: 5."""
     stop_early: bool = True
-    """Label Studio: stop asking where no answer is needed: with consensus majority and accept share about a scenario
-    whose verdict and label can no longer change, with consensus crowdlab about an image whose label is sure. Ours."""
+    """Label Studio: stop asking where no answer is needed: with consensus majority and accept share on a scenario
+    whose verdict and label are final, with crowdlab on a sure image; it can change until the votes are stored. Ours."""
     certainty: float = Field(0.85, gt=0, le=1)
-    """stop_early with consensus crowdlab: an image is sure once two people chose its label and CROWDLAB's estimate that
-    it is right is at least this; until then it is asked about up to answers_per_task times. Ours."""
+    """stop_early with crowdlab: an image is sure once two people chose its label and CROWDLAB's estimate that it is right
+    is at least this; else up to answers_per_task are asked. It can change until the votes are stored. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     real_names: bool = False
-    """Label Studio: store annotators' names in the run instead of pseudonyms. Ours."""
+    """Label Studio: store annotators' names instead of pseudonyms; it can change until the votes are stored. Ours."""
 
     @property
     def decides_twice(self) -> bool:

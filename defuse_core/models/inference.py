@@ -1,6 +1,6 @@
 """Load weights into classifiers and β-VAEs, and apply these in batches, on this process's device.
 
-Weights are arrays, from files, from modules and into them; nothing is unpickled.
+Weights are arrays, from files, from modules and into them; no code in a file is executed.
 """
 
 from __future__ import annotations

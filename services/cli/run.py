@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     type=click.IntRange(8, 512),
     help="Height and width that pictures are resized to, an even number, best as your classifier was trained on; an "
     ".npz keeps its own. "
-    "[default: the pictures' own if your classifier takes it, else one that suits it]",
+    "[default: the pictures' own if they are square and your classifier takes it, else one that suits it]",
 )
 @click.option(
     "--train-images", type=click.IntRange(min=4), help="Training images that the run uses. [default: all]"
@@ -205,8 +205,8 @@ def run(
 ) -> None:
     """Debug the classifier that RUNFILE describes. The same command again continues where the last one stopped.
 
-    A run keeps its settings: others need another --name, except data.root, vae.accept, check.*, serve.*, most of
-    resources.*, and values added to correct.lambdas, after which the report step is made again.
+    A run keeps its settings: others need another --name. services/README.md lists the exceptions, such as data.root,
+    check.*, serve.*, and values added to correct.lambdas, after which the report step is made again.
 
     \b
     Exit codes:
