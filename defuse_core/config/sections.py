@@ -289,8 +289,8 @@ class ReviewSection(Section):
     """Label Studio: stop asking where no answer is needed: with consensus majority and accept share on a scenario
     whose verdict and label are final, with crowdlab on a sure image; it can change until the votes are stored. Ours."""
     certainty: float = Field(0.85, gt=0, le=1)
-    """stop_early with crowdlab: an image is sure once two people chose its label and CROWDLAB's estimate that it is right
-    is at least this; else up to answers_per_task are asked. It can change until the votes are stored. Ours."""
+    """stop_early with crowdlab: an image is sure once two people chose its label and CROWDLAB's estimate that it is
+    right is at least this; else up to answers_per_task are asked. It can change until the votes are stored. Ours."""
     prelabel: bool = False
     """Label Studio: show the reference models' answer, preselected, most uncertain first. It biases the vote. Ours."""
     real_names: bool = False

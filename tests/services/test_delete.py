@@ -22,7 +22,6 @@ from services.serving.checks import CandidateReport
 from services.serving.registry import Registry
 from tests.e2e.test_cli import call, one_line
 
-
 NOTHING_DELETED = "nothing was deleted; to delete without being asked, give --yes"
 
 

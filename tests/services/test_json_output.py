@@ -98,7 +98,9 @@ def test_a_closed_stdout_gets_no_json_and_stderr_neither(monkeypatch, capsys):
 def test_the_documented_condition_on_a_report_holds_only_where_the_run_could_tell(
     accepted, undecided, low, worse, code, tmp_path
 ):
-    (command,) = re.findall(r"^jq -e .*?report\.json$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(
+        r"^jq -e .*?report\.json$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     evidence = {"own_label": {"defuse": {"low": low}}, "judges": {"worse": worse}}
     scenarios = {"accepted": accepted, "undecided": undecided}
     report = {"scenarios": scenarios, "evidence": evidence if accepted else None}
