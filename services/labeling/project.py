@@ -201,8 +201,9 @@ class ReviewProject:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
         if others := self.client.find_projects(run_label(self.run.name)):
             log.warning(
-                "found project %s at %s, of another run called %s or replaced: rename it in its settings (`old, do not "
-                "label`), so that nobody answers there; delete it only if its answers are not wanted",
+                "found project %s at %s, of a replaced or deleted run called %s, or of one in another store: ask whose "
+                "it is; rename it in its settings (`old, do not label`) only if nobody wants its answers any more, or "
+                "give this run another name",
                 ", ".join(str(project.id) for project in others),
                 self.client.address,
                 self.run.name,
