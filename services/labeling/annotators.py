@@ -121,7 +121,7 @@ class LabelStudioAnnotators:
         started = monotonic()
         tasks = self._tasks(gallery)
         listed = ReviewProject(self.client, self.run, tasks).pull()
-        # after pull(), which deletes those of a project that is at another address
+        # after pull(), which deletes those of a project that has another number now
         authors = read_authors(self.run.store)
         pulled = read_annotations(listed, tasks, authors)
         is_open = not self.run.store.exists("votes.safetensors")  # a closed review asks nobody any more

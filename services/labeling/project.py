@@ -84,10 +84,10 @@ class ReviewProject:
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
                 kept = set_aside(self.run.store, self.state, STATE_KEY, AUTHORS_KEY)
                 log.warning("project %d is gone; creating another (kept: %s)", self.state.project, kept)
-                self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
                 self._update_state(
                     lambda known: replace(ProjectState.new(known.gallery), people=known.people)
                 )
+            self.run.store.delete(AUTHORS_KEY)  # of the annotations of another project
             project = self.create()
         number, address, organization = project.id, self.client.address, self.client.organization()
         self._update_state(
@@ -156,8 +156,7 @@ class ReviewProject:
             number = marked.id
             log.warning("project %d is now project %d, by its mark", state.project, number)
             people = {} if elsewhere else state.people  # user ids are of other people
-            if elsewhere:
-                self.run.store.delete(AUTHORS_KEY)
+            self.run.store.delete(AUTHORS_KEY)  # the annotations have other ids
             self._update_state(lambda known: replace(known, project=number, people=people))
             return marked
         if project is None:
