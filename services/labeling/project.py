@@ -299,7 +299,10 @@ class ReviewProject:
             handle = self._restore_page if self.repair else self._log_page_edits
             state = handle(project, state, edits)
         page = {name: getattr(state, name) for name in ("interface", "instructions", "reported")}
-        self._update_state(lambda known: replace(known, title=found.title, **page))
+        asked = self.tasks.review.answers_per_task
+        self._update_state(
+            lambda known: replace(known, title=found.title, most_asked=max(known.most_asked, asked), **page)
+        )
 
     def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
         """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""
