@@ -42,7 +42,7 @@ def review() -> None:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="With --from-traffic, also while that review is open: --set review.answers_per_task=3",
+    help="Of a review of traffic, new or not finished: --set review.answers_per_task=3",
 )
 def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tuple[str, ...]) -> None:
     """Send the images of RUN to Label Studio; those that it has already stay as they are.
@@ -51,11 +51,11 @@ def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tup
     """
     from services.labeling.annotators import LabelStudioAnnotators
 
-    if overrides and not from_traffic:
+    if overrides and not (from_traffic or _is_of_traffic(name)):
         raise click.UsageError(
-            "--set goes with `defuse review push RUN --from-traffic`; for a run's own review give it to `defuse run`"
+            "--set goes with --from-traffic, or with RUN/traffic-1; for a run's own review give it to `defuse run`"
         )
-    if from_traffic:
+    if from_traffic or overrides:
         name = _open_traffic_review(name, store, overrides)
     opened, gallery = _open(name, store)
     _expect_people(opened)
@@ -109,7 +109,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     console.print(f"Label at {label_at}", soft_wrap=True)
     console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
     task_url = partial(annotators.client.task_url, state.number)
-    review_tables.print_status(found, console)
+    review_tables.print_status(opened, found, console)
     review_tables.print_skips(opened, found, task_url, console)
     summary = review_tables.summarize_status(name, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
@@ -363,11 +363,13 @@ def _following(run: Run) -> str:
 
 def _open_traffic_review(name: str, store: str, overrides: tuple[str, ...]) -> str:
     from defuse_core.runs import Run
-    from services.serving.traffic import open_traffic_review
+    from services.serving.traffic import open_traffic_review, set_in_traffic_review
     from services.storage import open_store
 
     opened = open_store(store)
-    run = Run.open(opened, checked_name(name))
+    run = Run.open(opened, _checked_name(name))
+    if _is_of_traffic(name):
+        return set_in_traffic_review(opened, run, overrides).name
     with run.store.lock():
         return open_traffic_review(opened, run, overrides).name
 

@@ -157,7 +157,7 @@ def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Co
     print_table(console, table)
 
 
-def print_status(status: ReviewStatus, console: Console) -> None:
+def print_status(run: Run, status: ReviewStatus, console: Console) -> None:
     """Print answers, annotators, agreement, scenarios, and discarded annotations."""
     console.print(f"{status.given:,} of {status.requested:,} answers are in; {status.still_wanted}.")
     if status.stops_when_sure:
@@ -174,7 +174,7 @@ def print_status(status: ReviewStatus, console: Console) -> None:
         console.print(f"{status.saved} more are not needed: {reason} scenarios are decided.")
     for name, count in status.per_annotator().items():
         console.print(f"  {name}: {count}", highlight=False)
-    if way_out := status.way_out():
+    if way_out := status.way_out(run):
         console.print(f"{way_out[0].upper()}{way_out[1:]}.", soft_wrap=True)
     _print_agreement("Agreement so far", status.verdicts(), console)
     if status.tasks.review.consensus == "crowdlab" and status.consensus is None:

@@ -121,15 +121,20 @@ class PulledAnnotations:
 
 
 def read_annotations(
-    tasks: Iterable[Task], review_tasks: ReviewTasks, authors: Authors | None = None
+    tasks: Iterable[Task],
+    review_tasks: ReviewTasks,
+    authors: Authors | None = None,
+    *,
+    most_asked: int = 0,
 ) -> PulledAnnotations:
     """Return the answers: per task the newest of each annotator, of the first answers_per_task annotators.
 
-    `authors` are those of earlier pulls, for annotations whose account was deleted since.
+    `authors` are those of earlier pulls, for annotations whose account was deleted since. `most_asked` is the largest
+    answers_per_task so far: what was given before the review asked for fewer answers counts.
     """
     reader = AnnotationReader(review_tasks, authors or {})
     table = np.fromiter(reader.read(tasks), ANSWER_DTYPE)
-    wanted = review_tasks.review.answers_per_task
+    wanted = max(most_asked, review_tasks.review.answers_per_task)
     counted, replaced, surplus = select_counted(table, wanted)
     unknown = table["annotator"][replaced] == UNKNOWN
     reader.discard(table[replaced[~unknown]], "the same person answered again later")

@@ -121,9 +121,9 @@ class LabelStudioAnnotators:
         started = monotonic()
         tasks = self._tasks(gallery)
         listed = ReviewProject(self.client, self.run, tasks).pull()
-        # after pull(), which deletes those of a project that is at another address
+        # after pull(), which deletes those of a project that has another number now
         authors = read_authors(self.run.store)
-        pulled = read_annotations(listed, tasks, authors)
+        pulled = read_annotations(listed, tasks, authors, most_asked=state.most_asked)
         is_open = not self.run.store.exists("votes.safetensors")  # a closed review asks nobody any more
         lost = pulled.missing_since(authors) if is_open else Counter[int]()
         annotators = (*pulled.annotators(), *lost)
@@ -189,7 +189,8 @@ class LabelStudioAnnotators:
                 return status, state
 
     def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
-        decided, skips, way_out = int(status.decided.sum()), len(status.blocking_skips()), status.way_out()
+        decided, skips = int(status.decided.sum()), len(status.blocking_skips())
+        way_out = status.way_out(self.run)
         return (
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "

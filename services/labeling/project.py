@@ -84,10 +84,10 @@ class ReviewProject:
             if self.state.project is not None:  # a replacement of a lost project needs a mark of its own
                 kept = set_aside(self.run.store, self.state, STATE_KEY, AUTHORS_KEY)
                 log.warning("project %d is gone; creating another (kept: %s)", self.state.project, kept)
-                self.run.store.delete(AUTHORS_KEY)  # of the annotations of that project
                 self._update_state(
                     lambda known: replace(ProjectState.new(known.gallery), people=known.people)
                 )
+            self.run.store.delete(AUTHORS_KEY)  # of the annotations of another project
             project = self.create()
         number, address, organization = project.id, self.client.address, self.client.organization()
         self._update_state(
@@ -156,8 +156,7 @@ class ReviewProject:
             number = marked.id
             log.warning("project %d is now project %d, by its mark", state.project, number)
             people = {} if elsewhere else state.people  # user ids are of other people
-            if elsewhere:
-                self.run.store.delete(AUTHORS_KEY)
+            self.run.store.delete(AUTHORS_KEY)  # the annotations have other ids
             self._update_state(lambda known: replace(known, project=number, people=people))
             return marked
         if project is None:
@@ -201,8 +200,9 @@ class ReviewProject:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
         if others := self.client.find_projects(run_label(self.run.name)):
             log.warning(
-                "found project %s at %s, of another run called %s or replaced: rename it in its settings (`old, do not "
-                "label`), so that nobody answers there; delete it only if its answers are not wanted",
+                "found project %s at %s, of a replaced or deleted run called %s, or of one in another store: ask whose "
+                "it is; rename it in its settings (`old, do not label`) only if nobody wants its answers any more, or "
+                "give this run another name",
                 ", ".join(str(project.id) for project in others),
                 self.client.address,
                 self.run.name,
@@ -299,7 +299,10 @@ class ReviewProject:
             handle = self._restore_page if self.repair else self._log_page_edits
             state = handle(project, state, edits)
         page = {name: getattr(state, name) for name in ("interface", "instructions", "reported")}
-        self._update_state(lambda known: replace(known, title=found.title, **page))
+        asked = self.tasks.review.answers_per_task
+        self._update_state(
+            lambda known: replace(known, title=found.title, most_asked=max(known.most_asked, asked), **page)
+        )
 
     def _restore_page(self, project: Project, state: ProjectState, edits: list[str]) -> ProjectState:
         """Put the labelling page and its instructions back, and return the state with what Label Studio stored."""

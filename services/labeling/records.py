@@ -203,6 +203,7 @@ class ProjectState:
     interface: str = ""  # the labelling interface as pushed
     instructions: str = ""  # for annotators, as Label Studio stored them
     reported: str = ""  # digest of an edited layout or edited instructions that were logged
+    most_asked: int = 0  # the largest review.answers_per_task so far, to which answers count
     pushed: bool = False  # every task existed once, so one that is missing was deleted
     people: dict[str, int] = field(default_factory=dict)  # user id -> n of the pseudonym annotator-n
     simulated: bool = False  # reference models answered through the accounts of simulated annotators

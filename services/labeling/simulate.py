@@ -6,6 +6,7 @@ models': use it to see how the parts work together, not to find out what is righ
 
 from __future__ import annotations
 
+import hmac
 import logging
 import re
 import secrets
@@ -38,6 +39,7 @@ from services.labeling.records import (
 from services.labeling.tasks import ReviewTasks
 
 log = logging.getLogger("defuse")
+LOGIN = "/user/login/"  # Label Studio's page
 
 
 class AnnotatorAccount:
@@ -56,19 +58,24 @@ class AnnotatorAccount:
     @classmethod
     def sign_up(cls, address: str, invitation: str, email: str) -> Self:
         """Create an account through the invitation link and its form, as people do."""
-        account = cls(address, email, secrets.token_urlsafe(12))
-        form = account.http.get(invitation).text
-        found = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', form)
-        fields = {
-            "email": email,
-            "password": account.password,
-            "csrfmiddlewaretoken": found[1] if found else "",
-        }
-        account._checked(account.http.post(invitation, data=fields, headers={"Referer": address}))
-        token = account._checked(account.http.get("/api/current-user/token")).json()["token"]
-        account.http.cookies.clear()  # of the page, whose requests would need its CSRF token
-        account.http.headers["Authorization"] = f"Token {token}"
-        return account
+        return cls(address, email, secrets.token_urlsafe(12)).enter(invitation)
+
+    def enter(self, *pages: str) -> Self:
+        """Fill in the forms of these pages, one after the other, until one accepts the account."""
+        for page in pages:
+            found = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', self.http.get(page).text)
+            fields = {
+                "email": self.email,
+                "password": self.password,
+                "csrfmiddlewaretoken": found[1] if found else "",
+            }
+            headers = {"Referer": str(self.http.base_url)}
+            if self._checked(self.http.post(page, data=fields, headers=headers)).is_redirect:
+                break
+        token = self._checked(self.http.get("/api/current-user/token")).json()["token"]
+        self.http.cookies.clear()  # of the page, whose requests would need its CSRF token
+        self.http.headers["Authorization"] = f"Token {token}"
+        return self
 
     def next_task(self, project: int) -> QueuedTaskRow | None:
         """Return the next task of this account's queue, or None if the queue is empty."""
@@ -107,8 +114,9 @@ def simulate(
 ) -> int:
     """Let one simulated annotator per reference model answer until the queue is empty; return the number of answers.
 
-    They answer one after the other. Between them decided scenarios leave the queue, so later ones get fewer tasks.
-    Where there are fewer of them than review.answers_per_task asks for, a warning says that answers are missing.
+    They answer one after the other. Between them decided scenarios leave the queue, so later ones get fewer tasks. Each
+    has one account for the project: repeated, no model answers a task again. Where there are fewer of them than
+    review.answers_per_task asks for, a warning says that answers are missing.
     """
     run = annotators.run
     state = read_state(run.store, gallery)
@@ -129,11 +137,12 @@ def simulate(
     tasks, total = ReviewTasks(gallery, run.spec.review, run.store), 0
     invitation = annotators.client.invitation()
     for number, own in enumerate(answers):
-        email = f"simulated-{number + 1}-{secrets.token_hex(3)}@defuse.local"
+        email = f"simulated-{number + 1}-{state.mark[-6:]}@defuse.local"
+        password = hmac.digest(state.secret.encode(), email.encode(), "sha256").hex()
         shown = partial(progress, f"annotator {number + 1} of {len(answers)} answers")
         with (
             translated_errors(server.address),
-            AnnotatorAccount.sign_up(server.address, invitation, email) as account,
+            AnnotatorAccount(server.address, email, password).enter(LOGIN, invitation) as account,
         ):
             total += _answer_queue(account, state.number, tasks, own, shown)
         status, _ = annotators.status(gallery)

@@ -31,6 +31,7 @@ from defuse_core.review.verdicts import (
     stops_when_sure,
     tally,
 )
+from defuse_core.runs import Run
 from services.labeling.annotations import (
     UNKNOWN,
     DiscardedAnnotation,
@@ -85,8 +86,8 @@ class ReviewStatus:
 
     @property
     def requested(self) -> int:
-        """Number of answers requested in all, one per task and annotator."""
-        return len(self.tasks) * self.tasks.review.answers_per_task
+        """Number of answers requested in all, one per task and annotator, with those given while more were asked."""
+        return int(np.maximum(self.given_per_task, self.tasks.review.answers_per_task).sum())
 
     @property
     def given(self) -> int:
@@ -166,7 +167,7 @@ class ReviewStatus:
         both = (*self.pulled.skips, *self.pulled.unreadable)
         return [skip for skip in both if self.wanted_per_task[skip.index]]
 
-    def way_out(self) -> str:
+    def way_out(self, run: Run) -> str:
         """Return how the review ends with fewer answers, where those who answered so far may not give the others.
 
         That is where none of them can, or where each task has more than half of its answers. Empty elsewhere.
@@ -187,11 +188,9 @@ class ReviewStatus:
         fewer = f"--set review.answers_per_task={fewest}"
         command = f"`defuse run` with `{fewer}`"
         then = " (give it from then on, and end a waiting `defuse run --wait` first)"
-        if self.tasks.gallery.failure is not None:
-            # a review of traffic is in its run's folder
-            run, review = self.tasks.store.address.split("/")[-2:]
-            command = f"`defuse review push {run} --from-traffic {fewer}`, then `defuse review status {run}/{review}`,"
-            then = ""
+        if self.tasks.gallery.failure is not None:  # of traffic
+            push, status = run.command("review push", *fewer.split()), run.command("review status")
+            command, then = f"`{push}`, then `{status}`,", ""
         return (
             f"of those who answered so far, {first_few(left) or 'nobody'} can still answer; if nobody else will, "
             f"{command} ends the review with fewer answers{then}"
@@ -245,7 +244,7 @@ def review_status(
         consensus = crowdlab_consensus(votes, probabilities)
     if consensus is not None and stops_when_sure(review):
         sure = consensus.sure(review.certainty)
-    missing = np.where(sure, 0, review.answers_per_task - given)
+    missing = np.where(sure, 0, np.maximum(review.answers_per_task - given, 0))
     final: Bool = np.zeros(len(tasks.gallery), bool)
     if review.stop_early and _are_independent(review):
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))

@@ -144,10 +144,7 @@ def open_traffic_review(store: Store, run: Run, overrides: Sequence[str] = ()) -
     """
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
-        if not overrides:
-            return known[-1]
-        with known[-1].store.lock():
-            return Run.start(store, known[-1].name, _overridden(known[-1].spec, overrides))
+        return set_in_traffic_review(store, known[-1], overrides)
     shown = {
         image.tobytes()
         for review in known
@@ -188,6 +185,14 @@ def open_traffic_review(store: Store, run: Run, overrides: Sequence[str] = ()) -
     review = Run.start(store, f"{run.name}/traffic-{number}", spec)
     review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
     return review
+
+
+def set_in_traffic_review(store: Store, review: Run, overrides: Sequence[str]) -> Run:
+    """Return the review with other values of OWN_FIELDS, which are free until its votes are stored."""
+    if not overrides:
+        return review
+    with review.store.lock():
+        return Run.start(store, review.name, _overridden(review.spec, overrides))
 
 
 def _overridden(spec: RunFile, overrides: Sequence[str]) -> RunFile:

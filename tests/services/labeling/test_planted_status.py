@@ -17,6 +17,7 @@ from services.cli.review_tables import print_status, summarize_status
 from services.labeling.annotations import AnswerChanges, answer_changes, read_annotations
 from services.labeling.records import ProjectState, choice_result
 from services.labeling.status import ReviewStatus, review_status, update_queue
+from services.labeling.tasks import ReviewTasks
 
 STATE = ProjectState("mark", "digest", "secret", project=1)
 
@@ -104,11 +105,11 @@ def test_a_verdict_that_answers_to_other_scenarios_can_change_is_said_to_be_so_f
     tmp_path, fields, provisional
 ):
     fields = {"accept": "lower-bound", "answers_per_task": 1, "form": "scenario", **fields}
-    _, tasks = blank_review(tmp_path, 6, **fields)
+    run, tasks = blank_review(tmp_path, 6, **fields)
     found = [task_of(tasks, index, annotation(index, 1, target="page")) for index in range(6)]
     status = status_of(tasks, found[:2], overridden=[1])
     shown = io.StringIO()
-    print_status(status, Console(file=shown, width=200))
+    print_status(run, status, Console(file=shown, width=200))
     assert status.provisional.tolist() == [provisional, *[False] * 5]
     assert shown.getvalue().count("its answers are in; so far ") == provisional
     summary = summarize_status("mine", status, str).scenarios
@@ -117,10 +118,10 @@ def test_a_verdict_that_answers_to_other_scenarios_can_change_is_said_to_be_so_f
 
 
 def test_an_answer_for_a_page_is_counted_and_missed_once_and_not_for_each_of_its_images(tmp_path):
-    _, tasks = blank_review(tmp_path, 2, form="scenario", answers_per_task=3)
+    run, tasks = blank_review(tmp_path, 2, form="scenario", answers_per_task=3)
     status = status_of(tasks, [task_of(tasks, 0, annotation(1, 3, target="page"))])
     shown = io.StringIO()
-    print_status(status, Console(file=shown, width=100))
+    print_status(run, status, Console(file=shown, width=100))
     assert "1 of 6 answers are in; 5 are still wanted." in shown.getvalue()
     rows = [line.split() for line in shown.getvalue().splitlines() if line.rstrip().endswith("open")]
     assert rows == [["0", "2", "open"], ["1", "3", "open"]]
@@ -142,14 +143,49 @@ def test_an_answer_for_a_page_is_counted_and_missed_once_and_not_for_each_of_its
 def test_the_way_out_is_named_where_those_who_answered_may_not_give_the_missing_answers(
     tmp_path, given, skipped, way_out
 ):
-    _, tasks = blank_review(tmp_path, 2, form="scenario", answers_per_task=3)
+    run, tasks = blank_review(tmp_path, 2, form="scenario", answers_per_task=3)
     found = [
         task_of(tasks, index, *(annotation(10 * index + n, n, target="page") for n in people))
         for index, people in given.items()
     ]
     found += [task_of(tasks, 1, annotation(99, n, None)) for n in skipped]
-    text = status_of(tasks, found, {0: "?", 1: "Ada", 2: "Ben", 3: "Cem"}).way_out()
+    text = status_of(tasks, found, {0: "?", 1: "Ada", 2: "Ben", 3: "Cem"}).way_out(run)
     assert re.search(way_out, text) if way_out else text == ""
+
+
+@pytest.mark.parametrize(
+    ("choices", "fields", "fewer"),
+    [
+        (["80808"] * 19 + ["8080"], {}, 4),  # the fifth person left one image undone
+        (["88"] * 19 + ["8z"], {}, 1),  # z: an answer that is not readable
+        # scenario 0 is decided early, with two answers to some of its images
+        (["80n88"] * 6 + ["80"] * 4 + ["--80n"] * 10, {"stop_early": True}, 3),
+    ],
+)
+def test_the_way_out_ends_the_review_with_all_answers_that_were_given_and_the_verdicts_so_far(
+    tmp_path, choices, fields, fewer
+):
+    run, tasks = blank_review(tmp_path, 2, **fields)
+    named = {"z": "zebra", "n": "None of the above"}
+    found = [
+        task_of(
+            tasks,
+            index,
+            *(
+                annotation(10 * index + n, n, named.get(choice, choice), created=100.0 * n + index)
+                for n, choice in enumerate(given, start=1)
+                if choice != "-"
+            ),
+        )
+        for index, given in enumerate(choices)
+    ]
+    before = status_of(tasks, found)
+    assert f"with `--set review.answers_per_task={fewer}` ends the review" in before.way_out(run)
+    tasks = ReviewTasks(tasks.gallery, tasks.review.model_copy(update={"answers_per_task": fewer}), run.store)
+    pulled = read_annotations(found, tasks, most_asked=5)
+    after = review_status(tasks, pulled, before.names, [])
+    assert (after.outstanding, after.given) == (0, before.given)
+    assert after.verdicts().reasons == before.verdicts().reasons
 
 
 def test_a_skip_blocks_only_where_its_task_lacks_answers_in_a_scenario_that_is_open(tmp_path):

@@ -66,12 +66,12 @@ def test_tasks_of_a_push_that_was_interrupted_are_not_said_to_be_deleted(make_re
 def test_another_project_for_a_run_of_the_same_name_is_named(make_review, caplog):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    assert "of another run" not in caplog.text
+    assert "found project" not in caplog.text
     review.run.store.delete("labeling.json")  # as of a run that was deleted, or one in another store
     assert review.annotators.push(review.gallery).number != number
     assert (
-        f"found project {number} at {review.api.address}, of another run called {review.run.name} or"
-        " replaced: rename it in its settings (`old, do not label`), so that nobody answers there; delete it only if"
+        f"found project {number} at {review.api.address}, of a replaced or deleted run called {review.run.name}, or of "
+        "one in another store: ask whose it is; rename it in its settings (`old, do not label`) only if nobody wants"
         in caplog.text
     )
     review.api._sdk.projects.delete(id=number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from planted_review import answered_tasks, blank_review
 
 from defuse_core.errors import InputError
 from defuse_core.store import FolderStore
+from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.project import ReviewProject
 from services.labeling.records import (
@@ -66,6 +68,58 @@ def test_a_pull_stores_nothing_in_a_run_that_is_deleted_meanwhile(tmp_path):
     with pytest.raises(InputError, match="labeling.json is missing: this run is gone"):
         annotators.status(tasks.gallery)
     assert run.store.list() == []
+
+
+def planted_annotators(run, tasks, found, projects):
+    """Annotators of a server that has these projects, by number, with the same tasks in each."""
+    run.until = "draw"
+
+    def create(settings):
+        projects[99] = Project(99, settings)
+        return projects[99]
+
+    annotators = LabelStudioAnnotators(run, read_settings())
+    annotators.client = SimpleNamespace(
+        address="http://labels", organization=lambda: 1, project=projects.get, create_project=create,
+        find_projects=lambda text: [each for each in projects.values() if text in each.settings.description],
+        tasks=lambda *_: found(read_state(run.store, tasks.gallery).secret), labeling_url=str,
+        set_overlap=lambda *_: None, update_project=lambda *_, **fields: None,
+    )  # fmt: skip
+    return annotators
+
+
+def test_answers_that_were_given_before_the_review_asked_for_fewer_still_count(tmp_path):
+    run, tasks = blank_review(tmp_path, 1, answers_per_task=4)
+    annotators = planted_annotators(run, tasks, partial(answered_tasks, tasks), {})
+    annotators.push(tasks.gallery)  # every task has five answers
+    for asked in (2, 3):
+        run.spec = run.spec.with_fields("review", answers_per_task=asked)
+        status, state = annotators.status(tasks.gallery)
+        assert set(status.given_per_task) == {4} and (status.outstanding, status.saved) == (0, 0)
+        assert status.pulled.discarded[0].reason == "4 others had answered before, as many as required"
+        assert state.most_asked == 4
+
+
+def test_no_answer_of_another_project_is_said_to_be_lost(tmp_path, caplog):
+    run, tasks = blank_review(tmp_path, 1)
+    projects = dict[int, Project]()
+    annotators = planted_annotators(run, tasks, partial(answered_tasks, tasks), projects)
+
+    def pull():
+        run.store.write(
+            AUTHORS_KEY, b'{"70": [1000000000]}'
+        )  # as after pulls of the project that was there before
+        annotators.push(tasks.gallery)
+        annotators.status(tasks.gallery)
+        assert 70 not in read_authors(run.store).values() and "has lost" not in caplog.text
+
+    pull()  # a new project
+    projects[12] = replace(projects.pop(99), id=12)  # moved by an export and an import
+    pull()
+    assert "project 99 is now project 12" in caplog.text
+    run.store.delete("labeling.json")
+    pull()
+    assert sorted(projects) == [12, 99]
 
 
 def test_the_digest_is_of_all_that_people_see_and_of_the_answers():

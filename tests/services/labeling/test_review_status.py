@@ -123,7 +123,7 @@ def test_a_review_of_no_scenarios_is_complete(tmp_path):
 
 @pytest.mark.parametrize("consensus", ["majority", "crowdlab"])
 def test_verdicts_that_the_run_will_decide_with_crowdlab_are_said_to_be_by_majority(tmp_path, consensus):
-    _, tasks = blank_review(tmp_path, 1, consensus=consensus)
+    run, tasks = blank_review(tmp_path, 1, consensus=consensus)
     console = Console(width=200, file=io.StringIO())
-    print_status(review_status(tasks, read_annotations([], tasks), {}, ()), console)
+    print_status(run, review_status(tasks, read_annotations([], tasks), {}, ()), console)
     assert ("decides with review.consensus: crowdlab" in console.file.getvalue()) is (consensus == "crowdlab")

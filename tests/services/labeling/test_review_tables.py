@@ -77,7 +77,7 @@ def shown(show: Callable[[Console], object]) -> list[str]:
 def test_tasks_that_were_added_by_hand_are_told_and_their_answers_not_counted(tmp_path: Path) -> None:
     for foreign, told in ((0, []), (1, ["1 task"]), (2, ["2 tasks"])):
         status = status_of(tmp_path / str(foreign), {0: "88"}, foreign=foreign)
-        lines = shown(lambda console, status=status: print_status(status, console))
+        lines = shown(lambda console, status=status: print_status(mine(tmp_path), status, console))
         assert lines[0].startswith("2 of 12 answers")
         found = [line for line in lines if "did not import" in line]
         assert found == [
@@ -87,7 +87,7 @@ def test_tasks_that_were_added_by_hand_are_told_and_their_answers_not_counted(tm
 
 def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path: Path) -> None:
     status = status_of(tmp_path, {0: "88", 1: "88", 2: "89", 3: "8"})
-    lines = shown(lambda console: print_status(status, console))
+    lines = shown(lambda console: print_status(mine(tmp_path), status, console))
     assert lines[:5] == [
         "7 of 12 answers are in; 1 are still wanted.",
         "4 more are not needed: their scenarios are decided.",
@@ -105,7 +105,21 @@ def test_the_answers_so_far_are_counted_and_each_scenario_has_its_state(tmp_path
 
 def test_nothing_is_said_of_an_agreement_before_an_image_has_two_votes(tmp_path: Path) -> None:
     status = status_of(tmp_path, {0: "8", 3: "8"})
-    assert not [line for line in shown(lambda console: print_status(status, console)) if "Agreement" in line]
+    assert not [
+        line
+        for line in shown(lambda console: print_status(mine(tmp_path), status, console))
+        if "Agreement" in line
+    ]
+
+
+def test_the_way_out_of_a_review_of_traffic_is_in_the_commands_of_that_review(tmp_path: Path) -> None:
+    run = Run(FolderStore(tmp_path), "mine/traffic-1", tiny())
+    status = status_of(tmp_path, dict.fromkeys(range(6), "8"))
+    assert shown(lambda console: print_status(run, status, console))[3] == (
+        "Of those who answered so far, nobody can still answer; if nobody else will, `defuse review push "
+        f"mine/traffic-1 --set review.answers_per_task=1 --store {tmp_path}`, then `defuse review status "
+        f"mine/traffic-1 --store {tmp_path}`, ends the review with fewer answers."
+    )
 
 
 @pytest.mark.parametrize("beyond", [0, 1, 5])
@@ -113,7 +127,7 @@ def test_the_first_answers_that_do_not_count_are_listed_and_the_others_counted(
     beyond: int, tmp_path: Path
 ) -> None:
     status = status_of(tmp_path, {0: "8"}, odd=ROWS_SHOWN + beyond)
-    lines = shown(lambda console: print_status(status, console))
+    lines = shown(lambda console: print_status(mine(tmp_path), status, console))
     listed = [line for line in lines if line.startswith("Not counted: Cem on scenario 3, image 0: ")]
     assert len(listed) == ROWS_SHOWN and "'zebra' is not one of the classes" in listed[0]
     assert [line for line in lines if "more that" in line] == (

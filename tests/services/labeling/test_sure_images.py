@@ -125,7 +125,7 @@ def test_at_first_an_image_is_open_for_two_answers(tmp_path, people):
 def test_the_status_says_how_many_images_are_sure_and_what_may_still_be_wanted(tmp_path):
     def shown(status):
         console = Console(width=200, file=io.StringIO())
-        print_status(status, console)
+        print_status(review_run(tmp_path, digits_gallery()), status, console)
         return console.file.getvalue()
 
     stored, without = shown(planted(tmp_path)), shown(planted(tmp_path, stored=False))
@@ -137,7 +137,8 @@ def test_the_status_says_how_many_images_are_sure_and_what_may_still_be_wanted(t
 
 def test_the_verdicts_so_far_are_those_of_crowdlab(tmp_path):
     gallery = digits_gallery(labels=TRUTH[:2])
-    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB).spec.review, None)
+    run = review_run(tmp_path, gallery, **CROWDLAB)
+    tasks = ReviewTasks(gallery, run.spec.review, None)
     split = [annotation(20 + person, person, "8338"[person - 1]) for person in range(1, 5)]
     found = [task_of(tasks, n, annotation(n, 1, "8"), annotation(9 + n, 2, "8")) for n in range(1, 6)]
     found.insert(0, task_of(tasks, 0, *split))
@@ -146,7 +147,7 @@ def test_the_verdicts_so_far_are_those_of_crowdlab(tmp_path):
     assert review_status(tasks, pulled, names, ()).verdicts().image_labels[0, 0] == -1  # a tie
     status, terminal = review_status(tasks, pulled, names, (), models), io.StringIO()
     assert status.verdicts().image_labels[0, 0] == 8 and status.not_majority == 1
-    print_status(status, Console(file=terminal, width=200))
+    print_status(run, status, Console(file=terminal, width=200))
     assert "CROWDLAB gives 1 image a label that is not the one most people chose" in terminal.getvalue()
 
 

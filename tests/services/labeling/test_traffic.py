@@ -194,14 +194,23 @@ def test_a_review_of_traffic_ends_with_the_number_of_answers_that_a_later_push_g
             account.answer(task.id, "image", "0")
     shown = " ".join(cli("status", review.name).output.split())
     given = "review.answers_per_task=2"
-    push, status = f"review push {run.name} --from-traffic --set {given}", f"review status {review.name}"
-    assert f"`defuse {push}`, then `defuse {status}`, ends the review with fewer answers." in shown
-    assert f"{run.name}/traffic-1" in cli("push", run.name, "--from-traffic", "--set", given).output
+    push, status = (
+        f"defuse review {words} --store {tmp_path}"
+        for words in (f"push {review.name} --set {given}", f"status {review.name}")
+    )
+    assert f"`{push}`, then `{status}`, ends the review with fewer answers." in shown
+    cli("push", review.name, "--set", given)
     assert "all answers are in, and stored" in cli("status", review.name).output
     meet(run, tmp_path, 3, 3)
     cli("push", run.name, "--from-traffic", "--set", given)
     second = Run.open(FolderStore(tmp_path), f"{run.name}/traffic-2")
     assert second.spec.review.answers_per_task == 2
+    cli("reopen", review.name, "--discard")
+    cli("push", review.name, "--set", "review.answers_per_task=1")
+    assert "all answers are in, and stored" in cli("status", review.name).output
+    assert Run.open(FolderStore(tmp_path), review.name).spec.review.answers_per_task == 1
+    assert Run.open(FolderStore(tmp_path), second.name).spec.review.answers_per_task == 2
+    assert len(review.require(Votes).answer) == 6  # those that were given before still count
 
 
 def test_a_review_of_traffic_can_set_what_is_free_until_its_votes_and_nothing_else(cli, served, tmp_path):
