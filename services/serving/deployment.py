@@ -91,8 +91,7 @@ class ClassifierDeployment:
         """Raise where production answers nothing any more, as after an error of the GPU: Serve replaces the replica."""
         model = self.active.production
         if self._failures >= FAILURES_BEFORE_CHECK and model is not None:
-            zeros = np.zeros((1, *model.input_spec.shape), np.float32)
-            await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.predict, zeros)
+            await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.run_on_zeros, 1)
             self._failures = 0
 
     def current(self) -> ActiveVersions:
