@@ -82,6 +82,20 @@ class RegistryState(BaseModel):
         """Return the digest of a version; its number where this state lacks the version, which equals no other then."""
         return self.versions[number].digest if number in self.versions else number
 
+    @property
+    def beside(self) -> int | None:
+        """The canary or shadow."""
+        return self.canary or self.shadow
+
+    @property
+    def ended_text(self) -> str:
+        """What the end of the canary or shadow is called: `ended the canary of version 2`."""
+        return f"ended the {'canary' if self.canary else 'shadow'} of version {self.beside}"
+
+    def ended_too(self, number: int) -> str:
+        """Return, with a semicolon, that a change for version `number` ends that of another version, if any."""
+        return "" if self.beside in (None, number) else f"; {self.ended_text}"
+
     def rollback_targets(self, promoted: int) -> tuple[int, ...]:
         """Return `previous` once version `promoted` is in production: each differs from the version after it."""
         found = [promoted]
@@ -130,6 +144,11 @@ class PromotionRequest:
         return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
 
     @property
+    def is_beside(self) -> bool:
+        """Whether the role is that of a canary or shadow."""
+        return self.shadow or self.canary is not None
+
+    @property
     def role(self) -> str:
         """The role, as the action of a change tells it."""
         if self.shadow:
@@ -141,7 +160,7 @@ class PromotionRequest:
 
         `number` is None for a version that is still to be added.
         """
-        if not self.shadow and self.canary is None:
+        if not self.is_beside:
             return
         option = "--shadow" if self.shadow else "--canary"
         if state.production is None:
