@@ -187,8 +187,11 @@ class Registry:
             sequence, author = current.sequence + 1, {"by": by, "when": utc_now(), "why": why}
             changes = {"action": action, "failed_checks": None, **updated, "sequence": sequence, **author}
             if "production" in changes:
-                failed = changes["failed_checks"]
-                changes["since"] = ChangeInfo(change=sequence, failed_checks=failed, **author)
+                failed, since = changes["failed_checks"], current.since
+                if since is None or failed or changes["production"] != current.production:
+                    since = ChangeInfo(change=sequence, failed_checks=failed, **author)
+                # another number where it is promoted again: a server of another run answers with it then
+                changes["since"] = since.model_copy(update={"change": sequence})
             state = current.model_copy(update=changes)
             if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
                 return state

@@ -30,15 +30,15 @@ class VersionInfo(BaseModel):
 
 
 class ChangeInfo(BaseModel):
-    """The number, author, time and reason of a change."""
+    """The author, time and reason of the change that put a version into production."""
 
     model_config = ConfigDict(frozen=True)
 
-    change: int
+    change: int  # its number, or that of the last promotion of the version, which was in production
     by: str
     when: str
     why: str
-    failed_checks: tuple[str, ...] | None = None  # what a promotion was forced over; None of any other change
+    failed_checks: tuple[str, ...] | None = None  # what it was forced over; None of a rollback
 
 
 NO_VERSION = "no version is in production"
