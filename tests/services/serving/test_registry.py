@@ -92,7 +92,9 @@ def test_a_promotion_forced_for_an_equal_version_keeps_what_it_was_forced_over(r
 
 def test_a_promotion_of_the_version_in_production_keeps_who_put_it_there_and_over_what(registry, candidates):
     forced = promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="a drill")).since
-    again = promote(registry, dataclasses.replace(candidates["swapped"], checks=()), PromotionRequest("bo", ""))
+    again = promote(
+        registry, dataclasses.replace(candidates["swapped"], checks=()), PromotionRequest("bo", "")
+    )
     assert forced is not None and forced.failed_checks
     assert again.since == forced.model_copy(update={"change": again.sequence}) and again.by == "bo"
 
