@@ -251,7 +251,7 @@ class RegistryWatcher:
             active = self.load_changes(own) or own
         except DefuseError as error:
             log.error("the registry's version cannot be loaded: %s", error)
-            active = replace(own, error=_reason_for_clients(error))
+            active = replace(own, error=reason_for_clients(error))
         if failure is not None and active.production is None:
             raise failure
         return active
@@ -313,11 +313,7 @@ class RegistryWatcher:
         if self.initial.key is None or follows or state.since != self.initial.state.since:
             production = self._load_version(state.production, state, loaded) or production
         # a canary is compared with production, and ended for all servers; no server of another run decides that
-        comparable = (
-            production is not None
-            and state.production is not None
-            and _equals(production, state.production, state)
-        )
+        comparable = production is not None and production.number == state.production
         versions = ActiveVersions(
             production=production,
             canary=self._load_canary(state.canary, state, loaded) if comparable else None,
@@ -363,6 +359,7 @@ class RegistryWatcher:
         return next(same, None) or self._load_warm(self.registry.load(number), number)
 
     def _load_candidate(self, key: str) -> LoadedModel:
+        """Return the model of `initial`: as the version in production where it equals that one."""
         path = f"{self.store.address}/{key}"
         try:
             data = self.store.read(key)
@@ -371,7 +368,9 @@ class RegistryWatcher:
                 f"{path}: the model that this server was started with is missing, as after `defuse delete`; promote "
                 "a run with `defuse promote RUN`, or serve another one"
             ) from error
-        return self._load_warm(decode(Candidate, data, path))
+        candidate, state = decode(Candidate, data, path), self.initial.state
+        is_version = not self.initial.pin and state.production in state.versions_with(candidate.digest)
+        return self._load_warm(candidate, state.production if is_version else None)
 
     def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
         own = with_settings(candidate.run_file().serve, self.overrides)
@@ -393,7 +392,7 @@ def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:
     return model.number == number if info is None else info.digest == model.candidate.digest
 
 
-def _reason_for_clients(error: DefuseError) -> str:
+def reason_for_clients(error: Exception) -> str:
     """Return why no version answers, without the paths of the store: clients read it without a token."""
     if isinstance(error, DamagedVersionError):
         return f"the version in production is damaged or missing: {REMEDY}"

@@ -241,7 +241,8 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
         redoc_url=None,
     )
     _add_error_handlers(api, deployment)
-    api.add_middleware(BearerAuthMiddleware, token=deployment.token)
+    count_rejected = deployment.metrics.count_rejected
+    api.add_middleware(BearerAuthMiddleware, token=deployment.token, count_rejected=count_rejected)
 
     async def predict(request: Request) -> Response:
         return await _answer(deployment, request)
@@ -345,8 +346,13 @@ async def _answer(deployment: ClassifierDeployment, request: Request) -> Respons
 def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
     async def handle_request_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        deployment.metrics.rejected.inc(1, {"status": str(error.status)})
+        deployment.metrics.count_rejected(error.status)
         return JSONResponse({"error": error.message}, error.status, error.headers)
+
+    async def handle_http_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        deployment.metrics.count_rejected(error.status_code)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     async def handle_memory_error(request: Request, error: Exception) -> JSONResponse:
         log.error("a request was not answered: out of memory (%s)", error)
@@ -359,11 +365,6 @@ def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
         return await handle_request_error(request, RequestError(500, text))
 
     api.add_exception_handler(RequestError, handle_request_error)
-    api.add_exception_handler(HTTPException, _http_error)
+    api.add_exception_handler(HTTPException, handle_http_error)
     api.add_exception_handler(MemoryError, handle_memory_error)
     api.add_exception_handler(Exception, handle_internal_error)
-
-
-async def _http_error(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)

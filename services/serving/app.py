@@ -59,9 +59,11 @@ MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish it
 class ClassifierIngress(ClassifierDeployment):
     """The deployment with its HTTP interface."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, require_model: bool = False) -> None:
         hide_other_gpus()
         super().__init__(*args)
+        if self.active.error is not None and require_model:
+            raise ComputeError(self.active.error)
         if self.active.error is not None and _is_application_answering():
             raise ComputeError(f"{self.active.error}; others answer until Serve has started this one again")
 
@@ -95,7 +97,12 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     else:
         warn_of_production(registry, settings, args.settings)
     application: Application = classifier_deployment(settings).bind(
-        store.address, initial, settings, args.settings, args.require_token
+        store.address,
+        initial,
+        settings,
+        args.settings,
+        args.require_token,
+        require_model=args.require_model,
     )
     return application
 

@@ -47,10 +47,15 @@ from services.serving.inputs import InputSpec
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 12  # of the stored candidate; in its key in the run, so that one of another format is made again
+FORMAT = 13  # of the stored candidate; in its key in the run, so that one of another format is made again
 REMEDY = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
+# Fields that say with which code the weights make networks, what these receive and what they return.
+NETWORK_FIELDS = {
+    "classifier": {"architecture", "import_path", "timm_model", "input_range", "outputs", "class_order"},
+    "vae": {"architecture", "import_path"},
+}
 # Fields that only describe a candidate; `after` and `judged` decide which scenarios are fixed.
 NOT_SERVED = ("run", "spec", "summary", "checks", "digest", "before", "components_digest")
 
@@ -288,7 +293,8 @@ def _key(spec: RunFile, artifacts: _CorrectedRun) -> str:
 def _settings(spec: RunFile) -> str:
     """Return the run-file fields that belong to a version."""
     fields = spec.serve.model_dump(mode="json", include=set(VERSION_SETTINGS))
-    return f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}"
+    networks = spec.model_dump_json(include=NETWORK_FIELDS)
+    return f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}{networks}"
 
 
 def _digest(candidate: Candidate) -> str:

@@ -28,6 +28,7 @@ from services.serving.active_versions import (
     InitialModel,
     RegistryWatcher,
     ShadowRunner,
+    reason_for_clients,
 )
 from services.serving.inputs import InputSpec, decode_body
 from services.serving.limits import RejectedInput, RequestError, RequestSlots, Unavailable, UploadLimits
@@ -91,8 +92,7 @@ class ClassifierDeployment:
         """Raise where production answers nothing any more, as after an error of the GPU: Serve replaces the replica."""
         model = self.active.production
         if self._failures >= FAILURES_BEFORE_CHECK and model is not None:
-            zeros = np.zeros((1, *model.input_spec.shape), np.float32)
-            await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.predict, zeros)
+            await asyncio.get_running_loop().run_in_executor(self._forward_thread, model.run_on_zeros, 1)
             self._failures = 0
 
     def current(self) -> ActiveVersions:
@@ -327,13 +327,19 @@ class ClassifierDeployment:
             except Exception as error:  # of any kind: the next poll follows
                 if str(error) != reported:
                     reported = str(error)
-                    log.error(
-                        "the registry's version cannot be loaded, the current one stays active: %s", error
-                    )
+                    self._report_load_error(error)
                 continue
             reported = ""
             if versions is not None:
                 self._activate(versions)
+
+    def _report_load_error(self, error: Exception) -> None:
+        if self.active.production is not None:
+            log.error("the registry's version cannot be loaded, the current one stays active: %s", error)
+            return
+        log.error("the registry's version cannot be loaded: %s", error)
+        if not is_store_outage(error):  # a registry that cannot be read has perhaps no version in production
+            self._activate(replace(self.active, error=reason_for_clients(error)))
 
     def _activate(self, versions: ActiveVersions) -> None:
         before, self.active = self.active, versions

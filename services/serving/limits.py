@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import uvicorn.config
@@ -223,8 +223,9 @@ class BearerAuthMiddleware:
     Browsers cannot send a bearer token, so the pages of DOCS_ROUTES also accept it as the password of HTTP Basic.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, token: str | None, count_rejected: Callable[[int], None]) -> None:
+        """`count_rejected` is called with the status of each answer to a request without the token."""
+        self.app, self._count_rejected = app, count_rejected
         self._digest = _digest(token.encode()) if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -237,6 +238,7 @@ class BearerAuthMiddleware:
         else:
             message = "expected the header Authorization: Bearer TOKEN with the token of this server"
             challenge = "Bearer"
+        self._count_rejected(401)
         response = JSONResponse({"error": message}, 401, {"WWW-Authenticate": challenge})
         await response(scope, receive, send)
 

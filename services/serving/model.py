@@ -166,17 +166,16 @@ class LoadedModel:
         sizes = (1, min(batch, MAX_FORWARD_IMAGES))
         for count in (*sizes, sizes[1]):
             started = time.perf_counter()
-            self.predict(np.zeros((count, *self.input_spec.shape), np.float32))
+            self.run_on_zeros(count)
             self.seconds_per_image = (time.perf_counter() - started) / count
+
+    def run_on_zeros(self, count: int) -> None:
+        """Run the networks on `count` images of zeros. Any output will do: that for a constant image may be NaN."""
+        self._run_networks(np.zeros((count, *self.input_spec.shape), np.float32))
 
     def predict(self, pixels: F32) -> ModelOutput:
         """Return the output for pixels (n, channels, H, W) in [0, 1]. Raises ModelError for one that is not finite."""
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            parts = [
-                self._forward(pixels[start : start + MAX_FORWARD_IMAGES])
-                for start in range(0, len(pixels), MAX_FORWARD_IMAGES)
-            ]
-        logits, probabilities, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+        logits, probabilities, distances = self._run_networks(pixels)
         if not np.isfinite(probabilities).all():
             raise ModelError(f"version {self.name}: the classifier's output is not finite")
         regions = distances[:, : len(self.candidate.scenario)]
@@ -185,6 +184,16 @@ class LoadedModel:
         return ModelOutput(
             probabilities, regions, regions <= self.thresholds[: regions.shape[1]], failure, flagged
         )
+
+    def _run_networks(self, pixels: F32) -> tuple[F32, F32, F32]:
+        """Return what `_forward` does, for any number of images."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            parts = [
+                self._forward(pixels[start : start + MAX_FORWARD_IMAGES])
+                for start in range(0, len(pixels), MAX_FORWARD_IMAGES)
+            ]
+        logits, probabilities, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return logits, probabilities, distances
 
     def _failure_probability(self, logits: F32, distances: F32) -> F64 | None:
         """Return the probability that each answer is wrong, (n,)."""

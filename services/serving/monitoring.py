@@ -80,6 +80,9 @@ class ServingMetrics:
             tag_keys=tag_keys("version", "role"),
         )
 
+    def count_rejected(self, status: int) -> None:
+        self.rejected.inc(1, {"status": str(status)})
+
     def set_detection(self, version: str, figures: WatchFigures) -> None:
         """Set the gauge `detection` to what was measured on validation and test images."""
         for images, found in (("validation", figures.validation), ("test", figures.test)):

@@ -187,8 +187,11 @@ class Registry:
             sequence, author = current.sequence + 1, {"by": by, "when": utc_now(), "why": why}
             changes = {"action": action, "failed_checks": None, **updated, "sequence": sequence, **author}
             if "production" in changes:
-                failed = changes["failed_checks"]
-                changes["since"] = ChangeInfo(change=sequence, failed_checks=failed, **author)
+                failed, since = changes["failed_checks"], current.since
+                if since is None or failed or changes["production"] != current.production:
+                    since = ChangeInfo(change=sequence, failed_checks=failed, **author)
+                # another number where it is promoted again: a server of another run answers with it then
+                changes["since"] = since.model_copy(update={"change": sequence})
             state = current.model_copy(update=changes)
             if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
                 return state
@@ -225,7 +228,7 @@ class Registry:
                 **NO_CANARY,
                 **role,
                 "failed_checks": failed_checks,
-                "action": action + _ended_too(state, number),
+                "action": action + state.ended_too(number),
             }
 
         state = self.change(action, request.by, request.reason, updates)
@@ -238,9 +241,19 @@ class Registry:
         def updates(state: RegistryState) -> dict[str, Any] | None:
             if number not in (state.canary, state.shadow):
                 return None
-            return {"action": _ended_text(state), **NO_CANARY}
+            return {"action": state.ended_text, **NO_CANARY}
 
         return self.change(f"ended version {number}", by, why, updates)
+
+    def why_ended(self, digest: str) -> list[str]:
+        """Return, as a line, why a replica ended the canary or shadow of this digest, if that is the last change."""
+        state = self.state()
+        if state.by != AUTHOR:
+            return []
+        with contextlib.suppress(StoreError):  # another file, which need not be there
+            if self._read(state.sequence - 1).beside in state.versions_with(digest):
+                return [f"{AUTHOR} {state.action}: {state.why}"]
+        return []
 
     def roll_back(
         self,
@@ -256,7 +269,7 @@ class Registry:
         `production` also where the last change ended a canary or shadow: this was perhaps meant for that one.
         """
         current = self.state()
-        beside = None if production else current.canary or current.shadow
+        beside = None if production else current.beside
         if beside:
             ended = self.end_canary(beside, by, why)
             if ended is None:
@@ -266,7 +279,7 @@ class Registry:
             return ended
         # another file, which need not be there for `production`
         before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
-        if not production and (before.canary or before.shadow) not in (None, current.production):
+        if not production and before.beside not in (None, current.production):
             raise InputError(
                 f"the last change has ended a canary or shadow ({current.change_text}); `defuse rollback --production` "
                 f"takes version {current.production} out of production"
@@ -285,7 +298,7 @@ class Registry:
                 **NO_CANARY,
                 "production": number,
                 "previous": tuple(earlier),
-                "action": action + _ended_too(state, number),
+                "action": action + state.ended_too(number),
             }
 
         state = self.change(action, by, why, updates)
@@ -335,6 +348,8 @@ def promote(
     """
     checked = registry.state() if checked is None else checked
     failed, warning = _compare(registry, checked, candidate, request)
+    if not request.is_beside:
+        failed += registry.why_ended(candidate.digest)
     if failed and request.force is None:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise CheckFailed(f"run {candidate.run} is not promoted: {failed[0]}{more}; --force REASON overrides")
@@ -369,20 +384,9 @@ def _compare(
         compared = f"clean accuracy of run {candidate.run} is not compared with that of version {production}"
         return failed, f"{compared} in production: {unknown}"
     worse = candidate.accuracy_error(current, production)
-    if worse and (request.shadow or request.canary is not None):
+    if worse and request.is_beside:
         return failed, f"{worse}; it needs --force to replace version {production}"
     return ([*failed, worse] if worse else failed), None
-
-
-def _ended_text(state: RegistryState) -> str:
-    """Return what the end of the canary or shadow of `state` is called: `ended the canary of version 2`."""
-    role = "canary" if state.canary else "shadow"
-    return f"ended the {role} of version {state.canary or state.shadow}"
-
-
-def _ended_too(state: RegistryState, number: int) -> str:
-    """Return, with a semicolon, that a change for version `number` ends the canary or shadow of another one, if any."""
-    return "" if (state.canary or state.shadow) in (None, number) else f"; {_ended_text(state)}"
 
 
 def _version_key(number: int) -> str:

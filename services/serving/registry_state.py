@@ -30,15 +30,15 @@ class VersionInfo(BaseModel):
 
 
 class ChangeInfo(BaseModel):
-    """The number, author, time and reason of a change."""
+    """The author, time and reason of the change that put a version into production."""
 
     model_config = ConfigDict(frozen=True)
 
-    change: int
+    change: int  # its number, or that of the last promotion of the version, which was in production
     by: str
     when: str
     why: str
-    failed_checks: tuple[str, ...] | None = None  # what a promotion was forced over; None of any other change
+    failed_checks: tuple[str, ...] | None = None  # what it was forced over; None of a rollback
 
 
 NO_VERSION = "no version is in production"
@@ -81,6 +81,20 @@ class RegistryState(BaseModel):
     def digest_of(self, number: int) -> str | int:
         """Return the digest of a version; its number where this state lacks the version, which equals no other then."""
         return self.versions[number].digest if number in self.versions else number
+
+    @property
+    def beside(self) -> int | None:
+        """The canary or shadow."""
+        return self.canary or self.shadow
+
+    @property
+    def ended_text(self) -> str:
+        """What the end of the canary or shadow is called: `ended the canary of version 2`."""
+        return f"ended the {'canary' if self.canary else 'shadow'} of version {self.beside}"
+
+    def ended_too(self, number: int) -> str:
+        """Return, with a semicolon, that a change for version `number` ends that of another version, if any."""
+        return "" if self.beside in (None, number) else f"; {self.ended_text}"
 
     def rollback_targets(self, promoted: int) -> tuple[int, ...]:
         """Return `previous` once version `promoted` is in production: each differs from the version after it."""
@@ -130,6 +144,11 @@ class PromotionRequest:
         return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
 
     @property
+    def is_beside(self) -> bool:
+        """Whether the role is that of a canary or shadow."""
+        return self.shadow or self.canary is not None
+
+    @property
     def role(self) -> str:
         """The role, as the action of a change tells it."""
         if self.shadow:
@@ -141,7 +160,7 @@ class PromotionRequest:
 
         `number` is None for a version that is still to be added.
         """
-        if not self.shadow and self.canary is None:
+        if not self.is_beside:
             return
         option = "--shadow" if self.shadow else "--canary"
         if state.production is None:

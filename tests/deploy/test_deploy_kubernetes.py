@@ -186,6 +186,8 @@ def test_the_service_serves_what_serve_yaml_serves() -> None:
     theirs = load(DEPLOY / "serve.yaml")
     # `auto` is 0 where Serve is configured before the nodes with GPUs have joined, as on Kubernetes
     settings = ours["applications"][0]["args"].pop("settings")
+    # only KubeRay has a cluster to keep
+    assert ours["applications"][0]["args"].pop("require_model") is True
     worker = document("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     limits = worker["containers"][0]["resources"]["limits"]
     assert settings == {"gpus_per_replica": limits["nvidia.com/gpu"]}

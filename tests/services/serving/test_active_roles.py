@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import NoReturn, cast
 
@@ -18,9 +19,11 @@ from services.serving.active_versions import (
     RegistryWatcher,
 )
 from services.serving.deployment import canary_for, is_in_canary
+from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import EMPTY, PromotionRequest, RegistryState
+from tests.services.serving.test_deployment import new_replica
 
 ANA = PromotionRequest(by="ana", why="")
 
@@ -263,6 +266,25 @@ def test_a_load_that_failed_is_repeated_after_pauses_that_grow_or_where_file_or_
         assert loads[-2:] == [202, 204]
     now[0] += 2
     assert follow(watcher, begun).names() == {"production": "2"}
+
+
+def test_a_first_version_that_cannot_be_loaded_is_told_to_clients(store, put, monkeypatch, caplog):
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
+    replica = new_replica(store)
+    with pytest.raises(Unavailable, match="no version is in production"):
+        replica.current()
+    monkeypatch.setattr(LoadedModel, "warm_up", short_of_memory)
+    put(1)
+
+    async def poll() -> None:
+        async with replica.following_registry():
+            while not caplog.records:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(poll())
+    with pytest.raises(Unavailable, match="the version in production cannot be loaded; the log"):
+        replica.current()
+    assert caplog.messages == ["the registry's version cannot be loaded: CUDA out of memory"]
 
 
 def test_a_canary_that_was_replaced_answers_no_more_though_its_successor_cannot_be_loaded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NoReturn
 
 import pytest
@@ -12,6 +13,7 @@ from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
+from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
 from services.serving.registry import DamagedVersionError, Registry, is_store_outage, promote
 from services.serving.registry_state import PromotionRequest
@@ -63,8 +65,19 @@ def test_a_server_of_a_run_that_starts_during_a_canary_has_it_at_once(own_store)
     put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
     watcher = RegistryWatcher(own_store, own_run(own_store), ServeSection(), {})
     begun = watcher.load_initial()
-    assert answering(begun) == {"production": "first", "canary": "2"}
+    assert answering(begun) == {"production": "1", "canary": "2"}
     assert watcher.load_changes(begun) is None
+
+
+def test_a_server_of_a_run_that_equals_the_version_in_production_tells_who_promoted_it(own_store):
+    put(own_store, "first")
+    own_store.write("registry/versions/000001.safetensors", b"cut")  # the file of the version is not needed
+    begun = replica(own_store, own_run(own_store))
+    assert answering(begun) == {"production": "1"}
+    page = ModelInfo.of(begun.in_production, begun.state, None, None)
+    assert (page.version, page.by, page.failed_checks) == ("1", "ana", [])
+    pinned = replica(own_store, dataclasses.replace(own_run(own_store), pin=True))
+    assert answering(pinned) == {"production": "first"}
 
 
 ROLES = pytest.mark.parametrize(

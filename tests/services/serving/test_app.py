@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -12,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_command
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
+from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.app import ClassifierIngress, build, classifier_deployment
@@ -70,6 +71,22 @@ def test_a_server_starts_beside_a_damaged_version_and_warns(promoted, caplog):
     assert resolve_settings(ServeArgs(store=promoted.address)) == ServeSection()
     build(ServeArgs(store=promoted.address))
     assert "promote its run again, or restore the file; requests are answered 503 until then" in caplog.text
+
+
+def test_a_replica_that_requires_a_model_starts_before_the_first_promotion_and_not_beside_a_damaged_version(
+    own_store, monkeypatch
+):
+    monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    bound = build(ServeArgs(store=own_store.address, require_model=True))._bound_deployment
+    start = functools.partial(ClassifierIngress, *bound.init_args, **bound.init_kwargs)
+    assert start().active.production is None
+    promote(
+        Registry(own_store), prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("ana", "")
+    )
+    assert start().active.names() == {"production": "1"}
+    own_store.write("registry/versions/000001.safetensors", b"cut")
+    with pytest.raises(ComputeError, match="^the version in production is damaged or missing"):
+        start()
 
 
 def test_a_server_warns_of_each_setting_that_counts_only_from_the_next_promotion_on(

@@ -30,6 +30,7 @@ from services.serving.candidate import (
     with_settings,
 )
 from services.serving.checks import Check
+from services.serving.registry import Registry
 
 WEIGHTS = {"layer.weight": np.ones((2, 2), np.float32)}
 
@@ -145,12 +146,26 @@ def test_candidates_are_one_version_where_all_that_is_served_is_equal():
     for name in told:
         assert _digest(dataclasses.replace(one, **{name: changed(getattr(one, name))})) == digest, name
     other_specs = (
+        spec_with("correct", epochs=9),
         spec_with("serve", resize=True),
         spec_with("check", max_loss=0.3),
-        spec_with("correct", epochs=9),
+        spec_with("classifier", architecture="custom", import_path="mine:net"),
+        spec_with("classifier", architecture="custom", import_path="moved.mine:net"),
+        spec_with("classifier", architecture="custom", import_path="mine:net", input_range="-1..1"),
+        spec_with("vae", architecture="custom", import_path="mine:vae"),
     )
-    found = [_digest(dataclasses.replace(one, spec=spec.model_dump(mode="json"))) for spec in other_specs]
-    assert len({digest, *found[:2]}) == 3 and found[2] == digest
+    same, *others = [
+        _digest(dataclasses.replace(one, spec=spec.model_dump(mode="json"))) for spec in other_specs
+    ]
+    assert same == digest and len({digest, *others}) == len(other_specs)
+
+
+def test_equal_weights_of_code_that_was_moved_are_another_version(tmp_path):
+    registry = Registry(FolderStore(tmp_path))
+    for number, module in enumerate(("mine", "moved.mine"), start=1):
+        spec = spec_with("classifier", architecture="custom", import_path=f"{module}:net")
+        one = candidate_of(spec)
+        assert registry.add(dataclasses.replace(one, digest=_digest(one)), "ana", "", forced=False) == number
 
 
 def test_a_candidate_of_another_format_is_no_equal_version(monkeypatch):

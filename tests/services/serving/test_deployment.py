@@ -136,31 +136,35 @@ def test_a_network_without_memory_is_answered_503_with_retry_after(own_store, pi
     assert reply.headers["Retry-After"]
 
 
+CUDA_ERROR = RuntimeError("CUDA error: an illegal memory access")
+
+
 @pytest.mark.parametrize(
-    ("error", "fails_on_zeros", "healthy"),
+    ("error", "on_zeros", "healthy"),
     [
-        (RuntimeError("CUDA error: an illegal memory access"), True, False),
-        (RuntimeError("an input of ones"), False, True),
-        (ModelError("not finite"), True, True),
+        (CUDA_ERROR, CUDA_ERROR, False),
+        (RuntimeError("an input of ones"), 1.0, True),
+        (RuntimeError("an input of ones"), np.nan, True),
+        (ModelError("not finite"), CUDA_ERROR, True),
     ],
 )
 def test_a_replica_whose_network_fails_on_everything_is_replaced(
-    own_store, pictures, monkeypatch, error, fails_on_zeros, healthy
+    own_store, pictures, monkeypatch, error, on_zeros, healthy
 ):
     put(own_store, "first")
-    replica, predict = new_replica(own_store), LoadedModel.predict
+    replica, forward = new_replica(own_store), LoadedModel._forward
 
     def fail(model: LoadedModel, pixels: Any) -> Any:
-        if pixels.any() or fails_on_zeros:
+        if pixels.any() or isinstance(on_zeros, Exception):
             raise error
-        return predict(model, pixels)
+        return [part * on_zeros for part in forward(model, pixels)]
 
     async def send(count: int) -> None:
         for _ in range(count):
             assert (await post(replica, pictures[0])).status_code == 500
         await replica.check_health()
 
-    monkeypatch.setattr(LoadedModel, "predict", fail)
+    monkeypatch.setattr(LoadedModel, "_forward", fail)
     asyncio.run(send(FAILURES_BEFORE_CHECK - 1))
     with contextlib.nullcontext() if healthy else pytest.raises(RuntimeError, match="CUDA error"):
         asyncio.run(send(1))

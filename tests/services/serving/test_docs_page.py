@@ -11,10 +11,11 @@ import httpx
 import pytest
 
 from services.serving.api import build_api
+from services.serving.monitoring import ServingMetrics
 
 
 def page(token: str | None) -> httpx.Response:
-    deployment: Any = SimpleNamespace(token=token)
+    deployment: Any = SimpleNamespace(token=token, metrics=ServingMetrics())
     transport = httpx.ASGITransport(build_api(cast(Any, deployment)))
 
     async def get() -> httpx.Response:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
+from torch import Tensor, nn
 
 from defuse_core.config import ServeSection
+from defuse_core.errors import ModelError
+from defuse_core.models import load_classifier
 from services.serving.model import LoadedModel, PredictionRequest, predict_batch, verify_candidate
 
 
@@ -21,6 +27,36 @@ def test_a_request_that_fails_does_not_affect_the_rest_of_its_batch(candidate, p
     first, bad, last = (result for result in predict_batch(jobs))
     assert isinstance(bad, Exception)
     np.testing.assert_allclose(np.concatenate([first.probabilities, last.probabilities]), alone, atol=1e-5)
+
+
+class Standardized(nn.Module):
+    """A classifier of images whose pixels have mean 0 and standard deviation 1: NaN for a black image."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        scaled = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)
+        logits: Tensor = self.classifier(scaled.view_as(images))
+        return logits
+
+
+def standardized(*arguments: Any) -> nn.Module:
+    return Standardized(load_classifier(*arguments)).eval()
+
+
+def test_a_classifier_whose_output_is_not_finite_for_a_constant_image_is_served(
+    candidate, pixels, monkeypatch
+):
+    monkeypatch.setattr("services.serving.model.load_classifier", standardized)
+    verify_candidate(candidate)
+    served = LoadedModel(candidate, ServeSection())
+    served.warm_up(4)
+    assert served.seconds_per_image > 0 and np.isfinite(served.predict(pixels[:2]).probabilities).all()
+    with pytest.raises(ModelError, match="output is not finite"):
+        served.predict(np.zeros_like(pixels[:1]))
 
 
 def test_a_version_that_is_to_compute_on_the_cpu_is_loaded_there_beside_a_gpu(candidate, pixels, monkeypatch):

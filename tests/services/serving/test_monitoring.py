@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from defuse_core.errors import ComputeError
 from defuse_core.store import FolderStore
+from services.serving.api import build_api
 from services.serving.app import registry_changes
 from services.serving.monitoring import (
     MAX_FAILURES,
@@ -96,6 +98,23 @@ def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_nod
         f"nothing answers at {url}, and Ray, which would start a replica, has ended (one of its processes died, "
         "as when memory is short)"
     ]
+
+
+def test_requests_without_the_token_and_to_unknown_routes_are_counted_as_rejected(tmp_path, monkeypatch):
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "secret")
+    replica, counted = new_replica(FolderStore(tmp_path)), []
+    monkeypatch.setattr(replica.metrics.rejected, "inc", lambda *count: counted.append(count))
+
+    async def ask_all() -> list[int]:
+        transport = httpx.ASGITransport(build_api(replica))
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+            replies = [await client.get("/v1/model")]
+            client.headers["Authorization"] = "Bearer secret"
+            replies += [await client.get(route) for route in ("/v2", "/v1/predict", "/v1/model", "/healthz")]
+        return [reply.status_code for reply in replies]
+
+    assert asyncio.run(ask_all()) == [401, 404, 405, 503, 200]
+    assert counted == [(1, {"status": str(status)}) for status in (401, 404, 405, 503)]
 
 
 def test_a_proxy_without_a_replica_does_not_count_as_an_answer(monkeypatch):

@@ -1,4 +1,4 @@
-"""A version whose clients rely on other images or classes than those of production is not promoted."""
+"""A version with other images or classes than production, or whose canary has just failed, is not promoted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from defuse_core.errors import CheckFailed
 from defuse_core.store import FolderStore
 from services.serving.registry import Registry, promote
-from tests.services.serving.test_registry_changes import ANA, failing
+from tests.services.serving.test_registry_changes import ANA, CANARY, SHADOW, failing
 
 
 @pytest.fixture
@@ -77,3 +77,30 @@ def test_a_candidate_that_cannot_be_compared_with_production_is_not_promoted(reg
     with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
         promote(registry, failing(candidates[1], "worse"), ANA)
     assert promote(registry, candidates[0], ANA).production == 1  # the same one, which writes it again
+
+
+@pytest.mark.parametrize("role", [CANARY, SHADOW])
+def test_a_version_whose_canary_a_replica_has_just_ended_is_promoted_only_with_a_reason(
+    registry, candidates, role
+):
+    promote(registry, candidates[0], ANA)
+    promote(registry, candidates[1], role)
+    state = registry.end_canary(2, "defuse serve", "3 of 50 requests failed")
+    line = f"defuse serve {state.action}: 3 of 50 requests failed"
+    with pytest.raises(CheckFailed, match=f"run-2 is not promoted: {line}; --force REASON"):
+        promote(registry, candidates[1], ANA)
+    assert registry.state() == state
+    assert promote(registry, candidates[0], ANA).failed_checks == ()  # another version
+    for again in (role, dataclasses.replace(ANA, force="a drill")):
+        promote(registry, candidates[1], role)
+        registry.end_canary(2, "defuse serve", "3 of 50 requests failed")
+        promoted = promote(registry, candidates[1], again)
+        assert promoted.failed_checks == ((line,) if again.force else ())
+    assert promoted.production == 2 and promoted.since.failed_checks == (line,)
+
+
+def test_a_canary_that_a_person_ended_needs_no_reason(registry, candidates):
+    promote(registry, candidates[0], ANA)
+    promote(registry, candidates[1], CANARY)
+    registry.end_canary(2, "bo", "enough")
+    assert promote(registry, candidates[1], ANA).failed_checks == ()

@@ -90,6 +90,15 @@ def test_a_promotion_forced_for_an_equal_version_keeps_what_it_was_forced_over(r
     assert registry.roll_back("bo", "").failed_checks is None
 
 
+def test_a_promotion_of_the_version_in_production_keeps_who_put_it_there_and_over_what(registry, candidates):
+    forced = promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="a drill")).since
+    again = promote(
+        registry, dataclasses.replace(candidates["swapped"], checks=()), PromotionRequest("bo", "")
+    )
+    assert forced is not None and forced.failed_checks
+    assert again.since == forced.model_copy(update={"change": again.sequence}) and again.by == "bo"
+
+
 def test_a_version_that_was_not_promoted_has_the_checks_of_its_run_that_failed(registry, candidates):
     told = ModelInfo.model_fields["failed_checks"].description or ""
     assert "if it was not promoted, or came back by a rollback, those of `defuse check`" in told
