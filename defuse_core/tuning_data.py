@@ -23,12 +23,13 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.images import fits_in_memory
 from defuse_core.data.splits import stratified_order, track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
-from defuse_core.models import Decoder, Vae, decode_codes, decoder_of, load_classifier, load_vae, predict
-from defuse_core.protocols import Compute, Progress, SweepRequest, map_in_tasks
+from defuse_core.models import Decodings, StoredVae, images_of, load_classifier, predict
+from defuse_core.protocols import Compute, Progress, SweepRequest, map_in_tasks, silent
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
@@ -109,39 +110,62 @@ def decode_scenario_images(
 ) -> ScenarioImages:
     """Return D_f, decoded from `fixes` or `reviewed` if that is given, and the held-out images of the scenarios."""
     progress("drawing images to fine-tune on", 0, 1, "sets")
-    vae = load_vae(spec, models.vae)
+    vae = StoredVae(spec, models.vae)
     with cpu_threads(1):
         tune = tuning_images(vae, fixes) if reviewed is None else reviewed
-        d_f = tune
-        if reviewed is None and fixes.unreviewed is not None:
-            d_f = tune.joined(_unreviewed_images(spec, models, vae, fixes.unreviewed, len(tune)))
+        d_f = _with_unreviewed(models, vae, fixes, tune) if reviewed is None else reviewed
         return ScenarioImages(d_f, len(tune), held_out_images(vae, fixes))
 
 
-def _unreviewed_images(spec: RunFile, models: Models, vae: Vae, failures: Failures, wanted: int) -> Images:
-    """Return `wanted` images of failures under the class of their source image: the first ones, or all again and again.
+def _with_unreviewed(models: Models, vae: StoredVae, fixes: Corrections, tune: Images) -> Images:
+    """Return the images `tune` of the scenarios, and as many of failures under the class of their source image.
 
-    They are fewer where each would be there more than REPEATS times.
+    These are the first failures, or all again and again. They are fewer where each would be there more than REPEATS
+    times.
     """
-    failures = failures.take(np.arange(min(len(failures), wanted)))
-    images = Images(decode_failures(spec, models, vae, failures), failures.truth)
-    return images.take(np.resize(np.arange(len(images)), min(wanted, REPEATS * len(images))))
+    if fixes.unreviewed is None:
+        return tune
+    failures = fixes.unreviewed.take(np.arange(min(len(fixes.unreviewed), len(tune))))
+    rows = np.resize(np.arange(len(failures)), min(len(tune), REPEATS * len(failures)))
+    labels = np.concatenate([tune.labels, failures.truth[rows]])
+    if fits_in_memory((len(labels), *tune.pixels.shape[1:]), np.dtype(np.float32)):
+        shown = decode_failures(vae.spec, models, failures)
+        return Images(np.concatenate([tune.batch(), shown[rows]]), labels)
+    codes, source = fixes.tune.reshape(-1, fixes.tune.shape[-1]), failures.source[rows]
+    if fixes.anchors is not None and fixes.tune_anchor is not None:
+        source = np.concatenate([fixes.anchors.source[fixes.tune_anchor.reshape(-1)], source])
+    images, anchors = _source_images(vae.spec, models, source)
+    images = None if images is None else images.loaded()
+    return Images(Decodings(vae, np.concatenate([codes, failures.codes[rows]]), images, anchors), labels)
 
 
-def tuning_images(vae: Vae, fixes: Corrections) -> Images:
+def decode_failures(spec: RunFile, models: Models, failures: Failures) -> F32:
+    """Return the decodings of (n,) failures as Ψ has them, (n, channels, H, W) in [0, 1]."""
+    images = _decodings_of(spec, models, failures, progress=silent)
+    firsts = range(0, max(1, len(failures)), CODES_AT_ONCE)  # a single, empty part where there are none
+    return np.concatenate([images.batch(slice(first, first + CODES_AT_ONCE)) for first in firsts])
+
+
+def tuning_images(vae: StoredVae, fixes: Corrections) -> Images:
     """Return the images of D_f, scenario after scenario."""
     return _decoded(vae, fixes, fixes.tune, fixes.tune_anchor)
 
 
-def held_out_images(vae: Vae, fixes: Corrections) -> Images:
+def held_out_images(vae: StoredVae, fixes: Corrections) -> Images:
     """Return the scenario images that accuracy on failure scenarios is measured on, scenario after scenario."""
     return _decoded(vae, fixes, fixes.test, fixes.test_anchor)
 
 
-def _decoded(vae: Vae, fixes: Corrections, codes: F32, anchor: I64 | None) -> Images:
+def of_each(images: Images, scenarios: int) -> list[Images]:
+    """Return the images of each scenario, from those of as many, of which each has equally many."""
+    size = len(images) // max(1, scenarios)
+    return [images.take(slice(row * size, (row + 1) * size)) for row in range(scenarios)]
+
+
+def _decoded(vae: StoredVae, fixes: Corrections, codes: F32, anchor: I64 | None) -> Images:
     """Return the A·n images of (A, n, Z) codes, under the labels of their scenarios."""
-    decoder = decoder_of(vae, fixes.anchors)
-    return Images(decoder.decode(codes, anchor), np.repeat(fixes.labels, codes.shape[1]))
+    pixels = Decodings(vae, codes, images_of(fixes.anchors), anchor).loaded()
+    return Images(pixels, np.repeat(fixes.labels, codes.shape[1]))
 
 
 CODES_AT_ONCE = 1024  # that one task examines; with vae.decode: anchored, so many images are read at once
@@ -166,7 +190,9 @@ def choose_unreviewed(
     wanted = len(verdicts.accepted) * spec.correct.tune_images
     found = compute.task("correct", _draw_allowed, spec, psi, run.store, scenarios, verdicts)
     found = found.take(np.arange(min(len(found), EXAMINED * wanted)))
-    of_all = spec, models, references, found
+    # the folders of the training images are listed once, not by each task
+    images = compute.task("correct", _decodings_of, spec, models, found)
+    of_all = spec, models, references, images
     clear = map_in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
     return found.take(np.flatnonzero(np.array(clear, np.bool_))[:wanted])
 
@@ -208,38 +234,40 @@ def _held_out_units(scenarios: Scenarios, accepted: I64) -> I64:
     return units
 
 
+def _decodings_of(spec: RunFile, models: Models, failures: Failures, *, progress: Progress) -> Images:
+    """Return the decodings of failures as Ψ has them, under the classes of their source images; decodes none yet."""
+    progress("opening the images of failures", 0, 1, "sets")
+    images, anchors = _source_images(spec, models, failures.source)
+    return Images(Decodings(StoredVae(spec, models.vae), failures.codes, images, anchors), failures.truth)
+
+
+def _source_images(spec: RunFile, models: Models, source: I64) -> tuple[Images | None, I64 | None]:
+    """Return the training images that `source` (n,) names, each once, and the row of each source among them, (n,).
+
+    None with plain decoding. Raises RunMismatchError for images other than those trained on.
+    """
+    if spec.vae.decode == "plain":
+        return None, None
+    used, rows = np.unique(source, return_inverse=True)
+    return reopen_splits(spec, models.data_fingerprint).train.take(used), rows
+
+
 def _are_clear(
     spec: RunFile,
     models: Models,
     references: ReferenceSet,
-    found: Failures,
+    found: Images,
     rows: range,
     *,
     progress: Progress,
 ) -> list[bool]:
     """Return for each of `rows` whether every reference model is sure of the source's class, and f answers another."""
     progress("examining failures to tune on", 0, 1, "sets")
-    failures, classes = found.take(np.array(rows)), len(models.classes)
+    failures, classes = found.take(slice(rows.start, rows.stop)), len(models.classes)
     with cpu_threads(1):
-        images = decode_failures(spec, models, load_vae(spec, models.vae), failures)
+        images = failures.batch()
         answers = predict(load_classifier(spec, models.classifier, classes), images)
         judged = load_reference_models(spec, spec.review.reference, references, classes)
         labels = unanimous_labels(model_probabilities(judged, images), spec.identify.min_probability)
-    clear: list[bool] = ((labels == failures.truth) & (answers != failures.truth)).tolist()
+    clear: list[bool] = ((labels == failures.labels) & (answers != failures.labels)).tolist()
     return clear
-
-
-def decode_failures(spec: RunFile, models: Models, vae: Vae, failures: Failures) -> F32:
-    """Return the decodings of (n,) failures as Ψ has them: plain, or each anchored at its source image.
-
-    Shape (n, channels, H, W), in [0, 1]. Raises RunMismatchError for images other than those trained on.
-    """
-    if spec.vae.decode == "plain":
-        return decode_codes(vae, failures.codes)
-    train = reopen_splits(spec, models.data_fingerprint).train
-    parts = []
-    for first in range(0, max(1, len(failures)), CODES_AT_ONCE):  # a single, empty part where there are none
-        some = failures.take(np.arange(first, min(first + CODES_AT_ONCE, len(failures))))
-        used, anchor = np.unique(some.source, return_inverse=True)
-        parts.append(Decoder(vae, train.take(used.astype(np.int64))).decode(some.codes, anchor))
-    return np.concatenate(parts)

@@ -24,8 +24,9 @@ from defuse_core.data.images import (
     Splits,
     data_root,
     expect_labels,
-    fit_pixels,
+    fit_picture,
     reading,
+    to_picture,
 )
 from defuse_core.data.splits import divided, halves, hold_out, track_numbers
 from defuse_core.errors import DataError
@@ -99,6 +100,19 @@ def padded(pixels: U8, size: int) -> U8:
     """Return (N, 1, h, w) from (N, 28, 28): padded to 32x32 if that is `size`, otherwise unchanged."""
     edge = (32 - pixels.shape[1]) // 2 if size == 32 else 0
     return np.pad(pixels[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+
+
+def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
+    """Return pixels (N, c, h, w) as (N, channels, size, size), converted as PictureFiles converts files."""
+    if pixels.shape[1:] == (channels, size, size):
+        return pixels
+    if pixels.shape[1:] == (1, size, size):
+        # a view with the grey channel three times
+        return np.broadcast_to(pixels, (len(pixels), channels, size, size))
+    fitted = np.empty((len(pixels), channels, size, size), np.uint8)
+    for out, image in zip(fitted, pixels, strict=True):
+        out[:] = fit_picture(to_picture(image), channels, size)
+    return fitted
 
 
 def open_svhn(data: DataSection, seed: int) -> Splits:

@@ -372,14 +372,14 @@ def shared_images(splits: Splits) -> list[str]:
 def _size(images: Images, row: int) -> int:
     """Return the bytes of an image's file, or of its pixels; 0 for what is no file."""
     if not isinstance(images.pixels, PictureFiles):
-        return int(images.pixels[row].nbytes)
+        return int(images.pixels[row : row + 1].nbytes)
     path = Path(images.pixels.paths[row])
     return path.stat().st_size if path.is_file() else 0
 
 
 def _digest(images: Images, row: int) -> str:
     if not isinstance(images.pixels, PictureFiles):
-        return hashlib.sha256(images.pixels[row].tobytes()).hexdigest()
+        return hashlib.sha256(images.pixels[row : row + 1].tobytes()).hexdigest()
     path = Path(images.pixels.paths[row])
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

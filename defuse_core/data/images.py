@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ Read = TypeVar("Read")
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # Pillow modes that are read as grey or RGB without loss, but for 16 bits of grey, of which the upper 8 count
 LOSSLESS_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
-MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
+MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files, or decoded, in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
 LOSSLESS_BYTES = 16_384  # a PNG above this is replaced by a JPEG in a data: address
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
@@ -70,6 +70,24 @@ class FilePaths:
     def take(self, rows: slice | I64) -> FilePaths:
         """Return the paths of `rows`."""
         return FilePaths(self.root, self.names[rows])
+
+
+class OnDemand(Protocol):
+    """Pixels (N, channels, H, W), as Images holds them, that are read or computed when they are indexed."""
+
+    dtype: np.dtype[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice | I64) -> U8 | F32: ...
+
+    def at(self, rows: slice | I64) -> OnDemand: ...
+
+
+def fits_in_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Return whether pixels of this shape and type are held in memory: at most MAX_LOADED bytes."""
+    return math.prod(shape) * dtype.itemsize <= MAX_LOADED
 
 
 class PictureFiles:
@@ -234,24 +252,11 @@ def data_address(image: F32) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def fit_pixels(pixels: U8, channels: int, size: int) -> U8:
-    """Return pixels (N, c, h, w) as (N, channels, size, size), converted as PictureFiles converts files."""
-    if pixels.shape[1:] == (channels, size, size):
-        return pixels
-    if pixels.shape[1:] == (1, size, size):
-        # a view with the grey channel three times
-        return np.broadcast_to(pixels, (len(pixels), channels, size, size))
-    fitted = np.empty((len(pixels), channels, size, size), np.uint8)
-    for out, image in zip(fitted, pixels, strict=True):
-        out[:] = fit_picture(to_picture(image), channels, size)
-    return fitted
-
-
 @dataclass(frozen=True, eq=False)
 class Images:
     """N images and their labels. The arrays may be read-only, as those from Ray's object store are."""
 
-    pixels: U8 | F32 | PictureFiles  # (N, channels, H, W); uint8 0 to 255, or float32 in [0, 1]
+    pixels: U8 | F32 | OnDemand  # (N, channels, H, W); uint8 0 to 255, or float32 in [0, 1]
     labels: I64  # (N,)
     tracks: I64 | None = None  # (N,) images of one track show the same object; None where none do
 
@@ -290,20 +295,15 @@ class Images:
         return batch
 
     def take(self, rows: slice | I64) -> Images:
-        """Return the images of `rows`, in that order. Files are not read."""
-        pixels = self.pixels.at(rows) if isinstance(self.pixels, PictureFiles) else self.pixels[rows]
+        """Return the images of `rows`, in that order. Files are not read, and codes not decoded."""
+        pixels = self.pixels[rows] if isinstance(self.pixels, np.ndarray) else self.pixels.at(rows)
         return Images(pixels, self.labels[rows], None if self.tracks is None else self.tracks[rows])
-
-    def joined(self, others: Images) -> Images:
-        """Return these images and then `others`, in memory, as float32 and without tracks."""
-        pixels = np.concatenate([self.batch(), others.batch()])
-        return Images(pixels, np.concatenate([self.labels, others.labels]))
 
     def loaded(self) -> Images:
         """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
-        if not isinstance(self.pixels, PictureFiles) or math.prod(self.pixels.shape) > MAX_LOADED:
-            return self
-        return replace(self, pixels=self.pixels[:])
+        if isinstance(self.pixels, PictureFiles) and fits_in_memory(self.pixels.shape, self.pixels.dtype):
+            return replace(self, pixels=self.pixels[:])
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
 from defuse_core.identify import subsample_psi
-from defuse_core.models import encode_images, load_classifier, load_vae, predict
+from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.seeds import generator, torch_seed
@@ -89,7 +89,7 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
     before = found.models.classifier
     all_weights = (before, found.baseline.weights, found.sweep.weights or before)
     with cpu_threads(spec.resources.train_threads):
-        held_out = held_out_images(load_vae(spec, found.models.vae), found.fixes)
+        held_out = held_out_images(StoredVae(spec, found.models.vae), found.fixes)
         scores = []
         for done, weights in enumerate(all_weights):
             progress("scoring the classifiers", done, len(all_weights), "classifiers")

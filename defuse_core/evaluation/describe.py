@@ -29,6 +29,7 @@ from defuse_core.intervals import SIGNIFICANT, binomial_tail, discoveries, hyper
 from defuse_core.models import Vae, decoder_at, encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.seeds import generator
+from defuse_core.tuning_data import of_each
 
 COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
 ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
@@ -97,56 +98,57 @@ def _stroke_width(figure: F64) -> float:
     return float(inside.sum() / perimeter) if perimeter else 0.0  # at twice the size, so area / perimeter
 
 
-def deviation_words(images: F32, compared: F32) -> str:
-    """Return what sets `images` apart from `compared`, the largest deviation first; empty where nothing does.
+def deviation_words(images: F32, others: F64) -> str:
+    """Return what sets `images` apart from others that are measured, (n, 9), the largest deviation first.
+
+    Empty where nothing does.
 
     With fewer than FEWEST_IMAGES to compare with nothing is named. A measurement that deviates as it has to with one
     already named, by SAME, is not named again.
     """
-    if not len(images) or len(compared) < FEWEST_IMAGES:
+    if not len(images) or len(others) < FEWEST_IMAGES:
         return ""
-    others = measure(compared)
     spread = np.maximum(others.std(axis=0), VISIBLE)
     scores = (measure(images).mean(axis=0) - others.mean(axis=0)) / spread
     with np.errstate(invalid="ignore"):  # a measurement may be constant over the class
         alike = np.corrcoef(others.T) * np.sign(np.outer(scores, scores)) > SAME
-    least, named = max(LEAST_DEVIATION, LEAST_STANDARD_ERRORS / np.sqrt(len(compared))), list[int]()
+    least, named = max(LEAST_DEVIATION, LEAST_STANDARD_ERRORS / np.sqrt(len(others))), list[int]()
     for m in np.argsort(-np.abs(scores).round(6), kind="stable"):  # of equal ones always the first
         if abs(scores[m]) >= least and not alike[m, named].any():
             named.append(m)
     return ", ".join(MEASUREMENTS[m][int(scores[m] > 0)] for m in named[:MOST_WORDS])
 
 
-def describe_scenarios(spec: RunFile, found: Findings, held_out: F32, splits: Splits) -> tuple[str, ...]:
-    """Return a name for each accepted scenario, (A,), from its (A·n, ...) held-out images."""
+def describe_scenarios(spec: RunFile, found: Findings, held_out: Images, splits: Splits) -> tuple[str, ...]:
+    """Return a name for each accepted scenario, (A,), from its A·n held-out images."""
     fixes, classes = found.fixes, found.models.classes
     if not len(fixes.labels):
         return ()
     vae = load_vae(spec, found.models.vae)
-    decoded = {label: _decoded_of_class(spec, vae, splits, label) for label in set(fixes.labels.tolist())}
-    per_scenario = held_out.reshape(len(fixes.labels), -1, *held_out.shape[1:])
+    others = {label: _measured_class(spec, vae, splits, label) for label in set(fixes.labels.tolist())}
+    per_scenario = of_each(held_out, len(fixes.labels))
     image_labels = found.verdicts.image_labels
     names = []
     for number, label, images in zip(fixes.scenario, fixes.labels, per_scenario, strict=True):
         mistaken = most_common_error(found.gallery.predicted[number], label, image_labels[number])
         title = classes[label] if mistaken is None else f"{classes[label]} read as {classes[mistaken]}"
-        words = deviation_words(images, decoded[int(label)])
+        words = deviation_words(images.batch(), others[int(label)])
         names.append(f"{title}: {words}" if words else title)
     return tuple(names)
 
 
-def _decoded_of_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F32:
-    """Return decodings of real images of one class, (n, channels, H, W); none where there are under FEWEST_IMAGES."""
+def _measured_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F64:
+    """Return the MEASUREMENTS of decoded real images of a class, (n, 9); nothing of fewer than FEWEST_IMAGES."""
     real, rows = splits.train, np.flatnonzero(splits.train.labels == label)
     if splits.validation is not None:
         held_out = np.flatnonzero(splits.validation.labels == label)
         if len(held_out) >= min(ENOUGH_IMAGES, len(rows)):
             real, rows = splits.validation, held_out
     if len(rows) < FEWEST_IMAGES:
-        return np.zeros((0, spec.data.channels, spec.data.image_size, spec.data.image_size), np.float32)
+        return np.zeros((0, len(MEASUREMENTS)))
     rng = generator(spec.seed, "describe", label)
     real = real.take(rows[random_rows(len(rows), COMPARED_IMAGES, rng)])
-    return decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real)))
+    return measure(decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real))))
 
 
 NEAREST = 12  # real images shown beside a scenario

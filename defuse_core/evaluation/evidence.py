@@ -37,7 +37,7 @@ from defuse_core.intervals import (
     share_of_units,
     swapped,
 )
-from defuse_core.models import decoder_at, decoder_of, load_classifier, load_vae, predict
+from defuse_core.models import Decodings, StoredVae, decoder_at, images_of, load_classifier, predict
 from defuse_core.protocols import Progress
 from defuse_core.review.undecided import compared_images
 from defuse_core.review.verdicts import krippendorff_alpha, majority
@@ -132,7 +132,7 @@ class _Judging:
     ) -> None:
         self.spec, self.found, self.progress = spec, found, progress
         self.splits, self.classes = splits, len(found.models.classes)
-        self.vae = load_vae(spec, found.models.vae)
+        self.vae = StoredVae(spec, found.models.vae)
         self.before = load_classifier(spec, found.models.classifier, self.classes)
         self.baseline, self.corrected = self._chosen(found.baseline), self._chosen(found.sweep)
         self.plain = [self._chosen(sweep) for sweep in controls.finished_plain]
@@ -141,8 +141,7 @@ class _Judging:
         self.plain_rows = [sweep.chosen for sweep in controls.finished_plain]
         assert found.judges is not None
         self.judges = load_reference_models(spec, spec.judges, found.judges, self.classes)
-        held_out = held_out_images(self.vae, found.fixes)
-        self.held_out = held_out.batch()  # (A·n, channels, H, W)
+        self.held_out = held_out_images(self.vae, found.fixes)  # (A·n,)
         self.own = self.labels(self.held_out)  # (A·n,)
         self.units = units_of(found.fixes.anchors, found.fixes.test_anchor, len(self.own))  # (A·n,)
         self.shape = found.fixes.test.shape[:2]  # (A, n)
@@ -151,7 +150,7 @@ class _Judging:
         """Return the classifier that a sweep chose; None where it chose none."""
         return load_classifier(self.spec, sweep.weights, self.classes) if sweep.has_correction else None
 
-    def labels(self, images: F32) -> I64:
+    def labels(self, images: F32 | Images) -> I64:
         """Return the label that most judges give each image, (n,), or NONE_OF_THE_ABOVE where they are tied."""
         if not len(images):
             return np.zeros(0, np.int64)
@@ -178,7 +177,7 @@ class _Judging:
         fresh, truth, fresh_units = self._failing_draws()
         fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
         self.progress("asking the judges", 3, 4, "figures")
-        real = find_nearest_real(self.vae, self.before, found.scenarios, fixes, self._real_images())
+        real = find_nearest_real(self.vae.loaded, self.before, found.scenarios, fixes, self._real_images())
         has_test, rho = self.splits.test is not None, self.spec.review.rho
         compared = compared_images(found.models)
         if compared is None:  # no error on images that the classifier was trained on shows nothing
@@ -270,14 +269,13 @@ class _Judging:
         right: F64 = np.full(len(self.own), np.nan)
         for number, classifier in enumerate(self.folds):
             rows = np.flatnonzero(fold == number)
-            right[rows] = _hits(_answers(classifier, self.held_out[rows]), self.own[rows])
+            right[rows] = _hits(_answers(classifier, self.held_out.take(rows)), self.own[rows])
         return right
 
     def _wider(self) -> F64:
         """Return own-label accuracy before, after and plain on draws at WIDER times τ, (2, 3, J)."""
         scenarios, fixes = self.found.scenarios, self.found.fixes
         table = np.full((len(WIDER), 3, 3), np.nan)
-        decoder = decoder_of(self.vae, anchors_of(scenarios))
         for row, factor in enumerate(WIDER):
             draws = []
             for number in fixes.scenario.tolist():
@@ -288,7 +286,8 @@ class _Judging:
             if not draws:
                 continue
             codes, anchors = stacked(draws, WIDER_IMAGES, scenarios.means.shape[1])
-            images = decoder.decode(codes, anchors)
+            decodings = Decodings(self.vae, codes, images_of(anchors_of(scenarios)), anchors)
+            images = Images(decodings.loaded(), np.zeros(len(decodings), np.int64))
             labels = self.labels(images)
             units = units_of(anchors_of(scenarios), anchors, len(images))
             right, _ = _right(self._all_answers(images), labels)
@@ -306,9 +305,9 @@ class _Judging:
         rng = generator(self.spec.seed, "evidence", "fresh")
         images = self.splits.test.take(random_rows(len(self.splits.test), FRESH_IMAGES, rng))
         section = self.spec.identify.model_copy(update={"draws": min(FRESH_DRAWS, self.spec.identify.draws)})
-        mu, sigma = encode_posterior(self.vae, images, section.batch_size)
+        mu, sigma = encode_posterior(self.vae.loaded, images, section.batch_size)
         codes = mu[:, None, :] + draw_noise(section, sigma, rng)  # (n, Q, Z)
-        decoder = decoder_at(self.spec, self.vae, images)
+        decoder = decoder_at(self.spec, self.vae.loaded, images)
         waiting, found, truth, units = np.arange(len(images)), [], [], []
         for draw in range(codes.shape[1]):
             labels = images.labels[waiting]
@@ -334,7 +333,7 @@ class _Judging:
         """Return the `_right` of all test images, (B, N) and (P, N), and their units; of none where there are none."""
         test = self.splits.test
         if test is None:
-            return *_right(self._all_answers(self.held_out[:0]), self.own[:0]), self.units[:0]
+            return *_right(self._all_answers(self.held_out.take(slice(0))), self.own[:0]), self.units[:0]
         return *_right(self._all_answers(test), test.labels), test.unit
 
 

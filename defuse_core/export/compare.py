@@ -17,12 +17,12 @@ from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
 from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import chi2_quantile
-from defuse_core.models import encode_images, load_vae, predict
+from defuse_core.models import StoredVae, accuracy, encode_images, load_vae
 from defuse_core.models.programs import SOURCE
 from defuse_core.review.undecided import why_guessing
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
-from defuse_core.tuning_data import held_out_images
+from defuse_core.tuning_data import held_out_images, of_each
 from defuse_core.watch.scenario_regions import mahalanobis
 
 log = logging.getLogger("defuse")
@@ -54,7 +54,7 @@ class _Side:
     """One run as the comparison sees it."""
 
     found: FinishedRun
-    pictures: F32  # (A, n, channels, H, W)
+    pictures: list[Images]  # held-out ones of each scenario
     before: nn.Module
     after: nn.Module
 
@@ -112,13 +112,13 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
     numbers_a, numbers_b = side_a.found.fixes.scenario.tolist(), side_b.found.fixes.scenario.tolist()
     rows = []
     for row, number in enumerate(numbers_a):
-        scores = _scores(side_a, side_b, side_a.pictures[row], int(side_a.labels[row]))
+        scores = _scores(side_a, side_b, side_a.pictures[row])
         state = _state(scores, fixed_at, same_classifier)
         number_b = numbers_b[matches[row]] if row in matches else None
         rows.append(ComparedScenario(state, *side_a.confusion(row), number, number_b, *scores))
     for row, number in enumerate(numbers_b):
         if row not in matches.values():
-            scores = _scores(side_a, side_b, side_b.pictures[row], int(side_b.labels[row]))
+            scores = _scores(side_a, side_b, side_b.pictures[row])
             state = _state_of_b_alone(scores, fixed_at)
             rows.append(ComparedScenario(state, *side_b.confusion(row), None, number, *scores))
     return rows, undecided
@@ -145,13 +145,8 @@ def _state_of_b_alone(scores: tuple[float, float, float, float], fixed_at: float
 def _load(run: Run) -> _Side:
     found = load_finished(run)
     fixes = found.fixes
-    size = run.spec.data.image_size
-    pictures: F32 = np.zeros((0, 0, run.spec.data.channels, size, size), np.float32)
-    if len(fixes.labels):
-        images = held_out_images(load_vae(run.spec, found.models.vae), fixes)
-        pictures = images.batch()
-        pictures = pictures.reshape(len(fixes.labels), -1, *pictures.shape[1:])
-    return _Side(found, pictures, *found.classifiers())
+    images = held_out_images(StoredVae(run.spec, found.models.vae), fixes)
+    return _Side(found, of_each(images, len(fixes.labels)), *found.classifiers())
 
 
 def _expect_comparable(a: Run, b: Run) -> None:
@@ -177,10 +172,9 @@ def _is_same_classifier(first: Weights, second: Weights) -> bool:
     )
 
 
-def _scores(a: _Side, b: _Side, pictures: F32, label: int) -> tuple[float, float, float, float]:
-    """Return the accuracies of A before and after its correction, and of B, on pictures (n, ...) of one label."""
-    images = Images(pictures, np.full(len(pictures), label, np.int64))
-    scores = [float((predict(net, images) == label).mean()) for net in (a.before, a.after, b.before, b.after)]
+def _scores(a: _Side, b: _Side, pictures: Images) -> tuple[float, float, float, float]:
+    """Return the accuracies of A before and after its correction, and of B, on pictures."""
+    scores = [accuracy(net, pictures) for net in (a.before, a.after, b.before, b.after)]
     return scores[0], scores[1], scores[2], scores[3]
 
 

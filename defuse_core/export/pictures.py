@@ -24,7 +24,7 @@ from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import DataError, InputError, RunMismatchError
 from defuse_core.export.finished import FinishedRun, load_finished
 from defuse_core.files import expect_new_folder, filling
-from defuse_core.models import load_vae, predict
+from defuse_core.models import StoredVae, predict
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images, tuning_images
 
@@ -107,7 +107,7 @@ def _load(run: Run) -> tuple[FinishedRun, list[tuple[LabelledPictures, I64, I64 
     if not len(found.verdicts.accepted):
         raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
     before, after = found.classifiers()
-    vae, fixes = load_vae(run.spec, found.models.vae), found.fixes
+    vae, fixes = StoredVae(run.spec, found.models.vae), found.fixes
     parts = [
         _reviewed(found.gallery, found.verdicts),
         _drawn("train", "tuned", tuning_images(vae, fixes), fixes, fixes.tune_anchor),

@@ -36,11 +36,11 @@ from defuse_core.export.finished import load_finished
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,
+    StoredVae,
     build_classifier,
     check_outputs,
     expect_own_weights,
     load_pretrained,
-    load_vae,
     predict,
     probe_classifier,
     to_device,
@@ -49,7 +49,7 @@ from defuse_core.models.adapters import plain_section
 from defuse_core.models.probe import far_better_range
 from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
-from defuse_core.tuning_data import held_out_images
+from defuse_core.tuning_data import held_out_images, of_each
 
 VERSION: Final = 3  # of suite.json; grows with every change of the suite
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
@@ -325,9 +325,8 @@ def _suite_of(run: Run) -> Suite:
             f"run {run.name} corrected nothing, so a suite of it would require nothing; {why_not_corrected(run)}"
         )
     spec, classes = run.spec, models.classes
-    images = held_out_images(load_vae(spec, models.vae), fixes)
-    floats = images.batch().reshape(len(fixes.labels), -1, *images.pixels.shape[1:])
-    pixels = to_levels(floats)
+    images = held_out_images(StoredVae(spec, models.vae), fixes)
+    pixels = np.stack([to_levels(each.batch()) for each in of_each(images, len(fixes.labels))])
     pictures = SuitePictures(
         pixels, fixes.labels, fixes.test, models.vae, fixes.scenario, fixes.anchors, fixes.test_anchor
     )

@@ -47,7 +47,7 @@ def is_on_disk(images: Images) -> bool:
 
 def fits_on_device(images: Images) -> bool:
     """Whether the pixels are copied to the device as a whole: on an accelerator, where they take a small share."""
-    if isinstance(images.pixels, PictureFiles) or device().type == "cpu":
+    if not isinstance(images.pixels, np.ndarray) or device().type == "cpu":
         return False  # on the CPU, arrays are where they are computed with
     free: int = torch.get_device_module(device()).mem_get_info()[0]
     return images.pixels.nbytes <= DEVICE_SHARE * free

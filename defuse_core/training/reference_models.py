@@ -387,7 +387,7 @@ def load_reference_models(
     ]
 
 
-def model_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:
+def model_probabilities(models: Sequence[nn.Module], images: F32 | Images, batch_size: int = 256) -> F32:
     """Return the class probabilities of each model, (W, n, C)."""
     return np.stack([predict_probabilities(model, images, batch_size) for model in models])
 

@@ -16,7 +16,7 @@ from defuse_core.errors import ModelError, first_few, percent
 from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
-from defuse_core.models import load_classifier, load_vae, predict
+from defuse_core.models import StoredVae, load_classifier, predict
 from defuse_core.review.undecided import are_worse, compared_images
 from defuse_core.tuning_data import held_out_images
 
@@ -151,7 +151,7 @@ def evaluate_candidate(
     not_finite = tuple(overflowed(models.classifier, sweep.weights))
     corrected = models.classifier if not_finite else sweep.weights
     with cpu_threads(spec.resources.train_threads):
-        scenario = held_out_images(load_vae(spec, models.vae), corrections)
+        scenario = held_out_images(StoredVae(spec, models.vae), corrections)
         before, after = (
             _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
         )

@@ -38,7 +38,7 @@ from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.intervals import share_with_bounds
 from defuse_core.local import LocalCompute
-from defuse_core.models import Decoder, decode_codes, encode_images, load_vae, predict
+from defuse_core.models import Decoder, StoredVae, decode_codes, encode_images, load_vae, predict
 from defuse_core.pipeline import _controls, _scenarios, load_findings, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_corrections, with_used_anchors
@@ -250,10 +250,10 @@ def test_an_anchored_run_reaches_its_report_with_every_picture_at_a_training_ima
 
 
 def test_corrections_hold_what_their_pictures_need(finished, tiny_models):
-    fixes, vae = finished.load(Corrections), load_vae(SPEC, tiny_models.vae)
+    fixes, vae = finished.load(Corrections), StoredVae(SPEC, tiny_models.vae)
     train = open_splits(SPEC.data, SPEC.seed).train
     source = fixes.anchors.source[fixes.test_anchor].reshape(-1)
-    expected = Decoder(vae, train).decode(fixes.test, source)
+    expected = Decoder(vae.loaded, train).decode(fixes.test, source)
     np.testing.assert_allclose(held_out_images(vae, fixes).pixels, expected, atol=1e-5)
     half = fixes.take(np.array([0]))
     np.testing.assert_array_equal(

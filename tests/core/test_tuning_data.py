@@ -197,16 +197,41 @@ def test_with_anchored_decoding_each_is_shown_at_its_own_training_image(tiny_mod
     source = np.array([7, 3, 7])
     codes = encode_images(vae, train.take(source))
     failures = sample_failures(codes, source, np.array([1, 2, 3]), np.array([4, 5, 6]))
-    shown = decode_failures(spec, tiny_models, vae, failures)
+    shown = decode_failures(spec, tiny_models, failures)
     np.testing.assert_allclose(
         shown, train.take(source).batch(), atol=1e-5
     )  # without noise: the image itself
-    assert decode_failures(spec, tiny_models, vae, failures.take(np.zeros(0, np.int64))).shape == (
+    assert decode_failures(spec, tiny_models, failures.take(np.zeros(0, np.int64))).shape == (
         0,
         1,
         16,
         16,
     )
+
+
+def test_with_anchored_decoding_the_training_images_are_listed_once_for_all_that_are_examined(
+    tmp_path, tiny_models, references, monkeypatch
+):
+    spec = recommended(vae={"decode": "anchored"}, identify={"scale": 3.0}, correct={"tune_images": 20})
+    run = Run.start(FolderStore(tmp_path), "a", spec)
+    failures = Identifier(spec, tiny_models, references).shard(0).failures
+    opened = []
+
+    def noting(*data):
+        opened.append(data)
+        return open_splits(*data)
+
+    monkeypatch.setattr("defuse_core.data.open_splits", noting)
+    monkeypatch.setattr("defuse_core.tuning_data._draw_allowed", lambda *_, **__: failures)
+    monkeypatch.setattr("defuse_core.tuning_data.CODES_AT_ONCE", 4)
+    psi = Psi(np.array([len(failures)]), 0, 0, 0, 0.0, 0.0, fingerprint="")
+    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    assert len(opened) == 1 and len(failures) > 4 and 0 < len(chosen) <= 20
+    images = decode_failures(spec, tiny_models, chosen)
+    models = load_reference_models(spec, spec.review.reference, references, 10)
+    sure = model_probabilities(models, images)[:, np.arange(len(chosen)), chosen.truth]
+    assert (sure >= spec.identify.min_probability - 1e-4).all()
+    assert (predict(load_classifier(spec, tiny_models.classifier, 10), images) != chosen.truth).all()
 
 
 @pytest.fixture

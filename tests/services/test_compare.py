@@ -214,5 +214,5 @@ def test_an_accuracy_just_below_the_limit_is_not_shown_as_the_limit():
 def test_a_scenario_of_the_later_run_matches_one_of_two_equal_ones_of_the_earlier(store):
     later, rows = _load(Run.open(store, "first")), np.array([0, 0, 1])
     found = dataclasses.replace(later.found, fixes=later.found.fixes.take(rows))
-    earlier = dataclasses.replace(later, found=found, pictures=later.pictures[rows])
+    earlier = dataclasses.replace(later, found=found, pictures=[later.pictures[row] for row in rows])
     assert _matches(earlier, later) == {0: 0, 2: 1}

@@ -6,7 +6,6 @@ import base64
 import io
 import os
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,12 +252,6 @@ def test_a_path_takes_no_more_than_the_letters_of_the_longest_name():
 def test_images_refuse_arrays_of_another_type_or_shape(pixels: Any, labels: Any, tracks: Any, field: str):
     with pytest.raises(ValueError, match=rf"^Images\.{field}"):
         Images(pixels, labels, tracks)
-
-
-def test_joined_images_are_these_and_then_the_others_without_tracks():
-    tracked = replace(numbered(4), tracks=np.arange(4))
-    joined = tracked.take(np.array([3, 1])).joined(tracked.take(np.array([0])))
-    assert (ids(joined), joined.labels.tolist(), joined.tracks) == ([3, 1, 0], [1, 1, 0], None)
 
 
 def test_files_of_more_than_the_limit_of_bytes_are_not_loaded(

@@ -11,11 +11,11 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from defuse_core.artifacts import F32, Corrections
-from defuse_core.data import open_splits
+from defuse_core.data import Images, open_splits
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import (
     MEASUREMENTS,
-    _decoded_of_class,
+    _measured_class,
     describe_scenarios,
     deviation_words,
     measure,
@@ -72,7 +72,7 @@ OPPOSITES = {
 
 
 def words_of(images: F32, compared: F32) -> list[str]:
-    return deviation_words(images, compared).split(", ")
+    return deviation_words(images, measure(compared)).split(", ")
 
 
 @pytest.mark.parametrize("word", CHANGES)
@@ -111,8 +111,9 @@ def test_light_and_contrast_are_one_trait_on_a_black_background(sevens: F32) -> 
 
 
 def test_without_images_or_with_few_to_compare_them_with_nothing_is_named(sevens: F32) -> None:
-    assert deviation_words(sevens[:0], sevens) == deviation_words(sevens[:50], 0.3 * sevens[50:59]) == ""
-    assert deviation_words(sevens[:50], 0.3 * sevens[50:60]) != ""
+    others = measure(0.3 * sevens[50:60])
+    assert deviation_words(sevens[:0], others) == deviation_words(sevens[:50], others[:9]) == ""
+    assert deviation_words(sevens[:50], others) != ""
 
 
 @pytest.mark.parametrize(("count", "most"), [(10, 0.15), (20, 0.1), (30, 0.1)])
@@ -121,7 +122,7 @@ def test_of_other_images_of_the_same_class_few_words_come_by_chance(count: int, 
     pictures = (digits.images[:, None] / 16).astype(np.float32)
     for trial in range(100):
         rows = rng.permutation(np.flatnonzero(digits.target == trial % 10))
-        named += deviation_words(pictures[rows[:80]], pictures[rows[80 : 80 + count]]) != ""
+        named += deviation_words(pictures[rows[:80]], measure(pictures[rows[80 : 80 + count]])) != ""
     assert named / 100 <= most
 
 
@@ -183,14 +184,17 @@ def test_what_nobody_can_see_is_not_named() -> None:
     squares = np.zeros((50, 1, 32, 32), np.float32)  # all of them from black to white
     for square, (x, y) in zip(squares, rng.integers(4, 12, (50, 2)), strict=True):
         square[0, x : x + 12, y : y + 8] = 1
-    assert deviation_words(0.9999 * squares[:10], squares) == deviation_words(squares[:10], squares)
+    others = measure(squares)
+    assert deviation_words(0.9999 * squares[:10], others) == deviation_words(squares[:10], others)
 
 
 def test_images_that_are_like_their_class_get_no_words(sevens: F32) -> None:
-    assert deviation_words(sevens[:100], sevens[100:]) == ""
+    assert deviation_words(sevens[:100], measure(sevens[100:])) == ""
 
 
-HELD_OUT = np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32)
+HELD_OUT = Images(
+    np.random.default_rng(0).random((2 * 6, 1, 16, 16)).astype(np.float32), np.repeat([2, 8], 6)
+)
 
 
 @pytest.fixture
@@ -222,9 +226,9 @@ def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its
         monkeypatch.setattr("defuse_core.evaluation.describe.ENOUGH_IMAGES", 10)
         vae, names = load_vae(tiny_spec, tiny_models.vae), []
         parts = dataclasses.replace(splits, validation=validation)
-        for label, answer, images in ((2, 4, HELD_OUT[:6]), (8, 3, HELD_OUT[6:])):
+        for label, answer, images in ((2, 4, HELD_OUT.take(slice(6))), (8, 3, HELD_OUT.take(slice(6, 12)))):
             of_label = real.take(np.flatnonzero(real.labels == label))
-            words = deviation_words(images, decode_codes(vae, encode_images(vae, of_label)))
+            words = deviation_words(images.batch(), measure(decode_codes(vae, encode_images(vae, of_label))))
             names.append(f"{label} read as {answer}: {words}")
         assert describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, parts) == tuple(names)
 
@@ -245,7 +249,7 @@ def test_the_images_of_a_class_that_are_compared_with_are_drawn_by_seed(tiny_spe
     splits = dataclasses.replace(open_splits(tiny_spec.data, tiny_spec.seed), validation=None)
     vae = load_vae(tiny_spec, tiny_models.vae)
     specs = tiny_spec, tiny_spec, tiny_spec.model_copy(update={"seed": 1})
-    one, again, other = (_decoded_of_class(spec, vae, splits, 8) for spec in specs)
+    one, again, other = (_measured_class(spec, vae, splits, 8) for spec in specs)
     assert len(one) == 12 and np.array_equal(one, again) and not np.array_equal(one, other)
 
 
@@ -264,3 +268,20 @@ def test_an_empty_image_is_measured_without_a_warning() -> None:
 
 def test_each_measurement_has_a_word_for_either_end() -> None:
     assert measure(np.zeros((1, 1, 8, 8), np.float32)).shape == (1, len(MEASUREMENTS))
+
+
+def test_a_class_that_several_scenarios_are_compared_with_is_measured_once(
+    tiny_spec, two_scenarios, monkeypatch
+):
+    measured = []
+
+    def noting(images):
+        measured.append(len(images))
+        return measure(images)
+
+    monkeypatch.setattr("defuse_core.evaluation.describe.measure", noting)
+    fixes = dataclasses.replace(two_scenarios.fixes, labels=np.array([8, 8]))
+    of_one_label = dataclasses.replace(two_scenarios, fixes=fixes)
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    describe_scenarios(tiny_spec, of_one_label, HELD_OUT, splits)
+    assert len(measured) == 3 and measured[1:] == [6, 6]  # the class, and the pictures of each scenario

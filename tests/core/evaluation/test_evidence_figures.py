@@ -15,7 +15,7 @@ from defuse_core.distill.draws import wide_draws
 from defuse_core.evaluation import Controls, Findings
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
-from defuse_core.models import Decoder, decode_codes, load_classifier, load_vae, predict
+from defuse_core.models import Decoder, StoredVae, decode_codes, load_classifier, load_vae, predict
 from defuse_core.protocols import silent
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, model_probabilities
@@ -45,7 +45,9 @@ class Setting:
             covariances=np.stack([np.eye(4)] * SCENARIOS),
         )
         self.vae = load_vae(self.spec, models.vae)
-        images = held_out_images(self.vae, Corrections(numbers, numbers, codes, codes))
+        images = held_out_images(
+            StoredVae(self.spec, models.vae), Corrections(numbers, numbers, codes, codes)
+        )
         self.images = images.batch()
         self.own = self.majority(self.images)
         labels = [np.bincount(row[row >= 0]).argmax() for row in self.own.reshape(SCENARIOS, IMAGES)]
