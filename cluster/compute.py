@@ -37,7 +37,6 @@ from cluster.resources import (
 )
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
-from defuse_core.correct import collect_sweep
 from defuse_core.identify import (
     finished_shards,
     gather_shards,
@@ -49,7 +48,7 @@ from defuse_core.local import UNTRACED, Profile
 from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from defuse_core.trials import finished_trials
+from defuse_core.trials import collect_stored, finished_trials
 from defuse_core.tuning_data import decode_scenario_images, load_clean_images
 
 if TYPE_CHECKING:
@@ -146,10 +145,7 @@ class RayCompute:
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
         tuned = [each for each in requests if not each.is_empty]
         outcomes = dict(zip(map(id, tuned), self._run_trials(models, tuned), strict=True))
-        return [
-            collect_sweep(each.spec, models, *outcomes.get(id(each), ([], {})), comparison=each.comparison)
-            for each in requests
-        ]
+        return [collect_stored(each, models, *outcomes.get(id(each), ([], {}))) for each in requests]
 
     def _run_trials(self, models: Models, requests: Sequence[SweepRequest]) -> list[Outcome]:
         """Return the outcome of each request. Without a trial to run, nothing is started."""

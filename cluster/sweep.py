@@ -19,20 +19,20 @@ from cluster.progress import ProgressListener, reporting, running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
 from defuse_core.artifacts import Models, Trial
-from defuse_core.codec import decode
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
-from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
+from defuse_core.errors import ComputeError, DefuseError, ModelError
 from defuse_core.local import Profile
 from defuse_core.protocols import SweepRequest
-from defuse_core.store import SHARED_STORE, Store
+from defuse_core.store import Store
 from defuse_core.trials import (
     finished_trials,
     is_trial_failure,
     names_of,
     run_stack,
     stacks_of,
-    trial_key,
+    stored_trial,
+    without_weights,
 )
 from defuse_core.tuning_data import FineTuningData
 
@@ -43,7 +43,7 @@ DIVERGED = "diverged"  # in a trial's last result: each λ that is left out, and
 MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 
-# Finished trials, and the error of each λ that failed for good.
+# Finished trials without their weights, and the error of each λ that failed for good.
 Outcome = tuple[list[Trial], dict[float, DefuseError]]
 TrialId = tuple[int, int]  # a Tune trial: number of the request, and of the stack among those of the request
 
@@ -73,7 +73,7 @@ class SweepContext:
 
 
 def run_trials(sweep: SweepContext, finished: Sequence[Mapping[float, Trial]]) -> list[Outcome]:
-    """Return for each request its trials, and the error of each λ whose trial failed for good.
+    """Return for each request its trials, without weights, and the error of each λ whose trial failed for good.
 
     `finished` are those of each request that were done before, by λ. Raises the error of a trial that the images, the
     store or the machines failed: the same command continues it.
@@ -94,7 +94,7 @@ def run_trials(sweep: SweepContext, finished: Sequence[Mapping[float, Trial]]) -
     return [
         (
             [
-                done.get(lam) or _stored(each.store, lam)
+                done.get(lam) or without_weights(stored_trial(each.store, lam))
                 for lam in each.spec.correct.lambdas
                 if lam not in failed
             ],
@@ -110,16 +110,6 @@ def _failure(error: Exception, lams: Sequence[float]) -> DefuseError:
     if is_worker_lost(error) or not is_trial_failure(cause):
         raise as_defuse_error(error, f"correct: λ = {names_of(lams)}")
     return cause if isinstance(cause, DefuseError) else ComputeError(explained_line(error))
-
-
-def _stored(store: Store, lam: float) -> Trial:
-    try:
-        return decode(Trial, store.read(trial_key(lam)), trial_key(lam))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"correct: the trial with λ = {lam:g} is done, and this process does not find it in {store.address}; "
-            f"{SHARED_STORE}"
-        ) from error
 
 
 def _trial(

@@ -22,13 +22,20 @@ from torch.profiler import ProfilerActivity
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
-from defuse_core.correct import FineTuning, collect_sweep
+from defuse_core.correct import FineTuning
 from defuse_core.device import computing_on, is_device_failure, is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
 from defuse_core.store import Store
-from defuse_core.trials import is_trial_failure, names_of, run_stack, stacks_of
+from defuse_core.trials import (
+    collect_stored,
+    is_trial_failure,
+    names_of,
+    run_stack,
+    stacks_of,
+    without_weights,
+)
 from defuse_core.tuning_data import load_fine_tuning_data
 
 log = logging.getLogger("defuse")
@@ -182,18 +189,18 @@ class LocalCompute:
         """Fine-tune each stack of λ in turn, and choose; continues the trials that the request's store holds."""
         spec = request.spec
         if request.is_empty:
-            return collect_sweep(spec, models, [], comparison=request.comparison)
+            return collect_stored(request, models, [], {})
         tuning = FineTuning(spec, models, load_fine_tuning_data(models, request, progress=self.progress))
         trials, failures = list[Trial](), dict[float, DefuseError]()
         for lams in stacks_of(spec.correct):
             for lam, outcome in self._stack(tuning, lams, request.store).items():
                 if isinstance(outcome, Trial):
-                    trials.append(outcome)
+                    trials.append(without_weights(outcome))
                 else:
                     failures[lam] = outcome
             done = len(trials) + len(failures)
             self.progress("fine-tuning over λ", done, len(spec.correct.lambdas), "trials")
-        return collect_sweep(spec, models, trials, failures, comparison=request.comparison)
+        return collect_stored(request, models, trials, failures)
 
     def _stack(
         self, tuning: FineTuning, lams: tuple[float, ...], store: Store

@@ -6,7 +6,8 @@ A stack (correct.stack) is several λ fine-tuned as one training, with stacked w
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, Trial, Weights
+from defuse_core.artifacts import F64, Models, Sweep, Trial, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.correct import (
@@ -24,13 +25,23 @@ from defuse_core.correct import (
     TuningSteps,
     after_epoch,
     changes_weights,
+    collect_sweep,
     fine_tune,
     require_progress,
 )
 from defuse_core.device import autocast, cpu_threads, device, is_device_failure, is_out_of_memory
-from defuse_core.errors import ANOTHER_NAME, DamagedError, DefuseError, ModelError, StoreError, one_line
+from defuse_core.errors import (
+    ANOTHER_NAME,
+    DamagedError,
+    DefuseError,
+    InputError,
+    ModelError,
+    StoreError,
+    one_line,
+)
 from defuse_core.models import set_weights, to_tensor, weights_of
-from defuse_core.store import Store
+from defuse_core.protocols import SweepRequest
+from defuse_core.store import SHARED_STORE, Store
 from defuse_core.training import Adam, Optimizer, load_optimizer_state, optimizer_state, train_step
 
 log = logging.getLogger("defuse")
@@ -133,9 +144,41 @@ def write_trial(store: Store, trial: Trial) -> None:
 
 
 def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
-    """Return the trials in `store` that are done, by λ."""
-    stored = {lam: read_trial(store, lam) for lam in spec.correct.lambdas}
-    return {lam: trial for lam, trial in stored.items() if trial is not None and trial.done}
+    """Return the trials in `store` that are done, by λ, without their weights."""
+    found = (_finished(store, lam) for lam in spec.correct.lambdas)
+    return {trial.lam: trial for trial in found if trial is not None}
+
+
+def _finished(store: Store, lam: float) -> Trial | None:
+    trial = read_trial(store, lam)
+    return without_weights(trial) if trial is not None and trial.done else None
+
+
+def without_weights(trial: Trial) -> Trial:
+    """Return what a finished trial is compared with others by; its weights stay in the store."""
+    return replace(trial, best={})
+
+
+def stored_trial(store: Store, lam: float) -> Trial:
+    """Return the trial of λ that `store` is known to hold. Raises InputError where this process does not find it."""
+    key = trial_key(lam)
+    try:
+        return decode(Trial, store.read(key), key)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"correct: the trial with λ = {lam:g} is done, and this process does not find it in {store.address}; "
+            f"{SHARED_STORE}"
+        ) from error
+
+
+def collect_stored(
+    request: SweepRequest, models: Models, trials: Sequence[Trial], failures: Mapping[float, DefuseError]
+) -> Sweep:
+    """Return the sweep of a request by `collect_sweep`, with the weights that its store holds of the chosen trial."""
+    sweep = collect_sweep(request.spec, models, trials, failures, comparison=request.comparison)
+    if sweep.chosen is None:
+        return sweep
+    return replace(sweep, weights=stored_trial(request.store, sweep.chosen.lam).best)
 
 
 def read_trial(store: Store, lam: float) -> Trial | None:

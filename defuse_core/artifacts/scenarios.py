@@ -162,12 +162,12 @@ class Psi:
 
 @dataclass(frozen=True)
 class DroppedComponent:
-    """A component of weight over ε, or a cell too small for one, that reviewers do not see."""
+    """A component of weight over ε, or a cell (or many together) too small for one, that reviewers do not see."""
 
     weight: float  # share of all codes
-    source: int  # class of its source images, NONE_OF_THE_ABOVE for a single mixture
+    source: int  # class of its source images, NONE_OF_THE_ABOVE for a single mixture and for many cells
     answer: int  # of f, likewise
-    support: int  # distinct training images that its codes come from
+    support: int  # distinct training images that its codes come from; of many cells the sum
     reason: str
     right: bool  # its draws are of one class and f is right on them, at every tau
     small: bool  # its codes, or the training images that they come from, are too few for a scenario
@@ -213,6 +213,28 @@ class Scenarios:
         }
         failures = None if self.failures is None else self.failures.take(rows)
         return replace(self, **per_component | {"failures": failures} | changed)
+
+    @classmethod
+    def none(cls, width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
+        """Return no scenarios over so many codes of `width` dimensions."""
+        nothing: F64 = np.zeros(0)
+        no_means, no_covariances = np.zeros((0, width)), np.zeros((0, width, width))
+        return cls(
+            weights=nothing,
+            means=no_means,
+            covariances=no_covariances,
+            all_weights=nothing,
+            codes_used=codes,
+            converged=True,
+            iterations=0,
+            lower_bound=0.0,
+            cells=np.zeros((0, 2), np.int64),
+            support=np.zeros(0, np.int64),
+            source_error=nothing,
+            all_means=no_means,
+            all_covariances=no_covariances,
+            dropped=dropped,
+        )
 
     def dropped_component(self, row: int, reason: str, *, right: bool = False) -> DroppedComponent:
         """Return the component of one row, large enough for a scenario, as one that is dropped for `reason`."""

@@ -19,20 +19,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from defuse_core.artifacts import (
-    F32,
-    F64,
-    I64,
-    NONE_OF_THE_ABOVE,
-    DroppedComponent,
-    Failures,
-    Psi,
-    Scenarios,
-)
+from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, DroppedComponent, Failures, Psi, Scenarios
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import component_failures, with_both_halves
+from defuse_core.distill.draws import (
+    FEW_CODES,
+    FEW_EACH,
+    FEW_IMAGES,
+    MOST_SMALL_CELLS,
+    component_failures,
+    with_both_halves,
+)
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -107,11 +105,12 @@ def fit_mixtures(failures: Failures, section: DistillSection, seed: int, progres
     of_failures = np.stack([failures.truth, failures.predicted], axis=1)
     if section.by == "all":
         of_failures[:] = WHOLE
-    cells, owner = np.unique(of_failures, axis=0, return_inverse=True)
+    cells, owner, counts = np.unique(of_failures, axis=0, return_inverse=True, return_counts=True)
+    rows = np.split(np.argsort(owner.ravel(), kind="stable"), np.cumsum(counts)[:-1])
     fits = Fits(failures, section)
     for number, (source, answer) in enumerate(cells.tolist()):
         progress("fitting the mixtures", number, len(cells), "fits")
-        members = failures.take(np.flatnonzero(owner == number))
+        members = failures.take(rows[number])
         weight = len(members) / len(failures)
         if len(members) < 2 or not weight > section.min_weight:
             support = len(np.unique(members.source))
@@ -136,6 +135,20 @@ def small_cell(
     if codes < 2:
         reason = "a single code is no cluster"
     return DroppedComponent(weight, *cell, support, reason, right=False, small=True)
+
+
+def listed(small: Sequence[DroppedComponent], section: DistillSection) -> tuple[DroppedComponent, ...]:
+    """Return the MOST_SMALL_CELLS cells of most images, and the others as one, or two: of enough images, and of few."""
+    order = np.argsort([-one.support for one in small], kind="stable")
+    kept, others = np.sort(order[:MOST_SMALL_CELLS]), [small[row] for row in order[MOST_SMALL_CELLS:]]
+    enough = sum(one.support >= max(section.min_support, FEW_IMAGES) for one in others)
+    joined = []
+    for reason, cells in ((FEW_CODES, others[:enough]), (FEW_EACH, others[enough:])):
+        if cells:
+            log.info("dropped %s %s; they count as one", f"{len(cells):,}", reason)
+            weight, support = sum(one.weight for one in cells), sum(one.support for one in cells)
+            joined.append(DroppedComponent(weight, *WHOLE, support, reason, right=False, small=True))
+    return (*(small[row] for row in kept), *joined)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,9 +314,10 @@ class Fits:
 
     def scenarios(self) -> Scenarios:
         """Return the components of all cells over ε with enough support, in the order of `section.order`."""
+        small = listed(self.small, self.section)
         if not self.cells:
-            return no_scenarios(self.failures.codes.shape[1], len(self.failures), tuple(self.small))
-        return scenarios_of(self.cells, self.section, tuple(self.small))
+            return Scenarios.none(self.failures.codes.shape[1], len(self.failures), small)
+        return scenarios_of(self.cells, self.section, small)
 
     def members(self) -> list[Failures]:
         """Return the failures that belong most to each component of `scenarios`, in their order."""
@@ -368,28 +382,6 @@ def _without_support(weight: float, cell: I64, support: int, needed: int) -> Dro
     source, answer = cell.tolist()
     reason = f"its codes come from {support} training images, fewer than {needed}"
     return DroppedComponent(float(weight), source, answer, int(support), reason, right=False, small=True)
-
-
-def no_scenarios(width: int, codes: int, dropped: tuple[DroppedComponent, ...] = ()) -> Scenarios:
-    """Return no scenarios over so many codes of `width` dimensions."""
-    nothing: F64 = np.zeros(0)
-    no_means, no_covariances = np.zeros((0, width)), np.zeros((0, width, width))
-    return Scenarios(
-        weights=nothing,
-        means=no_means,
-        covariances=no_covariances,
-        all_weights=nothing,
-        codes_used=codes,
-        converged=True,
-        iterations=0,
-        lower_bound=0.0,
-        cells=np.zeros((0, 2), np.int64),
-        support=np.zeros(0, np.int64),
-        source_error=nothing,
-        all_means=no_means,
-        all_covariances=no_covariances,
-        dropped=dropped,
-    )
 
 
 def certain_source_error(scenarios: Scenarios) -> F64:

@@ -28,6 +28,11 @@ REPAIRS = 5000  # units that change halves at most
 # the reasons why a component is dropped begin with these
 UNDIVIDED = "too few photographs to hold out"
 UNCERTAIN = "too few photographs or tracks for certainty"
+# cells too small for a component are listed up to so many: the header of an artefact has at most 100 MB
+MOST_SMALL_CELLS = 10_000
+FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
+# the reasons of those that are counted together, by how many images each has
+FEW_CODES, FEW_EACH = "cells of too few codes each", "cells of too few codes and images each"
 SIDEWAYS = 0.1  # share of the repairs that change a random unit
 
 

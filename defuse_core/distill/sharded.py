@@ -28,8 +28,8 @@ from defuse_core.distill.components import (
     failures_by_component,
     fit_mixture,
     kept_components,
+    listed,
     log_scenarios,
-    no_scenarios,
     scenarios_of,
     small_cell,
 )
@@ -89,13 +89,14 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
         if summary.count > 1 and summary.count / psi.total > spec.distill.min_weight
     }
     sample = compute.task("distill", fit_samples, spec, psi, store, kept)
-    small = tuple(
+    dropped = [
         small_cell(cell, summary.count, summary.count / psi.total, summary.support, spec.distill)
         for cell, summary in cells.items()
         if cell not in kept
-    )
+    ]
+    small = listed(dropped, spec.distill)
     if not kept:
-        return no_scenarios(spec.vae.latent_dim, psi.total, small)
+        return Scenarios.none(spec.vae.latent_dim, psi.total, small)
     with cpu_threads(1):
         fits = _fit(spec.distill, parts, kept, sample, compute.progress)
     fitted = _with_support(psi, cells, fits, parts)
@@ -150,15 +151,17 @@ def summarise(part: CellCodes) -> dict[Cell, CellSummary]:
 
 def _merged(parts: Sequence[dict[Cell, CellSummary]]) -> dict[Cell, CellSummary]:
     """Return the summaries over all parts, by cell."""
-    cells = sorted({cell for part in parts for cell in part})
-    of = {cell: [part[cell] for part in parts if cell in part] for cell in cells}
+    of = dict[Cell, list[CellSummary]]()
+    for part in parts:
+        for cell, summary in part.items():
+            of.setdefault(cell, []).append(summary)
     return {
         cell: CellSummary(
             sum(each.count for each in found),
             sum(each.support for each in found),
             np.sum([each.total for each in found], axis=0),
         )
-        for cell, found in of.items()
+        for cell, found in sorted(of.items())
     }
 
 

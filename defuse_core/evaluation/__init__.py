@@ -243,6 +243,26 @@ def embed(spec: RunFile, codes: F32) -> F32:
         return points
 
 
+def krippendorff_alpha(votes: Votes, images: int) -> float:
+    """Return Krippendorff's α of the reviewers' answers (nominal); nan where fewer than two answered any image.
+
+    Not by the package of that name, whose memory grows with the images and with the square of the answers.
+    """
+    answers, value = np.unique(votes.answer, return_inverse=True)
+    units = votes.scenario * images + votes.image
+    table = np.full((units.max(initial=-1) + 1, len(votes.annotators)), -1)
+    table[units, votes.annotator] = value
+    pairs: F64 = np.zeros((len(answers), len(answers)))  # of answers to one image: the coincidence matrix
+    for row in table:
+        given, count = np.unique(row[row >= 0], return_counts=True)
+        if count.sum() > 1:
+            pairs[np.ix_(given, given)] += (np.outer(count, count) - np.diag(count)) / (count.sum() - 1)
+    total, differ = pairs.sum(axis=0), ~np.eye(len(answers), dtype=np.bool_)
+    by_chance = (np.outer(total, total) - np.diag(total)) / (total.sum() - 1)
+    with np.errstate(invalid="ignore"):  # nan where images with several answers have all the same one
+        return float(1 - (pairs * differ).sum() / (by_chance * differ).sum())
+
+
 @dataclass(frozen=True, eq=False)
 class Controls:
     """Corrections that only evidence needs."""

@@ -34,7 +34,9 @@ class Decoder:
     def __init__(self, vae: Vae, images: Images | None = None, batch_size: int = BATCH) -> None:
         """Decode plainly, or anchored at `images` (M of them), which are encoded and decoded once."""
         self.vae, self.batch_size = vae, batch_size
-        self.residuals = None if images is None else _residuals(vae, images, batch_size)
+        self.residuals: F32 | _UsedResiduals | None = None
+        if images is not None:
+            self.residuals = _residuals(vae, images, batch_size)
 
     def decode(self, codes: F32, anchors: I64 | None = None) -> F32:
         """Return the images of (..., Z) codes, one after the other: (n, channels, H, W) in [0, 1].
@@ -74,14 +76,38 @@ def _residuals(vae: Vae, images: Images, batch_size: int) -> F32:
     return map_batches(residuals, len(images), batch_size)
 
 
+class _UsedResiduals:
+    """`_residuals` of the images that are asked for, made when they are; those of the last request are kept."""
+
+    def __init__(self, vae: Vae, images: Images, batch_size: int) -> None:
+        self.vae, self.images, self.batch_size = vae, images, batch_size
+        self.used: I64 = np.zeros(0, np.int64)
+        self.held = images.batch(slice(0, 0))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: I64) -> F32:
+        used, place = np.unique(rows, return_inverse=True)
+        if not np.array_equal(used, self.used):
+            self.used, self.held = used, _residuals(self.vae, self.images.take(used), self.batch_size)
+        return self.held[place]
+
+
 def decoder_at(spec: RunFile, vae: Vae, images: Images, batch_size: int = BATCH) -> Decoder:
     """Return the decoder of codes near `images`, as vae.decode says; plain decoding does not read them."""
     return Decoder(vae, images if spec.vae.decode == "anchored" else None, batch_size)
 
 
 def decoder_of(vae: Vae, anchors: Anchors | None) -> Decoder:
-    """Return the decoder of an artefact's codes: anchored at its images, or plain where it has none."""
-    return Decoder(vae, images_of(anchors))
+    """Return the decoder of an artefact's codes: anchored at its images, or plain where it has none.
+
+    An artefact has the images of all components: encoded are those that a batch of codes is anchored at.
+    """
+    decoder, images = Decoder(vae), images_of(anchors)
+    if images is not None:
+        decoder.residuals = _UsedResiduals(vae, images, decoder.batch_size)
+    return decoder
 
 
 def images_of(anchors: Anchors | None) -> Images | None:

@@ -20,12 +20,11 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
-from defuse_core.distill.draws import UNCERTAIN, UNDIVIDED
+from defuse_core.distill.draws import FEW_EACH, FEW_IMAGES, MOST_SMALL_CELLS, UNCERTAIN, UNDIVIDED
 from defuse_core.errors import count_of, percent
 from defuse_core.intervals import binomial_tail, certain_loss, discoveries, wilson
 from defuse_core.review.verdicts import tested_counts
 
-FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
 # share of Ψ in components whose draws could not be judged over which a run decides nothing, whatever was reviewed
 MOST_UNCLEAR = 0.5
@@ -216,18 +215,27 @@ def _nothing_kept(psi: Psi | None) -> str | None:
 def _low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
     """Return that most of Ψ is in cells, not of few images, or components that were dropped for their weight."""
     least, enough = spec.distill.min_weight, max(spec.distill.min_support, FEW_IMAGES)
-    cells = [one.weight for one in scenarios.dropped if one.small and one.support >= enough]
+    cells = [
+        one.weight
+        for one in scenarios.dropped
+        if one.small and one.support >= enough and one.reason != FEW_EACH
+    ]
     components = scenarios.all_weights[scenarios.all_weights <= least]
     low = sum(cells) + float(components.sum())
     if low <= MOST_LOW_WEIGHT:
         return None
-    where = f"{len(cells)} cells (class, answer)" if cells else "components"
+    where = f"{_number_of(cells)} cells (class, answer)" if cells else "components"
     if cells and components.any():
         where += ", or in components,"
     return (
         f"{percent(low, 0)} of the codes of Ψ are in {where} of at most {least:g} of them each; lower "
         "distill.min_weight"
     )
+
+
+def _number_of(cells: Sequence[object]) -> str:
+    """Return in words how many cells there are, of which some may count as one."""
+    return f"over {MOST_SMALL_CELLS:,}" if len(cells) > MOST_SMALL_CELLS else str(len(cells))
 
 
 def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
@@ -238,8 +246,8 @@ def _scattered(scenarios: Scenarios, psi: Psi | None) -> str | None:
         return None
     return (
         f"{percent(weight, 0)} of the codes of Ψ, of up to {percent(support / psi.images, 0)} of the training images, "
-        f"are in {len(small)} components or cells (class, answer) of too few codes or images each; try more training "
-        "images (data.train_images), more identify.draws, or a smaller distill.min_support"
+        f"are in {_number_of(small)} components or cells (class, answer) of too few codes or images each; try more "
+        "training images (data.train_images), more identify.draws, or a smaller distill.min_support"
     )
 
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import krippendorff
 import numpy as np
 
 from defuse_core.artifacts import (
@@ -385,16 +384,3 @@ def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], class
         labels[override.scenario] = NONE_OF_THE_ABOVE if label is None else label
         decision = "rejected" if label is None else f"accepted as {classes[label]}"
         reasons[override.scenario] = f"{decision} by {override.author}: {override.reason}"
-
-
-def krippendorff_alpha(votes: Votes, images: int) -> float:
-    """Return Krippendorff's α of the reviewers' answers (nominal); nan where fewer than two answered any image."""
-    units, people = votes.scenario * images + votes.image, len(votes.annotators)
-    if not len(units) or people < 2:
-        return float("nan")
-    table: F64 = np.full((people, int(units.max()) + 1), np.nan)
-    table[votes.annotator, units] = votes.answer
-    if len(np.unique(votes.answer)) < 2 or not (np.isfinite(table).sum(axis=0) > 1).any():
-        return float("nan")
-    with np.errstate(invalid="ignore"):  # nan where images with several answers have all the same one
-        return float(krippendorff.alpha(table, level_of_measurement="nominal"))

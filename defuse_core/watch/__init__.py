@@ -27,13 +27,14 @@ from torch import nn
 from defuse_core.artifacts import F32, F64, I64, Bool, Models, Weights, rows_of
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.errors import with_bounds
 from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.protocols import Progress
-from defuse_core.seeds import torch_seed
-from defuse_core.watch.scenario_regions import class_gaussians, mahalanobis, training_codes
+from defuse_core.seeds import generator, torch_seed
+from defuse_core.watch.scenario_regions import class_gaussians, own_distances, training_codes
 
 log = logging.getLogger("defuse")
 LOGITS_ONLY = ("max-softmax", "energy")
@@ -42,6 +43,9 @@ FOLDS = 5
 MIN_ANSWERS = 10  # wrong ones, and right ones, that a detector can be fitted on
 CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed
 BATCH = 256
+MOST_IMAGES = (
+    50_000  # of the validation images and of the test images that a detector is fitted or measured on
+)
 MOST_CERTAIN = -50.0  # log-odds of an error below which differences are rounding
 SEEN = (  # Models.validation_from_training: errors are rarer on such images, and easier to find
     "Failing inputs cannot be found: the validation images are a share of the training images, which the classifier "
@@ -243,9 +247,19 @@ def watch_classifier(spec: RunFile, models: Models, corrected: Weights, splits: 
         vae = load_vae(spec, models.vae)
         classifier = load_classifier(spec, corrected or models.classifier, classes)
         gaussians = class_gaussians(*training_codes(spec, vae, splits.train), classes)
-        parts = [_answers(classifier, vae, images, gaussians) for images in (splits.validation, splits.test)]
+        parts = [
+            _answers(classifier, vae, _drawn(images, spec.seed), gaussians)
+            for images in (splits.validation, splits.test)
+        ]
     problem = SEEN if models.validation_from_training else _problem(*parts)
     return _measure(spec, parts[0], parts[1], gaussians, problem)
+
+
+def _drawn(images: Images | None, seed: int) -> Images | None:
+    """Return at most MOST_IMAGES of the images, drawn by seed."""
+    if images is None or len(images) <= MOST_IMAGES:
+        return images
+    return images.take(random_rows(len(images), MOST_IMAGES, generator(seed, "watch", "images")))
 
 
 def _answers(classifier: nn.Module, vae: Vae, images: Images | None, gaussians: tuple[F64, F64]) -> Answers:
@@ -258,7 +272,7 @@ def _answers(classifier: nn.Module, vae: Vae, images: Images | None, gaussians: 
         logits.append(predict_logits(classifier, pixels).astype(np.float64))
         codes.append(encode_images(vae, pixels))
     table, latent = np.concatenate(logits), np.concatenate(codes)
-    own = mahalanobis(latent, *gaussians)[np.arange(len(latent)), table.argmax(axis=1)]
+    own = own_distances(latent, table.argmax(axis=1), *gaussians)
     return Answers(table, images.labels, own, images.tracks)
 
 

@@ -46,6 +46,17 @@ def mahalanobis(codes: F32, means: F64, covariances: F64) -> F64:
     return distances
 
 
+def own_distances(codes: F32, owners: I64, means: F64, covariances: F64) -> F64:
+    """Return the `mahalanobis` distance of every code (n, Z) from one component, its owner (n,): (n,)."""
+    distances = np.zeros(len(codes))
+    for owner in np.unique(owners):
+        rows = np.flatnonzero(owners == owner)
+        # one code alone twice: LAPACK rounds a single one otherwise than each of several
+        several = codes[np.resize(rows, max(2, len(rows)))]
+        distances[rows] = mahalanobis(several, means[[owner]], covariances[[owner]])[: len(rows), 0]
+    return distances
+
+
 def training_codes(spec: RunFile, vae: Vae, train: Images) -> tuple[F32, I64]:
     """Return codes (n, Z) and labels (n,) of at most WATCH_IMAGES training images, drawn by seed."""
     rng = generator(spec.seed, "watch")

@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,14 @@ from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
 from defuse_core.training import cycle, train_step
 from defuse_core.training.batches import random_affine
-from defuse_core.trials import finished_trials, run_trial, trial_key
+from defuse_core.trials import (
+    collect_stored,
+    finished_trials,
+    run_trial,
+    trial_key,
+    without_weights,
+    write_trial,
+)
 from defuse_core.tuning_data import reviewed_failures
 from tests.conftest import fine_tuning_data, tiny
 from tests.own_classifiers import trained
@@ -220,6 +228,46 @@ def test_a_trial_resumes_from_what_lies_in_the_store_and_a_finished_one_is_not_r
     before = store.read(trial_key(1.0))
     assert [trial.done for trial in run_trial(tuning, 1.0, store)] == [True]
     assert store.read(trial_key(1.0)) == before
+
+
+def test_finished_trials_take_the_memory_of_one_trial_however_many_are_stored(tmp_path, tiny_spec):
+    def peak(lambdas: range) -> int:
+        tracemalloc.start()
+        found = finished_trials(tiny_spec.with_fields("correct", lambdas=tuple(lambdas)), store)
+        assert [*found] == [lam for lam in lambdas if lam > 14]
+        assert not any(trial.best for trial in found.values())
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    store, rows, weights = FolderStore(tmp_path), (SweepRow(1.0, 1, 0.1),), {"w": np.ones(100_000)}
+    for lam in range(1, 18):
+        done = lam > 14
+        state = {} if done else weights
+        write_trial(store, Trial(lam, rows, state, state, weights, 1, done))
+    peak(range(1, 2))  # with what is made once
+    assert peak(range(1, 18)) < 1.1 * peak(range(1, 2))
+
+
+def test_a_sweep_reads_the_weights_of_the_trial_that_is_chosen_alone(
+    tmp_path, tiny_spec, tiny_models, fixes, data
+):
+    class Reads(FolderStore):
+        def read(self, key: str) -> bytes:
+            asked.append(key)
+            return super().read(key)
+
+    asked, store = list[str](), Reads(tmp_path)
+    spec = tiny_spec.with_fields("correct", lambdas=(0.1, 1.0, 10.0))
+    trials = [
+        [*run_trial(FineTuning(spec, tiny_models, data), lam, store)][-1] for lam in spec.correct.lambdas
+    ]
+    asked.clear()
+    expected = collect_sweep(spec, tiny_models, trials)
+    request = SweepRequest(spec, fixes, None, store)
+    found = collect_stored(request, tiny_models, [without_weights(trial) for trial in trials], {})
+    assert encode(found) == encode(expected)
+    assert expected.chosen is not None and asked == [trial_key(expected.chosen.lam)]
 
 
 def test_every_lambda_has_a_key_of_its_own():

@@ -8,23 +8,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Psi, Scenarios, Shard
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Psi, Scenarios, Shard
+from defuse_core.codec import decode, encode
 from defuse_core.config import DistillSection
 from defuse_core.data import Images
 from defuse_core.distill import components
 from defuse_core.distill.components import (
     WHOLE,
+    Fits,
     FittedCell,
     Sources,
     _largest_change,
     components_of,
     fit_mixture,
     fit_mixtures,
+    listed,
     log_scenarios,
-    no_scenarios,
     scenarios_of,
     small_cell,
 )
+from defuse_core.distill.draws import FEW_CODES, FEW_EACH
 from defuse_core.distill.mixture import FittedMixture
 from defuse_core.identify import save_shard
 from defuse_core.protocols import silent
@@ -97,6 +100,29 @@ def test_cells_without_a_mixture_are_listed_before_components_without_support(ce
     assert [(dropped.source, dropped.support) for dropped in found.dropped] == [(1, 2), (4, 4)]
 
 
+def test_the_small_cells_of_fewest_images_count_as_one_with_enough_and_one_with_few_images(monkeypatch):
+    small = [
+        small_cell((1, 3 + row), 9, 0.001, images, SECTION) for row, images in enumerate([7, 2, 9, 5, 8, 1])
+    ]
+    assert listed(small, SECTION) == tuple(small)
+    monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 2)
+    *kept, enough, few = listed(small, SECTION)
+    assert kept == [small[2], small[4]]
+    assert (enough.support, few.support, few.source) == (12, 3, NONE_OF_THE_ABOVE)
+    assert (enough.reason, few.reason) == (FEW_CODES, FEW_EACH)
+    assert sum(one.weight for one in (*kept, enough, few)) == pytest.approx(0.006)
+    assert [one.reason for one in listed(small, SECTION.model_copy(update={"min_support": 8}))[2:]] == [
+        FEW_EACH
+    ]
+
+
+def test_components_of_any_number_of_cells_can_be_stored():
+    fits = Fits(sample_failures(np.zeros((1, 2), np.float32), *np.zeros((3, 1), np.int64)), SECTION)
+    fits.small = [small_cell((1, 3), 4, 0.001, 2, SECTION)] * 600_000
+    stored = decode(Scenarios, encode(fits.scenarios()), "scenarios")
+    assert sum(one.support for one in stored.dropped) == 2 * 600_000
+
+
 def test_components_that_are_wrong_on_their_images_come_first_where_asked_for_and_by_weight_if_equal(cells):
     assert numbers_of(scenarios_of(cells, replace_order(SECTION))) == [5, 1]
     equal = [replace(cell, sources=Sources(np.full(3, 9), np.full(3, 9.0))) for cell in cells]
@@ -156,7 +182,7 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
         log_scenarios(spec, found)
         log_scenarios(spec, replace(found, last_change=None, dropped=()))
         log_scenarios(spec, replace(found, converged=True, dropped=()))
-        log_scenarios(spec, no_scenarios(2, 0))
+        log_scenarios(spec, Scenarios.none(2, 0))
     kept = (
         "kept 2 of 6 components with weight over 0.1 (lighter ones hold 18 % of the codes), from 1,000 codes;"
     )

@@ -15,11 +15,14 @@ from defuse_core.artifacts import Psi, Shard
 from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.distill.components import distill, fit_mixtures
+from defuse_core.distill.components import Cell, distill, fit_mixtures
+from defuse_core.distill.draws import FEW_EACH
 from defuse_core.distill.mixture import one_component
 from defuse_core.distill.sharded import (
     CellCodes,
+    CellSummary,
     _all_of_cell,
+    _merged,
     distill_all,
     load_part,
     part_spans,
@@ -163,6 +166,11 @@ def test_cells_that_are_too_small_are_those_of_the_fit_in_one_piece(
     found = distill_all(spec, psi, store, "", LocalCompute())
     assert found.dropped == whole.dropped and found.dropped[-1].reason == "a single code is no cluster"
     assert (5 in found.cells[:, 0]) is (min_weight < 3 / 16)
+    monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 0)
+    together = distill_all(spec, psi, store, "", LocalCompute()).dropped
+    assert [(one.reason, one.support) for one in together] == [
+        (FEW_EACH, sum(one.support for one in found.dropped))
+    ]
 
 
 def test_anchored_components_keep_their_own_failures_and_those_of_one_photograph_are_dropped(
@@ -229,3 +237,18 @@ def test_sums_over_a_part_are_those_over_its_cells(stored: tuple[Psi, FolderStor
 def test_all_of_psi_is_fitted_by_torch_only() -> None:
     with pytest.raises(RunFileError, match="max_codes: null goes with engine: torch"):
         tiny(distill={"max_codes": None, "engine": "scikit-learn"})
+
+
+def test_a_part_is_asked_only_for_the_cells_that_it_holds() -> None:
+    class Held(dict[Cell, CellSummary]):
+        def __contains__(self, key: object) -> bool:
+            raise AssertionError("every part is asked for every cell")
+
+    parts = [
+        Held({(0, 1): CellSummary(2, 1, np.ones(2)), (5, 6): CellSummary(3, 2, np.ones(2))}),
+        Held({(0, 0): CellSummary(1, 1, np.ones(2)), (0, 1): CellSummary(4, 3, np.ones(2))}),
+    ]
+    found = _merged(parts)
+    assert [*found] == [(0, 0), (0, 1), (5, 6)]
+    merged = found[0, 1]
+    assert (merged.count, merged.support, merged.total.tolist()) == (6, 4, [2.0, 2.0])

@@ -12,7 +12,7 @@ import pytest
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
-from defuse_core.distill.components import Sources, certain_source_error, count_sources, no_scenarios
+from defuse_core.distill.components import Sources, certain_source_error, count_sources
 from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, with_both_halves
 from defuse_core.intervals import exact_lower
 from defuse_core.seeds import generator
@@ -66,7 +66,7 @@ def test_the_share_of_wrong_images_gives_back_how_many_there_are(wrong):
     exact = Sources(np.array([49]), np.array([float(wrong)])).certain_error()
     for off in (-0.3, 0.0, 0.3):
         stored = replace(
-            no_scenarios(2, 1), support=np.array([49]), source_error=np.array([(wrong + off) / 49])
+            Scenarios.none(2, 1), support=np.array([49]), source_error=np.array([(wrong + off) / 49])
         )
         assert certain_source_error(stored).tolist() == exact.tolist()
 

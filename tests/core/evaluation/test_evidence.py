@@ -6,7 +6,9 @@ import dataclasses
 import io
 import json
 import shutil
+import tracemalloc
 
+import krippendorff
 import numpy as np
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from defuse_core.evaluation import (
     Controls,
     control_spec,
     folds,
+    krippendorff_alpha,
     units_of,
 )
 from defuse_core.evaluation.evidence import (
@@ -33,7 +36,6 @@ from defuse_core.protocols import silent
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
-from defuse_core.review.verdicts import krippendorff_alpha
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -89,6 +91,26 @@ def test_krippendorffs_alpha_equals_the_published_example() -> None:
 def test_alpha_is_undefined_for_one_annotator_or_one_answer() -> None:
     assert np.isnan(krippendorff_alpha(votes([[1, 2, 3]]), 3))
     assert np.isnan(krippendorff_alpha(votes([[1, 1], [1, 1]]), 2))
+
+
+def test_alpha_is_the_packages_to_the_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        truth = rng.integers(9, size=40)
+        table = np.where(rng.random((4, 40)) < 0.6, truth, rng.integers(-1, 9, (4, 40))).astype(object)
+        table[rng.random((4, 40)) < 0.3] = None
+        given = np.array(table, np.float64)
+        expected = krippendorff.alpha(given, level_of_measurement="nominal")
+        assert krippendorff_alpha(votes(table.tolist()), 40) == expected
+
+
+def test_alpha_takes_little_memory_for_many_images_and_answers() -> None:
+    given = votes(np.random.default_rng(0).integers(800, size=(3, 1000)).tolist())
+    tracemalloc.start()
+    found = krippendorff_alpha(given, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert abs(found) < 0.05 and peak < 200e6
 
 
 def confirmed(defuse: np.ndarray, plain: np.ndarray, units: np.ndarray) -> bool:

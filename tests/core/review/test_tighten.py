@@ -3,14 +3,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy import stats
+from torch import Tensor
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Anchors, ComponentFailures, Scenarios
+from defuse_core.data import open_splits
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.local import LocalCompute
-from defuse_core.protocols import Call, silent
-from defuse_core.review.tighten import TAUS, find_taus, with_taus
+from defuse_core.models import Vae, load_vae
+from defuse_core.protocols import AT_ONCE, Call, silent
+from defuse_core.review.tighten import TAUS, find_taus, tighten, with_taus
 from defuse_core.seeds import generator
-from tests.conftest import tiny
+from tests.conftest import recommended, tiny
 from tests.sample_components import sample_scenarios
 
 SPEC = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5})
@@ -210,3 +213,35 @@ def test_a_dropped_component_that_is_impure_around_its_mean_is_not_right_though_
 
     (dropped,) = tightened(examine).dropped
     assert not dropped.right
+
+
+class CountedEncodings:
+    """A β-VAE that counts the images that it encodes."""
+
+    def __init__(self, vae: Vae) -> None:
+        self.vae, self.decode, self.images = vae, vae.decode, 0
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.images += len(images)
+        return self.vae.encode(images)
+
+
+def test_each_photograph_is_encoded_once_for_its_component_and_not_for_the_others(
+    tiny_models, references, monkeypatch
+):
+    spec = recommended(vae={"decode": "anchored"})
+    vae = CountedEncodings(load_vae(spec, tiny_models.vae))
+    monkeypatch.setattr("defuse_core.review.sample.load_vae", lambda *asked: vae)
+    components, own = 2 * AT_ONCE, 4
+    pixels = open_splits(spec.data, spec.seed).train.batch(slice(0, components * own))
+    source = np.arange(len(pixels))
+    failures = ComponentFailures(
+        np.random.default_rng(0).standard_normal((components, 64, 4)).astype(np.float32),
+        np.arange(components)[:, None] * own + np.arange(64) % own,
+        Anchors(pixels, source, source % 2 == 1),
+    )
+    one, means = np.ones(components) / components, np.zeros((components, 4))
+    covariances = np.broadcast_to(np.eye(4), (components, 4, 4)).copy()
+    scenarios = sample_scenarios(one, means, covariances, one, 100, True, 1, 0.0, failures=failures)
+    tighten(spec, tiny_models, references, scenarios, LocalCompute())
+    assert vae.images == components * own // 2  # the other half is held out

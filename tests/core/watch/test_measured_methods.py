@@ -252,6 +252,18 @@ def test_the_watch_reads_as_many_training_images_as_it_may(tiny_spec, tiny_model
     assert np.array_equal(again, codes) and not np.array_equal(other, codes)
 
 
+def test_the_watch_is_measured_on_as_many_validation_and_test_images_as_it_may(
+    tiny_spec, tiny_models, monkeypatch
+):
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    whole = watch_classifier(tiny_spec, tiny_models, {}, splits)
+    monkeypatch.setattr("defuse_core.watch.MOST_IMAGES", 150)
+    found, again = (watch_classifier(tiny_spec, tiny_models, {}, splits) for _ in range(2))
+    assert len(found.validation_wrong) == len(found.test_wrong) == 150
+    assert min(len(whole.validation_wrong), len(whole.test_wrong)) > 150
+    assert encode(found) == encode(again)
+
+
 class DecodesNothing:
     """A decoder whose images are the codes, and which keeps what it was asked for."""
 

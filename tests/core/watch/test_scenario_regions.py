@@ -8,14 +8,16 @@ from scipy.spatial import distance
 
 from defuse_core.artifacts import Corrections
 from defuse_core.data import open_splits
+from defuse_core.device import cpu_threads
 from defuse_core.export.compare import share_inside
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
-from defuse_core.watch import _answers
+from defuse_core.watch import _answers, scenario_regions
 from defuse_core.watch.scenario_regions import (
     VARIANCE_FLOOR,
     class_gaussians,
     fit_regions,
     mahalanobis,
+    own_distances,
     training_codes,
 )
 
@@ -79,3 +81,21 @@ def test_what_an_answer_is_measured_by_does_not_know_its_label(tiny_spec, tiny_m
         mean, covariance = (part[predicted[row]] for part in gaussians)
         expected = distance.mahalanobis(latent[row], mean, np.linalg.inv(covariance))
         assert found.distance[row] == pytest.approx(expected, rel=1e-3)
+
+
+def test_each_code_is_measured_from_its_own_component_alone_and_as_among_all(monkeypatch):
+    rng, measured = np.random.default_rng(0), list[int]()
+    codes, owners = rng.standard_normal((60, 5)).astype(np.float32), rng.integers(1, 30, 60)
+    means, roots = rng.standard_normal((30, 5)), rng.standard_normal((30, 5, 9))
+    covariances = roots @ roots.transpose(0, 2, 1)
+    assert (np.bincount(owners) == 1).any()
+    with cpu_threads(1):
+        expected = mahalanobis(codes, means, covariances)[np.arange(60), owners]
+
+        def counting(codes, means, covariances):  # type: ignore[no-untyped-def]
+            measured.append(len(codes) * len(means))
+            return mahalanobis(codes, means, covariances)
+
+        monkeypatch.setattr(scenario_regions, "mahalanobis", counting)
+        np.testing.assert_array_equal(own_distances(codes, owners, means, covariances), expected)
+    assert sum(measured) <= 2 * 60 and len(measured) == len(np.unique(owners))
