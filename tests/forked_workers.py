@@ -97,10 +97,12 @@ def forked_workers() -> Iterator[None]:
 
 def serve(listener: socket.socket) -> None:
     """Fork a worker for each that asks for one, until standard input ends."""
+    gc.disable()  # nothing that is imported is garbage
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a worker that looked for garbage there would copy it all
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else each worker stays as a zombie
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         asking, _ = listener.accept()
