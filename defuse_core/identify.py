@@ -24,6 +24,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
+from defuse_core.data.splits import is_perturbed
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import DamagedError, StoreError, count_of
 from defuse_core.files import map_ahead
@@ -127,6 +128,7 @@ class Identifier:
         """Load the models, and the images where they are not given. Raises ModelError, or as open_training_images."""
         self.spec = spec
         self.train = train or open_training_images(spec, models)
+        self.is_perturbed = is_perturbed(self.train, spec.identify.share, spec.seed)  # (N,)
         self.classifier = load_classifier(spec, models.classifier, len(models.classes))
         self.vae = load_vae(spec, models.vae)
         self.references = (
@@ -152,6 +154,11 @@ class Identifier:
         section = self.spec.identify
         start = block * section.block_images
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
+        rows = rows[self.is_perturbed[rows]]
+        if not len(rows):
+            nothing: I64 = rows
+            codes = np.zeros((0, self.spec.vae.latent_dim), np.float32)
+            return Shard(Failures(codes, nothing, nothing, nothing, nothing > 0), 0, 0, 0, 0, 0.0)
         truth = self.train.labels[rows]
         images = self.train.take(rows).loaded()  # read once
         wrong = predict(self.classifier, images, section.batch_size) != truth  # (n,)

@@ -139,6 +139,9 @@ class VaeSection(Section):
 class IdentifySection(Section):
     """Algorithm 1: perturb training images in latent space, keep what f gets wrong."""
 
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of the training images that are perturbed; tracks are kept whole. Under 1, reference models and judges are
+    trained on the others, since a model recognises almost any version of an image that it was trained on. Paper: 1."""
     draws: int = Field(500, ge=1)
     """Perturbed decodings tried per training image, Q. Paper: 500 for MNIST, 100 otherwise."""
     noise: Literal["posterior", "beta"] = "posterior"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from defuse_core.artifacts import F64, I64
+from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, Splits
 from defuse_core.errors import DataError, count_of
@@ -102,6 +102,17 @@ def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tupl
     order = stratified_order(images.labels[first], rng)
     in_first = np.isin(track, order[: round(share * len(order))])
     return np.flatnonzero(in_first), np.flatnonzero(~in_first)
+
+
+def is_perturbed(train: Images, share: float, seed: int) -> Bool:
+    """Return which training images identification perturbs, (N,), by identify.share.
+
+    Under 1 it is that share of the tracks; reference models and judges are trained on the others.
+    """
+    perturbed: Bool = np.ones(len(train), bool)
+    if share < 1:
+        perturbed[split_tracks(train, share, generator(seed, "identify", "split"))[1]] = False
+    return perturbed
 
 
 def track_mates(images: Images, rows: I64, others: I64) -> I64:

@@ -33,7 +33,7 @@ from defuse_core.artifacts import (
 from defuse_core.codec import decode, encode
 from defuse_core.config import ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
-from defuse_core.data.splits import split_tracks, stratified_order
+from defuse_core.data.splits import is_perturbed, split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import DataError, ModelError, StoreError, count_of
 from defuse_core.models import (
@@ -279,9 +279,11 @@ def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, label
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
     """Return the part of the training images that the set `name` is trained on. DataError if it has fewer than two."""
     part = train
+    if spec.identify.share < 1:
+        part = part.take(np.flatnonzero(~is_perturbed(train, spec.identify.share, spec.seed)))
     if spec.judges.count and spec.judges.share:
-        for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
-        part = train.take(for_judges if name == "judges" else others)
+        for_judges, others = split_tracks(part, spec.judges.share, generator(spec.seed, "judges", "split"))
+        part = part.take(for_judges if name == "judges" else others)
     if len(part) < 2 and section.epochs:
         raise DataError(
             f"judges.share: {spec.judges.share} of {count_of(len(train), 'training image')} leaves "
