@@ -150,15 +150,16 @@ class Identifier:
         return replace(merged, index=index, fingerprint=self.fingerprint)
 
     def _block(self, block: int) -> Shard:
-        """Algorithm 1 for every image of one block at once."""
+        """Algorithm 1 for every image of one block that is perturbed, at once."""
         section = self.spec.identify
         start = block * section.block_images
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         rows = rows[self.is_perturbed[rows]]
         if not len(rows):
-            nothing: I64 = rows
-            codes = np.zeros((0, self.spec.vae.latent_dim), np.float32)
-            return Shard(Failures(codes, nothing, nothing, nothing, nothing > 0), 0, 0, 0, 0, 0.0)
+            nothing = Failures(
+                np.zeros((0, self.spec.vae.latent_dim), np.float32), rows, rows, rows, rows > 0
+            )
+            return Shard(nothing, images=0, decodings=0, images_with_any=0, zero_noise_flips=0, seconds=0.0)
         truth = self.train.labels[rows]
         images = self.train.take(rows).loaded()  # read once
         wrong = predict(self.classifier, images, section.batch_size) != truth  # (n,)

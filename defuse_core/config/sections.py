@@ -65,8 +65,7 @@ class ClassifierSection(Section):
     class_order: tuple[int, ...] | None = None
     """For each class of the data set, in order, the index of its logit, if the classifier numbers them differently."""
     imagenet: bool = False
-    """resnet18: start from torchvision's ImageNet weights (downloaded if data.download), unless `weights` names a file.
-    Paper: true."""
+    """resnet18: start from torchvision's ImageNet weights (see data.download), unless `weights` is set. Paper: true."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """resnet18: imagenet is the 7x7 stride-2 convolution with max-pooling; small is a 3x3 stride-2
     convolution without pooling, for about 32 pixels. Paper: imagenet."""
@@ -101,8 +100,7 @@ class VaeSection(Section):
     """plain shows a code z as p(z); anchored, for photographs, moves the training image x that z is near to. It shows
     clip(x + p(z) - p(μ(x))): x, moved as its plain decoding moves. Paper: plain."""
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 the β-VAE is used unchanged. custom: optional if the factory
-    loads its own."""
+    """A .safetensors file to start from; with epochs 0 used unchanged. custom: not needed if the factory loads it."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Dimensions of the latent code, Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
@@ -124,8 +122,7 @@ class VaeSection(Section):
     learning_rate: float = Field(1e-3, gt=0)
     """Adam's step size. Paper: 0.001."""
     schedule: Schedule = "constant"
-    """Of the learning rate. one_cycle: linear growth over a tenth of the steps, then a half cosine to 0. Paper:
-    constant."""
+    """Of the learning rate. one_cycle: it grows for a tenth of the steps, then a half cosine to 0. Paper: constant."""
     class_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
     then dropped: reconstructions keep their class more often. Paper: 0."""
@@ -140,8 +137,8 @@ class IdentifySection(Section):
     """Algorithm 1: perturb training images in latent space, keep what f gets wrong."""
 
     share: float = Field(1.0, gt=0, le=1)
-    """Share of the training images that are perturbed; tracks are kept whole. Under 1, reference models and judges are
-    trained on the others, since a model recognises almost any version of an image that it was trained on. Paper: 1."""
+    """Share of the training images that are perturbed. Under 1, reference models and judges are trained on the others,
+    since a model recognises almost any version of an image that it was trained on. Tracks are kept whole. Paper: 1."""
     draws: int = Field(500, ge=1)
     """Perturbed decodings tried per training image, Q. Paper: 500 for MNIST, 100 otherwise."""
     noise: Literal["posterior", "beta"] = "posterior"
@@ -183,7 +180,7 @@ class DistillSection(Section):
     min_weight: float = Field(0.01, ge=0, lt=1)
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)
-    """Components with codes of fewer training images, of whatever tracks, are dropped. Paper: 1, which drops none."""
+    """Components whose codes come from fewer training images, or tracks, are dropped. Paper: 1, which drops none."""
     order: Literal["weight", "source-error"] = "weight"
     """Which scenarios come first: source-error, those of the highest error on the training images that their codes
     come from (lower 95 % bound, by tracks), so that real images show these. Paper: weight."""
@@ -249,8 +246,8 @@ class JudgesSection(ClassifierSet):
     architecture: Literal["cnn", "residual", "resnet18", "custom"] = "residual"
     """As in review.reference; best a different one."""
     share: float = Field(0.5, ge=0, lt=1)
-    """Share of the training images that only the judges are trained on; the reference models are trained on the rest.
-    Tracks are kept whole. 0 trains both on all."""
+    """Share of the training images (under an identify.share: of the others) that only the judges are trained on; the
+    reference models are trained on the rest. Tracks are kept whole. 0 trains both on all."""
 
 
 class ReviewSection(Section):

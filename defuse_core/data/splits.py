@@ -105,13 +105,15 @@ def split_tracks(images: Images, share: float, rng: np.random.Generator) -> tupl
 
 
 def is_perturbed(train: Images, share: float, seed: int) -> Bool:
-    """Return which training images identification perturbs, (N,), by identify.share.
-
-    Under 1 it is that share of the tracks; reference models and judges are trained on the others.
-    """
+    """Return which training images are perturbed, (N,), by identify.share. Raises DataError where it leaves none."""
     perturbed: Bool = np.ones(len(train), bool)
     if share < 1:
         perturbed[split_tracks(train, share, generator(seed, "identify", "split"))[1]] = False
+    if not perturbed.any():
+        raise DataError(
+            f"identify.share: {share} of {count_of(len(train), 'training image')} leaves none to perturb; "
+            "raise the share, or give more images"
+        )
     return perturbed
 
 

@@ -38,6 +38,7 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
+from defuse_core.errors import count_of
 from defuse_core.identify import subsample_psi
 from defuse_core.intervals import exact_lower
 from defuse_core.protocols import Progress
@@ -180,6 +181,11 @@ class Sources:
             np.concatenate([part.wrong for part in mixtures]),
             tuple(itertools.chain(*tables)) if len(tables) == len(mixtures) else None,
         )
+
+    def units(self) -> I64:
+        """Return how many images, or tracks where images have these, the codes of each component come from, (k,)."""
+        tracks = self.wrong_tracks()
+        return self.support if tracks is None else tracks[0]
 
     def error(self) -> F64:
         """Return the share of the images of each component that f itself gets wrong, (k,); nan where it has none."""
@@ -332,7 +338,7 @@ def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tup
     over = over[np.argsort(-weights[over], kind="stable")]
     if section.order == "source-error":
         over = over[np.argsort(-sources.certain_error()[over], kind="stable")]
-    enough = sources.support[over] >= section.min_support
+    enough = sources.units()[over] >= section.min_support
     return over[enough], over[~enough]
 
 
@@ -363,10 +369,7 @@ def scenarios_of(
         wrong_tracks=None if wrong is None else wrong[kept],
         last_change=_largest_change([cell.fit for cell in fitted]),
         dropped=small
-        + tuple(
-            _without_support(weights[row], cells[row], sources.support[row], section.min_support)
-            for row in thin
-        ),
+        + tuple(_without_support(weights[row], cells[row], sources, row, section) for row in thin),
         all_means=means,
         all_covariances=covariances,
     )
@@ -378,10 +381,15 @@ def _largest_change(fits: list[FittedMixture]) -> float | None:
     return max(changes, default=None)
 
 
-def _without_support(weight: float, cell: I64, support: int, needed: int) -> DroppedComponent:
+def _without_support(
+    weight: float, cell: I64, sources: Sources, row: int, section: DistillSection
+) -> DroppedComponent:
     source, answer = cell.tolist()
-    reason = f"its codes come from {support} training images, fewer than {needed}"
-    return DroppedComponent(float(weight), source, answer, int(support), reason, right=False, small=True)
+    found = count_of(int(sources.units()[row]), "training image" if sources.tracks is None else "track")
+    reason = f"its codes come from {found}, fewer than {section.min_support}"
+    return DroppedComponent(
+        float(weight), source, answer, int(sources.support[row]), reason, right=False, small=True
+    )
 
 
 def certain_source_error(scenarios: Scenarios) -> F64:

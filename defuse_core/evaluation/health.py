@@ -26,6 +26,7 @@ from defuse_core.artifacts import F32, F64, I64, U8, Health, Models, ReferenceSe
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced, to_levels
+from defuse_core.data.splits import is_perturbed
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ANOTHER_NAME, VaeHealthError, count_of, percent
 from defuse_core.identify import draw_noise, encode_posterior
@@ -107,9 +108,10 @@ def probe_images(train: Images) -> Images:
 def measure_perturbed(
     spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress
 ) -> Health:
-    """Return the health of an anchored β-VAE by the reference models' answers on perturbed training images."""
+    """Return the health of an anchored β-VAE by the reference models' answers on training images that are perturbed."""
     progress("perturbing training images", 0, 1, "sets")
-    train = probe_images(reopen_splits(spec, models.data_fingerprint).train)
+    train = reopen_splits(spec, models.data_fingerprint).train
+    train = probe_images(train.take(np.flatnonzero(is_perturbed(train, spec.identify.share, spec.seed))))
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
     def answer(images: F32) -> I64:

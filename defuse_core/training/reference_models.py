@@ -61,6 +61,7 @@ from defuse_core.training.batches import DeviceImages, augment
 log = logging.getLogger("defuse")
 LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up
 SetName = Literal["reference", "judges"]
+CALLED: dict[SetName, str] = {"reference": "reference models", "judges": "judges"}
 
 
 class ReferenceAnnotators:
@@ -270,25 +271,24 @@ def _train(
 def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
     """Log the classes that have training images, but none among those with `labels` that a set is trained on."""
     missing = [splits.classes[label] for label in np.setdiff1d(splits.train.labels, labels)]
-    who, field = ("judges", "judges") if name == "judges" else ("reference models", "review.reference")
-    text = "train: the %s have no training images of %s (judges.share, %s.train_images) and see no failure of these"
+    text = "train: the %s have no training images of %s (see judges.share) and see no failure of these"
     if set_section(spec, name).epochs and missing:
-        log.warning(text, who, ", ".join(missing), field)
+        log.warning(text, CALLED[name], ", ".join(missing))
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
     """Return the part of the training images that the set `name` is trained on. DataError if it has fewer than two."""
-    part = train
     if spec.identify.share < 1:
-        part = part.take(np.flatnonzero(~is_perturbed(train, spec.identify.share, spec.seed)))
+        train = train.take(np.flatnonzero(~is_perturbed(train, spec.identify.share, spec.seed)))
+    part = train
     if spec.judges.count and spec.judges.share:
-        for_judges, others = split_tracks(part, spec.judges.share, generator(spec.seed, "judges", "split"))
-        part = part.take(for_judges if name == "judges" else others)
+        for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
+        part = train.take(for_judges if name == "judges" else others)
     if len(part) < 2 and section.epochs:
         raise DataError(
             f"judges.share: {spec.judges.share} of {count_of(len(train), 'training image')} leaves "
-            f"{len(part) or 'none'} for the {'judges' if name == 'judges' else 'reference models'}, which need two; "
-            "change the share, set it to 0 to train both on all, or give more images"
+            f"{len(part) or 'none'} for the {CALLED[name]}, which need two; change the share, set it to 0 to train "
+            "both on all, lower identify.share, or give more images"
         )
     if section.train_images is not None and section.train_images < len(part):
         order = stratified_order(part.labels, generator(spec.seed, name, "sample"))

@@ -7,7 +7,7 @@ from scipy.spatial.distance import cdist
 
 from defuse_core.artifacts import Failures, Psi, Shard
 from defuse_core.config import IdentifySection
-from defuse_core.errors import RunMismatchError, StoreError
+from defuse_core.errors import DataError, RunMismatchError, StoreError
 from defuse_core.identify import (
     SHARD_DECODINGS,
     SHARDS,
@@ -63,6 +63,24 @@ def test_every_image_is_drawn_q_times(identifier, tiny_spec):
     shards = [identifier.shard(index) for index in range(count)]
     assert sum(shard.images for shard in shards) == len(identifier.train)
     assert sum(shard.decodings for shard in shards) == 4 * len(identifier.train)
+
+
+def test_with_a_share_only_so_many_images_are_perturbed_also_where_a_block_has_none_of_them(tiny_models):
+    worker = Identifier(tiny(identify={"share": 0.1, "block_images": 4}), tiny_models)
+    shards = [worker.shard(index) for index in range(shard_count(len(worker.train), worker.spec.identify))]
+    assert sum(shard.images for shard in shards) == worker.is_perturbed.sum() == pytest.approx(30, abs=9)
+    assert sum(shard.decodings for shard in shards) == 4 * worker.is_perturbed.sum()
+    assert 0 in [shard.images for shard in shards]
+    sources = np.concatenate([shard.failures.source for shard in shards])
+    assert len(sources) and worker.is_perturbed[sources].all()
+    np.testing.assert_array_equal(
+        np.concatenate([shard.failures.truth for shard in shards]), worker.train.labels[sources]
+    )
+
+
+def test_a_share_that_leaves_nothing_to_perturb_is_one_line(tiny_models):
+    with pytest.raises(DataError, match="^identify.share: 0.0001 of 300 training images leaves none"):
+        Identifier(tiny(identify={"share": 0.0001}), tiny_models)
 
 
 def test_a_shard_is_the_same_whoever_makes_it_and_whenever(tiny_spec, tiny_models, identifier):

@@ -87,6 +87,15 @@ def test_components_over_the_least_weight_with_enough_images_are_kept_with_all_t
     assert thin.reason == "its codes come from 4 training images, fewer than 5"
 
 
+def test_images_of_one_track_support_a_component_once(cells):
+    wrong = np.zeros(3)
+    tracks = [np.array([[track, 3, 0] for track in range(count)], float) for count in (5, 9, 4)]
+    sources = Sources(np.array([15, 27, 12]), wrong, tuple(tracks))
+    found = scenarios_of([replace(cells[0], sources=sources)], SECTION)
+    assert (numbers_of(found), found.source_tracks.tolist()) == ([1], [5])
+    assert [one.reason for one in found.dropped] == ["its codes come from 4 tracks, fewer than 5"]
+
+
 def test_the_fit_of_all_cells_is_as_long_as_the_longest_and_converged_only_if_each_is(cells):
     found = scenarios_of(cells, SECTION)
     assert (found.codes_used, found.iterations, found.lower_bound) == (1000, 40, -12.0)

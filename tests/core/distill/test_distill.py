@@ -164,7 +164,7 @@ def test_frames_of_one_track_count_once_in_the_certainty_of_the_source_error():
     assert by_image.source_tracks is None and certain_source_error(by_image)[0] > 0.2
     # the wrong ones are of two tracks of 30, the others of ten of 14
     track = np.concatenate([np.arange(300), np.repeat([300, 301], 30), np.repeat(np.arange(302, 312), 14)])
-    found = fit(replace(known, source_track=track), distill)
+    found = fit(replace(known, source_track=track), distill.model_copy(update={"min_support": 12}))
     assert (found.support.tolist(), found.source_tracks.tolist()) == ([200, 300], [12, 300])
     np.testing.assert_array_equal(found.source_error, by_image.source_error)
     np.testing.assert_array_equal(found.wrong_tracks, [2, 0])

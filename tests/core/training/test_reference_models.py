@@ -6,6 +6,7 @@ from torch import nn
 
 from defuse_core.artifacts import Gallery, ReferenceSet
 from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data.splits import is_perturbed
 from defuse_core.errors import DataError, ModelError
 from defuse_core.local import LocalCompute
 from defuse_core.models import ReferenceCnn, ResidualNet, ResNet18, predict_probabilities
@@ -14,6 +15,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
     _scores,
+    _training_images,
     _warn_of_missing_classes,
     ask_models,
     gallery_probabilities,
@@ -111,6 +113,19 @@ def test_without_a_share_of_their_own_both_are_trained_on_all_images():
     assert made_in_a_run(judges, spec).train_images == 300
 
 
+def test_no_model_is_trained_on_an_image_that_is_perturbed_or_on_another_one_of_its_track():
+    spec = recommended(identify={"share": 0.3}, judges={"share": 0.5})
+    tracks = np.repeat(np.arange(100), 3).astype(np.int64)
+    images = Images(np.zeros((300, 1, 4, 4), np.uint8), tracks % 10, tracks=tracks)
+    parts = [
+        _training_images(spec, spec.review.reference, "reference", images),
+        _training_images(spec, spec.judges, "judges", images),
+        images.take(np.flatnonzero(is_perturbed(images, 0.3, spec.seed))),
+    ]
+    assert [len(np.unique(part.tracks)) for part in parts] == [35, 35, 30]
+    assert len(np.unique(np.concatenate([np.unique(part.tracks) for part in parts]))) == 100
+
+
 @pytest.mark.parametrize(
     ("share", "images", "left", "train", "who"),
     [
@@ -136,7 +151,7 @@ def test_classes_that_a_set_learns_nothing_of_are_named(tiny_spec, caplog):
         _warn_of_missing_classes(tiny_spec, "judges", splits, labels)
         assert not caplog.text
         _warn_of_missing_classes(tiny_spec, "reference", splits, labels[1:])
-    assert "the reference models have no training images of 3 (judges.share, review" in caplog.text
+    assert "the reference models have no training images of 3 (see judges.share)" in caplog.text
 
 
 def test_a_run_may_have_no_judges(tmp_path, tiny_spec):
