@@ -19,7 +19,7 @@ from scipy import special
 from defuse_core.artifacts import F32, Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, StoreError, count_of, percent
+from defuse_core.errors import DefuseError, StoreError, StoreSettingsError, count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
@@ -149,9 +149,8 @@ class ShadowRunner:
     async def run(self, shadow: LoadedModel, pixels: F32, report: Callable[[PredictionResult], None]) -> None:
         """Report what the shadow answers to a request that production has answered, for pixels (n, channels, H, W).
 
-        Returns after this request and those that arrive meanwhile are reported; drops requests above the limit.
-
-        Raises what `report` raises, and drops the requests that are left.
+        Returns after this request and those that arrive meanwhile are reported; drops requests above the limit. Raises
+        what `report` raises, and drops the requests that are left.
         """
         if len(self._pending) >= MAX_PENDING_SHADOWS:
             return
@@ -189,6 +188,7 @@ class ActiveVersions:
     state: RegistryState = EMPTY
     statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
     error: str | None = None  # why the registry's versions could not be loaded
+    is_outage: bool = False  # whether that is a store that does not answer now
 
     @property
     def in_production(self) -> LoadedModel:
@@ -251,7 +251,8 @@ class RegistryWatcher:
             active = self.load_changes(own) or own
         except DefuseError as error:
             log.error("the registry's version cannot be loaded: %s", error)
-            active = replace(own, error=reason_for_clients(error))
+            is_outage = is_store_outage(error) and not isinstance(error, StoreSettingsError)
+            active = replace(own, error=reason_for_clients(error), is_outage=is_outage)
         if failure is not None and active.production is None:
             raise failure
         return active
@@ -382,8 +383,8 @@ class RegistryWatcher:
 
 def _is_canary_ended(current: ActiveVersions, state: RegistryState) -> bool:
     """Return whether there is a loaded canary or shadow that is none any more."""
-    beside = current.canary or current.shadow
-    return beside is not None and beside.number not in (state.canary, state.shadow)
+    model = current.canary or current.shadow
+    return model is not None and model.number not in (state.canary, state.shadow)
 
 
 def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:

@@ -12,6 +12,7 @@ import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +63,10 @@ class ClassifierIngress(ClassifierDeployment):
     def __init__(self, *args: Any, require_model: bool = False) -> None:
         hide_other_gpus()
         super().__init__(*args)
+        # Serve gives up after a few constructors that raise
+        while require_model and self.active.is_outage:
+            time.sleep(POLL_S)
+            self.active = self.watcher.load_initial()
         if self.active.error is not None and require_model:
             raise ComputeError(self.active.error)
         if self.active.error is not None and _is_application_answering():

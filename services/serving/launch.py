@@ -47,7 +47,10 @@ class ServeArgs(BaseModel):
     require_token: bool = False
     """Do not start a replica without DEFUSE_SERVE_TOKEN in its environment."""
     require_model: bool = False
-    """Do not start a replica that cannot load the version in production, and would answer 503 until it can."""
+    """Do not start a replica that cannot load the version in production, and would answer 503 until it can.
+
+    It waits while the store does not answer.
+    """
     settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of section `serve` that replace those of the run file."""
 

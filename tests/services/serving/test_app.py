@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_command
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import ComputeError, InputError
+from defuse_core.errors import ComputeError, InputError, StoreError, StoreSettingsError
 from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.app import ClassifierIngress, build, classifier_deployment
@@ -87,6 +87,26 @@ def test_a_replica_that_requires_a_model_starts_before_the_first_promotion_and_n
     own_store.write("registry/versions/000001.safetensors", b"cut")
     with pytest.raises(ComputeError, match="^the version in production is damaged or missing"):
         start()
+
+
+def test_a_replica_that_requires_a_model_waits_for_a_store_that_does_not_answer(promoted, monkeypatch):
+    monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    monkeypatch.setattr("services.serving.app.POLL_S", 0.01)
+    state_after = Registry.state_after
+    errors: list[Exception] = [StoreError("no answer"), StoreError("no answer")]
+
+    def answer_later(registry, known):
+        if errors:
+            raise errors.pop()
+        return state_after(registry, known)
+
+    bound = build(ServeArgs(store=promoted.address, require_model=True))._bound_deployment
+    monkeypatch.setattr(Registry, "state_after", answer_later)
+    active = ClassifierIngress(*bound.init_args, **bound.init_kwargs).active
+    assert (active.names(), active.error, errors) == ({"production": "1"}, None, [])
+    errors.append(StoreSettingsError("wrong credentials"))  # nothing to wait for
+    with pytest.raises(ComputeError, match="cannot be loaded"):
+        ClassifierIngress(*bound.init_args, **bound.init_kwargs)
 
 
 def test_a_server_warns_of_each_setting_that_counts_only_from_the_next_promotion_on(
