@@ -162,16 +162,21 @@ class LoadedModel:
         return ScenarioDistances(vae, means, covariances).to(self.device).eval()
 
     def warm_up(self, batch: int) -> None:
-        """Run the smallest and the largest batch, so that no request pays for the first pass; measure the time."""
+        """Run the smallest and the largest batch, so that no request pays for the first pass; measure the time.
+
+        Raises ModelError where the output is finite neither for zeros nor for noise.
+        """
         sizes = (1, min(batch, MAX_FORWARD_IMAGES))
         for count in (*sizes, sizes[1]):
             started = time.perf_counter()
-            self.run_on_zeros(count)
+            probabilities = self.run_on_zeros(count)
             self.seconds_per_image = (time.perf_counter() - started) / count
+        if not np.isfinite(probabilities).all():
+            self.predict(np.random.default_rng(0).random((1, *self.input_spec.shape), np.float32))
 
-    def run_on_zeros(self, count: int) -> None:
-        """Run the networks on `count` images of zeros. Any output will do: that for a constant image may be NaN."""
-        self._run_networks(np.zeros((count, *self.input_spec.shape), np.float32))
+    def run_on_zeros(self, count: int) -> F32:
+        """Return the probabilities for `count` images of zeros. They may be NaN, as those for a constant image may."""
+        return self._run_networks(np.zeros((count, *self.input_spec.shape), np.float32))[1]
 
     def predict(self, pixels: F32) -> ModelOutput:
         """Return the output for pixels (n, channels, H, W) in [0, 1]. Raises ModelError for one that is not finite."""

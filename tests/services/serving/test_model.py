@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,12 @@ def test_a_classifier_whose_output_is_not_finite_for_a_constant_image_is_served(
     assert served.seconds_per_image > 0 and np.isfinite(served.predict(pixels[:2]).probabilities).all()
     with pytest.raises(ModelError, match="output is not finite"):
         served.predict(np.zeros_like(pixels[:1]))
+
+
+def test_a_classifier_whose_output_is_finite_for_no_image_is_not_served(candidate):
+    weights = {name: np.full_like(array, 3e38) for name, array in candidate.classifier.items()}
+    with pytest.raises(ModelError, match="output is not finite"):
+        verify_candidate(dataclasses.replace(candidate, classifier=weights))
 
 
 def test_a_version_that_is_to_compute_on_the_cpu_is_loaded_there_beside_a_gpu(candidate, pixels, monkeypatch):
