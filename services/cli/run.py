@@ -120,9 +120,8 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
     """Print what was found and written; `asked` are the minutes asked for."""
     from defuse_core.suggest import describe_accuracy
 
-    facts, vae = plan.facts, plan.tree["vae"]
+    facts, vae, data = plan.facts, plan.tree["vae"], plan.tree["data"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
-    data = plan.tree["data"]
     show = partial(echo_marked, width=len("classifier  "))
     show("images", f"{counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
     some = data.get("train_images", facts.counts["train"])
@@ -392,8 +391,10 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
 
 
 def _confirmed(question: str) -> bool:
-    """Whether a person says yes; Ctrl-C, the end of the input and a closed input (`<&-`) are a no."""
+    """Whether a person says yes; the end of the input and a closed input (`<&-`) are a no, Ctrl-C ends the command."""
     try:
         return sys.stdin is not None and click.confirm(question)
-    except click.Abort:
+    except click.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise
         return False

@@ -7,6 +7,7 @@ import io
 import shutil
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_deleting_with_a_closed_input_deletes_nothing(own_store, monkeypatch, ca
     monkeypatch.setattr("sys.stdin", None)  # what Python makes of `<&-`
     code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
     assert (code, one_line(err.strip())) == (2, f"defuse: {NOTHING_DELETED}")
+    assert own_store.exists("digits/run.yaml")
+
+
+def test_ctrl_c_at_the_question_stops_the_command_and_deletes_nothing(own_store, monkeypatch, capsys):
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(readline=interrupted))
+    code, _, err = call(monkeypatch, capsys, "delete", "digits", "--store", own_store.address)
+    assert code == 130 and "--yes" not in err
     assert own_store.exists("digits/run.yaml")
 
 
