@@ -35,6 +35,7 @@ POLL_S = 2.0  # between two reads by a server
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
+ENDED = "the canary or shadow of version {} ended just now; see `defuse promote` for the new state"
 CHANGED = "production changed meanwhile; see `defuse promote` for the new state"
 
 
@@ -209,8 +210,8 @@ class Registry:
         """Give version `number` the role of the request; an earlier canary or shadow ends, as the action says.
 
         `failed_checks` are what it was forced over in the state `checked`; None where nothing was checked. Raises
-        InputError for a canary or shadow without another version in production, and where another version than in
-        `checked` is.
+        InputError for a canary or shadow without another version in production, where another version than in `checked`
+        is, and for production where the version was canary or shadow in `checked` and has no role now.
         """
 
         action = f"version {number} {request.role}"
@@ -218,6 +219,10 @@ class Registry:
         def updates(state: RegistryState) -> dict[str, Any]:
             if checked is not None and state.production not in (checked.production, number):
                 raise InputError(CHANGED)
+            was_compared = checked is not None and checked.canary_or_shadow == number
+            has_role = number in (state.production, state.canary, state.shadow)
+            if was_compared and not has_role and not request.is_canary_or_shadow:
+                raise InputError(ENDED.format(number))
             request.require_other_in_production(state, number)
             role: dict[str, Any] = {"production": number, "previous": state.rollback_targets(number)}
             if request.shadow:
@@ -228,7 +233,7 @@ class Registry:
                 **NO_CANARY,
                 **role,
                 "failed_checks": failed_checks,
-                "action": action + state.ended_too(number),
+                "action": action + state.also_ended_text(number),
             }
 
         state = self.change(action, request.by, request.reason, updates)
@@ -250,8 +255,8 @@ class Registry:
         state = self.state()
         if state.by != AUTHOR:
             return []
-        with contextlib.suppress(StoreError):  # another file, which need not be there
-            if self._read(state.sequence - 1).beside in state.versions_with(digest):
+        with contextlib.suppress(_GoneError):  # another file, which need not be there
+            if self._read(state.sequence - 1).canary_or_shadow in state.versions_with(digest):
                 return [f"{AUTHOR} {state.action}: {state.why}"]
         return []
 
@@ -269,17 +274,15 @@ class Registry:
         `production` also where the last change ended a canary or shadow: this was perhaps meant for that one.
         """
         current = self.state()
-        beside = None if production else current.beside
-        if beside:
-            ended = self.end_canary(beside, by, why)
+        canary_or_shadow = None if production else current.canary_or_shadow
+        if canary_or_shadow:
+            ended = self.end_canary(canary_or_shadow, by, why)
             if ended is None:
-                raise InputError(
-                    f"the canary or shadow of version {beside} ended just now; see `defuse promote` for the new state"
-                )
+                raise InputError(ENDED.format(canary_or_shadow))
             return ended
         # another file, which need not be there for `production`
         before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
-        if not production and before.beside not in (None, current.production):
+        if not production and before.canary_or_shadow not in (None, current.production):
             raise InputError(
                 f"the last change has ended a canary or shadow ({current.change_text}); `defuse rollback --production` "
                 f"takes version {current.production} out of production"
@@ -298,7 +301,7 @@ class Registry:
                 **NO_CANARY,
                 "production": number,
                 "previous": tuple(earlier),
-                "action": action + state.ended_too(number),
+                "action": action + state.also_ended_text(number),
             }
 
         state = self.change(action, by, why, updates)
@@ -348,7 +351,7 @@ def promote(
     """
     checked = registry.state() if checked is None else checked
     failed, warning = _compare(registry, checked, candidate, request)
-    if not request.is_beside:
+    if not request.is_canary_or_shadow:
         failed += registry.why_ended(candidate.digest)
     if failed and request.force is None:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
@@ -384,7 +387,7 @@ def _compare(
         compared = f"clean accuracy of run {candidate.run} is not compared with that of version {production}"
         return failed, f"{compared} in production: {unknown}"
     worse = candidate.accuracy_error(current, production)
-    if worse and request.is_beside:
+    if worse and request.is_canary_or_shadow:
         return failed, f"{worse}; it needs --force to replace version {production}"
     return ([*failed, worse] if worse else failed), None
 

@@ -83,18 +83,18 @@ class RegistryState(BaseModel):
         return self.versions[number].digest if number in self.versions else number
 
     @property
-    def beside(self) -> int | None:
+    def canary_or_shadow(self) -> int | None:
         """The canary or shadow."""
         return self.canary or self.shadow
 
     @property
     def ended_text(self) -> str:
         """What the end of the canary or shadow is called: `ended the canary of version 2`."""
-        return f"ended the {'canary' if self.canary else 'shadow'} of version {self.beside}"
+        return f"ended the {'canary' if self.canary else 'shadow'} of version {self.canary_or_shadow}"
 
-    def ended_too(self, number: int) -> str:
+    def also_ended_text(self, number: int) -> str:
         """Return, with a semicolon, that a change for version `number` ends that of another version, if any."""
-        return "" if self.beside in (None, number) else f"; {self.ended_text}"
+        return "" if self.canary_or_shadow in (None, number) else f"; {self.ended_text}"
 
     def rollback_targets(self, promoted: int) -> tuple[int, ...]:
         """Return `previous` once version `promoted` is in production: each differs from the version after it."""
@@ -144,7 +144,7 @@ class PromotionRequest:
         return f"{self.why}; forced: {self.force}".lstrip("; ") if self.force else self.why
 
     @property
-    def is_beside(self) -> bool:
+    def is_canary_or_shadow(self) -> bool:
         """Whether the role is that of a canary or shadow."""
         return self.shadow or self.canary is not None
 
@@ -160,7 +160,7 @@ class PromotionRequest:
 
         `number` is None for a version that is still to be added.
         """
-        if not self.is_beside:
+        if not self.is_canary_or_shadow:
             return
         option = "--shadow" if self.shadow else "--canary"
         if state.production is None:

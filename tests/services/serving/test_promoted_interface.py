@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from defuse_core.errors import CheckFailed
+from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.store import FolderStore
 from services.serving.registry import Registry, promote
 from tests.services.serving.test_registry_changes import ANA, CANARY, SHADOW, failing
@@ -97,6 +97,45 @@ def test_a_version_whose_canary_a_replica_has_just_ended_is_promoted_only_with_a
         promoted = promote(registry, candidates[1], again)
         assert promoted.failed_checks == ((line,) if again.force else ())
     assert promoted.production == 2 and promoted.since.failed_checks == (line,)
+
+
+def test_no_version_is_promoted_while_the_store_does_not_say_whose_canary_has_just_ended(
+    registry, candidates, monkeypatch
+):
+    promote(registry, candidates[0], ANA)
+    promote(registry, candidates[1], CANARY)
+    state, read = registry.end_canary(2, "defuse serve", "3 of 50 requests failed"), registry._read
+
+    def read_the_last(sequence):
+        if sequence < state.sequence:
+            raise StoreError("no answer")
+        return read(sequence)
+
+    monkeypatch.setattr(registry, "_read", read_the_last)
+    with pytest.raises(StoreError, match="no answer"):
+        promote(registry, candidates[1], ANA)
+    assert registry.state() == state
+
+
+@pytest.mark.parametrize("role", [CANARY, SHADOW])
+def test_a_version_whose_canary_ends_during_its_promotion_is_not_promoted(
+    registry, candidates, monkeypatch, role
+):
+    promote(registry, candidates[0], ANA)
+    promote(registry, candidates[1], role)
+    add = Registry.add
+
+    def add_after_its_end(self, *arguments, **named):
+        self.end_canary(2, "defuse serve", "3 of 50 requests failed")
+        return add(self, *arguments, **named)
+
+    with monkeypatch.context() as ending:
+        ending.setattr(Registry, "add", add_after_its_end)
+        with pytest.raises(InputError, match="the canary or shadow of version 2 ended just now"):
+            promote(registry, candidates[1], ANA)
+    assert registry.state().production == 1
+    promote(registry, candidates[1], role)
+    assert promote(registry, candidates[1], ANA).production == 2
 
 
 def test_a_canary_that_a_person_ended_needs_no_reason(registry, candidates):
