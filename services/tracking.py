@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from defuse_core.artifacts import Models, Sweep
 from defuse_core.config import flat_fields
-from defuse_core.errors import InputError, LabelsPending, one_line, without_credentials
+from defuse_core.errors import InputError, LabelsPending, RunMismatchError, one_line, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.optional_packages import expect_packages
 from defuse_core.runs import SETTINGS, ReachedStep, Run
@@ -189,6 +189,8 @@ def _send_files(run: Run, client: MlflowClient, run_id: str) -> None:
                 Path(folder, name).write_bytes(run.store.read(name))
         try:
             export_model(run, Path(folder, "model", "model.safetensors"))
+        except RunMismatchError as error:
+            log.warning("mlflow: no model is sent: %s", error)
         except InputError as error:
             log.info("mlflow: no model is sent: %s", error)
         client.log_artifacts(run_id, folder)

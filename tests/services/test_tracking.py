@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from defuse_core.artifacts import Models, Sweep, SweepRow
@@ -97,6 +98,17 @@ def test_settings_epochs_figures_files_and_the_model_are_sent(server, run, tiny_
     assert {"report.html", "report.json", "run.yaml", "model"} <= files
     (model,) = server.list_artifacts(found.info.run_id, "model")
     assert model.path == "model/model.safetensors"
+
+
+def test_a_classifier_whose_code_has_changed_is_not_sent_and_warned_of(server, run, monkeypatch, caplog):
+    architectures = (run.spec.classifier.architecture,)  # as if its code were the user's
+    monkeypatch.setattr("defuse_core.export.CODE_ELSEWHERE", architectures)
+    monkeypatch.setattr("torch.nn.ReLU", torch.nn.Sigmoid)  # the weights fit as before
+    send(run)
+    (found,) = tracked(server)
+    assert server.list_artifacts(found.info.run_id, "model") == []
+    (warned,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned.startswith("mlflow: no model is sent: the classifier answers ")
 
 
 @pytest.mark.parametrize(
