@@ -20,7 +20,8 @@ from defuse_core.artifacts import Gallery
 from defuse_core.errors import ANOTHER_NAME, InputError
 from defuse_core.store import GONE, Store
 
-VERSION = 4  # of the stored state
+# of the stored state; version 4 lacks `most_asked`
+OLDEST_VERSION, VERSION = 4, 5
 STATE_KEY = "labeling.json"
 LOST = f"{STATE_KEY} is missing: {GONE}"
 
@@ -296,8 +297,8 @@ def _stored_state(store: Store) -> ProjectState | None:
     try:
         data = store.read(STATE_KEY)
         version = STORED_VERSION.validate_json(data).version
-        if version == VERSION:
-            return STORED_STATE.validate_json(data)
+        if OLDEST_VERSION <= version <= VERSION:
+            return replace(STORED_STATE.validate_json(data), version=VERSION)
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -306,8 +307,9 @@ def _stored_state(store: Store) -> ProjectState | None:
             f"delete it to push the images to a new project"
         ) from error
     raise InputError(
-        f"{store.address}/{STATE_KEY} has version {version}, this Defuse reads version {VERSION}: finish the review "
-        f"with the version that began it, or delete the file to push the images to a new project"
+        f"{store.address}/{STATE_KEY} has version {version}, this Defuse reads versions {OLDEST_VERSION} and "
+        f"{VERSION}: finish the review with the version that began it, or delete the file to push the images to a new "
+        "project"
     )
 
 

@@ -384,5 +384,7 @@ def test_a_lost_reply_to_a_deletion_does_not_end_the_push(make_review, proxy, ho
 def test_a_state_of_another_version_is_an_error_that_says_what_to_do(make_review):
     review = make_review()
     review.run.store.write("labeling.json", b'{"mark": "defuse-1", "gallery": "x", "config": "y"}')
-    with pytest.raises(InputError, match="has version 1, this Defuse reads version 4: finish the review"):
+    with pytest.raises(
+        InputError, match="has version 1, this Defuse reads versions 4 and 5: finish the review"
+    ):
         review.annotators.status(review.gallery)

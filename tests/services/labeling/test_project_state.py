@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -96,7 +96,7 @@ def test_answers_that_were_given_before_the_review_asked_for_fewer_still_count(t
         run.spec = run.spec.with_fields("review", answers_per_task=asked)
         status, state = annotators.status(tasks.gallery)
         assert set(status.given_per_task) == {4} and (status.outstanding, status.saved) == (0, 0)
-        assert status.pulled.discarded[0].reason == "4 others had answered before, as many as required"
+        assert status.pulled.discarded[0].reason == "4 others had answered before, as many as count"
         assert state.most_asked == 4
 
 
@@ -149,12 +149,22 @@ def test_a_state_that_defuse_did_not_write_is_refused(tmp_path, damage):
         read_state(store, gallery)
 
 
-@pytest.mark.parametrize("version", [3, 5])
+@pytest.mark.parametrize("version", [3, 6])
 def test_a_state_of_another_version_is_refused(tmp_path, version):
     store, gallery = FolderStore(tmp_path), digits_gallery()
     write_state(store, replace(read_state(store, gallery), version=version))
-    with pytest.raises(InputError, match=f"has version {version}, this Defuse reads version 4"):
+    with pytest.raises(InputError, match=f"has version {version}, this Defuse reads versions 4 and 5"):
         read_state(store, gallery)
+
+
+def test_a_state_of_version_4_is_read_and_written_as_one_that_an_older_defuse_refuses(tmp_path):
+    store, gallery = FolderStore(tmp_path), digits_gallery()
+    state = read_state(store, gallery)
+    old = {name: value for name, value in asdict(state).items() if name != "most_asked"} | {"version": 4}
+    store.write("labeling.json", json.dumps(old).encode())
+    assert read_state(store, gallery) == state
+    update_state(store, state, lambda known: replace(known, most_asked=3))
+    assert json.loads(store.read("labeling.json"))["version"] == 5
 
 
 def test_a_run_that_has_lost_its_project_says_so() -> None:
