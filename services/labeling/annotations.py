@@ -141,7 +141,7 @@ def read_annotations(
     reader.discard(
         table[replaced[unknown]], "may be of the same person as a later answer: the account was deleted"
     )
-    reader.discard(table[surplus], f"{wanted} others had answered before, as many as required")
+    reader.discard(table[surplus], f"{wanted} others had answered before, as many as count")
     reader.pulled.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
     labels = list(reader.labels)
     return replace(reader.pulled, answers=table[counted], labels=labels, foreign=reader.foreign)

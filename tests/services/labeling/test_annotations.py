@@ -150,7 +150,7 @@ def test_a_second_answer_of_one_person_and_a_surplus_answer_are_refused(make_rev
     assert answers_of(status.votes, 0, 0) == {"annotator-1": 8, "annotator-2": 7}
     assert [discarded.reason for discarded in status.pulled.discarded] == [
         "the same person answered again later",
-        "2 others had answered before, as many as required",
+        "2 others had answered before, as many as count",
     ]
 
 
