@@ -34,7 +34,7 @@ class Decoder:
     def __init__(self, vae: Vae, images: Images | None = None, batch_size: int = BATCH) -> None:
         """Decode plainly, or anchored at `images` (M of them), which are encoded and decoded once."""
         self.vae, self.batch_size = vae, batch_size
-        self.residuals: F32 | _UsedResiduals | None = None
+        self.residuals: F32 | _ResidualsOnDemand | None = None
         if images is not None:
             self.residuals = _residuals(vae, images, batch_size)
 
@@ -76,7 +76,7 @@ def _residuals(vae: Vae, images: Images, batch_size: int) -> F32:
     return map_batches(residuals, len(images), batch_size)
 
 
-class _UsedResiduals:
+class _ResidualsOnDemand:
     """`_residuals` of the images that are asked for, made when they are; those of the last request are kept."""
 
     def __init__(self, vae: Vae, images: Images, batch_size: int) -> None:
@@ -106,7 +106,7 @@ def decoder_of(vae: Vae, anchors: Anchors | None) -> Decoder:
     """
     decoder, images = Decoder(vae), images_of(anchors)
     if images is not None:
-        decoder.residuals = _UsedResiduals(vae, images, decoder.batch_size)
+        decoder.residuals = _ResidualsOnDemand(vae, images, decoder.batch_size)
     return decoder
 
 
