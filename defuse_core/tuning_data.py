@@ -23,12 +23,12 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
-from defuse_core.data.images import fits_in_memory
 from defuse_core.data.splits import stratified_order, track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
 from defuse_core.models import Decodings, StoredVae, images_of, load_classifier, predict
+from defuse_core.models.decoding import fits_in_memory
 from defuse_core.protocols import Compute, Progress, SweepRequest, map_in_tasks, silent
 from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run
@@ -112,26 +112,28 @@ def decode_scenario_images(
     progress("drawing images to fine-tune on", 0, 1, "sets")
     vae = StoredVae(spec, models.vae)
     with cpu_threads(1):
-        tune = tuning_images(vae, fixes) if reviewed is None else reviewed
-        d_f = _with_unreviewed(models, vae, fixes, tune) if reviewed is None else reviewed
-        return ScenarioImages(d_f, len(tune), held_out_images(vae, fixes))
+        held_out = held_out_images(vae, fixes)
+        if reviewed is not None:
+            return ScenarioImages(reviewed, len(reviewed), held_out)
+        return ScenarioImages(_tuned_on(models, vae, fixes), fixes.tune[..., 0].size, held_out)
 
 
-def _with_unreviewed(models: Models, vae: StoredVae, fixes: Corrections, tune: Images) -> Images:
-    """Return the images `tune` of the scenarios, and as many of failures under the class of their source image.
+def _tuned_on(models: Models, vae: StoredVae, fixes: Corrections) -> Images:
+    """Return the images of the scenarios, and as many of failures under the class of their source image.
 
     These are the first failures, or all again and again. They are fewer where each would be there more than REPEATS
     times.
     """
     if fixes.unreviewed is None:
-        return tune
-    failures = fixes.unreviewed.take(np.arange(min(len(fixes.unreviewed), len(tune))))
-    rows = np.resize(np.arange(len(failures)), min(len(tune), REPEATS * len(failures)))
-    labels = np.concatenate([tune.labels, failures.truth[rows]])
-    if fits_in_memory((len(labels), *tune.pixels.shape[1:]), np.dtype(np.float32)):
+        return tuning_images(vae, fixes)
+    codes = fixes.tune.reshape(-1, fixes.tune.shape[-1])
+    failures = fixes.unreviewed.take(np.arange(min(len(fixes.unreviewed), len(codes))))
+    rows = np.resize(np.arange(len(failures)), min(len(codes), REPEATS * len(failures)))
+    labels = np.concatenate([np.repeat(fixes.labels, fixes.tune.shape[1]), failures.truth[rows]])
+    if fits_in_memory((len(labels), *Decodings(vae, codes).shape[1:])):
         shown = decode_failures(vae.spec, models, failures)
-        return Images(np.concatenate([tune.batch(), shown[rows]]), labels)
-    codes, source = fixes.tune.reshape(-1, fixes.tune.shape[-1]), failures.source[rows]
+        return Images(np.concatenate([tuning_images(vae, fixes).pixels[:], shown[rows]]), labels)
+    source = failures.source[rows]
     if fixes.anchors is not None and fixes.tune_anchor is not None:
         source = np.concatenate([fixes.anchors.source[fixes.tune_anchor.reshape(-1)], source])
     images, anchors = _source_images(vae.spec, models, source)

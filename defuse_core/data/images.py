@@ -30,7 +30,7 @@ Read = TypeVar("Read")
 FORMATS = ("PNG", "JPEG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # Pillow modes that are read as grey or RGB without loss, but for 16 bits of grey, of which the upper 8 count
 LOSSLESS_MODES = {1: ("1", "L", "I;16"), 3: ("RGB", "P")}
-MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files, or decoded, in every epoch
+MAX_LOADED = 4 * 2**30  # bytes; larger sets are read from their files in every epoch
 DOWNLOADABLE = ("mnist", "signs", "svhn")
 LOSSLESS_BYTES = 16_384  # a PNG above this is replaced by a JPEG in a data: address
 FINGERPRINT_IMAGES = 128  # read per part, however large the data set is
@@ -83,11 +83,6 @@ class OnDemand(Protocol):
     def __getitem__(self, rows: slice | I64) -> U8 | F32: ...
 
     def at(self, rows: slice | I64) -> OnDemand: ...
-
-
-def fits_in_memory(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Return whether pixels of this shape and type are held in memory: at most MAX_LOADED bytes."""
-    return math.prod(shape) * dtype.itemsize <= MAX_LOADED
 
 
 class PictureFiles:
@@ -301,7 +296,7 @@ class Images:
 
     def loaded(self) -> Images:
         """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
-        if isinstance(self.pixels, PictureFiles) and fits_in_memory(self.pixels.shape, self.pixels.dtype):
+        if isinstance(self.pixels, PictureFiles) and math.prod(self.pixels.shape) <= MAX_LOADED:
             return replace(self, pixels=self.pixels[:])
         return self
 

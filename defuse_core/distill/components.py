@@ -24,10 +24,10 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import (
-    FEW_CODES,
-    FEW_EACH,
     FEW_IMAGES,
     MOST_SMALL_CELLS,
+    SMALL_CELLS,
+    SMALL_CELLS_OF_FEW_IMAGES,
     component_failures,
     with_both_halves,
 )
@@ -138,13 +138,13 @@ def small_cell(
     return DroppedComponent(weight, *cell, support, reason, right=False, small=True)
 
 
-def listed(small: Sequence[DroppedComponent], section: DistillSection) -> tuple[DroppedComponent, ...]:
+def join_small_cells(small: list[DroppedComponent], section: DistillSection) -> tuple[DroppedComponent, ...]:
     """Return the MOST_SMALL_CELLS cells of most images, and the others as one, or two: of enough images, and of few."""
     order = np.argsort([-one.support for one in small], kind="stable")
     kept, others = np.sort(order[:MOST_SMALL_CELLS]), [small[row] for row in order[MOST_SMALL_CELLS:]]
     enough = sum(one.support >= max(section.min_support, FEW_IMAGES) for one in others)
     joined = []
-    for reason, cells in ((FEW_CODES, others[:enough]), (FEW_EACH, others[enough:])):
+    for reason, cells in ((SMALL_CELLS, others[:enough]), (SMALL_CELLS_OF_FEW_IMAGES, others[enough:])):
         if cells:
             log.info("dropped %s %s; they count as one", f"{len(cells):,}", reason)
             weight, support = sum(one.weight for one in cells), sum(one.support for one in cells)
@@ -320,7 +320,7 @@ class Fits:
 
     def scenarios(self) -> Scenarios:
         """Return the components of all cells over ε with enough support, in the order of `section.order`."""
-        small = listed(self.small, self.section)
+        small = join_small_cells(self.small, self.section)
         if not self.cells:
             return Scenarios.none(self.failures.codes.shape[1], len(self.failures), small)
         return scenarios_of(self.cells, self.section, small)

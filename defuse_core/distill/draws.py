@@ -32,7 +32,8 @@ UNCERTAIN = "too few photographs or tracks for certainty"
 MOST_SMALL_CELLS = 10_000
 FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
 # the reasons of those that are counted together, by how many images each has
-FEW_CODES, FEW_EACH = "cells of too few codes each", "cells of too few codes and images each"
+SMALL_CELLS = "cells of too few codes each"
+SMALL_CELLS_OF_FEW_IMAGES = "cells of too few codes and images each"
 SIDEWAYS = 0.1  # share of the repairs that change a random unit
 
 

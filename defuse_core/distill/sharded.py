@@ -27,8 +27,8 @@ from defuse_core.distill.components import (
     count_sources,
     failures_by_component,
     fit_mixture,
+    join_small_cells,
     kept_components,
-    listed,
     log_scenarios,
     scenarios_of,
     small_cell,
@@ -94,7 +94,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
         for cell, summary in cells.items()
         if cell not in kept
     ]
-    small = listed(dropped, spec.distill)
+    small = join_small_cells(dropped, spec.distill)
     if not kept:
         return Scenarios.none(spec.vae.latent_dim, psi.total, small)
     with cpu_threads(1):

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from defuse_core.artifacts import (
-    F32,
     I64,
     NONE_OF_THE_ABOVE,
+    U8,
     Corrections,
     Gallery,
     Verdicts,
@@ -25,6 +26,7 @@ from defuse_core.errors import DataError, InputError, RunMismatchError
 from defuse_core.export.finished import FinishedRun, load_finished
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import StoredVae, predict
+from defuse_core.models.inference import BATCH
 from defuse_core.runs import Run
 from defuse_core.tuning_data import held_out_images, tuning_images
 
@@ -56,8 +58,7 @@ class LabelledPictures:
     part: str  # train or test
     origin: str
     label_from: str
-    images: F32  # (n, channels, H, W)
-    labels: I64  # (n,)
+    images: Images  # n of them
     scenario: I64  # (n,)
     source: I64 | None  # (n,) training image that each is anchored at; None where decoded plainly
 
@@ -70,7 +71,11 @@ def export_scenarios(run: Run, folder: Path) -> int:
     cannot be written.
     """
     expect_new_folder("--scenarios", folder)
-    found, parts = _load(run)
+    found = load_finished(run)
+    if not len(found.verdicts.accepted):
+        raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
+    before, after = found.classifiers()
+    classifiers, parts = [before, after] if found.sweep.has_correction else [before], _parts(found)
     classes, files, root = found.models.classes, _training_files(found), found.spec.data.root
 
     def file_of(index: int) -> str:
@@ -79,8 +84,8 @@ def export_scenarios(run: Run, folder: Path) -> int:
 
     with filling("--scenarios", folder) as unfinished:
         rows: list[PictureRow] = []
-        for pictures, before, after in parts:
-            rows += _write(pictures, (before, after), classes, unfinished, file_of=file_of)
+        for pictures in parts:
+            rows += _write(pictures, classifiers, classes, unfinished, file_of=file_of)
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(PictureRow)])
         writer.writeheader()
@@ -102,22 +107,13 @@ def _training_files(found: FinishedRun) -> Sequence[str] | None:
         return None
 
 
-def _load(run: Run) -> tuple[FinishedRun, list[tuple[LabelledPictures, I64, I64 | None]]]:
-    found = load_finished(run)
-    if not len(found.verdicts.accepted):
-        raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
-    before, after = found.classifiers()
-    vae, fixes = StoredVae(run.spec, found.models.vae), found.fixes
-    parts = [
+def _parts(found: FinishedRun) -> list[LabelledPictures]:
+    vae, fixes = StoredVae(found.spec, found.models.vae), found.fixes
+    return [
         _reviewed(found.gallery, found.verdicts),
         _drawn("train", "tuned", tuning_images(vae, fixes), fixes, fixes.tune_anchor),
         _drawn("test", "held-out", held_out_images(vae, fixes), fixes, fixes.test_anchor),
     ]
-    # what the files hold, in levels of a 255th
-    stored = [Images(to_levels(part.images), part.labels).batch() for part in parts]
-    corrected = found.sweep.has_correction
-    answers = [(predict(before, each), predict(after, each) if corrected else None) for each in stored]
-    return found, [(part, *both) for part, both in zip(parts, answers, strict=True)]
 
 
 def _drawn(
@@ -128,7 +124,7 @@ def _drawn(
     source = None
     if fixes.anchors is not None and anchor is not None:
         source = fixes.anchors.source[anchor.ravel()]
-    return LabelledPictures(part, origin, "scenario", images.batch(), images.labels, each, source)
+    return LabelledPictures(part, origin, "scenario", images, each, source)
 
 
 def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
@@ -140,8 +136,7 @@ def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
         "train",
         "reviewed",
         "votes",
-        gallery.images[accepted][labelled],
-        labels[labelled],
+        Images(gallery.images[accepted][labelled], labels[labelled]),
         scenario[labelled],
         None if gallery.source is None else gallery.source[accepted][labelled],
     )
@@ -149,23 +144,23 @@ def _reviewed(gallery: Gallery, verdicts: Verdicts) -> LabelledPictures:
 
 def _write(
     pictures: LabelledPictures,
-    answers: tuple[I64, I64 | None],
+    classifiers: Sequence[nn.Module],
     classes: tuple[str, ...],
     folder: Path,
     *,
     file_of: Callable[[int], str],
 ) -> Iterator[PictureRow]:
     counts: dict[int, int] = {}
-    before, after = answers
     folders = folder_names(classes)
-    for index, (pixels, label, scenario) in enumerate(
-        zip(pictures.images, pictures.labels, pictures.scenario, strict=True)
+    answered = _answered(classifiers, pictures.images)
+    for index, (label, scenario, (levels, answers)) in enumerate(
+        zip(pictures.images.labels, pictures.scenario, answered, strict=True)
     ):
         number = counts[int(scenario)] = counts.get(int(scenario), -1) + 1
         name = f"scenario-{scenario:03d}-{pictures.origin}-{number:03d}.png"
         place = Path(pictures.part, folders[label], name)
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        to_picture(to_levels(pixels)).save(folder / place)
+        to_picture(levels).save(folder / place)
         yield PictureRow(
             filepath=place.as_posix(),
             label=classes[label],
@@ -173,10 +168,19 @@ def _write(
             label_from=pictures.label_from,
             scenario=int(scenario),
             origin=pictures.origin,
-            before=classes[before[index]],
-            after="" if after is None else classes[after[index]],
+            before=classes[answers[0]],
+            after=classes[answers[1]] if len(answers) > 1 else "",
             source="" if pictures.source is None else file_of(pictures.source[index]),
         )
+
+
+def _answered(classifiers: Sequence[nn.Module], images: Images) -> Iterator[tuple[U8, I64]]:
+    """Yield each picture as its file holds it, and the classifiers' answers to it; BATCH are in memory at once."""
+    for first in range(0, len(images), BATCH):
+        rows = slice(first, first + BATCH)
+        levels = to_levels(images.batch(rows))
+        stored = Images(levels, images.labels[rows]).batch()
+        yield from zip(levels, np.stack([predict(each, stored) for each in classifiers], axis=1), strict=True)
 
 
 def folder_names(classes: tuple[str, ...]) -> list[str]:

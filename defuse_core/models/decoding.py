@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from defuse_core.artifacts import F32, I64, Anchors, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.data.images import fits_in_memory
 from defuse_core.device import device, forked_random
 from defuse_core.models.inference import BATCH, load_vae, map_batches
 from defuse_core.models.layout import to_tensor
 from defuse_core.models.vae import Vae
+
+MAX_DECODED = 16 * 2**30  # bytes; larger sets are decoded in every epoch
 
 
 def decode_codes(vae: Vae, codes: F32) -> F32:
@@ -34,7 +36,7 @@ class Decoder:
     def __init__(self, vae: Vae, images: Images | None = None, batch_size: int = BATCH) -> None:
         """Decode plainly, or anchored at `images` (M of them), which are encoded and decoded once."""
         self.vae, self.batch_size = vae, batch_size
-        self.residuals: F32 | _UsedResiduals | None = None
+        self.residuals: F32 | _ResidualsOnDemand | None = None
         if images is not None:
             self.residuals = _residuals(vae, images, batch_size)
 
@@ -76,7 +78,7 @@ def _residuals(vae: Vae, images: Images, batch_size: int) -> F32:
     return map_batches(residuals, len(images), batch_size)
 
 
-class _UsedResiduals:
+class _ResidualsOnDemand:
     """`_residuals` of the images that are asked for, made when they are; those of the last request are kept."""
 
     def __init__(self, vae: Vae, images: Images, batch_size: int) -> None:
@@ -106,7 +108,7 @@ def decoder_of(vae: Vae, anchors: Anchors | None) -> Decoder:
     """
     decoder, images = Decoder(vae), images_of(anchors)
     if images is not None:
-        decoder.residuals = _UsedResiduals(vae, images, decoder.batch_size)
+        decoder.residuals = _ResidualsOnDemand(vae, images, decoder.batch_size)
     return decoder
 
 
@@ -171,8 +173,10 @@ class Decodings:
         return Decodings(self.vae, self.codes[rows], self.images, anchors)
 
     def loaded(self) -> F32 | Decodings:
-        """Return the pixels in memory, unless they, or as many as those they are anchored at, take over MAX_LOADED."""
-        most = max(len(self), 0 if self.images is None else len(self.images))
-        if not fits_in_memory((most, *self.shape[1:]), self.dtype):
-            return self
-        return Decoder(self.vae.loaded, self.images).decode(self.codes, self.anchors)
+        """Return the pixels in memory, unless they take over MAX_DECODED."""
+        return self[:] if fits_in_memory(self.shape) else self
+
+
+def fits_in_memory(shape: tuple[int, ...]) -> bool:
+    """Return whether decodings of this shape are held in memory: at most MAX_DECODED bytes."""
+    return math.prod(shape) * Decodings.dtype.itemsize <= MAX_DECODED

@@ -20,7 +20,13 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
-from defuse_core.distill.draws import FEW_EACH, FEW_IMAGES, MOST_SMALL_CELLS, UNCERTAIN, UNDIVIDED
+from defuse_core.distill.draws import (
+    FEW_IMAGES,
+    MOST_SMALL_CELLS,
+    SMALL_CELLS_OF_FEW_IMAGES,
+    UNCERTAIN,
+    UNDIVIDED,
+)
 from defuse_core.errors import count_of, percent
 from defuse_core.intervals import binomial_tail, certain_loss, discoveries, wilson
 from defuse_core.review.verdicts import tested_counts
@@ -218,7 +224,7 @@ def _low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
     cells = [
         one.weight
         for one in scenarios.dropped
-        if one.small and one.support >= enough and one.reason != FEW_EACH
+        if one.small and one.support >= enough and one.reason != SMALL_CELLS_OF_FEW_IMAGES
     ]
     components = scenarios.all_weights[scenarios.all_weights <= least]
     low = sum(cells) + float(components.sum())

@@ -43,9 +43,8 @@ FOLDS = 5
 MIN_ANSWERS = 10  # wrong ones, and right ones, that a detector can be fitted on
 CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed
 BATCH = 256
-MOST_IMAGES = (
-    50_000  # of the validation images and of the test images that a detector is fitted or measured on
-)
+# of the validation images and of the test images that a detector is fitted or measured on
+MOST_IMAGES = 50_000
 MOST_CERTAIN = -50.0  # log-odds of an error below which differences are rounding
 SEEN = (  # Models.validation_from_training: errors are rarer on such images, and easier to find
     "Failing inputs cannot be found: the validation images are a share of the training images, which the classifier "

@@ -34,8 +34,8 @@ ROUNDING = 1e-5
 
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No set of pixels fits in memory."""
-    monkeypatch.setattr("defuse_core.data.images.MAX_LOADED", 0)
+    """No set of decodings fits in memory."""
+    monkeypatch.setattr("defuse_core.models.decoding.MAX_DECODED", 0)
 
 
 def anchored_fixes(count: int = 24) -> Corrections:
@@ -74,6 +74,40 @@ def test_any_rows_are_the_decodings_of_their_codes(tiny_models: Models, anchored
     np.testing.assert_allclose(decodings.at(slice(5, 20))[2:4], expected[7:9], atol=ROUNDING)
     np.testing.assert_allclose(decodings.at(asked)[1:], expected[asked[1:]], atol=ROUNDING)
     assert decodings[:0].shape == (0, 1, 16, 16)
+
+
+def test_only_the_images_that_codes_are_anchored_at_are_encoded(tiny_models, monkeypatch):
+    vae, fixes, encoded = StoredVae(SPEC, tiny_models.vae), anchored_fixes(count=4), []
+    encode = vae.loaded.encode
+
+    def noting(images):
+        encoded.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(vae.loaded, "encode", noting)
+    held_out = held_out_images(vae, fixes)
+    assert isinstance(held_out.pixels, np.ndarray)
+    assert sum(encoded) == len(np.unique(fixes.test_anchor)) < len(fixes.anchors.source)
+
+
+def test_what_does_not_fit_in_memory_together_with_failures_is_not_decoded_to_find_out(
+    tiny_models, monkeypatch
+):
+    fixes, decoded, decode = anchored_fixes(), [], Decoder.decode
+
+    def noting(decoder, codes, anchors=None):
+        shown = decode(decoder, codes, anchors)
+        decoded.append(len(shown))
+        return shown
+
+    monkeypatch.setattr(Decoder, "decode", noting)
+    monkeypatch.setattr(
+        "defuse_core.models.decoding.MAX_DECODED", 4 * 16 * 16 * 48
+    )  # the scenarios' part alone
+    made = decode_scenario_images(SPEC, tiny_models, fixes, None, progress=silent)
+    assert isinstance(made.d_f.pixels, Decodings) and isinstance(made.held_out.pixels, np.ndarray)
+    assert (made.of_scenarios, len(made.d_f)) == (48, 96)
+    assert sum(decoded) == len(made.held_out)
 
 
 @pytest.mark.usefixtures("no_memory")

@@ -24,7 +24,7 @@ from defuse_core.export import corrected_classifier, export_model, pictures, pla
 from defuse_core.export.pictures import export_scenarios, folder_names
 from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.files import filling
-from defuse_core.models import build_classifier, weights_of
+from defuse_core.models import Decodings, build_classifier, weights_of
 from defuse_core.models.programs import load_program
 from defuse_core.protocols import silent
 from defuse_core.runs import Run
@@ -194,6 +194,27 @@ def test_the_pictures_are_a_folder_per_class_with_a_table(store, tmp_path):
     before = np.mean([row["before"] == row["label"] for row in rows])
     after = np.mean([row["after"] == row["label"] for row in rows])
     assert before < after  # the planted classifier before takes 3 for 8
+
+
+def test_pictures_that_do_not_fit_in_memory_are_decoded_and_written_a_batch_at_a_time(
+    store, tmp_path, monkeypatch
+):
+    def exported(folder: Path) -> dict[Path, bytes]:
+        export_scenarios(opened(store), folder)
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+    in_memory, at_once, decode = exported(tmp_path / "a"), [], Decodings.__getitem__
+
+    def noting(decodings, rows):
+        shown = decode(decodings, rows)
+        at_once.append(len(shown))
+        return shown
+
+    monkeypatch.setattr(Decodings, "__getitem__", noting)
+    monkeypatch.setattr("defuse_core.models.decoding.MAX_DECODED", 0)
+    monkeypatch.setattr(pictures, "BATCH", 20)
+    assert exported(tmp_path / "b") == in_memory
+    assert at_once == [20, 20, 8] * 2
 
 
 def test_the_table_has_no_answers_after_a_correction_that_there_is_not(store, tmp_path, monkeypatch):

@@ -22,12 +22,12 @@ from defuse_core.distill.components import (
     components_of,
     fit_mixture,
     fit_mixtures,
-    listed,
+    join_small_cells,
     log_scenarios,
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import FEW_CODES, FEW_EACH
+from defuse_core.distill.draws import SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES
 from defuse_core.distill.mixture import FittedMixture
 from defuse_core.identify import save_shard
 from defuse_core.protocols import silent
@@ -113,16 +113,16 @@ def test_the_small_cells_of_fewest_images_count_as_one_with_enough_and_one_with_
     small = [
         small_cell((1, 3 + row), 9, 0.001, images, SECTION) for row, images in enumerate([7, 2, 9, 5, 8, 1])
     ]
-    assert listed(small, SECTION) == tuple(small)
+    assert join_small_cells(small, SECTION) == tuple(small)
     monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 2)
-    *kept, enough, few = listed(small, SECTION)
+    *kept, enough, few = join_small_cells(small, SECTION)
     assert kept == [small[2], small[4]]
     assert (enough.support, few.support, few.source) == (12, 3, NONE_OF_THE_ABOVE)
-    assert (enough.reason, few.reason) == (FEW_CODES, FEW_EACH)
+    assert (enough.reason, few.reason) == (SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES)
     assert sum(one.weight for one in (*kept, enough, few)) == pytest.approx(0.006)
-    assert [one.reason for one in listed(small, SECTION.model_copy(update={"min_support": 8}))[2:]] == [
-        FEW_EACH
-    ]
+    assert [
+        one.reason for one in join_small_cells(small, SECTION.model_copy(update={"min_support": 8}))[2:]
+    ] == [SMALL_CELLS_OF_FEW_IMAGES]
 
 
 def test_components_of_any_number_of_cells_can_be_stored():

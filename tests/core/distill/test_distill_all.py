@@ -16,7 +16,7 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.distill.components import Cell, distill, fit_mixtures
-from defuse_core.distill.draws import FEW_EACH
+from defuse_core.distill.draws import SMALL_CELLS_OF_FEW_IMAGES
 from defuse_core.distill.mixture import one_component
 from defuse_core.distill.sharded import (
     CellCodes,
@@ -169,7 +169,7 @@ def test_cells_that_are_too_small_are_those_of_the_fit_in_one_piece(
     monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 0)
     together = distill_all(spec, psi, store, "", LocalCompute()).dropped
     assert [(one.reason, one.support) for one in together] == [
-        (FEW_EACH, sum(one.support for one in found.dropped))
+        (SMALL_CELLS_OF_FEW_IMAGES, sum(one.support for one in found.dropped))
     ]
 
 

@@ -10,7 +10,7 @@ import pytest
 from sample_findings import report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Models, Override, ReferenceSet
-from defuse_core.distill.draws import FEW_CODES, FEW_EACH, UNCERTAIN, UNDIVIDED
+from defuse_core.distill.draws import SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES, UNCERTAIN, UNDIVIDED
 from defuse_core.report.build import build_report
 from defuse_core.review.undecided import why_undecided
 from tests.sample_components import FIT
@@ -232,12 +232,12 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
 
 def test_cells_of_few_images_that_count_as_one_are_not_taken_for_one_of_many_images(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
-    few = DroppedComponent(0.3, -1, -1, 40_000, FEW_EACH, False, True)
+    few = DroppedComponent(0.3, -1, -1, 40_000, SMALL_CELLS_OF_FEW_IMAGES, False, True)
     cells = (DroppedComponent(0.4 / 10_000, 8, 3, 8, "its codes", False, True),) * 10_000
     images = dataclasses.replace(found.psi, images=1_000_000)
     for other, words in (
         (few, "70 % of the codes of Ψ, of up to 12 % of the training images, are in over 10,000 comp"),
-        (dataclasses.replace(few, reason=FEW_CODES), "70 % of the codes of Ψ are in over 10,000 cells"),
+        (dataclasses.replace(few, reason=SMALL_CELLS), "70 % of the codes of Ψ are in over 10,000 cells"),
     ):
         scenarios = dataclasses.replace(found.scenarios, all_weights=np.zeros(0), dropped=(*cells, other))
         text = report_of(
