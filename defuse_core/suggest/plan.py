@@ -47,8 +47,9 @@ MOST_TIMES = 2.5  # their share of the time, for these steps
 PER_CLASS = 20
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
-# review.purity of photographs: where all reference models are sure on 84 % of real ones (signs), 0.9 rejects most draws
-ANCHORED_PURITY = 0.7
+# review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
+# most draws; and a model recognises almost any move of a photograph that it was trained on
+ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 WITH_LESS = (
@@ -260,27 +261,29 @@ def _set_sizes(
     batch = _batch(count, 256)
     steps = epochs * max(1, count // batch)
     tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
-    draws = _clamp(seconds * shares["identify"] * speeds.decode / count, 2, 50)
-    tree["identify"] = {"draws": draws, "scale": SCALE}
+    anchored = tree["vae"].get("decode") == "anchored"
+    tree["identify"] = {"share": ANCHORED_SHARE} if anchored else {}
+    perturbed, others = _perturbed_and_others(tree, count)
+    draws = _clamp(seconds * shares["identify"] * speeds.decode / perturbed, 2, 50)
+    tree["identify"] |= {"draws": draws, "scale": SCALE}
     tree["distill"] = {"order": "source-error"}
     if len(splits.classes) > MANY_CLASSES:  # each has several cells (class, answer), which share all codes
         tree["distill"]["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / len(splits.classes), 5)
     least = max(500, PER_CLASS * len(splits.classes))
-    reference = _reference(count, seconds * shares["references"], speeds, least)
-    anchored = tree["vae"].get("decode") == "anchored"
+    reference = _reference(others, seconds * shares["references"], speeds, least)
     tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
     tree["review"]["reference"] = reference
-    tree["judges"] = {"share": 0.0, **reference} if count < FEW_IMAGES else dict(reference)
+    tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
     warnings = []
-    each = _images_of_each_model(tree, count) / len(splits.classes)
+    each = _images_of_each_model(tree, others) / len(splits.classes)
     if each < PER_CLASS:
         warnings.append(
             f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
             "answers; add images"
         )
-    trained, enough = reference["epochs"], _enough_epochs(count)[1]
-    if count < FEW_IMAGES and 2 * trained <= enough:
+    trained, enough = reference["epochs"], _enough_epochs(others)[1]
+    if others < FEW_IMAGES and 2 * trained <= enough:
         warnings.append(
             f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
             f"images to be as accurate as the classifier; give more than {count_of(minutes, 'minute')} (--minutes, or "
@@ -313,17 +316,24 @@ def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     reference, correct = tree["review"]["reference"], tree["correct"]
     trainings = 2 * len(correct["lambdas"]) + len(CONTROL_NAMES)
     visits = trainings * _visits(correct["epochs"]) * correct.get("train_images", count)
+    perturbed, others = _perturbed_and_others(tree, count)
     return float(
         tree["classifier"]["epochs"] * count / speeds.classifier
         + tree["vae"]["epochs"] * count / speeds.vae
-        + tree["identify"]["draws"] * count / speeds.decode
-        + 8 * reference["epochs"] * _images_of_each_model(tree, count) / speeds.reference
+        + tree["identify"]["draws"] * perturbed / speeds.decode
+        + 8 * reference["epochs"] * _images_of_each_model(tree, others) / speeds.reference
         + visits / speeds.classifier
     )
 
 
+def _perturbed_and_others(tree: dict[str, Any], count: int) -> tuple[int, int]:
+    """Return how many of `count` training images are perturbed, and from how many reference models and judges learn."""
+    perturbed = max(1, round(tree["identify"].get("share", 1.0) * count))
+    return perturbed, count - perturbed or count
+
+
 def _images_of_each_model(tree: dict[str, Any], count: int) -> int:
-    """Return the number of `count` training images that each reference model and judge is trained on."""
+    """Return how many of the `count` images that models learn from each reference model and judge is trained on."""
     shared = count if tree["judges"].get("share") == 0 else count // 2
     chosen: int = tree["judges"].get("train_images", count)
     return min(chosen, shared)
@@ -332,8 +342,7 @@ def _images_of_each_model(tree: dict[str, Any], count: int) -> int:
 def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:
     """Return the training of the reference models and judges: eight in all, each on half of the images, or on all few.
 
-    They get fewer images, but at least `least` where half of all are so many, where four epochs on all would need too
-    long.
+    They get fewer images, but at least `least` if half of all are so many, if four epochs on all would be too long.
     """
     visits = seconds * speeds.reference / 8
     if count < FEW_IMAGES:

@@ -195,7 +195,7 @@ def test_photographs_are_decoded_anchored_and_the_run_file_says_why(tmp_path, mo
             colour_picture(tmp_path / "digits" / part / "dog" / f"{number}.png", 16, 16)
     tree, out = start(monkeypatch, capsys, "digits", "--minutes", 1)
     assert (tree["vae"]["decode"], tree["identify"]["scale"]) == ("anchored", 2.0)
-    assert tree["review"]["purity"] == 0.7
+    assert (tree["review"]["purity"], tree["identify"]["share"]) == (0.7, 0.34)
     assert "decode      anchored: photographs are moved, not redrawn" in out
     assert (
         "vae.decode is anchored, since these are colour pictures without a plain ground"
