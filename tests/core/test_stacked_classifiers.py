@@ -17,6 +17,7 @@ from defuse_core.models import weights_of
 from defuse_core.models.programs import load_program
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
+from defuse_core.trials import write_trial
 from tests.core.test_stacked import (
     LAMBDAS,
     OWN,
@@ -117,14 +118,13 @@ def test_an_error_of_the_classifiers_code_leaves_out_the_lambdas_that_are_not_do
     """Nobody can tell which λ it is about; one that was given up before is kept."""
 
     def failing(*asked: object) -> None:
+        write_trial(store, done)
         yield 10.0, done
         raise ZeroDivisionError("of a pixel by nothing")
 
-    done = separate(stacking(), tiny_models, data, [10.0])[10.0]
+    store, done = FolderStore(tmp_path), separate(stacking(), tiny_models, data, [10.0])[10.0]
     monkeypatch.setattr("defuse_core.local.run_stack", failing)
-    (sweep,) = LocalCompute().sweeps(
-        tiny_models, [SweepRequest(stacking(), fixes, None, FolderStore(tmp_path))]
-    )
+    (sweep,) = LocalCompute().sweeps(tiny_models, [SweepRequest(stacking(), fixes, None, store)])
     assert [(failed.lam, failed.cause) for failed in sweep.failed] == [
         (lam, "ZeroDivisionError: of a pixel by nothing") for lam in (0.01, 1.0)
     ]
