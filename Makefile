@@ -9,8 +9,8 @@ EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
 COMPILED := cluster.sweep, label_studio_sdk, matplotlib.pyplot, ray.serve, ray.train.torch, services.cli, torchvision
 INSTALL_LABEL_STUDIO := 'from services.labeling.local_server import install; \
 	from services.settings import read_settings; install(read_settings().cache)'
-# Processes of tests. On two cores three: some tests wait for servers at any time.
-TESTS_AT_ONCE ?= 3
+# Processes of tests. On two cores four: some tests wait for servers at any time.
+TESTS_AT_ONCE ?= 4
 
 .PHONY: help setup demo test lint bench clean
 

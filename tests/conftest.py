@@ -1,6 +1,6 @@
 """What all tests share: one tiny run file, its trained models and finished run, one Ray, and silence about usage.
 
-`make test` runs them in three processes, since many wait for servers; each has a Ray. Tests that share a server, or
+`make test` runs them in four processes, since many wait for servers; each has a Ray. Tests that share a server, or
 models that only they use, run in one process, and the longest begin first.
 """
 
