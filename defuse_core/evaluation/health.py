@@ -111,7 +111,8 @@ def measure_perturbed(
     """Return the health of an anchored β-VAE by the reference models' answers on training images that are perturbed."""
     progress("perturbing training images", 0, 1, "sets")
     train = reopen_splits(spec, models.data_fingerprint).train
-    train = probe_images(train.take(np.flatnonzero(is_perturbed(train, spec.identify.share, spec.seed))))
+    rows = np.flatnonzero(is_perturbed(train, spec.identify.share, spec.seed))
+    train = train.take(rows[evenly_spaced(len(rows), PROBE_IMAGES)])
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
     def answer(images: F32) -> I64:

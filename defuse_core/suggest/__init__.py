@@ -50,9 +50,8 @@ def _header(plan: Plan) -> list[str]:
         lines += [
             "vae.decode is anchored, since these are colour pictures without a plain ground: a small β-VAE draws "
             "photographs",
-            "as blobs, which say nothing about a classifier, but it can move photographs, which stay sharp. "
-            "Only identify.share of",
-            "them are moved: models that judge a move must not know the photograph.",
+            "as blobs, which say nothing about a classifier, but it can move photographs, which stay sharp.",
+            "Only a share of them is moved (identify.share): a model that judges a move must not know the photograph.",
         ]
     return lines + [f"Note: {warning}." for warning in plan.warnings]
 

@@ -342,7 +342,7 @@ def _images_of_each_model(tree: dict[str, Any], count: int) -> int:
 def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:
     """Return the training of the reference models and judges: eight in all, each on half of the images, or on all few.
 
-    They get fewer images, but at least `least` if half of all are so many, if four epochs on all would be too long.
+    If four epochs on all would take too long they get fewer images, but at least `least` where half of all are so many.
     """
     visits = seconds * speeds.reference / 8
     if count < FEW_IMAGES:

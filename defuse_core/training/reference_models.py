@@ -271,9 +271,9 @@ def _train(
 def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
     """Log the classes that have training images, but none among those with `labels` that a set is trained on."""
     missing = [splits.classes[label] for label in np.setdiff1d(splits.train.labels, labels)]
-    text = "train: the %s have no training images of %s (see judges.share) and see no failure of these"
+    text = "train: the %s have no training images of %s (%s) and see no failure of these"
     if set_section(spec, name).epochs and missing:
-        log.warning(text, CALLED[name], ", ".join(missing))
+        log.warning(text, CALLED[name], ", ".join(missing), "judges.share, identify.share, train_images")
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:
