@@ -70,7 +70,7 @@ class FineTuning:
             return SweepRow(lam, epoch, loss)
         scenario = self.data.scenario
         parts = {**self.data.clean.parts(), "tune": scenario.tune, "scenario": scenario.held_out}
-        right = right_by_part(classifier, parts, self.spec.resources.arithmetic("answers"))
+        right = right_by_part(classifier, parts, self.spec.resources)
         shares = {name: float(each.mean()) if len(each) else math.nan for name, each in right.items()}
         return SweepRow(
             lam,

@@ -193,8 +193,8 @@ def train_classifier(
         loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
         validation = None
         if splits.validation is not None:
-            parts, arithmetic = {"validation": splits.validation}, spec.resources.arithmetic("answers")
-            validation = float(right_by_part(classifier.eval(), parts, arithmetic)["validation"].mean())
+            right = right_by_part(classifier.eval(), {"validation": splits.validation}, spec.resources)
+            validation = float(right["validation"].mean())
         row = ClassifierEpoch(epoch + 1, loss, validation)
         before = max((past.validation or 0.0 for past in training.history), default=-1.0)
         if section.keep == "best_validation" and validation is not None and validation > before:
@@ -247,7 +247,7 @@ def _accuracies(
     spec: RunFile, classifier: nn.Module, splits: Splits
 ) -> tuple[dict[str, float], dict[str, F64]]:
     """Return the share of the images of each part that the classifier gets right, and of each class, (C,)."""
-    right = right_by_part(classifier, splits.parts(), spec.resources.arithmetic("answers"))
+    right = right_by_part(classifier, splits.parts(), spec.resources)
     classes = len(splits.classes)
     shares = {
         name: class_accuracy(right[name], images.labels, classes) for name, images in splits.parts().items()

@@ -57,8 +57,8 @@ class ResourcesSection(Section):
     """CPU threads of a training task; with 1, models are trained side by side on the CPUs of one machine. Another
     number changes rounding errors, so a resumed run must keep it."""
     readers: int = Field(0, ge=0)
-    """Processes (of a torch DataLoader) that read image files ahead, for each worker of a training whose images do not
-    fit into memory; 0: one thread."""
+    """Processes (of a torch DataLoader) that read ahead images which are not kept in memory, in each worker that trains
+    or scores classifiers; 0: one thread."""
     train_workers: int = Field(1, ge=1)
     """Workers of one training of the classifier or the β-VAE (Ray Train; one GPU or train_threads CPUs each). They
     share each minibatch, so the result is that of one worker up to rounding and the masks of dropout. A resumed run

@@ -160,7 +160,8 @@ def _score(
     if not weights:
         return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan)
     classifier = load_classifier(spec, weights, classes)
-    right = [_right(classifier, images) for images in (splits.validation, splits.test, held_out)]
+    parts, readers = (splits.validation, splits.test, held_out), spec.resources.readers
+    right = [_right(classifier, images, readers) for images in parts]
     overall = [float(hits.mean()) if len(hits) else math.nan for hits in right]
     per_class: F64 = np.full(classes, np.nan)
     if splits.test is not None:
@@ -169,11 +170,11 @@ def _score(
     return np.array(overall), per_class, scenario
 
 
-def _right(classifier: nn.Module, images: Images | None) -> F64:
+def _right(classifier: nn.Module, images: Images | None, readers: int) -> F64:
     """Return 1 for each image that the classifier gets right, else 0; nothing for no images."""
     if images is None or not len(images):
         return np.zeros(0)
-    right: F64 = (predict(classifier, images) == images.labels).astype(np.float64)
+    right: F64 = (predict(classifier, images, readers=readers) == images.labels).astype(np.float64)
     return right
 
 

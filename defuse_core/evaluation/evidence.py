@@ -261,7 +261,8 @@ class _Judging:
     def _all_answers(self, images: F32 | Images) -> F64:
         """Return the answers of before, baseline, defuse and each plain training, (3 + P, n); nan without one."""
         classifiers = (self.before, self.baseline, self.defuse, *self.plain)
-        return np.stack([_answers(classifier, images) for classifier in classifiers])
+        readers = self.spec.resources.readers
+        return np.stack([_answers(classifier, images, readers) for classifier in classifiers])
 
     def _fold_right(self) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
@@ -334,7 +335,7 @@ class _Judging:
         test = self.splits.test
         if test is None:
             return *_right(self._all_answers(self.held_out.take(slice(0))), self.own[:0]), self.units[:0]
-        return *_right(self._all_answers(test), test.labels), test.unit
+        return *_right(self._all_answers(test.loaded()), test.labels), test.unit
 
 
 def _mcnemar(after: F64, before: F64, units: I64) -> F64:
@@ -346,11 +347,11 @@ def _mcnemar(after: F64, before: F64, units: I64) -> F64:
     return np.array([gained, lost, mcnemar(gained, lost)]) if known else np.full(3, np.nan)
 
 
-def _answers(classifier: nn.Module | None, images: F32 | Images) -> F64:
+def _answers(classifier: nn.Module | None, images: F32 | Images, readers: int = 0) -> F64:
     """Return the classifier's answer for each image, (n,); nan without a classifier."""
     if classifier is None or not len(images):
         return np.full(len(images), np.nan)
-    return predict(classifier, images).astype(np.float64)
+    return predict(classifier, images, readers=readers).astype(np.float64)
 
 
 def _right(answers: F64, labels: I64) -> tuple[F64, F64]:

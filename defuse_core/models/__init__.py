@@ -31,6 +31,7 @@ from defuse_core.models.inference import (
     load_vae,
     logits_of,
     map_batches,
+    map_images,
     predict,
     predict_logits,
     predict_probabilities,

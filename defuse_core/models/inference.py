@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from defuse_core.artifacts import F32, I64, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.data.file_loader import batches_of
 from defuse_core.errors import ModelError, first_few
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.layout import to_device, to_tensor
@@ -218,11 +219,31 @@ def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int
 
     Raises ModelError where the function returns more or fewer rows than it was given.
     """
+    order = _consecutive(count, batch_size)
+    return _concatenated(map(function, order), order)
+
+
+def map_images(
+    function: Callable[[Tensor], Tensor], images: Images, batch_size: int = BATCH, readers: int = 0
+) -> np.ndarray:  # type: ignore[type-arg]
+    """Return function(batch) for consecutive batches of the images, on this process's device, as map_batches does.
+
+    Image files are read ahead, as batches_of says.
+    """
+    order = _consecutive(len(images), batch_size)
+    batches = batches_of(images, order, readers)
+    return _concatenated((function(to_tensor(batch)) for batch in batches), order)
+
+
+def _consecutive(count: int, batch_size: int) -> list[slice]:
+    return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def _concatenated(results: Iterator[Tensor], order: list[slice]) -> np.ndarray:  # type: ignore[type-arg]
     parts = []
     with torch.no_grad():  # inference mode marks what a network keeps, which then fails in its fine-tuning
-        for start in range(0, count, batch_size):
-            rows = slice(start, min(start + batch_size, count))
-            parts.append(function(rows).cpu().numpy())
+        for found, rows in zip(results, order, strict=True):
+            parts.append(found.cpu().numpy())
             expect_rows(len(parts[-1]), rows.stop - rows.start)
     return np.concatenate(parts)
 
@@ -239,10 +260,13 @@ def _as_images(images: Images | F32) -> Images:
     return images if isinstance(images, Images) else Images(images, np.zeros(len(images), np.int64))
 
 
-def predict(classifier: nn.Module, images: Images | F32, batch_size: int = BATCH) -> I64:
+def predict(classifier: nn.Module, images: Images | F32, batch_size: int = BATCH, readers: int = 0) -> I64:
     """Return the classifier's answer for each image, (n,). Raises ModelError where its logits are nan."""
-    source = _as_images(images)
-    return answers_from(logits_of(classifier, source), len(source), batch_size)
+    if not len(images):
+        return np.zeros(0, np.int64)
+    return _known(
+        map_images(lambda batch: _answer(classifier(batch)), _as_images(images), batch_size, readers)
+    )
 
 
 def logits_of(classifier: nn.Module, images: Images) -> Callable[[slice | I64], Tensor]:
@@ -262,18 +286,20 @@ def answers_from(logits: Callable[[slice], Tensor], count: int, batch_size: int)
     """
     if not count:
         return np.zeros(0, np.int64)
+    return _known(map_batches(lambda rows: _answer(logits(rows)), count, batch_size))
 
-    def answer(rows: slice) -> Tensor:
-        found = logits(rows)
-        return torch.where(found.isnan().any(dim=1), NOT_A_NUMBER, found.argmax(dim=1))
 
-    found: I64 = map_batches(answer, count, batch_size)
-    if nan := int((found == NOT_A_NUMBER).sum()):
+def _answer(logits: Tensor) -> Tensor:
+    return torch.where(logits.isnan().any(dim=1), NOT_A_NUMBER, logits.argmax(dim=1))
+
+
+def _known(answers: I64) -> I64:
+    if nan := int((answers == NOT_A_NUMBER).sum()):
         raise ModelError(
-            f"the classifier returns nan for {nan} of {count} images; often it divides by the spread of an image, "
-            "which is 0 where all pixels are equal: add a small number there"
+            f"the classifier returns nan for {nan} of {len(answers)} images; often it divides by the spread of an "
+            "image, which is 0 where all pixels are equal: add a small number there"
         )
-    return found
+    return answers
 
 
 def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = BATCH) -> F32:
@@ -281,24 +307,22 @@ def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_siz
     source = _as_images(images)
     if not len(source):
         return np.zeros((0, 1), np.float32)
-    logits = logits_of(classifier, source)
-    return map_batches(lambda rows: logits(rows).float().softmax(1), len(source), batch_size)
+    return map_images(lambda batch: classifier(batch).float().softmax(1), source, batch_size)
 
 
 def predict_logits(classifier: nn.Module, images: Images | F32) -> F32:
     """Return the classifier's logits, (n, C), of at least one image."""
-    source = _as_images(images)
-    logits = logits_of(classifier, source)
-    found: F32 = map_batches(lambda rows: logits(rows).float(), len(source), BATCH)
+    found: F32 = map_images(lambda batch: classifier(batch).float(), _as_images(images))
     return found
 
 
-def accuracy(classifier: nn.Module, images: Images) -> float:
+def accuracy(classifier: nn.Module, images: Images, readers: int = 0) -> float:
     """Return the share of images that the classifier gets right; nan for no images."""
-    return float((predict(classifier, images) == images.labels).mean()) if len(images) else math.nan
+    if not len(images):
+        return math.nan
+    return float((predict(classifier, images, readers=readers) == images.labels).mean())
 
 
-def encode_images(vae: Vae, images: Images | F32) -> F32:
+def encode_images(vae: Vae, images: Images | F32, readers: int = 0) -> F32:
     """Return the means of q(z|x), (n, Z)."""
-    source = _as_images(images)
-    return map_batches(lambda rows: vae.encode(to_tensor(source.batch(rows)))[0], len(source), BATCH)
+    return map_images(lambda batch: vae.encode(batch)[0], _as_images(images), readers=readers)

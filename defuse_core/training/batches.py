@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 
-from defuse_core.artifacts import F32, F64, I64
+from defuse_core.artifacts import F64, I64
 from defuse_core.data import Images
-from defuse_core.data.images import PictureFiles
+from defuse_core.data.file_loader import batches_of, is_on_disk
 from defuse_core.device import device
-from defuse_core.errors import ComputeError, DataError
-from defuse_core.files import map_ahead
+from defuse_core.errors import ComputeError
 from defuse_core.models import to_tensor
 from defuse_core.seeds import torch_seed
 
@@ -40,11 +38,6 @@ _together: ContextVar[bool] = ContextVar("together", default=False)
 DEVICE_SHARE = 0.25  # of the accelerator's free memory that a set of images may take
 
 
-def is_on_disk(images: Images) -> bool:
-    """Whether the images are files that are read in every epoch."""
-    return isinstance(images.pixels, PictureFiles)
-
-
 def fits_on_device(images: Images) -> bool:
     """Whether the pixels are copied to the device as a whole: on an accelerator, where they take a small share."""
     if not isinstance(images.pixels, np.ndarray) or device().type == "cpu":
@@ -53,58 +46,13 @@ def fits_on_device(images: Images) -> bool:
     return images.pixels.nbytes <= DEVICE_SHARE * free
 
 
-class _Minibatches(Dataset[Tensor | str]):
-    """What the processes of the loader read: a minibatch, or the error of a file that is no image."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __getitem__(self, rows: I64) -> Tensor | str:
-        try:
-            return torch.from_numpy(self.images.batch(rows))  # a tensor travels in shared memory
-        except DataError as error:
-            return str(error)  # torch would put its traceback before it
-
-
-class FileLoader:
-    """A torch DataLoader whose processes stay from epoch to epoch. The order is the caller's, so no result changes."""
-
-    def __init__(self, images: Images, readers: int) -> None:
-        self.order: list[I64] = []
-        self.loader = DataLoader(
-            _Minibatches(images),
-            batch_size=None,
-            sampler=self,
-            num_workers=readers,
-            persistent_workers=True,
-            multiprocessing_context="forkserver",  # a fork of a process with Ray's threads may stop for ever
-            collate_fn=_unchanged,
-            generator=torch.Generator(),  # the loader draws a seed per epoch, else from that of the dropout masks
-        )
-
-    def __iter__(self) -> Iterator[I64]:
-        return iter(self.order)
-
-    def batches(self, order: Iterable[I64]) -> Iterator[tuple[I64, F32]]:
-        """Yield rows and pixels of each minibatch, read 2 a process ahead. Raises DataError for a file that is none."""
-        self.order = list(order)
-        for rows, pixels in zip(self.order, self.loader, strict=True):
-            if isinstance(pixels, str):
-                raise DataError(pixels)
-            yield rows, pixels.numpy()
-
-
-def _unchanged(minibatch: Any) -> Any:
-    return minibatch
-
-
 class DeviceImages:
     """Images with their labels, for a training loop that does not wait for the host."""
 
     def __init__(self, images: Images, readers: int = 0) -> None:
         """`readers` processes read image files ahead; 0: a thread of this process."""
         self.images = images
-        self._loader = FileLoader(images, readers) if readers and is_on_disk(images) else None
+        self._readers = readers
         self._labels = torch.from_numpy(images.labels.copy()).to(device())
         self._pixels: Tensor | None = None
         if fits_on_device(images):
@@ -131,15 +79,12 @@ class DeviceImages:
 
         Image files are read ahead.
         """
-        if self._loader is not None:
-            for rows, pixels in self._loader.batches(order):
-                yield rows, to_tensor(pixels), self.labels(rows)
-            return
         if not is_on_disk(self.images):
             for rows in order:
                 yield rows, self.batch(rows), self.labels(rows)
             return
-        for rows, read in map_ahead(lambda rows: (rows, self.images.batch(rows)), order, ahead=1):
+        order = list(order)
+        for rows, read in zip(order, batches_of(self.images, order, self._readers), strict=True):
             yield rows, to_tensor(read), self.labels(rows)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import I64, Bool, MeasuredPrecision
-from defuse_core.config import Arithmetic, PrecisionSection, RunFile
+from defuse_core.artifacts import F32, I64, Bool, MeasuredPrecision
+from defuse_core.config import Arithmetic, PrecisionSection, ResourcesSection, RunFile
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import autocast, cpu_threads, device, forked_random
@@ -26,6 +26,7 @@ from defuse_core.models import (
     kl_to_prior,
     logits_of,
     map_batches,
+    map_images,
     predict,
     to_device,
     to_tensor,
@@ -69,37 +70,50 @@ def answers_as_in_f32(logits: Callable[[I64], Tensor], count: int, batch_size: i
 
     `logits(rows)` computes (n, C) for rows of the inputs, in f32 where no autocast is on. `bound` is margin_bound's.
     """
-
-    def fast(rows: slice) -> Tensor:
-        found = logits(np.arange(rows.start, rows.stop)).float()
-        largest = found.sort(dim=1, descending=True).values[:, :2]
-        margin = largest[:, 0] - largest[:, -1]  # 0 for a single class, as its bound is
-        return torch.stack([found.argmax(dim=1).float(), margin], dim=1)
-
     with autocast("bf16"):
-        table = map_batches(fast, count, batch_size)
-    found: I64 = table[:, 0].astype(np.int64)
-    doubtful = np.flatnonzero(~(table[:, 1] >= bound))  # where either is nan as well
+        table = map_batches(
+            lambda rows: _with_margins(logits(np.arange(rows.start, rows.stop))), count, batch_size
+        )
+    found, doubtful = _in_doubt(table, bound)
     found[doubtful] = answers_from(lambda rows: logits(doubtful[rows]), len(doubtful), batch_size)
     return found
 
 
+def _with_margins(logits: Tensor) -> Tensor:
+    """(n, C) -> answers and the margins of their logits, (n, 2)."""
+    found = logits.float()
+    largest = found.sort(dim=1, descending=True).values[:, :2]
+    margin = largest[:, 0] - largest[:, -1]  # 0 for a single class, as its bound is
+    return torch.stack([found.argmax(dim=1).float(), margin], dim=1)
+
+
+def _in_doubt(table: F32, bound: float) -> tuple[I64, I64]:
+    """Return the answers of `_with_margins`, (n,), and the rows of those in doubt."""
+    # where either is nan as well
+    return table[:, 0].astype(np.int64), np.flatnonzero(~(table[:, 1] >= bound))
+
+
 def right_by_part(
-    classifier: nn.Module, parts: Mapping[str, Images], arithmetic: Arithmetic
+    classifier: nn.Module, parts: Mapping[str, Images], resources: ResourcesSection
 ) -> dict[str, Bool]:
     """Return which images of each part the classifier gets right, (N,): those of f32, in either arithmetic."""
+    arithmetic, readers = resources.arithmetic("answers"), resources.readers
     return {
-        part: predict_as_in_f32(classifier, images, arithmetic) == images.labels
+        part: predict_as_in_f32(classifier, images, arithmetic, readers) == images.labels
         for part, images in parts.items()
     }
 
 
-def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic) -> I64:
+def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic, readers: int = 0) -> I64:
     """Return the classifier's answer to each image, (N,): that of f32, in either arithmetic."""
     if arithmetic == "f32" or len(images) < WORTHWHILE:
-        return predict(classifier, images)
-    logits = logits_of(classifier, images)
-    return answers_as_in_f32(logits, len(images), BATCH, margin_bound(logits, len(images)))
+        return predict(classifier, images, BATCH, readers)
+    bound = margin_bound(logits_of(classifier, images), len(images))
+    with autocast("bf16"):
+        table = map_images(lambda batch: _with_margins(classifier(batch)), images, BATCH, readers)
+    found, doubtful = _in_doubt(table, bound)
+    found[doubtful] = predict(classifier, images.take(doubtful), BATCH, readers)
+    return found
 
 
 STEP_IMAGES = 32  # of a measured step

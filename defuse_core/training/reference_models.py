@@ -264,7 +264,7 @@ def _train(
         _warn_of_missing_classes(spec, name, splits, train.labels)
     with cpu_threads(spec.resources.train_threads):
         model = train_reference(spec, name, train, len(splits.classes), number, progress)
-        validation, test = _scores(model, splits)
+        validation, test = _scores(model, (splits.validation, splits.test), spec.resources.readers)
     return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
 
 
@@ -296,10 +296,9 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
     return part
 
 
-def _scores(model: nn.Module, splits: Splits) -> tuple[float | None, float | None]:
-    """Return the accuracy on all validation and all test images, those that the classifier's own is measured on."""
-    scores = [None if part is None else accuracy(model, part) for part in (splits.validation, splits.test)]
-    return scores[0], scores[1]
+def _scores(model: nn.Module, parts: Sequence[Images | None], readers: int) -> list[float | None]:
+    """Return the accuracy on all images of each part, those that the classifier's own is measured on."""
+    return [None if part is None else accuracy(model, part, readers) for part in parts]
 
 
 def train_reference(

@@ -27,6 +27,7 @@ from torch import nn
 from defuse_core.artifacts import F32, F64, I64, Bool, Models, Weights, rows_of
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data import Images, Splits, reopen_splits
+from defuse_core.data.file_loader import batches_of
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.errors import with_bounds
@@ -247,7 +248,7 @@ def watch_classifier(spec: RunFile, models: Models, corrected: Weights, splits: 
         classifier = load_classifier(spec, corrected or models.classifier, classes)
         gaussians = class_gaussians(*training_codes(spec, vae, splits.train), classes)
         parts = [
-            _answers(classifier, vae, _drawn(images, spec.seed), gaussians)
+            _answers(classifier, vae, _drawn(images, spec.seed), gaussians, spec.resources.readers)
             for images in (splits.validation, splits.test)
         ]
     problem = SEEN if models.validation_from_training else _problem(*parts)
@@ -261,13 +262,15 @@ def _drawn(images: Images | None, seed: int) -> Images | None:
     return images.take(random_rows(len(images), MOST_IMAGES, generator(seed, "watch", "images")))
 
 
-def _answers(classifier: nn.Module, vae: Vae, images: Images | None, gaussians: tuple[F64, F64]) -> Answers:
+def _answers(
+    classifier: nn.Module, vae: Vae, images: Images | None, gaussians: tuple[F64, F64], readers: int = 0
+) -> Answers:
     """Return the answers on all images; an empty one for no images. Each image is read once."""
     if images is None or not len(images):
         return Answers(np.zeros((0, len(gaussians[0]))), np.zeros(0, np.int64), np.zeros(0))
     logits, codes = [], []
-    for start in range(0, len(images), BATCH):
-        pixels = images.batch(slice(start, min(start + BATCH, len(images))))
+    order = (slice(start, start + BATCH) for start in range(0, len(images), BATCH))
+    for pixels in batches_of(images, order, readers):
         logits.append(predict_logits(classifier, pixels).astype(np.float64))
         codes.append(encode_images(vae, pixels))
     table, latent = np.concatenate(logits), np.concatenate(codes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -9,11 +11,42 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
+from defuse_core.config import ResourcesSection
 from defuse_core.data import Images, PictureFiles
+from defuse_core.data.file_loader import batches_of, file_loader
 from defuse_core.errors import DataError
+from defuse_core.local import UNTRACED
+from defuse_core.protocols import silent
 from defuse_core.training.batches import DeviceImages
+from defuse_core.training.precision import right_by_part
+
+
+class ReadersNames(PictureFiles):
+    """Image files all pixels of which are two bytes of the number of the process that reads them."""
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        pixels = np.zeros((len(self.paths.take(rows)), *self.shape[1:]), np.uint8)
+        pixels[:, 0, 0, :2] = divmod(os.getpid() % 65_536, 256)
+        return pixels
+
+    def at(self, rows: slice | np.ndarray) -> ReadersNames:
+        return ReadersNames(self.paths.take(rows), *self.shape[1:3])
+
+
+class Recording(nn.Module):
+    """Answers 0, and notes the processes whose numbers are in the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers = set[int]()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        high, low = images[:, 0, 0, :2].mul(255).round().long().unbind(1)
+        self.readers |= {*(256 * high + low).tolist()}
+        return torch.eye(3)[[0] * len(images)]
 
 
 def stored(folder: Path, count: int) -> Images:
@@ -22,6 +55,12 @@ def stored(folder: Path, count: int) -> Images:
     for path in paths:
         Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path)
     return Images(PictureFiles(paths, 1, 8), np.arange(count))
+
+
+@pytest.fixture(autouse=True)
+def no_processes_stay() -> Iterator[None]:
+    yield
+    file_loader.cache_clear()
 
 
 def test_processes_that_read_ahead_change_nothing_in_any_epoch_and_name_a_file_that_is_no_image(
@@ -55,3 +94,31 @@ def test_dropout_masks_are_the_same_whoever_reads_and_wherever_a_training_is_res
         return found
 
     assert masks(1, 1) == masks(0, 0)[2:]
+
+
+@pytest.mark.parametrize("arithmetic", ["f32", "bf16"])
+def test_the_processes_read_what_is_scored_for_all_parts_and_end_with_their_task(arithmetic: str) -> None:
+    files = ReadersNames(["none"] * 2048, 1, 8)
+    parts, classifier = {name: Images(files, np.zeros(2048, np.int64)) for name in ("a", "b")}, Recording()
+    resources = ResourcesSection.model_validate({"readers": 2, "precision": {"answers": arithmetic}})
+    others = {process.pid for process in active_children()}
+    with UNTRACED.task("train", right_by_part, silent, 0):
+        right = right_by_part(classifier, parts, resources)
+        readers = {process.pid for process in active_children()} - others
+        if arithmetic == "bf16":  # the sample on which its error is measured is read here
+            classifier.readers.discard(os.getpid() % 65_536)
+        assert len(readers) == 2 and classifier.readers == {pid % 65_536 for pid in readers if pid}
+    assert {process.pid for process in active_children()} == others
+    assert all(hits.all() for hits in right.values())
+
+
+def test_a_second_set_is_read_by_a_thread_while_the_processes_read_the_first(tmp_path: Path) -> None:
+    images, order = stored(tmp_path, 4), [np.array([0]), np.array([3, 1]), np.array([2])]
+    first = batches_of(images, order, readers=1)
+    found = [next(first)]
+    for rows, batch in zip(order, batches_of(images, order, readers=1), strict=True):
+        assert np.array_equal(batch, images.batch(rows))
+    found += first
+    assert all(np.array_equal(batch, images.batch(rows)) for rows, batch in zip(order, found, strict=True))
+    next(batches_of(images, order, readers=1))  # left, and the next one begins anew
+    assert [len(batch) for batch in batches_of(images, order, readers=1)] == [1, 2, 1]

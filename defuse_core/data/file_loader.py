@@ -1,0 +1,96 @@
+"""Image files that are read ahead of what computes with them, by processes or by a thread."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from defuse_core.artifacts import F32, I64
+from defuse_core.data.images import Images, PictureFiles
+from defuse_core.errors import DataError
+from defuse_core.files import map_ahead
+
+
+class _Batches(Dataset[Tensor | str]):
+    """What the processes of the loader read: the pixels of some files, or the error of a file that is no image."""
+
+    def __getitem__(self, files: PictureFiles) -> Tensor | str:
+        try:
+            batch = Images(files, np.zeros(len(files), np.int64)).batch()
+            return torch.from_numpy(batch)  # a tensor travels in shared memory
+        except DataError as error:
+            return str(error)  # torch would put its traceback before it
+
+
+class _Order:
+    """The files of each batch, in the caller's order, so no result changes."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[PictureFiles] = iter(())
+
+    def __iter__(self) -> Iterator[PictureFiles]:
+        return self.batches
+
+
+class FileLoader:
+    """A torch DataLoader whose processes read any files and stay for the next ones."""
+
+    def __init__(self, readers: int) -> None:
+        self.in_use = threading.Lock()
+        self._order = _Order()
+        self._loader = DataLoader(
+            _Batches(),
+            batch_size=None,
+            sampler=self._order,
+            num_workers=readers,
+            persistent_workers=True,
+            multiprocessing_context="forkserver",  # a fork of a process with Ray's threads may stop for ever
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # the loader draws a seed per epoch, else from that of the dropout masks
+        )
+
+    def read(self, batches: Iterator[PictureFiles]) -> Iterator[F32]:
+        """Yield the pixels of each batch, read 2 a process ahead. Raises DataError for a file that is no image."""
+        self._order.batches = batches
+        for pixels in self._loader:
+            if isinstance(pixels, str):
+                raise DataError(pixels)
+            yield pixels.numpy()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@functools.cache
+def file_loader(readers: int) -> FileLoader:
+    """Return the loader that all sets of images of this process share."""
+    return FileLoader(readers)
+
+
+def is_on_disk(images: Images) -> bool:
+    """Whether the images are files that are read whenever they are used."""
+    return isinstance(images.pixels, PictureFiles)
+
+
+def batches_of(images: Images, order: Iterable[slice | I64], readers: int) -> Iterator[F32]:
+    """Yield `images.batch(rows)` for all rows of `order`.
+
+    Files are read ahead: by `readers` processes, or by a thread where that is 0 or other files are being read.
+    """
+    if not isinstance(images.pixels, PictureFiles):
+        yield from map(images.batch, order)
+    elif readers and (loader := file_loader(readers)).in_use.acquire(blocking=False):
+        try:
+            yield from loader.read(map(images.pixels.at, order))
+        finally:
+            loader.in_use.release()
+    else:
+        yield from map_ahead(images.batch, order, ahead=1)
