@@ -294,9 +294,14 @@ class Images:
         pixels = self.pixels[rows] if isinstance(self.pixels, np.ndarray) else self.pixels.at(rows)
         return Images(pixels, self.labels[rows], None if self.tracks is None else self.tracks[rows])
 
+    @property
+    def stays_on_disk(self) -> bool:
+        """Whether the images are files of more than MAX_LOADED bytes, which are read whenever they are used."""
+        return isinstance(self.pixels, PictureFiles) and math.prod(self.pixels.shape) > MAX_LOADED
+
     def loaded(self) -> Images:
-        """Return the images with their pixels in memory, as uint8; more than MAX_LOADED bytes stay in their files."""
-        if isinstance(self.pixels, PictureFiles) and math.prod(self.pixels.shape) <= MAX_LOADED:
+        """Return the images with their pixels in memory, as uint8, unless these stay on disk."""
+        if isinstance(self.pixels, PictureFiles) and not self.stays_on_disk:
             return replace(self, pixels=self.pixels[:])
         return self
 

@@ -44,6 +44,10 @@ def _header(plan: Plan) -> list[str]:
         f"Measured, images/s: β-VAE {speeds.vae:,.0f}, decoding and classifying {speeds.decode:,.0f}, "
         f"training the classifier {speeds.classifier:,.0f}.",
     ]
+    if "resources" in plan.tree:
+        lines.append(
+            "The images do not fit into memory: trainings take no more than resources.readers read of their files."
+        )
     if plan.probe is not None:
         lines.append(f"Classifier: right on {describe_accuracy(plan)}.")
     if plan.tree["vae"].get("decode") == "anchored":

@@ -1,10 +1,15 @@
-"""What a folder of images, or an .npz file, holds: sizes, colours, classes and parts."""
+"""What a folder of images, or an .npz file, holds: sizes, colours, classes and parts; how fast its files are read."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import shlex
+import shutil
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from pydantic import ValidationError
 
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
-from defuse_core.data import Splits, open_splits, overlooked
+from defuse_core.data import Images, Splits, open_splits, overlooked
 from defuse_core.data.folder import SUFFIXES, folder_classes, odd_images, part_of, shared_images, walk_files
 from defuse_core.data.images import convert_picture, evenly_spaced, keeps_colours, opened_picture, read_each
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
@@ -30,6 +35,8 @@ OBLONG = 1.1  # longer side by shorter one, from which a picture in a square loo
 COLOUR = 6
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
+READ_FILES = 64  # on which the speed of reading is measured
+IMAGES_AHEAD = 2 * 256  # that a process of resources.readers reads at most: two batches
 
 Form = tuple[int, int, frozenset[int]]  # height, width, and the numbers of channels that keep its colours
 
@@ -268,3 +275,25 @@ def _suggested_size(side: int) -> int:
     """Return the size that pictures whose shorter side has `side` pixels are resized to."""
     fitting = [size for size in SIZES if size <= LARGEST_SUGGESTED and size >= 0.8 * side]
     return fitting[0] if fitting else LARGEST_SUGGESTED
+
+
+def plan_reading(images: Images, needed: float) -> tuple[int, float]:
+    """Return the resources.readers of these training images, and how many images per second they read.
+
+    0 and inf of images that are kept in memory. `needed` images per second are used at most.
+    """
+    if not images.stays_on_disk:
+        return 0, math.inf
+    some = images.take(evenly_spaced(len(images), READ_FILES))
+    started = time.monotonic()
+    some.batch()
+    rate = len(some) / (time.monotonic() - started)
+    readers = min(math.ceil(needed / rate), (os.cpu_count() or 1) - 1, _room_for_readers(images))
+    return readers, rate * max(1, readers)
+
+
+def _room_for_readers(images: Images) -> int:
+    """Return for how many processes' batches half of the shared memory suffices: of a container it may be 64 MiB."""
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared).free if shared.exists() else sys.maxsize
+    return free // (2 * 4 * IMAGES_AHEAD * math.prod(images.pixels.shape[1:]))

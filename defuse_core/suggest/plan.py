@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from defuse_core.models.probe import CLEARLY_BETTER, LIKE_SIGMOID, MOSTLY, Class
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
-from defuse_core.suggest.inspect import DataFacts
+from defuse_core.suggest.inspect import DataFacts, plan_reading
 
 TRIAL_S = 1.0  # each speed is measured for so long
 TRIAL_BATCH = 64
@@ -67,6 +67,11 @@ class Speeds:
     decode: float  # decoding a code and classifying the decoding
     classifier: float  # training the classifier
     reference: float  # training one reference model
+
+    def up_to(self, read: float) -> Speeds:
+        """Return the speeds where so many images per second are read; a decoding needs few of them."""
+        vae, classifier, reference = (min(read, own) for own in (self.vae, self.classifier, self.reference))
+        return replace(self, vae=vae, classifier=classifier, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ def plan_run(
                 noted.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
         speeds = _measured(spec, classifier, sample, channels, progress)
+    readers, read = plan_reading(splits.train, max(speeds.vae, speeds.classifier, speeds.reference))
+    speeds = speeds.up_to(read)
     if own is not None and own.get("weights") and "validation" not in facts.counts:
         noted.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
@@ -123,6 +130,8 @@ def plan_run(
     needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     if facts.are_converted(spec.data.image_size, spec.data.channels):
         tree["serve"] = {"resize": True}
+    if readers:
+        tree["resources"] = {"readers": readers}
     parse_run_file(tree, "the suggested run file")
     return Plan(
         tree, needed, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe))
@@ -204,13 +213,9 @@ def _measured(
     batch = to_tensor(sample.batch(np.arange(TRIAL_BATCH) % len(sample)))
     labels = torch.zeros(TRIAL_BATCH, dtype=torch.long, device=device())
     codes = np.zeros((TRIAL_BATCH, spec.vae.latent_dim), np.float32)
-
-    def decode() -> None:
-        predict(classifier.eval(), decode_codes(vae, codes))
-
-    works: dict[str, Callable[[], None]] = {
+    works: dict[str, Callable[[], object]] = {
         "vae": _step(vae, lambda: vae.decode(vae.encode(batch)[0]).sum()),
-        "decode": decode,
+        "decode": lambda: predict(classifier.eval(), decode_codes(vae, codes)),
         "classifier": _step(classifier, lambda: F.cross_entropy(classifier.train()(batch), labels)),
         "reference": _step(reference, lambda: F.cross_entropy(reference(batch), labels)),
     }
@@ -233,7 +238,7 @@ def _step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], N
     return step
 
 
-def _rate(work: Callable[[], None]) -> float:
+def _rate(work: Callable[[], object]) -> float:
     """Return images per second of work on batches of TRIAL_BATCH; the first batch does not count."""
     work()
     started, batches = time.monotonic(), 0
@@ -364,17 +369,12 @@ def _enough_epochs(count: int) -> tuple[int, int]:
 
 
 def _visits(epochs: int) -> int:
-    """Return how often a fine-tuning computes with as many images as D has: in each epoch all of D and as many of D_f,
-    and once, at its end, to score it.
-    """
+    """Return how often a fine-tuning computes with as many images as D has: twice an epoch, with D_f, and to score."""
     return 2 * epochs + 1
 
 
 def _correct(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:
-    """Return section correct: two sweeps and the controls.
-
-    D has at least `least` images, or all.
-    """
+    """Return section correct: two sweeps and the controls. D has at least `least` images, or all."""
     epochs, visits = 3, seconds * speeds.classifier
     per_training = float(_visits(epochs) * count)
     lambdas = _clamp((visits / per_training - len(CONTROL_NAMES)) / 2, 2, 4)

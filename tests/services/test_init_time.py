@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
 from defuse_core.data import Images, Splits
+from defuse_core.data.images import read_picture, to_picture
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
 from tests.e2e.test_cli import call
 from tests.own_classifiers import digits
@@ -107,3 +110,35 @@ def test_fewer_training_images_are_planned_for_with_more_epochs(tmp_path: Path, 
         assert told in out
         assert ("16x16, grey; 40 of the training images" in out) == bool(options)
     assert planned == [(0, None, 2), (0, 40, 6)]
+
+
+@pytest.mark.parametrize(("shared_memory", "readers"), [(2**30, 3), (2**19, None)])
+def test_images_that_stay_on_disk_are_read_by_processes_and_planned_for_as_fast_as_these_read(
+    shared_memory: int, readers: int | None, tmp_path: Path, monkeypatch, capsys
+):
+    def read_slowly(path: str, channels: int, size: int) -> np.ndarray:
+        time.sleep(0.02)
+        return read_picture(path, channels, size)
+
+    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+    monkeypatch.setattr("defuse_core.suggest.inspect.os.cpu_count", lambda: 4)
+    monkeypatch.setattr(
+        "defuse_core.suggest.inspect.shutil.disk_usage", lambda _: SimpleNamespace(free=shared_memory)
+    )
+    monkeypatch.chdir(tmp_path)
+    images = digits()
+    for number, (pixels, label) in enumerate(zip(images.pixels[:80], images.labels[:80] % 2, strict=True)):
+        folder = Path("photos/train", str(label))
+        folder.mkdir(parents=True, exist_ok=True)
+        to_picture(pixels).save(folder / f"{number}.png")
+    planned = []
+    for limit in (4 * 2**30, 0):
+        monkeypatch.setattr("defuse_core.data.images.MAX_LOADED", limit)
+        code, _, _ = call(monkeypatch, capsys, "init", "photos", "--minutes", 1, "--force")
+        assert code == 0
+        planned.append(yaml.safe_load(Path("photos.yaml").read_text()))
+        monkeypatch.setattr("defuse_core.data.images.read_picture", read_slowly)
+    in_memory, on_disk = planned
+    assert "resources" not in in_memory and on_disk.get("resources", {}).get("readers") == readers
+    assert in_memory["vae"]["epochs"] == 100 and on_disk["vae"]["epochs"] < (40 if readers else 15)
+    assert on_disk["identify"]["draws"] == in_memory["identify"]["draws"]
