@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
-from defuse_core.data import PictureFiles, log_parts, open_splits
+from defuse_core.data import PictureFiles, expect_whole_files, log_parts, open_splits
 from defuse_core.data.folder import overlooked, part_of
+from defuse_core.data.images import read_picture
+from defuse_core.errors import DataError
 from tests.no_access import refuse_access
 
 
@@ -326,3 +328,31 @@ def test_a_folder_out_of_order_is_refused_in_one_line(
 ):
     spoil(write_folder(tmp_path))
     assert expected.format(root=tmp_path) in error_of(section("folder", tmp_path))
+
+
+def test_validation_and_test_images_that_are_cut_off_are_refused_and_whole_ones_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root, decoded = write_folder(tmp_path), list[str]()
+    jpeg, cut, other = (root / name for name in ("test/cat/5.jpg", "test/dog/5.jpg", "validation/cat/5.bmp"))
+    for path in (jpeg, cut, other):
+        save_picture(path, noise(1, 40, 40, 3)[0])
+
+    def noted(path: str, channels: int, size: int) -> np.ndarray:
+        decoded.append(path)
+        return read_picture(path, channels, size)
+
+    monkeypatch.setattr("defuse_core.data.read_picture", noted)
+    splits = open_splits(section("folder", root), 0)
+    expect_whole_files(splits)
+    assert decoded == [str(other)]
+
+    cut.write_bytes(cut.read_bytes()[:-400])
+    (root / "test/cat/0.png").write_bytes(b"")
+    os.mkfifo(root / "test/cat/pipe.png")
+    with pytest.raises(DataError) as caught:
+        expect_whole_files(open_splits(section("folder", root), 0))
+    assert str(caught.value).startswith(
+        f"3 of 13 image files cannot be read: {root}/test/cat/0.png, {root}/test/cat/pipe.png, {cut}; the first error "
+        f"is: {root}/test/cat/0.png: expected an image, found an empty file"
+    )
