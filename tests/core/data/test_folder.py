@@ -173,8 +173,21 @@ def test_folders_of_other_tools_and_files_beside_the_classes_are_no_classes(tmp_
 @pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", "DESKTOP.INI"])
 def test_files_that_a_system_writes_beside_pictures_are_no_images_and_are_told(tmp_path: Path, name: str):
     (write_folder(tmp_path) / "train" / "cat" / name).touch()
-    assert len(open_splits(section("folder", tmp_path), 0).train) == 10
-    assert overlooked(tmp_path) == [f"ignored: 1 file such as train/cat/{name}"]
+    splits = open_splits(section("folder", tmp_path), 0)
+    assert len(splits.train) == 10
+    assert overlooked(tmp_path, splits.ignored) == [f"ignored: 1 file such as train/cat/{name}"]
+
+
+def test_files_of_a_system_are_told_without_listing_the_classes_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    data = section("folder", write_folder(tmp_path))
+    file = tmp_path / "train" / "cat" / "Thumbs.db"
+    file.touch()
+    splits = open_splits(data, 0)
+    file.unlink()
+    log_parts(data, splits)
+    assert f"data.root {tmp_path}: ignored: 1 file such as train/cat/Thumbs.db" in caplog.text
 
 
 def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_read(tmp_path: Path):
@@ -182,7 +195,7 @@ def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_rea
     for name in ("Val", "testing", "others"):
         (root / name).mkdir()
     (root / "dev").touch()
-    assert overlooked(root) == [
+    assert overlooked(root, ()) == [
         "Val/ is not read; rename it to validation/ to use its images",
         "testing/ is not read, test/ is",
     ]
