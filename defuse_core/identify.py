@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from defuse_core.artifacts import F32, I64, Bool, Failures, Models, Psi, ReferenceSet, Shard
-from defuse_core.codec import decode, encode
+from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
@@ -50,6 +50,7 @@ SHARDS = 512  # that a training set has at most, unless they would be larger tha
 SHARD_DECODINGS = 2**19  # of a shard at most: two minutes of a CPU core, about a second of a GPU
 COUNTS = ("images", "decodings", "images_with_any", "zero_noise_flips", "failing")  # fields of Shard and Psi
 SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
+SAMPLE_KEY = "psi_sample.safetensors"  # of the rows that subsample_psi draws, as a shard
 
 
 def blocks_per_shard(images: int, section: IdentifySection) -> int:
@@ -325,13 +326,29 @@ def gather_shards(counts: dict[int, Psi]) -> Psi:
 def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:
     """Return at most max_codes rows of Ψ, drawn without replacement, in order; a few shards are in memory at once.
 
-    SAMPLE_CODES rows at most where max_codes is null.
+    SAMPLE_CODES rows at most where max_codes is null. What is drawn is kept in the store, since a run asks several
+    times.
     """
     most = spec.distill.max_codes or SAMPLE_CODES
-    if psi.total > most:
-        wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
-    else:
-        wanted = np.arange(psi.total)
+    if psi.total <= most:
+        return _rows_of_psi(spec, psi, store, np.arange(psi.total))
+    # the record has the seconds of all shards, so it is another one after a shard was made again
+    fingerprint = f"{artefact_digest(psi)} {spec.seed} {most}"
+    try:
+        where, remedy = f"{store.address}/{SAMPLE_KEY}", "the sample is drawn again"
+        return _decode_shard(store.read(SAMPLE_KEY), where, -1, fingerprint, remedy).failures
+    except FileNotFoundError:
+        pass
+    except DamagedError as error:
+        log.warning("identify: %s", error)
+    wanted = np.sort(generator(spec.seed, "distill", "sample").choice(psi.total, most, replace=False))
+    drawn = _rows_of_psi(spec, psi, store, wanted)
+    store.write(SAMPLE_KEY, encode(Shard(drawn, 0, 0, 0, 0, 0.0, fingerprint=fingerprint)))
+    return drawn
+
+
+def _rows_of_psi(spec: RunFile, psi: Psi, store: Store, wanted: I64) -> Failures:
+    """Return rows of Ψ, (n,), in ascending order."""
     starts = np.concatenate([[0], np.cumsum(psi.codes)])
     nothing: I64 = np.zeros(0, np.int64)
     first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])

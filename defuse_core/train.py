@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import F64, ClassifierEpoch, Models
 from defuse_core.config import RunFile
-from defuse_core.data import Images, Splits, log_parts, open_splits
+from defuse_core.data import Images, Splits, expect_whole_files, log_parts, open_splits
 from defuse_core.device import autocast, cpu_threads, device_name
 from defuse_core.errors import RunFileError
 from defuse_core.evaluation import class_accuracy
@@ -55,8 +55,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
 
     With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
     """
-    on_disk = open_splits(spec.data, spec.seed)
-    _expect_validation(spec, on_disk)
+    on_disk = _open_parts(spec, store)
     if store is None or not _trains_both(spec):
         log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
@@ -127,8 +126,7 @@ def train_part(
     spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
 ) -> None:
     """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
-    on_disk = open_splits(spec.data, spec.seed)
-    _expect_validation(spec, on_disk)
+    on_disk = _open_parts(spec, store)
     vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
     with cpu_threads(spec.resources.train_threads):
         if part == "vae":
@@ -139,6 +137,15 @@ def train_part(
             return
         log_parts(spec.data, on_disk)
         train_classifier(spec, on_disk.loaded(), store, progress)
+
+
+def _open_parts(spec: RunFile, store: Store | None) -> Splits:
+    """Return the parts of the data set. Raises DataError or RunFileError for what would end the step later."""
+    on_disk = open_splits(spec.data, spec.seed)
+    _expect_validation(spec, on_disk)
+    if store is None or not store.list("training/"):  # before a training, which goes on without
+        expect_whole_files(on_disk)
+    return on_disk
 
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -64,11 +64,12 @@ def open_folder(data: DataSection, seed: int) -> Splits:
     """Return the images under ROOT, read on demand; the classes are the names of the folders, sorted."""
     root = data_root(data)
     classes = folder_classes(root / "train")
-    found = {name: _files(root / name, classes) for name in ("train", "validation", "test")}
+    ignored = list[str]()
+    found = {name: _files(root / name, classes, ignored) for name in ("train", "validation", "test")}
     _expect_images(root, (path for files in found.values() for of_class in files for path in of_class))
     train, validation, test = (_images(files, data) if files else None for files in found.values())
     assert train is not None  # folder_classes raises where its folder is missing
-    return divided(Splits(train, validation, test, classes), data, seed)
+    return divided(Splits(train, validation, test, classes, ignored=tuple(ignored)), data, seed)
 
 
 def folder_classes(part: Path) -> tuple[str, ...]:
@@ -93,8 +94,11 @@ def _class_folders(part: Path) -> tuple[str, ...]:
     return names
 
 
-def _files(part: Path, classes: tuple[str, ...]) -> list[FilePaths]:
-    """Return the files of each class of a part, sorted; nothing of a part that does not exist."""
+def _files(part: Path, classes: tuple[str, ...], ignored: list[str]) -> list[FilePaths]:
+    """Return the files of each class of a part, sorted; nothing of a part that does not exist.
+
+    Files of the system are added to `ignored`.
+    """
     if not part.exists():
         return []
     found = _class_folders(part)
@@ -108,7 +112,7 @@ def _files(part: Path, classes: tuple[str, ...]) -> list[FilePaths]:
         if odd[0] in classes:
             where = "train; add it, empty if there are no images of this class, or remove it"
         raise DataError(f"{part}: expected the class folders of train, but {odd[0]} is only in {where}")
-    files = [FilePaths.pack(sorted(walk_files(part / name)), f"{part}{os.sep}") for name in classes]
+    files = [FilePaths.pack(sorted(walk_files(part / name, ignored)), f"{part}{os.sep}") for name in classes]
     if part.name == "train" and (
         empty := [n for n, images in zip(classes, files, strict=True) if not images]
     ):
@@ -153,10 +157,10 @@ def _objects(paths: FilePaths, pattern: str) -> list[str]:
     return objects
 
 
-def walk_files(folder: Path) -> Iterator[str]:
+def walk_files(folder: Path, ignored: list[str] | None = None) -> Iterator[str]:
     """Yield the files below a folder, folder by folder, without hidden ones; links are followed.
 
-    Raises DataError naming a link to a folder above it.
+    Files of the system are added to `ignored`. Raises DataError naming a link to a folder above it.
     """
     above = {str(folder): {_identity(at) for at in (folder, *folder.resolve().parents)}}
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
@@ -172,6 +176,8 @@ def walk_files(folder: Path) -> Iterator[str]:
         for name in sorted(names):
             if not _hidden(name):
                 yield os.path.join(where, name)  # noqa: PTH118 - a Path each is slow for millions
+            elif ignored is not None and name.lower() in SYSTEM_FILES:
+                ignored.append(str(Path(where, name)))
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -212,7 +218,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             "" if splits.train.tracks is None else f", or {CHECK_TRACKS}",
         )
     if data.name == "folder" and data.root is not None:
-        for line in overlooked(data.root):
+        for line in overlooked(data.root, splits.ignored):
             log.warning("data.root %s: %s", data.root, line)
     for line in [*odd_images(splits.train), *shared_images(splits), *_shared_tracks(data, splits)]:
         log.warning("images: %s", line)
@@ -271,8 +277,8 @@ def part_of(name: str) -> str | None:
     return lower if lower in OTHER_NAMES.values() else OTHER_NAMES.get(lower)
 
 
-def overlooked(root: Path) -> list[str]:
-    """Return one line for each folder beside `train` that looks like a part, and for files of the system."""
+def overlooked(root: Path, ignored: Sequence[str]) -> list[str]:
+    """Return one line for each folder beside `train` that looks like a part, and for the `ignored` files."""
     lines = []
     for entry in sorted(root.iterdir()):
         wanted = OTHER_NAMES.get(entry.name.lower())
@@ -280,9 +286,10 @@ def overlooked(root: Path) -> list[str]:
             lines.append(f"{entry.name}/ is not read; rename it to {wanted}/ to use its images")
         elif wanted and entry.is_dir():
             lines.append(f"{entry.name}/ is not read, {wanted}/ is")
-    ignored = [path for path in root.glob("*/*/*") if path.name.lower() in SYSTEM_FILES]
     if ignored:
-        lines.append(f"ignored: {count_of(len(ignored), 'file')} such as {ignored[0].relative_to(root)}")
+        lines.append(
+            f"ignored: {count_of(len(ignored), 'file')} such as {Path(ignored[0]).relative_to(root)}"
+        )
     return lines
 
 

@@ -315,6 +315,7 @@ class Splits:
     test: Images | None
     classes: tuple[str, ...]  # C names; a label is an index into them
     validation_held_out: bool = False  # of the training part (data.validation_share)
+    ignored: tuple[str, ...] = ()  # files that a system wrote among those of a folder
 
     def parts(self) -> dict[str, Images]:
         """Return the parts that exist, by name."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import inspect
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import RunFile, dump_run_file
@@ -26,6 +29,9 @@ from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
 LARGE = 64  # images of at least so many pixels a side are shown larger, five a row
+IMAGE_BYTES = 100_000_000  # of the images of a page; where they take more, all are thumbnails
+THUMBNAIL = 112  # pixels a side that a thumbnail has at most
+SHOWN_REAL = 100  # scenarios whose nearest real images are shown beside thumbnails
 SHOWN_CLASSES = 12
 SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
@@ -73,6 +79,10 @@ def render_page(
 ) -> str:
     """Return the page: pictures inside it, nothing loaded from elsewhere, all text from the run escaped."""
     cards = [scenario_card(row, found, evaluation, evidence) for row in report.scenarios.list]
+    image_bytes = sum(len(tile.address) for card in cards for tile in (*card.tiles, *card.real))
+    as_thumbnails = image_bytes > IMAGE_BYTES
+    if as_thumbnails:
+        cards = _with_thumbnails(cards)
     classes = found.models.classes
     notes = report.votes.notes
     page = environment().get_template("report.html.j2")
@@ -81,6 +91,8 @@ def render_page(
         pictures={name: Markup(picture) for name, picture in pictures.items()},
         accepted=[card for card in cards if card.row.accepted],
         rejected=[card for card in cards if not card.row.accepted],
+        as_thumbnails=as_thumbnails,
+        limits={"megabytes": IMAGE_BYTES // 10**6, "side": THUMBNAIL, "real": SHOWN_REAL},
         class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
         classes=sorted(report.per_class, key=lambda row: (-abs(_change(row)), row.name)),
         shown_classes=SHOWN_CLASSES,
@@ -217,6 +229,28 @@ def _image_tile(
     """Return the tile of an image (channels, H, W) in [0, 1]."""
     pixelated = max(image.shape[1:]) <= PIXEL_ART
     return ImageTile(data_address(image), description, pixelated, before, after, own_label)
+
+
+def _with_thumbnails(cards: Sequence[ScenarioCard]) -> list[ScenarioCard]:
+    """Return the cards with smaller images; the nearest real images stay with the first SHOWN_REAL that have some."""
+    shown = [card.row.number for card in cards if card.real][:SHOWN_REAL]
+    return [
+        replace(
+            card,
+            tiles=tuple(map(_thumbnail, card.tiles)),
+            real=tuple(map(_thumbnail, card.real)) if card.row.number in shown else (),
+        )
+        for card in cards
+    ]
+
+
+def _thumbnail(tile: ImageTile) -> ImageTile:
+    """Return a tile with its image as a JPEG of at most THUMBNAIL pixels a side."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(tile.address.partition(",")[2]))) as picture:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture.save(file, "jpeg", quality=80)
+    return replace(tile, address=f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
 
 
 def render_run(report: Report | None, headline: str, page: str) -> str:

@@ -80,7 +80,7 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
     else:
         _expect_train(root)
         name, ((height, width, channels), forms) = "folder", _look_at_pictures(root / "train")
-        image_size, lines = _suggested_size(min(height, width)), [*overlooked(root), *_stretched(forms)]
+        image_size, lines = _suggested_size(min(height, width)), _stretched(forms)
     try:
         section = DataSection.model_validate(
             {"name": name, "root": root, "image_size": image_size, "channels": channels}
@@ -91,6 +91,8 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
             remedy = "rename it, or use a UTF-8 locale (LC_ALL=C.UTF-8)"
         raise DataError(f"{called}: {first_problem(error, DataSection)}; {remedy}") from error
     splits = open_splits(section, 0)
+    if name == "folder":
+        lines = [*overlooked(root, splits.ignored), *lines]
     if len(splits.train) < FEWEST:
         raise DataError(f"{called}: {len(splits.train)} training images are too few; add images")
     some = splits.train.take(evenly_spaced(len(splits.train), SAMPLE))

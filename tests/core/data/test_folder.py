@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from data_samples import SIZE, error_of, noise, save_picture, section
 
-from defuse_core.data import PictureFiles, log_parts, open_splits
+from defuse_core.data import PictureFiles, expect_whole_files, log_parts, open_splits
 from defuse_core.data.folder import overlooked, part_of
+from defuse_core.data.images import read_picture
+from defuse_core.errors import DataError
 from tests.no_access import refuse_access
 
 
@@ -171,8 +173,21 @@ def test_folders_of_other_tools_and_files_beside_the_classes_are_no_classes(tmp_
 @pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", "DESKTOP.INI"])
 def test_files_that_a_system_writes_beside_pictures_are_no_images_and_are_told(tmp_path: Path, name: str):
     (write_folder(tmp_path) / "train" / "cat" / name).touch()
-    assert len(open_splits(section("folder", tmp_path), 0).train) == 10
-    assert overlooked(tmp_path) == [f"ignored: 1 file such as train/cat/{name}"]
+    splits = open_splits(section("folder", tmp_path), 0)
+    assert len(splits.train) == 10
+    assert overlooked(tmp_path, splits.ignored) == [f"ignored: 1 file such as train/cat/{name}"]
+
+
+def test_files_of_a_system_are_told_without_listing_the_classes_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    data = section("folder", write_folder(tmp_path))
+    file = tmp_path / "train" / "cat" / "Thumbs.db"
+    file.touch()
+    splits = open_splits(data, 0)
+    file.unlink()
+    log_parts(data, splits)
+    assert f"data.root {tmp_path}: ignored: 1 file such as train/cat/Thumbs.db" in caplog.text
 
 
 def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_read(tmp_path: Path):
@@ -180,7 +195,7 @@ def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_rea
     for name in ("Val", "testing", "others"):
         (root / name).mkdir()
     (root / "dev").touch()
-    assert overlooked(root) == [
+    assert overlooked(root, ()) == [
         "Val/ is not read; rename it to validation/ to use its images",
         "testing/ is not read, test/ is",
     ]
@@ -326,3 +341,31 @@ def test_a_folder_out_of_order_is_refused_in_one_line(
 ):
     spoil(write_folder(tmp_path))
     assert expected.format(root=tmp_path) in error_of(section("folder", tmp_path))
+
+
+def test_validation_and_test_images_that_are_cut_off_are_refused_and_whole_ones_are_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root, decoded = write_folder(tmp_path), list[str]()
+    jpeg, cut, other = (root / name for name in ("test/cat/5.jpg", "test/dog/5.jpg", "validation/cat/5.bmp"))
+    for path in (jpeg, cut, other):
+        save_picture(path, noise(1, 40, 40, 3)[0])
+
+    def noted(path: str, channels: int, size: int) -> np.ndarray:
+        decoded.append(path)
+        return read_picture(path, channels, size)
+
+    monkeypatch.setattr("defuse_core.data.read_picture", noted)
+    splits = open_splits(section("folder", root), 0)
+    expect_whole_files(splits)
+    assert decoded == [str(other)]
+
+    cut.write_bytes(cut.read_bytes()[:-400])
+    (root / "test/cat/0.png").write_bytes(b"")
+    os.mkfifo(root / "test/cat/pipe.png")
+    with pytest.raises(DataError) as caught:
+        expect_whole_files(open_splits(section("folder", root), 0))
+    assert str(caught.value).startswith(
+        f"3 of 13 image files cannot be read: {root}/test/cat/0.png, {root}/test/cat/pipe.png, {cut}; the first error "
+        f"is: {root}/test/cat/0.png: expected an image, found an empty file"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +30,7 @@ from defuse_core.distill.sharded import (
     part_sums,
 )
 from defuse_core.errors import RunFileError
-from defuse_core.identify import save_shard, subsample_psi
+from defuse_core.identify import save_shard, shard_of_psi, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import _scenarios
 from defuse_core.protocols import silent
@@ -252,3 +253,37 @@ def test_a_part_is_asked_only_for_the_cells_that_it_holds() -> None:
     assert [*found] == [(0, 0), (0, 1), (5, 6)]
     merged = found[0, 1]
     assert (merged.count, merged.support, merged.total.tolist()) == (6, 4, [2.0, 2.0])
+
+
+def test_the_shards_are_read_once_for_a_sample_and_again_where_it_is_damaged_or_one_was_made_again(
+    stored: tuple[Psi, FolderStore], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (psi, store), read, spec = stored, list[str](), tiny(distill={"max_codes": 400})
+
+    def noting(self: FolderStore, key: str, read_file: Any = FolderStore.read) -> bytes:
+        read.append(key)
+        return read_file(self, key)
+
+    def sample_of(psi: Psi) -> tuple[Any, int]:
+        read.clear()
+        codes = subsample_psi(spec, psi, store).codes
+        return codes, sum(key.startswith("psi/") for key in read)
+
+    monkeypatch.setattr(FolderStore, "read", noting)
+    drawn, count = sample_of(psi)
+    assert (len(drawn), count) == (400, 4)
+    again, count = sample_of(psi)
+    np.testing.assert_array_equal(again, drawn)
+    assert count == 0 and not caplog.messages
+
+    store.write("psi_sample.safetensors", b"")
+    again, count = sample_of(psi)
+    np.testing.assert_array_equal(again, drawn)
+    assert count == 4 and "psi_sample.safetensors: expected a Shard artefact, found unreadable" in caplog.text
+
+    last = shard_of_psi(store, "", 4)
+    save_shard(
+        store, replace(last, seconds=1.0, failures=replace(last.failures, codes=last.failures.codes + 1))
+    )
+    again, count = sample_of(replace(psi, worker_seconds=1.0))
+    assert count == 4 and (again != drawn).any()

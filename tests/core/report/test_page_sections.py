@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, sample_spec, sample_watch
 
@@ -151,3 +155,35 @@ def test_the_page_says_which_draws_to_tune_on_are_left_out(
     text = words_of(run.store.read("report.html"))
     assert ("whose label they see in no draw is tuned on unfiltered draws." in text) is unfiltered
     assert ("In the measurement with left-out scenarios, draws in their regions are not" in text) is left_out
+
+
+def shown_images(page: bytes) -> list[tuple[str | None, tuple[int, int]]]:
+    """Format and size of each image of a page."""
+    found = re.findall(r'src="data:image/\w+;base64,([^"]+)"', page.decode())
+    pictures = [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
+    return [(picture.format, picture.size) for picture in pictures]
+
+
+def test_a_page_of_too_many_bytes_of_images_shows_smaller_ones_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    found, evaluation = sample_findings(3, 2, images=4, side=144)
+    noise = np.random.default_rng(0).random(found.gallery.images.shape, np.float32)
+    found = replace(found, gallery=replace(found.gallery, images=noise))
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]] * 2))
+    pages = []
+    for name, limit in (("whole", 10**8), ("reduced", 10**5)):
+        monkeypatch.setattr("defuse_core.report.html.IMAGE_BYTES", limit)
+        monkeypatch.setattr("defuse_core.report.html.SHOWN_REAL", 1)
+        run = sample_run(tmp_path / name)
+        write_report(run, found, evaluation, evidence)
+        pages.append(run.store.read("report.html"))
+    whole, reduced = pages
+    assert sorted(size for _, size in shown_images(whole)) == [(32, 32)] * 2 + [(144, 144)] * 12
+    assert sorted(shown_images(reduced)) == [("JPEG", (32, 32))] + [("JPEG", (112, 112))] * 12
+    assert len(reduced) < len(whole)
+    told = (
+        "They are shown as JPEGs of at most 112 pixels a side, and the nearest real images of the first 1 "
+        "scenarios alone; gallery.safetensors of this run has the reviewed images as they were."
+    )
+    assert told in words_of(reduced) and "as they were" not in words_of(whole)

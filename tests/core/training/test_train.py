@@ -3,6 +3,7 @@ import platform
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -10,7 +11,7 @@ from defuse_core.artifacts import Models
 from defuse_core.codec import decode
 from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import DefuseError, ModelError, RunFileError, RunMismatchError
+from defuse_core.errors import DataError, DefuseError, ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_vae,
@@ -359,6 +360,23 @@ def test_a_classifier_to_train_on_that_cannot_be_read_is_refused_before_the_vae_
     with pytest.raises(DefuseError, match=message):
         train_side_by_side(spec, store, LocalCompute())
     assert not [key for key in store.list() if "vae" in key]
+
+
+def test_a_test_image_that_is_cut_off_is_refused_before_the_vae_is_trained(tmp_path):
+    root, store = tmp_path / "pictures", FolderStore(tmp_path / "run")
+    for part, count in (("train", 3), ("validation", 3), ("test", 100)):
+        for label in "ab":
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (16, 16), number).save(root / part / label / f"{number:02}.png")
+    cut = root / "test" / "a" / "02.png"  # which no fingerprint is of
+    cut.write_bytes(cut.read_bytes()[:40])
+    spec = tiny(data={"name": "folder", "root": str(root), "validation_share": 0.0, "train_images": None})
+    with pytest.raises(
+        DataError, match=r"pictures/test/a/02\.png: expected an image, found .*; repair or remove"
+    ):
+        train_side_by_side(spec, store, LocalCompute())
+    assert store.list() == []
 
 
 def test_an_epoch_takes_every_row_once_but_no_batch_of_one():
