@@ -64,7 +64,7 @@ class RunResult:
         try:
             text = self.run.store.read("report.json")
         except FileNotFoundError as error:
-            raise self.run.lacks(UNFINISHED) from error
+            raise self.run.incomplete_error(UNFINISHED) from error
         try:
             return parse_report(text, f"{self.run.store.address}/report.json")
         except InputError:
@@ -129,7 +129,7 @@ class RunResult:
     def _models(self) -> Models:
         models = self.run.load(Models)
         if models is None:
-            raise self.run.lacks("has no models yet; the call that started it continues it")
+            raise self.run.incomplete_error("has no models yet; the call that started it continues it")
         return with_measured_health(self.run, models)
 
     @cached_property

@@ -284,7 +284,7 @@ class Run:
         """Return the stored artefact of `kind`. Raises InputError where it has not been made yet."""
         artefact = self.load(kind, key)
         if artefact is None:
-            raise self.lacks(UNFINISHED)
+            raise self.incomplete_error(UNFINISHED)
         return artefact
 
     def delete(self, names: Sequence[str], trials: tuple[str, ...] = ()) -> None:
@@ -301,7 +301,7 @@ class Run:
         """Whether the store still holds the run, which can be moved or deleted after it was opened."""
         return self.store.exists("run.yaml")
 
-    def lacks(self, what: str) -> InputError:
+    def incomplete_error(self, what: str) -> InputError:
         """Return the error of a run that has not made something yet: `what`, unless the run itself is gone."""
         return InputError(f"run {self.name} {what}" if self.exists() else f"{self.store.address}: {GONE}")
 

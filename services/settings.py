@@ -21,7 +21,6 @@ class Settings:
     label_studio_url: str | None  # LABEL_STUDIO_URL
     label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
     serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN; an empty one is kept, to be refused
-    debug: bool  # DEFUSE_DEBUG: show tracebacks
     forwarded_for: bool = False  # DEFUSE_FORWARDED_FOR: a proxy on this machine adds X-Forwarded-For
     # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio; `~` is expanded where it is used
     cache: Path = Path("~/.cache/defuse")
@@ -49,7 +48,6 @@ def read_settings() -> Settings:
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
         serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
-        debug=is_on("DEFUSE_DEBUG"),
         forwarded_for=is_on("DEFUSE_FORWARDED_FOR"),
         label_studio_host=get("LABEL_STUDIO_HOST") or None,
         mlflow_uri=get("MLFLOW_TRACKING_URI") or None,

@@ -112,7 +112,8 @@ def _send(run: Run, settings: Settings, status: str) -> None:
     from mlflow.entities import Metric, Param  # after DEFAULTS are set
 
     fields = flat_fields(json.loads(run.store.read(SETTINGS)))
-    params = {name: _as_param(value) for name, value in fields.items()}
+    # in one line: some servers keep only the first
+    params = {name: one_line(str(value), PARAM_LENGTH).rstrip() for name, value in fields.items()}
     artefacts = run.manifest()["artefacts"]
     made = {key: artefacts[key]["made"] for key in ("models", *SWEEPS) if key in artefacts}
     state = _known_run(run, client, params, made)
@@ -194,11 +195,6 @@ def _send_files(run: Run, client: MlflowClient, run_id: str) -> None:
         except InputError as error:
             log.info("mlflow: no model is sent: %s", error)
         client.log_artifacts(run_id, folder)
-
-
-def _as_param(value: object) -> str:
-    """Return a value in one line, since some servers keep only the first."""
-    return one_line(str(value), PARAM_LENGTH).rstrip()
 
 
 def _figures(name: str, tree: Mapping[str, Any]) -> Figures:

@@ -37,7 +37,7 @@ def expect_shapes(owner: object, axes: dict[str, str]) -> None:
                 )
 
 
-def rows_of(owner: Any, rows: I64 | Bool) -> dict[str, Any]:
+def rows_of(owner: Any, rows: slice | I64 | Bool) -> dict[str, Any]:
     """Return `rows` of each array of an artefact, by the names of its fields; fields that are None are left out."""
     values = {each.name: getattr(owner, each.name) for each in fields(owner)}
     return {name: value[rows] for name, value in values.items() if value is not None}

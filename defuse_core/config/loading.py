@@ -162,7 +162,7 @@ def _message(detail: ErrorDetails) -> str:
 
 def _found(value: object) -> str:
     """Return a value of a run file as a message shows it."""
-    return _as_yaml(value) if value is None or isinstance(value, bool) else repr(value)
+    return _shown(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:
@@ -312,7 +312,7 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterator[FieldDescription]:
         if _is_section(kind):
             yield from _fields(kind, f"{prefix}{name}.")
         else:
-            default = "required" if info.is_required() else _as_yaml(info.default)
+            default = "required" if info.is_required() else _shown(info.default)
             meaning = " ".join((info.description or "").split())
             yield FieldDescription(prefix + name, _values(info), default, meaning)
             for inner in filter(_is_section, typing.get_args(kind)):
@@ -359,7 +359,7 @@ def _type_text(kind: Any) -> str:
     return NAMES.get(None if kind is type(None) else kind, getattr(kind, "__name__", str(kind)))
 
 
-def _as_yaml(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,6 @@ class FileLoader:
             num_workers=readers,
             persistent_workers=True,
             multiprocessing_context="forkserver",  # a fork of a process with Ray's threads may stop for ever
-            collate_fn=_unchanged,
             generator=torch.Generator(),  # the loader draws a seed per epoch, else from that of the dropout masks
         )
 
@@ -63,10 +61,6 @@ class FileLoader:
             if isinstance(pixels, str):
                 raise DataError(pixels)
             yield pixels.numpy()
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 @functools.cache

@@ -68,19 +68,14 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
     return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
 
 
-def with_validation(train: Images, share: float, seed: int) -> tuple[Images, Images | None]:
-    """Return (train, validation): `share` of the training images held out, or None where it is 0."""
-    return hold_out(train, share, generator(seed, "split", "validation")) if share else (train, None)
-
-
 def divided(splits: Splits, data: DataSection, seed: int) -> Splits:
     """Return a data set as `data` divides it: validation_share is held out where there is no validation part, and
     train_images are drawn of the others.
     """
-    train, validation, held_out = splits.train, splits.validation, False
-    if validation is None:
-        train, validation = with_validation(train, data.validation_share, seed)
-        held_out = validation is not None
+    train, validation = splits.train, splits.validation
+    held_out = validation is None and data.validation_share > 0
+    if held_out:
+        train, validation = hold_out(train, data.validation_share, generator(seed, "split", "validation"))
     train = sample(train, data.train_images, seed)
     return replace(splits, train=train, validation=validation, validation_held_out=held_out)
 

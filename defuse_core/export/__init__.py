@@ -99,7 +99,7 @@ def corrected_classifier(run: Run) -> tuple[Models, nn.Module]:
     """
     models, sweep = run.load(Models), run.load(Sweep)
     if models is None or sweep is None:
-        raise run.lacks(UNFINISHED)
+        raise run.incomplete_error(UNFINISHED)
     if not sweep.has_correction:
         raise InputError(
             f"run {run.name} corrected nothing ({why_not_corrected(run)}), so there is no corrected classifier"

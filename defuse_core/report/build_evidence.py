@@ -235,10 +235,10 @@ def _found(part: str, figures: DetectionFigures | None) -> str:
     if figures is None or not figures.errors or figures.flagged is None:
         return ""
     area = figures.auroc
-    told = ""
+    area_text = ""
     if area.value is not None and area.low is not None and area.high is not None:
-        told = f" AUROC {with_bounds(area.value, area.low, area.high, 2)}, and"
-    found = f"; on {part} images{told} {figures.flagged:,} of {figures.images:,} are flagged"
+        area_text = f" AUROC {with_bounds(area.value, area.low, area.high, 2)}, and"
+    found = f"; on {part} images{area_text} {figures.flagged:,} of {figures.images:,} are flagged"
     if figures.recall.value is None:
         return found
     right = round(figures.recall.value * figures.errors)

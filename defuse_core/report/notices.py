@@ -60,8 +60,8 @@ def _effect(report: Report, correct: CorrectSection) -> str:
     notes = [] if plain is None else [f"{percent(plain, 2)} after plain further training"]
     if part == "validation" and correct.choose_by in ("tune", "validation"):
         notes.append("not independent: λ was chosen on these images")
-    told = f" ({'; '.join(notes)})" if notes else ""
-    return f"{text}. {part.capitalize()} set: {percent(was, 2)} before, {percent(now, 2)} after{told}."
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    return f"{text}. {part.capitalize()} set: {percent(was, 2)} before, {percent(now, 2)} after{noted}."
 
 
 def nobody_judged(report: Report) -> str | None:

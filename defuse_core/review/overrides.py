@@ -60,7 +60,7 @@ def override_verdict(
     """
     gallery = run.load(Gallery)
     if gallery is None:
-        raise run.lacks(f"has no scenarios yet; {CONTINUES}")
+        raise run.incomplete_error(f"has no scenarios yet; {CONTINUES}")
     if not 0 <= scenario < len(gallery):
         raise InputError(f"scenario {scenario}: run {run.name} has scenarios 0 to {len(gallery) - 1}")
     if not reason.strip():

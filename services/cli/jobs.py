@@ -45,7 +45,7 @@ RUN_FILE = "run.yaml"
 SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gitignore", ".rayignore")
 MOST_MB = 99  # Ray's dashboard takes 100 MiB at most
 
-address_option = click.option(
+dashboard_option = click.option(
     "--address",
     callback=given,
     help="Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is an http:// address, else "
@@ -55,7 +55,7 @@ address_option = click.option(
 
 @click.command(short_help="Run a run file as a job on a Ray cluster.")
 @click.argument("runfile", type=GivenPath())
-@address_option
+@dashboard_option
 @name_option
 @click.option(
     "--store",
@@ -137,7 +137,7 @@ def jobs() -> None:
 
 
 @jobs.command(name="list")
-@address_option
+@dashboard_option
 def list_jobs(address: str | None) -> None:
     """List the jobs of the cluster."""
     rows = [_row(job) for job in _jobs_at(address).list()]
@@ -149,7 +149,7 @@ def list_jobs(address: str | None) -> None:
 
 @jobs.command()
 @click.argument("job_id", callback=given)
-@address_option
+@dashboard_option
 @click.option("--follow", is_flag=True, help="Follow the log until the job ends, and end with its exit code.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
     """Show what the job JOB_ID has written."""
@@ -162,7 +162,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 
 @jobs.command()
 @click.argument("job_id", callback=given)
-@address_option
+@dashboard_option
 def stop(job_id: str, address: str | None) -> None:
     """Stop the job JOB_ID. Submitted again, its run continues where it stopped."""
     stopped = _jobs_at(address).stop(job_id)

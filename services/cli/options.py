@@ -129,8 +129,8 @@ def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = Fa
 
         text = unbroken(text)
         lines = textwrap.wrap(text, max(24, columns), break_long_words=False, break_on_hyphens=False)
-    told = f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines)
-    click.echo(told.replace("\u00a0", " "), err=err)
+    text = f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines)
+    click.echo(text.replace("\u00a0", " "), err=err)
 
 
 def run_name(name: str | None, runfile: Path) -> str:

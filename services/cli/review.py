@@ -389,5 +389,5 @@ def _open(name: str, store: str) -> tuple[Run, Gallery]:
     opened = Run.open(open_store(store), _checked_name(name))
     gallery = opened.load(Gallery)
     if gallery is None:
-        raise opened.lacks(f"has no images to review yet; {CONTINUES}")
+        raise opened.incomplete_error(f"has no images to review yet; {CONTINUES}")
     return opened, gallery

@@ -376,8 +376,8 @@ def _expect_may_go_on(store: Store, run: Run) -> None:
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
     """Say that --profile had no effect, where the run has no more traces than before."""
     if profile is not None and run.store.list("profile/") == traces:
-        told = "nothing was traced, since nothing was left to compute in this step; to trace it, run it under another"
-        echo_marked("note:", f"--profile {profile}: {told} --name", len("note: "), err=True)
+        note = "nothing was traced, since nothing was left to compute in this step; to trace it, run it under another"
+        echo_marked("note:", f"--profile {profile}: {note} --name", len("note: "), err=True)
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

@@ -311,11 +311,8 @@ class AnnotationReader:
         except ValidationError:
             return "", "not an answer of this interface"
         control, choices = row.from_name, row.value.choices
-        allowed = (
-            [LABEL]
-            if subject.image is not None
-            else [LABEL, *(f"{LABEL}_{image}" for image in range(self.images))]
-        )
+        shown_beside = range(self.images if subject.image is None else 0)
+        allowed = [LABEL, *(f"{LABEL}_{image}" for image in shown_beside)]
         if control not in allowed:
             return control, f"an answer for {control!r:.40}, which was not asked"
         if choices is None or len(choices) != 1:

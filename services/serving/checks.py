@@ -206,9 +206,11 @@ def own_label_check(
     loss = float(before[worst] - after[worst])
     line = "judges' labels: no scenario is less often right"
     if loss > 0:
-        told = "significant, and none may be" if is_worse.any() else "not significant"
+        verdict = "significant, and none may be" if is_worse.any() else "not significant"
         change = f"{percent(before[worst], 2)} to {percent(after[worst], 2)}"
-        line = f"largest loss by the judges' labels: scenario {corrections.scenario[worst]}, {change}, {told}"
+        line = (
+            f"largest loss by the judges' labels: scenario {corrections.scenario[worst]}, {change}, {verdict}"
+        )
     return Check("own label", not is_worse.any(), line, found=max(0.0, loss))
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, F64, Bool
+from defuse_core.artifacts.scenarios import rows_of
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.device import computing_on, device
 from defuse_core.errors import ModelError
@@ -85,13 +86,7 @@ class ModelOutput:
     flagged: Bool  # (n,) failure reaches the threshold
 
     def rows(self, rows: slice) -> ModelOutput:
-        return ModelOutput(
-            self.probabilities[rows],
-            self.distances[rows],
-            self.inside[rows],
-            None if self.failure is None else self.failure[rows],
-            self.flagged[rows],
-        )
+        return replace(self, **rows_of(self, rows))
 
 
 class ScenarioDistances(nn.Module):

@@ -71,8 +71,8 @@ class ServingMetrics:
             "calibration_error; auroc_low is the lower 95 % bound.",
             tag_keys=tag_keys("version", "images", "figure"),
         )
-        self.rejected = Counter(  # of rejected requests; exported under an older word
-            "defuse_refused", "Requests rejected, by HTTP status.", tag_keys=tag_keys("status")
+        self.rejected = Counter(
+            "defuse_rejected", "Requests rejected, by HTTP status.", tag_keys=tag_keys("status")
         )
         self.serving = Gauge(
             "defuse_serving",

@@ -22,7 +22,6 @@ FIELDS = {  # of each variable that is text
     "MLFLOW_EXPERIMENT_NAME": "mlflow_experiment",
 }
 SWITCHES = {
-    "DEFUSE_DEBUG": "debug",
     "DEFUSE_FORWARDED_FOR": "forwarded_for",
 }
 
@@ -141,7 +140,7 @@ def test_switches_are_off_where_they_are_not_set(monkeypatch):
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
     settings = read_settings()
-    assert not (settings.debug or settings.forwarded_for)
+    assert not settings.forwarded_for
 
 
 def test_a_cache_below_an_unknown_home_does_not_keep_the_other_settings_from_being_read(monkeypatch):

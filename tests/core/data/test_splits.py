@@ -17,7 +17,6 @@ from defuse_core.data.splits import (
     split_tracks,
     stratified_order,
     track_mates,
-    with_validation,
 )
 from defuse_core.errors import DataError
 from defuse_core.seeds import generator
@@ -143,12 +142,11 @@ def test_the_only_track_of_a_class_is_kept(seed: int):
 def test_the_seed_says_which_images_are_held_out_halved_and_sampled():
     images = numbered(40)
     for divided in (
-        lambda seed: ids(with_validation(images, 0.5, seed)[1]),
+        lambda seed: ids(hold_out(images, 0.5, generator(seed, "test"))[1]),
         lambda seed: ids(halves(images, seed)[0]),
         lambda seed: ids(sample(images, 20, seed)),
     ):
         assert divided(0) == divided(0) != divided(1)
-    assert with_validation(images, 0.0, 0) == (images, None)
 
 
 def test_two_images_can_be_halved_and_one_cannot():
