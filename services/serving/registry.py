@@ -43,11 +43,6 @@ class DamagedVersionError(DamagedError):
     """The file of a version is missing, damaged, or that of another version: to read it again does not help."""
 
 
-def is_store_outage(error: BaseException) -> bool:
-    """Whether the store does not answer now, and may at the next attempt; a damaged file stays damaged."""
-    return isinstance(error, StoreError) and not isinstance(error, DamagedError)
-
-
 class Registry:
     """The registry of one store."""
 
