@@ -246,7 +246,7 @@ class Registry:
         return self.change(f"ended version {number}", by, why, updates)
 
     def why_ended(self, digest: str) -> list[str]:
-        """Return, as a line, why a replica ended the canary or shadow of this digest, if the last change is that or may be."""
+        """Return, as a line, why a replica ended the canary or shadow of this digest, if it just did, or may have."""
         state = self.state()
         if state.by != AUTHOR:
             return []
