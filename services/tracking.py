@@ -69,7 +69,7 @@ def expect_mlflow(settings: Settings) -> None:
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
         )
-    remedy = "no figure is logged unless it answers when the run ends; check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN"
+    remedy = "no figure is logged unless it answers at the end; check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN"
     log.info("mlflow: asking the server")
     with _warning(settings, "the server cannot be used", remedy), _environment(FIRST_REQUEST):
         _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)

@@ -210,7 +210,7 @@ def test_a_server_that_never_answers_holds_up_the_start_for_one_short_timeout(mo
         expect_mlflow(read_settings())
         assert time.monotonic() - started < float(DEFAULTS["MLFLOW_HTTP_REQUEST_TIMEOUT"])
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "no figure is logged unless it answers when the run ends" in line
+    assert "no figure is logged unless it answers at the end" in line
     assert not FIRST_REQUEST.keys() & os.environ.keys()  # what is sent at the end has more time
 
 
