@@ -135,7 +135,7 @@ def expect_may_go_on(run: Run) -> None:
     if run.with_added is not None and (version := _version_of(run)) is not None:
         raise InputError(
             f"run {run.name}: version {version} in the registry was made from it, and it is that version's record; "
-            "copy its folder in the store, and add the λ to the copy (--name, or name= in Python)"
+            "copy its folder in the store, and change the copy (--name, or name= in Python)"
         )
 
 
