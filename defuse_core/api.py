@@ -40,7 +40,7 @@ from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import local_compute
 from defuse_core.models import expect_storable, is_same_program, program_of
-from defuse_core.pipeline import expect_same_images, run_defuse
+from defuse_core.pipeline import expect_may_go_on, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
 from defuse_core.results import RunResult, is_complete
 from defuse_core.runs import IMAGES, Run, has_made_something
@@ -123,7 +123,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.recorded(opened, name) if given.begun else None
         spec = given.run_file(recorded, minutes, progress)
-        run = Run.start(opened, name, spec if compute else with_absolute_root(spec), check=expect_same_images)
+        run = Run.start(opened, name, spec if compute else with_absolute_root(spec), check=expect_may_go_on)
         given.keep_settings(minutes)
         _expect_annotators(run, annotators)
         if run.spec == recorded and is_complete(result := RunResult(run, classifier)):

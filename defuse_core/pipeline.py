@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,11 +25,12 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
+from defuse_core.codec import array_digest
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.draws import with_both_halves
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import DataError, StoreError
+from defuse_core.errors import DamagedError, DataError, InputError, StoreError
 from defuse_core.evaluation import (
     Controls,
     Findings,
@@ -126,7 +129,40 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     return write_report(run, found, evaluation, evidence, watch)
 
 
-def expect_same_images(run: Run) -> None:
+def expect_may_go_on(run: Run) -> None:
+    """Raise RunMismatchError for other images, and InputError for a λ that is added to the record of a version."""
+    _expect_same_images(run)
+    if run.with_added is not None and (version := _version_of(run)) is not None:
+        raise InputError(
+            f"run {run.name}: version {version} in the registry was made from it, and it is that version's record; "
+            "copy its folder in the store, and change the copy (--name, or name= in Python)"
+        )
+
+
+def _version_of(run: Run) -> str | None:
+    """Return the newest version that was made from the run, by the last change in the registry of services/serving.
+
+    None where there is none, or it was made from another run of the name. Raises DamagedError.
+    """
+    changes, gallery = run.runs.within("registry/changes"), run.load(Gallery)
+    keys = [key for key in changes.list() if re.fullmatch(r"\d{6,}\.json", key)]
+    if not keys or gallery is None:
+        return None
+    last = max(keys, key=lambda key: (len(key), key))
+    try:
+        versions = json.loads(changes.read(last))["versions"].items()
+        # one folder where the file system ignores case
+        found = {n: (info["run"].casefold(), info["components_digest"]) for n, info in versions}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"{changes.address}/{last}: expected a registry state, found none; restore the file"
+        ) from error
+    # as services/serving/traffic.py tells runs of one name apart
+    components = array_digest({"codes": gallery.codes, "images": gallery.images})
+    return next((n for n in reversed(found) if found[n] == (run.name.casefold(), components)), None)
+
+
+def _expect_same_images(run: Run) -> None:
     """Raise RunMismatchError where a finished run's images, if they are on this machine, are others now.
 
     A step that is yet to be made notices that by itself, on the machine that reads the images.

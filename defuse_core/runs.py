@@ -112,7 +112,7 @@ class Run:
 
     def __init__(self, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> None:
         self.name, self.spec, self.until = name, spec, until
-        self.store = store.within(name)
+        self.runs, self.store = store, store.within(name)  # that of all runs, and of this one
         self.made_s = 0.0  # what all artefacts made so far took
         # the run file as given, while λ that it adds are not recorded yet
         self.with_added: RunFile | None = None

@@ -26,6 +26,21 @@ def stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def last_words() -> Iterator[None]:
+    """Ignore further signals in the block, which says that one came; after it they end the process without a word."""
+    _react(signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        _react(signal.SIG_DFL)
+
+
+def _react(how: signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, how)
+
+
 def stopped_exit_code() -> int:
     """Return the exit code of a command that a signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
     return 128 + (_received or [signal.SIGINT])[0]
@@ -43,5 +58,6 @@ def main() -> None:
 
         run_command()
     except KeyboardInterrupt:
-        print(f"defuse: {stopped_line()}", file=sys.stderr)
+        with last_words():
+            print(f"defuse: {stopped_line()}", file=sys.stderr)
         sys.exit(stopped_exit_code())

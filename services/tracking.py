@@ -40,11 +40,15 @@ ERROR_LENGTH = 600  # characters: MLflow's own errors name the cause, or what to
 SWEEPS = ("baseline", "sweep")
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
-DEFAULTS = {  # of the environment, read when mlflow is imported
+DEFAULTS = {  # of the environment, some of them read when mlflow is imported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # else a server under maintenance holds a run up for hours
     "MLFLOW_DISABLE_TELEMETRY": "true",  # else it sends records of its use to an address of its own
+}
+FIRST_REQUEST = {  # in place of DEFAULTS, for the question at the start, which holds up the run
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
 }
 
 Figures = dict[str, float]
@@ -65,9 +69,9 @@ def expect_mlflow(settings: Settings) -> None:
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
         )
-    remedy = "check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN; it is asked again when the run ends"
+    remedy = "no figure is logged unless it answers at the end; check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN"
     log.info("mlflow: asking the server")
-    with _warning(settings, "the server cannot be used", remedy):
+    with _warning(settings, "the server cannot be used", remedy), _environment(FIRST_REQUEST):
         _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)
 
 
@@ -85,6 +89,18 @@ def tracking(run: Run, settings: Settings) -> Iterator[None]:
         log.info("mlflow: sending what %s has made", run.name)
         with _warning(settings, f"{run.name} is not tracked", "the same command sends it later"):
             _send(run, settings, status)
+
+
+@contextlib.contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Set the variables of `defaults` that are not set while the block runs."""
+    missing = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del os.environ[name]
 
 
 @contextlib.contextmanager

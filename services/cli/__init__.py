@@ -18,7 +18,7 @@ import click
 import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
-from services import stopped_exit_code, stopped_line, stopping_on_sigterm
+from services import last_words, stopped_exit_code, stopped_line, stopping_on_sigterm
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import echo_marked
 from services.cli.results import compare, export, suite
@@ -151,7 +151,8 @@ def _run_command() -> None:
             error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail(stopped_line(), stopped_exit_code())
+        with last_words():
+            _fail(stopped_line(), stopped_exit_code())
     except Exception as error:
         debugging = _is_debugging()
         if debugging:

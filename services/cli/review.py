@@ -154,7 +154,7 @@ def _later_answers(
     run: Run, gallery: Gallery, votes: Votes
 ) -> tuple[AnswerChanges | None, DefuseError | None]:
     """Return how people's answers changed after the votes, and why that is not known, where it is not."""
-    if run.spec.review.annotators != "label-studio":
+    if run.spec.review.annotators != "label-studio" or not len(gallery):
         return None, None
     try:
         from services.labeling.annotations import answer_changes

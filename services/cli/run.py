@@ -20,7 +20,6 @@ from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
 from services.cli.options import (
     CLASSIFIER_HELP,
-    COPY_IT,
     GivenPath,
     address_option,
     classifier_fields,
@@ -45,7 +44,6 @@ from services.settings import read_settings
 if TYPE_CHECKING:
     from defuse_core.protocols import Annotators, Compute
     from defuse_core.runs import Run
-    from defuse_core.store import Store
     from defuse_core.suggest import Plan
 
 
@@ -221,7 +219,7 @@ def run(
     from defuse_core.config import load_run_file, with_absolute_root
     from defuse_core.data import check_class_names, expect_root
     from defuse_core.local import Profile, local_compute
-    from defuse_core.pipeline import run_defuse
+    from defuse_core.pipeline import expect_may_go_on, run_defuse
     from defuse_core.runs import ReachedStep, Run
     from services.cli.console import ProgressDisplay
     from services.cli.tables import print_report
@@ -246,7 +244,7 @@ def run(
         expect_mlflow(read_settings())
     found = None
     with opened.within(name).lock(), ProgressDisplay() as display:
-        started = Run.start(opened, name, spec, until, check=partial(_expect_may_go_on, opened))
+        started = Run.start(opened, name, spec, until, check=expect_may_go_on)
         traces = started.store.list("profile/") if profile is not None else []
         traced = Profile(profile, started.store)
         computing: AbstractContextManager[Compute]
@@ -362,15 +360,6 @@ def delete(run: str, store: str, yes: bool) -> None:
         sampled = delete_traffic(opened, run)
         found.delete_all()
     click.echo(f"deleted {run}: {count_of(len(keys) + sampled, 'file')}")
-
-
-def _expect_may_go_on(store: Store, run: Run) -> None:
-    """Raise RunMismatchError for other images, and InputError for a λ that is added to what is in the registry."""
-    from defuse_core.pipeline import expect_same_images
-
-    expect_same_images(run)
-    if run.with_added is not None:
-        expect_not_promoted(store, run.name, COPY_IT)
 
 
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:

@@ -8,6 +8,8 @@ from functools import cached_property
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from defuse_core.artifacts import F32, Gallery, Votes
 from defuse_core.errors import (
     DamagedError,
@@ -83,7 +85,11 @@ class LabelStudioAnnotators:
         """Return all answers, once each image has as many as requested, is sure, or its scenario is decided.
 
         Raises LabelsPending before that; with `wait`, polls the server instead, less often while nothing changes.
+        Nobody is asked about a gallery without a scenario.
         """
+        if not len(gallery):
+            nothing = np.zeros(0, np.int64)
+            return Votes(nothing, nothing, nothing, nothing, np.zeros(0), (), answered_by="people", notes={})
         if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
         status, state = self._pull(gallery, self.push(gallery))
@@ -98,7 +104,9 @@ class LabelStudioAnnotators:
         return status.final_votes(state)
 
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
-        """Create or complete the run's project, and return its state."""
+        """Create or complete the run's project, and return its state. Raises InputError without a scenario to label."""
+        if not len(gallery):
+            raise InputError(f"run {self.run.name} has no candidate scenario, so there is nothing to label")
         tasks, prelabels = self._tasks(gallery), None
         if self.run.spec.review.prelabel:
             prelabels = prelabels_by_task(tasks, self._probabilities(gallery))

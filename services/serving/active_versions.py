@@ -19,12 +19,13 @@ from scipy import special
 from defuse_core.artifacts import F32, Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, StoreError, StoreSettingsError, count_of, percent
+from defuse_core.errors import DefuseError, StoreError, count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
-from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry, is_store_outage
+from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry
 from services.serving.registry_state import EMPTY, RegistryState
+from services.storage import is_store_outage, may_answer_later
 
 log = logging.getLogger("defuse")
 MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
@@ -251,8 +252,7 @@ class RegistryWatcher:
             active = self.load_changes(own) or own
         except DefuseError as error:
             log.error("the registry's version cannot be loaded: %s", error)
-            is_outage = is_store_outage(error) and not isinstance(error, StoreSettingsError)
-            active = replace(own, error=reason_for_clients(error), is_outage=is_outage)
+            active = replace(own, error=reason_for_clients(error), is_outage=may_answer_later(error))
         if failure is not None and active.production is None:
             raise failure
         return active
@@ -365,7 +365,7 @@ class RegistryWatcher:
         try:
             data = self.store.read(key)
         except FileNotFoundError as error:
-            raise StoreError(
+            raise DamagedVersionError(
                 f"{path}: the model that this server was started with is missing, as after `defuse delete`; promote "
                 "a run with `defuse promote RUN`, or serve another one"
             ) from error

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
@@ -36,7 +37,7 @@ from defuse_core.runs import Run
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.candidate import Candidate, prepare_candidate
-from services.serving.deployment import ClassifierDeployment
+from services.serving.deployment import ClassifierDeployment, when_store_answers
 from services.serving.launch import (
     Proxy,
     ServeArgs,
@@ -64,7 +65,7 @@ class ClassifierIngress(ClassifierDeployment):
         hide_other_gpus()
         super().__init__(*args)
         # Serve gives up after a few constructors that raise
-        while require_model and self.active.is_outage:
+        while self.active.is_outage and (require_model or _is_application_answering()):
             time.sleep(POLL_S)
             self.active = self.watcher.load_initial()
         if self.active.error is not None and require_model:
@@ -84,13 +85,16 @@ def _is_application_answering() -> bool:
 
 
 def build(args: ServeArgs | dict[str, Any]) -> Application:
-    """Return the application, one deployment. Raises InputError for invalid settings or a run without a model.
+    """Return the application, one deployment, once the store answers.
 
-    `serve deploy` and `serve run` pass a dict: Ray cannot see the type behind a postponed annotation.
+    Raises InputError for invalid settings or a run without a model. `serve deploy` and `serve run` pass a dict: Ray
+    cannot see the type behind a postponed annotation.
     """
-    args = ServeArgs.model_validate(args)
-    settings = resolve_settings(args)
-    store = open_store(args.store)
+    return when_store_answers(partial(_application, ServeArgs.model_validate(args)))
+
+
+def _application(args: ServeArgs) -> Application:
+    settings, store = resolve_settings(args), open_store(args.store)
     registry, initial = Registry(store), InitialModel()
     if args.run is not None:
         key, candidate = prepare_candidate(Run.open(store, args.run))
@@ -306,7 +310,7 @@ def _check_exposure(requested: str, actual: str) -> None:
 def deploy(args: ServeArgs) -> None:
     """Start the application on a running Serve, or update the running application to other arguments."""
     with _translate_errors("the application did not start"):
-        application = build(args)
+        application = _application(args)  # a store that does not answer ends the command, with its reason
         try:
             serve.run(application, name=APPLICATION, logging_config={"enable_access_log": False})
         except (RuntimeError, RayError, RayServeException) as error:

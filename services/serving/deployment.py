@@ -8,11 +8,11 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tenacity
@@ -42,11 +42,11 @@ from services.serving.model import (
     predict_batch,
 )
 from services.serving.monitoring import ServingMetrics
-from services.serving.registry import AUTHOR, POLL_S, is_store_outage
+from services.serving.registry import AUTHOR, POLL_S
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.settings import serve_token
-from services.storage import open_store
+from services.storage import is_store_outage, may_answer_later, open_store
 
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
@@ -54,6 +54,7 @@ GAUGES_S = 5.0  # between two times that the gauges are set
 # images up to this are decoded faster here than in a thread
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
+T = TypeVar("T")
 
 
 class ClassifierDeployment:
@@ -72,9 +73,9 @@ class ClassifierDeployment:
         self.token = serve_token()
         if require_token and not self.token:
             raise InputError("DEFUSE_SERVE_TOKEN is required, and not set in the environment of this replica")
-        opened = open_store(store)
+        opened = when_store_answers(partial(open_store, store))
         self.watcher = RegistryWatcher(opened, initial, settings, overrides)
-        self.active = self.watcher.load_initial()
+        self.active = when_store_answers(self.watcher.load_initial)
         self.metrics = ServingMetrics()
         self.reservoir = Reservoir(opened, settings.reservoir) if settings.reservoir else None
         self.uploads, self.slots = UploadLimits(settings), RequestSlots(settings)
@@ -350,6 +351,24 @@ class ClassifierDeployment:
         self.metrics.set_roles(before.names(), self.active.names())
         for model in self.active.by_role().values():
             self.metrics.set_detection(model.name, model.watch_figures)
+
+
+def when_store_answers(work: Callable[[], T]) -> T:
+    """Return what `work` returns, called again while the store does not answer, of which one line warns.
+
+    Serve gives up an application that fails to build, or whose replicas fail to start, and does not try again.
+    """
+
+    def warn(retry: tenacity.RetryCallState) -> None:
+        if retry.attempt_number == 1 and retry.outcome is not None:
+            log.warning("the store does not answer, waiting for it: %s", retry.outcome.exception())
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(may_answer_later),
+        wait=tenacity.wait_fixed(POLL_S),
+        before_sleep=warn,
+    )
+    return retrying(work)
 
 
 def canary_for(active: ActiveVersions, key: bytes) -> LoadedModel | None:

@@ -43,11 +43,6 @@ class DamagedVersionError(DamagedError):
     """The file of a version is missing, damaged, or that of another version: to read it again does not help."""
 
 
-def is_store_outage(error: BaseException) -> bool:
-    """Whether the store does not answer now, and may at the next attempt; a damaged file stays damaged."""
-    return isinstance(error, StoreError) and not isinstance(error, DamagedError)
-
-
 class Registry:
     """The registry of one store."""
 
@@ -251,14 +246,18 @@ class Registry:
         return self.change(f"ended version {number}", by, why, updates)
 
     def why_ended(self, digest: str) -> list[str]:
-        """Return, as a line, why a replica ended the canary or shadow of this digest, if that is the last change."""
+        """Return, as a line, why a replica ended the canary or shadow of this digest, if it just did, or may have."""
         state = self.state()
         if state.by != AUTHOR:
             return []
-        with contextlib.suppress(_GoneError):  # another file, which need not be there
-            if self._read(state.sequence - 1).canary_or_shadow in state.versions_with(digest):
-                return [f"{AUTHOR} {state.action}: {state.why}"]
-        return []
+        ended = f"{AUTHOR} {state.action}: {state.why}"
+        try:
+            before = self._read(state.sequence - 1)
+        except _GoneError:  # another file, which need not be there
+            return []
+        except DamagedError as error:
+            return [f"{ended}; whether that was this model is unknown: {error}"]
+        return [ended] if before.canary_or_shadow in state.versions_with(digest) else []
 
     def roll_back(
         self,

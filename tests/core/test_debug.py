@@ -17,6 +17,8 @@ from torch import nn
 import defuse_core as defuse
 from defuse_core.data import open_splits
 from defuse_core.errors import (
+    DamagedError,
+    InputError,
     ModelError,
     RunMismatchError,
     StoreError,
@@ -53,6 +55,7 @@ SETTINGS: dict[str, Any] = {
     "report": {"tsne_images": 60, "tsne_failures": 40, "perplexity": 10},
     "resources": {"train_threads": 1},
 }
+ANOTHER_LAMBDA = SETTINGS | {"correct": SETTINGS["correct"] | {"lambdas": [1.0, 3.0]}}
 
 
 @pytest.fixture(autouse=True)
@@ -305,6 +308,21 @@ def test_a_run_that_lacks_something_is_not_complete(finished, store, tmp_path):
     assert not is_complete(defuse.open(tmp_path / "parts"))
 
 
+def test_no_lambda_is_added_to_the_record_of_a_promoted_version(
+    finished, store, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(store, tmp_path / "runs")
+    options = ("--store", tmp_path / "runs", "--force", "not checked here")
+    assert call(monkeypatch, capsys, "promote", "parts", *options)[0] == 0
+    with pytest.raises(InputError, match="version 1 in the registry was made from it"):
+        defuse.debug(**arguments(tmp_path / "runs", settings=ANOTHER_LAMBDA, compute=no_compute))
+    assert defuse.open(tmp_path / "runs/parts").report.accuracy == finished.report.accuracy
+    change = max((tmp_path / "runs/registry/changes").iterdir())
+    change.write_text("{}")
+    with pytest.raises(DamagedError, match=f"{change}: expected a registry state"):
+        defuse.debug(**arguments(tmp_path / "runs", settings=ANOTHER_LAMBDA, compute=no_compute))
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_the_same_call_goes_on_where_the_run_file_was_edited_or_not_written(
     finished, store, tmp_path, monkeypatch
@@ -314,14 +332,13 @@ def test_the_same_call_goes_on_where_the_run_file_was_edited_or_not_written(
     file.write_text(file.read_text().replace("draws: 4", "draws: 9"))
     assert defuse.debug(**arguments(tmp_path / "runs", compute=no_compute)).run.spec.identify.draws == 4
     assert "draws: 4" in file.read_text()
-    more = SETTINGS | {"correct": SETTINGS["correct"] | {"lambdas": [1.0, 3.0]}}
     with monkeypatch.context() as patch:
         patch.setattr(FolderStore, "write", write_all_but_run_file)
         with pytest.raises(StoreError):
-            defuse.debug(**arguments(tmp_path / "runs", settings=more))
+            defuse.debug(**arguments(tmp_path / "runs", settings=ANOTHER_LAMBDA))
     with pytest.raises(RunMismatchError, match="stopped before it wrote it: correct.lambdas"):
         defuse.open(tmp_path / "runs/parts")
-    found = defuse.debug(**arguments(tmp_path / "runs", settings=more))
+    found = defuse.debug(**arguments(tmp_path / "runs", settings=ANOTHER_LAMBDA))
     assert {row.lam for row in found.report.tradeoff} == {1.0, 3.0}
 
 

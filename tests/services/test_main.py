@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,6 +110,33 @@ def test_ctrl_c_while_modules_are_imported_is_one_line_too(command, line, monkey
         services.main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == f"defuse: {line}\n"
+
+
+STOPPED_AGAIN = """
+import atexit, os, signal, sys, time
+import services.cli, services.storage
+
+def stop(*_):
+    os.kill(os.getpid(), number)
+    time.sleep(20)
+
+def stop_while_it_is_said():
+    os.kill(os.getpid(), number)
+    return "stopped"
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the process of the tests may ignore
+number = int(sys.argv.pop())
+services.storage.open_store, services.cli.stopped_line = stop, stop_while_it_is_said
+atexit.register(stop)
+services.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_further_signals_while_the_program_ends_add_nothing_to_the_one_line(number, tmp_path):
+    words = [sys.executable, "-c", STOPPED_AGAIN, "status", "--store", tmp_path, str(int(number))]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.stderr.strip(), ended.returncode) == ("defuse: stopped", -number)
 
 
 def test_the_log_has_steps_of_defuse_and_warnings_of_others_with_control_characters_escaped(tmp_path):

@@ -6,8 +6,10 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from defuse_core.report.build import build_report
 from defuse_core.runs import FROM_SWEEP, ReachedStep, Run
 from defuse_core.store import FolderStore
 from services.settings import read_settings
-from services.tracking import expect_mlflow, tracking
+from services.tracking import DEFAULTS, FIRST_REQUEST, expect_mlflow, tracking
 from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, one_line
 from tests.sample_findings import sample_findings
@@ -196,6 +198,20 @@ def test_a_server_that_is_down_costs_one_line_and_the_run_is_tracked_later(serve
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.tracking_uri)
     send(run)
     assert tracked(server)[0].info.status == "FINISHED"
+
+
+def test_a_server_that_never_answers_holds_up_the_start_for_one_short_timeout(monkeypatch, caplog):
+    for name in FIRST_REQUEST:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(FIRST_REQUEST, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        expect_mlflow(read_settings())
+        assert time.monotonic() - started < float(DEFAULTS["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "no figure is logged unless it answers at the end" in line
+    assert not FIRST_REQUEST.keys() & os.environ.keys()  # what is sent at the end has more time
 
 
 def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def no_project_stays(tmp_path: Path, server: LocalServer) -> Iterator[None]:
 @pytest.fixture
 def make_review(tmp_path: Path, server: LocalServer, no_project_stays: None) -> Callable[..., Review]:
     def make(gallery: Gallery | None = None, **review: object) -> Review:
-        shown = gallery or digits_gallery()
+        shown = digits_gallery() if gallery is None else gallery
         run = review_run(tmp_path, shown, **review)
         annotators = LabelStudioAnnotators(run, settings_for(server))
         return Review(run, shown, annotators, annotators.client)

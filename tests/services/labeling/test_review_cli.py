@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from label_studio_live import digits_gallery, review_run, write_into_cache
 
-from defuse_core.artifacts import Verdicts, Votes
+from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.errors import InputError, StoreError
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.store import FolderStore
@@ -22,6 +22,12 @@ from services.cli import defuse
 from services.labeling.records import choice_result, read_state, write_state
 
 TRUTH = (8, 3, 0, 1)
+
+
+def no_scenario() -> Gallery:
+    """Return the gallery of a run without a candidate scenario."""
+    full = digits_gallery()
+    return replace(full, images=full.images[:0], codes=full.codes[:0], predicted=full.predicted[:0])
 
 
 @pytest.fixture
@@ -333,3 +339,18 @@ def test_the_address_for_annotators_can_be_another_than_that_of_the_api(cli, mak
     link, invitation = cli("review", "push", review.run.name).output.splitlines()
     assert link.startswith("label at https://labels.example.org/projects/")
     assert invitation.startswith("annotators get an account at https://labels.example.org/user/signup/")
+
+
+def test_a_run_without_a_candidate_scenario_has_nothing_to_label_and_gets_no_project(cli, make_review):
+    review = make_review(gallery=no_scenario())
+    name, before = review.run.name, review.run.store.list()
+    with pytest.raises(
+        InputError, match=f"^run {name} has no candidate scenario, so there is nothing to label$"
+    ):
+        cli("review", "push", name)
+    votes = review.annotators.review(review.gallery)
+    assert (len(votes.answer), votes.annotators, votes.answered_by) == (0, (), "people")
+    assert review.run.store.list() == before
+    review.run.once("review", Votes, lambda: votes)
+    shown = json.loads(cli("review", "status", name, "--json").stdout)
+    assert (shown["closed"], shown["scenarios"], shown["problem"]) == (True, [], None)

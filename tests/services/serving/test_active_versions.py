@@ -15,8 +15,9 @@ from defuse_core.store import FolderStore
 from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
 from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
-from services.serving.registry import DamagedVersionError, Registry, is_store_outage, promote
+from services.serving.registry import DamagedVersionError, Registry, promote
 from services.serving.registry_state import PromotionRequest
+from services.storage import is_store_outage
 
 ANA = PromotionRequest(by="ana", why="")
 

@@ -13,11 +13,13 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_command
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import ComputeError, InputError, StoreError, StoreSettingsError
+from defuse_core.errors import ComputeError, DamagedError, InputError, StoreError, StoreSettingsError
 from defuse_core.runs import Run
+from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
 from services.serving.app import ClassifierIngress, build, classifier_deployment
 from services.serving.candidate import prepare_candidate
+from services.serving.deployment import ClassifierDeployment
 from services.serving.launch import ServeArgs, resolve_settings
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest
@@ -107,6 +109,74 @@ def test_a_replica_that_requires_a_model_waits_for_a_store_that_does_not_answer(
     errors.append(StoreSettingsError("wrong credentials"))  # nothing to wait for
     with pytest.raises(ComputeError, match="cannot be loaded"):
         ClassifierIngress(*bound.init_args, **bound.init_kwargs)
+
+
+@pytest.fixture
+def no_answer_at_first(monkeypatch):
+    """Let the store give no answer to its next three openings; returns the errors that are left."""
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
+    errors: list[Exception] = [StoreError(f"no answer {number}") for number in (3, 2, 1)]
+
+    def open_later(address):
+        if errors:
+            raise errors.pop()
+        return FolderStore(address)
+
+    for module in ("app", "launch", "deployment"):
+        monkeypatch.setattr(f"services.serving.{module}.open_store", open_later)
+    return errors
+
+
+WAITING = "the store does not answer, waiting for it: no answer 1"
+
+
+def test_an_application_is_built_once_the_store_answers_and_one_line_says_that_it_waits(
+    promoted, no_answer_at_first, caplog
+):
+    build(ServeArgs(store=promoted.address))
+    assert (no_answer_at_first, caplog.messages) == ([], [WAITING])
+
+
+def test_a_replica_starts_once_the_store_answers(promoted, no_answer_at_first, caplog):
+    active = ClassifierDeployment(promoted.address, InitialModel(), ServeSection(), {}, False).active
+    assert (active.names(), no_answer_at_first) == ({"production": "1"}, [])
+    assert [line for line in caplog.messages if "does not answer" in line] == [WAITING]
+
+
+def test_an_application_does_not_wait_for_other_credentials(promoted, no_answer_at_first):
+    no_answer_at_first.append(StoreSettingsError("wrong credentials"))
+    with pytest.raises(StoreSettingsError):
+        build(ServeArgs(store=promoted.address))
+
+
+def test_a_replica_waits_for_its_run_where_the_store_does_not_answer_and_not_where_it_is_gone(
+    own_store, monkeypatch
+):
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
+    initial = InitialModel(f"first/{prepare_candidate(Run.open(own_store, 'first'))[0]}")
+    start = functools.partial(ClassifierDeployment, own_store.address, initial, ServeSection(), {}, False)
+    read, errors = FolderStore.read, [StoreError("no answer")]
+    monkeypatch.setattr(FolderStore, "read", lambda *at: failing(errors) or read(*at))
+    assert start().active.names() == {"production": "first"} and not errors
+    own_store.delete(initial.key)
+    with pytest.raises(DamagedError, match="the model that this server was started with is missing"):
+        start()
+
+
+def failing(errors: list[Exception]) -> None:
+    """Raise the last of the errors, once."""
+    if errors:
+        raise errors.pop()
+
+
+def test_another_replica_waits_for_the_store_and_does_not_fail_while_others_answer(promoted, monkeypatch):
+    monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    monkeypatch.setattr("services.serving.app._is_application_answering", lambda: True)
+    monkeypatch.setattr("services.serving.app.POLL_S", 0.01)
+    state_after, errors = Registry.state_after, [StoreError("no answer"), StoreError("no answer")]
+    monkeypatch.setattr(Registry, "state_after", lambda *known: failing(errors) or state_after(*known))
+    started = ClassifierIngress(promoted.address, InitialModel(), ServeSection(), {}, False)
+    assert (started.active.names(), errors) == ({"production": "1"}, [])
 
 
 def test_a_server_warns_of_each_setting_that_counts_only_from_the_next_promotion_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -115,6 +116,21 @@ def test_no_version_is_promoted_while_the_store_does_not_say_whose_canary_has_ju
     with pytest.raises(StoreError, match="no answer"):
         promote(registry, candidates[1], ANA)
     assert registry.state() == state
+
+
+def test_a_damaged_change_before_the_end_of_a_canary_needs_a_reason_that_stays_on_record(
+    registry, candidates
+):
+    promote(registry, candidates[0], ANA)
+    promote(registry, candidates[1], CANARY)
+    state = registry.end_canary(2, "defuse serve", "3 of 50 requests failed")
+    registry.store.write(f"changes/{state.sequence - 1:06d}.json", b"damaged")
+    line = f"{state.action}: 3 of 50 requests failed; whether that was this model is unknown: .*000004.json"
+    with pytest.raises(CheckFailed, match=f"{line}.* --force REASON"):
+        promote(registry, candidates[1], ANA)
+    assert registry.state() == state
+    (forced_over,) = promote(registry, candidates[1], dataclasses.replace(ANA, force="it is")).failed_checks
+    assert re.search(line, forced_over) and registry.state().production == 2
 
 
 @pytest.mark.parametrize("role", [CANARY, SHADOW])
