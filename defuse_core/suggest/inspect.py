@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Splits, open_splits, overlooked
-from defuse_core.data.folder import SUFFIXES, folder_classes, odd_images, part_of, shared_images, walk_files
+from defuse_core.data.appearance import odd_images, shared_images
+from defuse_core.data.folder import SUFFIXES, folder_classes, part_of, walk_files
 from defuse_core.data.images import convert_picture, evenly_spaced, keeps_colours, opened_picture, read_each
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.errors import DataError, first_few

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from defuse_core.data import Images, Splits, log_parts, open_splits
-from defuse_core.data.folder import odd_images, shared_images
+from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.images import PictureFiles
 from defuse_core.suggest import inspect_data
 
@@ -194,7 +194,7 @@ def test_training_images_and_those_of_a_part_are_looked_at_from_the_first_to_the
     )  # the last one alone
     (line,) = shared_images(Splits(train, None, part, ("a", "b")))
     assert line.startswith("1 of 128 test images looked at are also training images")
-    monkeypatch.setattr("defuse_core.data.folder.MOST_COMPARED", 3)  # rows 0, 4 and 9
+    monkeypatch.setattr("defuse_core.data.appearance.MOST_COMPARED", 3)  # rows 0, 4 and 9
     (line,) = shared_images(Splits(train, None, train.take(np.array([0, 1, 4, 8])), ("a", "b")))
     assert line.startswith("2 of 4 test images")
 
