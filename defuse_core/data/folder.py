@@ -23,7 +23,7 @@ from defuse_core.data.images import (
     expect_class_names,
 )
 from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
-from defuse_core.errors import DataError, count_of, first_few
+from defuse_core.errors import DataError, count_of, escape_control_characters, first_few
 
 log = logging.getLogger("defuse")
 
@@ -252,14 +252,20 @@ def part_of(name: str) -> str | None:
 
 def overlooked(root: Path) -> list[str]:
     """Return one line for each folder beside `train` that looks like a part, and for files of the system."""
-    lines = []
+    lines, classes = list[str](), set(folder_classes(root / "train"))
     for entry in sorted(root.iterdir()):
-        wanted = OTHER_NAMES.get(entry.name.lower())
-        if wanted and entry.is_dir() and not (root / wanted).exists():
-            lines.append(f"{entry.name}/ is not read; rename it to {wanted}/ to use its images")
-        elif wanted and entry.is_dir():
-            lines.append(f"{entry.name}/ is not read, {wanted}/ is")
+        name, wanted = entry.name, part_of(entry.name)
+        if name == wanted or _hidden(name) or not entry.is_dir():
+            continue
+        if wanted and not (root / wanted).exists():
+            lines.append(f"{name}/ is not read; rename it to {wanted}/ to use its images")
+        elif wanted and not (root / wanted).samefile(entry):  # one folder where case does not count
+            lines.append(f"{name}/ is not read, {wanted}/ is")
+        elif not wanted and classes <= {folder.name for folder in entry.glob("*/")}:
+            lines.append(
+                f"{name}/ has the classes of train/ and is not read; rename it to validation/ or test/ to use it"
+            )
     ignored = [path for path in root.glob("*/*/*") if path.name.lower() in SYSTEM_FILES]
     if ignored:
         lines.append(f"ignored: {count_of(len(ignored), 'file')} such as {ignored[0].relative_to(root)}")
-    return lines
+    return [escape_control_characters(line) for line in lines]
