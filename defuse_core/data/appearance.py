@@ -19,6 +19,7 @@ from defuse_core.data.images import (
     opened_picture,
 )
 
+KINDS = {"train": "training", "validation": "validation", "test": "test"}  # of images, by their part
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 TURNED = range(2, 9)  # EXIF orientations that are not upright; 0 is unknown
@@ -33,11 +34,21 @@ MOST = 0.75  # share of the images looked at from which they are odd
 MOST_COMPARED = 10_000  # images of a part that those of later parts are compared with
 
 
-def odd_images(images: Images) -> list[str]:
-    """Return a line for each oddity of a sample: dark images, equal ones, and what of a file is not read."""
+def given_parts(splits: Splits) -> dict[str, Images]:
+    """Return the parts by name, without a validation part that is held out of the training images."""
+    parts = splits.parts()
+    return {part: parts[part] for part in parts if not (part == "validation" and splits.validation_held_out)}
+
+
+def odd_images(splits: Splits) -> list[str]:
+    """Return a line for each oddity of a sample of a part: dark images, equal ones, and what of a file is not read."""
+    return [line for part, images in given_parts(splits).items() for line in _odd_in(images, KINDS[part])]
+
+
+def _odd_in(images: Images, kind: str) -> list[str]:
     rows = evenly_spaced(len(images), FINGERPRINT_IMAGES)
     pixels = images.batch(rows).reshape(len(rows), -1)
-    looked_at = f"of {len(rows)} training images looked at"
+    looked_at = f"of {len(rows)} {kind} images looked at"
     lines = []
     dark = int((pixels.max(axis=1) < DARK).sum())
     if dark >= MOST * len(rows):
@@ -108,10 +119,9 @@ def shared_images(splits: Splits) -> list[str]:
             if isinstance(some.pixels, PictureFiles) and isinstance(many.pixels, PictureFiles):
                 row, other = same[0]
                 example = f", such as {some.pixels.paths[row]}, which is {many.pixels.paths[other]}"
-            kind = "training" if earlier == "train" else earlier
             lines.append(
-                f"{len(same)} of {len(some)} {part} images looked at are also {kind} images{example}; they make "
-                f"figures on {part} images too good, so remove them from one of the two parts"
+                f"{len(same)} of {len(some)} {part} images looked at are also {KINDS[earlier]} images{example}; they "
+                f"make figures on {part} images too good, so remove them from one of the two parts"
             )
     return lines
 

@@ -193,7 +193,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root):
             log.warning("data.root %s: %s", data.root, line)
-    for line in [*odd_images(splits.train), *shared_images(splits), *_shared_tracks(data, splits)]:
+    for line in [*odd_images(splits), *shared_images(splits), *_shared_tracks(data, splits)]:
         log.warning("images: %s", line)
 
 
