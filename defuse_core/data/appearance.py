@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from defuse_core.data.images import (
     evenly_spaced,
     opened_picture,
 )
+from defuse_core.errors import escape_control_characters
 
 KINDS = {"train": "training", "validation": "validation", "test": "test"}  # of images, by their part
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
@@ -101,29 +104,61 @@ def _is_partly_transparent(picture: Image.Image) -> bool:
 
 
 def shared_images(splits: Splits) -> list[str]:
-    """Return a line for each two parts that share images: files of equal bytes, or equal arrays.
+    """Return a line for each two parts that share images, files of equal bytes or equal arrays, and for two classes.
 
     Looks for at most 128 images of the later part (train, validation, test) among at most 10,000 of the earlier one,
-    evenly spaced, without decoding any.
+    evenly spaced, without decoding any; and so for training images among those of other classes.
     """
-    lines = []
+    lines = _in_two_classes(splits.train)
     for (earlier, others), (part, images) in combinations(splits.parts().items(), 2):
-        many = others.take(evenly_spaced(len(others), MOST_COMPARED))
-        some = images.take(evenly_spaced(len(images), FINGERPRINT_IMAGES))
-        sizes = {_size(some, row) for row in range(len(some))} - {0}
-        known = {_digest(many, row): row for row in range(len(many)) if _size(many, row) in sizes}
-        digests = {row: _digest(some, row) for row in range(len(some)) if _size(some, row)}
-        same = [(row, known[digest]) for row, digest in digests.items() if digest in known]
+        some, many = _spaced(images, FINGERPRINT_IMAGES), _spaced(others, MOST_COMPARED)
+        same = [(row, *equal.values()) for row, equal in _equal_images(some, many).items()]
         if same:
-            example = ""
-            if isinstance(some.pixels, PictureFiles) and isinstance(many.pixels, PictureFiles):
-                row, other = same[0]
-                example = f", such as {some.pixels.paths[row]}, which is {many.pixels.paths[other]}"
             lines.append(
-                f"{len(same)} of {len(some)} {part} images looked at are also {KINDS[earlier]} images{example}; they "
-                f"make figures on {part} images too good, so remove them from one of the two parts"
+                f"{len(same)} of {len(some)} {part} images looked at are also {KINDS[earlier]} images"
+                f"{_example(some, many, same[0])}; they make figures on {part} images too good, so remove them from "
+                "one of the two parts"
             )
     return lines
+
+
+def _in_two_classes(train: Images) -> list[str]:
+    some, many = _spaced(train, FINGERPRINT_IMAGES), _spaced(train, MOST_COMPARED)
+    same = {
+        row: other
+        for row, equal in _equal_images(some, many).items()
+        for label, other in equal.items()
+        if label != some.labels[row]
+    }
+    if not same:
+        return []
+    return [
+        f"{len(same)} of {len(some)} training images looked at are also in another class"
+        f"{_example(some, many, next(iter(same.items())))}; no classifier is right on both, so remove them from one of "
+        "the two classes"
+    ]
+
+
+def _spaced(images: Images, most: int) -> Images:
+    return images.take(evenly_spaced(len(images), most))
+
+
+def _equal_images(some: Images, many: Images) -> dict[int, dict[int, int]]:
+    """Return for each row of `some` that is in `many`, too, the labels that it has there, with a row of each."""
+    sizes = {_size(some, row) for row in range(len(some))} - {0}
+    known = defaultdict[str, dict[int, int]](dict)
+    for row, label in enumerate(many.labels):
+        if _size(many, row) in sizes:
+            known[_digest(many, row)][int(label)] = row
+    digests = {row: _digest(some, row) for row in range(len(some)) if _size(some, row)}
+    return {row: known[digest] for row, digest in digests.items() if digest in known}
+
+
+def _example(some: Images, many: Images, rows: Sequence[int]) -> str:
+    """Return what names the files of two rows; nothing for images that are no files."""
+    if some.files is None or many.files is None:
+        return ""
+    return escape_control_characters(f", such as {some.files[rows[0]]}, which is {many.files[rows[1]]}")
 
 
 def _size(images: Images, row: int) -> int:

@@ -163,6 +163,28 @@ def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_pa
     assert f"images: {line}" in caplog.messages
 
 
+def test_training_images_that_are_in_two_classes_are_counted_with_an_example(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE, 3))
+    cats = root / "train" / "cat"
+    (root / "train" / "puma").symlink_to(cats)  # the whole class
+    copied = (cats / "0.png").rename(cats / "0\n.png")
+    (root / "train" / "dog" / "0.png").write_bytes(copied.read_bytes())
+    (line,) = shared_images(open_splits(section("folder", root), 0))
+    assert line.startswith(
+        f"21 of 31 training images looked at are also in another class, such as {cats}/0\\n.png, which is "
+        f"{root}/train/puma/0\\n.png; no classifier is right on both"
+    )
+
+
+def test_equal_training_images_of_one_class_are_not_told_and_those_of_two_are():
+    pixels = np.repeat(noise(10, 1, SIZE, SIZE), 2, axis=0)
+    for labels, told in ((np.arange(20) // 2 % 2, 0), (np.arange(20) % 2, 1)):
+        found = shared_images(Splits(Images(pixels, labels), None, None, ("a", "b")))
+        assert [line.partition(";")[0] for line in found] == told * [
+            "20 of 20 training images looked at are also in another class"
+        ]
+
+
 def test_a_few_images_of_a_large_part_are_compared_with_all_training_images_in_memory():
     pixels = noise(500, 1, SIZE, SIZE)
     train = Images(pixels, np.zeros(500, np.int64))
@@ -253,7 +275,12 @@ def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_
     monkeypatch.setattr(Path, "read_bytes", noted)
     (line,) = shared_images(Splits(train, None, test, ("a", "b")))
     assert line.startswith(f"1 of 4 test images looked at are also training images, such as {tmp_path}/test0")
-    assert read == {"train0", "test0", "test1"}
+    assert read == {
+        "train0",
+        "train1",
+        "test0",
+        "test1",
+    }  # training images are looked for among themselves, too
     monkeypatch.setattr(Path, "read_bytes", refused)
     assert shared_images(Splits(train, None, test, ("a", "b"))) == []
 
