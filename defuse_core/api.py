@@ -35,7 +35,7 @@ from defuse_core.config import (
     with_absolute_root,
 )
 from defuse_core.data import Images, open_splits
-from defuse_core.data.npz import Arrays, column, image_shape, splits_of
+from defuse_core.data.npz import Arrays, column, expect_grey_or_rgb, image_shape, splits_of
 from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
 from defuse_core.local import local_compute
@@ -199,13 +199,13 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
                 "data set of pairs give tuple(zip(*dataset)), with images in [0, 1] that are not augmented"
             )
         names = (f"{name}_labels", f"{name}_tracks")
+        expect_grey_or_rgb(name, part[0])
         try:
             images, *others = map(_array, part[:2] if part[-1] is None else part)
             arrays |= zip(names, map(column, names, others), strict=False)
         except (ValueError, TypeError, RuntimeError) as error:  # lists of several shapes, or of no numbers
             raise DataError(f"{name}: expected images of one size and labels; {one_line(error)}") from error
-        floats = images.dtype.kind == "f"
-        arrays[f"{name}_images"] = images.astype(np.float32, copy=False) if floats else images
+        arrays[f"{name}_images"] = np.asarray(images, np.float32 if images.dtype.kind == "f" else None)
     if arrays and "train_images" not in arrays:
         raise DataError("train: expected (images, labels), found none; validation and test do not suffice")
     if isinstance(classes, str | Mapping):

@@ -1,13 +1,7 @@
-"""Image folders: ROOT/train, ROOT/validation and ROOT/test, one folder of images per class; and what is passed over.
-
-Of images from any source also what is odd although they are read without an error: too dark, all the same, turned, in
-two parts.
-"""
+"""Image folders: ROOT/train, ROOT/validation and ROOT/test, one folder of images per class; and what is passed over."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -16,23 +10,20 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
 
 from defuse_core.artifacts import I64
 from defuse_core.config import DataSection
+from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.images import (
-    FINGERPRINT_IMAGES,
     FilePaths,
     Images,
     PictureFiles,
     Splits,
     data_root,
-    evenly_spaced,
     expect_class_names,
-    opened_picture,
 )
 from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
-from defuse_core.errors import DataError, count_of, first_few
+from defuse_core.errors import DataError, count_of, escape_control_characters, first_few
 
 log = logging.getLogger("defuse")
 
@@ -46,18 +37,6 @@ OTHER_NAMES = {  # of parts, in other tools
     "eval": "test",
 }
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # files that Windows writes into folders of pictures
-DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
-WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
-TURNED = range(2, 9)  # EXIF orientations that are not upright; 0 is unknown
-UNREAD = {  # what files can have -> why it matters
-    "transparency": "transparency, which is dropped: the colours below it are used; flatten the files if the "
-    "transparency shows the object",
-    "orientation": "an EXIF orientation, which is ignored, as in torchvision's ImageFolder; rotate the files if the "
-    "classifier was trained on upright images",
-    "frames": "several frames or pages; only the first is read",
-}
-MOST = 0.75  # share of the images looked at from which they are odd
-MOST_COMPARED = 10_000  # images of a part that those of later parts are compared with
 
 
 def open_folder(data: DataSection, seed: int) -> Splits:
@@ -220,7 +199,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root, splits.ignored):
             log.warning("data.root %s: %s", data.root, line)
-    for line in [*odd_images(splits.train), *shared_images(splits), *_shared_tracks(data, splits)]:
+    for line in [*odd_images(splits), *shared_images(splits), *_shared_tracks(data, splits)]:
         log.warning("images: %s", line)
 
 
@@ -279,116 +258,21 @@ def part_of(name: str) -> str | None:
 
 def overlooked(root: Path, ignored: Sequence[str]) -> list[str]:
     """Return one line for each folder beside `train` that looks like a part, and for the `ignored` files."""
-    lines = []
+    lines, classes = list[str](), set(folder_classes(root / "train"))
     for entry in sorted(root.iterdir()):
-        wanted = OTHER_NAMES.get(entry.name.lower())
-        if wanted and entry.is_dir() and not (root / wanted).exists():
-            lines.append(f"{entry.name}/ is not read; rename it to {wanted}/ to use its images")
-        elif wanted and entry.is_dir():
-            lines.append(f"{entry.name}/ is not read, {wanted}/ is")
+        name, wanted = entry.name, part_of(entry.name)
+        if name == wanted or _hidden(name) or not entry.is_dir():
+            continue
+        if wanted and not (root / wanted).exists():
+            lines.append(f"{name}/ is not read; rename it to {wanted}/ to use its images")
+        elif wanted and not (root / wanted).samefile(entry):  # one folder where case does not count
+            lines.append(f"{name}/ is not read, {wanted}/ is")
+        elif not wanted and classes <= {folder.name for folder in entry.glob("*/")}:
+            lines.append(
+                f"{name}/ has the classes of train/ and is not read; rename it to validation/ or test/ to use it"
+            )
     if ignored:
         lines.append(
             f"ignored: {count_of(len(ignored), 'file')} such as {Path(ignored[0]).relative_to(root)}"
         )
-    return lines
-
-
-def odd_images(images: Images) -> list[str]:
-    """Return a line for each oddity of a sample: dark images, equal ones, and what of a file is not read."""
-    rows = evenly_spaced(len(images), FINGERPRINT_IMAGES)
-    pixels = images.batch(rows).reshape(len(rows), -1)
-    looked_at = f"of {len(rows)} training images looked at"
-    lines = []
-    dark = int((pixels.max(axis=1) < DARK).sum())
-    if dark >= MOST * len(rows):
-        lines.append(
-            f"{dark} {looked_at} are almost black, with no value over 1/8 of the range; scale them to the whole range, "
-            "which is 0 to 65,535 in files of 16 bits"
-        )
-    equal = int(np.unique(pixels, axis=0, return_counts=True)[1].max())
-    if len(rows) > 1 and equal >= MOST * len(rows):
-        lines.append(f"{equal} {looked_at} are one and the same picture")
-    if isinstance(images.pixels, PictureFiles):
-        lines += _unread(images.pixels.at(rows), looked_at)
-    return lines
-
-
-def _unread(files: PictureFiles, looked_at: str) -> list[str]:
-    """Return a line for each thing that some files have and that is not read."""
-    found = [_unread_in(path) for path in files.paths]
-    counts = {what: sum(what in each for each in found) for what in UNREAD}
-    return [f"{counts[what]} {looked_at} have {text}" for what, text in UNREAD.items() if counts[what]]
-
-
-def _unread_in(path: str) -> set[str]:
-    """Return which of UNREAD a file has. Pillow itself turns a TIFF by its orientation."""
-    looks = {"orientation": _is_turned, "transparency": _is_partly_transparent, "frames": _has_frames}
-    found = set()
-    with opened_picture(path) as picture:
-        for what, look in looks.items():
-            with contextlib.suppress(Exception):  # on a damaged part, which reading the pixels does not need
-                if look(picture):
-                    found.add(what)
-    return found
-
-
-def _is_turned(picture: Image.Image) -> bool:
-    return picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in TURNED
-
-
-def _has_frames(picture: Image.Image) -> bool:
-    picture.seek(1)  # raises where there is a single one; n_frames would read all
-    return True
-
-
-def _is_partly_transparent(picture: Image.Image) -> bool:
-    """Whether the pixels of a picture differ in their transparency."""
-    if picture.mode not in WITH_ALPHA and "transparency" not in picture.info:
-        return False
-    low, high = picture.convert("RGBA").getchannel("A").getextrema()
-    return low != high
-
-
-def shared_images(splits: Splits) -> list[str]:
-    """Return a line for each two parts that share images: files of equal bytes, or equal arrays.
-
-    Looks for at most 128 images of the later part (train, validation, test) among at most 10,000 of the earlier one,
-    evenly spaced, without decoding any.
-    """
-    lines = []
-    for (earlier, others), (part, images) in combinations(splits.parts().items(), 2):
-        many = others.take(evenly_spaced(len(others), MOST_COMPARED))
-        some = images.take(evenly_spaced(len(images), FINGERPRINT_IMAGES))
-        sizes = {_size(some, row) for row in range(len(some))} - {0}
-        known = {_digest(many, row): row for row in range(len(many)) if _size(many, row) in sizes}
-        digests = {row: _digest(some, row) for row in range(len(some)) if _size(some, row)}
-        same = [(row, known[digest]) for row, digest in digests.items() if digest in known]
-        if same:
-            example = ""
-            if isinstance(some.pixels, PictureFiles) and isinstance(many.pixels, PictureFiles):
-                row, other = same[0]
-                example = f", such as {some.pixels.paths[row]}, which is {many.pixels.paths[other]}"
-            kind = "training" if earlier == "train" else earlier
-            lines.append(
-                f"{len(same)} of {len(some)} {part} images looked at are also {kind} images{example}; they make "
-                f"figures on {part} images too good, so remove them from one of the two parts"
-            )
-    return lines
-
-
-def _size(images: Images, row: int) -> int:
-    """Return the bytes of an image's file, or of its pixels; 0 for what is no file."""
-    if not isinstance(images.pixels, PictureFiles):
-        return int(images.pixels[row : row + 1].nbytes)
-    path = Path(images.pixels.paths[row])
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _digest(images: Images, row: int) -> str:
-    if not isinstance(images.pixels, PictureFiles):
-        return hashlib.sha256(images.pixels[row : row + 1].tobytes()).hexdigest()
-    path = Path(images.pixels.paths[row])
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:  # whoever decodes it says why
-        return f"unread {path}"
+    return [escape_control_characters(line) for line in lines]

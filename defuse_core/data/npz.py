@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
@@ -115,6 +116,18 @@ def column(name: str, found: npt.NDArray[Any]) -> npt.NDArray[Any]:
         found.tolist()  # raises for letters that do not exist
     is_column = name.endswith(("_labels", "_tracks")) and found.ndim == 2 and found.shape[1] == 1
     return found.reshape(-1) if is_column else found
+
+
+def expect_grey_or_rgb(where: str, images: object) -> None:
+    """Raise DataError for a list with pictures of Pillow whose numbers are of a palette or of another colour space."""
+    listed = images if isinstance(images, list | tuple) else []
+    modes = {each.mode for each in listed if isinstance(each, Image.Image)}
+    odd = [mode for mode in sorted(modes) if mode not in ("L", "RGB", "F") and not mode.startswith("I")]
+    if odd:
+        raise DataError(
+            f"{where}: expected pictures of mode L or RGB, found {first_few(odd)}; convert them with "
+            ".convert('RGB')"
+        )
 
 
 def unread_arrays(file: Path) -> list[str]:

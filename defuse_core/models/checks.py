@@ -78,6 +78,8 @@ def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
         return
     if classes == 2 and logits.numel() == images:
         remedy = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+    elif images == 1 and found == (classes,):
+        remedy = "squeeze() drops the batch of one image: use flatten(1)"
     elif found[:1] != (images,):
         remedy = "let it return one row for each image, in batches of any size"
     elif found[1:2] == (classes,) and logits.numel() == images * classes:
@@ -214,8 +216,10 @@ def _expect_batch_independence(
             "the classifier: expected equal logits for equal images, found different ones at the second call; dropout "
             "or other noise stays on in eval mode, so switch it off there"
         )
-    parts = torch.cat([_call(classifier, batch[:1]), _call(classifier, batch[1:])])
-    if (parts - whole).abs().max() > tolerance:
+    parts = [_call(classifier, batch[:1]), _call(classifier, batch[1:])]
+    for logits, images in zip(parts, (1, len(batch) - 1), strict=True):
+        _expect_shape(logits, images, whole.shape[1])
+    if (torch.cat(parts) - whole).abs().max() > tolerance:
         raise ModelError(
             "the classifier: expected logits that depend on the image alone, found different ones when the batch "
             "changes; batch statistics are used in eval mode, so export or return it in eval mode"

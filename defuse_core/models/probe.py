@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defuse_core.artifacts import F64, I64, Bool
+from defuse_core.artifacts import F32, F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
@@ -56,11 +56,28 @@ class ClassifierProbe:
     names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
     answers: int  # different classes among its answers
     like_sigmoid: bool  # whether all logits lie in [0, 1]
+    as_bgr: float | None = None  # accuracy with the channels reversed, where that explains the errors
+
+    @property
+    def reached(self) -> float:
+        """The accuracy in the best input range, in another order of the classes, or with the channels reversed."""
+        return max([*self.by_range.values(), self.reordered if self.class_order else 0.0, self.as_bgr or 0.0])
+
+    def bgr_lines(self) -> list[str]:
+        """Return a line, to follow "the classifier is", where it seems to expect BGR images."""
+        if self.as_bgr is None:
+            return []
+        rgb = percent(self.by_range[self.needed_range])
+        return [
+            f"right on {percent(self.as_bgr)} of {self.images} training images with the channels reversed, as OpenCV "
+            f"reads them, on {rgb} in the order RGB; if it was trained on BGR, let its forward begin with "
+            "images = images.flip(1)"
+        ]
 
     def best_range(self, given: str) -> str:
-        """Return the needed input range, or one that is clearly better where no order of the classes explains that."""
+        """Return the needed input range, or one that is clearly better where neither order nor BGR explains that."""
         best = max(self.by_range, key=lambda name: self.by_range[name])
-        if self.needed_range != given or self.class_order is not None:
+        if self.needed_range != given or self.class_order is not None or self.as_bgr is not None:
             return self.needed_range
         is_better = self.best_is_certain and self.by_range[best] > self.by_range[given] + BETTER_RANGE
         return best if is_better else given
@@ -84,7 +101,7 @@ def probe_classifier(
 
     At least two images of each class are taken, where it has them, so rare classes count more. The order is that of the
     model's own class names where it has those of the data set. Else it is fitted, and counts where it is clearly better
-    on half of the images, which the order that is judged was not fitted to.
+    on half of the images, which the order that is judged was not fitted to, and than images in BGR.
     """
     sample = images.take(_sample_of(images.labels, len(classes)))
     external = section.architecture in EXTERNAL
@@ -104,6 +121,7 @@ def probe_classifier(
     needed: str = section.input_range
     best = max(ranges, key=lambda name: by_range[name])
     before, after = (answers[name] == sample.labels for name in (needed, best))
+    best_is_certain = _clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE)
     other = order_in(needed)
     if max(by_range[needed], other.reached) < least_plausible(constant):
         orders = {name: order_in(name) for name in ranges}  # each costs three assignments of all classes
@@ -111,19 +129,23 @@ def probe_classifier(
         reached[needed] = max(by_range[needed], constant)
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
+    before, bgr = answers[needed] == sample.labels, _right_in_bgr(classifier, section, sample, needed)
+    is_bgr = _clearly_better(before, bgr, sample.labels, len(classes)) and bgr.mean() >= other.reached
     given = section.class_order or range(len(classes))  # the logits were reordered by it already
+    order = tuple(given[index] for index in other.order) if other.is_clearly_better and not is_bgr else None
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
         constant=constant,
-        best_is_certain=_clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE),
+        best_is_certain=best_is_certain,
         needed_range=needed,
-        class_order=tuple(given[index] for index in other.order) if other.is_clearly_better else None,
+        class_order=order,
         order_is_certain=other.is_certain,
         reordered=other.right,
         names=names,
         answers=len(np.unique(answers[needed])),
         like_sigmoid=bool(external and ((logits[needed] >= 0) & (logits[needed] <= 1)).all()),
+        as_bgr=float(bgr.mean()) if is_bgr else None,
     )
 
 
@@ -200,9 +222,26 @@ def _clearly_better(
     return right > 1 / classes + CLEARLY_BETTER and gained > max(least, SIGNIFICANT * by_chance)
 
 
-def _logits(classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str) -> F64:
+def _right_in_bgr(
+    classifier: nn.Module, section: ClassifierSection, images: Images, input_range: str
+) -> Bool:
+    """Return which answers to the images in BGR are right, (n,): none for grey images and Defuse's own classifiers."""
+    if section.architecture not in EXTERNAL or images.pixels.shape[1] != 3:
+        return np.zeros(len(images), bool)
+    logits = _logits(classifier, section, images, input_range, lambda batch: to_tensor(batch[:, ::-1].copy()))
+    right: Bool = logits.argmax(axis=1) == images.labels
+    return right
+
+
+def _logits(
+    classifier: nn.Module,
+    section: ClassifierSection,
+    images: Images,
+    input_range: str,
+    prepare: Callable[[F32], Tensor] = to_tensor,
+) -> F64:
     def compute(rows: slice) -> Tensor:
-        batch = to_tensor(images.batch(rows))
+        batch = prepare(images.batch(rows))
         if section.architecture not in EXTERNAL:
             logits: Tensor = classifier(batch)
             return logits
@@ -241,6 +280,7 @@ def warnings_of(
             f"range {best}, on {percent(probe.by_range[section.input_range])} with {section.input_range}; set "
             f"classifier.input_range: {best} if it was trained on that"
         )
+    lines += [f"it is {line}" for line in probe.bgr_lines()]
     if probe.class_order is not None:
         lines.append(
             f"it seems to number the classes differently ({percent(probe.reordered)} right in another order); if it "

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
-from defuse_core.errors import count_of, first_few, percent
+from defuse_core.errors import count_of, escape_control_characters, first_few, percent
 from defuse_core.suggest.image_size import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data, quoted
 from defuse_core.suggest.plan import Plan, plan_run
@@ -25,7 +25,7 @@ COMMENT_WIDTH = 78
 def write_run_file(plan: Plan) -> str:
     """Return the run file as text: what was found at its top, and each field with its meaning."""
     described = {field.name: field for field in describe_fields()}
-    lines = [f"# {line}".rstrip() for line in _header(plan)]
+    lines = [f"# {escape_control_characters(line)}".rstrip() for line in _header(plan)]
     for section, fields in plan.tree.items():
         lines += ["", f"{section}:", *_fields(fields, section, described, 1)]
     lines += ["", "# All other fields have their defaults: `defuse fields` lists them.", ""]

@@ -169,11 +169,10 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 
 
 def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
-    """Return the accuracy on SAMPLE training images, in the best input range or confirmed order of classes."""
+    """Return the accuracy on SAMPLE training images, in the best input range, order of classes or of channels."""
     rows = evenly_spaced(len(images), SAMPLE)
     sample = images.take(rows).loaded()  # the probe reads it once for each input range
-    probe = probe_classifier(classifier, spec.classifier, sample, facts.classes)
-    return max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
+    return probe_classifier(classifier, spec.classifier, sample, facts.classes).reached
 
 
 def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:

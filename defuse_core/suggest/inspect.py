@@ -20,8 +20,16 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
 from defuse_core.data import Images, Splits, open_splits, overlooked
-from defuse_core.data.folder import SUFFIXES, folder_classes, odd_images, part_of, shared_images, walk_files
-from defuse_core.data.images import convert_picture, evenly_spaced, keeps_colours, opened_picture, read_each
+from defuse_core.data.appearance import given_parts, odd_images, shared_images
+from defuse_core.data.folder import SUFFIXES, folder_classes, part_of, walk_files
+from defuse_core.data.images import (
+    PictureFiles,
+    convert_picture,
+    evenly_spaced,
+    keeps_colours,
+    opened_picture,
+    read_each,
+)
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.errors import DataError, first_few
 
@@ -107,18 +115,41 @@ def inspect_data(root: Path, called: str | None = None) -> DataFacts:
         photographs,
         splits.classes,
         splits.counts(),
-        (*lines, *_few_images(splits), *odd_images(splits.train), *shared_images(splits)),
+        (
+            *lines,
+            *_few_images(splits),
+            *odd_images(splits),
+            *_unlike_training(splits, channels),
+            *shared_images(splits),
+        ),
         frozenset(forms),
     )
 
 
-def _stretched(forms: list[Form]) -> list[str]:
+def _unlike_training(splits: Splits, channels: int) -> list[str]:
+    """Return lines where validation or test files are far from square, or coloured where training images are grey."""
+    lines = []
+    for part, images in given_parts(splits).items():
+        if part == "train" or not isinstance(images.pixels, PictureFiles):
+            continue
+        paths = images.pixels.at(evenly_spaced(len(images), SAMPLE)).paths
+        forms, coloured = zip(*read_each(paths, _look_at), strict=True)
+        lines += _stretched(list(forms), f"{part} images")
+        if channels == 1 and any(coloured):
+            lines.append(
+                f"{sum(coloured)} of {len(paths)} {part} images looked at are coloured, those for training "
+                f"are grey; figures on {part} images are of other pictures than the classifier was trained on"
+            )
+    return lines
+
+
+def _stretched(forms: list[Form], kind: str = "pictures") -> list[str]:
     """Return a line where some pictures are far from square."""
     count = sum(max(height, width) > OBLONG * min(height, width) for height, width, _ in forms)
     if not count:
         return []
     return [
-        f"{count} of {len(forms)} pictures looked at have sides that differ by over 10 % and are stretched to a square "
+        f"{count} of {len(forms)} {kind} looked at have sides that differ by over 10 % and are stretched to a square "
         "without crop or padding; if the classifier was trained on crops, crop the files first"
     ]
 

@@ -189,16 +189,16 @@ def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
     if probe is None:
         return []
     lines = [f"the classifier: {LIKE_SIGMOID}"] if probe.like_sigmoid else []
-    right = max([*probe.by_range.values(), probe.reordered if probe.class_order else 0.0])
+    lines += [f"the classifier is {line}" for line in probe.bgr_lines()]
     if probe.answers == 1 and probe.constant < 1:
         lines.append(
             f"the classifier gives all of {probe.images} training images one answer; check its weights and what it "
             "expects"
         )
-    elif right < MOSTLY:
+    elif probe.reached < MOSTLY:
         lines.append(
-            f"the classifier is right on only {percent(right, 0)} of {probe.images} training images, in every input "
-            "range and order of the classes; check its weights and what it expects"
+            f"the classifier is right on only {percent(probe.reached, 0)} of {probe.images} training images, in every "
+            "input range and order of the classes; check its weights and what it expects"
         )
     return lines
 

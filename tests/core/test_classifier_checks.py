@@ -130,6 +130,14 @@ def test_fewer_rows_than_images_are_an_error_that_says_so(rows):
         probe_classifier(net, section(), digits(), list("0123456789"))
 
 
+def test_a_classifier_that_drops_the_batch_of_one_image_is_told_what_to_use():
+    net = adapt(Returning(torch.squeeze), section(), 10)
+    with pytest.raises(
+        ModelError, match=r"\(1, 10\) \(images, classes\), found \(10,\); squeeze\(\) drops the batch"
+    ):
+        check_outputs(net, section(), digits(), 10)
+
+
 class FeaturesInTraining(Net):
     """Returns its features first where it is trained, as code for metric learning does."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.svm import SVC
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -101,6 +102,7 @@ FORMS = {
     "a tensor (N, 1, H, W)": (lambda x: torch.from_numpy(x[:, None] / 255), 1),
     "half floats": (lambda x: torch.from_numpy(x[:, None] / 255).half(), 1),
     "a list of tensors": (lambda x: [torch.from_numpy(each / 255).requires_grad_() for each in x], 1),
+    "grey pictures": (lambda x: list(map(Image.fromarray, x)), 1),
     "pairs of a data set": (
         lambda x: next(zip(*TensorDataset(torch.from_numpy(x[:40] / 255)), strict=True)),
         1,
@@ -202,6 +204,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"train": ([np.zeros((16, 16), np.uint8), np.zeros((16, 12), np.uint8)], [0, 1])},
         DataError,
         "^train: expected images of one size",
+    ),
+    "pictures of a palette": (
+        {"train": ([Image.new("L", (16, 16)), Image.new("P", (16, 16)), Image.new("HSV", (16, 16))], [0, 1, 0])},
+        DataError,
+        r"^train: expected pictures of mode L or RGB, found HSV, P; convert them with \.convert\('RGB'\)$",
     ),
     "classes as a dict": ({"classes": {"b": 1, "a": 0}}, DataError, "^classes: expected a list .* found dict"),
     "classes as text": ({"classes": "0123456789"}, DataError, "^classes: expected a list of names, found str"),

@@ -127,6 +127,40 @@ def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog
     assert probe_classifier(right, chosen, splits.train, splits.classes).class_order is None
 
 
+class Colours(nn.Module):
+    """Answers with the number of the brightest channel."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 9 * images.mean((2, 3))
+
+
+class InBgr(Colours):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.flip(1))
+
+
+def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order():
+    labels = np.arange(90) % 3
+    pixels = np.random.default_rng(0).integers(0, 128, (90, 3, 8, 8), dtype=np.uint8)
+    pixels[np.arange(90), labels] += 127
+    images, names = Images(pixels, labels), ("red", "green", "blue")
+    probe = probe_classifier(adapt(InBgr(), section(), 3), section(), images, names)
+    assert (probe.as_bgr, probe.class_order) == (1.0, None)
+    line = (
+        "right on 100.0 % of 90 training images with the channels reversed, as OpenCV reads them, on 33.3 % in the "
+        "order RGB; if it was trained on BGR, let its forward begin with images = images.flip(1)"
+    )
+    written: dict[str, object] = {}
+    assert (_set_probed(written, probe), written) == ([], {})
+    assert _probe_warnings(probe) == [f"the classifier is {line}"]
+    assert warnings_of(probe, section(), names, 1.0) == [f"it is {line}"]
+
+    renumbered = nn.Sequential(Colours(), Permuted(torch.tensor([1, 2, 0])))
+    probe = probe_classifier(adapt(renumbered, section(), 3), section(), images, names)
+    assert (probe.as_bgr, probe.class_order) == (None, (2, 0, 1))
+    assert probe_classifier(adapt(Colours(), section(), 3), section(), images, names).as_bgr is None
+
+
 class Permuted(nn.Module):
     def __init__(self, order: torch.Tensor) -> None:
         super().__init__()

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
-from defuse_core.suggest import _comment, _commented
-from defuse_core.suggest.plan import Speeds
+from defuse_core.suggest import _comment, _commented, write_run_file
+from defuse_core.suggest.inspect import DataFacts
+from defuse_core.suggest.plan import Plan, Speeds
 from tests.e2e.test_cli import call, one_line
 
 
@@ -25,6 +27,24 @@ def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
     assert first.startswith("  validation_share: 0.15 ")
     assert second.startswith(" " * 42 + "# ") and second.endswith("of its own")
     assert not [each.name for each in described.values() if _comment(each, None).endswith("...")]
+
+
+def test_the_name_of_a_file_adds_no_line_to_a_run_file(tmp_path):
+    facts = DataFacts(
+        name="folder",
+        root=tmp_path,
+        height=16,
+        width=16,
+        image_size=16,
+        channels=1,
+        photographs=False,
+        classes=("cat", "dog"),
+        counts={"train": 20},
+        warnings=("such as x\ncheck: {max_loss: 1}\n#\x1b[2J.png",),
+    )
+    text = write_run_file(Plan({"vae": {"epochs": 3}}, 1.0, facts, Speeds(1, 1, 1, 1), None, facts.warnings))
+    assert "# Note: such as x\\ncheck: {max_loss: 1}\\n#\\x1b[2J.png." in text.splitlines()
+    assert yaml.safe_load(text) == {"vae": {"epochs": 3}}
 
 
 def test_fields_are_as_wide_as_the_terminal(monkeypatch, capsys):

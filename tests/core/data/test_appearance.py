@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from defuse_core.data import Images, Splits, log_parts, open_splits
-from defuse_core.data.folder import odd_images, shared_images
+from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.images import PictureFiles
 from defuse_core.suggest import inspect_data
 
@@ -32,7 +32,14 @@ def glyphs(background: int) -> np.ndarray:
 
 
 def lines(root: Path, channels: int = 1) -> list[str]:
-    return odd_images(open_splits(section("folder", root, channels=channels), 0).train)
+    return odd_images(open_splits(section("folder", root, channels=channels), 0))
+
+
+def odd_in_memory(pixels: np.ndarray, test: np.ndarray | None = None) -> list[str]:
+    train, other = (
+        each if each is None else Images(each, np.zeros(len(each), np.int64)) for each in (pixels, test)
+    )
+    return odd_images(Splits(train, None, other, ("a", "b")))
 
 
 def test_black_glyphs_on_transparent_ground_are_named(tmp_path: Path):
@@ -99,8 +106,7 @@ def test_opaque_pictures_and_a_few_dark_ones_are_not_odd(tmp_path: Path):
     pixels = np.concatenate([noise(20, SIZE, SIZE, 3), np.full((20, SIZE, SIZE, 1), 255, np.uint8)], axis=3)
     pixels[:8, ..., :3] //= 16
     assert lines(write(tmp_path, pixels), channels=3) == []
-    in_memory = Images(np.linspace(0, 1, 40, dtype=np.float32).reshape(10, 1, 2, 2), np.zeros(10, np.int64))
-    assert odd_images(in_memory) == []
+    assert odd_in_memory(np.linspace(0, 1, 40, dtype=np.float32).reshape(10, 1, 2, 2)) == []
 
 
 def test_a_run_warns_of_odd_images_and_init_notes_them(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -113,6 +119,31 @@ def test_a_run_warns_of_odd_images_and_init_notes_them(tmp_path: Path, caplog: p
     assert [line for line in noted if "looked at" in line] == [
         line.removeprefix("images: ") for line in warned
     ]
+
+
+def test_test_and_validation_images_are_looked_at_as_training_images_are(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    for part, picture in {"test": noise(SIZE, 3 * SIZE, 3), "validation": noise(3 * SIZE, SIZE, 3)}.items():
+        (root / part / "dog").mkdir(parents=True)
+        save_picture(root / part / "cat" / f"{part}.png", picture)
+    save_turned(root / "test" / "cat" / "turned.png")
+    assert [" ".join(line.split()[:9]) for line in inspect_data(root).warnings if "looked at" in line] == [
+        "1 of 2 test images looked at have an",
+        "1 of 1 validation images looked at have sides",
+        "1 of 1 validation images looked at are coloured,",
+        "1 of 2 test images looked at have sides",
+        "2 of 2 test images looked at are coloured,",
+    ]
+    pixels = noise(20, 1, SIZE, SIZE)
+    for dark in (pixels % 2, (pixels / np.float32(255) / 255)):
+        (line,) = odd_in_memory(pixels, dark)
+        assert line.startswith("20 of 20 test images looked at are almost black")
+
+
+def test_images_that_are_held_out_for_validation_are_looked_at_once(tmp_path: Path):
+    (dark, *_) = lines(write(tmp_path, noise(20, SIZE, SIZE) // 9))
+    data = section("folder", tmp_path, channels=1, validation_share=0.2)
+    assert [dark.replace("20 of 20", "16 of 16")] == odd_images(open_splits(data, 0))
 
 
 def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_path: Path, caplog):
@@ -130,6 +161,28 @@ def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_pa
     assert line in inspect_data(root).warnings
     log_parts(section("folder", root), open_splits(section("folder", root), 0))
     assert f"images: {line}" in caplog.messages
+
+
+def test_training_images_that_are_in_two_classes_are_counted_with_an_example(tmp_path: Path):
+    root = write(tmp_path, noise(20, SIZE, SIZE, 3))
+    cats = root / "train" / "cat"
+    (root / "train" / "puma").symlink_to(cats)  # the whole class
+    copied = (cats / "0.png").rename(cats / "0\n.png")
+    (root / "train" / "dog" / "0.png").write_bytes(copied.read_bytes())
+    (line,) = shared_images(open_splits(section("folder", root), 0))
+    assert line.startswith(
+        f"21 of 31 training images looked at are also in another class, such as {cats}/0\\n.png, which is "
+        f"{root}/train/puma/0\\n.png; no classifier is right on both"
+    )
+
+
+def test_equal_training_images_of_one_class_are_not_told_and_those_of_two_are():
+    pixels = np.repeat(noise(10, 1, SIZE, SIZE), 2, axis=0)
+    for labels, told in ((np.arange(20) // 2 % 2, 0), (np.arange(20) % 2, 1)):
+        found = shared_images(Splits(Images(pixels, labels), None, None, ("a", "b")))
+        assert [line.partition(";")[0] for line in found] == told * [
+            "20 of 20 training images looked at are also in another class"
+        ]
 
 
 def test_a_few_images_of_a_large_part_are_compared_with_all_training_images_in_memory():
@@ -161,7 +214,7 @@ def test_pictures_are_odd_where_three_quarters_of_them_are(odd: int):
     dark, equal = noise(20, 1, SIZE, SIZE), noise(20, 1, SIZE, SIZE)
     dark[:odd] //= 9  # 28 at most, of 255
     equal[:odd] = equal[0]
-    told = [odd_images(Images(pixels, np.zeros(20, np.int64))) for pixels in (dark, equal)]
+    told = [odd_in_memory(pixels) for pixels in (dark, equal)]
     assert [len(each) for each in told] == ([0, 0] if odd == 14 else [1, 1])
     if odd == 15:
         assert told[0][0].startswith("15 of 20 training images looked at are almost black")
@@ -171,8 +224,7 @@ def test_pictures_are_odd_where_three_quarters_of_them_are(odd: int):
 def test_dark_pictures_with_a_light_spot_and_a_single_picture_are_not_odd():
     dark = noise(20, 1, SIZE, SIZE) // 9
     dark[:, :, 3, 3] = 255
-    images = Images(dark, np.zeros(20, np.int64))
-    assert odd_images(images) == odd_images(images.take(slice(0, 1))) == []
+    assert odd_in_memory(dark) == odd_in_memory(dark[:1]) == []
 
 
 @pytest.mark.parametrize(("opacity", "told"), [((128, 128), 0), ((255, 255), 0), ((100, 255), 1)])
@@ -194,7 +246,7 @@ def test_training_images_and_those_of_a_part_are_looked_at_from_the_first_to_the
     )  # the last one alone
     (line,) = shared_images(Splits(train, None, part, ("a", "b")))
     assert line.startswith("1 of 128 test images looked at are also training images")
-    monkeypatch.setattr("defuse_core.data.folder.MOST_COMPARED", 3)  # rows 0, 4 and 9
+    monkeypatch.setattr("defuse_core.data.appearance.MOST_COMPARED", 3)  # rows 0, 4 and 9
     (line,) = shared_images(Splits(train, None, train.take(np.array([0, 1, 4, 8])), ("a", "b")))
     assert line.startswith("2 of 4 test images")
 
@@ -223,7 +275,12 @@ def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_
     monkeypatch.setattr(Path, "read_bytes", noted)
     (line,) = shared_images(Splits(train, None, test, ("a", "b")))
     assert line.startswith(f"1 of 4 test images looked at are also training images, such as {tmp_path}/test0")
-    assert read == {"train0", "test0", "test1"}
+    assert read == {
+        "train0",
+        "train1",
+        "test0",
+        "test1",
+    }  # training images are looked for among themselves, too
     monkeypatch.setattr(Path, "read_bytes", refused)
     assert shared_images(Splits(train, None, test, ("a", "b"))) == []
 

@@ -199,12 +199,27 @@ def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_rea
         "Val/ is not read; rename it to validation/ to use its images",
         "testing/ is not read, test/ is",
     ]
+    (root / "validation").symlink_to(
+        root / "Val"
+    )  # as where case does not count: one folder under both names
+    assert overlooked(root, ()) == ["testing/ is not read, test/ is"]
     assert [part_of(name) for name in ("Train", "VALID", "eval", "dev", "others")] == [
         "train",
         "validation",
         "test",
         "validation",
         None,
+    ]
+
+
+def test_a_part_in_another_case_and_a_folder_with_the_classes_of_train_are_told(tmp_path: Path):
+    root = write_folder(tmp_path, ("train", "VALIDATION", "Test", "Train", "hold\nout", ".old"))
+    save_picture(root / "notes" / "cat" / "0.png", noise(1, SIZE, SIZE, 3)[0])
+    assert overlooked(root, ()) == [
+        "Test/ is not read; rename it to test/ to use its images",
+        "Train/ is not read, train/ is",
+        "VALIDATION/ is not read; rename it to validation/ to use its images",
+        "hold\\nout/ has the classes of train/ and is not read; rename it to validation/ or test/ to use it",
     ]
 
 
