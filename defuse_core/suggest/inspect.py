@@ -28,6 +28,8 @@ FEW = 20  # training images of a class: fewer are worth a warning
 OBLONG = 1.1  # longer side by shorter one, from which a picture in a square looks stretched
 # Difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less).
 COLOUR = 6
+# The same of a pixel of a small mark, such as a lamp, in a picture of at most DETAIL x DETAIL pixels; MARK are enough.
+STRONG_COLOUR, DETAIL, MARK = 64, 256, 4
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
 
@@ -233,14 +235,18 @@ def _look_at(path: str) -> tuple[Form, bool]:
     """Return the form of a picture, and whether it is coloured."""
     with opened_picture(path) as picture:
         kept = frozenset(channels for channels in (1, 3) if keeps_colours(picture, channels))
-        return (picture.height, picture.width, kept), _is_coloured(picture)
+        return (picture.height, picture.width, kept), 1 not in kept and _is_coloured(picture)
 
 
 def _is_coloured(picture: Image.Image) -> bool:
     if picture.mode in {"L", "1", "LA"} or picture.mode.startswith("I"):
         return False
-    pixels = np.asarray(convert_picture(picture, "RGB").resize((32, 32))).astype(np.int64)
-    return bool((np.ptp(pixels, axis=2) > COLOUR).mean() > 0.01)
+    colours = convert_picture(picture, "RGB")
+    if (np.ptp(np.asarray(colours.resize((32, 32))), axis=2) > COLOUR).mean() > 0.01:
+        return True
+    width, height = colours.size
+    detailed = np.asarray(colours.resize((min(width, DETAIL), min(height, DETAIL))))
+    return bool((np.ptp(detailed, axis=2) > STRONG_COLOUR).sum() >= MARK)
 
 
 def _look_at_npz(file: Path, called: str) -> tuple[int, int, int]:

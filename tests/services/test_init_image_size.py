@@ -146,8 +146,16 @@ def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_
 @pytest.mark.parametrize(
     ("factory", "size", "note"),
     [
-        ("right_at_128", 128, "the classifier gets 128x128 pixels, but the pictures have 32x32; of 51 training"),
-        ("right_nowhere", 32, "the classifier gets 32x32 pixels, as the pictures have; of 51 training images"),
+        (
+            "right_at_128",
+            128,
+            "the classifier gets 128x128 pixels, but the pictures have 32x32; of 51 training",
+        ),
+        (
+            "right_nowhere",
+            32,
+            "the classifier gets 32x32 pixels, as the pictures have; of 51 training images",
+        ),
     ],
 )
 def test_square_pictures_keep_their_size_unless_the_classifier_is_far_more_often_right_at_another(
