@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from PIL import Image
 
 from defuse_core.config import WITHOUT_ROOT, DataSection, RunFile
 from defuse_core.data.benchmarks import open_digits, open_mnist, open_mnist_5000, open_signs, open_svhn
@@ -23,6 +26,8 @@ OPENERS = {
     "folder": open_folder,
     "npz": open_npz,
 }
+# Pillow warns of pictures from half as many pixels on as it refuses; they are read like others.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def open_splits(data: DataSection, seed: int) -> Splits:

@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,18 @@ def test_a_file_that_is_not_an_image_is_named(tmp_path: Path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(DataError, match=r"broken\.png: expected an image"):
         PictureFiles([str(tmp_path / "broken.png")], 3, SIZE)[:]
+
+
+def test_an_image_with_almost_too_many_pixels_for_pillow_is_read_without_a_warning(tmp_path: Path):
+    Image.new("L", (SIZE, SIZE)).save(tmp_path / "map.png")
+    code = (
+        f"from PIL import Image; Image.MAX_IMAGE_PIXELS = {SIZE * SIZE - 1}; "
+        f"from defuse_core.data.images import read_picture; read_picture('map.png', 1, {SIZE})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
 
 
 def test_an_image_with_too_many_pixels_for_pillow_is_to_be_shrunk(tmp_path: Path):
