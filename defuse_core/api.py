@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, KeysView, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -208,10 +208,10 @@ def _arrays(parts: Mapping[str, LabelledImages | None], classes: Sequence[str] |
         arrays[f"{name}_images"] = np.asarray(images, np.float32 if images.dtype.kind == "f" else None)
     if arrays and "train_images" not in arrays:
         raise DataError("train: expected (images, labels), found none; validation and test do not suffice")
-    if isinstance(classes, str | Mapping):
+    if isinstance(classes, str | bytes | Mapping | Set) and not isinstance(classes, KeysView):
         raise DataError(f"classes: expected a list of names, found {type(classes).__name__}")
     if arrays and classes is not None:
-        arrays["classes"] = np.array([str(name) for name in classes])
+        arrays["classes"] = np.array([name if isinstance(name, bytes) else str(name) for name in classes])
     return arrays
 
 

@@ -61,6 +61,14 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def sole_difference(name: str, other: str) -> str | None:
+    """Return in what alone two names differ: case, or the Unicode form of letters; None where they differ in more."""
+    if name.casefold() == other.casefold():
+        return "case"
+    one, two = (unicodedata.normalize("NFC", text).casefold() for text in (name, other))
+    return "the Unicode form of its letters" if one == two else None
+
+
 def count_of(number: float, noun: str) -> str:
     """Return `1 image`, `2 images`, `12,345 images`, `1.5 minutes`. The plural of the noun ends in s."""
     text = f"{number:,}" if isinstance(number, int) else f"{number:g}"

@@ -23,7 +23,7 @@ from defuse_core.data.images import (
     expect_class_names,
 )
 from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
-from defuse_core.errors import DataError, count_of, escape_control_characters, first_few
+from defuse_core.errors import DataError, count_of, escape_control_characters, first_few, sole_difference
 
 log = logging.getLogger("defuse")
 
@@ -37,6 +37,7 @@ OTHER_NAMES = {  # of parts, in other tools
     "eval": "test",
 }
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # files that Windows writes into folders of pictures
+SYSTEM_FOLDERS = ("@eadir", "__macosx")  # folders that a Synology or macOS adds, with files named as pictures
 
 
 def open_folder(data: DataSection, seed: int) -> Splits:
@@ -90,6 +91,9 @@ def _files(part: Path, classes: tuple[str, ...], ignored: list[str]) -> list[Fil
         where = f"{part.name}; add or remove it"
         if odd[0] in classes:
             where = "train; add it, empty if there are no images of this class, or remove it"
+        for other in odd[1:]:
+            if sole := sole_difference(odd[0], other):
+                where += f"; {odd[0]!a} differs only in {sole} from {other!a}"
         raise DataError(f"{part}: expected the class folders of train, but {odd[0]} is only in {where}")
     files = [FilePaths.pack(sorted(walk_files(part / name, ignored)), f"{part}{os.sep}") for name in classes]
     if part.name == "train" and (
@@ -166,7 +170,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FILES
+    return name.startswith(".") or name.lower() in SYSTEM_FILES + SYSTEM_FOLDERS
 
 
 def _raise(error: OSError) -> None:

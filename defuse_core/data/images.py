@@ -301,9 +301,8 @@ class Images:
 
     def loaded(self) -> Images:
         """Return the images with their pixels in memory, as uint8, unless these stay on disk."""
-        if isinstance(self.pixels, PictureFiles) and not self.stays_on_disk:
-            return replace(self, pixels=self.pixels[:])
-        return self
+        is_read = isinstance(self.pixels, PictureFiles) and not self.stays_on_disk
+        return replace(self, pixels=self.pixels[:]) if is_read else self
 
 
 @dataclass(frozen=True, eq=False)

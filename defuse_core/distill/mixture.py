@@ -259,10 +259,9 @@ def covariance_of(partial: Sequence[tuple[F64, float]]) -> F64:
 def mixture_coefficients(fit: FittedMixture, center: F64) -> F64:
     """Return what each monomial of a code about `center` contributes to the log of weight times density, (P, K)."""
     roots = _precision_roots(fit.covariances)
-    log_det = np.log(np.diagonal(roots, axis1=1, axis2=2)).sum(axis=1)
     with np.errstate(divide="ignore"):
         log_weights = np.maximum(np.log(fit.weights), np.log(np.finfo(np.float64).tiny))
-    constant = log_weights + log_det - 0.5 * fit.means.shape[1] * math.log(2 * math.pi)
+    constant = log_weights + _log_det_roots(roots) - 0.5 * fit.means.shape[1] * math.log(2 * math.pi)
     return _quadratic_coefficients(roots, fit.means - center, constant)
 
 
@@ -324,7 +323,9 @@ def _log_constants(posterior: Posterior) -> F64:
     width = posterior.means.shape[1]
     degrees = posterior.degrees_of_freedom
     log_lambda = width * math.log(2) + digamma(0.5 * (degrees - np.arange(width)[:, None])).sum(axis=0)
-    gaussian = _log_det_roots(posterior) - 0.5 * width * (math.log(2 * math.pi) + np.log(degrees))
+    gaussian = _log_det_roots(posterior.precision_roots) - 0.5 * width * (
+        math.log(2 * math.pi) + np.log(degrees)
+    )
     constants: F64 = (
         gaussian + 0.5 * (log_lambda - width / posterior.mean_precision) + _log_weights(posterior)
     )
@@ -340,16 +341,16 @@ def _log_weights(posterior: Posterior) -> F64:
     return log_weights
 
 
-def _log_det_roots(posterior: Posterior) -> F64:
+def _log_det_roots(roots: F64) -> F64:
     """Return the log determinant of each precision root, (K,)."""
-    log_det: F64 = np.log(np.diagonal(posterior.precision_roots, axis1=1, axis2=2)).sum(axis=1)
+    log_det: F64 = np.log(np.diagonal(roots, axis1=1, axis2=2)).sum(axis=1)
     return log_det
 
 
 def _lower_bound(posterior: Posterior, entropy: float) -> float:
     """Return the lower bound of the evidence, up to constants, as scikit-learn computes it."""
     width, degrees = posterior.means.shape[1], posterior.degrees_of_freedom
-    log_det = _log_det_roots(posterior) - 0.5 * width * np.log(degrees)
+    log_det = _log_det_roots(posterior.precision_roots) - 0.5 * width * np.log(degrees)
     log_gamma = gammaln(0.5 * (degrees - np.arange(width)[:, None])).sum(axis=0)
     log_wishart = -(degrees * log_det + degrees * width * 0.5 * math.log(2) + log_gamma)
     log_weight = -betaln(*posterior.sticks).sum()

@@ -20,6 +20,7 @@ from defuse_core.intervals import (
     mcnemar,
     pairs_of,
     share_of_units,
+    swapped,
 )
 from defuse_core.report.evidence_schema import (
     AgainstBaseline,
@@ -144,7 +145,7 @@ def _pairs(pairs: I64, pair: Literal["scenario", "draw", "image"], images: int |
     if not count:
         return None
     # of the training that is most favourable to the correction
-    _, least_worse, most_better = map(int, least_favourable(pairs[:, [0, 2, 1]]))
+    _, least_worse, most_better = map(int, least_favourable(swapped(pairs)))
     return Pairs(
         pair=pair if images is None or count == images else "track",
         better=better,

@@ -1,4 +1,4 @@
-"""The image size of a run: the pictures' own where a classifier of the user's own takes it, else one that suits it."""
+"""The image size of a run: the pictures' own where a classifier of the user's own suits it, else one that does."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
+from defuse_core.models.probe import FAR_BETTER, MOSTLY
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -49,9 +50,10 @@ def fit_image_size(
     """Return the classifier with its weights, and the sections for the size that is asked for or suits it.
 
     `own` is section `classifier` for a classifier of the user's own, without what the probe finds. That one gets the
-    pictures' own size where it takes it and they are square: most were trained on it. Otherwise, one with weights gets
-    the smallest of the usual sizes, from the suggested one on, at which it is about as often right as at any. One that
-    takes no size of them gets the pictures in colour instead of grey, or in grey instead of colour, if it takes those.
+    pictures' own size where it takes it and they are square: most were trained on it. Otherwise, or where it is far
+    more often right at another, one with weights gets the smallest of the usual sizes, from the suggested one on, at
+    which it is about as often right as at any. One that takes no size of them gets the pictures in colour instead of
+    grey, or in grey instead of colour, if it takes those.
     Raises InputError for a size that cannot be, ModelError where the classifier takes none.
     """
     if asked is not None:
@@ -99,8 +101,7 @@ def _sized(
 ) -> SizedClassifier:
     sizes = [asked] if asked is not None else _sizes_to_try(facts, own=own is not None)
     classifier = _built(_run_file(_sections(facts, own, sizes[0])), len(facts.classes))
-    is_trained = own is not None and bool(own.get("weights"))
-    compared = is_trained and len(sizes) > 1 and sizes[0] != _own_side(facts)
+    compared = own is not None and bool(own.get("weights")) and len(sizes) > 1
     accuracies: dict[int, float] = {}
     errors: list[ModelError] = []
     for done, size in enumerate(sizes):
@@ -116,13 +117,12 @@ def _sized(
             continue
         expect_trainable(classifier, images)
         accuracies[size] = _accuracy(classifier, spec, images, facts) if compared else 1.0
-        if not compared:
+        # no other size can be far better
+        if not compared or (size == _own_side(facts) and accuracies[size] + FAR_BETTER > 1):
             break
     if not accuracies:
         raise _no_size(errors, sizes)
-    best = max(accuracies.values())
-    as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
-    size = min(as_right, key=lambda size: (size < facts.image_size, size))
+    size = _best_size(facts, accuracies)
     notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
@@ -175,6 +175,15 @@ def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataF
     return probe_classifier(classifier, spec.classifier, sample, facts.classes).reached
 
 
+def _best_size(facts: DataFacts, accuracies: dict[int, float]) -> int:
+    """Return the pictures' own size where no other is far better, else the smallest that is about as good as any."""
+    own, best = _own_side(facts), max(accuracies.values())
+    if own in accuracies and best < max(MOSTLY, accuracies[own] + FAR_BETTER):
+        return own
+    as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
+    return min(as_right, key=lambda size: (size < facts.image_size, size))
+
+
 def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
     """Return the error of a classifier that takes none of the sizes, with what to do.
 
@@ -193,10 +202,12 @@ def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
 
 
 def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> list[str]:
-    """Return what to know where the classifier gets another size than the pictures have."""
-    if (facts.height, facts.width) == (size, size):
+    """Return what to know where the classifier gets another size than the pictures have, or several were compared."""
+    resized = (facts.height, facts.width) != (size, size)
+    if not resized and len(accuracies) == 1:
         return []
-    line = f"the classifier gets {size}x{size} pixels, but the pictures have {facts.width}x{facts.height}"
+    but = f"but the pictures have {facts.width}x{facts.height}" if resized else "as the pictures have"
+    line = f"the classifier gets {size}x{size} pixels, {but}"
     if len(accuracies) > 1:
         by_size = ", ".join(f"{percent(right, 0)} at {side}" for side, right in sorted(accuracies.items()))
         line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"

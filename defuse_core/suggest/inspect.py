@@ -41,6 +41,8 @@ FEW = 20  # training images of a class: fewer are worth a warning
 OBLONG = 1.1  # longer side by shorter one, from which a picture in a square looks stretched
 # Difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less).
 COLOUR = 6
+# The same of a pixel of a small mark, such as a lamp, in a picture of at most DETAIL x DETAIL pixels; MARK are enough.
+STRONG_COLOUR, DETAIL, MARK = 64, 256, 4
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
 READ_FILES = 64  # on which the speed of reading is measured
@@ -186,6 +188,7 @@ def plain_ground(images: F32) -> float:
 def _expect_train(root: Path) -> None:
     """Raise DataError, with what mends it, for a folder of class folders, or of parts with other names."""
     if (root / "train").is_dir():
+        _expect_folders(root / "train")
         return
     parts = {
         entry.name: part
@@ -201,11 +204,9 @@ def _expect_train(root: Path) -> None:
     folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name not in parts]
     layout = "train/ with a folder of images per class (train/CLASS/*.png)"
     if len(folders) > 1 and all(map(_is_class_folder, folders)):
-        at = shlex.quote(str(root))  # hidden, since `*/` would match train/ too
-        command = f": mkdir {at}/.train && mv {at}/*/ {at}/.train && mv {at}/.train {at}/train"
         raise DataError(
             f"{root}: expected {layout}, found class folders such as {folders[0].name}/; "
-            f"move them into train/{command if not parts else ''}"
+            f"move them into train/{_moved(root) if not parts else ''}"
         )
     if holding := [entry for entry in folders if _has_pictures(entry)]:
         raise DataError(
@@ -213,6 +214,24 @@ def _expect_train(root: Path) -> None:
             "give a folder of this layout"
         )
     raise DataError(f"{root}: expected {layout}, found no train/; make it")
+
+
+def _moved(root: Path) -> str:
+    """Return the command that moves all folders below `root` into train/."""
+    at = shlex.quote(str(root))  # hidden, since `*/` would match train/ too
+    return f": mkdir {at}/.train && mv {at}/*/ {at}/.train && mv {at}/.train {at}/train"
+
+
+def _expect_folders(train: Path) -> None:
+    """Raise DataError where train/ holds images in place of class folders, as where it is a class itself."""
+    if any(entry.is_dir() for entry in train.iterdir()) or not _has_pictures(train):
+        return
+    remedy = "sort them into such folders"
+    others = [folder for folder in sorted(train.parent.iterdir()) if folder != train and folder.is_dir()]
+    if others and all(_is_class_folder(folder) and not part_of(folder.name) for folder in others):
+        move = f"move all class folders into a new train/{_moved(train.parent)}"
+        remedy = f"if train is a class like {others[0].name}, {move}"
+    raise DataError(f"{train}: expected a folder of images per class, found images directly in it; {remedy}")
 
 
 def _expect_no_part(root: Path) -> None:
@@ -273,14 +292,18 @@ def _look_at(path: str) -> tuple[Form, bool]:
     """Return the form of a picture, and whether it is coloured."""
     with opened_picture(path) as picture:
         kept = frozenset(channels for channels in (1, 3) if keeps_colours(picture, channels))
-        return (picture.height, picture.width, kept), _is_coloured(picture)
+        return (picture.height, picture.width, kept), 1 not in kept and _is_coloured(picture)
 
 
 def _is_coloured(picture: Image.Image) -> bool:
     if picture.mode in {"L", "1", "LA"} or picture.mode.startswith("I"):
         return False
-    pixels = np.asarray(convert_picture(picture, "RGB").resize((32, 32))).astype(np.int64)
-    return bool((np.ptp(pixels, axis=2) > COLOUR).mean() > 0.01)
+    colours = convert_picture(picture, "RGB")
+    if (np.ptp(np.asarray(colours.resize((32, 32))), axis=2) > COLOUR).mean() > 0.01:
+        return True
+    width, height = colours.size
+    detailed = np.asarray(colours.resize((min(width, DETAIL), min(height, DETAIL))))
+    return bool((np.ptp(detailed, axis=2) > STRONG_COLOUR).sum() >= MARK)
 
 
 def _look_at_npz(file: Path, called: str) -> tuple[int, int, int]:
@@ -292,8 +315,8 @@ def _look_at_npz(file: Path, called: str) -> tuple[int, int, int]:
     shape = image_shape(images)
     if shape is None:
         raise DataError(
-            f"{called}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W), found {images.shape}; "
-            "reshape them"
+            f"{called}: train_images: expected shape (N, H, W), (N, H, W, c) or (N, c, H, W) with c of 1 or 3, found "
+            f"{images.shape}; reshape them, or drop the channel of transparency"
         )
     height, width, _ = shape
     if height % 2 or width % 2:

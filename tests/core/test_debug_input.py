@@ -211,6 +211,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"^train: expected pictures of mode L or RGB, found HSV, P; convert them with \.convert\('RGB'\)$",
     ),
     "classes as a dict": ({"classes": {"b": 1, "a": 0}}, DataError, "^classes: expected a list .* found dict"),
+    "classes as a set": ({"classes": {"a", "b"}}, DataError, "^classes: expected a list of names, found set"),
+    "classes as bytes": ({"classes": [b"a", b"b"]}, DataError, r"^debug: classes: .* as text, found \|S1 \(2,\);"),
     "classes as text": ({"classes": "0123456789"}, DataError, "^classes: expected a list of names, found str"),
     "no copy": (
         {"classifier": holding_a_lock()},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +92,36 @@ def test_a_folder_whose_name_is_no_text_is_to_be_renamed(name: str, tmp_path: Pa
         DataError, match=r"root: expected text without control .*; rename it, or use a UTF-8 lo"
     ):
         inspect_data(write(tmp_path / name))
+
+
+def test_images_directly_in_train_are_to_be_sorted(tmp_path: Path):
+    for path in write(tmp_path).glob("train/*/*"):
+        path.rename(tmp_path / "train" / path.name)
+    for folder in tmp_path.glob("train/*/"):
+        folder.rmdir()
+    with pytest.raises(
+        DataError, match=r"train: .* found images directly in it; sort them into such folders$"
+    ):
+        inspect_data(tmp_path)
+
+
+def test_a_class_that_is_called_train_is_moved_with_the_others_by_the_command_that_is_suggested(
+    tmp_path: Path,
+):
+    for name, own in (("cat", "car"), ("dog", "train")):
+        (write(tmp_path / "other") / "train" / name).rename(tmp_path / own)
+        shutil.rmtree(tmp_path / "other")
+    with pytest.raises(DataError, match="if train is a class like car, move all class folders") as refused:
+        inspect_data(tmp_path)
+    command = str(refused.value).partition(" into a new train/: ")[2]
+    subprocess.run(["sh", "-c", command], check=True)
+    assert inspect_data(tmp_path).classes == ("car", "train")
+
+
+def test_the_refusal_of_an_npz_file_with_transparency_says_what_to_drop(tmp_path: Path):
+    np.savez(
+        tmp_path / "own.npz", train_images=np.zeros((8, 16, 16, 4), np.uint8), train_labels=np.arange(8) % 2
+    )
+    line = r"with c of 1 or 3, found \(8, 16, 16, 4\); reshape them, or drop the channel of transparency$"
+    with pytest.raises(DataError, match=line):
+        inspect_data(tmp_path / "own.npz")

@@ -238,6 +238,19 @@ def test_colour_is_found_where_the_first_pictures_of_each_class_are_grey(classes
     assert inspect_data(tmp_path).channels == 3
 
 
+@pytest.mark.parametrize(("side", "channels"), [(3, 3), (1, 1)])
+def test_small_marks_make_pictures_coloured_and_single_pixels_do_not(side, channels, tmp_path):
+    """The marks are red and green of one brightness, so that in grey the classes are the same."""
+    for name, colour in (("off", (200, 0, 0)), ("on", (0, 102, 0))):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(30):
+            pixels = np.full((32, 32, 3), 120, np.uint8)
+            pixels[number % 28 :, 9:][:side, :side] = colour
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    assert inspect_data(tmp_path).channels == channels
+
+
 @pytest.mark.usefixtures("known_speeds")
 def test_classes_with_few_images_are_named_in_a_note(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

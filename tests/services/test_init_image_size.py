@@ -55,6 +55,10 @@ def right_at_128() -> nn.Module:
     return Brightness(128)
 
 
+def right_nowhere() -> nn.Module:
+    return Brightness(0)
+
+
 def of_48() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(48 * 48, 2))
 
@@ -137,6 +141,30 @@ def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_
     assert note.replace("60 training", "51 training") in printed  # 15 % are held out
     assert "% at 64" in printed
     assert "100 % at 128" in printed
+
+
+@pytest.mark.parametrize(
+    ("factory", "size", "note"),
+    [
+        (
+            "right_at_128",
+            128,
+            "the classifier gets 128x128 pixels, but the pictures have 32x32; of 51 training",
+        ),
+        (
+            "right_nowhere",
+            32,
+            "the classifier gets 32x32 pixels, as the pictures have; of 51 training images",
+        ),
+    ],
+)
+def test_square_pictures_keep_their_size_unless_the_classifier_is_far_more_often_right_at_another(
+    factory, size, note, monkeypatch, capsys
+):
+    code, data, printed = suggested(monkeypatch, capsys, 32, 32, factory)
+    assert (code, data.get("image_size")) == (0, size), printed
+    assert note in printed
+    assert "if it was trained on another size, give that with --image-size" in printed
 
 
 @pytest.mark.parametrize("classes", [50, 200])

@@ -165,9 +165,11 @@ def test_nothing_in_a_hidden_folder_is_an_image_of_a_class(tmp_path: Path):
 
 def test_folders_of_other_tools_and_files_beside_the_classes_are_no_classes(tmp_path: Path):
     train = write_folder(tmp_path) / "train"
-    save_picture(train / ".ipynb_checkpoints" / "0.png", noise(1, SIZE, SIZE, 3)[0])
+    for folder in (".ipynb_checkpoints", "__MACOSX", "cat/@eaDir"):
+        save_picture(train / folder / "0.png", noise(1, SIZE, SIZE, 3)[0])
     (train / "README.txt").touch()
-    assert open_splits(section("folder", tmp_path), 0).classes == ("cat", "dog")
+    splits = open_splits(section("folder", tmp_path), 0)
+    assert (splits.classes, len(splits.train)) == (("cat", "dog"), 10)
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", "desktop.ini", "DESKTOP.INI"])
@@ -296,6 +298,17 @@ def test_a_link_to_a_folder_elsewhere_is_followed_each_time(tmp_path: Path):
         (
             lambda root: save_picture(root / "train/fox/0.png", noise(1, SIZE, SIZE, 3)[0]),
             "validation: expected the class folders of train, but fox is only in train; add it, empty if there are",
+        ),
+        (
+            lambda root: (root / "test/cat").rename(root / "test/Cat"),
+            "but Cat is only in test; add or remove it; 'Cat' differs only in case from 'cat'",
+        ),
+        (
+            lambda root: [
+                (root / part / "cat").rename(root / part / name)
+                for part, name in (("train", "caf\xe9"), ("validation", "caf\xe9"), ("test", "cafe\u0301"))
+            ],
+            r"; 'cafe\u0301' differs only in the Unicode form of its letters from 'caf\xe9'",
         ),
         (lambda root: (root / "train").rename(root / "training"), "train: expected a folder"),
         (
