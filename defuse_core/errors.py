@@ -11,6 +11,7 @@ DefuseError
 ├── LabelsPending            3  people have not answered yet; the same command later goes on
 └── MachineryError           4  the machinery failed: try again, nothing is lost
     ├── StoreError              the run's folder or bucket
+    │   ├── NoAnswerError           it does not answer now, and may at the next attempt
     │   ├── DamagedError     2      a file there is damaged, or of another version: a person must look
     │   └── StoreSettingsError 2    the bucket's name, region, credentials or certificate are wrong
     ├── RunBusyError            another driver is writing this run
@@ -161,6 +162,9 @@ class MachineryError(DefuseError): ...
 
 
 class StoreError(MachineryError): ...
+
+
+class NoAnswerError(StoreError): ...
 
 
 class DamagedError(StoreError):

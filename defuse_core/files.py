@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import InputError, NoAnswerError, StoreError
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -32,6 +32,14 @@ UNFINISHED = ".unfinished"  # suffix of what is being written
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+NO_ANSWER = {  # of a network folder whose server is away, or a disk that fails to read
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 OWN_FILES = (  # whose folder Defuse reads again: what it is, and files that it has
     ("run", ("run.yaml", "settings.json")),
     ("run", ("run.yaml", "manifest.json")),  # whose settings.json was damaged and deleted
@@ -71,9 +79,8 @@ def explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StoreError(
-            f"{path}: {error.strerror}; free space or fix access, then run again to continue"
-        ) from error
+        kind = NoAnswerError if error.errno in NO_ANSWER else StoreError
+        raise kind(f"{path}: {error.strerror}; free space or fix access, then run again to continue") from error
 
 
 def expect_gone(error: OSError) -> None:

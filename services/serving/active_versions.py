@@ -19,18 +19,17 @@ from scipy import special
 from defuse_core.artifacts import F32, Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, StoreError, count_of, percent
+from defuse_core.errors import DefuseError, NoAnswerError, StoreError, count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
 from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry
 from services.serving.registry_state import EMPTY, RegistryState
-from services.storage import is_store_outage, may_answer_later
+from services.storage import is_store_outage
 
 log = logging.getLogger("defuse")
 MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
-# Requests for the shadow above this are dropped: answers have priority over comparisons.
-MAX_PENDING_SHADOWS = 4
+MAX_PENDING_SHADOWS = 4  # requests above this are dropped: answers have priority over comparisons
 SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
 ERROR_WINDOW_S = 1.0  # errors within it count once, as a share of its requests
 MIN_SECONDS = 4  # with requests, before errors are judged: two that a stall fills end no good version then
@@ -226,11 +225,11 @@ class RegistryWatcher:
         self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
         self.registry = Registry(store)
         self.known = EMPTY  # the state after the last change that was loaded completely
-        # the canary or shadow that this replica ended and the registry still has
-        self.ended: int | None = None
+        self.ended: int | None = None  # the canary or shadow that this replica ended, and the registry has
         self._skipped: int | None = None  # `ended` before the registry was read
         self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
         self._failed: _FailedLoad | None = None
+        self._reported = ""  # the last error of `load_initial`
         # why the canary or shadow of a state could not be loaded, where its end is not stored in the registry yet
         self._unfit: tuple[RegistryState, str] | None = None
 
@@ -251,8 +250,10 @@ class RegistryWatcher:
         try:
             active = self.load_changes(own) or own
         except DefuseError as error:
-            log.error("the registry's version cannot be loaded: %s", error)
-            active = replace(own, error=reason_for_clients(error), is_outage=may_answer_later(error))
+            if str(error) != self._reported:
+                log.error("the registry's version cannot be loaded: %s", error)
+            self._reported = str(error)
+            active = replace(own, error=reason_for_clients(error), is_outage=isinstance(error, NoAnswerError))
         if failure is not None and active.production is None:
             raise failure
         return active
@@ -261,8 +262,7 @@ class RegistryWatcher:
         """Return the versions after a change of the registry, loaded and warm; None without a change.
 
         A change whose canary or shadow the store does not return is loaded without it, and again at the next call.
-        A version in production that could not be loaded is tried again after pauses that grow; the same error is
-        raised meanwhile.
+        A version in production that failed to load is tried again after pauses that grow; its error is raised meanwhile.
         """
         if self.initial.pin:
             return None

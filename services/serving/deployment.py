@@ -21,7 +21,7 @@ import torch
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
 from defuse_core.device import is_out_of_memory
-from defuse_core.errors import InputError, ModelError
+from defuse_core.errors import InputError, ModelError, NoAnswerError
 from services.serving.active_versions import (
     ActiveVersions,
     Comparison,
@@ -46,7 +46,7 @@ from services.serving.registry import AUTHOR, POLL_S
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.settings import serve_token
-from services.storage import is_store_outage, may_answer_later, open_store
+from services.storage import is_store_outage, open_store
 
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
@@ -364,7 +364,7 @@ def when_store_answers(work: Callable[[], T]) -> T:
             log.warning("the store does not answer, waiting for it: %s", retry.outcome.exception())
 
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_answer_later),
+        retry=tenacity.retry_if_exception_type(NoAnswerError),
         wait=tenacity.wait_fixed(POLL_S),
         before_sleep=warn,
     )

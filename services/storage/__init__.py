@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from defuse_core.errors import DamagedError, InputError, StoreError, StoreSettingsError
+from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.store import Store, folder_store
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*:/|s3[an]?:|s3//|.*://", re.IGNORECASE)  # gs://x, s3:/x, S3:x
@@ -46,8 +46,3 @@ def store_folder(address: str) -> Path:
 def is_store_outage(error: BaseException) -> bool:
     """Whether the store does not answer now, and may at the next attempt; a damaged file stays damaged."""
     return isinstance(error, StoreError) and not isinstance(error, DamagedError)
-
-
-def may_answer_later(error: BaseException) -> bool:
-    """Whether the store does not answer now, and may without another setting of this process."""
-    return is_store_outage(error) and not isinstance(error, StoreSettingsError)

@@ -15,7 +15,7 @@ from typing import Any
 
 from botocore import exceptions as aws
 
-from defuse_core.errors import StoreError, StoreSettingsError, one_line, without_credentials
+from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError, one_line, without_credentials
 
 log = logging.getLogger("defuse")
 BROKEN = (  # what a body that is read can raise
@@ -49,6 +49,9 @@ REMEDIES = {  # of what is no refusal of the credentials, although the status ma
     ),
     "XMinioStorageFull": (StoreError, "free space there, then run again to continue"),
 }
+# answers of a server, or of a proxy before it, that is busy or fails for a while
+PASSING = {"RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
+PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509}
 NO_ANSWER = (
     aws.HTTPClientError,
     aws.EndpointConnectionError,
@@ -96,7 +99,7 @@ def translated_errors(
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
-        raise StoreError(
+        raise NoAnswerError(
             f"{where}: no complete AWS credentials found ({_reason(error, endpoint)}); check {CREDENTIALS}"
         ) from error
     except (aws.SSOError, aws.TokenRetrievalError, LOGIN_ERROR) as error:
@@ -115,7 +118,8 @@ def translated_errors(
             ) from None
         raise _without_answer(error, where, _server(endpoint)) from error
     except aws.BotoCoreError as error:
-        raise StoreError(f"{where}: {without_credentials(str(error), endpoint)}") from error
+        kind = NoAnswerError if isinstance(error, BROKEN) else StoreError
+        raise kind(f"{where}: {without_credentials(str(error), endpoint)}") from error
     except OSError as error:
         if error.filename is None:  # such as the FileNotFoundError of a missing key
             raise
@@ -169,7 +173,8 @@ def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exc
         )
     if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
-    kind, remedy = REMEDIES.get(code, (StoreError, "run again to continue"))
+    passes = code in PASSING or status_of(error) in PASSING_STATUS
+    kind, remedy = REMEDIES.get(code, (NoAnswerError if passes else StoreError, "run again to continue"))
     return kind(f"{where}: {server} answered {answer}; {remedy}")
 
 
@@ -193,7 +198,7 @@ def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreE
             f"{where}: the certificate of {server} is not trusted, or it speaks no TLS; set AWS_CA_BUNDLE to the "
             "file of your CA's certificate, or correct AWS_ENDPOINT_URL"
         )
-    return StoreError(
+    return NoAnswerError(
         f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
         "and the network, then run again to continue"
     )

@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_command
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import ComputeError, DamagedError, InputError, StoreError, StoreSettingsError
+from defuse_core.errors import ComputeError, DamagedError, InputError, NoAnswerError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
@@ -95,7 +95,7 @@ def test_a_replica_that_requires_a_model_waits_for_a_store_that_does_not_answer(
     monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
     monkeypatch.setattr("services.serving.app.POLL_S", 0.01)
     state_after = Registry.state_after
-    errors: list[Exception] = [StoreError("no answer"), StoreError("no answer")]
+    errors: list[Exception] = [NoAnswerError("no answer"), NoAnswerError("no answer")]
 
     def answer_later(registry, known):
         if errors:
@@ -106,7 +106,7 @@ def test_a_replica_that_requires_a_model_waits_for_a_store_that_does_not_answer(
     monkeypatch.setattr(Registry, "state_after", answer_later)
     active = ClassifierIngress(*bound.init_args, **bound.init_kwargs).active
     assert (active.names(), active.error, errors) == ({"production": "1"}, None, [])
-    errors.append(StoreSettingsError("wrong credentials"))  # nothing to wait for
+    errors.append(StoreError("wrong credentials"))  # nothing to wait for
     with pytest.raises(ComputeError, match="cannot be loaded"):
         ClassifierIngress(*bound.init_args, **bound.init_kwargs)
 
@@ -115,7 +115,7 @@ def test_a_replica_that_requires_a_model_waits_for_a_store_that_does_not_answer(
 def no_answer_at_first(monkeypatch):
     """Let the store give no answer to its next three openings; returns the errors that are left."""
     monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
-    errors: list[Exception] = [StoreError(f"no answer {number}") for number in (3, 2, 1)]
+    errors: list[Exception] = [NoAnswerError(f"no answer {number}") for number in (3, 2, 1)]
 
     def open_later(address):
         if errors:
@@ -144,8 +144,8 @@ def test_a_replica_starts_once_the_store_answers(promoted, no_answer_at_first, c
 
 
 def test_an_application_does_not_wait_for_other_credentials(promoted, no_answer_at_first):
-    no_answer_at_first.append(StoreSettingsError("wrong credentials"))
-    with pytest.raises(StoreSettingsError):
+    no_answer_at_first.append(StoreError("wrong credentials"))
+    with pytest.raises(StoreError, match="wrong credentials"):
         build(ServeArgs(store=promoted.address))
 
 
@@ -155,7 +155,7 @@ def test_a_replica_waits_for_its_run_where_the_store_does_not_answer_and_not_whe
     monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
     initial = InitialModel(f"first/{prepare_candidate(Run.open(own_store, 'first'))[0]}")
     start = functools.partial(ClassifierDeployment, own_store.address, initial, ServeSection(), {}, False)
-    read, errors = FolderStore.read, [StoreError("no answer")]
+    read, errors = FolderStore.read, [NoAnswerError("no answer")]
     monkeypatch.setattr(FolderStore, "read", lambda *at: failing(errors) or read(*at))
     assert start().active.names() == {"production": "first"} and not errors
     own_store.delete(initial.key)
@@ -169,14 +169,17 @@ def failing(errors: list[Exception]) -> None:
         raise errors.pop()
 
 
-def test_another_replica_waits_for_the_store_and_does_not_fail_while_others_answer(promoted, monkeypatch):
+def test_another_replica_waits_for_the_store_and_says_so_once_while_others_answer(
+    promoted, monkeypatch, caplog
+):
     monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
     monkeypatch.setattr("services.serving.app._is_application_answering", lambda: True)
     monkeypatch.setattr("services.serving.app.POLL_S", 0.01)
-    state_after, errors = Registry.state_after, [StoreError("no answer"), StoreError("no answer")]
+    state_after, errors = Registry.state_after, [NoAnswerError("no answer"), NoAnswerError("no answer")]
     monkeypatch.setattr(Registry, "state_after", lambda *known: failing(errors) or state_after(*known))
     started = ClassifierIngress(promoted.address, InitialModel(), ServeSection(), {}, False)
     assert (started.active.names(), errors) == ({"production": "1"}, [])
+    assert caplog.messages == ["the registry's version cannot be loaded: no answer"]
 
 
 def test_a_server_warns_of_each_setting_that_counts_only_from_the_next_promotion_on(

@@ -11,7 +11,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.stub import Stubber
 from buckets import KEYS
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import NoAnswerError, StoreError
 from services.storage import open_store, s3
 from services.storage.s3_errors import translated_errors
 
@@ -219,6 +219,43 @@ def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, statu
     ):
         raise error
     assert raised.value.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "passes"),
+    [
+        ("SlowDown", 503, True),
+        ("500", 500, True),
+        ("TooManyRequests", 429, True),
+        ("RequestTimeout", 400, True),
+        ("NotImplemented", 501, False),
+        ("XMinioStorageFull", 507, False),
+        ("ExpiredToken", 400, False),
+        ("400", 400, False),
+        ("InvalidBucketName", 400, False),
+        ("MethodNotAllowed", 405, False),
+    ],
+)
+def test_only_answers_of_a_server_that_is_busy_or_fails_for_a_while_are_waited_for(code, status, passes):
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(StoreError) as raised, translated_errors("s3://b/k", None):
+        raise aws.ClientError(answer, "X")
+    assert isinstance(raised.value, NoAnswerError) == passes
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (aws.EndpointConnectionError(endpoint_url="http://host"), True),
+        (aws.IncompleteReadError(actual_bytes=1, expected_bytes=2), True),
+        (aws.CredentialRetrievalError(provider="iam-role", error_msg="no answer"), True),
+        (aws.ConfigParseError(path="config", error="no section"), False),
+    ],
+)
+def test_what_no_later_request_mends_is_not_waited_for(error, passes):
+    with pytest.raises(StoreError) as raised, translated_errors("s3://b/k", None):
+        raise error
+    assert isinstance(raised.value, NoAnswerError) == passes
 
 
 @pytest.mark.parametrize("code", ["NoSuchKey", "404", "NotFound"])

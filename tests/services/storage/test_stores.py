@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from buckets import KEYS
 
-from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.errors import InputError, NoAnswerError, RunBusyError, StoreError
 from defuse_core.store import FolderStore, Store
 from services.storage import lease, open_store
 
@@ -212,7 +213,18 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="run again") as refused:
         FolderStore(tmp_path / "file").write("a", b"")
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(refused.value) and not isinstance(refused.value, NoAnswerError)
+
+
+def test_a_network_folder_whose_server_is_away_gives_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(NoAnswerError, match="Stale file handle"):
+        FolderStore(tmp_path).read("a")
 
 
 def test_a_value_is_kept_where_the_writer_says_so_and_else_replaced(store: Store) -> None:
