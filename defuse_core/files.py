@@ -80,7 +80,9 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         kind = NoAnswerError if error.errno in NO_ANSWER else StoreError
-        raise kind(f"{path}: {error.strerror}; free space or fix access, then run again to continue") from error
+        raise kind(
+            f"{path}: {error.strerror}; free space or fix access, then run again to continue"
+        ) from error
 
 
 def expect_gone(error: OSError) -> None:

@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.codec import array_digest
+from defuse_core.codec import array_digest, decode
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.draws import with_both_halves
@@ -58,6 +58,7 @@ from defuse_core.review.tighten import tighten
 from defuse_core.review.undecided import not_reviewed, worse_references
 from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
 from defuse_core.runs import PLAIN_NAMES, Run
+from defuse_core.store import Store
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import (
@@ -132,34 +133,49 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
 def expect_may_go_on(run: Run) -> None:
     """Raise RunMismatchError for other images, and InputError for a λ that is added to the record of a version."""
     _expect_same_images(run)
-    if run.with_added is not None and (version := _version_of(run)) is not None:
+    if run.with_added is not None:
+        remedy = "copy its folder in the store, and change the copy (--name, or name= in Python)"
+        expect_no_version_of(run.runs, run.name, _registered_versions(run.runs), remedy)
+
+
+def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str, str]], remedy: str) -> None:
+    """Raise InputError where a version comes from this run, or may: not from another of its name.
+
+    `versions` are the name and components_digest of each version's run, by the version's number.
+    """
+    # one folder where the file system ignores case
+    named = {number: of for number, of in versions.items() if of[0].casefold() == run.casefold()}
+    components = None  # the run has none, or they cannot be read
+    with contextlib.suppress(FileNotFoundError, DamagedError):
+        if named:
+            folder = runs.within(run)
+            gallery = decode(Gallery, folder.read("gallery.safetensors"), folder.address)
+            # as services/serving/traffic.py tells runs of one name apart
+            components = array_digest({"codes": gallery.codes, "images": gallery.images})
+    if made := [
+        number
+        for number, (name, digest) in named.items()
+        if components == digest or (components is None and name == run)
+    ]:
         raise InputError(
-            f"run {run.name}: version {version} in the registry was made from it, and it is that version's record; "
-            "copy its folder in the store, and change the copy (--name, or name= in Python)"
+            f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; {remedy}"
         )
 
 
-def _version_of(run: Run) -> str | None:
-    """Return the newest version that was made from the run, by the last change in the registry of services/serving.
-
-    None where there is none, or it was made from another run of the name. Raises DamagedError.
-    """
-    changes, gallery = run.runs.within("registry/changes"), run.load(Gallery)
+def _registered_versions(runs: Store) -> dict[str, tuple[str, str]]:
+    """Return the versions after the last change in the registry of services/serving. Raises DamagedError."""
+    changes = runs.within("registry/changes")
     keys = [key for key in changes.list() if re.fullmatch(r"\d{6,}\.json", key)]
-    if not keys or gallery is None:
-        return None
+    if not keys:
+        return {}
     last = max(keys, key=lambda key: (len(key), key))
     try:
         versions = json.loads(changes.read(last))["versions"].items()
-        # one folder where the file system ignores case
-        found = {n: (info["run"].casefold(), info["components_digest"]) for n, info in versions}
+        return {number: (str(info["run"]), info["components_digest"]) for number, info in versions}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedError(
             f"{changes.address}/{last}: expected a registry state, found none; restore the file"
         ) from error
-    # as services/serving/traffic.py tells runs of one name apart
-    components = array_digest({"codes": gallery.codes, "images": gallery.images})
-    return next((n for n in reversed(found) if found[n] == (run.name.casefold(), components)), None)
 
 
 def _expect_same_images(run: Run) -> None:

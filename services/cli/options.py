@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import DamagedError, InputError, RunFileError, has_control_characters
+from defuse_core.errors import InputError, RunFileError, has_control_characters
 from defuse_core.steps import STEPS
 from defuse_core.store import RESERVED, FolderStore, checked_name
 
@@ -173,26 +173,12 @@ def is_left_behind(run: Store) -> bool:
 
 def expect_not_promoted(store: Store, run: str, remedy: str) -> None:
     """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
-    from defuse_core.artifacts import Gallery
-    from defuse_core.runs import Run
+    from defuse_core.pipeline import expect_no_version_of
     from services.serving.registry import Registry
-    from services.serving.traffic import components_digest
 
     versions = Registry(store).state().versions.items()
-    # one folder where the file system ignores case
-    named = {number: info for number, info in versions if info.run.casefold() == run.casefold()}
-    components = None  # the run has none, or they cannot be read
-    with contextlib.suppress(InputError, DamagedError):
-        if named and (gallery := Run.open(store, run).load(Gallery)) is not None:
-            components = components_digest(gallery)
-    if made := [
-        number
-        for number, info in named.items()
-        if components == info.components_digest or (components is None and info.run == run)
-    ]:
-        raise InputError(
-            f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; {remedy}"
-        )
+    of_runs = {str(number): (info.run, info.components_digest) for number, info in versions}
+    expect_no_version_of(store, run, of_runs, remedy)
 
 
 def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:

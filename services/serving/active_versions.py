@@ -262,7 +262,7 @@ class RegistryWatcher:
         """Return the versions after a change of the registry, loaded and warm; None without a change.
 
         A change whose canary or shadow the store does not return is loaded without it, and again at the next call.
-        A version in production that failed to load is tried again after pauses that grow; its error is raised meanwhile.
+        A version in production that failed to load is tried again after growing pauses; its error is raised meanwhile.
         """
         if self.initial.pin:
             return None

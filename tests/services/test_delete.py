@@ -209,6 +209,23 @@ def test_a_run_in_the_registry_is_not_changed_but_its_copy_is(own_store, monkeyp
     assert call(monkeypatch, capsys, "review", "set", "copy", *redo)[0] == 0
 
 
+@pytest.mark.parametrize("damage", ["cut off", "missing"])
+def test_no_lambda_is_added_to_a_run_in_the_registry_whose_components_cannot_be_read(
+    damage, own_store, monkeypatch, capsys
+):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    if damage == "missing":
+        own_store.delete("digits/gallery.safetensors")
+    else:
+        own_store.write("digits/gallery.safetensors", b"cut")
+    more = own_store.folder / "digits" / "run.yaml", "--name", "digits", *where, "--on", "local"
+    code, _, err = call(
+        monkeypatch, capsys, "run", *more, "--set", "correct.lambdas=[0.001, 1.0, 10.0, 20.0]"
+    )
+    assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True), err
+
+
 def test_a_vote_of_a_run_that_is_promoted_while_all_answers_are_read_is_not_reopened(
     own_store, monkeypatch, capsys
 ):
