@@ -21,7 +21,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
-from defuse_core.models.probe import FAR_BETTER, MOSTLY
+from defuse_core.models.probe import FAR_BETTER, MOSTLY, ClassifierProbe, least_plausible
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -103,6 +103,7 @@ def _sized(
     classifier = _built(_run_file(_sections(facts, own, sizes[0])), len(facts.classes))
     compared = own is not None and bool(own.get("weights")) and len(sizes) > 1
     accuracies: dict[int, float] = {}
+    least = MOSTLY
     errors: list[ModelError] = []
     for done, size in enumerate(sizes):
         progress("trying image sizes", done, len(sizes), "sizes")
@@ -116,13 +117,18 @@ def _sized(
             errors.append(error)
             continue
         expect_trainable(classifier, images)
-        accuracies[size] = _accuracy(classifier, spec, images, facts) if compared else 1.0
-        # no other size can be far better
-        if not compared or (size == _own_side(facts) and accuracies[size] + FAR_BETTER > 1):
+        if not compared:
+            accuracies[size] = 1.0
+            break
+        probe = _probe(classifier, spec, images, facts)
+        accuracies[size], least = probe.reached, least_plausible(probe.constant)
+        # no other size can be far better than the pictures' own, or better than this one
+        enough = 1 - FAR_BETTER if size == _own_side(facts) else max(least, 1 - AS_RIGHT)
+        if probe.reached > enough:
             break
     if not accuracies:
         raise _no_size(errors, sizes)
-    size = _best_size(facts, accuracies)
+    size = _best_size(facts, accuracies, least)
     notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
@@ -168,19 +174,24 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
         )
 
 
-def _accuracy(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> float:
-    """Return the accuracy on SAMPLE training images, in the best input range, order of classes or of channels."""
+def _probe(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> ClassifierProbe:
+    """Return what SAMPLE training images show about the classifier at the image size of `spec`."""
     rows = evenly_spaced(len(images), SAMPLE)
     sample = images.take(rows).loaded()  # the probe reads it once for each input range
-    return probe_classifier(classifier, spec.classifier, sample, facts.classes).reached
+    return probe_classifier(classifier, spec.classifier, sample, facts.classes)
 
 
-def _best_size(facts: DataFacts, accuracies: dict[int, float]) -> int:
-    """Return the pictures' own size where no other is far better, else the smallest that is about as good as any."""
-    own, best = _own_side(facts), max(accuracies.values())
-    if own in accuracies and best < max(MOSTLY, accuracies[own] + FAR_BETTER):
+def _best_size(facts: DataFacts, accuracies: dict[int, float], least: float) -> int:
+    """Return the pictures' own size where no other is far better, else the smallest that is about as good as any.
+
+    Sizes under `least` count only where all are: one answer for all images is often right where most are of one class.
+    """
+    own = _own_side(facts)
+    plausible = {size: right for size, right in accuracies.items() if right >= least}
+    if own in accuracies and max(plausible.values(), default=0.0) < accuracies[own] + FAR_BETTER:
         return own
-    as_right = [size for size, right in accuracies.items() if right >= best - AS_RIGHT]
+    compared = plausible or accuracies
+    as_right = [size for size, right in compared.items() if right >= max(compared.values()) - AS_RIGHT]
     return min(as_right, key=lambda size: (size < facts.image_size, size))
 
 

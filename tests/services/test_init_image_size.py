@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from defuse_core.data import Images
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import DataError
+from defuse_core.models.probe import least_plausible
 from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
-from defuse_core.suggest.image_size import _accuracy, fit_image_size
+from defuse_core.suggest.image_size import _best_size, _probe, fit_image_size
 from defuse_core.suggest.plan import Speeds
 from tests.conftest import tiny
 from tests.core.test_probe import CUSTOM, Reading
@@ -140,7 +141,7 @@ def test_where_the_pictures_own_size_cannot_be_the_size_at_which_the_classifier_
     )
     assert note.replace("60 training", "51 training") in printed  # 15 % are held out
     assert "% at 64" in printed
-    assert "100 % at 128" in printed
+    assert "100 % at 128" in printed and "% at 224" not in printed
 
 
 @pytest.mark.parametrize(
@@ -175,13 +176,32 @@ def test_sizes_are_compared_without_an_order_of_classes_that_explains_the_errors
     images = Images(answers.astype(np.uint8).reshape(-1, 1, 1, 1), labels)
     sample = evenly_spaced(classes, 64)
     facts = DataFacts("folder", Path(), 1, 1, 16, 1, False, tuple(map(str, labels)), {}, ())
-    right = _accuracy(Reading(classes), tiny(classifier=CUSTOM), images, facts)
-    assert right == (answers == labels)[sample].mean()
+    probe = _probe(Reading(classes), tiny(classifier=CUSTOM), images, facts)
+    assert probe.reached == (answers == labels)[sample].mean()
 
 
-def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("side", "accuracies", "chosen"),
+    [
+        (32, {32: 0.55, 64: 0.88, 48: 0.88}, 32),
+        (32, {32: 0.55, 64: 0.97, 48: 0.88}, 64),
+        (33, {32: 0.88, 64: 0.9}, 64),
+        (33, {32: 0.7, 64: 0.88}, 64),
+    ],
+)
+def test_a_size_at_which_one_answer_for_all_images_is_as_often_right_is_taken_only_where_all_are_so(
+    side, accuracies, chosen
+):
+    facts = DataFacts("folder", Path(), side, side, 32, 1, False, ("bad", "ok"), {}, ())
+    assert _best_size(facts, accuracies, least_plausible(0.88)) == chosen
+
+
+def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one_and_no_other_is_tried(
+    monkeypatch, capsys
+):
     code, data, printed = suggested(monkeypatch, capsys, 60, 40, "of_any_size")
     assert (code, data.get("image_size")) == (0, 32), printed
+    assert "the classifier gets 32x32 pixels, but the pictures have 60x40; if it was trained" in printed
 
 
 def test_a_classifier_of_colour_pictures_gets_grey_ones_in_colour_and_a_note_says_so(monkeypatch, capsys):
