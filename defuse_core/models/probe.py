@@ -101,7 +101,8 @@ def probe_classifier(
 
     At least two images of each class are taken, where it has them, so rare classes count more. The order is that of the
     model's own class names where it has those of the data set. Else it is fitted, and counts where it is clearly better
-    on half of the images, which the order that is judged was not fitted to, and than images in BGR.
+    on half of the images, which the order that is judged was not fitted to, and not clearly worse than images in BGR.
+    Where a fitted order and BGR explain the errors alike, as those of classes that differ in colour, it has both.
     """
     sample = images.take(_sample_of(images.labels, len(classes)))
     external = section.architecture in EXTERNAL
@@ -111,9 +112,10 @@ def probe_classifier(
     constant = float(np.bincount(sample.labels).max() / len(sample))
     answers = {name: found.argmax(axis=1) for name, found in logits.items()}
     names = class_names_of(classifier)
+    is_named = set(names or ()) == set(classes)
 
     def order_in(input_range: str) -> _Order:
-        if names is not None and set(names) == set(classes):
+        if names is not None and is_named:
             named = np.array([names.index(name) for name in classes])
             return _named_order(answers[input_range], sample.labels, named)
         return _fitted_order(answers[input_range], sample.labels, len(classes))
@@ -130,9 +132,14 @@ def probe_classifier(
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
     before, bgr = answers[needed] == sample.labels, _right_in_bgr(classifier, section, sample, needed)
-    is_bgr = _clearly_better(before, bgr, sample.labels, len(classes)) and bgr.mean() >= other.reached
+    is_bgr = (
+        _clearly_better(before, bgr, sample.labels, len(classes))
+        and bgr.mean() >= other.reached - BETTER_RANGE
+        and not (is_named and other.is_clearly_better)
+    )
+    is_reordered = other.is_clearly_better and not (is_bgr and bgr.mean() > other.reached + BETTER_RANGE)
     given = section.class_order or range(len(classes))  # the logits were reordered by it already
-    order = tuple(given[index] for index in other.order) if other.is_clearly_better and not is_bgr else None
+    order = tuple(given[index] for index in other.order) if is_reordered else None
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,

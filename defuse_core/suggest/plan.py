@@ -172,7 +172,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
     right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
     wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
-    if not (wrong and probe.order_is_certain):
+    if not (wrong and probe.order_is_certain and probe.as_bgr is None):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
         return (
             f"the classifier seems to number the classes differently ({right}); set classifier.class_order: {order} "

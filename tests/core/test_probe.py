@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,27 +128,22 @@ def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog
     assert probe_classifier(right, chosen, splits.train, splits.classes).class_order is None
 
 
-class Colours(nn.Module):
-    """Answers with the number of the brightest channel."""
+class BrightThird(nn.Module):
+    """Answers whether the third channel, which is red in BGR, is bright."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return 9 * images.mean((2, 3))
-
-
-class InBgr(Colours):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images.flip(1))
+        margin = 9 * (images[:, 2].mean((1, 2)) - 0.5)
+        return torch.stack([-margin, margin], dim=1)
 
 
 def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order():
-    labels = np.arange(90) % 3
-    pixels = np.random.default_rng(0).integers(0, 128, (90, 3, 8, 8), dtype=np.uint8)
-    pixels[np.arange(90), labels] += 127
-    images, names = Images(pixels, labels), ("red", "green", "blue")
-    probe = probe_classifier(adapt(InBgr(), section(), 3), section(), images, names)
+    labels = np.arange(80) % 2
+    pixels = np.repeat(np.stack([labels, labels, np.arange(80) // 2 % 2], axis=1) * 255, 64, axis=1)
+    images, names = Images(pixels.reshape(80, 3, 8, 8).astype(np.uint8), labels), ("dark", "red")
+    probe = probe_classifier(adapt(BrightThird(), section(), 2), section(), images, names)
     assert (probe.as_bgr, probe.class_order) == (1.0, None)
     line = (
-        "right on 100.0 % of 90 training images with the channels reversed, as OpenCV reads them, on 33.3 % in the "
+        "right on 100.0 % of 80 training images with the channels reversed, as OpenCV reads them, on 50.0 % in the "
         "order RGB; if it was trained on BGR, let its forward begin with images = images.flip(1)"
     )
     written: dict[str, object] = {}
@@ -155,10 +151,45 @@ def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order(
     assert _probe_warnings(probe) == [f"the classifier is {line}"]
     assert warnings_of(probe, section(), names, 1.0) == [f"it is {line}"]
 
-    renumbered = nn.Sequential(Colours(), Permuted(torch.tensor([1, 2, 0])))
+
+class Colours(nn.Module):
+    """Answers with the number of the brightest channel."""
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        # of Hugging Face's models
+        self.net = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(names))))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 9 * images.mean((2, 3))
+
+
+def test_an_order_of_classes_that_explains_the_errors_as_bgr_does_is_told_too_and_set_where_the_model_names_it():
+    labels = np.arange(90) % 3
+    pixels = np.random.default_rng(0).integers(0, 128, (90, 3, 8, 8), dtype=np.uint8)
+    pixels[np.arange(90), 2 - labels] += 127
+    images, names = Images(pixels, labels), ("blue", "green", "red")
+    probe = probe_classifier(adapt(Colours(), section(), 3), section(), images, names)
+    assert (probe.as_bgr, probe.class_order) == (1.0, (2, 1, 0))
+    written: dict[str, object] = {}
+    (note,) = _set_probed(written, probe)
+    assert not written and note.endswith("set classifier.class_order: [2, 1, 0] if it does")
+    assert [line[:20] for line in warnings_of(probe, section(), names, 1.0)] == [
+        "it is right on 100.0",
+        "it seems to number t",
+    ]
+
+    named = adapt(Colours(("red", "green", "blue")), section(), 3)
+    probe = probe_classifier(named, section(), images, names)
+    assert (probe.as_bgr, probe.class_order) == (None, (2, 1, 0))
+    _set_probed(written, probe)
+    assert written == {"class_order": [2, 1, 0]}
+
+    renumbered = nn.Sequential(Colours(), Permuted(torch.tensor([0, 2, 1])))
     probe = probe_classifier(adapt(renumbered, section(), 3), section(), images, names)
-    assert (probe.as_bgr, probe.class_order) == (None, (2, 0, 1))
-    assert probe_classifier(adapt(Colours(), section(), 3), section(), images, names).as_bgr is None
+    assert probe.as_bgr is None and probe.class_order is not None
+    right = probe_classifier(adapt(Colours(), section(), 3), section(), Images(pixels, 2 - labels), names)
+    assert (right.as_bgr, right.class_order) == (None, None)
 
 
 class Permuted(nn.Module):
