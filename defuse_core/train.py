@@ -43,7 +43,14 @@ from defuse_core.review.undecided import why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
-from defuse_core.training.batches import DeviceImages, averaged, seed_dropout, worker_minibatches
+from defuse_core.training.batches import (
+    DeviceImages,
+    averaged,
+    group_size,
+    seed_dropout,
+    worker_minibatches,
+    worker_number,
+)
 from defuse_core.training.precision import right_by_part
 from defuse_core.training.train_vae import initial_vae, train_vae
 
@@ -55,11 +62,12 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
 
     With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
     """
-    on_disk = _open_parts(spec, store)
+    on_disk = _open_parts(spec)
     if store is None or not _trains_both(spec):
         log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
+    _expect_whole_files(splits, store)
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
         accuracies, class_accuracies = _accuracies(spec, classifier, splits)
@@ -126,26 +134,35 @@ def train_part(
     spec: RunFile, store: Store, part: Literal["classifier", "vae"], *, progress: Progress
 ) -> None:
     """Train the classifier or the β-VAE up to its last checkpoint in `store`."""
-    on_disk = _open_parts(spec, store)
+    on_disk = _open_parts(spec)
     vae = initial_vae(spec, on_disk.train)  # in both: one that does not fit fails before anything is trained
     with cpu_threads(spec.resources.train_threads):
         if part == "vae":
             # A classifier of the user's own that does not fit fails before the β-VAE's hours.
             if spec.classifier.weights is not None or spec.classifier.architecture in EXTERNAL:
                 initial_classifier(spec, on_disk.train, len(on_disk.classes))
-            train_vae(spec, vae, on_disk.loaded("train"), store, progress)
+            splits = on_disk.loaded("train")
+            _expect_whole_files(splits, store)
+            train_vae(spec, vae, splits, store, progress)
             return
         log_parts(spec.data, on_disk)
-        train_classifier(spec, on_disk.loaded(), store, progress)
+        splits = on_disk.loaded()
+        if not _trains_both(spec):  # else it is done beside the β-VAE
+            _expect_whole_files(splits, store)
+        train_classifier(spec, splits, store, progress)
 
 
-def _open_parts(spec: RunFile, store: Store | None) -> Splits:
+def _open_parts(spec: RunFile) -> Splits:
     """Return the parts of the data set. Raises DataError or RunFileError for what would end the step later."""
     on_disk = open_splits(spec.data, spec.seed)
     _expect_validation(spec, on_disk)
-    if store is None or not store.list("training/"):  # before a training, which goes on without
-        expect_whole_files(on_disk)
     return on_disk
+
+
+def _expect_whole_files(splits: Splits, store: Store | None) -> None:
+    """Raise DataError for files that cannot be read later, unless a training goes on. Each worker takes its share."""
+    if store is None or not store.list("training/"):
+        expect_whole_files(splits, slice(worker_number(), None, group_size()))
 
 
 def _expect_validation(spec: RunFile, splits: Splits) -> None:

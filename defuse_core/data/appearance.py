@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from defuse_core.data.images import (
     opened_picture,
 )
 from defuse_core.errors import escape_control_characters
+from defuse_core.files import OPENED_AHEAD, digest_of, map_ahead
 
 KINDS = {"train": "training", "validation": "validation", "test": "test"}  # of images, by their part
 DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
@@ -109,10 +111,11 @@ def shared_images(splits: Splits) -> list[str]:
     Looks for at most 128 images of the later part (train, validation, test) among at most 10,000 of the earlier one,
     evenly spaced, without decoding any; and so for training images among those of other classes.
     """
-    lines = _in_two_classes(splits.train)
+    seen = _Seen()
+    lines = _in_two_classes(splits.train, seen)
     for (earlier, others), (part, images) in combinations(splits.parts().items(), 2):
         some, many = _spaced(images, FINGERPRINT_IMAGES), _spaced(others, MOST_COMPARED)
-        same = [(row, *equal.values()) for row, equal in _equal_images(some, many).items()]
+        same = [(row, *equal.values()) for row, equal in _equal_images(some, many, seen).items()]
         if same:
             lines.append(
                 f"{len(same)} of {len(some)} {part} images looked at are also {KINDS[earlier]} images"
@@ -122,11 +125,11 @@ def shared_images(splits: Splits) -> list[str]:
     return lines
 
 
-def _in_two_classes(train: Images) -> list[str]:
+def _in_two_classes(train: Images, seen: _Seen) -> list[str]:
     some, many = _spaced(train, FINGERPRINT_IMAGES), _spaced(train, MOST_COMPARED)
     same = {
         row: other
-        for row, equal in _equal_images(some, many).items()
+        for row, equal in _equal_images(some, many, seen).items()
         for label, other in equal.items()
         if label != some.labels[row]
     }
@@ -143,14 +146,36 @@ def _spaced(images: Images, most: int) -> Images:
     return images.take(evenly_spaced(len(images), most))
 
 
-def _equal_images(some: Images, many: Images) -> dict[int, dict[int, int]]:
+class _Seen:
+    """Sizes and digests of images. Each file is asked for once, and many side by side."""
+
+    def __init__(self) -> None:
+        self._size, self._digest = functools.cache(_size), functools.cache(_digest)
+
+    def sizes(self, images: Images) -> list[int]:
+        """Return the bytes of each image's file, or of its pixels; 0 for what is no file."""
+        if isinstance(images.pixels, PictureFiles):
+            return list(map_ahead(self._size, images.pixels.paths, OPENED_AHEAD))
+        return [images.pixels[:1].nbytes] * len(images)
+
+    def digests(self, images: Images, rows: Iterable[int]) -> dict[int, str]:
+        """Return the digest of the image in each of the rows."""
+        rows, pixels = list(rows), images.pixels
+        if isinstance(pixels, PictureFiles):
+            paths = map(pixels.paths.__getitem__, rows)
+            return dict(zip(rows, map_ahead(self._digest, paths, OPENED_AHEAD), strict=True))
+        return {row: hashlib.sha256(pixels[row : row + 1].tobytes()).hexdigest() for row in rows}
+
+
+def _equal_images(some: Images, many: Images, seen: _Seen) -> dict[int, dict[int, int]]:
     """Return for each row of `some` that is in `many`, too, the labels that it has there, with a row of each."""
-    sizes = {_size(some, row) for row in range(len(some))} - {0}
+    sizes = seen.sizes(some)
+    looked_for = {*sizes} - {0}
+    alike = (row for row, size in enumerate(seen.sizes(many)) if size in looked_for)
     known = defaultdict[str, dict[int, int]](dict)
-    for row, label in enumerate(many.labels):
-        if _size(many, row) in sizes:
-            known[_digest(many, row)][int(label)] = row
-    digests = {row: _digest(some, row) for row in range(len(some)) if _size(some, row)}
+    for row, digest in seen.digests(many, alike).items():
+        known[digest][int(many.labels[row])] = row
+    digests = seen.digests(some, (row for row, size in enumerate(sizes) if size))
     return {row: known[digest] for row, digest in digests.items() if digest in known}
 
 
@@ -161,19 +186,13 @@ def _example(some: Images, many: Images, rows: Sequence[int]) -> str:
     return escape_control_characters(f", such as {some.files[rows[0]]}, which is {many.files[rows[1]]}")
 
 
-def _size(images: Images, row: int) -> int:
-    """Return the bytes of an image's file, or of its pixels; 0 for what is no file."""
-    if not isinstance(images.pixels, PictureFiles):
-        return int(images.pixels[row : row + 1].nbytes)
-    path = Path(images.pixels.paths[row])
-    return path.stat().st_size if path.is_file() else 0
+def _size(path: str) -> int:
+    file = Path(path)
+    return file.stat().st_size if file.is_file() else 0
 
 
-def _digest(images: Images, row: int) -> str:
-    if not isinstance(images.pixels, PictureFiles):
-        return hashlib.sha256(images.pixels[row : row + 1].tobytes()).hexdigest()
-    path = Path(images.pixels.paths[row])
+def _digest(path: str) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return digest_of(Path(path))
     except OSError:  # whoever decodes it says why
         return f"unread {path}"

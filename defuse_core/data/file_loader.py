@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from defuse_core.artifacts import F32, I64
 from defuse_core.data.images import Images, PictureFiles
-from defuse_core.errors import DataError
+from defuse_core.errors import ComputeError, DataError, one_line
 from defuse_core.files import map_ahead
 
 
@@ -74,16 +74,23 @@ def is_on_disk(images: Images) -> bool:
     return isinstance(images.pixels, PictureFiles)
 
 
-def batches_of(images: Images, order: Iterable[slice | I64], readers: int) -> Iterator[F32]:
+def batches_of(images: Images, order: Iterable[slice | I64], readers: int) -> Generator[F32, None, None]:
     """Yield `images.batch(rows)` for all rows of `order`.
 
-    Files are read ahead: by `readers` processes, or by a thread where that is 0 or other files are being read.
+    Files are read ahead: by `readers` processes, or by a thread where that is 0 or other files are being read. Raises
+    ComputeError where one of the processes is lost; the next files are read by new ones.
     """
     if not isinstance(images.pixels, PictureFiles):
         yield from map(images.batch, order)
     elif readers and (loader := file_loader(readers)).in_use.acquire(blocking=False):
         try:
             yield from loader.read(map(images.pixels.at, order))
+        except RuntimeError as error:
+            file_loader.cache_clear()  # it never reads again
+            raise ComputeError(
+                f"resources.readers: a process that reads images failed ({one_line(error)}); free memory, or lower "
+                "resources.readers, and run again to continue"
+            ) from error
         finally:
             loader.in_use.release()
     else:

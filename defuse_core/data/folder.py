@@ -261,8 +261,12 @@ def part_of(name: str) -> str | None:
 
 
 def overlooked(root: Path, ignored: Sequence[str]) -> list[str]:
-    """Return one line for each folder beside `train` that looks like a part, and for the `ignored` files."""
+    """Return one line for each folder beside `train` that looks like a part, and for the `ignored` files.
+
+    A folder of another name looks like one by its classes, while a part is missing.
+    """
     lines, classes = list[str](), set(folder_classes(root / "train"))
+    missing = [f"{part}/" for part in ("validation", "test") if not (root / part).exists()]
     for entry in sorted(root.iterdir()):
         name, wanted = entry.name, part_of(entry.name)
         if name == wanted or _hidden(name) or not entry.is_dir():
@@ -271,9 +275,9 @@ def overlooked(root: Path, ignored: Sequence[str]) -> list[str]:
             lines.append(f"{name}/ is not read; rename it to {wanted}/ to use its images")
         elif wanted and not (root / wanted).samefile(entry):  # one folder where case does not count
             lines.append(f"{name}/ is not read, {wanted}/ is")
-        elif not wanted and classes <= {folder.name for folder in entry.glob("*/")}:
+        elif not wanted and missing and classes <= {folder.name for folder in entry.glob("*/")}:
             lines.append(
-                f"{name}/ has the classes of train/ and is not read; rename it to validation/ or test/ to use it"
+                f"{name}/ has the classes of train/ and is not read; rename it to {' or '.join(missing)} to use it"
             )
     if ignored:
         lines.append(

@@ -5,6 +5,7 @@ Weights are arrays, from files, from modules and into them; no code in a file is
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import math
@@ -231,8 +232,9 @@ def map_images(
     Image files are read ahead, as batches_of says.
     """
     order = _consecutive(len(images), batch_size)
-    batches = batches_of(images, order, readers)
-    return _concatenated((function(to_tensor(batch)) for batch in batches), order)
+    # closed also by an error, which would keep the readers for as long as it is kept itself
+    with contextlib.closing(batches_of(images, order, readers)) as batches:
+        return _concatenated((function(to_tensor(batch)) for batch in batches), order)
 
 
 def _consecutive(count: int, batch_size: int) -> list[slice]:

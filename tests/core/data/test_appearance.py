@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from defuse_core.data import Images, Splits, log_parts, open_splits
 from defuse_core.data.appearance import odd_images, shared_images
 from defuse_core.data.images import PictureFiles
+from defuse_core.files import digest_of
 from defuse_core.suggest import inspect_data
 
 
@@ -251,6 +253,29 @@ def test_training_images_and_those_of_a_part_are_looked_at_from_the_first_to_the
     assert line.startswith("2 of 4 test images")
 
 
+def test_each_file_is_read_once_however_many_parts_it_is_compared_with_and_several_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pictures = noise(36, SIZE, SIZE, 3)
+    for number, picture in enumerate(pictures):
+        save_picture(tmp_path / "train" / ("cat", "dog")[number % 2] / f"{number}.bmp", picture)
+    for part in ("validation", "test"):
+        for number, picture in enumerate(255 - pictures[:4]):
+            save_picture(tmp_path / part / ("cat", "dog")[number % 2] / f"{part}{number}.bmp", picture)
+    read, together = list[str](), Barrier(4)
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        if path.parts[-3] == "train":
+            together.wait(10)  # for the reading of three others
+        return digest_of(path)
+
+    monkeypatch.setattr("defuse_core.data.appearance.digest_of", noted)
+    (line,) = shared_images(open_splits(section("folder", tmp_path), 0))
+    assert line.startswith("4 of 4 test images looked at are also validation images")
+    assert len(read) == len(set(read)) == 44
+
+
 def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_is_not_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -260,19 +285,19 @@ def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_
         present.write_bytes(b"same size")
         other.write_bytes(b"." * longer)
         os.mkfifo(pipe)
-    read, read_bytes = set[str](), Path.read_bytes
+    read = set[str]()
 
-    def noted(path: Path) -> bytes:
+    def noted(path: Path) -> str:
         assert path.is_file()  # a pipe would be waited for without end
         read.add(path.name)
-        return read_bytes(path)
+        return digest_of(path)
 
-    def refused(path: Path) -> bytes:
+    def refused(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
     files = {part: PictureFiles([str(path) for path in paths[part]], 1, SIZE) for part in paths}
     train, test = (Images(files[part], np.zeros(4, np.int64)) for part in ("train", "test"))
-    monkeypatch.setattr(Path, "read_bytes", noted)
+    monkeypatch.setattr("defuse_core.data.appearance.digest_of", noted)
     (line,) = shared_images(Splits(train, None, test, ("a", "b")))
     assert line.startswith(f"1 of 4 test images looked at are also training images, such as {tmp_path}/test0")
     assert read == {
@@ -281,7 +306,7 @@ def test_what_is_no_file_or_of_another_size_is_not_read_and_what_cannot_be_read_
         "test0",
         "test1",
     }  # training images are looked for among themselves, too
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr("defuse_core.data.appearance.digest_of", refused)
     assert shared_images(Splits(train, None, test, ("a", "b"))) == []
 
 

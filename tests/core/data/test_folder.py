@@ -201,20 +201,14 @@ def test_folders_that_other_tools_call_a_part_are_told_with_the_name_that_is_rea
         "Val/ is not read; rename it to validation/ to use its images",
         "testing/ is not read, test/ is",
     ]
-    (root / "validation").symlink_to(
-        root / "Val"
-    )  # as where case does not count: one folder under both names
+    # as where case does not count: one folder under both names
+    (root / "validation").symlink_to(root / "Val")
     assert overlooked(root, ()) == ["testing/ is not read, test/ is"]
-    assert [part_of(name) for name in ("Train", "VALID", "eval", "dev", "others")] == [
-        "train",
-        "validation",
-        "test",
-        "validation",
-        None,
-    ]
+    parts = ["train", "validation", "test", "validation", None]
+    assert [part_of(name) for name in ("Train", "VALID", "eval", "dev", "others")] == parts
 
 
-def test_a_part_in_another_case_and_a_folder_with_the_classes_of_train_are_told(tmp_path: Path):
+def test_a_part_in_another_case_and_one_named_otherwise_while_a_part_is_missing_are_told(tmp_path: Path):
     root = write_folder(tmp_path, ("train", "VALIDATION", "Test", "Train", "hold\nout", ".old"))
     save_picture(root / "notes" / "cat" / "0.png", noise(1, SIZE, SIZE, 3)[0])
     assert overlooked(root, ()) == [
@@ -223,6 +217,10 @@ def test_a_part_in_another_case_and_a_folder_with_the_classes_of_train_are_told(
         "VALIDATION/ is not read; rename it to validation/ to use its images",
         "hold\\nout/ has the classes of train/ and is not read; rename it to validation/ or test/ to use it",
     ]
+    write_folder(tmp_path, ("test",))
+    assert overlooked(root, ())[-1].endswith("is not read; rename it to validation/ to use it")
+    write_folder(tmp_path, ("validation",))  # with nothing missing, the other folder is left out on purpose
+    assert [line.split()[0] for line in overlooked(root, ())] == ["Test/", "Train/", "VALIDATION/"]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from defuse_core.config import ResourcesSection
 from defuse_core.data import Images, PictureFiles
 from defuse_core.data.file_loader import batches_of, file_loader
-from defuse_core.errors import DataError
+from defuse_core.errors import ComputeError, DataError
 from defuse_core.local import UNTRACED
+from defuse_core.models import map_images
 from defuse_core.protocols import silent
 from defuse_core.training.batches import DeviceImages
 from defuse_core.training.precision import right_by_part
@@ -122,3 +123,28 @@ def test_a_second_set_is_read_by_a_thread_while_the_processes_read_the_first(tmp
     assert all(np.array_equal(batch, images.batch(rows)) for rows, batch in zip(order, found, strict=True))
     next(batches_of(images, order, readers=1))  # left, and the next one begins anew
     assert [len(batch) for batch in batches_of(images, order, readers=1)] == [1, 2, 1]
+
+
+def test_a_process_that_is_killed_ends_what_it_reads_and_a_new_one_reads_the_next_images(
+    tmp_path: Path,
+) -> None:
+    images, order, others = stored(tmp_path, 9), [np.array([row]) for row in range(9)], set(active_children())
+    read = batches_of(images, order, readers=1)
+    next(read)
+    (process,) = set(active_children()) - others
+    process.kill()
+    # an error of the machine: the sweep leaves out no λ for it
+    with pytest.raises(
+        ComputeError, match=r"a process that reads images failed \(DataLoader worker .*run again"
+    ):
+        list(read)
+    assert len(list(batches_of(images, order, readers=1))) == 9
+
+
+def test_an_error_that_is_kept_does_not_keep_the_processes_from_the_next_images(tmp_path: Path) -> None:
+    def fails(images: torch.Tensor) -> torch.Tensor:
+        raise ValueError(len(images))
+
+    with pytest.raises(ValueError, match="2") as kept:
+        map_images(fails, stored(tmp_path, 4), batch_size=2, readers=1)
+    assert kept.tb and not file_loader(1).in_use.locked()

@@ -13,16 +13,11 @@ from defuse_core.data import open_splits
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import DataError, DefuseError, ModelError, RunFileError, RunMismatchError
 from defuse_core.local import LocalCompute
-from defuse_core.models import (
-    build_vae,
-    kl_to_prior,
-    to_device,
-    to_tensor,
-)
+from defuse_core.models import build_vae, kl_to_prior, to_device, to_tensor
 from defuse_core.protocols import silent
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
-from defuse_core.train import _expect_validation, train, train_side_by_side
+from defuse_core.train import _expect_validation, train, train_part, train_side_by_side
 from defuse_core.training import minibatches, set_learning_rate
 from tests.conftest import tiny
 from tests.core.test_models import LinearAutoencoder
@@ -333,14 +328,9 @@ def test_a_classifier_without_a_parameter_to_tune_is_refused_before_the_vae_is_t
     monkeypatch.syspath_prepend(tmp_path)
     weights = tmp_path / "own.safetensors"
     save_file({"1.weight": torch.zeros(10, 256), "1.bias": torch.zeros(10)}, weights)
-    own = {
-        "architecture": "custom",
-        "import_path": "frozen_network:build",
-        "weights": str(weights),
-        "epochs": 0,
-    }
+    own = {"architecture": "custom", "import_path": "frozen_network:build", "weights": str(weights)}
     with pytest.raises(ModelError, match="expected parameters to fine-tune, found none"):
-        train(tiny(classifier=own), progress=silent)
+        train(tiny(classifier=own | {"epochs": 0}), progress=silent)
 
 
 @pytest.mark.parametrize(
@@ -362,21 +352,39 @@ def test_a_classifier_to_train_on_that_cannot_be_read_is_refused_before_the_vae_
     assert not [key for key in store.list() if "vae" in key]
 
 
-def test_a_test_image_that_is_cut_off_is_refused_before_the_vae_is_trained(tmp_path):
-    root, store = tmp_path / "pictures", FolderStore(tmp_path / "run")
+def of_files(root, **sections):
+    """A spec of 6 training, 6 validation and 200 test files."""
     for part, count in (("train", 3), ("validation", 3), ("test", 100)):
         for label in "ab":
             (root / part / label).mkdir(parents=True)
             for number in range(count):
                 Image.new("L", (16, 16), number).save(root / part / label / f"{number:02}.png")
-    cut = root / "test" / "a" / "02.png"  # which no fingerprint is of
+    data = {"name": "folder", "root": str(root), "validation_share": 0.0, "train_images": None}
+    return tiny(data=data, **sections)
+
+
+def test_a_test_image_that_is_cut_off_is_refused_before_the_vae_is_trained(tmp_path):
+    spec, store = of_files(tmp_path / "pictures"), FolderStore(tmp_path / "run")
+    cut = tmp_path / "pictures/test/a/02.png"  # which no fingerprint is of
     cut.write_bytes(cut.read_bytes()[:40])
-    spec = tiny(data={"name": "folder", "root": str(root), "validation_share": 0.0, "train_images": None})
     with pytest.raises(
         DataError, match=r"pictures/test/a/02\.png: expected an image, found .*; repair or remove"
     ):
         train_side_by_side(spec, store, LocalCompute())
     assert store.list() == []
+
+
+def test_files_that_nothing_decodes_are_looked_at_by_one_of_two_trainings(tmp_path, monkeypatch):
+    spec, seen = of_files(tmp_path / "pictures", classifier={"epochs": 1}, vae={"epochs": 1}), []
+    monkeypatch.setattr("defuse_core.data._has_both_ends", lambda path: not seen.append(path))
+    train(spec, progress=silent)
+    train_part(spec, FolderStore(tmp_path / "a"), "classifier", progress=silent)
+    assert not seen
+    train_part(spec, FolderStore(tmp_path / "b"), "vae", progress=silent)
+    assert len(seen) == len(set(seen)) == 206
+    monkeypatch.setattr("defuse_core.train.group_size", lambda: 2)
+    train_part(spec, FolderStore(tmp_path / "c"), "vae", progress=silent)
+    assert len(seen) == 206 + 103  # by one of two workers
 
 
 def test_an_epoch_takes_every_row_once_but_no_batch_of_one():
