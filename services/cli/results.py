@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -176,19 +178,13 @@ def check_suite(
     if junit is not None:
         expect_no_own_folder("--junit", junit)
     name = _checked_name(classifier, weights, run)
-    try:
+    with _failure_in_junit(junit, name):
         loaded = load_suite(suite)
         section = classifier_fields(classifier, weights)
         if section is not None:
             section = section_overrides("classifier", overrides, {"classifier": section})
         net = loaded.classifier(section) if section else _classifier_of(loaded, run, store)
         results = loaded.check(net)
-    except BaseException as error:  # also sys.exit of a factory, and Ctrl-C
-        if junit is not None:  # or that of an earlier check would count as this one's
-            unwritable = _write_junit(junit, f"defuse: {name}", [_not_checked(error)])
-            if unwritable is not None:
-                echo_marked("note:", str(unwritable), len("note: "), err=True)
-        raise
     failed, asked = sum(not result.passed for result in results), _count_asked(results)
     nothing_asked = InputError(
         f"suite {suite}: nothing is required of any scenario, so every classifier would pass; set `least` of "
@@ -212,6 +208,17 @@ def check_suite(
     if failed:
         hint = loaded.better_range(net, section) if section else ""
         raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
+
+
+@contextlib.contextmanager
+def _failure_in_junit(path: Path | None, name: str) -> Iterator[None]:
+    """Write what keeps a check from being made to the JUnit file, where an earlier result would count as this one's."""
+    try:
+        yield
+    except BaseException as error:  # also sys.exit of a factory, and Ctrl-C
+        if path is not None and (unwritable := _write_junit(path, f"defuse: {name}", [_not_checked(error)])):
+            echo_marked("note:", str(unwritable), len("note: "), err=True)
+        raise
 
 
 def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
