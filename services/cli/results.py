@@ -354,13 +354,14 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     from services.cli.tables import print_comparison
 
     earlier, later = open_run(run_a, store), open_run(run_b, store)
-    rows, undecided = compare_runs(earlier, later)
+    rows, undecided, guessing = compare_runs(earlier, later)
     right_from = later.spec.check.min_scenario_accuracy
     if as_json:
         page = {
             "a": run_a,
             "b": run_b,
             "undecided": {"a": undecided[0], "b": undecided[1]},
+            "guessing": {"a": guessing[0], "b": guessing[1]},
             "right_from": right_from,
             "scenarios": [dataclasses.asdict(row) for row in rows],
         }
