@@ -240,7 +240,11 @@ def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
             "--to model.safetensors"
         )
     shapes = ({0: torch.export.Dim("images")},)
-    return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths on this machine, and lines of the user's code
+    return program
 
 
 def _example(run: Run) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+from defuse_core.data import open_splits
 from defuse_core.export import ClassifierForExport, _traced, export_model
 from defuse_core.models import SelfContainedClassifier
 from defuse_core.models.adapters import adapt
-from tests.conftest import tiny
+from defuse_core.store import FolderStore
+from tests.conftest import ROOT, tiny
 from tests.own_classifiers import IMAGENET, trained
+from tests.services.serving.synthetic_runs import make_run
 from tests.services.test_export import opened
 
 
@@ -65,3 +70,19 @@ def test_every_file_names_the_classes_and_the_size_of_the_images(suffix, store, 
         facts = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     assert (facts["run"], facts["channels"], facts["image_size"]) == ("digits", "1", "16")
     assert json.loads(facts["classes"]) == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_no_file_has_the_paths_and_the_source_of_the_users_code(suffix, tiny_models, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.own_classifiers:Scaled"})
+    weights = {name: tensor.numpy() for name, tensor in trained().state_dict().items()}
+    weights["scale"] = np.array(1.0, np.float32)
+    splits = open_splits(spec.data, spec.seed)
+    models = dataclasses.replace(tiny_models, classifier=weights)
+    run = make_run(FolderStore(tmp_path / "runs"), "own", spec, models, splits, weights)
+    export_model(run, path := tmp_path / f"model{suffix}")
+    data = path.read_bytes()
+    for told in ("own_classifiers.py", str(ROOT), "super().forward(images)"):
+        assert told.encode() not in data
