@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ from defuse_core.models.adapters import (
     raw_output,
     scaled,
 )
-from defuse_core.models.programs import SOURCE
+from defuse_core.models.programs import SOURCE, class_names_of
 from defuse_core.optional_packages import import_package
 from defuse_core.protocols import silent
 from defuse_core.runs import UNFINISHED, Run
@@ -174,6 +176,41 @@ def _facts(run: Run, models: Models) -> dict[str, str]:
     }
 
 
+def expect_stated_classes(
+    section: ClassifierSection, classifier: nn.Module, classes: tuple[str, ...], whose: str
+) -> None:
+    """Raise InputError where the classifier's own file names other classes than `classes`, or in another order.
+
+    Names of Hugging Face's count where some are among `classes`. A network that comes whole has its outputs in the
+    order of its names, unless class_order is given, which is believed.
+    """
+    if section.architecture in ("program", "transformers") and section.class_order is not None:
+        return
+    names = None if section.weights is None else _stated_classes(Path(section.weights))
+    if names is None and set(classes) & set(listed := class_names_of(classifier) or ()):
+        names = listed
+    if names is None or names == classes:
+        return
+    pairs = enumerate(itertools.zip_longest(classes, names))
+    number, (expected, found) = next(each for each in pairs if each[1][0] != each[1][1])
+    raise InputError(
+        f"{section.weights}: expected the classes of {whose}, in their order; its class {number} is {found}, expected "
+        f"{expected}"
+    )
+
+
+def _stated_classes(path: Path) -> tuple[str, ...] | None:
+    """Return the classes that a file of export_model names; None for any other file."""
+    with contextlib.suppress(OSError, RuntimeError, SafetensorError, KeyError, TypeError, ValueError):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                facts = file.metadata()
+        else:
+            facts = json.loads(torch._C.PyTorchFileReader(str(path)).get_record(f"extra/{FACTS}"))
+        return tuple(map(str, json.loads(facts["classes"])))
+    return None
+
+
 def _as_safetensors(run: Run, models: Models, classifier: nn.Module, path: Path) -> tuple[bytes, Answer]:
     section = plain_section(run.spec.classifier)
     facts = {
@@ -240,7 +277,11 @@ def _traced(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
             "--to model.safetensors"
         )
     shapes = ({0: torch.export.Dim("images")},)
-    return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(module, (example,), dynamic_shapes=shapes, strict=False)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths on this machine, and lines of the user's code
+    return program
 
 
 def _example(run: Run) -> Tensor:

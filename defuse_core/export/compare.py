@@ -72,10 +72,11 @@ class _Side:
         return classes[int(self.labels[row])], classes[int(self.errors[row])]
 
 
-def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | None]]:
-    """Return the accepted scenarios of run A, then those of B that match none of A's; and why A and B could not tell.
+def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | None], list[str | None]]:
+    """Return the accepted scenarios of run A, then those of B that match none of A's; why A and B could not tell.
 
-    The reason is None for a run that could tell whether its classifier has failure scenarios.
+    The reason is None for a run that could tell whether its classifier has failure scenarios. Last, that a classifier
+    that A or B debugged is hardly better than guessing; None where it is better.
 
     A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures, by its label.
     Original is the classifier that a run debugged, corrected the one after its correction.
@@ -96,7 +97,8 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
     undecided = [undecided_of(run) for run in (a, b)]
-    for run, side, reason in zip((a, b), (side_a, side_b), undecided, strict=True):
+    guessing = [why_guessing(side.found.models) for side in (side_a, side_b)]
+    for run, reason, guess in zip((a, b), undecided, guessing, strict=True):
         if reason:
             log.warning(
                 "run %s could not tell whether its classifier has failure scenarios: %s; so it does not mean "
@@ -104,8 +106,8 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
                 run.name,
                 reason,
             )
-        elif guessing := why_guessing(side.found.models):
-            log.warning("run %s: %s; what is fixed, broken or new says nothing then", run.name, guessing)
+        elif guess:
+            log.warning("run %s: %s; what is fixed, broken or new says nothing then", run.name, guess)
     same_classifier = _is_same_classifier(side_a.found.models.classifier, side_b.found.models.classifier)
     fixed_at = b.spec.check.min_scenario_accuracy
     matches = _matches(side_a, side_b)
@@ -121,7 +123,7 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
             scores = _scores(side_a, side_b, side_b.pictures[row])
             state = _state_of_b_alone(scores, fixed_at)
             rows.append(ComparedScenario(state, *side_b.confusion(row), None, number, *scores))
-    return rows, undecided
+    return rows, undecided, guessing
 
 
 def _state(scores: tuple[float, float, float, float], fixed_at: float, same_classifier: bool) -> State:

@@ -31,7 +31,7 @@ from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.errors import InputError, StoreError, percent
-from defuse_core.export import why_not_corrected
+from defuse_core.export import expect_stated_classes, why_not_corrected
 from defuse_core.export.finished import load_finished
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import (
@@ -157,12 +157,15 @@ class Suite:
     def classifier(self, section: dict[str, Any]) -> nn.Module:
         """Return the classifier that a section `classifier` describes, checked on the suite's pictures.
 
-        Raises RunFileError for the section, ModelError for a classifier that does not fit or is untrained.
+        Raises RunFileError for the section, ModelError for a classifier that does not fit or is untrained, InputError
+        where its file names other classes.
         """
         spec = self._run_file(section)
         classes = len(self.description.classes)
         classifier = build_classifier(spec, classes)
         load_pretrained(classifier, spec.classifier.weights, trained_on=False)
+        whose = f"the suite (run {self.description.run})"
+        expect_stated_classes(spec.classifier, classifier, self.description.classes, whose)
         to_device(classifier).eval()
         side, colours = self.description.image_size, "grey" if self.description.channels == 1 else "colour"
         remedy = f"the suite's pictures are {side}x{side}, {colours}: give a classifier that takes these"

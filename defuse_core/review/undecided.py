@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from defuse_core.artifacts import (
+    F64,
+    I64,
     NONE_OF_THE_ABOVE,
     Bool,
     Gallery,
@@ -152,13 +154,31 @@ def guesses(balanced_accuracy: float, classes: int, images: int) -> bool:
     )
 
 
-def why_guessing(models: Models) -> str | None:
-    """Return that the classifier is hardly better than guessing, and what to look at; None where it is better."""
+def may_be_good(right: F64, counts: I64) -> bool:
+    """Whether a good classifier may be right on so small shares (C,) of the `counts` (C,) images of each class.
+
+    The upper bound of their mean is Newcombe's, of those by Wilson: the only image of a class shows next to nothing.
+    """
+    share, images = right[counts > 0], counts[counts > 0]
+    chance = 1 / len(share)
+    high = wilson(share * images, images)[1]
+    possible = float(share.mean() + np.linalg.norm(high - share) / len(share))
+    return possible - chance >= GOOD_SKILL * (1 - chance)
+
+
+def why_guessing(models: Models, counts: Mapping[str, I64] | None = None) -> str | None:
+    """Return that the classifier is hardly better than guessing, and what to look at; None where it is better.
+
+    With the `counts`, split -> (C,) images of each class, also None where these are so few that it may be a good one.
+    """
     part = unseen_images(models.balanced_accuracy)
     if part is None:
         return None
-    classes = int(np.isfinite(models.class_accuracy[part]).sum())  # that have images there
+    right = models.class_accuracy[part]
+    classes = int(np.isfinite(right).sum())  # that have images there
     if not guesses(models.balanced_accuracy[part], classes, models.images[part]):
+        return None
+    if counts is not None and may_be_good(right, counts[part]):
         return None
     of = count_of(models.images[part], f"{part} image")
     return (

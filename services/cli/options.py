@@ -6,11 +6,13 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,15 +99,43 @@ until_option = click.option(
 )
 
 
-STDOUT = "services.cli.stdout"  # in the context of a command with --json: its stdout
+STDOUT = (
+    "services.cli.stdout"  # in the context of a command with --json: its stdout, and what _stdout_kept yields
+)
 
 
 def _reserve_stdout(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
     """With --json, send all that is printed to stderr, as by a user's classifier; `print_json` alone has stdout."""
     if value:
-        context.meta[STDOUT] = sys.stdout
+        context.meta[STDOUT] = sys.stdout, context.with_resource(_stdout_kept())
         context.with_resource(contextlib.redirect_stdout(sys.stderr))
     return value
+
+
+@contextlib.contextmanager
+def _stdout_kept() -> Iterator[int | None]:
+    """Send to stderr what child processes and native libraries print; yield another descriptor of stdout.
+
+    Yield None, and change nothing, where stdout or stderr is closed or is not the descriptor that these use.
+    """
+    stdout = sys.stdout
+    try:
+        is_usual = (stdout.fileno(), sys.stderr.fileno()) == (1, 2)
+    except (AttributeError, OSError, ValueError):  # a closed one is None, and one in memory has no descriptor
+        is_usual = False
+    if not is_usual:
+        yield None
+        return
+    stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield kept
+    finally:
+        with contextlib.suppress(OSError):  # told where it was printed
+            stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 json_option = click.option(
@@ -115,9 +145,15 @@ json_option = click.option(
 
 def print_json(page: dict[str, Any]) -> None:
     """Print the result of a command that was given --json; nothing where stdout is closed, as by `>&-`."""
-    stdout = click.get_current_context().meta[STDOUT]
-    if stdout is not None:  # which click takes for the current stdout, and that is stderr
-        click.echo(json.dumps(page), file=stdout)
+    stdout, kept = click.get_current_context().meta[STDOUT]
+    if stdout is None:  # which click takes for the current stdout, and that is stderr
+        return
+    if kept is not None:
+        stdout.flush()
+        os.dup2(kept, 1)
+    click.echo(json.dumps(page), file=stdout)
+    if kept is not None:  # not after an error, which leaves text for stdout
+        os.dup2(2, 1)
 
 
 def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = False) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import click
 
-from defuse_core.errors import CheckFailed, InputError, count_of, first_few, percent
+from defuse_core.errors import (
+    CheckFailed,
+    InputError,
+    count_of,
+    escape_control_characters,
+    first_few,
+    percent,
+)
 from services.cli.options import (
     GivenPath,
     classifier_fields,
@@ -168,32 +177,54 @@ def check_suite(
         raise click.UsageError("--weights and --set need --classifier")
     if junit is not None:
         expect_no_own_folder("--junit", junit)
-    loaded = load_suite(suite)
-    section = classifier_fields(classifier, weights)
-    if section is not None:
-        section = section_overrides("classifier", overrides, {"classifier": section})
-    net = loaded.classifier(section) if section else _classifier_of(loaded, run, store)
-    results = loaded.check(net)
-    name = classifier or f"run {run}"
+    name = _checked_name(classifier, weights, run)
+    with _failure_in_junit(junit, name):
+        loaded = load_suite(suite)
+        section = classifier_fields(classifier, weights)
+        if section is not None:
+            section = section_overrides("classifier", overrides, {"classifier": section})
+        net = loaded.classifier(section) if section else _classifier_of(loaded, run, store)
+        results = loaded.check(net)
+    failed, asked = sum(not result.passed for result in results), _count_asked(results)
+    nothing_asked = InputError(
+        f"suite {suite}: nothing is required of any scenario, so every classifier would pass; set `least` of "
+        "some in suite.json, or save a suite of a run whose correction improved them"
+    )
+    cases = [_test_case(name, loaded.description.run, result) for result in results]
+    cases += [] if asked else [_not_checked(nothing_asked)]
     # the file first: whoever reads what is printed may close the pipe (`| head -1`), which ends the command
-    unwritable = None if junit is None else _write_junit(junit, name, loaded, results)
+    title = f"defuse {loaded.description.run}: {name}"
+    unwritable = None if junit is None else _write_junit(junit, title, cases)
     if as_json:
-        print_json(_page(name, suite, results))
+        print_json(_page(_checked_name(classifier, None, run), section, suite, results))
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
         echo_marked("note:", line, len("note: "), err=True)
     if unwritable is not None:
         raise unwritable
-    failed, asked = sum(not result.passed for result in results), _count_asked(results)
     if not asked:
-        raise InputError(
-            f"suite {suite}: nothing is required of any scenario, so every classifier would pass; set `least` of "
-            "some in suite.json, or save a suite of a run whose correction improved them"
-        )
+        raise nothing_asked
     if failed:
         hint = loaded.better_range(net, section) if section else ""
         raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
+
+
+@contextlib.contextmanager
+def _failure_in_junit(path: Path | None, name: str) -> Iterator[None]:
+    """Write what keeps a check from being made to the JUnit file, where an earlier result would count as this one's."""
+    try:
+        yield
+    except BaseException as error:  # also sys.exit of a factory, and Ctrl-C
+        if path is not None and (unwritable := _write_junit(path, f"defuse: {name}", [_not_checked(error)])):
+            echo_marked("note:", str(unwritable), len("note: "), err=True)
+        raise
+
+
+def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
+    """Return what is checked, with the names of its files, wherever these are."""
+    shown = f"run {run}" if classifier is None else Path(classifier).name or classifier
+    return shown if weights is None else f"{shown} with {weights.name}"
 
 
 def _count_asked(results: list[SuiteResult]) -> int:
@@ -239,7 +270,11 @@ def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
     return to_device(found.classifiers()[1], data)
 
 
-def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
+def _page(
+    name: str, section: dict[str, Any] | None, suite: Path, results: list[SuiteResult]
+) -> dict[str, Any]:
+    from defuse_core.files import digest_of
+
     scenarios = [
         {
             **result.scenario.model_dump(),
@@ -250,26 +285,43 @@ def _page(name: str, suite: Path, results: list[SuiteResult]) -> dict[str, Any]:
         for result in results
     ]
     passed = _count_asked(results) > 0 and all(result.passed for result in results)
-    return {"suite": str(suite), "classifier": name, "passed": passed, "scenarios": scenarios}
+    file = (section or {}).get("weights")  # none of a run, and of a factory that loads its own
+    return {
+        "suite": str(suite),
+        "classifier": name,
+        "weights": file and Path(file).name,
+        "sha256": file and digest_of(Path(file)),
+        "passed": passed,
+        "scenarios": scenarios,
+    }
 
 
-def _write_junit(path: Path, name: str, loaded: Suite, results: list[SuiteResult]) -> InputError | None:
+def _test_case(name: str, run: str, result: SuiteResult) -> ElementTree.Element:
+    line = f"{name}: {_measured(result)}"
+    case = ElementTree.Element("testcase", name=result.scenario.name, classname=f"defuse.{run}")
+    if not result.passed:
+        ElementTree.SubElement(case, "failure", message=line)
+    elif not result.is_asked:
+        ElementTree.SubElement(case, "skipped", message=line)
+    ElementTree.SubElement(case, "system-out").text = line
+    return case
+
+
+def _not_checked(error: BaseException) -> ElementTree.Element:
+    case = ElementTree.Element("testcase", name="the suite was checked", classname="defuse")
+    message = escape_control_characters(str(error) or type(error).__name__)
+    ElementTree.SubElement(case, "error", message=message)
+    return case
+
+
+def _write_junit(path: Path, title: str, cases: list[ElementTree.Element]) -> InputError | None:
     """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
     from defuse_core.files import expect_writable, replace_file, writing
 
-    run, asked = loaded.description.run, _count_asked(results)
-    failed = sum(not result.passed for result in results)
+    kinds = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+    counts = {name: str(sum(case.find(kind) is not None for case in cases)) for name, kind in kinds.items()}
     page = ElementTree.Element("testsuites")
-    counts = {"tests": str(len(results)), "failures": str(failed), "skipped": str(len(results) - asked)}
-    tests = ElementTree.SubElement(page, "testsuite", counts, name=f"defuse {run}", errors="0")
-    for result in results:
-        line = f"{name}: {_measured(result)}"
-        case = ElementTree.SubElement(tests, "testcase", name=result.scenario.name, classname=f"defuse.{run}")
-        if not result.passed:
-            ElementTree.SubElement(case, "failure", message=line)
-        elif not result.is_asked:
-            ElementTree.SubElement(case, "skipped", message=line)
-        ElementTree.SubElement(case, "system-out").text = line
+    ElementTree.SubElement(page, "testsuite", counts, name=title, tests=str(len(cases))).extend(cases)
     ElementTree.indent(page)
     try:
         with writing("--junit", path):
@@ -302,13 +354,14 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     from services.cli.tables import print_comparison
 
     earlier, later = open_run(run_a, store), open_run(run_b, store)
-    rows, undecided = compare_runs(earlier, later)
+    rows, undecided, guessing = compare_runs(earlier, later)
     right_from = later.spec.check.min_scenario_accuracy
     if as_json:
         page = {
             "a": run_a,
             "b": run_b,
             "undecided": {"a": undecided[0], "b": undecided[1]},
+            "guessing": {"a": guessing[0], "b": guessing[1]},
             "right_from": right_from,
             "scenarios": [dataclasses.asdict(row) for row in rows],
         }

@@ -47,7 +47,7 @@ from services.serving.inputs import InputSpec
 from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
-FORMAT = 13  # of the stored candidate; in its key in the run, so that one of another format is made again
+FORMAT = 14  # of the stored candidate; in its key in the run, so that one of another format is made again
 REMEDY = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")

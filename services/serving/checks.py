@@ -17,10 +17,11 @@ from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import ROUNDING
 from defuse_core.models import StoredVae, load_classifier, predict
-from defuse_core.review.undecided import are_worse, compared_images
+from defuse_core.review.undecided import are_worse, compared_images, why_guessing
 from defuse_core.tuning_data import held_out_images
 
 AT_MOST = {"clean accuracy", "every class", "regressions"}  # checks of a loss; the others are of a gain
+NO_GUESS = "classifier before the correction: nothing shows that it only guesses"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class CandidateReport:
     scenario_after: F64  # (A,)
     not_finite: tuple[str, ...]  # tensors of the corrected classifier with NaN or infinity
     dependence: str = ""  # what the correction has seen of the clean images; empty where nothing
+    guessing: str | None = None  # that the classifier before hardly does more; None where it does
     own_label: Check | None = None  # None without judges, and with worse ones
     by_own_label: F64 | None = None  # (A, 2) as own_label_accuracies
     fingerprint: str = ""  # of the clean images; empty where the classifier has probably seen them
@@ -81,6 +83,7 @@ class CandidateReport:
             return [Check("finite", False, f"weights: {self.not_finite[0]} has NaN or infinity")]
         return [
             Check("finite", True, "weights: all finite"),
+            Check("classifier", self.guessing is None, self.guessing or NO_GUESS),
             self._mean_scenario_accuracy(limits.min_scenario_accuracy),
             self._worst_scenario_accuracy(limits.min_each_scenario),
             self._improvement(),
@@ -169,6 +172,7 @@ def evaluate_candidate(
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
         dependence=_dependence(spec, models, split),
+        guessing=why_guessing(models, _counts(splits)),
         own_label=own_label_check(corrections, evidence, judged_on),
         by_own_label=own_label_accuracies(evidence, judged_on),
         fingerprint=splits.fingerprint(split) if split == part else "",
@@ -212,6 +216,12 @@ def own_label_check(
             f"largest loss by the judges' labels: scenario {corrections.scenario[worst]}, {change}, {verdict}"
         )
     return Check("own label", not is_worse.any(), line, found=max(0.0, loss))
+
+
+def _counts(splits: Splits) -> dict[str, I64]:
+    """Return how many images of each class each part has, split -> (C,)."""
+    classes = len(splits.classes)
+    return {name: np.bincount(images.labels, minlength=classes) for name, images in splits.parts().items()}
 
 
 def _dependence(spec: RunFile, models: Models, split: str) -> str:

@@ -1,7 +1,9 @@
 """Every command says what it does, and what the READMEs name exists."""
 
+import os
 import re
 import shlex
+import subprocess
 import tomllib
 
 import click
@@ -54,6 +56,27 @@ def test_every_command_in_the_readme_is_one_that_exists(line):
         group, words = group.commands[name], words[1:]
         name = words[0] if words else ""
     group.make_parser(group.context_class(group)).parse_args(list(words))
+
+
+def gates() -> list[tuple[str, str]]:
+    """Return each block of the READMEs that decides by a JSON file, with each command in it that may fail."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "jq " in block]
+    return [(block, name) for block in blocks for name in re.findall("^defuse (\\w+)", block, re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("block", "failing"), [*gates(), *((block, "none") for block, _ in gates()[:1])])
+def test_a_documented_gate_does_not_pass_where_a_command_failed(block, failing, tmp_path):
+    for name, code in (("jq", "exit 0"), ("defuse", f'[ "$1" != {failing} ] || exit 2')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    words = {"GIT_COMMIT": "abc", "LAST": "abb", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", block], env=words, cwd=tmp_path, check=False)
+    assert done.returncode == (0 if failing == "none" else 2)
+
+
+def test_there_are_gates_to_check():
+    assert {name for _, name in gates()} == {"run", "status", "compare", "check", "report"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

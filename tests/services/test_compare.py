@@ -39,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Fold
 
 def test_scenarios_persist_are_fixed_or_come_back(store):
     def states(later: str) -> dict[str, str]:
-        rows, _ = compare_runs(Run.open(store, "first"), Run.open(store, later))
+        rows, *_ = compare_runs(Run.open(store, "first"), Run.open(store, later))
         return {row.label: row.state for row in rows}
 
     assert states("same") == {"3": "persisting", "8": "persisting"}
@@ -56,7 +56,7 @@ def test_the_source_of_a_program_is_none_of_its_weights():
 
 
 def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classifier_fails_too(store):
-    rows, _ = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
+    rows, *_ = compare_runs(Run.open(store, "only-three"), Run.open(store, "same"))
     assert [(row.label, row.state, row.number_a, row.number_b) for row in rows] == [
         ("3", "persisting", 0, 0),
         ("8", "found now", None, 1),
@@ -66,7 +66,7 @@ def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classi
 
 def test_scenarios_that_the_earlier_classifier_passes_are_new_or_right_in_both(store):
     def states(earlier: str, later: str) -> dict[str, str]:
-        rows, _ = compare_runs(Run.open(store, earlier), Run.open(store, later))
+        rows, *_ = compare_runs(Run.open(store, earlier), Run.open(store, later))
         return {row.label: row.state for row in rows}
 
     assert states("never-wrong", "first") == {"3": "new", "8": "new"}
@@ -75,7 +75,7 @@ def test_scenarios_that_the_earlier_classifier_passes_are_new_or_right_in_both(s
 
 def test_a_scenario_that_a_correction_breaks_is_neither_fixed_nor_new(store, monkeypatch, capsys):
     def states(earlier: str, later: str) -> dict[str, str]:
-        rows, _ = compare_runs(Run.open(store, earlier), Run.open(store, later))
+        rows, *_ = compare_runs(Run.open(store, earlier), Run.open(store, later))
         assert all(row.before_a < 0.5 < row.after_a for row in rows if earlier == "first")
         return {row.label: row.state for row in rows}
 
@@ -163,17 +163,21 @@ def test_the_state_of_a_scenario_of_b_alone_is_decided_at_the_limit(before_a, af
     assert _state_of_b_alone((before_a, after_a, 0.0, 1.0), 0.8) == state
 
 
-def test_a_run_whose_classifier_guesses_is_told_beside_the_comparison(store, tmp_path, caplog):
-    runs = [Run.open(store, "first"), Run.open(store, "same")]
-    models = runs[1].load(Models)
+def test_a_run_whose_classifier_guesses_is_told_beside_the_comparison(
+    store, tmp_path, caplog, monkeypatch, capsys
+):
+    models = Run.open(store, "same").load(Models)
     one_answer = {part: np.eye(10)[0] for part in models.class_accuracy}
     copied = FolderStore(tmp_path)
-    for key in store.within("same").list():
-        copied.within("same").write(key, store.within("same").read(key))
+    for name in ("first", "same"):
+        for key in store.within(name).list():
+            copied.within(name).write(key, store.within(name).read(key))
     copied.within("same").write(
         "models.safetensors", encode(dataclasses.replace(models, class_accuracy=one_answer))
     )
-    compare_runs(runs[0], Run.open(copied, "same"))
+    code, out, _ = call(monkeypatch, capsys, "compare", "first", "same", "--store", tmp_path, "--json")
+    guessing = json.loads(out)["guessing"]
+    assert (code, guessing["a"]) == (0, None) and "hardly better than guessing" in guessing["b"]
     told = [line for line in caplog.messages if "hardly better than guessing" in line]
     assert len(told) == 1 and told[0].startswith("run same: ")
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
+from defuse_core import export
+from defuse_core.data import open_splits
+from defuse_core.errors import InputError
 from defuse_core.export import ClassifierForExport, _traced, export_model
+from defuse_core.export.suite import save_suite
 from defuse_core.models import SelfContainedClassifier
 from defuse_core.models.adapters import adapt
-from tests.conftest import tiny
+from defuse_core.store import FolderStore
+from tests.conftest import ROOT, tiny
+from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import IMAGENET, trained
+from tests.services.serving.synthetic_runs import make_run
 from tests.services.test_export import opened
+from tests.services.test_suite import NET
 
 
 @pytest.mark.parametrize(
@@ -65,3 +77,57 @@ def test_every_file_names_the_classes_and_the_size_of_the_images(suffix, store, 
         facts = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     assert (facts["run"], facts["channels"], facts["image_size"]) == ("digits", "1", "16")
     assert json.loads(facts["classes"]) == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_no_file_has_the_paths_and_the_source_of_the_users_code(suffix, tiny_models, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    spec = tiny(classifier={"architecture": "custom", "import_path": "tests.own_classifiers:Scaled"})
+    weights = {name: tensor.numpy() for name, tensor in trained().state_dict().items()}
+    weights["scale"] = np.array(1.0, np.float32)
+    splits = open_splits(spec.data, spec.seed)
+    models = dataclasses.replace(tiny_models, classifier=weights)
+    run = make_run(FolderStore(tmp_path / "runs"), "own", spec, models, splits, weights)
+    export_model(run, path := tmp_path / f"model{suffix}")
+    data = path.read_bytes()
+    for told in ("own_classifiers.py", str(ROOT), "super().forward(images)"):
+        assert told.encode() not in data
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2"])
+def test_a_suite_refuses_an_exported_file_that_names_its_classes_in_another_order(
+    suffix, store, tmp_path, monkeypatch, capsys
+):
+    save_suite(run := opened(store), tmp_path / "suite")
+    export_model(run, path := tmp_path / f"model{suffix}")
+    own = ["--classifier", path] if suffix == ".pt2" else ["--classifier", NET, "--weights", path]
+    words = ["check", "--suite", tmp_path / "suite", *own]
+    assert call(monkeypatch, capsys, *words)[0] in (0, 1)
+    turned = json.dumps([*"013456789", "2"])
+    monkeypatch.setattr(export, "_facts", lambda *_: {"classes": turned})
+    export_model(run, path)
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2
+    told = f"{path}: expected the classes of the suite (run digits), in their order; its class 2 is 3, expected 2"
+    assert told in one_line(err)
+    if suffix == ".pt2":  # a list of outputs that the user gives is believed
+        ordered = "classifier.class_order=[0,1,2,3,4,5,6,7,8,9]"
+        assert call(monkeypatch, capsys, *words, "--set", ordered)[0] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"), [("0123456789", False), ("0123456798", True), ("abcdefghij", False)]
+)
+def test_names_of_hugging_faces_count_where_some_are_those_of_the_suite(names: str, refused: bool):
+    config = SimpleNamespace(id2label=dict(enumerate(names)))
+    net = torch.nn.Module()
+    net.net = torch.nn.Module()
+    net.net.config = config
+    section = tiny().classifier
+    with (
+        pytest.raises(InputError, match="its class 8 is 9, expected 8")
+        if refused
+        else contextlib.nullcontext()
+    ):
+        export.expect_stated_classes(section, net, tuple("0123456789"), "the suite")

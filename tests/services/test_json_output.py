@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -82,6 +83,43 @@ def test_a_closed_stdout_gets_no_json_and_stderr_neither(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout", None)  # what Python makes of `>&-`
     command(["--json"], standalone_mode=False)
     assert capsys.readouterr().err == ""
+
+
+NOISY = """
+import ctypes, subprocess, sys
+import click
+from services.cli.options import json_option, print_json
+
+def noise(text):
+    subprocess.run(["echo", text], check=True)
+    ctypes.CDLL(None).puts(text.encode()), ctypes.CDLL(None).fflush(None)
+    print(text, file=sys.__stdout__)
+
+@click.command()
+@json_option
+def command(as_json):
+    noise("before")
+    print_json({"a": 1})
+    noise("after")
+
+command(["--json"], standalone_mode=False)
+noise("end")
+"""
+
+
+def test_what_child_processes_and_libraries_print_goes_to_stderr_until_the_command_ends():
+    words = [sys.executable, "-c", NOISY]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ['{"a": 1}', *["end"] * 3]
+    assert sorted(done.stderr.split()) == ["after"] * 3 + ["before"] * 3
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">/dev/full", "| true"])
+def test_json_that_cannot_be_printed_leaves_nothing_on_stderr_and_no_traceback(closed: str, tmp_path: Path):
+    command = f"{shlex.quote(sys.executable)} -m services.cli status --store {tmp_path} --json {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "{" not in done.stderr and "Traceback" not in done.stderr
+    assert (done.stdout != "") is (closed == "2>&-")
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from junitparser import JUnitXml
+from safetensors.torch import save_file
 
 from defuse_core.artifacts import Corrections, Gallery, Models, Sweep
 from defuse_core.codec import encode
@@ -33,7 +37,7 @@ from defuse_core.store import FolderStore
 from tests.conftest import tiny
 from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run, swap_classes
-from tests.services.test_suite import EASY, with_scenarios
+from tests.services.test_suite import EASY, NET, with_scenarios
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,44 @@ def test_a_junit_file_that_cannot_be_written_whole_leaves_the_old_one(
     os.mkfifo(report)
     assert "cannot be written (no ordinary file)" in one_line(call(monkeypatch, capsys, *words)[2])
     assert report.is_fifo()
+
+
+def raising() -> torch.nn.Module:
+    raise ValueError("no \x1b[2J licence")
+
+
+def leaving() -> torch.nn.Module:
+    sys.exit("no licence")
+
+
+@pytest.mark.parametrize("factory", ["raising", "leaving"])
+def test_a_check_that_cannot_be_made_replaces_the_junit_file_of_an_earlier_one_by_an_error(
+    suite: Path, run: Run, tmp_path: Path, monkeypatch, capsys, factory: str
+):
+    words = ["check", "--suite", suite, "--junit", report := tmp_path / "report.xml"]
+    where = ["first", "--store", Path(run.store.address).parent]
+    assert call(monkeypatch, capsys, *words, *where)[0] == 0
+    (tests,) = JUnitXml.fromfile(str(report))
+    assert (tests.name, tests.tests, tests.errors) == ("defuse first: run first", 2, 0)
+    assert call(monkeypatch, capsys, *words, "--classifier", f"{__name__}:{factory}")[0] == 2
+    (tests,) = JUnitXml.fromfile(str(report))
+    assert (tests.tests, tests.failures, tests.skipped, tests.errors) == (1, 0, 0, 1)
+    (case,) = tests
+    assert case.name == "the suite was checked" and "licence" in case.result[0].message
+
+
+def test_the_json_and_the_junit_file_name_the_weights_that_were_checked(
+    suite: Path, tiny_models: Models, tmp_path: Path, monkeypatch, capsys
+):
+    weights, report = tmp_path / "new.safetensors", tmp_path / "report.xml"
+    save_file({name: torch.tensor(each) for name, each in tiny_models.classifier.items()}, weights)
+    words = ["check", "--suite", suite, "--junit", report, "--json", "--classifier", NET, "--weights"]
+    code, out, _ = call(monkeypatch, capsys, *words, weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    page = json.loads(out)
+    assert (code, page["classifier"], page["weights"], page["sha256"]) == (0, NET, weights.name, digest)
+    (tests,) = JUnitXml.fromfile(str(report))
+    assert tests.name == f"defuse first: {NET} with new.safetensors"
 
 
 @pytest.fixture

@@ -81,3 +81,28 @@ def test_images_of_a_single_class_do_not_tell_a_guess():
     right[1] = 0.98
     models = dataclasses.replace(found.models, health=FIT, class_accuracy={"test": right})
     assert why_guessing(models) is None
+
+
+@pytest.mark.parametrize(
+    ("right", "counts", "guesses"),
+    [
+        ([0.99, 0.0], [1000, 1], False),  # the only image of its class is wrong
+        ([0.99, 0.0], [1000, 3], False),
+        ([0.99, 0.0], [1000, 8], True),
+        ([1.0, 0.0, 0.0], [500, 1, 2], False),
+        ([1.0] + [0.0] * 9, [3] * 10, True),
+        ([1.0] + [0.0] * 9, [500] + [1] * 9, True),  # of nine classes the only image
+        ([0.5, 0.5], [1000, 1000], True),
+    ],
+)
+def test_a_class_of_one_or_few_images_makes_no_good_classifier_a_guessing_one(right, counts, guesses):
+    models, images = sample_findings(4, 0)[0].models, {"test": np.array([*counts, 0])}
+    accuracy = {"test": 0.99}
+    known = dataclasses.replace(
+        models,
+        images={"test": sum(counts)},
+        accuracy=accuracy,
+        class_accuracy={"test": np.array([*right, np.nan])},
+    )
+    assert why_guessing(known) is not None  # without the number of images of each class
+    assert (why_guessing(known, images) is not None) is guesses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -112,13 +113,28 @@ def test_check_fails_a_run_whose_judges_find_a_scenario_worse_also_after_a_check
     before = prepare_candidate(Run.open(own_store, "first"))[0]
     evidence = sample_evidence(own_labels([0.1, 0.6], [1.0, 0.3]))
     Run.open(own_store, "first").store.write("evidence.safetensors", encode(evidence))
-    with pytest.raises(CheckFailed, match="1 of 8 checks failed"):
+    with pytest.raises(CheckFailed, match="1 of 9 checks failed"):
         run(check, "first", "--store", own_store.address)
     key, candidate = prepare_candidate(Run.open(own_store, "first"))
     assert key != before
     assert candidate.failed_checks()[0].startswith(
         "largest loss by the judges' labels: scenario 1, 60.00 % to 30.00 %"
     )
+
+
+def test_check_fails_a_run_whose_classifier_guesses_and_a_promotion_can_be_forced(own_store):
+    stored = Run.open(own_store, "first")
+    models = stored.require(Models)
+    one_answer = {part: np.eye(10)[0] for part in models.class_accuracy}
+    stored.store.write("models.safetensors", encode(replace(models, class_accuracy=one_answer)))
+    shutil.rmtree(stored.store.folder / "candidates")  # made before with the same key
+    with pytest.raises(CheckFailed, match="1 of 8 checks failed"):
+        run(check, "first", "--store", own_store.address)
+    (line,) = prepare_candidate(Run.open(own_store, "first"))[1].failed_checks()
+    assert line.startswith("the classifier is hardly better than guessing (right on ")
+    with pytest.raises(CheckFailed, match="hardly better than guessing"):
+        run(promote, "first", "--store", own_store.address)
+    assert "version 1" in run(promote, "first", "--store", own_store.address, "--force", "a trial")
 
 
 def test_a_candidate_is_made_again_after_a_changed_verdict_or_evidence_with_equal_weights(own_store):

@@ -39,19 +39,19 @@ def run(command, *args):
 
 def test_check_prints_every_check_and_fails_with_exit_code_1_where_one_failed(planted):
     lines = run(check, "first", "--store", planted.address).splitlines()
-    assert len(lines) == 9 and all(line.startswith("ok ") for line in lines[:7])
-    assert lines[7] == "note   reference models, not people, labelled the failure scenarios"
-    assert lines[8] == "7 of 7 checks passed"
+    assert len(lines) == 10 and all(line.startswith("ok ") for line in lines[:8])
+    assert lines[8] == "note   reference models, not people, labelled the failure scenarios"
+    assert lines[9] == "8 of 8 checks passed"
     result = CliRunner().invoke(check, ["swapped", "--store", planted.address], standalone_mode=False)
     failed = [line for line in result.output.splitlines() if line.startswith("FAILED")]
     assert [line.split()[1] for line in failed] == ["clean", "every", "regressions:"]
     assert isinstance(result.exception, CheckFailed) and result.exception.exit_code == 1
-    assert "3 of 7 checks failed" in str(result.exception)
+    assert "3 of 8 checks failed" in str(result.exception)
 
 
 def test_check_as_json_is_one_object(planted):
     found = json.loads(run(check, "first", "--store", planted.address, "--json"))
-    assert found["passed"] and len(found["checks"]) == 7
+    assert found["passed"] and len(found["checks"]) == 8
     figures = {each["name"]: (each["found"], each["limit"]) for each in found["checks"]}
     limits = Run.open(planted, "first").spec.check
     at = {each["name"]: each["at"] for each in found["checks"] if each["at"] is not None}
@@ -68,7 +68,7 @@ def test_check_works_on_a_store_that_cannot_be_written(own_store, tmp_path, capl
     made = tmp_path / "first" / "candidates"
     shutil.rmtree(made, ignore_errors=True)
     made.symlink_to("nowhere")  # a folder cannot be made here: as on a read-only disk, for root as well
-    assert run(check, "first", "--store", own_store.address).count("ok ") == 7
+    assert run(check, "first", "--store", own_store.address).count("ok ") == 8
     assert "made again next time, since the store cannot be written" in caplog.text
 
 
