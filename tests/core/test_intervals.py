@@ -204,11 +204,27 @@ def test_an_interval_over_groups_is_students_within_0_and_1():
     assert mean_with_bounds(np.array([0.5, 1.0]), point).tolist() == [0.75, 0.0, 1.0]
 
 
-def test_a_share_of_units_has_the_interval_of_as_many_draws_as_its_rows_have_units():
+def test_a_share_of_units_has_the_interval_of_as_many_draws_as_its_rows_are_worth():
     rows, units = np.arange(9) < 6, np.array([7, 7, 7, 4, 4, 4, 1, 2, 3])
     assert share_of_units(3, rows, units).tolist() == share_with_bounds(1, 2).tolist()
     assert share_of_units(3, rows, None).tolist() == share_with_bounds(3, 6).tolist()
     assert np.isnan(share_of_units(0, rows & False, units)).all()
+    one_large = np.array([0] * 90 + [*range(1, 11)])
+    draws = 100**2 / (90**2 + 10)
+    found = share_of_units(90, np.ones(100, np.bool_), one_large)
+    assert found.tolist() == share_with_bounds(0.9 * draws, draws).tolist()
+
+
+@pytest.mark.parametrize("tracks", [20, 100])
+def test_the_interval_of_a_share_of_unequal_tracks_holds_the_true_share(tracks: int):
+    rng, covered, trials = np.random.default_rng(tracks), 0, 1000
+    for _ in range(trials):
+        sizes = np.maximum(1, np.exp(rng.normal(2, 1.2, tracks)).round()).astype(int)
+        hits = np.repeat(rng.random(tracks) < 0.3, sizes)
+        units = np.repeat(np.arange(tracks), sizes)
+        _, low, high = share_of_units(hits.sum(), np.ones(len(hits), np.bool_), units)
+        covered += low <= 0.3 <= high
+    assert covered / trials > 0.93  # with as many draws as tracks: 0.76 and 0.72
 
 
 def test_the_exact_bound_of_a_share_holds_for_a_single_observation_too():
