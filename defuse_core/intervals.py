@@ -216,7 +216,9 @@ def effective_number(groups: I64, units: I64 | None, count: int) -> F64:
     """
     sizes: F64 | I64 = np.ones(len(groups))
     if units is not None:
-        (groups, _), sizes = np.unique(np.stack([groups, units]), axis=1, return_counts=True)
+        numbers = np.unique(units, return_inverse=True)[1]
+        both, sizes = np.unique(numbers * count + groups, return_counts=True)
+        groups = both % count
     total = np.bincount(groups, sizes, count)
     draws: F64 = total**2 / np.maximum(1, np.bincount(groups, sizes**2, count))
     return draws
