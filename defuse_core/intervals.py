@@ -62,16 +62,33 @@ def exact_lower(hits: I64, total: I64) -> F64:
     return np.where(np.asarray(hits) > 0, low, 0.0)
 
 
-def certain_loss(before: F64, after: F64, units: I64) -> F64:
+def certain_loss(before: F64, after: F64, units: I64 | F64, phi: F64 | float = 0.0) -> F64:
     """Return the lower bound (95 %, one-sided) of each fall of an accuracy on so many images or tracks, (C,).
 
     0 for none. It is Newcombe's (1998), of the two bounds by Wilson: a single image that became wrong is no certain
-    loss, though it is the whole accuracy of its class.
+    loss, though it is the whole accuracy of its class. `phi` correlates both accuracies; 0 if they are independent.
     """
-    low = wilson_lower(before * units, units)
-    high = 1 - wilson_lower((1 - after) * units, units)
-    bound: F64 = before - after - np.hypot(before - low, high - after)
+    down = before - wilson_lower(before * units, units)
+    up = 1 - wilson_lower((1 - after) * units, units) - after
+    bound: F64 = before - after - np.sqrt(np.maximum(down**2 - 2 * phi * down * up + up**2, 0.0))
     return np.where(units > 0, np.maximum(bound, 0.0), 0.0)
+
+
+def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None, classes: int) -> F64:
+    """Return the `certain_loss` of each class on the same (n,) images, right before and after, (C,).
+
+    It is Newcombe's (Statistics in Medicine 17, 2635-2650, 1998) for pairs, method 10: images that are right both times
+    say nothing of a loss. They count as `effective_number` draws.
+    """
+    draws = effective_number(labels, units, classes)
+    cells = np.bincount(4 * labels + 2 * before + after, minlength=4 * classes).reshape(classes, 4)
+    neither, gained, lost, both = (cells / np.maximum(1, cells.sum(axis=1, keepdims=True))).T
+    excess = both * neither - lost * gained
+    # his correction for continuity, of a positive correlation alone
+    corrected = np.minimum(excess, np.maximum(0, excess - 0.5 / np.maximum(1, draws)))
+    squared = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    phi = corrected / np.sqrt(np.where(squared > 0, squared, 1))
+    return certain_loss(both + lost, both + gained, draws, phi)
 
 
 def chi2_quantile(share: float | F64, dimensions: int) -> F64:
