@@ -35,7 +35,7 @@ from cluster.resources import (
     wait_for_nodes,
     worker_resources,
 )
-from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
+from defuse_core.artifacts import Bool, Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.identify import (
     finished_shards,
@@ -49,7 +49,7 @@ from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.trials import collect_stored, finished_trials
-from defuse_core.tuning_data import decode_scenario_images, load_clean_images
+from defuse_core.tuning_data import decode_scenario_images, load_clean_images, score_before
 
 if TYPE_CHECKING:
     from cluster.sweep import Outcome, SweepContext
@@ -196,16 +196,21 @@ class RayCompute:
             profile=self.profile,
         )
 
-    def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[tuple[Any, Any]]:
-        """Return for each request references to its Splits, which requests share, and to its ScenarioImages."""
+    def _fine_tuning_images(
+        self, models: Any, requests: Sequence[SweepRequest]
+    ) -> list[tuple[Any, Any, dict[str, Bool]]]:
+        """Return for each request references to its Splits and its ScenarioImages, and `score_before` of the former.
+
+        Requests share the first and the last.
+        """
         sources = [(id(each.fixes), id(each.reviewed)) for each in requests]  # of plain trainings the same
         drawn = {}
         for number, (source, each) in enumerate(zip(sources, requests, strict=True)):
             if source not in drawn:
                 args = each.spec, models, each.fixes, each.reviewed
                 drawn[source] = self._start("correct", decode_scenario_images, *args, numbers=(number,))
-        shared: dict[object, Any] = {}
-        clean = []
+        shared, scored = dict[object, Any](), dict[object, list[Any]]()
+        keys = []
         for each in requests:
             left_out, tuned = each.sources()
             key = each.spec.correct.train_images, left_out.tobytes(), tuned.tobytes()
@@ -213,13 +218,18 @@ class RayCompute:
                 shared[key] = self._held_images(
                     "correct", load_clean_images, each.spec, models, left_out, tuned
                 )
-            clean.append(shared[key])
-        self._wait("correct", (done for done, _ in drawn.values()))
+                numbers = (len(scored),)
+                scored[key] = self._start(
+                    "correct", score_before, each.spec, models, shared[key], numbers=numbers
+                )
+            keys.append(key)
+        self._wait("correct", (done for done, _ in (*drawn.values(), *scored.values())))
+        right = {key: ray.get(found) for key, (_, found) in scored.items()}
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
         # again, on CPUs that the trials that wait for them hold
         copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
         copies = {source: copy.remote(scenes) for source, (_, scenes) in drawn.items()}
-        return list(zip(clean, (copies[source] for source in sources), strict=True))
+        return [(shared[key], copies[source], right[key]) for key, source in zip(keys, sources, strict=True)]
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.

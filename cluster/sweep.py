@@ -18,7 +18,7 @@ from cluster.connection import as_defuse_error, cause_of, explained_line, is_wor
 from cluster.progress import ProgressListener, reporting, running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
 from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
-from defuse_core.artifacts import Models, Trial
+from defuse_core.artifacts import Bool, Models, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
 from defuse_core.errors import ComputeError, DefuseError, ModelError
@@ -54,8 +54,8 @@ class SweepContext:
 
     requests: Sequence[SweepRequest]
     models: Any  # ObjectRef of Models
-    # per request, ObjectRefs of Splits and ScenarioImages: once in the object store of each node
-    images: list[tuple[Any, Any]]
+    # per request, ObjectRefs of Splits and ScenarioImages, once in the object store of each node, and `score_before`
+    images: list[tuple[Any, Any, dict[str, Bool]]]
     resources: WorkerResources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
@@ -116,7 +116,7 @@ def _trial(
     config: dict[str, TrialId],
     requests: Sequence[tuple[RunFile, Store, int]],
     models: Models,
-    images: list[tuple[Any, Any]],
+    images: list[tuple[Any, Any, dict[str, Bool]]],
     progress_actor: Any,
     profile: Profile,
 ) -> None:
@@ -130,8 +130,9 @@ def _trial(
     with reporting(progress_actor):
         location = claim_devices(STEP)
         log.debug("correct: λ = %s in %s", names_of(lams), location)
-        clean, scenario = ray.get(list(images[number]))
-        data = FineTuningData(clean, scenario, repetition)
+        *references, right = images[number]
+        clean, scenario = ray.get(references)
+        data = FineTuningData(clean, scenario, right, repetition)
         made = run_stack(FineTuning(spec, models, data), lams, store)
         epochs, diverged = dict.fromkeys(lams, 0), list[tuple[float, str]]()
         for lam, outcome in profile.first(STEP, f"lambda-{names_of(lams)}-{number}", made):

@@ -12,7 +12,7 @@ MIN_CONFIRMED = 0.5  # a confirmed correction is right on over this share of a s
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
-def wilson(hits: I64 | F64, total: I64, confidence: float = 0.95) -> tuple[F64, F64]:
+def wilson(hits: I64 | F64, total: I64 | F64, confidence: float = 0.95) -> tuple[F64, F64]:
     """Return Wilson's bounds of the shares hits/total, low and high, two-sided; 0 and 1 where total is 0."""
     z = special.ndtri(0.5 + confidence / 2)
     counts = np.maximum(total, 1)
@@ -24,10 +24,10 @@ def wilson(hits: I64 | F64, total: I64, confidence: float = 0.95) -> tuple[F64, 
     return np.where(nothing, 0.0, low), np.where(nothing, 1.0, high)
 
 
-def share_with_bounds(hits: float, total: int) -> F64:
+def share_with_bounds(hits: float, total: float) -> F64:
     """Return the share hits/total and Wilson's bounds of it, low and high, (3,); nan where total is 0.
 
-    Hits are a fraction where the observations of `total` units are averaged within each.
+    Both are fractions where `total` is an `effective_number`.
     """
     if not total:
         return np.full(3, np.nan)
@@ -48,7 +48,7 @@ def mean_with_bounds(means: F64, pooled: F64) -> F64:
     return np.array([means.mean(), max(0.0, low), min(1.0, high)])
 
 
-def wilson_lower(hits: I64 | F64, total: I64) -> F64:
+def wilson_lower(hits: I64 | F64, total: I64 | F64) -> F64:
     """Return Wilson's one-sided lower bound, of 95 %, of the shares hits/total."""
     return wilson(hits, total, 2 * 0.95 - 1)[0]  # 5 % on either side
 
@@ -62,16 +62,33 @@ def exact_lower(hits: I64, total: I64) -> F64:
     return np.where(np.asarray(hits) > 0, low, 0.0)
 
 
-def certain_loss(before: F64, after: F64, units: I64) -> F64:
+def certain_loss(before: F64, after: F64, units: I64 | F64, phi: F64 | float = 0.0) -> F64:
     """Return the lower bound (95 %, one-sided) of each fall of an accuracy on so many images or tracks, (C,).
 
     0 for none. It is Newcombe's (1998), of the two bounds by Wilson: a single image that became wrong is no certain
-    loss, though it is the whole accuracy of its class.
+    loss, though it is the whole accuracy of its class. `phi` correlates both accuracies; 0 if they are independent.
     """
-    low = wilson_lower(before * units, units)
-    high = 1 - wilson_lower((1 - after) * units, units)
-    bound: F64 = before - after - np.hypot(before - low, high - after)
+    down = before - wilson_lower(before * units, units)
+    up = 1 - wilson_lower((1 - after) * units, units) - after
+    bound: F64 = before - after - np.sqrt(np.maximum(down**2 - 2 * phi * down * up + up**2, 0.0))
     return np.where(units > 0, np.maximum(bound, 0.0), 0.0)
+
+
+def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None, classes: int) -> F64:
+    """Return the `certain_loss` of each class on the same (n,) images, right before and after, (C,).
+
+    It is Newcombe's (Statistics in Medicine 17, 2635-2650, 1998) for pairs, method 10: images that are right both times
+    say nothing of a loss. They count as `effective_number` draws.
+    """
+    draws = effective_number(labels, units, classes)
+    cells = np.bincount(4 * labels + 2 * before + after, minlength=4 * classes).reshape(classes, 4)
+    neither, gained, lost, both = (cells / np.maximum(1, cells.sum(axis=1, keepdims=True))).T
+    excess = both * neither - lost * gained
+    # his correction for continuity, of a positive correlation alone
+    corrected = np.minimum(excess, np.maximum(0, excess - 0.5 / np.maximum(1, draws)))
+    squared = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    phi = corrected / np.sqrt(np.where(squared > 0, squared, 1))
+    return certain_loss(both + lost, both + gained, draws, phi)
 
 
 def chi2_quantile(share: float | F64, dimensions: int) -> F64:
@@ -208,10 +225,26 @@ def probability_not_over(hits: I64 | F64, total: I64, share: float) -> F64:
     return probability
 
 
+def effective_number(groups: I64, units: I64 | None, count: int) -> F64:
+    """Return how many independent draws the rows of each of `count` groups are worth, (count,): Kish's number (1965).
+
+    `groups` (n,) and `units` (n,) are those of the rows. Those of one unit are a single draw; units of unequal size are
+    worth fewer draws than there are units, since the largest decide a share of the rows. Without units each row is one.
+    """
+    sizes: F64 | I64 = np.ones(len(groups))
+    if units is not None:
+        numbers = np.unique(units, return_inverse=True)[1]
+        both, sizes = np.unique(numbers * count + groups, return_counts=True)
+        groups = both % count
+    total = np.bincount(groups, sizes, count)
+    draws: F64 = total**2 / np.maximum(1, np.bincount(groups, sizes**2, count))
+    return draws
+
+
 def share_of_units(hits: float, rows: Bool, units: I64 | None) -> F64:
-    """Return the share of `rows` (n,) that are hits, with Wilson's bounds of as many draws as they have units, (3,)."""
+    """Return the share of `rows` (n,) that are hits, with Wilson's bounds of `effective_number` draws, (3,)."""
     count = int(rows.sum())
-    draws = count if units is None else len(np.unique(units[rows]))
+    draws = effective_number(np.zeros(count, np.int64), None if units is None else units[rows], 1).item()
     return share_with_bounds(hits * draws / max(1, count), draws)
 
 

@@ -4,6 +4,7 @@ correct.unreviewed, of failures that nobody reviews. The latter are ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +35,7 @@ from defuse_core.review.verdicts import is_misclassified
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import Store
+from defuse_core.training.precision import right_by_part
 from defuse_core.training.reference_models import load_reference_models, model_probabilities, unanimous_labels
 
 REPEATS = 4  # times that an image of an unreviewed failure is in D_f at most
@@ -59,6 +61,7 @@ class FineTuningData:
 
     clean: Splits  # in memory
     scenario: ScenarioImages
+    right_before: Mapping[str, Bool]  # as `score_before` returns it
     # another number is the same fine-tuning with other random numbers: order of the minibatches, augmentation, dropout
     repetition: int = 0
 
@@ -74,7 +77,8 @@ def load_fine_tuning_data(models: Models, request: SweepRequest, *, progress: Pr
     spec, fixes, reviewed = request.spec, request.fixes, request.reviewed
     clean = load_clean_images(spec, models, *request.sources(), progress=progress)
     scenario = decode_scenario_images(spec, models, fixes, reviewed, progress=progress)
-    return FineTuningData(clean, scenario, request.repetition)
+    right = score_before(spec, models, clean, progress=progress)
+    return FineTuningData(clean, scenario, right, request.repetition)
 
 
 def expect_training_images(spec: RunFile, models: Models, *, progress: Progress) -> None:
@@ -103,6 +107,19 @@ def load_clean_images(
     if len(left_out):
         train = train.take(np.delete(np.arange(len(train)), left_out))
     return replace(splits, train=train).loaded()
+
+
+def score_before(spec: RunFile, models: Models, clean: Splits, *, progress: Progress) -> dict[str, Bool]:
+    """Return which images f gets right before, (N,), of each part on which the loss of a class counts.
+
+    Validation images alone with vae.decode: anchored: D lacks images at which held-out failures are anchored.
+    """
+    progress("scoring the classifier before", 0, 1, "sets")
+    counted = {"validation"} if spec.vae.decode == "anchored" else {"train", "validation"}
+    parts = {part: images for part, images in clean.parts().items() if part in counted}
+    classifier = load_classifier(spec, models.classifier, len(models.classes))
+    with cpu_threads(1):
+        return right_by_part(classifier, parts, spec.resources)
 
 
 def decode_scenario_images(

@@ -376,7 +376,7 @@ def _share(hits: F64, per_scenario: int, units: I64) -> F64:
 
 
 def _known_share(hits: F64, units: I64) -> F64:
-    """Return the share of hits, nan left out, with Wilson's interval of as many draws as they have units, (J,)."""
+    """Return the share of hits, nan left out, with Wilson's interval of the draws that their units are worth, (J,)."""
     known = np.isfinite(hits)
     return share_of_units(hits[known].sum(), known, units)
 

@@ -33,7 +33,7 @@ from defuse_core.report.build_evidence import (
     scenario_evidence,
     watch_figures,
 )
-from defuse_core.report.notices import caveats, headline
+from defuse_core.report.notices import caveats, headline, images_without_tracks
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -111,7 +111,11 @@ def build_report(
         failed_trials=_failed_trials(run, found),
         provenance=_provenance(run, found),
     )
-    doubts = [*doubts_about_models(run.spec, models, found.references), not_reviewed(found.scenarios)]
+    doubts = [
+        *doubts_about_models(run.spec, models, found.references),
+        not_reviewed(found.scenarios),
+        images_without_tracks(found.scenarios, watch),
+    ]
     words = {
         "headline": headline(report, run.spec.correct),
         "caveats": tuple(caveats(report, run.spec.correct, [doubt for doubt in doubts if doubt])),

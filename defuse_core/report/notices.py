@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from defuse_core.artifacts import Scenarios
 from defuse_core.config import CorrectSection
 from defuse_core.errors import count_of, no_lambda_chosen, percent
 from defuse_core.report.correction_notices import (
@@ -15,6 +16,7 @@ from defuse_core.report.correction_notices import (
 from defuse_core.report.formatting import is_low
 from defuse_core.report.schema import Report
 from defuse_core.review.undecided import are_worse
+from defuse_core.watch import FailureWatch
 
 
 def headline(report: Report, correct: CorrectSection) -> str:
@@ -173,6 +175,25 @@ def known_validation_images(report: Report) -> str | None:
         f"(data.validation_share). It gets {percent(before.validation)} of them right and {percent(before.test)} of "
         "the test images, so they show little about the accuracy that a λ costs; give validation images that it was "
         "not trained on (a folder named validation)."
+    )
+
+
+def images_without_tracks(scenarios: Scenarios, watch: FailureWatch | None) -> str | None:
+    """Return that some images count as independent although others have tracks, "; " and what to do; or None."""
+    if watch is None:
+        return None
+    parts = {
+        "validation": (watch.validation_wrong, watch.validation_tracks),
+        "test": (watch.test_wrong, watch.test_tracks),
+    }
+    without = [part for part, (wrong, tracks) in parts.items() if len(wrong) and tracks is None]
+    known = (scenarios.source_tracks, watch.validation_tracks, watch.test_tracks)
+    if not without or all(tracks is None for tracks in known):
+        return None
+    return (
+        f"{' and '.join(without)} images may show one object several times and count as independent here, so their "
+        "intervals are too narrow and their p-values too small; other images of the run have tracks and these have "
+        "none: give theirs if you know them"
     )
 
 

@@ -102,13 +102,10 @@ def stacked(spec: RunFile, count: int, arithmetic: Arithmetic) -> dict[str, floa
     spec = spec.with_fields("correct", lambdas=tuple(np.geomspace(0.1, 10, count).tolist()), epochs=1)
     names = tuple(map(str, range(CLASSES)))
     weights = weights_of(build_classifier(spec, CLASSES))
-    none = np.zeros(len(names))
-    models = Models(
-        weights, {}, names, {}, "", {"train": 0.0}, (), (), 0.0, 0.0, np.zeros(1), FIT, "cpu", {"train": none}
-    )
+    models = Models(weights, {}, names, {}, "", {"train": 0.0}, (), (), 0.0, 0.0, np.zeros(1), FIT)
     clean, held_out = learnable(spec, TUNED_ON, 1), learnable(spec, CLASSES, 3)
     scenes = ScenarioImages(learnable(spec, TUNED_ON, 2), CLASSES, held_out)
-    data = FineTuningData(Splits(clean, None, None, names), scenes)
+    data = FineTuningData(Splits(clean, None, None, names), scenes, {})
     made: list[dict[float, Trial]] = [{}, {}]
 
     def run(place: int, stacks: list[tuple[float, ...]]) -> None:

@@ -36,7 +36,7 @@ from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.export.suite import save_suite
 from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
-from defuse_core.intervals import share_with_bounds
+from defuse_core.intervals import effective_number, share_with_bounds
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, StoredVae, decode_codes, encode_images, load_vae, predict
 from defuse_core.pipeline import _controls, _scenarios, load_findings, run_defuse
@@ -363,7 +363,10 @@ def test_evidence_is_of_held_out_photographs_alone_and_each_of_them_counts_once(
     photographs = [len(np.unique(fixes.anchors.unit[row])) for row in fixes.test_anchor]
     assert (made.units <= photographs).all() and max(photographs) < fixes.test.shape[1]
     share, units = single.own_label[0, 0], int(single.units[0])
-    np.testing.assert_allclose(single.own_label[0], share_with_bounds(share * units, units))
+    assert np.ptp(single.own_label[0, 1:]) >= np.ptp(share_with_bounds(share * units, units)[1:]) - 1e-9
+    shown = fixes.anchors.unit[fixes.test_anchor[0]]
+    draws = effective_number(np.zeros(len(shown), np.int64), shown, 1).item()
+    np.testing.assert_allclose(single.purity, share_with_bounds(single.purity[0] * draws, draws))
     held_out = failures.held_out_anchors(fixes.scenario[:1])
     share, most = single.wider[0, 0, 0], len(np.unique(held_out.unit))
     assert np.ptp(single.wider[0, 0, 1:]) >= np.ptp(share_with_bounds(share * most, most)[1:]) - 1e-9

@@ -289,7 +289,8 @@ def test_further_training_of_a_classifier_that_is_sure_of_every_image_changes_no
     last = sorted(name for name in tiny_models.classifier if name.endswith(".bias"))[-1].removesuffix("bias")
     sure = {k: v * 1e6 if k.startswith(last) else v for k, v in tiny_models.classifier.items()}
     right = predict(load_classifier(tiny_spec, sure, 10), data.clean.train.pixels) == data.clean.train.labels
-    known = replace(data, clean=replace(data.clean, train=data.clean.train.take(np.flatnonzero(right))))
+    clean = replace(data.clean, train=data.clean.train.take(np.flatnonzero(right)))
+    known = replace(data, clean=clean, right_before={})
     trial = next(fine_tune(FineTuning(tiny_spec, replace(tiny_models, classifier=sure), known), 0.0, None))
     assert trial.rows[0].train == 1.0
 

@@ -4,9 +4,11 @@ from scipy import special, stats
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
+from defuse_core.artifacts import I64, Bool
 from defuse_core.intervals import (
     auroc,
     binomial_tail,
+    certain_class_loss,
     certain_loss,
     exact_lower,
     mcnemar,
@@ -204,11 +206,27 @@ def test_an_interval_over_groups_is_students_within_0_and_1():
     assert mean_with_bounds(np.array([0.5, 1.0]), point).tolist() == [0.75, 0.0, 1.0]
 
 
-def test_a_share_of_units_has_the_interval_of_as_many_draws_as_its_rows_have_units():
+def test_a_share_of_units_has_the_interval_of_as_many_draws_as_its_rows_are_worth():
     rows, units = np.arange(9) < 6, np.array([7, 7, 7, 4, 4, 4, 1, 2, 3])
     assert share_of_units(3, rows, units).tolist() == share_with_bounds(1, 2).tolist()
     assert share_of_units(3, rows, None).tolist() == share_with_bounds(3, 6).tolist()
     assert np.isnan(share_of_units(0, rows & False, units)).all()
+    one_large = np.array([0] * 90 + [*range(1, 11)])
+    draws = 100**2 / (90**2 + 10)
+    found = share_of_units(90, np.ones(100, np.bool_), one_large)
+    assert found.tolist() == share_with_bounds(0.9 * draws, draws).tolist()
+
+
+@pytest.mark.parametrize("tracks", [20, 100])
+def test_the_interval_of_a_share_of_unequal_tracks_holds_the_true_share(tracks: int):
+    rng, covered, trials = np.random.default_rng(tracks), 0, 1000
+    for _ in range(trials):
+        sizes = np.maximum(1, np.exp(rng.normal(2, 1.2, tracks)).round()).astype(int)
+        hits = np.repeat(rng.random(tracks) < 0.3, sizes)
+        units = np.repeat(np.arange(tracks), sizes)
+        _, low, high = share_of_units(hits.sum(), np.ones(len(hits), np.bool_), units)
+        covered += low <= 0.3 <= high
+    assert covered / trials > 0.93  # with as many draws as tracks: 0.76 and 0.72
 
 
 def test_the_exact_bound_of_a_share_holds_for_a_single_observation_too():
@@ -232,3 +250,43 @@ def test_a_few_images_that_all_became_wrong_are_a_certain_loss_of_less_than_all(
     by_chance = 0.5**images  # a sign test: of one or two images it may be chance
     assert lost == 0 if images == 1 else 0 < lost < 1 - by_chance
     assert lost > 0.4 or images < 4
+
+
+def repeated(both: int, lost: int, gained: int, neither: int) -> tuple[Bool, Bool]:
+    """Return which of so many images are right before and after."""
+    counts = [both, lost, gained, neither]
+    return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
+
+
+def loss_of_pairs(*counts: int, units: I64 | None = None) -> float:
+    before, after = repeated(*counts)
+    labels = np.ones(len(before), np.int64)
+    of_none, loss, *_ = certain_class_loss(before, after, labels, units, 3)
+    assert of_none == 0
+    return float(loss)
+
+
+def test_images_that_are_right_both_times_do_not_hide_a_loss():
+    assert loss_of_pairs(303, 55, 7, 135) == pytest.approx(0.0708, abs=1e-4)
+    (alone,) = certain_loss(np.array([0.716]), np.array([0.62]), np.array([500]))
+    assert alone < 0.05
+    assert loss_of_pairs(303, 0, 0, 197) == loss_of_pairs(303, 0, 7, 190) == 0
+    # the images of 50 tracks
+    assert loss_of_pairs(303, 55, 7, 135, units=np.repeat(np.arange(50), 10)) < 0.05
+
+
+@pytest.mark.parametrize("images", [*range(1, 11), 20])
+def test_a_class_that_loses_five_points_is_rarely_found_to_lose_more(images: int):
+    tables = [
+        (images - lost - gained - neither, lost, gained, neither)
+        for lost in range(images + 1)
+        for gained in range(images + 1 - lost)
+        for neither in range(images + 1 - lost - gained)
+    ]
+    refused = [counts for counts in tables if loss_of_pairs(*counts) > 0.05]
+    assert all(lost > max(1, gained) for _, lost, gained, _ in refused)
+    for right in (0.5, 0.72, 0.9):
+        for gain in (0.0, 0.01, 0.05):
+            shares = right - gain - 0.05, gain + 0.05, gain, 1 - right - gain
+            found = stats.multinomial.pmf(refused, images, shares) if refused else np.zeros(1)
+            assert found.sum() < 0.05

@@ -26,7 +26,7 @@ from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, load_classifier, weights_of
 from defuse_core.protocols import silent
 from defuse_core.training import Adam
-from defuse_core.tuning_data import load_clean_images
+from defuse_core.tuning_data import FineTuningData, load_clean_images, score_before
 from tests.conftest import fine_tuning_data, tiny
 from tests.sample_components import sample_failures
 
@@ -110,36 +110,43 @@ def test_what_a_class_has_lost_is_measured_on_training_and_on_validation_images(
     fixes = Corrections(np.arange(1), np.array([8]), codes, codes)
     spec = tiny(correct={"epochs": 1})
     data = fine_tuning_data(spec, tiny_models, fixes)
-    blind = {
-        part: np.where(np.arange(10) == 3, 1.0, 0.0)
-        for part in tiny_models.class_accuracy  # only class 3 can lose
-    }
     threes_lost = load_classifier(spec, tiny_models.classifier, 10)
     with torch.no_grad():
         [*threes_lost.parameters()][-1][3] = -1e6
-    row = FineTuning(spec, replace(tiny_models, class_accuracy=blind), data).score(threes_lost, 1.0, 1, 0.1)
-    assert 0.8 < row.class_loss < 1
-    of_one_track = replace(
-        data,
-        clean=replace(
-            data.clean,
-            **{part: replace(images, tracks=images.labels) for part, images in data.clean.parts().items()},
-        ),
-    )  # so that all threes of a part are a single piece of evidence
-    row = FineTuning(spec, replace(tiny_models, class_accuracy=blind), of_one_track).score(
-        threes_lost, 1.0, 1, 0.1
-    )
-    assert row.class_loss < 0.3
-    known = replace(tiny_models, class_accuracy={**blind, "validation": np.zeros(10)})
-    assert FineTuning(spec, known, data).score(threes_lost, 1.0, 1, 0.1).class_loss > 0.1
+
+    def class_loss(data: FineTuningData, classifier: nn.Module = threes_lost) -> float:
+        return FineTuning(spec, tiny_models, data).score(classifier, 1.0, 1, 0.1).class_loss
+
+    parts = {part: data.clean.parts()[part] for part in ("train", "validation")}
+    # only class 3 can lose
+    blind = {part: images.labels == 3 for part, images in parts.items()}
+    whole = replace(data, right_before=blind)
+    assert 0.8 < class_loss(whole) < 1
+    # so that all threes of a part are a single piece of evidence
+    tracks = {part: replace(images, tracks=images.labels) for part, images in parts.items()}
+    assert class_loss(replace(whole, clean=replace(data.clean, **tracks))) < 0.3
+    known = replace(data, right_before={**blind, "validation": ~blind["validation"]})
+    assert class_loss(known) > 0.1
     # that training images, which are many more, lose nothing does not hide what is lost on validation images
-    on_validation = replace(tiny_models, class_accuracy={**blind, "train": np.zeros(10)})
-    assert FineTuning(spec, on_validation, data).score(threes_lost, 1.0, 1, 0.1).class_loss > 0.5
-    # anchored, D lacks some training images, so that the accuracy before is not of the same ones
-    anchored = spec.with_fields("vae", decode="anchored")
-    assert FineTuning(anchored, known, data).score(threes_lost, 1.0, 1, 0.1).class_loss == 0.0
+    assert class_loss(replace(data, right_before={**blind, "train": blind["train"] & False})) > 0.5
     kept = load_classifier(spec, tiny_models.classifier, 10)
-    assert FineTuning(spec, tiny_models, data).score(kept, 1.0, 1, 0.1).class_loss == 0.0
+    assert class_loss(data, kept) == 0.0
+
+
+def test_a_class_is_compared_on_the_images_that_fine_tuning_reads(tiny_models):
+    codes = np.zeros((1, 24, 4), np.float32)
+    fixes = Corrections(np.arange(1), np.array([8]), codes, codes)
+    spec = tiny(correct={"train_images": 100})
+    data = fine_tuning_data(spec, tiny_models, fixes)
+    assert {part: len(right) for part, right in data.right_before.items()} == {
+        "train": 100,
+        "validation": len(data.clean.validation),
+    }
+    known = load_classifier(spec, tiny_models.classifier, 10)
+    assert data.right_before["train"].mean() == accuracy(known, data.clean.train)
+    # anchored, D lacks training images at which held-out failures are anchored
+    anchored = spec.with_fields("vae", decode="anchored")
+    assert [*score_before(anchored, tiny_models, data.clean, progress=silent)] == ["validation"]
 
 
 def test_of_the_epochs_of_a_lambda_that_are_equal_in_whole_percent_the_clean_accuracy_chooses():

@@ -127,7 +127,7 @@ def test_a_run_of_networks_with_views_is_computed_to_its_end_and_exported(tmp_pa
     assert report.chosen is not None
     models, corrected = corrected_classifier(run)
     splits = open_splits(spec.data, spec.seed)
-    data = FineTuningData(splits, ScenarioImages(splits.train, len(splits.classes), splits.train))
+    data = FineTuningData(splits, ScenarioImages(splits.train, len(splits.classes), splits.train), {})
     assert _why_not_stacked(FineTuning(spec, models, data)) is None
     done = export_model(run, tmp_path / "net.pt2")
     assert done.same_answers == done.images

@@ -175,7 +175,7 @@ def test_the_running_statistics_of_a_stacked_resnet18_are_those_of_its_trials(ti
     spec = with_classifier(stacking(epochs=1, batch_size=24), {"architecture": "resnet18", "stem": "small"})
     models = replace(tiny_models, classifier=weights_of(built("resnet18", 0)))
     some = Splits(data.clean.train.take(slice(24)), None, None, data.clean.classes)
-    short, lams = replace(data, clean=some), (0.1, 10.0)
+    short, lams = replace(data, clean=some, right_before={}), (0.1, 10.0)
     alone = separate(spec, models, short, lams)
     made = together(spec, models, short, lams, FolderStore(tmp_path))
     for lam, trial in made.items():

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_evidence import sample_evidence
-from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run, with_verdicts
+from sample_findings import (
+    SAMPLE_CORRECT,
+    report_of,
+    sample_findings,
+    sample_run,
+    sample_watch,
+    with_verdicts,
+)
 
 from defuse_core.artifacts import FailedTrial, Health, ReferenceSet, Sweep
 from defuse_core.report import notices, write_report
@@ -244,6 +251,35 @@ def test_validation_images_that_the_classifier_knows_are_told(
     assert (text is not None) is told and (text in report.caveats) is told
     assert text is None or "gets 100.0 % of them right and 88.0 % of the test images" in text
     assert text is None or "failing inputs" not in text  # what the watch says of them
+
+
+@pytest.mark.parametrize(
+    ("of_scenarios", "of_validation", "of_test", "told"),
+    [
+        (True, False, False, "Validation and test images may show"),
+        (True, True, False, "Test images may show"),
+        (False, True, False, "Test images may show"),
+        (True, True, True, None),
+        (False, False, False, None),
+    ],
+)
+def test_images_without_tracks_beside_others_with_tracks_are_told(
+    of_scenarios: bool, of_validation: bool, of_test: bool, told: str | None, tmp_path: Path
+):
+    found, evaluation = sample_findings()
+    watch, count = sample_watch(), len(found.scenarios)
+    watch = dataclasses.replace(
+        watch,
+        validation_tracks=np.arange(len(watch.validation_wrong)) // 4 if of_validation else None,
+        test_tracks=np.arange(len(watch.test_wrong)) // 4 if of_test else None,
+    )
+    scenarios = dataclasses.replace(
+        found.scenarios, source_tracks=np.ones(count, int) if of_scenarios else None
+    )
+    found = dataclasses.replace(found, scenarios=scenarios)
+    written = build_report(sample_run(tmp_path), found, evaluation, watch=watch).caveats
+    texts = [text for text in written if "count as independent here" in text]
+    assert [text.startswith(told or "") for text in texts] == ([True] if told else [])
 
 
 OWN = np.array([[0.1, 0.6, 0.7, 0.9]] * 2)  # before, baseline, plain, defuse
