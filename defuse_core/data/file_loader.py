@@ -85,10 +85,13 @@ def batches_of(images: Images, order: Iterable[slice | I64], readers: int) -> Ge
     elif readers and (loader := file_loader(readers)).in_use.acquire(blocking=False):
         try:
             yield from loader.read(map(images.pixels.at, order))
-        except RuntimeError as error:
+        except DataError:
+            raise
+        except Exception as error:  # of torch, or of the connection to a process that ends
             file_loader.cache_clear()  # it never reads again
+            why = one_line(f"{type(error).__name__}: {error}")
             raise ComputeError(
-                f"resources.readers: a process that reads images failed ({one_line(error)}); free memory, or lower "
+                f"resources.readers: a process that reads images failed ({why}); free memory, or lower "
                 "resources.readers, and run again to continue"
             ) from error
         finally:
