@@ -37,7 +37,7 @@ from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, column, expect_grey_or_rgb, image_shape, splits_of
 from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
-from defuse_core.local import local_compute
+from defuse_core.local import local_compute, local_device
 from defuse_core.models import expect_storable, is_same_program, program_of
 from defuse_core.pipeline import expect_may_go_on, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
@@ -330,7 +330,8 @@ class _Given:
         own = section if any(section.get(field) for field in PRETRAINED_FIELDS) else None
         facts = inspect_data(Path(sections["data"]["root"]), "debug")
         facts = replace(facts, channels=sections["data"]["channels"])
-        plan = plan_run(facts, own, minutes, progress)
+        with local_device(flat_fields(self.settings).get("resources.gpus_per_worker")):
+            plan = plan_run(facts, own, minutes, progress)
         for warning in plan.warnings:
             log.warning("%s", warning)
         if "channels" not in self.settings.get("data", {}):  # the classifier may need others

@@ -19,6 +19,7 @@ import defuse_core as defuse
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.data import open_splits
+from defuse_core.device import device
 from defuse_core.errors import (
     DataError,
     DefuseError,
@@ -63,6 +64,17 @@ def test_a_third_of_none_is_left_out_and_a_column_is_taken(tmp_path):
     assert open_splits(spec.data, 0).train.tracks is not None
     spec = settings_of(tmp_path, train=(images, labels, None))
     assert open_splits(spec.data, 0).train.tracks is None
+
+
+@pytest.mark.parametrize(("gpus", "planned_on"), [(0, "cpu"), ("auto", "cuda")])
+def test_a_run_without_gpus_is_planned_on_the_cpu(gpus, planned_on, tmp_path, monkeypatch):
+    def plan(*_: object) -> None:
+        raise RuntimeError(f"planned on {device().type}")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("defuse_core.api.plan_run", plan)
+    with pytest.raises(RuntimeError, match=f"planned on {planned_on}"):
+        defuse.debug(**arguments(tmp_path, settings={"resources": {"gpus_per_worker": gpus}}))
 
 
 def stop() -> Any:
