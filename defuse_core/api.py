@@ -54,7 +54,8 @@ CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys w
 TRACED_IMAGES = 8  # that a classifier is traced on
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
 
-LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor]  # images, labels, and tracks if there are any
+# images, labels, and tracks if there are any
+LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor | None]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
 
 
