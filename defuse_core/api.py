@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import threading
 from collections.abc import Callable, KeysView, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -38,7 +37,7 @@ from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, column, expect_grey_or_rgb, image_shape, splits_of
 from defuse_core.device import torch_defaults
 from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
-from defuse_core.local import local_compute
+from defuse_core.local import local_compute, local_device
 from defuse_core.models import expect_storable, is_same_program, program_of
 from defuse_core.pipeline import expect_may_go_on, run_defuse
 from defuse_core.protocols import Annotators, Compute, Progress, silent
@@ -53,11 +52,10 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 TRACED_IMAGES = 8  # that a classifier is traced on
-# training seeds torch's global generator and draws from it, and torch.export has globals
-_ONE_AT_A_TIME = threading.RLock()
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
 
-LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor]  # images, labels, and tracks if there are any
+# images, labels, and tracks if there are any
+LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor | None]
 Settings: TypeAlias = Mapping[str, Any] | RunFile | str | os.PathLike[str]
 
 
@@ -81,7 +79,8 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
         run = defuse.debug(net, train=(images, labels), test=(more_images, more_labels), name="parts", minutes=10)
 
     The same call again continues where the last one stopped, and returns at once where the run is finished. Calls of
-    several threads wait for each other. The caller's random numbers, of torch too, go on as if nothing had happened.
+    several threads, also those that show the images or the corrected classifier of a result, wait for each other. The
+    caller's random numbers, of Python and torch too, go on as if nothing had happened.
 
     Args:
         classifier: Maps images (n, channels, H, W) in [0, 1] to logits (n, C), or to probabilities, or to an output
@@ -119,7 +118,7 @@ def debug(  # noqa: PLR0913 - one keyword per choice, as an estimator of scikit-
     opened = _opened(store)
     arrays = _arrays({"train": train, "validation": validation, "test": test}, classes)
     run_store = opened.within(checked_name(name))
-    with _ONE_AT_A_TIME, torch_defaults(), run_store.lock():
+    with torch_defaults(), run_store.lock():
         given = _Given(run_store, classifier, arrays, settings)
         recorded = Run.recorded(opened, name) if given.begun else None
         spec = given.run_file(recorded, minutes, progress)
@@ -332,7 +331,8 @@ class _Given:
         own = section if any(section.get(field) for field in PRETRAINED_FIELDS) else None
         facts = inspect_data(Path(sections["data"]["root"]), "debug")
         facts = replace(facts, channels=sections["data"]["channels"])
-        plan = plan_run(facts, own, minutes, progress)
+        with local_device(flat_fields(self.settings).get("resources.gpus_per_worker")):
+            plan = plan_run(facts, own, minutes, progress)
         for warning in plan.warnings:
             log.warning("%s", warning)
         if "channels" not in self.settings.get("data", {}):  # the classifier may need others

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,6 +29,8 @@ F32_FLAGS = (
     _backends.mkldnn.rnn,
 )
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)
+# threads share the default dtype, F32_FLAGS, the random generators and the allocator
+_one_at_a_time = threading.RLock()
 
 
 def device() -> torch.device:
@@ -112,13 +115,15 @@ def _set_f32_flags(precisions: Sequence[str]) -> None:
 def torch_defaults() -> Iterator[None]:
     """Compute inside the block with gradients, f32, no autocast and the CPU as default device, as in a new process.
 
-    These modes of the caller are set again after it, its random numbers go on as before, and freed memory is returned
-    to the system again.
+    These modes of the caller are set again after it, its random numbers, of Python too, go on as before, and freed
+    memory is returned to the system again. Blocks of several threads wait for each other.
     """
-    dtype, place = torch.get_default_dtype(), torch.get_default_device()
-    with contextlib.ExitStack() as modes:
+    with _one_at_a_time, contextlib.ExitStack() as modes:
+        place = torch.get_default_device()
         modes.callback(_set_allocator, RETURNING)
-        modes.callback(torch.set_default_dtype, dtype)
+        # the first import of scikit-learn draws from it
+        modes.callback(random.setstate, random.getstate())
+        modes.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if place.type != "cpu":
             modes.enter_context(torch.device("cpu"))

@@ -12,7 +12,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,12 +136,17 @@ class LocalPartitions:
         return [function(part, *args) for part in self.parts]
 
 
+def local_device(gpus_per_worker: object) -> AbstractContextManager[None]:
+    """Compute the block on the CPU where a run has no GPUs (0), else on this process's device."""
+    return computing_on(torch.device("cpu")) if gpus_per_worker == 0 else nullcontext()
+
+
 @contextmanager
 def local_compute(
     spec: RunFile, progress: Progress = silent, profile: Profile = UNTRACED
 ) -> Iterator[LocalCompute]:
     """Yield the Compute of a run in this process, for the block: on its GPU, unless resources.gpus_per_worker is 0."""
-    with computing_on(torch.device("cpu")) if spec.resources.gpus_per_worker == 0 else nullcontext():
+    with local_device(spec.resources.gpus_per_worker):
         yield LocalCompute(progress, profile)
 
 

@@ -21,6 +21,7 @@ from defuse_core.evaluation import Findings
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.export import corrected_classifier, plain_weights
+from defuse_core.local import local_device
 from defuse_core.models import (
     copy_for_inference,
     encode_images,
@@ -145,7 +146,6 @@ class RunResult:
             raise InputError(f"run {self.run.name}: its data set has no {name} images")
         return self._parts[name]
 
-    @torch_defaults()
     def _codes_of(self, name: str) -> F32:
         if name not in self._codes:
             self._codes[name] = encode_images(load_vae(self.run.spec, self._models.vae), self._part(name))
@@ -161,7 +161,6 @@ class RunResult:
         data = self.run.spec.data
         return rows_in_file(data, self.run.spec.seed) if data.name == "npz" else {}
 
-    @torch_defaults()
     def _real_images(self, name: str, rows: I64, distances: F64) -> RealImages:
         images, classes = self._part(name).take(rows), self._models.classes
         return RealImages(
@@ -346,9 +345,10 @@ class ScenarioView:
         if count < 1:
             raise InputError(f"count: expected at least 1, found {count}")
         result, scenarios = self._result, self._result._findings[0].scenarios
-        distances = distances_from(scenarios, self.number, result._codes_of(part))
-        rows = np.argsort(distances, kind="stable")[:count]
-        return result._real_images(part, rows, distances[rows])
+        with torch_defaults(), local_device(result.run.spec.resources.gpus_per_worker):
+            distances = distances_from(scenarios, self.number, result._codes_of(part))
+            rows = np.argsort(distances, kind="stable")[:count]
+            return result._real_images(part, rows, distances[rows])
 
     def __repr__(self) -> str:
         return f"<scenario {self.number}: {self.name}>"

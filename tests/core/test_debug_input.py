@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import defuse_core as defuse
+from defuse_core.api import LabelledImages
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.data import open_splits
+from defuse_core.device import device
 from defuse_core.errors import (
     DataError,
     DefuseError,
@@ -63,6 +66,18 @@ def test_a_third_of_none_is_left_out_and_a_column_is_taken(tmp_path):
     assert open_splits(spec.data, 0).train.tracks is not None
     spec = settings_of(tmp_path, train=(images, labels, None))
     assert open_splits(spec.data, 0).train.tracks is None
+    assert NoneType in get_args(get_args(LabelledImages)[0])
+
+
+@pytest.mark.parametrize(("gpus", "planned_on"), [(0, "cpu"), ("auto", "cuda")])
+def test_a_run_without_gpus_is_planned_on_the_cpu(gpus, planned_on, tmp_path, monkeypatch):
+    def plan(*_: object) -> None:
+        raise RuntimeError(f"planned on {device().type}")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("defuse_core.api.plan_run", plan)
+    with pytest.raises(RuntimeError, match=f"planned on {planned_on}"):
+        defuse.debug(**arguments(tmp_path, settings={"resources": {"gpus_per_worker": gpus}}))
 
 
 def stop() -> Any:

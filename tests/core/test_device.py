@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import random
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,35 @@ def test_memory_that_the_caller_frees_after_a_run_is_returned() -> None:
     blocks.clear()
     assert resident_bytes() < peak - 150e6
     assert len(last) == 2**24
+
+
+def test_blocks_of_several_threads_wait_for_each_other_and_leave_the_modes_as_they_were(
+    request: pytest.FixtureRequest,
+) -> None:
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    flags, drawn, entered = newer_flags(), torch.get_rng_state(), threading.Event()
+
+    def draw() -> torch.dtype:
+        with torch_defaults():
+            entered.set()
+            return torch.rand(3).dtype
+
+    with ThreadPoolExecutor(1) as other:
+        with torch_defaults(), torch_defaults():  # as a progress callback does that shows another run
+            found = other.submit(draw)
+            assert not entered.wait(0.2)
+            torch.rand(3)
+        assert found.result() == torch.float32
+    assert (torch.get_default_dtype(), newer_flags()) == (torch.float64, flags)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_random_numbers_of_python_go_on_as_before() -> None:
+    before = random.getstate()
+    with torch_defaults():
+        random.random()
+    assert random.getstate() == before
 
 
 def where_computed(*, progress: Progress) -> tuple[str, str]:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
+from defuse_core import results
 from defuse_core.artifacts import Gallery, Models, Scenarios, Sweep, SweepRow
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
+from defuse_core.device import device
 from defuse_core.errors import InputError, ModelError
 from defuse_core.evaluation import Findings
 from defuse_core.models import (
@@ -144,6 +146,23 @@ def test_the_nearest_real_images_are_those_of_the_part_by_distance_to_the_compon
     for count in (0, -1):  # no slice that leaves out the last
         with pytest.raises(InputError, match=f"count: expected at least 1, found {count}"):
             with_models.scenarios[0].nearest_training(count)
+
+
+def test_the_results_of_a_run_without_gpus_are_shown_on_the_cpu(with_models, monkeypatch):
+    places = []
+    for name in ("encode_images", "predict"):
+        computed = getattr(results, name)
+
+        def noted(*given, computed=computed):
+            places.append(device().type)
+            return computed(*given)
+
+        monkeypatch.setattr(results, name, noted)
+    run = with_models.run
+    monkeypatch.setattr(run, "spec", run.spec.with_fields("resources", gpus_per_worker=0))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert len(with_models.scenarios[0].nearest_training(3)) == 3
+    assert places == ["cpu", "cpu"]
 
 
 def test_the_modes_of_the_program_change_nothing(with_models, request):
