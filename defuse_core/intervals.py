@@ -245,7 +245,8 @@ def share_of_units(hits: float, rows: Bool, units: I64 | None) -> F64:
     """Return the share of `rows` (n,) that are hits, with Wilson's bounds of `effective_number` draws, (3,)."""
     count = int(rows.sum())
     draws = effective_number(np.zeros(count, np.int64), None if units is None else units[rows], 1).item()
-    return share_with_bounds(hits * draws / max(1, count), draws)
+    share, low, high = share_with_bounds(hits * draws / max(1, count), draws)
+    return np.array([hits / count if count else share, low, high])
 
 
 def auroc(scores: F64, positive: Bool, units: I64 | None = None) -> F64:
