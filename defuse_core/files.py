@@ -33,11 +33,21 @@ UNFINISHED = ".unfinished"  # suffix of what is being written
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
-NO_ANSWER = {  # of a network folder whose server is away, or a disk that fails to read
+# of a network folder whose server is away, a disk that fails to read, or a process that has too much open for now
+NO_ANSWER = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     errno.EIO,
+    errno.EMFILE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENFILE,
     errno.ENOTCONN,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux alone has it
     errno.ESTALE,
     errno.ETIMEDOUT,
 }

@@ -133,7 +133,8 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
 def expect_may_go_on(run: Run) -> None:
     """Raise RunMismatchError for other images, and InputError for a λ that is added to the record of a version."""
     _expect_same_images(run)
-    if run.with_added is not None:
+    # a run that has neither has made no version: its name is that of one whose folder was removed
+    if run.with_added and any(map(run.store.exists, ("gallery.safetensors", "sweep.safetensors"))):
         remedy = "copy its folder in the store, and change the copy (--name, or name= in Python)"
         expect_no_version_of(run.runs, run.name, _registered_versions(run.runs), remedy)
 
@@ -184,8 +185,7 @@ def _expect_same_images(run: Run) -> None:
     A step that is yet to be made notices that by itself, on the machine that reads the images.
     """
     root = run.spec.data.root
-    is_finished = run.store.exists(EVALUATION)
-    if root is None or not is_finished or (models := run.load(Models)) is None:
+    if root is None or not run.store.exists(EVALUATION) or (models := run.load(Models)) is None:
         return
     with contextlib.suppress(DataError, OSError):  # they are not here, and nothing is computed from them
         if root.exists():

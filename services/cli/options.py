@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import math
@@ -134,8 +135,14 @@ def _stdout_kept() -> Iterator[int | None]:
     finally:
         with contextlib.suppress(OSError):  # told where it was printed
             stdout.flush()
+        _flush_native()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _flush_native() -> None:
+    """Write out what native libraries have printed: into a pipe, C would do so when the process ends."""
+    ctypes.CDLL(None).fflush(None)
 
 
 json_option = click.option(
@@ -150,6 +157,7 @@ def print_json(page: dict[str, Any]) -> None:
         return
     if kept is not None:
         stdout.flush()
+        _flush_native()
         os.dup2(kept, 1)
     click.echo(json.dumps(page), file=stdout)
     if kept is not None:  # not after an error, which leaves text for stdout

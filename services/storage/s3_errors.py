@@ -50,8 +50,24 @@ REMEDIES = {  # of what is no refusal of the credentials, although the status ma
     "XMinioStorageFull": (StoreError, "free space there, then run again to continue"),
 }
 # answers of a server, or of a proxy before it, that is busy or fails for a while
-PASSING = {"RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
-PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509}
+PASSING = {
+    "BandwidthLimitExceeded",
+    "IDPCommunicationError",
+    "InternalError",
+    "PriorRequestNotComplete",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "ServiceUnavailable",
+    "SlowDown",
+    "ThrottledException",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+}
+PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509, *range(520, 525), 530}
 NO_ANSWER = (
     aws.HTTPClientError,
     aws.EndpointConnectionError,

@@ -15,6 +15,7 @@ import pytest
 from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
 from defuse_core.config import dump_run_file
+from defuse_core.pipeline import expect_may_go_on
 from defuse_core.runs import SETTINGS, Run
 from defuse_core.store import FolderStore
 from services.serving import candidate
@@ -224,6 +225,18 @@ def test_no_lambda_is_added_to_a_run_in_the_registry_whose_components_cannot_be_
         monkeypatch, capsys, "run", *more, "--set", "correct.lambdas=[0.001, 1.0, 10.0, 20.0]"
     )
     assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True), err
+
+
+def test_a_lambda_is_added_to_a_stopped_run_that_has_the_name_of_a_removed_one_in_the_registry(
+    own_store, monkeypatch, capsys
+):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    for key in set(own_store.within("digits").list()) - {"run.yaml", SETTINGS, "models.safetensors"}:
+        own_store.delete(f"digits/{key}")
+    spec = opened(own_store).spec
+    more = spec.with_fields("correct", lambdas=(*spec.correct.lambdas, 20.0))
+    assert Run.start(own_store, "digits", more, check=expect_may_go_on).with_added == more
 
 
 def test_a_vote_of_a_run_that_is_promoted_while_all_answers_are_read_is_not_reopened(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -92,7 +93,7 @@ from services.cli.options import json_option, print_json
 
 def noise(text):
     subprocess.run(["echo", text], check=True)
-    ctypes.CDLL(None).puts(text.encode()), ctypes.CDLL(None).fflush(None)
+    ctypes.CDLL(None).puts(text.encode())
     print(text, file=sys.__stdout__)
 
 @click.command()
@@ -109,7 +110,9 @@ noise("end")
 
 def test_what_child_processes_and_libraries_print_goes_to_stderr_until_the_command_ends():
     words = [sys.executable, "-c", NOISY]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    # with it, Python switches off C's buffer, too
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, cwd=ROOT, env=buffered, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ['{"a": 1}', *["end"] * 3]
     assert sorted(done.stderr.split()) == ["after"] * 3 + ["before"] * 3
 

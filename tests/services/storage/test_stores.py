@@ -216,14 +216,17 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value) and not isinstance(refused.value, NoAnswerError)
 
 
+@pytest.mark.parametrize(
+    "code", [errno.ESTALE, errno.ECONNRESET, errno.ENETUNREACH, errno.EAGAIN, errno.EMFILE]
+)
 def test_a_network_folder_whose_server_is_away_gives_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stale(*_: object) -> bytes:
-        raise OSError(errno.ESTALE, "Stale file handle")
+    def away(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "read_bytes", stale)
-    with pytest.raises(NoAnswerError, match="Stale file handle"):
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(NoAnswerError, match=os.strerror(code)):
         FolderStore(tmp_path).read("a")
 
 
