@@ -31,6 +31,7 @@ from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, num
 from defuse_core.store import Store
 from defuse_core.trials import (
     collect_stored,
+    finished_trials,
     is_trial_failure,
     names_of,
     run_stack,
@@ -194,31 +195,35 @@ class LocalCompute:
 
     def _sweep(self, models: Models, request: SweepRequest) -> Sweep:
         """Fine-tune each stack of λ in turn, and choose; continues the trials that the request's store holds."""
-        spec = request.spec
         if request.is_empty:
             return collect_stored(request, models, [], {})
-        tuning = FineTuning(spec, models, load_fine_tuning_data(models, request, progress=self.progress))
-        trials, failures = list[Trial](), dict[float, DefuseError]()
-        for lams in stacks_of(spec.correct):
-            for lam, outcome in self._stack(tuning, lams, request.store).items():
-                if isinstance(outcome, Trial):
-                    trials.append(without_weights(outcome))
-                else:
-                    failures[lam] = outcome
-            done = len(trials) + len(failures)
-            self.progress("fine-tuning over λ", done, len(spec.correct.lambdas), "trials")
+        spec, finished = request.spec, finished_trials(request.spec, request.store)
+        outcomes: dict[float, Trial | DefuseError] = {**finished}
+        left = [lams for lams in stacks_of(spec.correct) if not set(lams) <= finished.keys()]
+        if left:
+            tuning = FineTuning(spec, models, load_fine_tuning_data(models, request, progress=self.progress))
+            for lams in left:
+                outcomes |= self._stack(tuning, lams, request.store)
+                self.progress("fine-tuning over λ", len(outcomes), len(spec.correct.lambdas), "trials")
+        trials = [each for each in outcomes.values() if isinstance(each, Trial)]
+        failures = {lam: each for lam, each in outcomes.items() if isinstance(each, DefuseError)}
         return collect_stored(request, models, trials, failures)
 
     def _stack(
         self, tuning: FineTuning, lams: tuple[float, ...], store: Store
     ) -> dict[float, Trial | DefuseError]:
-        """Return of each λ the finished trial or the error that it is left out for; raises one that ends the sweep."""
+        """Return of each λ the finished trial, without weights, or the error that it is left out for.
+
+        Raises an error that ends the sweep.
+        """
         made = dict[float, Trial | DefuseError]()
         trials = run_stack(tuning, lams, store)
         try:
             for lam, outcome in self.profile.first("correct", f"lambda-{names_of(lams)}", trials):
-                if isinstance(outcome, ModelError) or outcome.done:
+                if isinstance(outcome, ModelError):
                     made[lam] = outcome
+                elif outcome.done:
+                    made[lam] = without_weights(outcome)
         except Exception as error:
             if is_out_of_memory(error):
                 raise ComputeError(

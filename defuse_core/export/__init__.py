@@ -181,10 +181,9 @@ def expect_stated_classes(
 ) -> None:
     """Raise InputError where the classifier's own file names other classes than `classes`, or in another order.
 
-    Names of Hugging Face's count where some are among `classes`. A network that comes whole has its outputs in the
-    order of its names, unless class_order is given, which is believed.
+    Names of Hugging Face's count where some are among `classes`. A class_order that is given is believed.
     """
-    if section.architecture in ("program", "transformers") and section.class_order is not None:
+    if section.class_order is not None:
         return
     names = None if section.weights is None else _stated_classes(Path(section.weights))
     if names is None and set(classes) & set(listed := class_names_of(classifier) or ()):
@@ -195,7 +194,8 @@ def expect_stated_classes(
     number, (expected, found) = next(each for each in pairs if each[1][0] != each[1][1])
     raise InputError(
         f"{section.weights}: expected the classes of {whose}, in their order; its class {number} is {found}, expected "
-        f"{expected}"
+        f"{expected}; if its outputs are in another order, or its names are wrong, set classifier.class_order to the "
+        "index of each class's output"
     )
 
 
@@ -207,7 +207,9 @@ def _stated_classes(path: Path) -> tuple[str, ...] | None:
                 facts = file.metadata()
         else:
             facts = json.loads(torch._C.PyTorchFileReader(str(path)).get_record(f"extra/{FACTS}"))
-        return tuple(map(str, json.loads(facts["classes"])))
+        classes = json.loads(facts["classes"])
+        if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+            return tuple(classes)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,8 +28,7 @@ from defuse_core.suggest.inspect import DataFacts
 
 VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
 SMALLEST, LARGEST = 8, 512  # of data.image_size
-# tried after the pictures' own size and the suggested one
-OTHER_SIZES = (32, 64, 128, 224, 28, 96, 256, 16, 48)
+USUAL_SIZES = {16, 28, 32, 48, 64, 96, 128, 224, 256}
 DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
 SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
 AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
@@ -122,9 +122,9 @@ def _sized(
             break
         probe = _probe(classifier, spec, images, facts)
         accuracies[size], least = probe.reached, least_plausible(probe.constant)
-        # no other size can be far better than the pictures' own, or better than this one
-        enough = 1 - FAR_BETTER if size == _own_side(facts) else max(least, 1 - AS_RIGHT)
-        if probe.reached > enough:
+        best = _best_size(facts, accuracies, least)
+        # no later size is taken: none can be far better than the pictures' own, or clearly better than another one
+        if accuracies[best] > (1 - FAR_BETTER if best == _own_side(facts) else max(least, 1 - AS_RIGHT)):
             break
     if not accuracies:
         raise _no_size(errors, sizes)
@@ -147,11 +147,20 @@ def _remedy(facts: DataFacts, asked: int | None) -> str:
 
 
 def _sizes_to_try(facts: DataFacts, own: bool) -> list[int]:
-    """Return sizes in the order in which they are tried; images of an .npz file are never resized."""
+    """Return sizes as they are tried: the pictures' own, larger ones from the suggested one on, and smaller ones.
+
+    Images of an .npz file are never resized.
+    """
     if not own or facts.name == "npz":
         return [facts.image_size]
     side = _own_side(facts)
-    return list(dict.fromkeys([*([] if side is None else [side]), facts.image_size, *OTHER_SIZES]))
+    others = sorted({facts.image_size, *USUAL_SIZES} - {side}, key=partial(_rank, facts))
+    return others if side is None else [side, *others]
+
+
+def _rank(facts: DataFacts, size: int) -> tuple[bool, int]:
+    """Return what orders sizes: the suggested one and larger ones come first, the smallest first."""
+    return size < facts.image_size, size
 
 
 def _own_side(facts: DataFacts) -> int | None:
@@ -192,7 +201,7 @@ def _best_size(facts: DataFacts, accuracies: dict[int, float], least: float) -> 
         return own
     compared = plausible or accuracies
     as_right = [size for size, right in compared.items() if right >= max(compared.values()) - AS_RIGHT]
-    return min(as_right, key=lambda size: (size < facts.image_size, size))
+    return min(as_right, key=partial(_rank, facts))
 
 
 def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:

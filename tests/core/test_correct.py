@@ -65,6 +65,16 @@ def test_a_lambda_that_diverges_is_told_and_left_out(tiny_models, fixes, tmp_pat
         )[0]
 
 
+def test_a_sweep_whose_trials_are_all_finished_reads_no_images(tiny_models, fixes, tmp_path):
+    request = SweepRequest(tiny(correct={"epochs": 1}), fixes, None, FolderStore(tmp_path))
+    (before,) = LocalCompute().sweeps(tiny_models, [request])
+    others = replace(
+        tiny_models, data_fingerprint="of other images"
+    )  # which are refused where they are opened
+    (again,) = LocalCompute().sweeps(others, [request])
+    assert encode(again) == encode(before)
+
+
 def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
     tiny_spec, tiny_models, fixes, tmp_path, monkeypatch
 ):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from defuse_core import export
 from defuse_core.data import open_splits
@@ -111,9 +112,21 @@ def test_a_suite_refuses_an_exported_file_that_names_its_classes_in_another_orde
     assert code == 2
     told = f"{path}: expected the classes of the suite (run digits), in their order; its class 2 is 3, expected 2"
     assert told in one_line(err)
-    if suffix == ".pt2":  # a list of outputs that the user gives is believed
-        ordered = "classifier.class_order=[0,1,2,3,4,5,6,7,8,9]"
-        assert call(monkeypatch, capsys, *words, "--set", ordered)[0] in (0, 1)
+    assert one_line(err).endswith("set classifier.class_order to the index of each class's output")
+    ordered = "classifier.class_order=[0,1,2,3,4,5,6,7,8,9]"
+    assert call(monkeypatch, capsys, *words, "--set", ordered)[0] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("stated", "refused"),
+    [('["1", "0"]', True), ('"10"', False), ('{"1": 0, "0": 1}', False), ("[1, 0]", False)],
+)
+def test_only_a_list_of_texts_names_the_classes_of_a_file(stated, refused, tmp_path):
+    path = tmp_path / "own.safetensors"
+    save_file({"weight": np.zeros(1)}, path, metadata={"classes": stated})
+    section = tiny(classifier={"weights": str(path)}).classifier
+    with pytest.raises(InputError, match="its class 0 is 1") if refused else contextlib.nullcontext():
+        export.expect_stated_classes(section, torch.nn.Module(), ("0", "1"), "the suite")
 
 
 @pytest.mark.parametrize(

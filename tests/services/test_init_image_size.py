@@ -60,6 +60,28 @@ def right_nowhere() -> nn.Module:
     return Brightness(0)
 
 
+class Levels(nn.Module):
+    """Takes pictures of the levels 130 to 161 for bright, but at each size so many of the darkest of them for dark."""
+
+    def __init__(self, **wrong: int) -> None:
+        super().__init__()
+        self.wrong, self.scale = wrong, nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = (255 * images.mean(dim=(1, 2, 3))).round()
+        bright = (level >= 130 + self.wrong.get(f"at_{images.shape[-1]}", 32)) & (level <= 161)
+        margin = self.scale * torch.where(bright, 1.0, -1.0)
+        return torch.stack([-margin, margin], dim=1)
+
+
+def best_at_48() -> nn.Module:
+    return Levels(at_32=10, at_48=0, at_64=2)
+
+
+def best_at_128() -> nn.Module:
+    return Levels(at_32=14, at_64=2, at_128=0)
+
+
 def of_48() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(48 * 48, 2))
 
@@ -168,6 +190,22 @@ def test_square_pictures_keep_their_size_unless_the_classifier_is_far_more_often
     assert "if it was trained on another size, give that with --image-size" in printed
 
 
+@pytest.mark.parametrize(
+    ("width", "factory", "size"),
+    [(60, best_at_48, 48), (32, best_at_128, 64)],  # 128 is far better than 32, and 64 nearly as good
+)
+def test_the_size_that_is_taken_is_the_one_that_all_sizes_together_speak_for(width, factory, size, tmp_path):
+    for part in ("train", "validation", "test"):
+        for name, level in (("black", 20), ("white", 130)):
+            (folder := tmp_path / "photos" / part / name).mkdir(parents=True)
+            for number in range(32):
+                Image.new("L", (width, 32), level + number).save(folder / f"{number}.png")
+    save_file(factory().state_dict(), weights := tmp_path / "own.safetensors")
+    own = CUSTOM | {"import_path": f"{HERE}:{factory.__name__}", "weights": str(weights)}
+    facts = inspect_data(tmp_path / "photos")
+    assert fit_image_size(facts, own, None, silent).tree["data"]["image_size"] == size
+
+
 @pytest.mark.parametrize("classes", [50, 200])
 def test_sizes_are_compared_without_an_order_of_classes_that_explains_the_errors_of_few_images(classes):
     labels = np.arange(classes)
@@ -243,7 +281,7 @@ def test_an_asked_size_that_the_classifier_does_not_take_is_refused_in_the_words
 def test_the_refusal_of_a_classifier_that_takes_no_tried_size_names_the_option(monkeypatch, capsys):
     code, _, printed = suggested(monkeypatch, capsys, 60, 60, "of_40")
     assert code == 2
-    assert "tried sizes 60, 64, 32" in one_line(printed)
+    assert "tried sizes 60, 64, 96, 128, 224, 256, 16, 28, 32, 48" in one_line(printed)
     assert "give the one that it was trained on (8 to 512) with --image-size; if that is odd, " in printed
 
 
