@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.codec import array_digest, decode
+from defuse_core.codec import decode
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.draws import with_both_halves
@@ -57,7 +57,7 @@ from defuse_core.review.sample import (
 from defuse_core.review.tighten import tighten
 from defuse_core.review.undecided import not_reviewed, worse_references
 from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
-from defuse_core.runs import PLAIN_NAMES, Run
+from defuse_core.runs import PLAIN_NAMES, Run, components_digest
 from defuse_core.store import Store
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import resolve_precision
@@ -151,8 +151,7 @@ def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str
         if named:
             folder = runs.within(run)
             gallery = decode(Gallery, folder.read("gallery.safetensors"), folder.address)
-            # as services/serving/traffic.py tells runs of one name apart
-            components = array_digest({"codes": gallery.codes, "images": gallery.images})
+            components = components_digest(gallery)
     if made := [
         number
         for number, (name, digest) in named.items()

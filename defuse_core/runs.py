@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from defuse_core.artifacts import Models, Votes
-from defuse_core.codec import decode, encode
+from defuse_core.artifacts import Gallery, Models, Votes
+from defuse_core.codec import array_digest, decode, encode
 from defuse_core.config import (
     RunFile,
     added_lambdas,
@@ -76,6 +76,11 @@ def has_made_something(store: Store) -> bool:
     return any(key.endswith(".safetensors") and key != MEASURED_PRECISION for key in store.list())
 
 
+def components_digest(gallery: Gallery) -> str:
+    """Return a SHA-256, in hex, of the images drawn from a run's components: it tells runs of one name apart."""
+    return array_digest({"codes": gallery.codes, "images": gallery.images})
+
+
 def _weights_digests(spec: RunFile) -> dict[str, str]:
     """Return the SHA-256 of the files of weights that the run file names, of those that exist."""
     digests = {}
@@ -114,8 +119,9 @@ class Run:
         self.name, self.spec, self.until = name, spec, until
         self.runs, self.store = store, store.within(name)  # that of all runs, and of this one
         self.made_s = 0.0  # what all artefacts made so far took
-        # the run file as given, while λ that it adds are not recorded yet
-        self.with_added: RunFile | None = None
+        self.with_added: RunFile | None = (
+            None  # the given run file, while the λ that it adds are not recorded
+        )
 
     @classmethod
     def start(
@@ -282,8 +288,7 @@ class Run:
 
     def require(self, kind: type[T], key: str | None = None) -> T:
         """Return the stored artefact of `kind`. Raises InputError where it has not been made yet."""
-        artefact = self.load(kind, key)
-        if artefact is None:
+        if (artefact := self.load(kind, key)) is None:
             raise self.incomplete_error(UNFINISHED)
         return artefact
 

@@ -59,7 +59,7 @@ class ClassifierProbe:
     as_bgr: float | None = None  # accuracy with the channels reversed, where that explains the errors
 
     @property
-    def reached(self) -> float:
+    def best_accuracy(self) -> float:
         """The accuracy in the best input range, in another order of the classes, or with the channels reversed."""
         return max([*self.by_range.values(), self.reordered if self.class_order else 0.0, self.as_bgr or 0.0])
 

@@ -121,7 +121,7 @@ def _sized(
             accuracies[size] = 1.0
             break
         probe = _probe(classifier, spec, images, facts)
-        accuracies[size], least = probe.reached, least_plausible(probe.constant)
+        accuracies[size], least = probe.best_accuracy, least_plausible(probe.constant)
         best = _best_size(facts, accuracies, least)
         # no later size is taken: none can be far better than the pictures' own, or clearly better than another one
         if accuracies[best] > (1 - FAR_BETTER if best == _own_side(facts) else max(least, 1 - AS_RIGHT)):

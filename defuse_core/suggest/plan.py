@@ -195,10 +195,10 @@ def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
             f"the classifier gives all of {probe.images} training images one answer; check its weights and what it "
             "expects"
         )
-    elif probe.reached < MOSTLY:
+    elif probe.best_accuracy < MOSTLY:
         lines.append(
-            f"the classifier is right on only {percent(probe.reached, 0)} of {probe.images} training images, in every "
-            "input range and order of the classes; check its weights and what it expects"
+            f"the classifier is right on only {percent(probe.best_accuracy, 0)} of {probe.images} training images, "
+            "in every input range and order of the classes; check its weights and what it expects"
         )
     return lines
 

@@ -100,9 +100,8 @@ until_option = click.option(
 )
 
 
-STDOUT = (
-    "services.cli.stdout"  # in the context of a command with --json: its stdout, and what _stdout_kept yields
-)
+# in the context of a command with --json: its stdout, and what _stdout_kept yields
+STDOUT = "services.cli.stdout"
 
 
 def _reserve_stdout(context: click.Context, parameter: click.Parameter, value: bool) -> bool:

@@ -38,13 +38,12 @@ from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.review.verdicts import most_common_errors, scenario_name
-from defuse_core.runs import CONTINUES, Run, utc_now
+from defuse_core.runs import CONTINUES, Run, components_digest, utc_now
 from defuse_core.store import GONE
 from defuse_core.watch import FailureWatch, watch_classifier
 from defuse_core.watch.scenario_regions import fit_regions, training_codes
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.inputs import InputSpec
-from services.serving.traffic import components_digest
 
 log = logging.getLogger("defuse")
 FORMAT = 14  # of the stored candidate; in its key in the run, so that one of another format is made again

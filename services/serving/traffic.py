@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
-from defuse_core.codec import array_digest, decode, encode
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, apply_override, parse_run_file
 from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
-from defuse_core.runs import Run
+from defuse_core.runs import Run, components_digest
 from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")
@@ -54,11 +54,6 @@ class SampledInput:
     classes: tuple[str, ...]
     components_digest: str  # of the run that `scenario` counts in
     failure: float | None  # probability that the answer is wrong; None where the version cannot tell
-
-
-def components_digest(gallery: Gallery) -> str:
-    """Return a SHA-256, in hex, of the images drawn from a run's components: it differs for other components."""
-    return array_digest({"codes": gallery.codes, "images": gallery.images})
 
 
 def read_traffic(store: Store, run: str, drawn: Gallery) -> list[SampledInput]:

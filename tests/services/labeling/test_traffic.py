@@ -15,7 +15,7 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError, RunFileError
-from defuse_core.runs import Run
+from defuse_core.runs import Run, components_digest
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import votes_of_models
 from services.cli import defuse
@@ -24,7 +24,6 @@ from services.labeling.records import read_state
 from services.serving.traffic import (
     Reservoir,
     SampledInput,
-    components_digest,
     open_traffic_review,
     traffic_reviews,
 )

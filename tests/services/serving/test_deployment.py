@@ -17,7 +17,7 @@ import torch
 from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
 from defuse_core.errors import ModelError, StoreError
-from defuse_core.runs import Run
+from defuse_core.runs import Run, components_digest
 from defuse_core.store import FolderStore
 from services.serving.active_versions import MIN_SECONDS, CanaryStatistics, InitialModel
 from services.serving.api import build_api
@@ -28,7 +28,7 @@ from services.serving.limits import Unavailable
 from services.serving.model import Batcher, LoadedModel, PredictionRequest, PredictionResult, predict_batch
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest, RegistryState
-from services.serving.traffic import SampledInput, components_digest, read_traffic
+from services.serving.traffic import SampledInput, read_traffic
 
 
 def new_replica(store: FolderStore, **settings: Any) -> ClassifierDeployment:

@@ -13,11 +13,11 @@ from defuse_core.artifacts import F32, NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.files import UNFINISHED
+from defuse_core.runs import components_digest
 from defuse_core.store import FolderStore
 from services.serving.traffic import (
     Reservoir,
     SampledInput,
-    components_digest,
     delete_traffic,
     new_inputs,
     read_traffic,
