@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import ActorDiedError
 from ray.serve._private import haproxy_templates
 from serve_process import (
     TOKEN,
@@ -181,6 +182,11 @@ def test_an_error_of_an_actor_is_one_line(ray_session):
     with pytest.raises(ComputeError) as raised, _translate_errors("Serve did not start"):
         ray.get(fail.remote())
     assert str(raised.value) == "Serve did not start: RuntimeError: HAProxy crashed during startup"
+
+
+def test_an_actor_of_ray_that_dies_is_an_error_of_a_machine():
+    with pytest.raises(ComputeError, match="^Serve did not start: "), _translate_errors("Serve did not start"):
+        raise ActorDiedError
 
 
 def ports_of_haproxy(port: int) -> list[set[tuple[str, int]]]:
