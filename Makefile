@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
 STAMP := $(VENV)/.installed
 # Type checkers and editors find an editable install by a path (compat), not by setuptools' hook.
 EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
@@ -22,30 +23,34 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml deploy/constraints.txt
+$(STAMP): $(PACKAGES)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(COMPILED)'
+	touch $@
+
+$(PACKAGES): pyproject.toml deploy/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Defuse needs Python 3.11 to 3.13; set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt $(EDITABLE)
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(COMPILED)'
 	touch $@
 
 demo: setup
 	$(BIN)/defuse run deploy/runs/demo.yaml
 
-lint: setup
+lint: $(PACKAGES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Label Studio is installed beside the tests' own environment, which waits for downloads; lint runs beside the tests.
-# What failed there is printed last.
+# Label Studio is installed beside the tests' own environment, which waits for downloads; lint runs beside the rest of
+# the set-up and the tests. What failed there is printed last.
 test:
 	mkdir -p $(VENV)
 	$(PYTHON) -c $(INSTALL_LABEL_STUDIO) > $(VENV)/label-studio.log 2>&1 & installed=$$!; \
-	$(MAKE) --no-print-directory setup || { kill $$installed; exit 1; }; \
+	$(MAKE) --no-print-directory $(PACKAGES) || { kill $$installed; exit 1; }; \
 	$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linted=$$!; \
+	$(MAKE) --no-print-directory setup || { kill $$installed $$linted; exit 1; }; \
 	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder; failed=$$?; \
 	wait $$installed || { failed=1; cat $(VENV)/label-studio.log; }; \
 	wait $$linted || { failed=1; cat $(VENV)/lint.log; }; \

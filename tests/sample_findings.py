@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -116,10 +117,16 @@ def with_verdicts(sample: Sample, **changes: object) -> Sample:
     return dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, **changes)), evaluation
 
 
+@functools.cache
+def _enlarged_digits(side: int) -> np.ndarray:  # type: ignore[type-arg]
+    """All digits of scikit-learn (n, side, side), each pixel as a square: read once, since that takes a while."""
+    return np.kron(load_digits().images / 16, np.ones((1, side // 8, side // 8)))
+
+
 def _gallery(
     rng: np.random.Generator, scenarios: int, images: int, classes: tuple[str, ...], channels: int, side: int
 ) -> Gallery:
-    digits = np.kron(load_digits().images / 16, np.ones((1, side // 8, side // 8)))
+    digits = _enlarged_digits(side)
     rows = rng.integers(len(digits), size=(scenarios, images))
     tint = np.linspace(1, 0.5, channels)[:, None, None]
     pixels = (digits[rows][:, :, None] * tint + (1 - tint) * 0.4).astype(np.float32)
