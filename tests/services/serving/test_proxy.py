@@ -185,7 +185,10 @@ def test_an_error_of_an_actor_is_one_line(ray_session):
 
 
 def test_an_actor_of_ray_that_dies_is_an_error_of_a_machine():
-    with pytest.raises(ComputeError, match="^Serve did not start: "), _translate_errors("Serve did not start"):
+    with (
+        pytest.raises(ComputeError, match="^Serve did not start: "),
+        _translate_errors("Serve did not start"),
+    ):
         raise ActorDiedError
 
 
