@@ -50,6 +50,7 @@ from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from tests.forked_workers import POSSIBLE, fork_server, forked_workers
+from tests.start_forked_worker import ADDRESS
 
 ROOT = Path(__file__).parents[1]
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,7 +60,6 @@ PAPER_LAMBDAS = (
     1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 2.0, 5.0, 10.0, 20.0, 100.0, 1000.0
 )  # fmt: skip
 T = TypeVar("T")
-
 Sections = dict[str, dict[str, Any]]
 
 TINY: Sections = {
@@ -117,7 +117,6 @@ TINY: Sections = {
     "report": {"tsne_images": 60, "tsne_failures": 40, "perplexity": 10},
     "resources": {"train_threads": 1},
 }
-
 
 RECOMMENDED: Sections = {  # what a new run file does, as tiny; with limits that its weak models reach
     "identify": {
@@ -202,13 +201,21 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the process that Ray's workers are forked from where several processes of tests share it."""
+    """Start the process that processes of tests and Ray's workers are forked from, where there are several."""
     config.stash[ENDS] = {}
     config.pluginmanager.register(KeepEnds())
     if POSSIBLE and not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
         stack = contextlib.ExitStack()
         stack.enter_context(fork_server())
         config.add_cleanup(stack.close)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Any) -> None:
+    """Have the processes of tests forked, too: torch and much else is then imported once for all of them."""
+    if ADDRESS in os.environ:
+        for spec in specs:
+            spec.python = f"{sys.executable} -I -S {ROOT / 'tests' / 'start_forked_tests.py'}"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -287,12 +294,12 @@ def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def made(name: str, make: Callable[[Path], None]) -> Path:
-        path = root / name
+        path, unfinished = root / name, root / f"{name}.unfinished"
         with (root / f".{name}.lock").open("w") as gate:
             fcntl.flock(gate, fcntl.LOCK_EX)
             if not path.exists():
-                make(path.with_name(f"{name}.unfinished"))
-                path.with_name(f"{name}.unfinished").rename(path)
+                make(unfinished)
+                unfinished.rename(path)
         return path
 
     return made

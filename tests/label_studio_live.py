@@ -24,8 +24,16 @@ from defuse_core.config import RunFile
 from defuse_core.errors import DefuseError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
+from services.labeling import local_server
 from services.labeling.client import LabelStudioClient
-from services.labeling.local_server import Installation, LocalServer, install, start, stop
+from services.labeling.local_server import (
+    Installation,
+    LocalServer,
+    _environment,
+    install,
+    start,
+    stop,
+)
 from services.labeling.simulate import AnnotatorAccount
 from services.settings import Settings, read_settings
 from tests.ports import free_port
@@ -52,9 +60,16 @@ def live_home() -> Installation:
 
 @functools.cache
 def live_server() -> LocalServer:
-    """Return the running server; it ends with this process."""
+    """Return the running server; it ends with this process. It seldom looks for garbage: a fifth of its work."""
     home = live_home()
-    server = start(home, free_port(), home.read_server())
+    (home.folder / "sitecustomize.py").write_text("import gc\ngc.set_threshold(50_000)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            local_server,
+            "_environment",
+            lambda *given: _environment(*given) | {"PYTHONPATH": str(home.folder)},
+        )
+        server = start(home, free_port(), home.read_server())
     atexit.register(stop, server)
     return server
 

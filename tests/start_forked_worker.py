@@ -31,12 +31,16 @@ def main(words: list[str]) -> None:
 
         os.execv(sys.executable, [sys.executable, setup_worker.__file__, *words])
     os.environ.update(variables)
-    words = [word for word in words if not word.startswith((CONTEXT, "--language="))]
+    ask_for([word for word in words if not word.startswith((CONTEXT, "--language="))])
+
+
+def ask_for(words: list[str]) -> None:
+    """Have a process forked that runs this file with these arguments as this process would, and wait for its end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(os.environ[ADDRESS])
         asked = json.dumps([words, dict(os.environ), str(Path.cwd())])
         socket.send_fds(server, [asked.encode()], STREAMS)
-        server.recv(1)  # returns when the worker has ended
+        server.recv(1)  # returns when that process has ended
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_run_on_ray_in_a_bucket_gives_the_local_report_and_keeps_a_second_driv
     trained_run(FolderStore(tmp_path), "tiny", load_run_file(runfile), models)
     copy(tmp_path / "tiny", "s3://bucket/one")
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    with driver(runfile, "ray", "s3://bucket/one", logs[0]) as first:
+    with driver(runfile, "ray", "s3://bucket/one", logs[0], forked_commands.no_figures) as first:
         wait_for(bucket, "one/tiny/.lease.json", first, logs[0])
         # the lease is taken before Ray starts
         with driver(runfile, "local", "s3://bucket/one", logs[1]) as second:

@@ -128,15 +128,15 @@ def test_people_get_the_least_certain_task_first_with_the_models_answer_selected
 
 
 def test_votes_say_when_the_models_answer_was_preselected(make_review, accounts):
-    review = make_review(prelabel=True, answers_per_task=1)
-    review.run.once("review", Prelabels, lambda: Prelabels(probabilities(CONFIDENCE)))
+    review = make_review(gallery=digits_gallery(images=1), prelabel=True, answers_per_task=1)
+    review.run.once("review", Prelabels, lambda: Prelabels(probabilities(CONFIDENCE)[:, :, :1]))
     review.annotators.push(review.gallery)
     review.everyone_answers(accounts[:1], lambda subject: str(TRUTH[subject.scenario]))
     assert "biases a vote" in review.annotators.review(review.gallery).notes["prelabel"]
 
 
 def test_by_default_nothing_is_preselected_and_nothing_is_said(make_review, accounts):
-    review = make_review(answers_per_task=1)
+    review = make_review(gallery=digits_gallery(images=1), answers_per_task=1)
     number = review.annotators.push(review.gallery).number
     assert accounts[0].next_task(number).predictions == []
     review.everyone_answers(accounts[:1], lambda subject: str(TRUTH[subject.scenario]))

@@ -171,14 +171,22 @@ def open_keys(review):
     return sorted(key for key, task in review.tasks().items() if not task.labeled)
 
 
-def test_sure_images_leave_the_queue_and_the_review_ends_without_their_answers(crowdlab_review, accounts):
-    review = crowdlab_review
-    number = review.state.number
+def test_once_a_run_has_its_models_answers_sure_images_leave_the_queue_and_it_ends_without_their_answers(
+    make_review, accounts
+):
+    review = make_review(**CROWDLAB)
+    number = review.annotators.push(review.gallery).number
     two_people_answer(review, accounts)
+    assert not review.annotators.status(review.gallery)[0].sure.any()
+    trained = ReferenceSet(({"weight": np.zeros(1, np.float32)},), 10, np.ones(1), np.ones(1))
+    review.run.once("train", ReferenceSet, lambda: trained, "references")
+    review.annotators.compute = SimpleNamespace(task=lambda *call: model_answers().probabilities)
     with pytest.raises(
         LabelsPending, match="24 answers are in and about 6 are still wanted, 2 of 4 scenarios"
     ):
         review.annotators.review(review.gallery)
+    assert review.run.load(Prelabels) is not None
+    assert int(review.annotators.status(review.gallery)[0].sure.sum()) == 10
     assert open_keys(review) == [SPLIT, DOUBTED]
     for account in accounts[2:]:
         while (task := account.next_task(number)) is not None:
@@ -214,17 +222,3 @@ def test_three_people_at_once_all_get_tasks_and_one_who_leaves_holds_no_image_ba
         task = account.next_task(number)
         account.answer(task.id, "image", "3")
         assert {task.key, account.next_task(number).key} == {SPLIT, DOUBTED}
-
-
-def test_a_run_stores_its_models_answers_and_only_then_an_image_is_sure(make_review, accounts):
-    review = make_review(**CROWDLAB)
-    review.annotators.push(review.gallery)
-    two_people_answer(review, accounts)
-    assert not review.annotators.status(review.gallery)[0].sure.any()
-    trained = ReferenceSet(({"weight": np.zeros(1, np.float32)},), 10, np.ones(1), np.ones(1))
-    review.run.once("train", ReferenceSet, lambda: trained, "references")
-    review.annotators.compute = SimpleNamespace(task=lambda *call: model_answers().probabilities)
-    with pytest.raises(LabelsPending):
-        review.annotators.review(review.gallery)
-    assert review.run.load(Prelabels) is not None
-    assert int(review.annotators.status(review.gallery)[0].sure.sum()) == 10
