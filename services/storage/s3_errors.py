@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
 
 from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError, one_line, without_credentials
+from services.settings import proxy_for
 
 log = logging.getLogger("defuse")
 BROKEN = (  # what a body that is read can raise
@@ -24,9 +26,11 @@ BROKEN = (  # what a body that is read can raise
     aws.FlexibleChecksumError,
     aws.ReadTimeoutError,
 )
+CHECK_NETWORK = "check AWS_ENDPOINT_URL and the network, then run again to continue"
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-EXPECTED_ENDPOINT = (
-    "expected such as http://host:9000, with its scheme, and a host of letters, digits, dots and hyphens"
+WRONG_URL = (
+    "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): expected such as http://host:9000, with its "
+    "scheme, and a host of letters, digits, dots and hyphens"
 )
 # S3 answers so to an expired token; to a HEAD, whose answer has no body, with the status alone
 EXPIRED = {"400", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
@@ -100,7 +104,7 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def translated_errors(
-    where: str, endpoint: str | None, forget_client: Callable[[], None] | None = None
+    where: str, endpoint: str | None, forget_client: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else.
 
@@ -109,7 +113,7 @@ def translated_errors(
     try:
         yield
     except aws.ClientError as error:
-        if forget_client is not None and _is_denied(error):
+        if _is_denied(error):
             forget_client()
         raise _translated(error, where, endpoint) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
@@ -132,7 +136,7 @@ def translated_errors(
                 f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
                 "header can hold; set it to the key alone"
             ) from None
-        raise _without_answer(error, where, _server(endpoint)) from error
+        raise _without_answer(error, where, endpoint) from error
     except aws.BotoCoreError as error:
         kind = NoAnswerError if isinstance(error, BROKEN) else StoreError
         raise kind(f"{where}: {without_credentials(str(error), endpoint)}") from error
@@ -140,10 +144,8 @@ def translated_errors(
         if error.filename is None:  # such as the FileNotFoundError of a missing key
             raise
         raise _without_file(error, where) from error
-    except (RuntimeError, ValueError) as error:  # of a credential_process that prints old keys, or no JSON
-        raise StoreError(
-            f"{where}: {_reason(error, endpoint)}; if a program gives AWS credentials (credential_process), check it"
-        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise _of_no_request(error, where, endpoint) from error
 
 
 def _reason(error: Exception | str, endpoint: str | None, limit: int = 200) -> str:
@@ -175,12 +177,14 @@ def _is_denied(error: aws.ClientError) -> bool:
 
 def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
     code, server = code_of(error), _server(endpoint)
+    message = _reason(error.response.get("Error", {}).get("Message", ""), endpoint, MESSAGE_LENGTH)
+    answer = ": ".join(filter(None, (code or str(status_of(error)), message)))
+    if remedy := _endpoint_remedy(error):
+        return StoreSettingsError(f"{where}: {server} answered {answer}; {remedy}{_proxy_hint(endpoint)}")
     if code == "NoSuchBucket":
         return StoreSettingsError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
-    message = _reason(error.response.get("Error", {}).get("Message", ""), endpoint, MESSAGE_LENGTH)
-    answer = f"{code}: {message}" if message else code
     if _is_denied(error):
         # a job that starts again has a new token
         kind = StoreError if code in EXPIRED else StoreSettingsError
@@ -189,9 +193,40 @@ def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exc
         )
     if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
-    passes = code in PASSING or status_of(error) in PASSING_STATUS
-    kind, remedy = REMEDIES.get(code, (NoAnswerError if passes else StoreError, "run again to continue"))
+    kind, remedy = REMEDIES.get(
+        code, (NoAnswerError if _passes(error) else StoreError, "run again to continue")
+    )
+    if code.isdecimal():  # such as of a proxy, or of a page that botocore cannot read
+        remedy = CHECK_NETWORK + _proxy_hint(endpoint)
     return kind(f"{where}: {server} answered {answer}; {remedy}")
+
+
+def _passes(error: aws.ClientError) -> bool:
+    return code_of(error) in PASSING or status_of(error) in PASSING_STATUS
+
+
+def _endpoint_remedy(error: aws.ClientError) -> str | None:
+    """Return how to correct AWS_ENDPOINT_URL, None where the answer is one that an S3 server gives."""
+    code, operation = code_of(error), error.operation_name
+    if code == "NoSuchKey" and operation.startswith("List"):
+        return "remove the bucket from AWS_ENDPOINT_URL"
+    # S3 names each error, except in the answer to a HEAD
+    is_named = operation.startswith("Head") or code.strip("0123456789")
+    if is_named or not 200 <= status_of(error) < 500 or _passes(error):
+        return None
+    return (
+        "that is no answer of S3: check the scheme of AWS_ENDPOINT_URL, and that its port is the one of the S3 "
+        "server, not of its web page"
+    )
+
+
+def _proxy_hint(endpoint: str | None) -> str:
+    address = endpoint or "https://amazonaws.com"
+    if proxy_for(address) is None:
+        return ""
+    return (
+        f"; if the proxy of the environment does not reach it, add {urlsplit(address).hostname} to NO_PROXY"
+    )
 
 
 def _without_file(error: OSError, where: str) -> StoreError:
@@ -203,7 +238,19 @@ def _without_file(error: OSError, where: str) -> StoreError:
     return StoreError(f"{where}: {reason}; run again to continue")  # such as too many open files
 
 
-def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreError:
+def _of_no_request(error: RuntimeError | ValueError, where: str, endpoint: str | None) -> StoreError:
+    if isinstance(error, RecursionError):  # after each redirect botocore asks for the bucket's region
+        return StoreSettingsError(
+            f"{where}: {_server(endpoint)} redirects elsewhere; set AWS_ENDPOINT_URL to the final address"
+            f"{_proxy_hint(endpoint)}"
+        )
+    return StoreError(  # of a credential_process that prints old keys, or no JSON
+        f"{where}: {_reason(error, endpoint)}; if a program gives AWS credentials (credential_process), check it"
+    )
+
+
+def _without_answer(error: aws.BotoCoreError, where: str, endpoint: str | None) -> StoreError:
+    server = _server(endpoint)
     if _has_words(error, UNREADABLE):
         return StoreSettingsError(
             f"{where}: AWS_CA_BUNDLE (or ca_bundle in AWS's configuration file) names no file of certificates that "
@@ -215,8 +262,7 @@ def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreE
             "file of your CA's certificate, or correct AWS_ENDPOINT_URL"
         )
     return NoAnswerError(
-        f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
-        "and the network, then run again to continue"
+        f"{where}: no answer from {server} ({type(error).__name__}); {CHECK_NETWORK}{_proxy_hint(endpoint)}"
     )
 
 

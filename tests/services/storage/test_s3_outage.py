@@ -99,10 +99,11 @@ def test_a_server_that_is_away_is_warned_of_and_its_return_is_told(hasty, caplog
 
 
 def _answer_404(server: socket.socket) -> None:
+    body = b"<Error><Code>NoSuchKey</Code></Error>"
     connection, _ = server.accept()
     with connection:
         connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
 
 def test_a_glitch_that_the_next_attempt_mends_is_no_outage(hasty, caplog):
