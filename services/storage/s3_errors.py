@@ -108,7 +108,7 @@ def translated_errors(
 ) -> Iterator[None]:
     """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else.
 
-    Calls `forget_client` where the server refuses the credentials: a new client reads those of a profile again.
+    Calls `forget_client` where there are no credentials, or the server refuses them: a new client looks for them again.
     """
     try:
         yield
@@ -117,6 +117,7 @@ def translated_errors(
             forget_client()
         raise _translated(error, where, endpoint) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
+        forget_client()
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
         raise NoAnswerError(

@@ -102,6 +102,17 @@ def test_a_program_is_asked_for_credentials_once_by_all_clients_and_threads(
     assert asked.read_text() == "asked\n"
 
 
+def test_credentials_that_come_later_are_found(
+    store: s3.S3Store, aws: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    aws.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    with pytest.raises(StoreError, match="no complete AWS credentials found; set"):
+        store.exists("a")
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = KEY\naws_secret_access_key = b\n")
+    signed = store._client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "a"})
+    assert "KEY" in signed
+
+
 def test_a_login_that_is_missing_is_a_wrong_setting_and_says_how_to_log_in(
     store: s3.S3Store, aws: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
