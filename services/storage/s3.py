@@ -390,5 +390,5 @@ def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: 
     )
     with _one_at_a_time:
         client = _session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    OutageWatch(client, timeout_s)
+    OutageWatch(client, attempts, timeout_s)
     return client

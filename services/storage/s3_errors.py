@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,8 @@ PASSING = {
     "ThrottlingException",
     "TooManyRequestsException",
 }
-PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509, *range(520, 525), 530}
+TRIED_AGAIN = {429, 500, 502, 503, 504}  # by botocore itself
+PASSING_STATUS = TRIED_AGAIN | {408, 509, *range(520, 525), 530}
 NO_ANSWER = (
     aws.HTTPClientError,
     aws.EndpointConnectionError,
@@ -96,6 +98,7 @@ NO_FILE = {  # a file or program of credentials that does not exist, or may not 
 }
 MESSAGE_LENGTH = 500  # of a server's message, which may name a user, an action and an object
 SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
+PAUSE_S, MAX_PAUSE_S = 0.05, 20.0  # between attempts, as botocore's
 WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
 
 _silent: set[str] = set()  # servers of which this process has warned
@@ -270,8 +273,9 @@ def _without_answer(error: aws.BotoCoreError, where: str, endpoint: str | None) 
 class OutageWatch:
     """Watches the requests of one client. botocore itself counts attempts only, of which each can take a timeout."""
 
-    def __init__(self, client: Any, timeout_s: float) -> None:
+    def __init__(self, client: Any, attempts: int, timeout_s: float) -> None:
         """`timeout_s` is the longest silence in one attempt, after which botocore ends it."""
+        self.attempts = attempts
         self.server, self.timeout_s = without_credentials(client.meta.endpoint_url), timeout_s
         self.silence_s = max(SILENCE_S, 2 * timeout_s)  # at least two attempts
         client.meta.events.register("request-created.s3", self._on_attempt)
@@ -280,13 +284,18 @@ class OutageWatch:
     def _on_attempt(self, request: Any, **_: Any) -> None:
         request.context["defuse_begun"] = time.monotonic()
 
-    def _on_result(self, request_dict: Any, caught_exception: Exception | None, **_: Any) -> None:
-        """Raise the attempt's error, which ends its request: one that no attempt mends, or after a long silence."""
+    def _on_result(
+        self, request_dict: Any, response: Any, caught_exception: Exception | None, attempts: int, **_: Any
+    ) -> float | None:
+        """Return the pause before the next attempt, None to leave it to botocore.
+
+        Raises the attempt's error, which ends its request: one that no attempt mends, or after a long silence.
+        """
         if caught_exception is not None and _has_words(caught_exception, UNTRUSTED + UNREADABLE):
             raise caught_exception
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()
-            return
+            return self._pause_s(response, attempts)
         context, now = request_dict["context"], time.monotonic()
         # a slow line takes the rest of the time to send the body
         waited_s = min(now - context["defuse_begun"], self.timeout_s)
@@ -296,6 +305,13 @@ class OutageWatch:
             raise caught_exception
         if now - context["defuse_silent_since"] >= WARN_S:
             self._report()
+        return None
+
+    def _pause_s(self, response: Any, attempts: int) -> float | None:
+        status = 0 if response is None else response[0].status_code
+        if status not in PASSING_STATUS - TRIED_AGAIN or attempts >= self.attempts:
+            return None
+        return random.uniform(0, min(PAUSE_S * 2**attempts, MAX_PAUSE_S))
 
     def _report(self) -> None:
         with _lock:
