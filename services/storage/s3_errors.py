@@ -45,20 +45,43 @@ DENIED = EXPIRED | {
     "SignatureDoesNotMatch",
     "Unauthorized",
 }
+OTHER_REGION = {
+    "301",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+}
 REMEDIES = {  # of what is no refusal of the credentials, although the status may be 403
+    "InvalidBucketName": (StoreSettingsError, "check --store"),
     "InvalidObjectState": (StoreSettingsError, "the object is archived: restore it"),
+    "InvalidRegionName": (StoreSettingsError, "set AWS_DEFAULT_REGION to a region of that server"),
     "QuotaExceeded": (StoreError, "free space there, then run again to continue"),
     "RequestTimeTooSkewed": (
         StoreSettingsError,
         "the clock of this machine is wrong: set it (in WSL with `sudo hwclock -s`)",
     ),
+    "XMinioAdminBucketQuotaExceeded": (StoreError, "free space there, then run again to continue"),
     "XMinioStorageFull": (StoreError, "free space there, then run again to continue"),
+}
+# of requests that another program got in between, or that arrived altered: the next ones may be taken
+OF_ONE_REQUEST = {
+    "409",
+    "412",
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "InvalidPart",
+    "NoSuchUpload",
+    "OperationAborted",
+    "PreconditionFailed",
+    "XAmzContentSHA256Mismatch",
 }
 # answers of a server, or of a proxy before it, that is busy or fails for a while
 PASSING = {
     "BandwidthLimitExceeded",
     "IDPCommunicationError",
     "InternalError",
+    "KMS.ThrottlingException",
     "PriorRequestNotComplete",
     "RequestLimitExceeded",
     "RequestThrottled",
@@ -195,14 +218,20 @@ def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exc
         return kind(
             f"{where}: {server} refused the credentials ({answer}); check {CREDENTIALS}, their rights and expiry"
         )
-    if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
+    if code in OTHER_REGION:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
-    kind, remedy = REMEDIES.get(
-        code, (NoAnswerError if _passes(error) else StoreError, "run again to continue")
-    )
-    if code.isdecimal():  # such as of a proxy, or of a page that botocore cannot read
-        remedy = CHECK_NETWORK + _proxy_hint(endpoint)
+    kind, remedy = REMEDIES.get(code) or _general_remedy(error, endpoint)
     return kind(f"{where}: {server} answered {answer}; {remedy}")
+
+
+def _general_remedy(error: aws.ClientError, endpoint: str | None) -> tuple[type[StoreError], str]:
+    code = code_of(error)
+    passes = _passes(error)
+    if 400 <= status_of(error) < 500 and code not in OF_ONE_REQUEST and not passes:
+        return StoreSettingsError, "correct that: check --store, the bucket's settings and AWS_ENDPOINT_URL"
+    # such as of a proxy, or of a page that botocore cannot read
+    remedy = CHECK_NETWORK + _proxy_hint(endpoint) if code.isdecimal() else "run again to continue"
+    return (NoAnswerError if passes else StoreError), remedy
 
 
 def _passes(error: aws.ClientError) -> bool:
