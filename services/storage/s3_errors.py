@@ -171,7 +171,7 @@ def translated_errors(
         if error.filename is None:  # such as the FileNotFoundError of a missing key
             raise
         raise _without_file(error, where) from error
-    except (RuntimeError, ValueError) as error:
+    except (EOFError, RuntimeError, ValueError) as error:
         raise _of_no_request(error, where, endpoint) from error
 
 
@@ -271,7 +271,14 @@ def _without_file(error: OSError, where: str) -> StoreError:
     return StoreError(f"{where}: {reason}; run again to continue")  # such as too many open files
 
 
-def _of_no_request(error: RuntimeError | ValueError, where: str, endpoint: str | None) -> StoreError:
+def _of_no_request(
+    error: EOFError | RuntimeError | ValueError, where: str, endpoint: str | None
+) -> StoreError:
+    if isinstance(error, EOFError):
+        return StoreSettingsError(
+            f"{where}: the AWS profile asks for an MFA code, which nobody can type here; give the run temporary keys: "
+            '`eval "$(aws configure export-credentials --profile NAME --format env)"`'
+        )
     if isinstance(error, RecursionError):  # after each redirect botocore asks for the bucket's region
         return StoreSettingsError(
             f"{where}: {_server(endpoint)} redirects elsewhere; set AWS_ENDPOINT_URL to the final address"
