@@ -119,6 +119,7 @@ NO_FILE = {  # a file or program of credentials that does not exist, or may not 
     errno.EPERM,
     errno.ENOEXEC,
 }
+NO_LISTING = "; AWS answers so for a missing object, too, unless s3:ListBucket is allowed on the whole bucket"
 MESSAGE_LENGTH = 500  # of a server's message, which may name a user, an action and an object
 SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
 PAUSE_S, MAX_PAUSE_S = 0.05, 20.0  # between attempts, as botocore's
@@ -215,8 +216,9 @@ def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exc
     if _is_denied(error):
         # a job that starts again has a new token
         kind = StoreError if code in EXPIRED else StoreSettingsError
+        hint = NO_LISTING if code == "403" else ""
         return kind(
-            f"{where}: {server} refused the credentials ({answer}); check {CREDENTIALS}, their rights and expiry"
+            f"{where}: {server} refused the credentials ({answer}); check {CREDENTIALS}, their rights and expiry{hint}"
         )
     if code in OTHER_REGION:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
