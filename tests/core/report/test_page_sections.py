@@ -14,6 +14,7 @@ from PIL import Image
 from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, sample_spec, sample_watch
 
+from defuse_core.evaluation.evidence import Evidence
 from defuse_core.report import write_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -187,3 +188,23 @@ def test_a_page_of_too_many_bytes_of_images_shows_smaller_ones_and_says_so(
         "scenarios alone; gallery.safetensors of this run has the reviewed images as they were."
     )
     assert told in words_of(reduced) and "as they were" not in words_of(whole)
+
+
+def page_with(evidence: Evidence, folder: Path) -> str:
+    run = sample_run(folder)
+    write_report(run, *sample_findings(2, 1), evidence, sample_watch())
+    return words_of(run.store.read("report.html"))
+
+
+def test_a_long_class_name_without_spaces_stays_in_its_place_and_badges_keep_their_colour_on_paper(
+    tmp_path: Path,
+):
+    style = page_with(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), tmp_path).partition("</style>")[0]
+    for selector in (".scenario > *", "td:first-child"):
+        (rule,) = re.findall(rf"[}}/] {re.escape(selector)} {{([^}}]*)}}", style)
+        assert "overflow-wrap: anywhere;" in rule
+    assert (
+        ".badge, .meter, .meter i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }" in style
+    )
+    narrow = style.partition("@media (max-width: 760px)")[2].partition("@media")[0]
+    assert "figure svg { min-width: 560px; }" in narrow and "figure > div { overflow-x: auto; }" in narrow
