@@ -76,6 +76,12 @@ def count_of(number: float, noun: str) -> str:
     return f"{text} {noun}" if number == 1 else f"{text} {noun}s"
 
 
+def before_punctuation(name: str) -> str:
+    """Return a name of right-to-left letters with a left-to-right mark, so that the text after it stays there."""
+    is_right_to_left = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in name)
+    return f"{name}\N{LEFT-TO-RIGHT MARK}" if is_right_to_left else name
+
+
 def no_lambda_chosen(tuned: int, failed: int) -> str:
     """Return why no λ is chosen, as a clause: `failed` of them failed, and the `tuned` others cost too much."""
     costs = "more clean accuracy than correct.max_loss and max_class_loss allow"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import count_of, percent
+from defuse_core.errors import before_punctuation, count_of, percent
 from defuse_core.intervals import MIN_CONFIRMED, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs, ScenarioEvidence
 from defuse_core.report.formatting import numbers_text
@@ -22,7 +22,10 @@ def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
     lost = [row for row in report.per_class if row.loses_too_much]
     if not lost:
         return None
-    figures = [f"{row.name} ({percent(row.before)} to {percent(row.defuse)})" for row in lost[:MOST_CLASSES]]
+    figures = [
+        f"{before_punctuation(row.name)} ({percent(row.before)} to {percent(row.defuse)})"
+        for row in lost[:MOST_CLASSES]
+    ]
     more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
     return (
         "The correction costs single classes more accuracy than check.max_class_loss allows. On test "

@@ -150,12 +150,15 @@ def draw_lambdas(report: Report) -> Figure | None:
 
 
 def draw_kl(report: Report) -> Figure:
-    """Return the KL of each latent dimension, largest first; figures of collapsed dimensions are red."""
+    """Return the KL of each latent dimension, largest first; collapsed dimensions are shaded, and their figures red."""
     kl = np.array(report.vae.kl_per_dimension)
     order = np.argsort(-kl, kind="stable")
+    alive = int((kl >= COLLAPSED_BELOW).sum())
     figure, (ax,) = new_figure(10.4, 2.2)
     places = np.arange(len(kl))
     ax.bar(places, kl[order], color=ACCENT, width=0.7)
+    if alive < len(kl):
+        ax.axvspan(alive - 0.5, len(kl) - 0.5, color=WRONG, alpha=0.12, linewidth=0)
     ax.margins(x=0.02, y=0.14)
     if len(kl) <= 40:
         for place, value in enumerate(kl[order]):

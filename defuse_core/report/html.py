@@ -21,7 +21,7 @@ from defuse_core.data.images import data_address
 from defuse_core.errors import count_of, decimal, percent
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
-from defuse_core.evaluation.evidence import Evidence
+from defuse_core.evaluation.evidence import AT_FAULT_PURITY, Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
 from defuse_core.report.correction_notices import class_parts, has_no_plain, may_be_equal
@@ -112,6 +112,7 @@ def render_page(
         seen=_seen_in_real_images(report),
         class_images=_class_images(report),
         rho=spec.review.rho,
+        at_fault_purity=AT_FAULT_PURITY,
         correct=spec.correct,
         widen=spec.correct.tuning_factor,
         run_file=dump_run_file(spec),

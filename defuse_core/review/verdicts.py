@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection
 from defuse_core.config.base import fewest_units
-from defuse_core.errors import RunFileError, count_of, percent
+from defuse_core.errors import RunFileError, before_punctuation, count_of, percent
 from defuse_core.intervals import ROUNDING, probability_not_over, significantly_over, wilson
 from defuse_core.optional_packages import expect_packages
 
@@ -264,7 +264,8 @@ def _labels_and_reasons(
             reasons.append(f"rejected: {shares.found(component)}, but {why}")
         else:
             labels[component] = label
-            reasons.append(f"accepted as {classes[label]}: {shares.found(component)}")
+            name = before_punctuation(classes[label])
+            reasons.append(f"accepted as {name}: {shares.found(component)}")
     return labels, reasons
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -28,6 +29,19 @@ from services.cli.serve import check, promote, rollback, serve
 from services.settings import is_on, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
+PLAIN_SIGNS = {
+    "−": "-",
+    "–": "-",
+    "→": "->",
+    "≥": ">=",
+    "…": "...",
+    "α": "alpha",
+    "β": "beta",
+    "λ": "lambda",
+    "τ": "tau",
+    "Ψ": "Psi",
+    "\N{LEFT-TO-RIGHT MARK}": "",
+}
 
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {  # of the help
@@ -105,7 +119,8 @@ def main() -> None:
     logging.basicConfig(handlers=[log_output])
     logging.getLogger("defuse").setLevel(logging.INFO)  # of other libraries warnings alone
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows ? for β; stderr escapes by itself
+        codecs.register_error(plain_signs.__name__, plain_signs)
+        sys.stdout.reconfigure(errors=plain_signs.__name__)  # stderr escapes by itself
     try:
         with stopping_on_sigterm():
             _expect_working_directory()
@@ -114,6 +129,14 @@ def main() -> None:
         for stream in (sys.__stdout__, sys.__stderr__):
             if stream is not None:
                 _drop_unread(stream)
+
+
+def plain_signs(error: UnicodeError) -> tuple[str, int]:
+    """Return the plain form of signs that a terminal lacks, else `?`: an error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    return "".join(PLAIN_SIGNS.get(sign, "?") for sign in signs), error.end
 
 
 def _expect_working_directory() -> None:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
 ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "Scenario images")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
-# in turn, until the table fits; accuracies decide the state, so they are the last
-DROPPED_COMPARED = ("Mistaken for", "In B", "A before", "A after", "B after")
+# in turn, until the table fits; numbers of scenarios stay together as long as they can
+DROPPED_COMPARED = ("Mistaken for", "A before", "A after", "In B", "B after")
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
 TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lines are hard to read
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
@@ -45,6 +45,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Terminal()
     print_text(console, report.headline, "bold")
     for warning in report.caveats:
+        console.print()
         print_text(console, warning, "yellow")
     console.print()
     print_accuracy(report, console)
@@ -103,11 +104,12 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
     table = new_table(f"Evidence, by the judges' labels (plain: {plain})", ("", "Before", "Plain", "Defuse"))
     own, left_out, real = evidence.own_label, evidence.left_out, evidence.real_failures
-    rows = (
+    rows = [
         ("scenario images", own.before, own.plain, own.defuse),
         ("left-out scenarios", left_out.before, left_out.plain, left_out.defuse),
-        (f"{evidence.real_failure_images:,} failing test draws", real.before, real.plain, real.defuse),
-    )
+    ]
+    if number := evidence.real_failure_images:
+        rows.append((count_of(number, "failing test draw"), real.before, real.plain, real.defuse))
     for name, *shares in rows:
         add_row(table, name, *(text(share, 0) for share in shares))
     return table
@@ -245,16 +247,13 @@ def _left_out(report: Report) -> list[str]:
     if report.evidence is None:
         return []
     known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
-    if not (known.count or new.count):
-        return []
     parts = [
         f"{each.count} with a {name} confusion {percent(each.before, 0)} before, {percent(each.plain, 0)} plain, "
         f"{percent(each.defuse, 0)} Defuse ({pairs_text(each.against_plain)})"
-        if each.count
-        else f"{NONE} with a {name} confusion"
         for name, each in (("known", known), ("new", new))
+        if each.count
     ]
-    return [f"Left out of the tuning: {'; '.join(parts)}."]
+    return [f"Left out of the tuning: {'; '.join(parts)}."] if parts else []
 
 
 def _baseline(report: Report) -> list[str]:
@@ -289,7 +288,8 @@ def _verdicts(report: Report) -> list[str]:
     if agreement is not None:
         parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
     if unreviewed := report.scenarios.unreviewed_images:
-        parts.append(f"{unreviewed:,} failing draws that nobody reviewed are also tuned on")
+        verb = "is" if unreviewed == 1 else "are"
+        parts.append(f"{count_of(unreviewed, 'failing draw')} that nobody reviewed {verb} also tuned on")
     return [f"Scenarios: {'; '.join(parts)}."] if parts else []
 
 

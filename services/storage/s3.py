@@ -25,14 +25,7 @@ from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import (
-    BROKEN,
-    EXPECTED_ENDPOINT,
-    OutageWatch,
-    code_of,
-    status_of,
-    translated_errors,
-)
+from services.storage.s3_errors import BROKEN, WRONG_URL, OutageWatch, code_of, status_of, translated_errors
 
 LARGE_BYTES = 64 * 2**20  # sent in parts from here on
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
@@ -71,8 +64,7 @@ def open_s3(address: str) -> S3Store:
             where = "AWS_DEFAULT_REGION (or region in AWS's configuration file)"
             raise InputError(f"{where}: {error}") from error
         except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
-            where = "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file)"
-            raise InputError(f"{where}: {EXPECTED_ENDPOINT}") from None
+            raise InputError(WRONG_URL) from None
     store = S3Store(match[1], f"{prefix}/" if prefix else "", given, session.region_name)
     store.check()
     return store
@@ -124,7 +116,9 @@ class S3Store:
         """Raise StoreError if the bucket cannot be listed; does not wait long for an answer."""
         with self._errors():
             client = _client(self.endpoint, self.region, 2, READ_TIMEOUT_S)
-            client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            listing = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            if "IsTruncated" not in listing:
+                raise aws.ClientError(listing, "ListObjectsV2")
 
     def exists(self, key: str) -> bool:
         return self.version(key) is not None
@@ -396,5 +390,5 @@ def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: 
     )
     with _one_at_a_time:
         client = _session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    OutageWatch(client, timeout_s)
+    OutageWatch(client, attempts, timeout_s)
     return client

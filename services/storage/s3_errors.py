@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from botocore import exceptions as aws
 
 from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError, one_line, without_credentials
+from services.settings import proxy_for
 
 log = logging.getLogger("defuse")
 BROKEN = (  # what a body that is read can raise
@@ -24,9 +27,11 @@ BROKEN = (  # what a body that is read can raise
     aws.FlexibleChecksumError,
     aws.ReadTimeoutError,
 )
+CHECK_NETWORK = "check AWS_ENDPOINT_URL and the network, then run again to continue"
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-EXPECTED_ENDPOINT = (
-    "expected such as http://host:9000, with its scheme, and a host of letters, digits, dots and hyphens"
+WRONG_URL = (
+    "AWS_ENDPOINT_URL (or endpoint_url in AWS's configuration file): expected such as http://host:9000, with its "
+    "scheme, and a host of letters, digits, dots and hyphens"
 )
 # S3 answers so to an expired token; to a HEAD, whose answer has no body, with the status alone
 EXPIRED = {"400", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
@@ -40,20 +45,43 @@ DENIED = EXPIRED | {
     "SignatureDoesNotMatch",
     "Unauthorized",
 }
+OTHER_REGION = {
+    "301",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+}
 REMEDIES = {  # of what is no refusal of the credentials, although the status may be 403
+    "InvalidBucketName": (StoreSettingsError, "check --store"),
     "InvalidObjectState": (StoreSettingsError, "the object is archived: restore it"),
+    "InvalidRegionName": (StoreSettingsError, "set AWS_DEFAULT_REGION to a region of that server"),
     "QuotaExceeded": (StoreError, "free space there, then run again to continue"),
     "RequestTimeTooSkewed": (
         StoreSettingsError,
         "the clock of this machine is wrong: set it (in WSL with `sudo hwclock -s`)",
     ),
+    "XMinioAdminBucketQuotaExceeded": (StoreError, "free space there, then run again to continue"),
     "XMinioStorageFull": (StoreError, "free space there, then run again to continue"),
+}
+# of requests that another program got in between, or that arrived altered: the next ones may be taken
+OF_ONE_REQUEST = {
+    "409",
+    "412",
+    "BadDigest",
+    "ConditionalRequestConflict",
+    "IncompleteBody",
+    "InvalidPart",
+    "NoSuchUpload",
+    "OperationAborted",
+    "PreconditionFailed",
+    "XAmzContentSHA256Mismatch",
 }
 # answers of a server, or of a proxy before it, that is busy or fails for a while
 PASSING = {
     "BandwidthLimitExceeded",
     "IDPCommunicationError",
     "InternalError",
+    "KMS.ThrottlingException",
     "PriorRequestNotComplete",
     "RequestLimitExceeded",
     "RequestThrottled",
@@ -67,7 +95,8 @@ PASSING = {
     "ThrottlingException",
     "TooManyRequestsException",
 }
-PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509, *range(520, 525), 530}
+TRIED_AGAIN = {429, 500, 502, 503, 504}  # by botocore itself
+PASSING_STATUS = TRIED_AGAIN | {408, 509, *range(520, 525), 530}
 NO_ANSWER = (
     aws.HTTPClientError,
     aws.EndpointConnectionError,
@@ -90,8 +119,10 @@ NO_FILE = {  # a file or program of credentials that does not exist, or may not 
     errno.EPERM,
     errno.ENOEXEC,
 }
+NO_LISTING = "; AWS answers so for a missing object, too, unless s3:ListBucket is allowed on the whole bucket"
 MESSAGE_LENGTH = 500  # of a server's message, which may name a user, an action and an object
 SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
+PAUSE_S, MAX_PAUSE_S = 0.05, 20.0  # between attempts, as botocore's
 WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
 
 _silent: set[str] = set()  # servers of which this process has warned
@@ -100,19 +131,20 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def translated_errors(
-    where: str, endpoint: str | None, forget_client: Callable[[], None] | None = None
+    where: str, endpoint: str | None, forget_client: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Raise botocore's errors as FileNotFoundError for a missing key, as StoreError in one line for all else.
 
-    Calls `forget_client` where the server refuses the credentials: a new client reads those of a profile again.
+    Calls `forget_client` where there are no credentials, or the server refuses them: a new client looks for them again.
     """
     try:
         yield
     except aws.ClientError as error:
-        if forget_client is not None and _is_denied(error):
+        if _is_denied(error):
             forget_client()
         raise _translated(error, where, endpoint) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError) as error:
+        forget_client()
         raise StoreSettingsError(f"{where}: no complete AWS credentials found; set {CREDENTIALS}") from error
     except aws.CredentialRetrievalError as error:  # such as a metadata server that does not answer now
         raise NoAnswerError(
@@ -132,7 +164,7 @@ def translated_errors(
                 f"{where}: AWS_ACCESS_KEY_ID or AWS_SESSION_TOKEN holds a line break or another sign that no HTTP "
                 "header can hold; set it to the key alone"
             ) from None
-        raise _without_answer(error, where, _server(endpoint)) from error
+        raise _without_answer(error, where, endpoint) from error
     except aws.BotoCoreError as error:
         kind = NoAnswerError if isinstance(error, BROKEN) else StoreError
         raise kind(f"{where}: {without_credentials(str(error), endpoint)}") from error
@@ -140,10 +172,8 @@ def translated_errors(
         if error.filename is None:  # such as the FileNotFoundError of a missing key
             raise
         raise _without_file(error, where) from error
-    except (RuntimeError, ValueError) as error:  # of a credential_process that prints old keys, or no JSON
-        raise StoreError(
-            f"{where}: {_reason(error, endpoint)}; if a program gives AWS credentials (credential_process), check it"
-        ) from error
+    except (EOFError, RuntimeError, ValueError) as error:
+        raise _of_no_request(error, where, endpoint) from error
 
 
 def _reason(error: Exception | str, endpoint: str | None, limit: int = 200) -> str:
@@ -175,23 +205,63 @@ def _is_denied(error: aws.ClientError) -> bool:
 
 def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
     code, server = code_of(error), _server(endpoint)
+    message = _reason(error.response.get("Error", {}).get("Message", ""), endpoint, MESSAGE_LENGTH)
+    answer = ": ".join(filter(None, (code or str(status_of(error)), message)))
+    if remedy := _endpoint_remedy(error):
+        return StoreSettingsError(f"{where}: {server} answered {answer}; {remedy}{_proxy_hint(endpoint)}")
     if code == "NoSuchBucket":
         return StoreSettingsError(f"{where}: {server} has no such bucket; create it, or check --store")
     if code in {"NoSuchKey", "404", "NotFound"}:
         return FileNotFoundError(where)
-    message = _reason(error.response.get("Error", {}).get("Message", ""), endpoint, MESSAGE_LENGTH)
-    answer = f"{code}: {message}" if message else code
     if _is_denied(error):
         # a job that starts again has a new token
         kind = StoreError if code in EXPIRED else StoreSettingsError
+        hint = NO_LISTING if code == "403" else ""
         return kind(
-            f"{where}: {server} refused the credentials ({answer}); check {CREDENTIALS}, their rights and expiry"
+            f"{where}: {server} refused the credentials ({answer}); check {CREDENTIALS}, their rights and expiry{hint}"
         )
-    if code in {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}:
+    if code in OTHER_REGION:
         return StoreSettingsError(f"{where}: the bucket is in another region; set AWS_DEFAULT_REGION to it")
-    passes = code in PASSING or status_of(error) in PASSING_STATUS
-    kind, remedy = REMEDIES.get(code, (NoAnswerError if passes else StoreError, "run again to continue"))
+    kind, remedy = REMEDIES.get(code) or _general_remedy(error, endpoint)
     return kind(f"{where}: {server} answered {answer}; {remedy}")
+
+
+def _general_remedy(error: aws.ClientError, endpoint: str | None) -> tuple[type[StoreError], str]:
+    code = code_of(error)
+    passes = _passes(error)
+    if 400 <= status_of(error) < 500 and code not in OF_ONE_REQUEST and not passes:
+        return StoreSettingsError, "correct that: check --store, the bucket's settings and AWS_ENDPOINT_URL"
+    # such as of a proxy, or of a page that botocore cannot read
+    remedy = CHECK_NETWORK + _proxy_hint(endpoint) if code.isdecimal() else "run again to continue"
+    return (NoAnswerError if passes else StoreError), remedy
+
+
+def _passes(error: aws.ClientError) -> bool:
+    return code_of(error) in PASSING or status_of(error) in PASSING_STATUS
+
+
+def _endpoint_remedy(error: aws.ClientError) -> str | None:
+    """Return how to correct AWS_ENDPOINT_URL, None where the answer is one that an S3 server gives."""
+    code, operation = code_of(error), error.operation_name
+    if code == "NoSuchKey" and operation.startswith("List"):
+        return "remove the bucket from AWS_ENDPOINT_URL"
+    # S3 names each error, except in the answer to a HEAD
+    is_named = operation.startswith("Head") or code.strip("0123456789")
+    if is_named or not 200 <= status_of(error) < 500 or _passes(error):
+        return None
+    return (
+        "that is no answer of S3: check the scheme of AWS_ENDPOINT_URL, and that its port is the one of the S3 "
+        "server, not of its web page"
+    )
+
+
+def _proxy_hint(endpoint: str | None) -> str:
+    address = endpoint or "https://amazonaws.com"
+    if proxy_for(address) is None:
+        return ""
+    return (
+        f"; if the proxy of the environment does not reach it, add {urlsplit(address).hostname} to NO_PROXY"
+    )
 
 
 def _without_file(error: OSError, where: str) -> StoreError:
@@ -203,7 +273,26 @@ def _without_file(error: OSError, where: str) -> StoreError:
     return StoreError(f"{where}: {reason}; run again to continue")  # such as too many open files
 
 
-def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreError:
+def _of_no_request(
+    error: EOFError | RuntimeError | ValueError, where: str, endpoint: str | None
+) -> StoreError:
+    if isinstance(error, EOFError):
+        return StoreSettingsError(
+            f"{where}: the AWS profile asks for an MFA code, which nobody can type here; give the run temporary keys: "
+            '`eval "$(aws configure export-credentials --profile NAME --format env)"`'
+        )
+    if isinstance(error, RecursionError):  # after each redirect botocore asks for the bucket's region
+        return StoreSettingsError(
+            f"{where}: {_server(endpoint)} redirects elsewhere; set AWS_ENDPOINT_URL to the final address"
+            f"{_proxy_hint(endpoint)}"
+        )
+    return StoreError(  # of a credential_process that prints old keys, or no JSON
+        f"{where}: {_reason(error, endpoint)}; if a program gives AWS credentials (credential_process), check it"
+    )
+
+
+def _without_answer(error: aws.BotoCoreError, where: str, endpoint: str | None) -> StoreError:
+    server = _server(endpoint)
     if _has_words(error, UNREADABLE):
         return StoreSettingsError(
             f"{where}: AWS_CA_BUNDLE (or ca_bundle in AWS's configuration file) names no file of certificates that "
@@ -215,16 +304,16 @@ def _without_answer(error: aws.BotoCoreError, where: str, server: str) -> StoreE
             "file of your CA's certificate, or correct AWS_ENDPOINT_URL"
         )
     return NoAnswerError(
-        f"{where}: no answer from {server} ({type(error).__name__}); check AWS_ENDPOINT_URL "
-        "and the network, then run again to continue"
+        f"{where}: no answer from {server} ({type(error).__name__}); {CHECK_NETWORK}{_proxy_hint(endpoint)}"
     )
 
 
 class OutageWatch:
     """Watches the requests of one client. botocore itself counts attempts only, of which each can take a timeout."""
 
-    def __init__(self, client: Any, timeout_s: float) -> None:
+    def __init__(self, client: Any, attempts: int, timeout_s: float) -> None:
         """`timeout_s` is the longest silence in one attempt, after which botocore ends it."""
+        self.attempts = attempts
         self.server, self.timeout_s = without_credentials(client.meta.endpoint_url), timeout_s
         self.silence_s = max(SILENCE_S, 2 * timeout_s)  # at least two attempts
         client.meta.events.register("request-created.s3", self._on_attempt)
@@ -233,13 +322,18 @@ class OutageWatch:
     def _on_attempt(self, request: Any, **_: Any) -> None:
         request.context["defuse_begun"] = time.monotonic()
 
-    def _on_result(self, request_dict: Any, caught_exception: Exception | None, **_: Any) -> None:
-        """Raise the attempt's error, which ends its request: one that no attempt mends, or after a long silence."""
+    def _on_result(
+        self, request_dict: Any, response: Any, caught_exception: Exception | None, attempts: int, **_: Any
+    ) -> float | None:
+        """Return the pause before the next attempt, None to leave it to botocore.
+
+        Raises the attempt's error, which ends its request: one that no attempt mends, or after a long silence.
+        """
         if caught_exception is not None and _has_words(caught_exception, UNTRUSTED + UNREADABLE):
             raise caught_exception
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()
-            return
+            return self._pause_s(response, attempts)
         context, now = request_dict["context"], time.monotonic()
         # a slow line takes the rest of the time to send the body
         waited_s = min(now - context["defuse_begun"], self.timeout_s)
@@ -249,6 +343,13 @@ class OutageWatch:
             raise caught_exception
         if now - context["defuse_silent_since"] >= WARN_S:
             self._report()
+        return None
+
+    def _pause_s(self, response: Any, attempts: int) -> float | None:
+        status = 0 if response is None else response[0].status_code
+        if status not in PASSING_STATUS - TRIED_AGAIN or attempts >= self.attempts:
+            return None
+        return random.uniform(0, min(PAUSE_S * 2**attempts, MAX_PAUSE_S))
 
     def _report(self) -> None:
         with _lock:

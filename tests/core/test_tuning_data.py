@@ -20,6 +20,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.data import Images, open_splits
+from defuse_core.errors import count_of
 from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
@@ -307,7 +308,7 @@ def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wan
     if tuned:
         assert 0 < len(codes) <= report.scenarios.accepted * run.spec.correct.tune_images
         page = run.store.read("report.html").decode()
-        assert f'<b class="unbroken">{len(codes):,}</b> failing draws that nobody' in page
+        assert f'<b class="unbroken">{count_of(len(codes), "failing draw")}</b> that nobody' in page
 
 
 def test_with_an_image_that_is_left_out_goes_its_track_unless_that_is_tuned_on(tiny_models, monkeypatch):

@@ -215,6 +215,14 @@ def test_an_accuracy_just_below_the_limit_is_not_shown_as_the_limit():
     assert "89.8 %" in text and "90.2 %" in text
 
 
+def test_a_narrow_comparison_names_the_scenario_in_both_runs():
+    console = Console(file=io.StringIO(), width=60)
+    row = ComparedScenario("back again", "8", "3", 0, None, 0.1, 0.95, 0.9, 0.9)
+    print_comparison("a", "b", [row], 0.9, console)
+    headings = "State Label In A In B B before B after"
+    assert headings in " ".join(console.file.getvalue().split())
+
+
 def test_a_scenario_of_the_later_run_matches_one_of_two_equal_ones_of_the_earlier(store):
     later, rows = _load(Run.open(store, "first")), np.array([0, 0, 1])
     found = dataclasses.replace(later.found, fixes=later.found.fixes.take(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import io
 import signal
 import subprocess
 import sys
@@ -259,6 +260,15 @@ def test_no_line_of_the_list_of_commands_is_cut_on_a_terminal_of_80_columns(monk
     assert len(commands) > 15 + 10 and not [
         line for line in commands if line.endswith("...") or line.startswith("   ")
     ]
+
+
+def test_a_sign_that_the_encoding_of_the_terminal_lacks_has_a_plain_form(monkeypatch, capsys):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="iso-8859-1", newline="")
+    monkeypatch.setattr("sys.stdout", terminal)
+    call(monkeypatch, capsys, "--version")
+    terminal.write("+5 −34, λ = 1 → 2…, 猫")
+    terminal.flush()
+    assert terminal.buffer.getvalue().endswith(b"\n+5 -34, lambda = 1 -> 2..., ?")
 
 
 def test_every_command_is_in_one_group_of_the_help():

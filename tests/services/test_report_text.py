@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -28,6 +29,29 @@ def test_a_blank_line_stands_before_every_title(tmp_path: Path):
     lines = [line.strip() for line in console.file.getvalue().splitlines()]
     for title in ("Accuracy (Figure 4)", "Failure scenarios", "Agreement of the annotators (Figure 6)"):
         assert lines[lines.index(title) - 1] == ""
+
+
+def test_a_blank_line_stands_before_every_caveat_and_title(tmp_path: Path):
+    console = Console(width=120, file=io.StringIO())
+    report = report_of(sample_findings(5, 2), tmp_path)
+    print_report(report, console)
+    lines = console.file.getvalue().splitlines()
+    assert report.caveats
+    for caveat in report.caveats:
+        (start,) = [place for place, line in enumerate(lines) if line and caveat.startswith(line)]
+        assert lines[start - 1] == "" and lines[start]
+
+
+def test_no_line_is_about_failing_test_draws_or_left_out_scenarios_that_do_not_exist(tmp_path: Path):
+    evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
+    nothing = np.zeros(3, np.int64)
+    evidence = dataclasses.replace(evidence, real_failure_images=0, real_failure_pairs_with_baseline=nothing)
+    report = report_of((*sample_findings(3, 2), evidence), tmp_path)
+    console = Console(width=120, file=io.StringIO())
+    print_report(report, console)
+    text = console.file.getvalue()
+    assert "left-out scenarios" in text and "failing test draw" not in text
+    assert " known confusion" not in text and "2 with a new confusion" in text
 
 
 def test_a_narrow_report_drops_intervals_and_a_column_before_rows_become_records(tmp_path: Path):

@@ -37,6 +37,9 @@ def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
     text = costs_a_class(report, SAMPLE_CORRECT) or ""
     named = f"images: {report.per_class[0].name} (90.0 % to 80.0 %). A smaller correct.max_class_loss"
     assert text in report.caveats and named in text
+    row = report.per_class[0].model_copy(update={"name": "עז"})
+    hebrew = costs_a_class(report.model_copy(update={"per_class": (row,)}), SAMPLE_CORRECT) or ""
+    assert "images: עז\N{LEFT-TO-RIGHT MARK} (90.0 %" in hebrew
     assert costs_a_class(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT) is None
     assert costs_a_class(report_of((found, evaluation), tmp_path), SAMPLE_CORRECT) is None
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pytest
 from sample_findings import report_of, sample_findings
 
-from defuse_core.report.figures import draw_figures, move_apart
+from defuse_core.report.figures import draw_figures, draw_kl, move_apart
 
 
 def test_equal_findings_give_equal_pictures(tmp_path: Path):
@@ -39,6 +41,20 @@ def test_figure_5_says_by_whose_label_the_accuracy_on_scenarios_is(tmp_path: Pat
     pictures = draw_figures(report_of(sample, tmp_path), *sample)
     assert ">accuracy on held-out scenario images, by the scenario's label</text>" in pictures["tradeoff"]
     assert ">by the scenario's label</text>" in pictures["lambdas"]
+
+
+@pytest.mark.parametrize("collapsed", [0, 44])
+def test_collapsed_dimensions_are_shaded_also_where_there_are_too_many_for_figures(
+    tmp_path: Path, collapsed: int
+):
+    found, evaluation = sample_findings(2, 1)
+    kl = np.concatenate([np.full(collapsed, 0.001), np.linspace(2, 0.2, 64 - collapsed)])
+    models = dataclasses.replace(found.models, kl_per_dimension=kl)
+    report = report_of((dataclasses.replace(found, models=models), evaluation), tmp_path)
+    *bars, shade = [patch.get_extents() for patch in draw_kl(report).axes[0].patches]
+    assert len(bars) == (64 if collapsed else 63)
+    if collapsed:
+        assert bars[19].x1 < shade.x0 < bars[20].x0 and bars[63].x1 < shade.x1
 
 
 def test_marks_that_coincide_are_moved_apart():

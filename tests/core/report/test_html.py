@@ -101,6 +101,13 @@ def test_every_chart_has_a_name_for_those_who_cannot_see_it(hostile: Run):
     assert all(attrs.get("role") == "img" and attrs.get("aria-label") for attrs in before)
 
 
+def test_every_colour_of_a_chart_has_its_meaning_beside_it(hostile: Run):
+    text = " ".join(" ".join(Page(hostile.store.read("report.html").decode()).words).split())
+    assert "KL divergence to the prior. Shaded: collapsed, the dimension carries almost no" in text
+    meaning = "one colour per class of the training images, numbers are those of the candidate scenarios."
+    assert f"t-SNE of latent codes; {meaning} Only short distances have a meaning." in text
+
+
 def test_right_and_wrong_answers_differ_in_more_than_their_colour(hostile: Run):
     page = hostile.store.read("report.html").decode()
     badges = {
@@ -128,8 +135,8 @@ def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scen
 @pytest.mark.parametrize(
     ("gained", "lost", "colour", "told"),
     [
-        (19, 15, "quiet", "+19\u00a0−15 images, p\u00a00.61"),
-        (30, 5, "good", "+30\u00a0−5 images, p\u00a02.2e-05"),
+        (19, 15, "quiet", "+19\u00a0−15 images, p\u00a0=\u00a00.61"),
+        (30, 5, "good", "+30\u00a0−5 images, p\u00a0=\u00a02.2e-05"),
     ],
 )
 def test_a_gain_on_the_test_set_stands_beside_plain_training_and_has_a_colour_only_where_it_is_more(
@@ -155,7 +162,7 @@ def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, *sample_findings(), evidence)
     page = run.store.read("report.html").decode()
-    assert "after plain further training<br>against it +0\u00a0−1 tracks, p\u00a01</div>" in page
+    assert "after plain further training<br>against it +0\u00a0−1 tracks, p\u00a0=\u00a01</div>" in page
     assert "<dt>test tracks, Defuse</dt><dd>+0 −1, p\u00a0=\u00a01</dd>" in page
 
 
@@ -203,7 +210,12 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
         write_report(run, dataclasses.replace(found, sweep=sweep), evaluation)
         text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
         assert "One point per λ, at the epoch that the rule of choice picks;" in text
-        rows[name] = ("Defuse 2" in text, "ringed point" in text, "Shaded" in text, "none was chosen" in text)
+        rows[name] = (
+            "Defuse 2" in text,
+            "ringed point" in text,
+            "Shaded: the chosen λ" in text,
+            "none was chosen" in text,
+        )
     assert rows == {"chosen": (True, True, True, False), "none": (False, False, False, True)}
 
 

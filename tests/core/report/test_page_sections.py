@@ -14,9 +14,13 @@ from PIL import Image
 from sample_evidence import sample_evidence
 from sample_findings import report_of, sample_findings, sample_run, sample_spec, sample_watch
 
+from defuse_core.artifacts import Failures
+from defuse_core.errors import decimal
+from defuse_core.evaluation.evidence import Evidence
 from defuse_core.report import write_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.tables import _verdicts
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -115,6 +119,7 @@ def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path:
     assert after == {None} and not any(row.loses_too_much for row in report.per_class)
     text = words_of(run.store.read("report.html"))
     assert text.count("nothing was corrected</div>") == 2
+    assert '<div class="figure">98.30 %</div><div class="was">nothing was corrected</div>' in text
     assert "of the held-out images the classifier was right on 7.0 % of them before.</p>" in text
     assert "Nothing was corrected. If the classifier were served, each answer would get" in text
     assert (
@@ -187,3 +192,74 @@ def test_a_page_of_too_many_bytes_of_images_shows_smaller_ones_and_says_so(
         "scenarios alone; gallery.safetensors of this run has the reviewed images as they were."
     )
     assert told in words_of(reduced) and "as they were" not in words_of(whole)
+
+
+def page_with(evidence: Evidence, folder: Path) -> str:
+    run = sample_run(folder)
+    write_report(run, *sample_findings(2, 1), evidence, sample_watch())
+    return words_of(run.store.read("report.html"))
+
+
+def test_a_long_class_name_without_spaces_stays_in_its_place_and_badges_keep_their_colour_on_paper(
+    tmp_path: Path,
+):
+    style = page_with(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), tmp_path).partition("</style>")[0]
+    for selector in (".scenario > *", "td:first-child"):
+        (rule,) = re.findall(rf"[}}/] {re.escape(selector)} {{([^}}]*)}}", style)
+        assert "overflow-wrap: anywhere;" in rule
+    assert (
+        ".badge, .meter, .meter i { -webkit-print-color-adjust: exact; print-color-adjust: exact; }" in style
+    )
+    narrow = style.partition("@media (max-width: 760px)")[2].partition("@media")[0]
+    assert "figure svg { min-width: 560px; }" in narrow and "figure > div { overflow-x: auto; }" in narrow
+
+
+def test_what_a_card_says_is_explained_before_the_first_card(tmp_path: Path):
+    text = page_with(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), tmp_path)
+    lead = text.split('id="scenarios"')[1].partition("<article")[0]
+    fault = (
+        "<i>At fault</i> is the classifier where at least 90 % of the held-out images show the scenario's label, by "
+        "the judges, and it is wrong on over 50 % of them; the β-VAE where less than 50 % show it.</p>"
+    )
+    assert f"<i>Weight</i> is the component's share of the failing codes. {fault}" in lead
+
+
+def test_the_page_says_from_which_probability_an_answer_is_flagged(tmp_path: Path):
+    run = sample_run(tmp_path)
+    report = write_report(run, *sample_findings(2, 1), watch=sample_watch())
+    text = words_of(run.store.read("report.html"))
+    assert report.watch is not None and report.watch.threshold is not None
+    flagged = f"An answer is flagged from a failure probability of {decimal(report.watch.threshold, 2)} on."
+    assert f"{flagged} An AUROC of 0.5 is chance, 1 is perfect.</p> <details>" in text
+
+
+def test_a_run_without_failing_draws_from_test_images_does_not_speak_of_them(tmp_path: Path):
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]]))
+    assert (
+        "failing draws" in page_with(evidence, tmp_path / "some").split('id="evidence"')[1].split("<dl>")[0]
+    )
+    none = np.zeros((2, 3), np.int64)
+    evidence = replace(
+        evidence, real_failure_images=0, real_failure_pairs=none, real_failure_pairs_with_baseline=none[0]
+    )
+    without = page_with(evidence, tmp_path / "none")
+    section = without.split('id="evidence"')[1].split("<dl>")[0]
+    assert "failing draws" not in section and "0 test images" not in section
+    assert "label the held-out images and the wider draws, not those that were reviewed" in section
+
+
+def test_the_range_of_the_plain_trainings_of_a_scenario_has_the_digits_of_their_mean(tmp_path: Path):
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.957, 0.99]]))
+    assert "plain further training 95.7 % (95.7–95.7 %)" in page_with(evidence, tmp_path)
+
+
+@pytest.mark.parametrize(("drawn", "noun", "verb"), [(1, "draw", "is"), (2, "draws", "are")])
+def test_unreviewed_failing_draws_are_counted(tmp_path: Path, drawn: int, noun: str, verb: str):
+    run, (found, evaluation) = sample_run(tmp_path), sample_findings(2, 1)
+    zeros = np.zeros(drawn, np.int64)
+    unreviewed = Failures(np.zeros((drawn, 3), np.float32), zeros, zeros, zeros + 1, zeros > 0)
+    fixes = replace(found.fixes, unreviewed=unreviewed)
+    report = write_report(run, replace(found, fixes=fixes), evaluation)
+    words = f"failing {noun}{{}} that nobody reviewed {verb} "
+    assert f"{drawn} {words.format('</b>')}tuned on" in words_of(run.store.read("report.html"))
+    assert f"{drawn} {words.format('')}also tuned on" in _verdicts(report)[0]

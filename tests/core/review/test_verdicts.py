@@ -25,7 +25,9 @@ NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
 
 
-def verdicts(answers, predicted, rho=0.5, overrides=(), source=None, track=None, **rule) -> Verdicts:
+def verdicts(
+    answers, predicted, rho=0.5, overrides=(), *, classes=tuple("0123456789"), source=None, track=None, **rule
+) -> Verdicts:
     """Judge one component: answers[annotator][image], predicted[image], and the unit of each image, if any."""
     answers, predicted = np.array(answers), np.array([predicted])
     images = predicted.shape[1]
@@ -33,7 +35,7 @@ def verdicts(answers, predicted, rho=0.5, overrides=(), source=None, track=None,
         np.zeros((1, images, 1, 2, 2), np.float32),
         np.zeros((1, images, 2), np.float32),
         predicted,
-        tuple("0123456789"),
+        classes,
         source=None if source is None else np.array([source]),
         track=None if track is None else np.array([track]),
     )
@@ -213,6 +215,11 @@ def test_more_images_decide_a_doubtful_verdict():
     assert verdict.labels[0] == 8
     assert verdict.labelled[0] == 48
     assert verdict.misclassified[0] == pytest.approx(36 / 48)
+
+
+def test_what_follows_a_name_of_right_to_left_letters_stays_behind_it():
+    reasons = verdicts([[1] * 3], predicted=[0] * 3, classes=("כלב", "עז")).reasons
+    assert reasons[0].startswith("accepted as עז\N{LEFT-TO-RIGHT MARK}: 100 % of 3 labelled images")
 
 
 def test_pictures_of_one_photograph_are_one_piece_of_evidence():

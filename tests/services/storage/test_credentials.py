@@ -102,6 +102,36 @@ def test_a_program_is_asked_for_credentials_once_by_all_clients_and_threads(
     assert asked.read_text() == "asked\n"
 
 
+def test_credentials_that_come_later_are_found(
+    store: s3.S3Store, aws: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    aws.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    with pytest.raises(StoreError, match="no complete AWS credentials found; set"):
+        store.exists("a")
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = KEY\naws_secret_access_key = b\n")
+    signed = store._client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "a"})
+    assert "KEY" in signed
+
+
+@pytest.mark.filterwarnings("ignore::getpass.GetPassWarning")
+def test_a_profile_that_asks_for_a_code_without_a_terminal_is_a_wrong_setting(
+    store: s3.S3Store, aws: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def read_nothing(*_: object, **__: object) -> str:
+        raise EOFError
+
+    role, keys = "arn:aws:iam::123456789012", "aws_access_key_id = a\naws_secret_access_key = b"
+    profile = f"role_arn = {role}:role/x\nsource_profile = default\nmfa_serial = {role}:mfa/ana"
+    (tmp_path / "config").write_text(f"[default]\n{keys}\n[profile role]\n{profile}\n")
+    for name, value in (("CONFIG_FILE", str(tmp_path / "config")), ("PROFILE", "role")):
+        aws.setenv(f"AWS_{name}", value)
+    aws.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    aws.setattr("getpass._raw_input", read_nothing)
+    with pytest.raises(StoreError, match="asks for an MFA code, .* `eval .*--format env") as refused:
+        store.exists("a")
+    assert refused.value.exit_code == 2
+
+
 def test_a_login_that_is_missing_is_a_wrong_setting_and_says_how_to_log_in(
     store: s3.S3Store, aws: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

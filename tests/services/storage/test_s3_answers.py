@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.stub import Stubber
 from buckets import KEYS
 
-from defuse_core.errors import NoAnswerError, StoreError
+from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError
 from services.storage import open_store, s3
 from services.storage.s3_errors import translated_errors
 
@@ -190,6 +191,7 @@ def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store,
             r"http://\*\*\*@host refused the credentials \(ExpiredToken: too many\); check AWS_ACCESS",
         ),
         ("400", 400, 4, "refused the credentials .* their rights and expiry"),
+        ("403", 403, 2, "for a missing object, too, unless s3:ListBucket is allowed on the whole"),
         ("ExpiredTokenException", 400, 4, "refused the credentials"),
         ("InvalidIdentityToken", 400, 2, "refused the credentials"),
         ("AllAccessDisabled", 403, 2, r"refused the credentials \(AllAccessDisabled: too many\)"),
@@ -206,12 +208,23 @@ def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store,
         ("PermanentRedirect", 301, 2, "in another region; set AWS_DEFAULT_REGION"),
         ("301", 301, 2, "in another region"),
         ("AuthorizationHeaderMalformed", 400, 2, "in another region"),
+        ("IllegalLocationConstraintException", 400, 2, "in another region"),
+        ("InvalidRegionName", 400, 2, "set AWS_DEFAULT_REGION to a region of that server"),
+        ("InvalidBucketName", 400, 2, "answered InvalidBucketName: too many; check --store"),
+        ("InvalidArgument", 400, 2, "answered InvalidArgument: too many; correct that: check --store, the"),
+        ("KMS.DisabledException", 400, 2, "correct that"),
+        ("405", 405, 2, "correct that"),
+        ("XMinioAdminBucketQuotaExceeded", 400, 4, "free space there"),
+        ("BadDigest", 400, 4, "answered BadDigest: too many; run again to continue"),
+        ("OperationAborted", 409, 4, "run again to continue"),
+        ("502", 502, 4, "answered 502: too many; check AWS_ENDPOINT_URL and the network, then run again"),
         ("SlowDown", 503, 4, r"http://\*\*\*@host answered SlowDown: too many; run again to continue"),
     ],
 )
 def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, status, exit_code, words):
     error = aws.ClientError(
-        {"Error": {"Code": code, "Message": "too many"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "X"
+        {"Error": {"Code": code, "Message": "too many"}, "ResponseMetadata": {"HTTPStatusCode": status}},
+        "HeadObject",
     )
     with (
         pytest.raises(StoreError, match=f"^s3://b/k: .*{words}") as raised,
@@ -232,6 +245,7 @@ def test_an_answer_that_is_an_error_is_one_line_that_says_what_to_do(code, statu
         ("TooManyRequestsException", 400, True),
         ("PriorRequestNotComplete", 400, True),
         ("BandwidthLimitExceeded", 400, True),
+        ("KMS.ThrottlingException", 400, True),
         ("IDPCommunicationError", 400, True),
         ("ServiceUnavailable", 200, True),
         ("520", 520, True),
@@ -272,6 +286,76 @@ def test_a_missing_object_is_a_missing_file(code):
         raise aws.ClientError({"Error": {"Code": code}}, "X")
 
 
+@dataclass
+class Body:
+    content: bytes = b""
+
+    def stream(self, **_: object) -> Iterator[bytes]:
+        return iter([self.content])
+
+
+NO_S3 = (
+    "; that is no answer of S3: check the scheme of AWS_ENDPOINT_URL, and that its port is the one of the S3"
+)
+PAGE = b"<html><body><center>nginx</center><hr></body></html>"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (404, PAGE, f"answered 404: Not Found{NO_S3}"),
+        (404, b'{"detail": "Not Found"}', f"answered 404: Not Found{NO_S3}"),
+        (404, b"<html><body>nothing here</body></html>", f"answered 404{NO_S3}"),
+        (
+            404,
+            b"<Error><Code>NoSuchKey</Code></Error>",
+            "answered NoSuchKey; remove the bucket from AWS_ENDPOINT_URL",
+        ),
+        (400, b"Client sent an HTTP request to an HTTPS server.", f"answered 400: Bad Request{NO_S3}"),
+        (403, PAGE, f"answered 403: Forbidden{NO_S3}"),
+        (407, b"", f"answered 407: Proxy Authentication Required{NO_S3}"),
+        (308, b"", f"answered 308: Permanent Redirect{NO_S3}"),
+        (302, b"", "redirects elsewhere; set AWS_ENDPOINT_URL to the final address"),
+        (200, b"<html><body>log in</body></html>", f"answered 200{NO_S3}"),
+        (200, b"", f"answered 200{NO_S3}"),
+    ],
+)
+def test_what_answers_in_place_of_an_s3_server_is_a_wrong_address_and_no_wrong_key(
+    store, status, body, words
+):
+    client = s3._client(store.endpoint, store.region, 2, s3.READ_TIMEOUT_S)
+    client.meta.events.register(
+        "before-send.s3", lambda request, **_: AWSResponse(request.url, status, {}, Body(body))
+    )
+    with pytest.raises(StoreSettingsError) as raised:
+        store.check()
+    assert str(raised.value).startswith(f"s3://bucket/run: http://127.0.0.1:9 {words}")
+
+
+PAGE_OF_A_PROXY = {"Error": {"Code": "404"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+BAD_GATEWAY = {"Error": {"Code": "502"}, "ResponseMetadata": {"HTTPStatusCode": 502}}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        aws.EndpointConnectionError(endpoint_url="http://host"),
+        aws.ClientError(PAGE_OF_A_PROXY, "ListObjectsV2"),
+        aws.ClientError(BAD_GATEWAY, "HeadObject"),
+        RecursionError(),
+    ],
+)
+@pytest.mark.parametrize(("proxy", "is_named"), [("http://proxy:3128", True), ("", False)])
+def test_a_proxy_that_may_have_answered_is_named(monkeypatch, error, proxy, is_named):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(StoreError) as raised, translated_errors("s3://b/k", "http://u:p@host:9000"):
+        raise error
+    told = "; if the proxy of the environment does not reach it, add host to NO_PROXY"
+    assert str(raised.value).endswith(told) is is_named
+
+
 PRIVATE = "https://bucket.vpce-1.s3.eu-west-1.vpce.amazonaws.com"  # which the workers must be told, too
 
 
@@ -306,11 +390,7 @@ def test_a_write_over_https_is_a_plain_one_at_a_server_that_is_not_aws(aws, endp
 
     def answer(request: AWSPreparedRequest, **_: object) -> AWSResponse:
         assert ("aws-chunked" in str(request.headers.get("Content-Encoding"))) == trailing
-        return AWSResponse(request.url, 200, {"ETag": NEW}, Raw())
-
-    class Raw:
-        def stream(self, **_: object) -> Iterator[bytes]:
-            return iter([b""])
+        return AWSResponse(request.url, 200, {"ETag": NEW}, Body())
 
     aws.delenv("AWS_ENDPOINT_URL", raising=False)
     store = s3.S3Store("bucket", "run/", endpoint, "eu-west-1")

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import NoAnswerError, StoreError
 from services.storage import open_store, s3, s3_errors
 from tests.ports import free_port
 
@@ -99,10 +99,11 @@ def test_a_server_that_is_away_is_warned_of_and_its_return_is_told(hasty, caplog
 
 
 def _answer_404(server: socket.socket) -> None:
+    body = b"<Error><Code>NoSuchKey</Code></Error>"
     connection, _ = server.accept()
     with connection:
         connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
 
 def test_a_glitch_that_the_next_attempt_mends_is_no_outage(hasty, caplog):
@@ -119,28 +120,47 @@ def test_a_glitch_that_the_next_attempt_mends_is_no_outage(hasty, caplog):
     assert not caplog.messages
 
 
-class FailsOnce(BaseHTTPRequestHandler):
-    """Answers the first request with an error that has the header of a checksum, and then with the object."""
+class FailsAtFirst(BaseHTTPRequestHandler):
+    """Answers the first requests with an error that has the header of a checksum, and then with the object."""
 
-    asked = 0
+    asked, failures, status = 0, 1, 500
 
     def do_GET(self) -> None:
-        FailsOnce.asked += 1
-        self.send_response(500 if FailsOnce.asked == 1 else 200)
+        cls = type(self)
+        cls.asked += 1
+        fails = cls.asked <= cls.failures
+        self.send_response(cls.status if fails else 200)
         self.send_header("x-amz-checksum-crc32", "AAAAAA==")
         self.send_header("ETag", '"1"')
         self.send_header("Content-Length", "5")
         self.end_headers()
-        self.wfile.write(b"error" if FailsOnce.asked == 1 else b"bytes")
+        self.wfile.write(b"error" if fails else b"bytes")
 
     def log_message(self, *_: object) -> None:
         """Nothing: the requests are expected."""
 
 
-def test_an_error_of_the_server_that_has_a_checksum_is_tried_again(hasty: pytest.MonkeyPatch) -> None:
-    with HTTPServer(("127.0.0.1", 0), FailsOnce) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        store = s3.S3Store("bucket", "run/", f"http://127.0.0.1:{server.server_port}", "us-east-1")
-        assert store.read("key") == b"bytes"
+@pytest.fixture
+def failing(hasty: pytest.MonkeyPatch) -> Iterator[s3.S3Store]:
+    hasty.setattr(FailsAtFirst, "asked", 0)
+    with HTTPServer(("127.0.0.1", 0), FailsAtFirst) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield s3.S3Store("bucket", "run/", f"http://127.0.0.1:{server.server_port}", "us-east-1")
         server.shutdown()
-    assert FailsOnce.asked == 2
+
+
+@pytest.mark.parametrize("status", sorted(s3_errors.PASSING_STATUS))
+def test_an_error_of_a_server_that_is_busy_is_tried_again(failing, hasty, status):
+    hasty.setattr(FailsAtFirst, "status", status)
+    assert failing.read("key") == b"bytes"
+    assert FailsAtFirst.asked == 2
+
+
+@pytest.mark.parametrize("status", [503, 520])
+def test_a_server_that_stays_busy_is_given_up_after_the_attempts_of_the_store(failing, hasty, status):
+    hasty.setattr(FailsAtFirst, "status", status)
+    hasty.setattr(FailsAtFirst, "failures", 9)
+    failing.attempts = 3
+    with pytest.raises(NoAnswerError, match=f"answered {status}"):
+        failing.read("key")
+    assert FailsAtFirst.asked == 3
