@@ -28,12 +28,13 @@ from ray.exceptions import (
 )
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from cluster.connection import as_defuse_error, explained_line
+from cluster.connection import MORE_MEMORY, as_defuse_error, explained_line
 from cluster.progress import ProgressListener, count, reporting
 from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.data import Images
+from defuse_core.device import is_out_of_memory
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.local import Profile
@@ -108,7 +109,8 @@ def shard_errors(shard: str) -> Iterator[None]:
     except DefuseError as error:
         raise type(error)(f"identify: {shard} failed: {error}") from error
     except Exception as error:
-        raise ComputeError(f"identify: {shard} failed: {type(error).__name__}: {error}") from error
+        remedy = f"; {MORE_MEMORY}" if is_out_of_memory(error) else ""
+        raise ComputeError(f"identify: {shard} failed: {type(error).__name__}: {error}{remedy}") from error
 
 
 def shard_name(spec: RunFile, images: int, index: int) -> str:

@@ -44,6 +44,14 @@ log = logging.getLogger("defuse")
 T = TypeVar("T")
 # Of progress, one per training step, after which a trace ends: a longer one opens in no viewer.
 MAX_REPORTS = 30
+# Of each step, what takes less memory with a smaller value.
+BATCH_FIELDS = {
+    "train": "classifier.batch_size or vae.batch_size",
+    "identify": "identify.batch_size",
+    "review": "review.reference.batch_size",
+    "correct": "correct.batch_size or stack",
+    "report": "judges.batch_size or correct.batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,25 @@ class LocalPartitions:
         return [function(part, *args) for part in self.parts]
 
 
+@contextmanager
+def _machine_errors(step: str, where: str) -> Iterator[None]:
+    """Raise ComputeError, with what to do, where the block finds no memory or its GPU fails; `where` begins it."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            smaller = f", or lower {BATCH_FIELDS[step]} under {ANOTHER_NAME}" if step in BATCH_FIELDS else ""
+            raise ComputeError(
+                f"{where}: out of memory ({one_line(error)}); free memory and run again to continue (on the CPU with "
+                f"resources.gpus_per_worker=0){smaller}"
+            ) from error
+        if is_device_failure(error):
+            raise ComputeError(
+                f"{where}: {one_line(error)}; run again in a new process (restart a notebook's kernel) to continue"
+            ) from error
+        raise
+
+
 def local_device(gpus_per_worker: object) -> AbstractContextManager[None]:
     """Compute the block on the CPU where a run has no GPUs (0), else on this process's device."""
     return computing_on(torch.device("cpu")) if gpus_per_worker == 0 else nullcontext()
@@ -163,7 +190,8 @@ class LocalCompute:
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         shared, results = ProgressSum(self.progress), []
         for number, call in numbered(calls):
-            with self.profile.task(step, call.function, shared.of(number), number) as progress:
+            task = self.profile.task(step, call.function, shared.of(number), number)
+            with _machine_errors(step, step), task as progress:
                 results.append(call.function(*call.args, progress=progress))
         return results
 
@@ -176,6 +204,7 @@ class LocalCompute:
     ) -> LocalPartitions:
         return LocalPartitions([load(*each) for each in arguments])
 
+    @_machine_errors("identify", "identify")
     def identify(
         self, spec: RunFile, models: Models, store: Store, references: ReferenceSet | None = None
     ) -> Psi:
@@ -190,6 +219,7 @@ class LocalCompute:
             self.progress("perturbing training images", index + 1, count, "shards")
         return gather_shards(records)
 
+    @_machine_errors("correct", "correct")
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
         return [self._sweep(models, request) for request in requests]
 
@@ -219,21 +249,13 @@ class LocalCompute:
         made = dict[float, Trial | DefuseError]()
         trials = run_stack(tuning, lams, store)
         try:
-            for lam, outcome in self.profile.first("correct", f"lambda-{names_of(lams)}", trials):
-                if isinstance(outcome, ModelError):
-                    made[lam] = outcome
-                elif outcome.done:
-                    made[lam] = without_weights(outcome)
+            with _machine_errors("correct", f"correct: λ = {names_of(lams)}"):
+                for lam, outcome in self.profile.first("correct", f"lambda-{names_of(lams)}", trials):
+                    if isinstance(outcome, ModelError):
+                        made[lam] = outcome
+                    elif outcome.done:
+                        made[lam] = without_weights(outcome)
         except Exception as error:
-            if is_out_of_memory(error):
-                raise ComputeError(
-                    f"correct: λ = {names_of(lams)}: out of memory ({one_line(error)}); free memory and run again to "
-                    f"continue, or lower correct.batch_size or stack under {ANOTHER_NAME}"
-                ) from error
-            if is_device_failure(error):
-                raise ComputeError(
-                    f"correct: λ = {names_of(lams)}: {one_line(error)}; run again to continue"
-                ) from error
             if not is_trial_failure(error):
                 raise
             cause = (

@@ -39,7 +39,7 @@ from defuse_core.models.inference import (
     set_weights,
     weights_of,
 )
-from defuse_core.models.layout import to_device, to_tensor
+from defuse_core.models.layout import to_device, to_tensor, use_default_layout_if_needed
 from defuse_core.models.probe import is_same_program, log_classifier, probe_classifier
 from defuse_core.models.programs import (
     SelfContainedClassifier,

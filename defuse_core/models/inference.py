@@ -132,9 +132,10 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
             raise ModelError(
                 f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
             )
-        learned = name in parameters or name.endswith(("running_mean", "running_var"))
-        built = tensor.float().cpu().numpy()
-        if not (np.isfinite(weights[name]).all() if learned else is_as_finite(weights[name], built)):
+        array, learned = weights[name], name in parameters or name.endswith(("running_mean", "running_var"))
+        if array.dtype.kind in "biu":  # whole numbers, such as the bytes of a program, are finite
+            continue
+        if not (np.isfinite(array).all() if learned else is_as_finite(array, tensor.cpu().float().numpy())):
             raise ModelError(f"{where}: {name}: expected finite numbers, found NaN or infinity")
     extra = sorted(weights.keys() - expected.keys())
     if extra:

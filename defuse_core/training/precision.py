@@ -116,7 +116,7 @@ def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithme
     return found
 
 
-STEP_IMAGES = 32  # of a measured step
+STEP_IMAGES = 32  # of a measured step on a CPU
 MIN_STEPS, MAX_STEPS = 2, 10  # measured in each format, of which the fastest counts
 FORMATS: tuple[Arithmetic, ...] = ("f32", "bf16")
 ENOUGH_S = 0.3  # of measuring one kind
@@ -138,11 +138,11 @@ def resolve_precision(run: Run, compute: Compute) -> None:
 
 def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision:
     """Return whether f32 or bf16 is faster for each kind of computation of the run, on this device."""
-    classes = len(open_splits(spec.data, spec.seed).classes)  # first: an error of the images is said at once
+    splits = open_splits(spec.data, spec.seed)  # first: an error of the images is said at once
     progress("measuring where bf16 is faster", 0, 1, "kinds")
     with cpu_threads(spec.resources.train_threads), forked_random():
         torch.manual_seed(torch_seed(spec.seed, "precision"))
-        steps = _steps(spec, classes)
+        steps = _steps(spec, len(splits.classes), len(splits.train))
         seconds = {kind: _seconds(step) for kind, step in steps.items()}
     chosen = {kind: "bf16" if f32 > MIN_GAIN * bf16 else "f32" for kind, (f32, bf16) in seconds.items()}
     ratios = ", ".join(f"{kind} {_ratio(*pair)}" for kind, pair in seconds.items())
@@ -154,16 +154,16 @@ def _ratio(f32: float, bf16: float) -> str:
     return "bf16 not possible" if math.isinf(bf16) else f"{f32 / bf16:.2f}"
 
 
-def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None]]:
-    """Return a step of each kind of computation, which takes the number format."""
-    shape = (STEP_IMAGES, spec.data.channels, spec.data.image_size, spec.data.image_size)
-    images = to_tensor(torch.rand(shape).numpy())
-    labels = torch.randint(0, classes, (STEP_IMAGES,), device=device())
+def _steps(spec: RunFile, classes: int, count: int) -> dict[str, Callable[[Arithmetic], None]]:
+    """Return a step of each kind of computation, which takes the number format; `count` is that of training images."""
     plain = spec.with_fields("classifier", imagenet=False)
     classifier, vae = to_device(build_classifier(plain, classes), spec.data), build_vae(spec)
     to_device(vae, spec.data)
 
-    def training(model: nn.Module) -> Callable[[Arithmetic], None]:
+    def training(model: nn.Module, batch_size: int) -> Callable[[Arithmetic], None]:
+        images = _step_images(spec, min(batch_size, count))
+        labels = torch.randint(0, classes, (len(images),), device=images.device)
+
         def step(arithmetic: Arithmetic) -> None:
             with autocast(arithmetic):
                 logits = model(images)
@@ -171,24 +171,43 @@ def _steps(spec: RunFile, classes: int) -> dict[str, Callable[[Arithmetic], None
 
         return step
 
+    encoded = _step_images(spec, min(spec.vae.batch_size, count))
+
     def vae_step(arithmetic: Arithmetic) -> None:
         with autocast(arithmetic):
-            mu, log_variance = vae.encode(images)
+            mu, log_variance = vae.encode(encoded)
             logits = vae.decode_logits(mu)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), images)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), encoded)
         _backward(vae, loss + kl_to_prior(mu.float(), log_variance.float()).mean())
+
+    codes = torch.zeros(_step_size(spec.identify.batch_size), spec.vae.latent_dim, device=encoded.device)
 
     def answers(arithmetic: Arithmetic) -> None:
         with torch.no_grad(), autocast(arithmetic):
-            codes = torch.zeros(STEP_IMAGES, spec.vae.latent_dim, device=device())
             classifier(vae.decode(codes)).argmax(dim=1).cpu()
 
-    steps = {"classifier": training(classifier), "vae": vae_step, "answers": answers}
+    steps = {
+        "classifier": training(classifier, spec.classifier.batch_size),
+        "vae": vae_step,
+        "answers": answers,
+    }
     sets = {"reference": spec.review.reference, "judges": spec.judges}
     for kind, section in sets.items():
         if section.count and section.epochs:
-            steps[kind] = training(to_device(build_reference(spec, section, classes), spec.data))
+            model = to_device(build_reference(spec, section, classes), spec.data)
+            steps[kind] = training(model, section.batch_size)
     return steps
+
+
+def _step_images(spec: RunFile, batch_size: int) -> Tensor:
+    """Return images of noise for a step of `batch_size`."""
+    side = spec.data.image_size
+    return to_tensor(torch.rand((_step_size(batch_size), spec.data.channels, side, side)).numpy())
+
+
+def _step_size(batch_size: int) -> int:
+    """Return how many images a measured step has: on a GPU the run's, as few take only the time to launch kernels."""
+    return STEP_IMAGES if device().type == "cpu" else batch_size
 
 
 def _backward(model: nn.Module, loss: Tensor) -> None:

@@ -24,6 +24,8 @@ from defuse_core.models import (
     kl_to_prior,
     load_pretrained,
     to_device,
+    to_tensor,
+    use_default_layout_if_needed,
 )
 from defuse_core.protocols import Progress
 from defuse_core.seeds import generator, torch_seed
@@ -50,22 +52,24 @@ log = logging.getLogger("defuse")
 
 
 def initial_vae(spec: RunFile, train: Images) -> Vae:
-    """Return the β-VAE before its training: initialised from the seed, with vae.weights, or custom."""
+    """Return the β-VAE before its training, on this process's device: from the seed, with vae.weights, or custom."""
     torch.manual_seed(torch_seed(spec.seed, "vae"))
     vae = build_vae(spec)
     load_pretrained(vae, spec.vae.weights, spec.vae.epochs > 0)
     expect_full_precision(vae, "the β-VAE", trained=spec.vae.epochs > 0)
-    expect_autoencoder(vae.eval(), torch.from_numpy(train.batch(slice(0, 2))), spec.vae.latent_dim)
+    to_device(vae)  # before its first call, of which it may keep something
+    images = to_tensor(train.batch(slice(0, 2)))
+    use_default_layout_if_needed(vae, images)
+    expect_autoencoder(vae.eval(), images, spec.vae.latent_dim)
     return vae.train()
 
 
 def train_vae(
     spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
 ) -> list[VaeEpoch]:
-    """Train the β-VAE; return one row per epoch (reconstruction and KL in nats per image)."""
+    """Train the β-VAE of `initial_vae`; return one row per epoch (reconstruction and KL in nats per image)."""
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None
-    to_device(vae, spec.data)
     trained = vae if head is None else nn.ModuleDict({"vae": vae, "head": to_device(head)})
     optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())

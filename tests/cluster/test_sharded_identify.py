@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.compute import RayCompute
-from cluster.identify import IdentifyContext, ShardQueue, ShardWorker
+from cluster.identify import IdentifyContext, ShardQueue, ShardWorker, shard_errors
 from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
@@ -236,6 +237,16 @@ def test_a_shard_that_fails_once_is_made_again(
     assert_same_psi(len(psi.codes), store, local_store)
     (told,) = [line for line in lines.lines if "repeating shard 3" in line]
     assert told.endswith("shard 3 of 10 (training images 96 to 127) failed: RuntimeError: CUDA out of memory")
+
+
+def test_a_shard_that_runs_out_of_memory_says_what_to_do() -> None:
+    with (
+        pytest.raises(
+            ComputeError, match="shard 3 failed: OutOfMemoryError: CUDA .* fewer tasks run on a node"
+        ),
+        shard_errors("shard 3"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def test_a_shard_that_fails_twice_stops_the_run_and_is_named(

@@ -6,9 +6,11 @@ import io
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.backends import cudnn
 from torch.backends.cuda import matmul
 
 from defuse_core.device import F32_FLAGS, computing_on, cpu_threads, device, device_name, torch_defaults
+from defuse_core.errors import ComputeError
 from defuse_core.local import LocalCompute, local_compute
 from defuse_core.models.programs import load_program
 from defuse_core.protocols import Progress
@@ -153,6 +156,42 @@ def test_a_run_without_gpus_computes_on_the_cpu_in_this_process_too(monkeypatch:
             found[gpus] = compute.task("train", where_computed)
     assert found[0][0] == "cpu" and found[0][1].startswith("cpu (")
     assert found[0.5] == found["auto"] == ("cuda", "a GPU")
+
+
+def fail_for_memory(*_given: object, **_named: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def fail_on_the_gpu(*_given: object, **_named: object) -> None:
+    raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+
+CONTINUE = r"free memory and run again to continue \(on the CPU with resources\.gpus_per_worker=0\)"
+
+
+@pytest.mark.parametrize(
+    ("step", "fail", "told"),
+    [
+        ("train", fail_for_memory, rf"{CONTINUE}, or lower classifier\.batch_size or vae\.batch_size under"),
+        ("identify", fail_for_memory, rf"{CONTINUE}, or lower identify\.batch_size under"),
+        ("draw", fail_for_memory, rf"{CONTINUE}$"),
+        (
+            "train",
+            fail_on_the_gpu,
+            r"run again in a new process \(restart a notebook's kernel\) to continue$",
+        ),
+    ],
+)
+def test_a_step_that_lacks_memory_or_whose_gpu_fails_says_what_to_do(
+    step: str, fail: Callable[..., None], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("defuse_core.local.Identifier", fail)
+    compute: Any = LocalCompute()
+    with pytest.raises(ComputeError, match=rf"^{step}: .*CUDA .*; {told}"):
+        if step == "identify":
+            compute.identify(tiny(), SimpleNamespace(images={"train": 32}), None)
+        else:
+            compute.task(step, fail)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")

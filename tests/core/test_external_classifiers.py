@@ -269,6 +269,16 @@ def test_the_weights_of_a_network_are_its_own_whatever_wrapped_it_in_training(bu
     torch.testing.assert_close(dict(again.state_dict()), dict(own), rtol=0, atol=0)
 
 
+def test_neither_weights_nor_the_bytes_of_a_program_are_copied_to_be_checked(monkeypatch):
+    net, copied = nn.Linear(2, 2), []
+    net.register_buffer("source", torch.zeros(8, dtype=torch.uint8))
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda tensor: copied.append(tensor) or tensor.to(torch.float32)
+    )
+    set_weights(net, weights_of(net), "net.pt")
+    assert copied == []
+
+
 def test_a_mask_of_infinities_is_no_broken_weight():
     class Masking(nn.Linear):
         def __init__(self) -> None:

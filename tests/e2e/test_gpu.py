@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from torch import Tensor, nn
 
 from defuse_core.config.loading import dump_run_file
 from tests.conftest import TINY, recommended
@@ -43,14 +45,47 @@ def run_and_serve(name: str, store: str, run_file: str) -> None:
     print(len(candidate.scenario), "scenarios on", next(served.classifier.parameters()).device)
 
 
+class KeepingVae(nn.Module):
+    """A β-VAE of a user's own, which keeps a tensor of its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(256, 8), nn.Linear(4, 256)
+        self.grid: Tensor | None = None
+
+    def encode(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, 256, device=images.device)
+        return self.down(images.flatten(1) + self.grid).chunk(2, dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return torch.sigmoid(self.up(codes)).view(-1, 1, 16, 16)
+
+
+def train_own_vae(folder: str) -> None:
+    from pathlib import Path
+
+    from defuse_core.protocols import silent
+    from defuse_core.store import FolderStore
+    from defuse_core.train import train_part
+    from tests.conftest import tiny
+
+    own = {"architecture": "custom", "import_path": "tests.e2e.test_gpu:KeepingVae"}
+    train_part(
+        tiny(vae={**own, "epochs": 1, "batch_size": 100}), FolderStore(Path(folder)), "vae", progress=silent
+    )
+
+
 ON_GPU = f"""
 import sys
 from tests.e2e.forked_commands import no_figures
 from tests.pretended_gpu import pretended_gpu
 {inspect.getsource(run_and_serve)}
+{inspect.getsource(train_own_vae)}
 with pretended_gpu():
     no_figures()
     run_and_serve(*sys.argv[1:])
+    train_own_vae(sys.argv[2] + "/own")
 """
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from defuse_core.errors import DataError
 from defuse_core.protocols import silent
 from defuse_core.training import precision
-from tests.conftest import tiny
+from tests.conftest import TINY, tiny
 
 
 class Timed:
@@ -34,7 +35,7 @@ class Timed:
 def measured_with(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[str, tuple[float, float]]
 ) -> precision.MeasuredPrecision:
-    monkeypatch.setattr(precision, "_steps", lambda spec, classes: {kind: kind for kind in seconds})
+    monkeypatch.setattr(precision, "_steps", lambda spec, classes, count: {kind: kind for kind in seconds})
     monkeypatch.setattr(precision, "_seconds", seconds.__getitem__)
     return precision.measure_precision(tiny(), progress=silent)
 
@@ -91,12 +92,39 @@ def test_an_error_in_f32_is_no_measurement(monkeypatch):
         precision._seconds(Timed(monkeypatch, f32=[1.0, None], bf16=itertools.repeat(1.0)))
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", {"classifier": 32, "vae": 32, "answers": 32, "reference": 32, "judges": 32}),
+        ("cuda", {"classifier": 48, "vae": 300, "answers": 70, "reference": 36, "judges": 40}),
+    ],
+)
+def test_a_measured_step_has_32_images_on_a_cpu_and_a_batch_of_the_run_on_a_gpu(
+    device, expected, monkeypatch
+):
+    monkeypatch.setattr(precision, "device", lambda: torch.device(device))
+    spec = tiny(
+        classifier={"batch_size": 48},
+        vae={"batch_size": 2048},
+        identify={"batch_size": 70},
+        review={"reference": {**TINY["review"]["reference"], "batch_size": 36}},
+        judges={"count": 1, "batch_size": 40},
+    )
+    steps, seen, found = precision._steps(spec, 10, 300), set[int](), {}
+    with nn.modules.module.register_module_forward_pre_hook(lambda _, inputs: seen.add(len(inputs[0]))):
+        for kind, step in steps.items():
+            seen.clear()
+            step("f32")
+            (found[kind],) = seen
+    assert found == expected
+
+
 def test_models_that_are_not_trained_are_not_measured():
     path = "tests.core.training.test_reference_models:Dark"
     one = {"count": 1, "architecture": "custom", "import_path": path, "epochs": 0}
     kinds = {"classifier", "vae", "answers"}
-    assert precision._steps(tiny(review={"reference": one}), 10).keys() == kinds
-    assert precision._steps(tiny(judges=one), 10).keys() == kinds | {"reference"}
+    assert precision._steps(tiny(review={"reference": one}), 10, 64).keys() == kinds
+    assert precision._steps(tiny(judges=one), 10, 64).keys() == kinds | {"reference"}
 
 
 def test_a_run_file_that_names_a_precision_is_not_measured(monkeypatch):

@@ -218,7 +218,7 @@ def test_where_bf16_is_not_possible_f32_is_timed_all_the_same(caplog, monkeypatc
 
     f32, bf16 = precision._seconds(step)
     assert np.isfinite(f32) and np.isinf(bf16)
-    monkeypatch.setattr(precision, "_steps", lambda spec, classes: {"vae": step})
+    monkeypatch.setattr(precision, "_steps", lambda spec, classes, count: {"vae": step})
     with caplog.at_level("INFO", "defuse"):
         assert precision.measure_precision(tiny(), progress=silent).chosen == {"vae": "f32"}
     assert "vae bf16 not possible" in caplog.text
