@@ -110,7 +110,7 @@ def test_on_a_gpu_no_tensor_is_left_behind_and_the_cpu_finds_the_same(
     # Each step on the pretended GPU is slow. Models trained so briefly still have scenarios, some of them in doubt.
     spec = recommended(
         classifier={"epochs": 8, "batch_size": 32},
-        vae={"decode": "anchored", "epochs": 10, "batch_size": 32, "accept": "blind"},
+        vae={"decode": "anchored", "epochs": 5, "batch_size": 32, "accept": "blind"},
         identify={"scale": 3.0},
         review={"reference": {**TINY["review"]["reference"], "count": 2, "epochs": 6}},
         correct={"stack": 2},
