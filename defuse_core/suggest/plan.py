@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import count_of, percent
+from defuse_core.errors import count_of
 from defuse_core.models import (
     ReferenceCnn,
     build_vae,
@@ -27,11 +27,12 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.models.adapters import with_stated_range
-from defuse_core.models.probe import CLEARLY_BETTER, LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
+from defuse_core.models.probe import LIKE_SIGMOID, ClassifierProbe
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts, plan_reading
+from defuse_core.suggest.probed import probe_warnings, set_probed
 
 TRIAL_S = 1.0  # each speed is measured for so long
 TRIAL_BATCH = 64
@@ -101,23 +102,24 @@ def plan_run(
     """
     own, stated = with_stated_range(own)
     sized = fit_image_size(facts, own, image_size, progress)
-    progress("measuring speeds", 0, 5, "speeds")
     classifier, tree = sized.module, sized.tree
     if train_images is not None:
         tree["data"]["train_images"] = train_images
     spec = parse_run_file(tree, "the suggested run file")
     splits = open_splits(spec.data, spec.seed)
-    sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
+    sample = splits.train.take(slice(0, None, max(1, len(splits.train) // TRIAL_BATCH))).loaded()
     with cpu_threads(THREADS):
         probe, noted = None, [*stated, *sized.notes]
         if own is not None:
+            progress("trying the classifier on training images", 0, 1, "classifiers")
             found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             if own.get("weights"):
                 probe = found
-                noted += _set_probed(tree["classifier"], probe)
+                noted += set_probed(tree["classifier"], probe)
             elif found.like_sigmoid:  # all else of it is random, and the run trains it
                 noted.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
+        progress("measuring speeds", 0, 5, "speeds")
         speeds = _measured(spec, classifier, sample, channels, progress)
     readers, read = plan_reading(splits.train, max(speeds.vae, speeds.classifier, speeds.reference))
     speeds = speeds.up_to(read)
@@ -133,74 +135,8 @@ def plan_run(
     if readers:
         tree["resources"] = {"readers": readers}
     parse_run_file(tree, "the suggested run file")
-    return Plan(
-        tree, needed, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe))
-    )
-
-
-def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
-    """Write into section `classifier` what the classifier plainly needs and the section does not say.
-
-    Returns notes of what was written, and of what is better by little, since that may be due to the fault that is
-    sought.
-    """
-    notes = []
-    if "input_range" not in section:
-        notes += _set_range(section, probe, "0..1")
-    if "class_order" not in section and probe.class_order is not None:
-        notes.append(_set_order(section, probe, list(probe.class_order)))
-    return notes
-
-
-def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> list[str]:
-    best = probe.best_range(given)
-    if best == given:
-        return []
-    right = (
-        f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
-        f"on {percent(probe.by_range[given])} with {given}"
-    )
-    if probe.needed_range == given and probe.by_range[best] <= probe.by_range[given] + CLEARLY_BETTER:
-        return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
-    section["input_range"] = best
-    order = "" if probe.class_order is None else ", before the classes are reordered"
-    return [
-        f"classifier.input_range is set to {best}: {right}{order}; remove it if it was trained on {given}"
-    ]
-
-
-def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
-    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
-    wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
-    if not (wrong and probe.order_is_certain and probe.as_bgr is None):
-        some = "" if probe.order_is_certain else ", perhaps not for every class"
-        return (
-            f"the classifier seems to number the classes differently ({right}); set classifier.class_order: {order} "
-            f"if it does{some}"
-        )
-    section["class_order"] = order
-    return (
-        f"classifier.class_order is set, since the classifier seems to number the classes differently ({right}); "
-        "remove it if it does not"
-    )
-
-
-def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
-    if probe is None:
-        return []
-    lines = [f"the classifier: {LIKE_SIGMOID}"] if probe.like_sigmoid else []
-    lines += [f"the classifier is {line}" for line in probe.bgr_lines()]
-    if probe.answers == 1 and probe.constant < 1:
-        lines.append(
-            f"the classifier gives all of {probe.images} training images one answer; check its weights and what it "
-            "expects"
-        )
-    elif probe.best_accuracy < MOSTLY:
-        lines.append(
-            f"the classifier is right on only {percent(probe.best_accuracy, 0)} of {probe.images} training images, "
-            "in every input range and order of the classes; check its weights and what it expects"
-        )
-    return lines
+    notes = (*facts.warnings, *noted, *warnings, *probe_warnings(probe))
+    return Plan(tree, needed, facts, speeds, probe, notes)
 
 
 def _measured(
