@@ -46,7 +46,7 @@ def _header(plan: Plan) -> list[str]:
     ]
     if "resources" in plan.tree:
         lines.append(
-            "The images do not fit into memory: trainings take no more than resources.readers read of their files."
+            "Not all images fit into memory: trainings and scores take no more of these than resources.readers read."
         )
     if plan.probe is not None:
         lines.append(f"Classifier: right on {describe_accuracy(plan)}.")

@@ -46,6 +46,7 @@ FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
+SCORINGS = 18  # of validation and test images by any classifier, beside one after each fine-tuning
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
@@ -68,9 +69,10 @@ class Speeds:
     decode: float  # decoding a code and classifying the decoding
     classifier: float  # training the classifier
     reference: float  # training one reference model
+    read: float = math.inf  # reading image files that stay on disk
 
     def up_to(self, read: float) -> Speeds:
-        """Return the speeds where so many images per second are read; a decoding needs few of them."""
+        """Return the speeds where so many training images per second are read; a decoding needs few of them."""
         vae, classifier, reference = (min(read, own) for own in (self.vae, self.classifier, self.reference))
         return replace(self, vae=vae, classifier=classifier, reference=reference)
 
@@ -121,8 +123,9 @@ def plan_run(
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
         progress("measuring speeds", 0, 5, "speeds")
         speeds = _measured(spec, classifier, sample, channels, progress)
-    readers, read = plan_reading(splits.train, max(speeds.vae, speeds.classifier, speeds.reference))
-    speeds = speeds.up_to(read)
+    largest = max(splits.parts().values(), key=lambda images: images.stays_on_disk * len(images))
+    readers, read = plan_reading(largest, max(speeds.vae, speeds.classifier, speeds.reference))
+    speeds = replace(speeds.up_to(read) if splits.train.stays_on_disk else speeds, read=read)
     if own is not None and own.get("weights") and "validation" not in facts.counts:
         noted.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
@@ -235,12 +238,14 @@ def _set_sizes(
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
             "--weights to use it as it is"
         )
-    planned = _seconds_planned(tree, count, speeds) / (60 * RESERVE)
+    scored = _seconds_scored(tree, splits, speeds) / (60 * RESERVE)
+    planned = _seconds_planned(tree, count, speeds) / (60 * RESERVE) + scored
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
+        mostly = f", {scored:,.0f} of them for validation and test images" if scored > planned / 2 else ""
         warnings.append(
             f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
-            f"pixels takes about {planned:,.0f} minutes here; give {WITH_LESS}"
+            f"pixels takes about {planned:,.0f} minutes here{mostly}; give {WITH_LESS}"
         )
         return round(planned), warnings
     if epochs < FEW_EPOCHS:
@@ -255,8 +260,7 @@ def _set_sizes(
 def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
     reference, correct = tree["review"]["reference"], tree["correct"]
-    trainings = 2 * len(correct["lambdas"]) + len(CONTROL_NAMES)
-    visits = trainings * _visits(correct["epochs"]) * correct.get("train_images", count)
+    visits = _trainings(tree) * _visits(correct["epochs"]) * correct.get("train_images", count)
     perturbed, others = _perturbed_and_others(tree, count)
     return float(
         tree["classifier"]["epochs"] * count / speeds.classifier
@@ -265,6 +269,18 @@ def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
         + 8 * reference["epochs"] * _images_of_each_model(tree, others) / speeds.reference
         + visits / speeds.classifier
     )
+
+
+def _seconds_scored(tree: dict[str, Any], splits: Splits, speeds: Speeds) -> float:
+    """Return the seconds in which classifiers answer the validation and test images, over and over."""
+    from_disk, scored = min(speeds.decode, speeds.read), list(splits.parts().values())[1:]
+    once = sum(len(images) / (from_disk if images.stays_on_disk else speeds.decode) for images in scored)
+    return (_trainings(tree) + SCORINGS) * once
+
+
+def _trainings(tree: dict[str, Any]) -> int:
+    """Return how often the run fine-tunes: in two sweeps, and for the controls."""
+    return 2 * len(tree["correct"]["lambdas"]) + len(CONTROL_NAMES)
 
 
 def _perturbed_and_others(tree: dict[str, Any], count: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import yaml
 
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import read_picture, to_picture
+from defuse_core.suggest import inspect_data, plan_run
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
 from tests.e2e.test_cli import call
 from tests.own_classifiers import digits
@@ -43,6 +44,31 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     assert tree["correct"]["train_images"] == correct
     line = "the reference models and judges are trained on 15 images per class, too few"
     assert any(warning.startswith(line) for warning in warnings) == few
+
+
+def test_validation_images_that_stay_on_disk_are_read_by_processes_and_planned_for(tmp_path, monkeypatch):
+    """Beside training images that fit into memory."""
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.inspect.os.cpu_count", lambda: 2)
+
+    def read_slowly(path: str, channels: int, size: int) -> np.ndarray:
+        time.sleep(0.005)
+        return read_picture(path, channels, size)
+
+    images, part = digits(), "train"
+    for number, (pixels, label) in enumerate(zip(images.pixels[:200], images.labels[:200] % 2, strict=True)):
+        part = "train" if number < 50 else "validation"
+        (folder := tmp_path / part / str(label)).mkdir(parents=True, exist_ok=True)
+        to_picture(pixels).save(folder / f"{number}.png")
+    facts = inspect_data(tmp_path)
+    monkeypatch.setattr("defuse_core.data.images.read_picture", read_slowly)
+    in_memory = plan_run(facts, None, 0.1)
+    monkeypatch.setattr("defuse_core.data.images.MAX_LOADED", 100 * images.pixels[0].size)
+    on_disk = plan_run(facts, None, 0.1)
+    assert "resources" not in in_memory.tree and on_disk.tree["resources"] == {"readers": 1}
+    assert on_disk.tree["vae"] == in_memory.tree["vae"]  # the training images are not read from files
+    assert on_disk.minutes > in_memory.minutes
+    assert "of them for validation and test images; give" in " ".join(on_disk.warnings)
 
 
 @pytest.mark.parametrize(
