@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from defuse_core.config import RunFile, parse_run_file
+from defuse_core.config import DistillSection, ReviewSection, RunFile, VaeSection, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data.images import MAX_LOADED
 from defuse_core.device import cpu_threads, device
 from defuse_core.errors import count_of
 from defuse_core.models import (
@@ -53,6 +54,7 @@ SCALE = 2.0  # identify.scale
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
+MOST_CLASSES = 100  # with more of them, small networks that begin with random weights learn few
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
@@ -210,9 +212,7 @@ def _set_sizes(
     perturbed, others = _perturbed_and_others(tree, count)
     draws = _clamp(seconds * shares["identify"] * speeds.decode / perturbed, 2, 50)
     tree["identify"] |= {"draws": draws, "scale": SCALE}
-    tree["distill"] = {"order": "source-error"}
-    if len(splits.classes) > MANY_CLASSES:  # each has several cells (class, answer), which share all codes
-        tree["distill"]["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / len(splits.classes), 5)
+    tree["distill"] = _distill(tree, len(splits.classes))
     least = max(500, PER_CLASS * len(splits.classes))
     reference = _reference(others, seconds * shares["references"], speeds, least)
     tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
@@ -226,6 +226,13 @@ def _set_sizes(
             f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
             "answers; add images"
         )
+    if len(splits.classes) > MOST_CLASSES:
+        warnings.append(
+            f"the reference models and judges, small networks that begin with random weights, learn few of "
+            f"{len(splits.classes):,} classes; use pretrained ones: review.reference.architecture: custom, "
+            "import_path, count: 1 and epochs: 0, and the same of judges"
+        )
+    warnings += _notes_on_review(tree, splits)
     trained, enough = reference["epochs"], _enough_epochs(others)[1]
     if others < FEW_IMAGES and 2 * trained <= enough:
         warnings.append(
@@ -255,6 +262,47 @@ def _set_sizes(
     if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
         return max(1, round(planned)), warnings
     return minutes, warnings
+
+
+def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:
+    """Return section distill. Each class has several cells (class, answer), and all of many classes share the codes.
+
+    If enough draws fail, the lightest component has twice as many codes as these have dimensions; with decode: anchored
+    fewer where their photographs, about one for four codes, would not fit into memory.
+    """
+    section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
+    if classes > MANY_CLASSES:
+        section["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / classes, 5)
+        codes = math.ceil(2 * vae.latent_dim / section["min_weight"])
+        if vae.decode == "anchored":
+            codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))
+        if codes > (DistillSection().max_codes or codes):
+            section["max_codes"] = codes
+    return section
+
+
+def _notes_on_review(tree: dict[str, Any], splits: Splits) -> list[str]:
+    """Return how many scenarios of many classes there may be, and which classes have too few photographs for one."""
+    notes, review = list[str](), ReviewSection.model_validate(tree["review"])
+    if least_weight := tree["distill"].get("min_weight"):
+        notes.append(
+            f"up to {int(1 / least_weight):,} candidate scenarios may be found, each with {review.images} pictures to "
+            "review; raise distill.min_weight for fewer"
+        )
+    if tree["vae"].get("decode") != "anchored":
+        return notes
+    _, first = np.unique(splits.train.unit, return_index=True)
+    units = np.bincount(splits.train.labels[first], minlength=len(splits.classes))
+    perturbed = np.ceil(tree["identify"]["share"] * units)
+    few = np.ceil(perturbed / 2) < review.least_units
+    if few.any():
+        what = "photographs" if splits.train.tracks is None else "tracks"
+        notes.append(
+            f"{few.sum()} of {len(few)} classes have too few {what} for a scenario: at most "
+            f"{int(perturbed[few].max())} of one are perturbed (identify.share), half of these are reviewed, and "
+            f"significance takes {review.least_units}; add {what}, or set review.accept: share"
+        )
+    return notes
 
 
 def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
