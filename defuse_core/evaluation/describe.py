@@ -181,15 +181,15 @@ class NearestReal:
 
 
 def find_nearest_real(
-    vae: Vae, before: nn.Module, scenarios: Scenarios, fixes: Corrections, real: Images
+    vae: Vae, before: nn.Module, scenarios: Scenarios, fixes: Corrections, real: Images, readers: int = 0
 ) -> NearestReal:
     """Return, per accepted scenario, the nearest real images by Mahalanobis distance, and f's error on them.
 
     Only images of the scenario's label are compared: its pictures show that class. Images of one track count once,
     where the nearest of them is. Of the scenarios that are seen, a share SIGNIFICANT is expected to be false at most.
     """
-    codes = encode_images(vae, real)
-    predicted = predict(before, real)
+    codes = encode_images(vae, real, readers)
+    predicted = predict(before, real, readers=readers)
     wrong = predicted != real.labels
     shown, labels, answers, tests = [], [], [], list[tuple[float, float, bool]]()
     of_label: F64 = np.full(len(fixes.labels), np.nan)

@@ -131,7 +131,7 @@ class _Judging:
         self, spec: RunFile, found: Findings, controls: Controls, splits: Splits, progress: Progress
     ) -> None:
         self.spec, self.found, self.progress = spec, found, progress
-        self.splits, self.classes = splits, len(found.models.classes)
+        self.splits, self.classes, self.readers = splits, len(found.models.classes), spec.resources.readers
         self.vae = StoredVae(spec, found.models.vae)
         self.before = load_classifier(spec, found.models.classifier, self.classes)
         self.baseline, self.corrected = self._chosen(found.baseline), self._chosen(found.sweep)
@@ -177,7 +177,8 @@ class _Judging:
         fresh, truth, fresh_units = self._failing_draws()
         fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
         self.progress("asking the judges", 3, 4, "figures")
-        real = find_nearest_real(self.vae.loaded, self.before, found.scenarios, fixes, self._real_images())
+        scenarios, near = found.scenarios, self._real_images()
+        real = find_nearest_real(self.vae.loaded, self.before, scenarios, fixes, near, self.readers)
         has_test, rho = self.splits.test is not None, self.spec.review.rho
         compared = compared_images(found.models)
         if compared is None:  # no error on images that the classifier was trained on shows nothing
@@ -261,8 +262,7 @@ class _Judging:
     def _all_answers(self, images: F32 | Images) -> F64:
         """Return the answers of before, baseline, defuse and each plain training, (3 + P, n); nan without one."""
         classifiers = (self.before, self.baseline, self.defuse, *self.plain)
-        readers = self.spec.resources.readers
-        return np.stack([_answers(classifier, images, readers) for classifier in classifiers])
+        return np.stack([_answers(classifier, images, self.readers) for classifier in classifiers])
 
     def _fold_right(self) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""

@@ -207,22 +207,27 @@ def _pictures_judged(health: Health) -> str:
     return "images moved by the noise" if health.anchored else "reconstructions"
 
 
-def expect_healthy(spec: RunFile, models: Models) -> None:
-    """Raise VaeHealthError where the verdict on its β-VAE is worse than vae.accept."""
+def expect_healthy(spec: RunFile, models: Models, worse: str | None = None) -> None:
+    """Raise VaeHealthError where the verdict on its β-VAE is worse than vae.accept.
+
+    `worse` is what `worse_references` says of reference models, whose verdict may be due to themselves.
+    """
     health = models.health
     if VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
         f"the β-VAE is {health.verdict}: {health_figures(health)} ({STRIP_KEY} in the run shows some); "
-        f"{why_guessing(models) or _remedy(spec, health)}; vae.accept: {health.verdict} goes on all the same"
+        f"{why_guessing(models) or _remedy(spec, health, worse)}; vae.accept: {health.verdict} goes on all the same"
     )
 
 
-def _remedy(spec: RunFile, health: Health) -> str:
+def _remedy(spec: RunFile, health: Health, worse: str | None) -> str:
     if not health.originals_right and health.judged_by != REFERENCES:
         return f"the classifier gets no training image right; {CHECK_CLASSIFIER}"
     if 2 * health.collapsed >= health.dimensions:
         return f"lower vae.beta (now {spec.vae.beta:g}) and choose {ANOTHER_NAME}"
+    if worse is not None and health.judged_by == REFERENCES:
+        return worse
     if health.anchored:
         return f"lower identify.scale (now {spec.identify.scale:g}) and choose {ANOTHER_NAME}"
     if spec.vae.architecture == "paper":

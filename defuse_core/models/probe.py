@@ -104,7 +104,8 @@ def probe_classifier(
     on half of the images, which the order that is judged was not fitted to, and not clearly worse than images in BGR.
     Where a fitted order and BGR explain the errors alike, as those of classes that differ in colour, it has both.
     """
-    sample = images.take(_sample_of(images.labels, len(classes)))
+    # each input range needs all of them
+    sample = images.take(_sample_of(images.labels, len(classes))).loaded()
     external = section.architecture in EXTERNAL
     ranges = list(INPUT_RANGES) if external else [section.input_range]
     logits = {name: _logits(classifier, section, sample, name) for name in ranges}

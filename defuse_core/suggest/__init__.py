@@ -1,7 +1,7 @@
 """A run file suggested for a folder of images, a classifier and a time: what `defuse init` writes.
 
-What was found is in inspect.py, the size of the images in image_size.py, the plan in plan.py. Here is the text of
-the file: YAML, with a comment beside every field.
+What was found is in inspect.py, the size of the images in image_size.py, what a classifier expects in probed.py, the
+plan in plan.py. Here is the text of the file: YAML, with a comment beside every field.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _header(plan: Plan) -> list[str]:
     ]
     if "resources" in plan.tree:
         lines.append(
-            "The images do not fit into memory: trainings take no more than resources.readers read of their files."
+            "Not all images fit into memory: trainings and scores take no more of these than resources.readers read."
         )
     if plan.probe is not None:
         lines.append(f"Classifier: right on {describe_accuracy(plan)}.")

@@ -11,7 +11,7 @@ from torch import nn
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
-from defuse_core.data.images import evenly_spaced
+from defuse_core.data.images import PictureFiles, evenly_spaced
 from defuse_core.errors import InputError, ModelError, percent
 from defuse_core.models import (
     build_classifier,
@@ -100,7 +100,8 @@ def _sized(
     facts: DataFacts, own: dict[str, Any] | None, asked: int | None, progress: Progress
 ) -> SizedClassifier:
     sizes = [asked] if asked is not None else _sizes_to_try(facts, own=own is not None)
-    classifier = _built(_run_file(_sections(facts, own, sizes[0])), len(facts.classes))
+    spec = _run_file(_sections(facts, own, sizes[0]))
+    classifier, train = _built(spec, len(facts.classes)), open_splits(spec.data, spec.seed).train
     compared = own is not None and bool(own.get("weights")) and len(sizes) > 1
     accuracies: dict[int, float] = {}
     least = MOSTLY
@@ -108,7 +109,7 @@ def _sized(
     for done, size in enumerate(sizes):
         progress("trying image sizes", done, len(sizes), "sizes")
         spec = _run_file(_sections(facts, own, size))
-        images = open_splits(spec.data, spec.seed).train
+        images = _of_size(train, size)
         try:
             check_outputs(classifier, spec.classifier, images, len(facts.classes), _remedy(facts, asked))
         except ProbabilitiesError:
@@ -132,6 +133,13 @@ def _sized(
     notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
+
+
+def _of_size(images: Images, size: int) -> Images:
+    """Return image files as they are read at another size; arrays as they are."""
+    if not isinstance(images.pixels, PictureFiles):
+        return images
+    return replace(images, pixels=PictureFiles(images.pixels.paths, images.pixels.shape[1], size))
 
 
 def _remedy(facts: DataFacts, asked: int | None) -> str:
@@ -186,8 +194,7 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 def _probe(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> ClassifierProbe:
     """Return what SAMPLE training images show about the classifier at the image size of `spec`."""
     rows = evenly_spaced(len(images), SAMPLE)
-    sample = images.take(rows).loaded()  # the probe reads it once for each input range
-    return probe_classifier(classifier, spec.classifier, sample, facts.classes)
+    return probe_classifier(classifier, spec.classifier, images.take(rows), facts.classes)
 
 
 def _best_size(facts: DataFacts, accuracies: dict[int, float], least: float) -> int:

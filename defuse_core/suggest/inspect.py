@@ -334,7 +334,7 @@ def _suggested_size(side: int) -> int:
 
 
 def plan_reading(images: Images, needed: float) -> tuple[int, float]:
-    """Return the resources.readers of these training images, and how many images per second they read.
+    """Return the resources.readers of these images, and how many images per second they read.
 
     0 and inf of images that are kept in memory. `needed` images per second are used at most.
     """

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from defuse_core.config import RunFile, parse_run_file
+from defuse_core.config import DistillSection, ReviewSection, RunFile, VaeSection, parse_run_file
 from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data.images import MAX_LOADED
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import count_of, percent
+from defuse_core.errors import count_of
 from defuse_core.models import (
     ReferenceCnn,
     build_vae,
@@ -27,11 +28,12 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.models.adapters import with_stated_range
-from defuse_core.models.probe import CLEARLY_BETTER, LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
+from defuse_core.models.probe import LIKE_SIGMOID, ClassifierProbe
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts, plan_reading
+from defuse_core.suggest.probed import probe_warnings, set_probed
 
 TRIAL_S = 1.0  # each speed is measured for so long
 TRIAL_BATCH = 64
@@ -45,12 +47,14 @@ FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
+SCORINGS = 18  # of validation and test images by any classifier, beside one after each fine-tuning
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
 MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
+MOST_CLASSES = 100  # with more of them, small networks that begin with random weights learn few
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
@@ -67,9 +71,10 @@ class Speeds:
     decode: float  # decoding a code and classifying the decoding
     classifier: float  # training the classifier
     reference: float  # training one reference model
+    read: float = math.inf  # reading image files that stay on disk
 
     def up_to(self, read: float) -> Speeds:
-        """Return the speeds where so many images per second are read; a decoding needs few of them."""
+        """Return the speeds where so many training images per second are read; a decoding needs few of them."""
         vae, classifier, reference = (min(read, own) for own in (self.vae, self.classifier, self.reference))
         return replace(self, vae=vae, classifier=classifier, reference=reference)
 
@@ -101,26 +106,28 @@ def plan_run(
     """
     own, stated = with_stated_range(own)
     sized = fit_image_size(facts, own, image_size, progress)
-    progress("measuring speeds", 0, 5, "speeds")
     classifier, tree = sized.module, sized.tree
     if train_images is not None:
         tree["data"]["train_images"] = train_images
     spec = parse_run_file(tree, "the suggested run file")
     splits = open_splits(spec.data, spec.seed)
-    sample = splits.train.take(slice(0, None, max(1, len(splits.train) // 512))).loaded()
+    sample = splits.train.take(slice(0, None, max(1, len(splits.train) // TRIAL_BATCH))).loaded()
     with cpu_threads(THREADS):
         probe, noted = None, [*stated, *sized.notes]
         if own is not None:
+            progress("trying the classifier on training images", 0, 1, "classifiers")
             found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             if own.get("weights"):
                 probe = found
-                noted += _set_probed(tree["classifier"], probe)
+                noted += set_probed(tree["classifier"], probe)
             elif found.like_sigmoid:  # all else of it is random, and the run trains it
                 noted.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
+        progress("measuring speeds", 0, 5, "speeds")
         speeds = _measured(spec, classifier, sample, channels, progress)
-    readers, read = plan_reading(splits.train, max(speeds.vae, speeds.classifier, speeds.reference))
-    speeds = speeds.up_to(read)
+    largest = max(splits.parts().values(), key=lambda images: images.stays_on_disk * len(images))
+    readers, read = plan_reading(largest, max(speeds.vae, speeds.classifier, speeds.reference))
+    speeds = replace(speeds.up_to(read) if splits.train.stays_on_disk else speeds, read=read)
     if own is not None and own.get("weights") and "validation" not in facts.counts:
         noted.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
@@ -133,74 +140,8 @@ def plan_run(
     if readers:
         tree["resources"] = {"readers": readers}
     parse_run_file(tree, "the suggested run file")
-    return Plan(
-        tree, needed, facts, speeds, probe, (*facts.warnings, *noted, *warnings, *_probe_warnings(probe))
-    )
-
-
-def _set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
-    """Write into section `classifier` what the classifier plainly needs and the section does not say.
-
-    Returns notes of what was written, and of what is better by little, since that may be due to the fault that is
-    sought.
-    """
-    notes = []
-    if "input_range" not in section:
-        notes += _set_range(section, probe, "0..1")
-    if "class_order" not in section and probe.class_order is not None:
-        notes.append(_set_order(section, probe, list(probe.class_order)))
-    return notes
-
-
-def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> list[str]:
-    best = probe.best_range(given)
-    if best == given:
-        return []
-    right = (
-        f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
-        f"on {percent(probe.by_range[given])} with {given}"
-    )
-    if probe.needed_range == given and probe.by_range[best] <= probe.by_range[given] + CLEARLY_BETTER:
-        return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
-    section["input_range"] = best
-    order = "" if probe.class_order is None else ", before the classes are reordered"
-    return [
-        f"classifier.input_range is set to {best}: {right}{order}; remove it if it was trained on {given}"
-    ]
-
-
-def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
-    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
-    wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
-    if not (wrong and probe.order_is_certain and probe.as_bgr is None):
-        some = "" if probe.order_is_certain else ", perhaps not for every class"
-        return (
-            f"the classifier seems to number the classes differently ({right}); set classifier.class_order: {order} "
-            f"if it does{some}"
-        )
-    section["class_order"] = order
-    return (
-        f"classifier.class_order is set, since the classifier seems to number the classes differently ({right}); "
-        "remove it if it does not"
-    )
-
-
-def _probe_warnings(probe: ClassifierProbe | None) -> list[str]:
-    if probe is None:
-        return []
-    lines = [f"the classifier: {LIKE_SIGMOID}"] if probe.like_sigmoid else []
-    lines += [f"the classifier is {line}" for line in probe.bgr_lines()]
-    if probe.answers == 1 and probe.constant < 1:
-        lines.append(
-            f"the classifier gives all of {probe.images} training images one answer; check its weights and what it "
-            "expects"
-        )
-    elif probe.best_accuracy < MOSTLY:
-        lines.append(
-            f"the classifier is right on only {percent(probe.best_accuracy, 0)} of {probe.images} training images, "
-            "in every input range and order of the classes; check its weights and what it expects"
-        )
-    return lines
+    notes = (*facts.warnings, *noted, *warnings, *probe_warnings(probe))
+    return Plan(tree, needed, facts, speeds, probe, notes)
 
 
 def _measured(
@@ -271,9 +212,7 @@ def _set_sizes(
     perturbed, others = _perturbed_and_others(tree, count)
     draws = _clamp(seconds * shares["identify"] * speeds.decode / perturbed, 2, 50)
     tree["identify"] |= {"draws": draws, "scale": SCALE}
-    tree["distill"] = {"order": "source-error"}
-    if len(splits.classes) > MANY_CLASSES:  # each has several cells (class, answer), which share all codes
-        tree["distill"]["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / len(splits.classes), 5)
+    tree["distill"] = _distill(tree, len(splits.classes))
     least = max(500, PER_CLASS * len(splits.classes))
     reference = _reference(others, seconds * shares["references"], speeds, least)
     tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
@@ -287,6 +226,13 @@ def _set_sizes(
             f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
             "answers; add images"
         )
+    if len(splits.classes) > MOST_CLASSES:
+        warnings.append(
+            f"the reference models and judges, small networks that begin with random weights, learn few of "
+            f"{len(splits.classes):,} classes; use pretrained ones: review.reference.architecture: custom, "
+            "import_path, count: 1 and epochs: 0, and the same of judges"
+        )
+    warnings += _notes_on_review(tree, splits)
     trained, enough = reference["epochs"], _enough_epochs(others)[1]
     if others < FEW_IMAGES and 2 * trained <= enough:
         warnings.append(
@@ -299,12 +245,14 @@ def _set_sizes(
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
             "--weights to use it as it is"
         )
-    planned = _seconds_planned(tree, count, speeds) / (60 * RESERVE)
+    scored = _seconds_scored(tree, splits, speeds) / (60 * RESERVE)
+    planned = _seconds_planned(tree, count, speeds) / (60 * RESERVE) + scored
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
+        mostly = f", {scored:,.0f} of them for validation and test images" if scored > planned / 2 else ""
         warnings.append(
             f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
-            f"pixels takes about {planned:,.0f} minutes here; give {WITH_LESS}"
+            f"pixels takes about {planned:,.0f} minutes here{mostly}; give {WITH_LESS}"
         )
         return round(planned), warnings
     if epochs < FEW_EPOCHS:
@@ -316,11 +264,51 @@ def _set_sizes(
     return minutes, warnings
 
 
+def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:
+    """Return section distill. Each class has several cells (class, answer), and all of many classes share the codes.
+
+    If enough draws fail, the lightest component has twice as many codes as these have dimensions; with decode: anchored
+    fewer where their photographs, about one for four codes, would not fit into memory.
+    """
+    section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
+    if classes > MANY_CLASSES:
+        section["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / classes, 5)
+        codes = math.ceil(2 * vae.latent_dim / section["min_weight"])
+        if vae.decode == "anchored":
+            codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))
+        if codes > (DistillSection().max_codes or codes):
+            section["max_codes"] = codes
+    return section
+
+
+def _notes_on_review(tree: dict[str, Any], splits: Splits) -> list[str]:
+    """Return how many scenarios of many classes there may be, and which classes have too few photographs for one."""
+    notes, review = list[str](), ReviewSection.model_validate(tree["review"])
+    if least_weight := tree["distill"].get("min_weight"):
+        notes.append(
+            f"up to {int(1 / least_weight):,} candidate scenarios may be found, each with {review.images} pictures to "
+            "review; raise distill.min_weight for fewer"
+        )
+    if tree["vae"].get("decode") != "anchored":
+        return notes
+    _, first = np.unique(splits.train.unit, return_index=True)
+    units = np.bincount(splits.train.labels[first], minlength=len(splits.classes))
+    perturbed = np.ceil(tree["identify"]["share"] * units)
+    few = np.ceil(perturbed / 2) < review.least_units
+    if few.any():
+        what = "photographs" if splits.train.tracks is None else "tracks"
+        notes.append(
+            f"{few.sum()} of {len(few)} classes have too few {what} for a scenario: at most "
+            f"{int(perturbed[few].max())} of one are perturbed (identify.share), half of these are reviewed, and "
+            f"significance takes {review.least_units}; add {what}, or set review.accept: share"
+        )
+    return notes
+
+
 def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
     """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
     reference, correct = tree["review"]["reference"], tree["correct"]
-    trainings = 2 * len(correct["lambdas"]) + len(CONTROL_NAMES)
-    visits = trainings * _visits(correct["epochs"]) * correct.get("train_images", count)
+    visits = _trainings(tree) * _visits(correct["epochs"]) * correct.get("train_images", count)
     perturbed, others = _perturbed_and_others(tree, count)
     return float(
         tree["classifier"]["epochs"] * count / speeds.classifier
@@ -329,6 +317,18 @@ def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
         + 8 * reference["epochs"] * _images_of_each_model(tree, others) / speeds.reference
         + visits / speeds.classifier
     )
+
+
+def _seconds_scored(tree: dict[str, Any], splits: Splits, speeds: Speeds) -> float:
+    """Return the seconds in which classifiers answer the validation and test images, over and over."""
+    from_disk, scored = min(speeds.decode, speeds.read), list(splits.parts().values())[1:]
+    once = sum(len(images) / (from_disk if images.stays_on_disk else speeds.decode) for images in scored)
+    return (_trainings(tree) + SCORINGS) * once
+
+
+def _trainings(tree: dict[str, Any]) -> int:
+    """Return how often the run fine-tunes: in two sweeps, and for the controls."""
+    return 2 * len(tree["correct"]["lambdas"]) + len(CONTROL_NAMES)
 
 
 def _perturbed_and_others(tree: dict[str, Any], count: int) -> tuple[int, int]:

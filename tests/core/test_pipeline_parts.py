@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Psi
+from defuse_core.errors import VaeHealthError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import EVALUATION, _healthy_models, _once_each, rewrite_report
 from defuse_core.runs import REPORT_FILES, Run
@@ -76,3 +77,19 @@ def test_reference_models_that_are_worse_than_the_classifier_are_told_before_ide
     run.once("identify", Psi, lambda: psi(20))
     _healthy_models(run, LocalCompute())
     assert "the reference models" not in caplog.text
+
+
+def test_a_run_ends_with_what_mends_reference_models_that_are_worse_and_call_the_beta_vae_blind(
+    tmp_path, tiny_models, references
+):
+    spec = recommended(vae={"decode": "anchored"}).with_fields("identify", scale=300.0)
+    worse = replace(references, test=references.test - 0.5)
+    for name, models, remedy in (
+        ("good", references, "lower identify.scale"),
+        ("worse", worse, "train better"),
+    ):
+        run = trained_run(FolderStore(tmp_path), name, spec, tiny_models, models)
+        with pytest.raises(
+            VaeHealthError, match=f"the β-VAE is blind: the reference models get .*; {remedy}"
+        ):
+            _healthy_models(run, LocalCompute())

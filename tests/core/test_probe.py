@@ -12,6 +12,7 @@ from torch import nn
 
 from defuse_core.config import ClassifierSection
 from defuse_core.data import Images, Splits, open_splits
+from defuse_core.data.images import PictureFiles, read_picture, to_picture
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
@@ -23,7 +24,7 @@ from defuse_core.models.probe import (
     fitting_order,
     warnings_of,
 )
-from defuse_core.suggest.plan import _probe_warnings, _set_probed
+from defuse_core.suggest.probed import probe_warnings, set_probed
 from tests.conftest import tiny
 from tests.own_classifiers import IMAGENET, digits, trained
 
@@ -67,6 +68,24 @@ def test_the_input_range_that_a_classifier_was_trained_on_is_found_and_then_give
     assert again.by_range == probe.by_range
 
 
+def test_each_image_file_is_read_once_for_all_input_ranges(tmp_path, splits, monkeypatch):
+    read = list[str]()
+
+    def reading(path: str, channels: int, size: int) -> np.ndarray:
+        read.append(path)
+        return read_picture(path, channels, size)
+
+    monkeypatch.setattr("defuse_core.data.images.read_picture", reading)
+    files, some = [], splits.train.take(slice(0, 40))
+    for number, pixels in enumerate(some.pixels):
+        to_picture(pixels).save(tmp_path / f"{number}.png")
+        files.append(str(tmp_path / f"{number}.png"))
+    on_disk = Images(PictureFiles(files, 1, 16), some.labels)
+    net = adapt(trained(), section(), 10)
+    probed = [probe_classifier(net, section(), images, splits.classes) for images in (on_disk, some)]
+    assert sorted(read) == sorted(files) and probed[0] == probed[1]
+
+
 @pytest.mark.parametrize(("bias", "far", "needed"), [(6, False, False), (9, True, False), (20, True, True)])
 def test_an_input_range_that_heals_a_fault_is_better_and_needed_only_where_most_answers_are_wrong(
     bias, far, needed, splits
@@ -92,9 +111,9 @@ def test_another_input_range_is_noted_where_it_is_certainly_better_by_few_points
     assert replace(probe, best_is_certain=False).best_range("0..1") == "0..1"
     assert replace(probe, by_range={"0..1": 0.86, "-1..1": 0.875}).best_range("0..1") == "0..1"
     by_little, by_much = {}, {}
-    (note,) = _set_probed(by_little, probe)
+    (note,) = set_probed(by_little, probe)
     assert not by_little and note.endswith("set classifier.input_range: -1..1 if it was trained on that")
-    _set_probed(by_much, replace(probe, by_range={"0..1": 0.73, "-1..1": 0.85}))
+    set_probed(by_much, replace(probe, by_range={"0..1": 0.73, "-1..1": 0.85}))
     assert by_much == {"input_range": "-1..1"}
 
 
@@ -147,8 +166,8 @@ def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order(
         "order RGB; if it was trained on BGR, let its forward begin with images = images.flip(1)"
     )
     written: dict[str, object] = {}
-    assert (_set_probed(written, probe), written) == ([], {})
-    assert _probe_warnings(probe) == [f"the classifier is {line}"]
+    assert (set_probed(written, probe), written) == ([], {})
+    assert probe_warnings(probe) == [f"the classifier is {line}"]
     assert warnings_of(probe, section(), names, 1.0) == [f"it is {line}"]
 
 
@@ -172,7 +191,7 @@ def test_an_order_of_classes_that_explains_the_errors_as_bgr_does_is_told_too_an
     probe = probe_classifier(adapt(Colours(), section(), 3), section(), images, names)
     assert (probe.as_bgr, probe.class_order) == (1.0, (2, 1, 0))
     written: dict[str, object] = {}
-    (note,) = _set_probed(written, probe)
+    (note,) = set_probed(written, probe)
     assert not written and note.endswith("set classifier.class_order: [2, 1, 0] if it does")
     assert [line[:20] for line in warnings_of(probe, section(), names, 1.0)] == [
         "it is right on 100.0",
@@ -182,7 +201,7 @@ def test_an_order_of_classes_that_explains_the_errors_as_bgr_does_is_told_too_an
     named = adapt(Colours(("red", "green", "blue")), section(), 3)
     probe = probe_classifier(named, section(), images, names)
     assert (probe.as_bgr, probe.class_order) == (None, (2, 1, 0))
-    _set_probed(written, probe)
+    set_probed(written, probe)
     assert written == {"class_order": [2, 1, 0]}
 
     renumbered = nn.Sequential(Colours(), Permuted(torch.tensor([0, 2, 1])))
@@ -268,7 +287,7 @@ def test_nothing_is_suggested_for_a_classifier_that_knows_nothing_of_unequal_cla
         net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, classes)).eval()
         written: dict[str, object] = {}
         probe = probe_classifier(net, section(), images, [*map(str, range(classes))])
-        assert (_set_probed(written, probe), written) == ([], {})
+        assert (set_probed(written, probe), written) == ([], {})
 
 
 def test_another_order_of_unequal_classes_is_found_where_the_small_one_has_enough_images():
@@ -292,7 +311,7 @@ def test_outputs_of_a_sigmoid_are_warned_of_with_what_to_return(ends, caplog):
     check_outputs(net, section(), digits(), 10)
     assert not caplog.text  # `init` tries several sizes
     probe = probe_classifier(net, section(), digits(), list("0123456789"))
-    for told in (warnings_of(probe, section(), list("0123456789"), 1.0), _probe_warnings(probe)):
+    for told in (warnings_of(probe, section(), list("0123456789"), 1.0), probe_warnings(probe)):
         assert any("if it ends in one, return what its sigmoid is given" in line for line in told) == (
             ends == "sigmoid"
         )
@@ -320,7 +339,7 @@ def test_a_swapped_order_of_two_classes_is_found_with_its_range(range_trained_on
     pixels[:, :, 0, 0] = 0
     net = adapt(swapped(range_trained_on), section(), 2)
     written: dict[str, object] = {}
-    _set_probed(written, probe_classifier(net, section(), Images(pixels, labels), ["dark", "bright"]))
+    set_probed(written, probe_classifier(net, section(), Images(pixels, labels), ["dark", "bright"]))
     expected = {} if range_trained_on == "0..1" else {"input_range": range_trained_on}
     assert written == {**expected, "class_order": [1, 0]}
 
@@ -341,7 +360,7 @@ def test_an_order_that_may_be_wrong_for_some_classes_is_noted_and_not_written():
     names = [str(number) for number in range(100)]
     probe = probe_classifier(adapt(Numbered(), section(), 100), section(), Images(pixels, labels), names)
     written: dict[str, object] = {}
-    (note,) = _set_probed(written, probe)
+    (note,) = set_probed(written, probe)
     assert probe.class_order is not None and written == {}
     assert "seems to number the classes differently" in note and "perhaps not for every class" in note
 

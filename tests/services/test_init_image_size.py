@@ -13,14 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from defuse_core.data import Images
+from defuse_core.config import DataSection
+from defuse_core.data import Images, Splits, open_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.errors import DataError
 from defuse_core.models.probe import least_plausible
 from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
 from defuse_core.suggest.image_size import _best_size, _probe, fit_image_size
-from defuse_core.suggest.plan import Speeds
+from defuse_core.suggest.plan import Speeds, plan_run
 from tests.conftest import tiny
 from tests.core.test_probe import CUSTOM, Reading
 from tests.e2e.test_cli import call, one_line
@@ -204,6 +205,27 @@ def test_the_size_that_is_taken_is_the_one_that_all_sizes_together_speak_for(wid
     own = CUSTOM | {"import_path": f"{HERE}:{factory.__name__}", "weights": str(weights)}
     facts = inspect_data(tmp_path / "photos")
     assert fit_image_size(facts, own, None, silent).tree["data"]["image_size"] == size
+
+
+def test_the_files_are_listed_once_for_all_sizes_and_each_step_is_told(monkeypatch, tmp_path):
+    opened, told = list[int](), list[str]()
+
+    def opening(data: DataSection, seed: int) -> Splits:
+        opened.append(data.image_size)
+        return open_splits(data, seed)
+
+    for level, name in ((20, "black"), (230, "white")):
+        (folder := tmp_path / "photos/train" / name).mkdir(parents=True)
+        for number in range(30):
+            Image.new("L", (48, 48), level + number % 3).save(folder / f"{number}.png")
+    save_file(right_at_128().state_dict(), weights := tmp_path / "own.safetensors")
+    own = CUSTOM | {"import_path": f"{HERE}:right_at_128", "weights": str(weights)}
+    facts = inspect_data(tmp_path / "photos")
+    monkeypatch.setattr("defuse_core.suggest.image_size.open_splits", opening)
+    plan = plan_run(facts, own, 1, lambda what, *_: told.append(what))
+    assert (opened, plan.tree["data"]["image_size"]) == ([48], 128)
+    steps = ["trying image sizes", "trying the classifier on training images", "measuring speeds"]
+    assert list(dict.fromkeys(told)) == steps
 
 
 @pytest.mark.parametrize("classes", [50, 200])

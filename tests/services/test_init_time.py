@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from defuse_core.config import parse_run_file
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import read_picture, to_picture
+from defuse_core.suggest import inspect_data, plan_run
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
 from tests.e2e.test_cli import call
 from tests.own_classifiers import digits
@@ -43,6 +45,101 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     assert tree["correct"]["train_images"] == correct
     line = "the reference models and judges are trained on 15 images per class, too few"
     assert any(warning.startswith(line) for warning in warnings) == few
+
+
+def sized(
+    classes: int, each: int, tracks: int | None = None, size: int = 32, **vae: object
+) -> tuple[dict, list[str]]:
+    """Return the plan for so many images of each class, and its warnings; `tracks` images show one object."""
+    labels = np.repeat(np.arange(classes), each)
+    of_track = None if tracks is None else np.arange(len(labels)) // tracks
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, of_track)
+    tree = {"data": {"name": "digits", "image_size": size}, "classifier": {}, "vae": vae}
+    splits = Splits(images, None, None, tuple(map(str, range(classes))))
+    return tree, _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)[1]
+
+
+@pytest.mark.parametrize(
+    ("each", "tracks", "decode", "told"),
+    [
+        (20, None, "anchored", "at most 7 of one"),
+        (29, None, "anchored", "at most 10 of one"),
+        (30, None, "anchored", None),
+        (200, None, "anchored", None),
+        (200, 10, "anchored", "at most 7 of one"),
+        (20, None, "plain", None),
+    ],
+)
+def test_classes_of_too_few_photographs_for_any_scenario_are_told(each, tracks, decode, told):
+    tree, warnings = sized(50, each, tracks, decode=decode)
+    (line,) = [line for line in warnings if "for a scenario" in line] or [None]
+    assert (line is None) == (told is None)
+    if line is not None:
+        what = "photographs" if tracks is None else "tracks"
+        assert line.startswith(f"50 of 50 classes have too few {what} for a scenario: {told} are perturbed")
+        assert line.endswith(f"significance takes 6; add {what}, or set review.accept: share")
+        tree["review"]["accept"] = "share"
+        assert parse_run_file(tree, "it").review.least_units == 1
+
+
+@pytest.mark.parametrize(("classes", "told"), [(100, False), (101, True)])
+def test_pretrained_reference_models_and_judges_are_named_where_there_are_many_classes(classes, told):
+    tree, warnings = sized(classes, 100)
+    (line,) = [line for line in warnings if "learn few of" in line] or [None]
+    assert (line is not None) == told
+    if line is not None:
+        fields = "review.reference.architecture: custom, import_path, count: 1 and epochs: 0, and the same of judges"
+        assert line.endswith(f"learn few of 101 classes; use pretrained ones: {fields}")
+        for section in (tree["review"]["reference"], tree["judges"]):
+            section |= {"architecture": "custom", "import_path": "nets:build", "count": 1, "epochs": 0}
+        assert parse_run_file(tree, "it").judges.count == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "codes", "most"), [(20, None, 0), (43, None, 215), (1000, 320_000, 5000)]
+)
+def test_the_lightest_component_of_many_classes_has_twice_as_many_codes_as_dimensions(classes, codes, most):
+    tree, warnings = sized(classes, 20, latent_dim=32)
+    distill = parse_run_file(tree, "it").distill
+    assert tree["distill"].get("max_codes") == codes
+    assert distill.max_codes * distill.min_weight >= 2 * 32
+    told = [line for line in warnings if "candidate scenarios" in line]
+    assert told == [
+        f"up to {most:,} candidate scenarios may be found, each with 10 pictures to review; raise "
+        "distill.min_weight for fewer"
+    ] * (most > 0)
+
+
+@pytest.mark.parametrize(("decode", "codes"), [("plain", 320_000), ("anchored", 114_130)])
+def test_photographs_of_many_components_fit_into_memory(decode, codes):
+    """Some 0.22 for each code, measured with 320,000 codes of 1,000 classes."""
+    tree, _ = sized(1000, 20, size=224, latent_dim=32, decode=decode)
+    assert tree["distill"]["max_codes"] == codes
+
+
+def test_validation_images_that_stay_on_disk_are_read_by_processes_and_planned_for(tmp_path, monkeypatch):
+    """Beside training images that fit into memory."""
+    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.inspect.os.cpu_count", lambda: 2)
+
+    def read_slowly(path: str, channels: int, size: int) -> np.ndarray:
+        time.sleep(0.005)
+        return read_picture(path, channels, size)
+
+    images, part = digits(), "train"
+    for number, (pixels, label) in enumerate(zip(images.pixels[:200], images.labels[:200] % 2, strict=True)):
+        part = "train" if number < 50 else "validation"
+        (folder := tmp_path / part / str(label)).mkdir(parents=True, exist_ok=True)
+        to_picture(pixels).save(folder / f"{number}.png")
+    facts = inspect_data(tmp_path)
+    monkeypatch.setattr("defuse_core.data.images.read_picture", read_slowly)
+    in_memory = plan_run(facts, None, 0.1)
+    monkeypatch.setattr("defuse_core.data.images.MAX_LOADED", 100 * images.pixels[0].size)
+    on_disk = plan_run(facts, None, 0.1)
+    assert "resources" not in in_memory.tree and on_disk.tree["resources"] == {"readers": 1}
+    assert on_disk.tree["vae"] == in_memory.tree["vae"]  # the training images are not read from files
+    assert on_disk.minutes > in_memory.minutes
+    assert "of them for validation and test images; give" in " ".join(on_disk.warnings)
 
 
 @pytest.mark.parametrize(

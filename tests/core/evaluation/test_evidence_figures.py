@@ -13,6 +13,7 @@ from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.distill.draws import wide_draws
 from defuse_core.evaluation import Controls, Findings
+from defuse_core.evaluation.describe import find_nearest_real
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.models import Decoder, StoredVae, decode_codes, load_classifier, load_vae, predict
@@ -288,3 +289,18 @@ def test_with_anchored_decoding_each_failing_draw_is_decoded_at_its_own_image(se
     order = np.argsort(units)
     np.testing.assert_array_equal(units[order], test.unit[rows])
     np.testing.assert_allclose(found[order].reshape(len(rows), -1), expected, atol=1e-4)
+
+
+def test_the_real_images_nearest_to_scenarios_are_read_by_as_many_processes_as_the_run_has(
+    setting, monkeypatch
+):
+    asked = list[int]()
+
+    def find(*arguments):
+        asked.append(arguments[-1])
+        return find_nearest_real(*arguments)
+
+    monkeypatch.setattr("defuse_core.evaluation.evidence.find_nearest_real", find)
+    spec = setting.spec.with_fields("resources", readers=2)
+    gather_evidence(spec, setting.found, Controls((setting.shifted(0),), ()), progress=silent)
+    assert asked == [2]

@@ -236,6 +236,25 @@ def test_the_beta_vae_is_not_blamed_where_the_classifier_gets_nothing_right(kl, 
     assert "vae.beta" not in str(raised.value) and "vae.architecture" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("judged_by", "kl", "told", "remedy"),
+    [
+        ("reference models", ALIVE, "they are worse; train better ones", "they are worse; train better ones"),
+        ("reference models", ALIVE, None, "lower identify.scale"),
+        ("reference models", [0, 0, 1, 1], "they are worse", "lower vae.beta"),
+        ("classifier", ALIVE, "they are worse", "lower identify.scale"),
+    ],
+)
+def test_reference_models_that_are_worse_than_the_classifier_are_blamed_for_their_verdict(
+    judged_by, kl, told, remedy, tiny_models
+):
+    blind = dataclasses.replace(health(10, kl), anchored=True, judged_by=judged_by)
+    with pytest.raises(VaeHealthError) as raised:
+        expect_healthy(ANCHORED, dataclasses.replace(tiny_models, health=blind), told)
+    assert f"in the run shows some); {remedy}" in str(raised.value)
+    assert str(raised.value).endswith("; vae.accept: blind goes on all the same")
+
+
 def test_a_blind_vae_stops_the_run_before_identification_until_it_is_accepted(tmp_path):
     blind = {"vae": {"epochs": 1}, "classifier": {"epochs": 1}}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from defuse_core.data import Images, open_splits
+from defuse_core.data.images import PictureFiles, to_picture
 from defuse_core.evaluation.describe import _error_nearby, _outcomes, _seen, find_nearest_real
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.models import encode_images, load_classifier, load_vae, predict
@@ -200,6 +202,30 @@ def test_a_scenario_is_seen_in_real_data_as_one_of_all_that_are_tested(tiny_spec
         fixes = dataclasses.replace(fixes, labels=np.full(len(fixes.labels), 3), scenario=np.array(numbers))
         seen.append(find_nearest_real(vae, before, scenarios, fixes, real).seen.tolist())
     assert seen == [[True], [False, False]]
+
+
+def test_real_images_on_disk_are_read_by_the_processes_of_the_run(
+    tiny_spec, tiny_models, tmp_path, monkeypatch
+):
+    asked = list[int]()
+
+    def busy(readers: int) -> SimpleNamespace:
+        asked.append(readers)
+        return SimpleNamespace(in_use=SimpleNamespace(acquire=lambda blocking: False))
+
+    monkeypatch.setattr("defuse_core.data.file_loader.file_loader", busy)
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    before = load_classifier(tiny_spec, tiny_models.classifier, len(tiny_models.classes))
+    some = open_splits(tiny_spec.data, tiny_spec.seed).train.take(np.arange(20))
+    for number, pixels in enumerate(some.pixels):
+        to_picture(pixels).save(tmp_path / f"{number}.png")
+    files = [str(tmp_path / f"{number}.png") for number in range(20)]
+    found, _ = sample_findings(2, 0)
+    on_disk, in_memory = (
+        find_nearest_real(vae, before, found.scenarios, found.fixes, Images(pixels, some.labels), 3)
+        for pixels in (PictureFiles(files, 1, 16), some.pixels)
+    )
+    assert asked == [3, 3] and on_disk.error_of_all == in_memory.error_of_all
 
 
 def test_without_scenarios_there_are_no_real_images(tiny_spec, tiny_models):
