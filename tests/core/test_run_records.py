@@ -122,6 +122,20 @@ def test_weights_in_a_folder_are_known_by_the_files_that_are_read(store, tmp_pat
     Run.start(store, "a", spec)
 
 
+def test_a_run_whose_weights_were_replaced_goes_on_with_its_own_at_a_path_without_a_file(store, tmp_path):
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"1")
+    run = Run.start(store, "a", tiny(vae={"weights": weights}))
+    run.once("identify", Psi, psi)
+    weights.write_bytes(b"2")
+    with pytest.raises(
+        RunMismatchError, match=r"that the run holds, set it to a path without a file\); choose"
+    ):
+        Run.start(store, "a", tiny(vae={"weights": weights}, check={"max_loss": 0.5}))
+    gone = tiny(vae={"weights": tmp_path / "gone.pt"}, check={"max_loss": 0.5})
+    assert Run.start(store, "a", gone).spec == gone == Run.open(store, "a").spec
+
+
 def test_a_run_that_began_before_weights_were_noted_goes_on(store, tmp_path):
     weights = tmp_path / "w.pt"
     weights.write_bytes(b"1")
