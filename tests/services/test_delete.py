@@ -273,6 +273,16 @@ def test_a_run_in_the_registry_is_not_deleted_by_another_case_of_its_name(own_st
     assert own_store.exists("Digits/run.yaml")
 
 
+def test_a_run_that_was_renamed_after_its_promotion_is_not_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    (own_store.folder / "digits").rename(own_store.folder / "january")
+    code, _, err = call(monkeypatch, capsys, "delete", "january", *where, "--yes")
+    assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True)
+    shutil.copytree(own_store.folder / "january", own_store.folder / "digits")
+    assert call(monkeypatch, capsys, "delete", "january", *where, "--yes")[0] == 0  # a copy
+
+
 def test_a_run_that_only_has_the_name_of_one_in_the_registry_can_be_deleted(own_store, monkeypatch, capsys):
     where = ["--store", own_store.address]
     assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
