@@ -250,10 +250,15 @@ def filling(option: str, folder: Path) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder of Hugging Face's: one, or its parts in their order."""
+    return list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
+
+
 def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or over the digests of a folder's files."""
+    """Return the SHA-256 of a file, or over the digests of config.json and `weights_in` a folder."""
     if path.is_dir():
-        inside = "".join(digest_of(file) for file in sorted(path.iterdir()) if file.is_file())
+        inside = "".join(map(digest_of, (path / "config.json", *weights_in(path))))
         return hashlib.sha256(inside.encode()).hexdigest()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -140,22 +140,23 @@ def expect_may_go_on(run: Run) -> None:
 
 
 def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str, str]], remedy: str) -> None:
-    """Raise InputError where a version comes from this run, or may: not from another of its name.
+    """Raise InputError where a version comes from this run, or may: not from another of its name, nor from its copy.
 
     `versions` are the name and components_digest of each version's run, by the version's number.
     """
-    # one folder where the file system ignores case
-    named = {number: of for number, of in versions.items() if of[0].casefold() == run.casefold()}
+    own = run.casefold()  # one folder where the file system ignores case
     components = None  # the run has none, or they cannot be read
     with contextlib.suppress(FileNotFoundError, DamagedError):
-        if named:
+        if versions:
             folder = runs.within(run)
             gallery = decode(Gallery, folder.read("gallery.safetensors"), folder.address)
             components = components_digest(gallery)
     if made := [
         number
-        for number, (name, digest) in named.items()
-        if components == digest or (components is None and name == run)
+        for number, (name, digest) in versions.items()
+        # where no run has the version's name, this one was renamed; else it is a copy
+        if (components == digest and (name.casefold() == own or not runs.exists(f"{name}/run.yaml")))
+        or (components is None and name == run)
     ]:
         raise InputError(
             f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; {remedy}"

@@ -119,9 +119,8 @@ class Run:
         self.name, self.spec, self.until = name, spec, until
         self.runs, self.store = store, store.within(name)  # that of all runs, and of this one
         self.made_s = 0.0  # what all artefacts made so far took
-        self.with_added: RunFile | None = (
-            None  # the given run file, while the λ that it adds are not recorded
-        )
+        # the given run file, while the λ that it adds are not recorded
+        self.with_added: RunFile | None = None
 
     @classmethod
     def start(
@@ -151,16 +150,13 @@ class Run:
         added = added_lambdas(before, spec)
         allowed = before.with_fields("correct", lambdas=spec.correct.lambdas) if added else before
         if not run.store.exists("votes.safetensors"):
-            asked = {name: getattr(spec.review, name) for name in UNTIL_VOTES}
-            allowed = allowed.with_fields("review", **asked)
+            allowed = allowed.with_fields("review", **{key: getattr(spec.review, key) for key in UNTIL_VOTES})
         if not has_made_something(run.store):
-            if allowed != spec or run._other_weights():
+            if allowed != spec or run.changed_weights():
                 run.store.delete(MEASURED_PRECISION)
             run._note_weights()
-        elif changed := changed_field(allowed, spec) or run._other_weights():
-            raise RunMismatchError(
-                f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change to resume"
-            )
+        elif changed := changed_field(allowed, spec) or run.changed_weights():
+            raise RunMismatchError(f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change")
         elif added:
             run.with_added, spec = spec, spec.with_fields("correct", lambdas=before.correct.lambdas)
         check(run)
@@ -199,12 +195,13 @@ class Run:
         tree = self._read_json(SETTINGS, "the settings in run.yaml are taken as they are now")
         return _recorded(tree, f"{self.store.address}/{SETTINGS}") if tree else None
 
-    def _other_weights(self) -> str | None:
+    def changed_weights(self) -> str | None:
         """Return which weights file has changed since the run began, or None; a missing file does not count."""
         known = self._read_json(WEIGHTS, "the weights are taken as they are now")
         for field, digest in _weights_digests(self.spec).items():
             if known.get(field, digest) != digest:
-                return f"{field}: the weights file has changed since the run began"
+                way = "to go on with those that the run holds, set it to a path without a file"
+                return f"{field}: the weights file has changed since the run began ({way})"
         return None
 
     @classmethod

@@ -53,6 +53,8 @@ from defuse_core.tuning_data import held_out_images, of_each
 
 VERSION: Final = 3  # of suite.json; grows with every change of the suite
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
+SAVE_AGAIN = "save the suite again with `defuse suite save`"
+OTHER_DEFUSE = "use the Defuse that saved it, or save the suite of a run of this one with `defuse suite save`"
 SHEET = 8  # pictures per row and column of an overview
 
 
@@ -246,7 +248,7 @@ def load_suite(folder: Path) -> Suite:
     try:
         description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
         data, where = (folder / TENSORS).read_bytes(), str(folder / TENSORS)
-        pictures = decode(SuitePictures, data, where, remedy="save the suite again with `defuse suite save`")
+        pictures = decode(SuitePictures, data, where, SAVE_AGAIN, OTHER_DEFUSE)
     except FileNotFoundError as error:
         raise InputError(
             f"--suite {folder}: expected a folder written by `defuse suite save`, found no {Path(error.filename).name}"
@@ -261,8 +263,7 @@ def load_suite(folder: Path) -> Suite:
         place = ".".join(map(str, first["loc"]))
         if place == "version" and first["type"] == "literal_error":
             raise InputError(
-                f"{folder / DESCRIPTION}: version: expected {VERSION}, found {first['input']}; use the Defuse "
-                "that saved it, or save the suite again with this one"
+                f"{folder / DESCRIPTION}: version: expected {VERSION}, found {first['input']}; {OTHER_DEFUSE}"
             ) from error
         raise InputError(f"{folder / DESCRIPTION}: {place}: {first['msg']}; undo the edit") from error
     except StoreError as error:

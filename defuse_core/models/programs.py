@@ -30,6 +30,7 @@ from torch.export.passes import move_to_device_pass
 
 from defuse_core.device import device, plain_attention
 from defuse_core.errors import ModelError, count_of, one_line
+from defuse_core.files import weights_in
 from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
 from defuse_core.optional_packages import import_package
@@ -302,8 +303,7 @@ def open_transformers(folder: Path) -> SelfContainedClassifier:
         raise ModelError(
             f"{folder}: expected a folder written by save_pretrained, with a readable config.json"
         ) from error
-    files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
+    if not (files := weights_in(folder)):
         raise ModelError(
             f"{folder}: expected weights in model.safetensors, or in its parts, found none; save the model with "
             "save_pretrained(folder, safe_serialization=True)"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import InputError, RunFileError, has_control_characters
+from defuse_core.errors import InputError, ModelError, RunFileError, RunMismatchError, has_control_characters
 from defuse_core.steps import STEPS
 from defuse_core.store import RESERVED, FolderStore, checked_name
 
@@ -222,6 +222,32 @@ def expect_not_promoted(store: Store, run: str, remedy: str) -> None:
     versions = Registry(store).state().versions.items()
     of_runs = {str(number): (info.run, info.components_digest) for number, info in versions}
     expect_no_version_of(store, run, of_runs, remedy)
+
+
+def expect_repeatable(run: Run) -> None:
+    """Raise InputError where `defuse run` may not or cannot make again what follows from the verdicts.
+
+    A version comes from this run, or its images, weights or code, as far as they are here, are others now.
+    """
+    from defuse_core.artifacts import Gallery, Models
+    from defuse_core.evaluation import expect_same_code
+    from defuse_core.models.adapters import CODE_ELSEWHERE
+    from defuse_core.pipeline import expect_may_go_on
+    from defuse_core.protocols import silent
+
+    expect_not_promoted(run.runs, run.name, COPY_IT)
+    # a review of traffic has no models, and nothing follows from it
+    if (models := run.load(Models)) is None:
+        return
+    if changed := run.changed_weights():
+        raise RunMismatchError(f"run {run.name}: {changed}; undo the change, or begin another run")
+    expect_may_go_on(run)
+    if run.spec.classifier.architecture in CODE_ELSEWHERE:
+        try:
+            expect_same_code(run.spec, models, run.require(Gallery), progress=silent)
+        except ModelError as error:
+            if not isinstance(error.__cause__, ImportError):  # else its code is not here
+                raise
 
 
 def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:

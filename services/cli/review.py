@@ -10,7 +10,7 @@ import click
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import COPY_IT, expect_not_promoted, given, json_option, print_json, store_option
+from services.cli.options import expect_repeatable, given, json_option, print_json, store_option
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -203,14 +203,13 @@ def set_(
     defuse review set digits 5 --reject --reason "not digits at all" --redo
     """
     from defuse_core.review.overrides import override_verdict
-    from services.storage import open_store
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
     if _is_of_traffic(name):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
     opened, _ = _open(name, store)
-    check = partial(expect_not_promoted, open_store(store), name, COPY_IT)
+    check = partial(expect_repeatable, opened)
     author = author or local_user("--author")
     decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo, check=check)
     click.echo(f"{decision}; `defuse run` continues with it")
@@ -230,10 +229,9 @@ def reopen(name: str, store: str, discard: bool) -> None:
     """
     from defuse_core.artifacts import Votes
     from defuse_core.review.overrides import reopen_vote
-    from services.storage import open_store
 
     opened, gallery = _open(name, store)
-    check = partial(expect_not_promoted, open_store(store), name, COPY_IT)
+    check = partial(expect_repeatable, opened)
     check()
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)

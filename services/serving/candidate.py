@@ -193,20 +193,22 @@ def prepare_candidate(
         expect_same_code(run.spec, artifacts.models, artifacts.gallery, progress=progress)
     key = _key(run.spec, artifacts)
     try:
-        return key, decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
+        candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
     except FileNotFoundError:
         candidate = _make(run, artifacts, progress)
-        try:
-            if not run.exists():  # a write would begin a deleted one again in a bucket
-                raise StoreError(f"{run.store.address}: {GONE}")
-            run.store.write(key, encode(candidate))
-        except StoreError as error:
-            if must_store:
-                raise
-            log.warning(
-                "the checks will be made again next time, since the store cannot be written: %s", error
-            )
-        return key, candidate
+    else:
+        if candidate.run == run.name:
+            return key, candidate
+        candidate = dataclasses.replace(candidate, run=run.name)  # renamed since
+    try:
+        if not run.exists():  # a write would begin a deleted one again in a bucket
+            raise StoreError(f"{run.store.address}: {GONE}")
+        run.store.write(key, encode(candidate))
+    except StoreError as error:
+        if must_store:
+            raise
+        log.warning("the checks will be made again next time, since the store cannot be written: %s", error)
+    return key, candidate
 
 
 @contextlib.contextmanager

@@ -22,9 +22,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
-from defuse_core.errors import InputError
-from defuse_core.runs import Run
+from defuse_core.errors import DamagedError, InputError
+from defuse_core.runs import Run, components_digest
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, with_settings
 from services.serving.registry import DamagedVersionError, Registry
@@ -76,9 +77,12 @@ def _section_of_production(store: Store) -> ServeSection:
     state = registry.state()
     if state.production is None:
         return ServeSection()
-    if state.production in state.versions:
-        with contextlib.suppress(InputError):  # the run was deleted, or its file is damaged
-            return Run.open(store, state.versions[state.production].run).spec.serve
+    if (info := state.versions.get(state.production)) is not None:
+        with contextlib.suppress(InputError, DamagedError):  # the run was deleted, or a file of it is damaged
+            run = Run.open(store, info.run)
+            # else the run of that name is another one now
+            if components_digest(run.require(Gallery)) == info.components_digest:
+                return run.spec.serve
     try:
         return registry.load(state.production).run_file().serve
     except (InputError, DamagedVersionError):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, StoreError
+from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, RunFileError, StoreError
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
@@ -35,6 +35,7 @@ POLL_S = 2.0  # between two reads by a server
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
+OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
 ENDED = "the canary or shadow of version {} ended just now; see `defuse promote` for the new state"
 CHANGED = "production changed meanwhile; see `defuse promote` for the new state"
 
@@ -97,28 +98,29 @@ class Registry:
     def load(self, number: int) -> Candidate:
         """Return version `number`. Raises InputError for an unknown one, and DamagedVersionError."""
         key = _version_key(number)
+        where = f"{self.store.address}/{key}"
         try:
             data = self.store.read(key)
         except FileNotFoundError as error:
             versions = self.state().versions
             if number in versions:
-                raise DamagedVersionError(
-                    f"{self.store.address}/{key}: the file of version {number} is missing; {REMEDY}"
-                ) from error
+                missing = f"the file of version {number} is missing"
+                raise DamagedVersionError(f"{where}: {missing}; {REMEDY}") from error
             known = ", ".join(str(n) for n in versions) or "none"
             raise InputError(
                 f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
         try:
-            candidate = decode(Candidate, data, f"{self.store.address}/{key}", REMEDY)
+            candidate = decode(Candidate, data, where, REMEDY, OF_ANOTHER_DEFUSE)
+            candidate.run_file()
         except StoreError as error:
             raise DamagedVersionError(str(error)) from error
+        except RunFileError as error:
+            raise DamagedVersionError(f"{where}: {error}; {OF_ANOTHER_DEFUSE}") from error
         info = self.state().versions.get(number)
         if info is not None and candidate.digest != info.digest:
-            raise DamagedVersionError(
-                f"{self.store.address}/{key}: expected version {number} of run {info.run}, found a file that holds "
-                f"another version (run {candidate.run}); {REMEDY}"
-            )
+            other = f"expected version {number} of run {info.run}, found another (run {candidate.run})"
+            raise DamagedVersionError(f"{where}: {other}; {REMEDY}")
         return candidate
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:
@@ -208,7 +210,6 @@ class Registry:
         InputError for a canary or shadow without another version in production, where another version than in `checked`
         is, and for production where the version was canary or shadow in `checked` and has no role now.
         """
-
         action = f"version {number} {request.role}"
 
         def updates(state: RegistryState) -> dict[str, Any]:

@@ -192,6 +192,10 @@ def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkey
         decode(Shard, older, "psi/0")
     with pytest.raises(DamagedError, match="psi/0: .* found artefact format 1; the trial begins again$"):
         decode(Shard, older, "psi/0", "the trial begins again")
+    with pytest.raises(DamagedError, match="psi/0: .* found artefact format 1; use another Defuse$"):
+        decode(Shard, older, "psi/0", "the trial begins again", "use another Defuse")
+    with pytest.raises(DamagedError, match=r"psi/0: .*; the trial begins again$"):
+        decode(Shard, older[:-1], "psi/0", "the trial begins again", "use another Defuse")
 
 
 def test_an_artefact_from_before_format_versions_is_refused():

@@ -98,28 +98,42 @@ def test_a_report_of_a_run_with_a_damaged_manifest_names_the_manifest(finished_r
     assert rewrite_report(run).run.name == "tiny"
 
 
-def test_weights_in_a_folder_are_known_by_all_of_its_files(store, tmp_path, monkeypatch):
-    folder = tmp_path / "weights"
+def test_weights_in_a_folder_are_known_by_the_files_that_are_read(store, tmp_path, monkeypatch):
+    folder, parts = tmp_path / "weights", [f"model-{n}-of-2.safetensors" for n in (1, 2)]
     folder.mkdir()
-    (folder / "config.json").write_bytes(b"{}")
-    (folder / "model").write_bytes(b"1")
-    (folder / ".cache").mkdir()
+    for name in ("config.json", *parts):
+        (folder / name).write_bytes(name.encode())
     spec = tiny(vae={"weights": folder})
     Run.start(store, "a", spec).once("identify", Psi, psi)
-    (folder / ".cache" / "log").write_bytes(b"no file of the folder itself")
+    for name in (".DS_Store", "README.md", "training_args.bin"):
+        (folder / name).write_bytes(b"of another program")
+        Run.start(store, "a", spec)
+    in_order = Path.glob  # another file system lists in another order
+    monkeypatch.setattr(Path, "glob", lambda *found: reversed([*in_order(*found)]))
     Run.start(store, "a", spec)
-    for name, data in (("model", b"2"), ("more", b"1")):
+    for name in ("config.json", *parts, "model.safetensors"):
         before = (folder / name).read_bytes() if (folder / name).exists() else None
-        (folder / name).write_bytes(data)
+        (folder / name).write_bytes(b"another")
         with pytest.raises(RunMismatchError, match=r"vae\.weights: the weights file has changed since"):
             Run.start(store, "a", spec)
         (folder / name).unlink()
         if before is not None:
             (folder / name).write_bytes(before)
     Run.start(store, "a", spec)
-    in_order = Path.iterdir  # another file system lists in another order
-    monkeypatch.setattr(Path, "iterdir", lambda path: reversed([*in_order(path)]))
-    Run.start(store, "a", spec)
+
+
+def test_a_run_whose_weights_were_replaced_goes_on_with_its_own_at_a_path_without_a_file(store, tmp_path):
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"1")
+    run = Run.start(store, "a", tiny(vae={"weights": weights}))
+    run.once("identify", Psi, psi)
+    weights.write_bytes(b"2")
+    with pytest.raises(
+        RunMismatchError, match=r"that the run holds, set it to a path without a file\); choose"
+    ):
+        Run.start(store, "a", tiny(vae={"weights": weights}, check={"max_loss": 0.5}))
+    gone = tiny(vae={"weights": tmp_path / "gone.pt"}, check={"max_loss": 0.5})
+    assert Run.start(store, "a", gone).spec == gone == Run.open(store, "a").spec
 
 
 def test_a_run_that_began_before_weights_were_noted_goes_on(store, tmp_path):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from defuse_core.artifacts import Gallery
 from defuse_core.codec import encode
-from defuse_core.config import dump_run_file
-from defuse_core.pipeline import expect_may_go_on
-from defuse_core.runs import SETTINGS, Run
+from defuse_core.config import RunFile, dump_run_file
+from defuse_core.files import digest_of
+from defuse_core.pipeline import EVALUATION, expect_may_go_on
+from defuse_core.runs import SETTINGS, WEIGHTS, Run
 from defuse_core.store import FolderStore
 from services.serving import candidate
 from services.serving.candidate import Candidate, prepare_candidate
@@ -29,6 +32,12 @@ NOTHING_DELETED = "nothing was deleted; to delete without being asked, give --ye
 
 def opened(store: FolderStore) -> Run:
     return Run.open(store, "digits")
+
+
+def give_run_file(store: FolderStore, spec: RunFile) -> None:
+    """Let the run have been made with another run file."""
+    store.delete(f"digits/{SETTINGS}")
+    store.write("digits/run.yaml", dump_run_file(spec).encode())
 
 
 def test_a_deleted_run_leaves_nothing(own_store, monkeypatch, capsys):
@@ -243,9 +252,7 @@ def test_a_vote_of_a_run_that_is_promoted_while_all_answers_are_read_is_not_reop
     own_store, monkeypatch, capsys
 ):
     where = ["--store", own_store.address]
-    asked = opened(own_store).spec.with_fields("review", annotators="label-studio")
-    own_store.delete(f"digits/{SETTINGS}")
-    own_store.write("digits/run.yaml", dump_run_file(asked).encode())
+    give_run_file(own_store, opened(own_store).spec.with_fields("review", annotators="label-studio"))
 
     def promote_first(*_: object) -> None:
         assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
@@ -266,6 +273,16 @@ def test_a_run_in_the_registry_is_not_deleted_by_another_case_of_its_name(own_st
     assert own_store.exists("Digits/run.yaml")
 
 
+def test_a_run_that_was_renamed_after_its_promotion_is_not_deleted(own_store, monkeypatch, capsys):
+    where = ["--store", own_store.address]
+    assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
+    (own_store.folder / "digits").rename(own_store.folder / "january")
+    code, _, err = call(monkeypatch, capsys, "delete", "january", *where, "--yes")
+    assert (code, "version 1 in the registry was made from it" in one_line(err)) == (2, True)
+    shutil.copytree(own_store.folder / "january", own_store.folder / "digits")
+    assert call(monkeypatch, capsys, "delete", "january", *where, "--yes")[0] == 0  # a copy
+
+
 def test_a_run_that_only_has_the_name_of_one_in_the_registry_can_be_deleted(own_store, monkeypatch, capsys):
     where = ["--store", own_store.address]
     assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
@@ -276,3 +293,68 @@ def test_a_run_that_only_has_the_name_of_one_in_the_registry_can_be_deleted(own_
     own_store.write("digits/gallery.safetensors", encode(other))
     assert call(monkeypatch, capsys, "delete", "digits", *where, "--yes")[0] == 0
     assert list(Registry(own_store).state().versions) == [1]
+
+
+def other_weights(store: FolderStore, spec: RunFile, folder: Path) -> RunFile:
+    weights = folder / "w.safetensors"
+    weights.write_bytes(b"before")
+    store.write(f"digits/{WEIGHTS}", json.dumps({"classifier.weights": digest_of(weights)}).encode())
+    weights.write_bytes(b"after")
+    return spec.with_fields("classifier", weights=weights)
+
+
+def other_images(store: FolderStore, spec: RunFile, folder: Path) -> RunFile:
+    store.write(f"digits/{EVALUATION}", b"of a finished run")
+    labels = np.arange(200) % 10
+    np.savez(folder / "other.npz", train_images=np.zeros((200, 16, 16), np.uint8), train_labels=labels)
+    return spec.with_fields("data", name="npz", root=folder / "other.npz", train_images=None)
+
+
+def other_code(store: FolderStore, spec: RunFile, folder: Path) -> RunFile:
+    gallery = opened(store).require(Gallery)
+    answered = dataclasses.replace(gallery, predicted=(gallery.predicted + 1) % 10)
+    store.write("digits/gallery.safetensors", encode(answered))
+    return spec.with_fields(
+        "classifier", architecture="custom", import_path="tests.services.test_suite:the_tiny_cnn"
+    )
+
+
+def code_of_another_network(store: FolderStore, spec: RunFile, folder: Path) -> RunFile:
+    return spec.with_fields("classifier", architecture="custom", import_path="tests.own_classifiers:Net")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (other_weights, "classifier.weights: the weights file has changed since the run began"),
+        (other_images, "the images differ from those that the run was trained on"),
+        (other_code, "stored images otherwise than when"),
+        (code_of_another_network, "are they of another architecture?"),
+    ],
+)
+def test_a_correction_that_could_not_be_made_again_is_not_deleted(
+    change, line, own_store, tmp_path_factory, monkeypatch, capsys
+):
+    spec = opened(own_store).spec.with_fields("review", annotators="label-studio")
+    give_run_file(own_store, change(own_store, spec, tmp_path_factory.mktemp("weights")))
+    where, stored = ["--store", own_store.address], {key: own_store.read(key) for key in own_store.list()}
+    for words in (
+        ["set", "digits", "0", "--reject", "--reason", "no digit", "--redo"],
+        ["reopen", "digits", "--discard"],
+    ):
+        code, _, err = call(monkeypatch, capsys, "review", *words, *where)
+        assert (code, line in one_line(err)) == (2, True), err
+    assert {key: own_store.read(key) for key in own_store.list()} == stored
+
+
+def test_a_correction_is_made_again_from_another_machine_that_has_not_its_images_weights_and_code(
+    own_store, monkeypatch, capsys
+):
+    spec = opened(own_store).spec.with_fields("data", name="npz", root=own_store.folder / "elsewhere.npz")
+    network = {"architecture": "custom", "import_path": "elsewhere.nets:build", "weights": "elsewhere.pt"}
+    give_run_file(own_store, spec.with_fields("classifier", **network))
+    own_store.write(f"digits/{EVALUATION}", b"of a finished run")
+    own_store.write(f"digits/{WEIGHTS}", json.dumps({"classifier.weights": "another"}).encode())
+    redo = ["0", "--reject", "--reason", "no digit", "--redo", "--store", own_store.address]
+    assert call(monkeypatch, capsys, "review", "set", "digits", *redo)[0] == 0
+    assert not own_store.exists("digits/verdicts.safetensors")

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from defuse_core.artifacts import Corrections, Gallery, Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.config import dump_run_file
 from defuse_core.data import open_splits
+from defuse_core.errors import InputError
 from defuse_core.export.suite import (
     SHEET,
     Suite,
@@ -268,3 +270,16 @@ def test_an_overview_has_the_first_pictures_row_by_row_and_white_after_the_last(
 )
 def test_what_is_asked_is_over_the_classifier_before_and_within_reach_of_the_correction(before, after, least):
     assert least_accuracy(0.9, before, after, 100) == pytest.approx(least)
+
+
+def test_a_suite_of_another_artefact_format_is_saved_again_from_another_run(suite, tmp_path, monkeypatch):
+    shutil.copytree(suite, tmp_path / "suite")
+    pictures = load_suite(suite).pictures
+    monkeypatch.setattr("defuse_core.codec.FORMAT", 1)
+    (tmp_path / "suite/suite.safetensors").write_bytes(encode(pictures))
+    monkeypatch.undo()
+    line = (
+        "found artefact format 1; use the Defuse that saved it, or save the suite of a run of this one with"
+    )
+    with pytest.raises(InputError, match=line):
+        load_suite(tmp_path / "suite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 from ray.serve.schema import ServeDeploySchema
 from ray.serve.scripts import cli as serve_command
 
+from defuse_core.artifacts import Gallery
+from defuse_core.codec import encode
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, DamagedError, InputError, NoAnswerError, StoreError
 from defuse_core.runs import Run
@@ -64,6 +67,22 @@ def test_settings_of_the_server_come_from_the_run_file_of_the_version_in_product
     settings = resolve_settings(ServeArgs(store=promoted.address))
     assert (settings.max_images, settings.reservoir) == (7, 50)
     promoted.delete("first/run.yaml")  # the version's copy is left
+    assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
+
+
+def test_settings_of_the_server_do_not_come_from_another_run_that_has_the_name_of_the_versions_run(
+    promoted, good_spec
+):
+    run = Run.start(promoted, "first", good_spec.with_fields("serve", max_images=7))
+    drawn = run.require(Gallery)
+    run.store.write("gallery.safetensors", encode(dataclasses.replace(drawn, codes=drawn.codes + 1)))
+    assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
+
+
+@pytest.mark.parametrize("key", ["settings.json", "gallery.safetensors"])
+def test_settings_of_the_server_are_the_versions_own_where_its_run_is_damaged(key, promoted, good_spec):
+    Run.start(promoted, "first", good_spec.with_fields("serve", max_images=7))
+    promoted.write(f"first/{key}", b"cut")
     assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
 
 

@@ -12,11 +12,12 @@ from sample_evidence import sample_evidence
 from sample_findings import sample_findings, sample_spec, sample_watch
 
 from defuse_core.artifacts import DroppedComponent, Health, Sweep
-from defuse_core.codec import encode
+from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.errors import CheckFailed, DamagedError, InputError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.options import expect_not_promoted
 from services.serving import candidate as candidate_module
 from services.serving.candidate import (
     Candidate,
@@ -30,7 +31,8 @@ from services.serving.candidate import (
     with_settings,
 )
 from services.serving.checks import Check
-from services.serving.registry import Registry
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest
 
 WEIGHTS = {"layer.weight": np.ones((2, 2), np.float32)}
 
@@ -238,6 +240,18 @@ def test_a_damaged_candidate_is_named_with_its_run_and_made_again_once_it_is_del
         prepare_candidate(run)
     run.store.delete(key)
     assert prepare_candidate(run)[1].digest == candidate.digest
+
+
+def test_a_run_that_is_renamed_after_its_checks_is_promoted_under_its_new_name(own_store: FolderStore):
+    before = prepare_candidate(Run.open(own_store, "first"))[1]
+    (own_store.folder / "first").rename(own_store.folder / "january")
+    run = Run.open(own_store, "january")
+    key, candidate = prepare_candidate(run)
+    assert (candidate.run, candidate.digest) == ("january", before.digest)
+    assert decode(Candidate, run.store.read(key), key).run == "january"
+    promote(Registry(own_store), candidate, PromotionRequest("ana", ""))
+    with pytest.raises(InputError, match="run january: version 1 in the registry was made from it"):
+        expect_not_promoted(own_store, "january", "keep it")
 
 
 def test_a_run_with_judges_is_served_only_once_what_they_say_is_stored(own_store: FolderStore):

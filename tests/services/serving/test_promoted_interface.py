@@ -7,9 +7,13 @@ import re
 
 import pytest
 
+from defuse_core.codec import encode
+from defuse_core.config import ServeSection
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.store import FolderStore
-from services.serving.registry import Registry, promote
+from services.serving.launch import warn_of_production
+from services.serving.registry import DamagedVersionError, Registry, promote
+from services.serving.registry_state import PromotionRequest
 from tests.services.serving.test_registry_changes import ANA, CANARY, SHADOW, failing
 
 
@@ -78,6 +82,23 @@ def test_a_candidate_that_cannot_be_compared_with_production_is_not_promoted(reg
     with pytest.raises(CheckFailed, match=r"not promoted: worse \(and 1 more\)"):
         promote(registry, failing(candidates[1], "worse"), ANA)
     assert promote(registry, candidates[0], ANA).production == 1  # the same one, which writes it again
+
+
+def test_production_of_a_defuse_with_other_fields_is_replaced_with_a_reason(registry, candidates, caplog):
+    old = with_run_file(candidates[0], "old", vae={"guide_weight": 0})
+    state = registry.change("added version 1", "ana", "", lambda state: {"production": 1})
+    registry.store.write("versions/000001.safetensors", encode(old))
+    line = (
+        r"000001\.safetensors: .*vae\.guide_weight: .*; use the version of Defuse that wrote it, or promote"
+    )
+    with pytest.raises(DamagedVersionError, match=line):
+        registry.load(1)
+    warn_of_production(registry, ServeSection(), {})
+    assert re.search(f"{line}.*; requests are answered 503 until then", caplog.text)
+    with pytest.raises(CheckFailed, match=f"production cannot be read to compare it .*{line}"):
+        promote(registry, candidates[1], ANA)
+    forced = promote(registry, candidates[1], PromotionRequest("ana", "", force="an upgrade"))
+    assert state.production == 1 != forced.production
 
 
 @pytest.mark.parametrize("role", [CANARY, SHADOW])
