@@ -86,8 +86,8 @@ class FineTuning:
     def _class_loss(self, right: Mapping[str, Bool]) -> float:
         """Return the largest accuracy, a fraction of 1, that a class certainly lost on a part of data.right_before.
 
-        Each part by itself, since the training images, which are many, lose little. The bound of each class, part and
-        epoch is of 95 %, one-sided. Images of one track count once.
+        Each part by itself, since the training images, which are many, lose little. The bound is one of each class,
+        part and epoch. Images of one track count once.
         """
         parts, classes = self.data.clean.parts(), len(self.models.classes)
         losses = [

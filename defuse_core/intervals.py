@@ -9,6 +9,7 @@ from defuse_core.artifacts import F64, I64, Bool
 
 SIGNIFICANT = 0.05  # p-value below which a test counts
 MIN_CONFIRMED = 0.5  # a confirmed correction is right on over this share of a scenario's held-out images
+MANY_CLASSES = 20  # over so many, bounds of single classes allow for their number
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
@@ -48,9 +49,9 @@ def mean_with_bounds(means: F64, pooled: F64) -> F64:
     return np.array([means.mean(), max(0.0, low), min(1.0, high)])
 
 
-def wilson_lower(hits: I64 | F64, total: I64 | F64) -> F64:
-    """Return Wilson's one-sided lower bound, of 95 %, of the shares hits/total."""
-    return wilson(hits, total, 2 * 0.95 - 1)[0]  # 5 % on either side
+def wilson_lower(hits: I64 | F64, total: I64 | F64, level: float = 0.05) -> F64:
+    """Return Wilson's one-sided lower bound of the shares hits/total, too high with probability `level`."""
+    return wilson(hits, total, 2 * (1 - level) - 1)[0]  # as much on either side
 
 
 def exact_lower(hits: I64, total: I64) -> F64:
@@ -62,14 +63,16 @@ def exact_lower(hits: I64, total: I64) -> F64:
     return np.where(np.asarray(hits) > 0, low, 0.0)
 
 
-def certain_loss(before: F64, after: F64, units: I64 | F64, phi: F64 | float = 0.0) -> F64:
-    """Return the lower bound (95 %, one-sided) of each fall of an accuracy on so many images or tracks, (C,).
+def certain_loss(
+    before: F64, after: F64, units: I64 | F64, phi: F64 | float = 0.0, level: float = 0.05
+) -> F64:
+    """Return the lower bound (one-sided, 1 - `level`) of each fall of an accuracy on so many images or tracks, (C,).
 
     0 for none. It is Newcombe's (1998), of the two bounds by Wilson: a single image that became wrong is no certain
     loss, though it is the whole accuracy of its class. `phi` correlates both accuracies; 0 if they are independent.
     """
-    down = before - wilson_lower(before * units, units)
-    up = 1 - wilson_lower((1 - after) * units, units) - after
+    down = before - wilson_lower(before * units, units, level)
+    up = 1 - wilson_lower((1 - after) * units, units, level) - after
     bound: F64 = before - after - np.sqrt(np.maximum(down**2 - 2 * phi * down * up + up**2, 0.0))
     return np.where(units > 0, np.maximum(bound, 0.0), 0.0)
 
@@ -78,7 +81,8 @@ def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None
     """Return the `certain_loss` of each class on the same (n,) images, right before and after, (C,).
 
     It is Newcombe's (Statistics in Medicine 17, 2635-2650, 1998) for pairs, method 10: images that are right both times
-    say nothing of a loss. They count as `effective_number` draws.
+    say nothing of a loss. They count as `effective_number` draws. The bounds are of 95 %, and of more with over
+    MANY_CLASSES, so that one of them is false at most, on average.
     """
     draws = effective_number(labels, units, classes)
     cells = np.bincount(4 * labels + 2 * before + after, minlength=4 * classes).reshape(classes, 4)
@@ -88,7 +92,19 @@ def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None
     corrected = np.minimum(excess, np.maximum(0, excess - 0.5 / np.maximum(1, draws)))
     squared = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
     phi = corrected / np.sqrt(np.where(squared > 0, squared, 1))
-    return certain_loss(both + lost, both + gained, draws, phi)
+    return certain_loss(both + lost, both + gained, draws, phi, level=1 / max(MANY_CLASSES, classes))
+
+
+def class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None, classes: int) -> F64:
+    """Return the accuracy that each class lost on the same (n,) images, right before and after, (C,); nan without any.
+
+    With over MANY_CLASSES it is the `certain_class_loss`: some of so many lose much by chance.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    loss = np.bincount(labels, before.astype(np.int64) - after, classes) / np.maximum(counts, 1)
+    if classes > MANY_CLASSES:
+        loss = certain_class_loss(before, after, labels, units, classes)
+    return np.where(counts > 0, loss, np.nan)
 
 
 def chi2_quantile(share: float | F64, dimensions: int) -> F64:

@@ -260,17 +260,18 @@ class Run:
         if stored is not None:
             return stored
         self.manifest()  # a damaged one is reported before the work, not after it
-        started, before_s = time.time(), self.made_s
+        started, before_s = time.monotonic(), self.made_s
         artefact = make()
-        data = encode(artefact)
+        data, origin = encode(artefact), _manifest_fields(artefact)
+        del artefact  # which can have gigabytes
         readable = decode(kind, data, key)  # else no later command could read it
         # the manifest first, so that no artefact is ever without its entry
         # without what artefacts that `make` made took, which have entries of their own
-        seconds = time.time() - started - (self.made_s - before_s)
+        seconds = time.monotonic() - started - (self.made_s - before_s)
         self.made_s += seconds
-        self._note(step, key, seconds, data, _manifest_fields(artefact))
+        self._note(step, key, seconds, data, origin)
         self.store.write(f"{key}.safetensors", data)
-        if (total := time.time() - started) >= SHOWN_S:
+        if (total := time.monotonic() - started) >= SHOWN_S:
             log.info("%s: %s made in %.1f s", step, key, total)
         return readable
 

@@ -98,7 +98,8 @@ class CheckSection(Section):
     max_loss: float = Field(0.005, ge=0, le=1)
     """Clean accuracy that may be lost (on test images; on validation or training images where there are none)."""
     max_class_loss: float = Field(0.05, ge=0, le=1)
-    """Clean accuracy that any one class may lose."""
+    """Clean accuracy that any one class may lose; with over 20 classes, that it certainly lost, by a one-sided bound as
+    in correct.max_class_loss: some of so many lose much by chance."""
     max_regressions: float = Field(0.02, ge=0, le=1)
     """Largest share of clean images that were classified correctly before and are not now."""
 

@@ -366,8 +366,8 @@ class CorrectSection(Section):
     max_loss: float = Field(0.005, ge=0, le=1)
     """choose_by tune: clean accuracy (validation, or train without one) that may be lost, as a fraction of 1. Ours."""
     max_class_loss: float | None = Field(None, ge=0, le=1)
-    """choose_by tune: no class may lose more accuracy than this on training images (with vae.decode: plain) or on
-    validation images, by a one-sided 95 % bound per class, part and epoch; null: ten times max_loss. Ours."""
+    """choose_by tune: no class may lose more accuracy on training (with vae.decode: plain) or validation images, by a
+    one-sided bound per class, part and epoch, of 95 % (C > 20 classes: 1 - 1/C); null: ten times max_loss. Ours."""
     stop_at_loss: float | None = Field(None, gt=0, le=1)
     """A λ is given up after an epoch that lost more clean accuracy than this, at least max_loss; what it reached until
     then may still be chosen with schedule constant, where choose_by allows it. Ours."""

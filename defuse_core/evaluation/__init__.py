@@ -43,6 +43,7 @@ from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
 from defuse_core.identify import subsample_psi
+from defuse_core.intervals import MANY_CLASSES, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import most_common_errors
@@ -101,7 +102,10 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
         progress("drawing the latent space", 0, 1, "pictures")
         points, kind, component = latent_map(spec, found, splits.train, store)
     tested = np.zeros(0, np.int64) if splits.test is None else splits.test.labels
-    accuracy, per_class, scenario = (np.stack(part) for part in zip(*scores, strict=True))
+    accuracy, per_class, scenario, right = (np.stack(part) for part in zip(*scores, strict=True))
+    loss = None
+    if splits.test is not None and classes > MANY_CLASSES:
+        loss = class_loss(right[0] > 0, right[-1] > 0, tested, splits.test.tracks, classes)
     return Evaluation(
         accuracy=accuracy,
         per_class=per_class,
@@ -111,6 +115,7 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
         points=points,
         point_kind=kind,
         point_component=component,
+        class_loss=loss,
     )
 
 
@@ -151,14 +156,15 @@ def expect_same_answers(spec: RunFile, classifier: nn.Module, gallery: Gallery) 
 
 def _score(
     spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings
-) -> tuple[F64, F64, F64]:
+) -> tuple[F64, F64, F64, F64]:
     """Return accuracies on validation, test and scenario images, (3,), in each class, (C,), and scenario, (A,).
 
-    nan where there is nothing to score on.
+    nan where there is nothing to score on. The last is 1 for each of the (T,) test images that it gets right.
     """
     classes, scenarios = len(found.models.classes), len(found.fixes.labels)
     if not weights:
-        return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan)
+        none = np.zeros(0 if splits.test is None else len(splits.test))
+        return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan), none
     classifier = load_classifier(spec, weights, classes)
     parts, readers = (splits.validation, splits.test, held_out), spec.resources.readers
     right = [_right(classifier, images, readers) for images in parts]
@@ -167,7 +173,7 @@ def _score(
     if splits.test is not None:
         per_class = class_accuracy(right[1], splits.test.labels, classes)
     scenario = right[2].reshape(scenarios, -1).mean(axis=1) if scenarios else np.zeros(0)
-    return np.array(overall), per_class, scenario
+    return np.array(overall), per_class, scenario, right[1]
 
 
 def _right(classifier: nn.Module, images: Images | None, readers: int) -> F64:

@@ -21,7 +21,7 @@ from torch import nn
 from defuse_core.artifacts import F32, F64, I64, U8, Bool, Corrections, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits
-from defuse_core.data.images import to_levels
+from defuse_core.data.images import evenly_spaced, to_levels
 from defuse_core.data.splits import random_rows
 from defuse_core.distill.draws import distances_from
 from defuse_core.evaluation import Findings
@@ -33,6 +33,9 @@ from defuse_core.tuning_data import of_each
 
 COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
 ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
+# Of pictures over LARGE pixels, each of which takes long, so many of a scenario and of its class are measured. With as
+# many to compare with, LEAST_STANDARD_ERRORS asks for no more than LEAST_DEVIATION.
+LARGE, MEASURED_IF_LARGE = 64, 51
 FEWEST_IMAGES = 10  # with fewer, nothing is named
 LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named
 # and standard errors of the mean of the images compared with: with few of them some mean is far off by chance
@@ -132,9 +135,16 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: Images, splits:
     for number, label, images in zip(fixes.scenario, fixes.labels, per_scenario, strict=True):
         mistaken = most_common_error(found.gallery.predicted[number], label, image_labels[number])
         title = classes[label] if mistaken is None else f"{classes[label]} read as {classes[mistaken]}"
-        words = deviation_words(images.batch(), others[int(label)])
+        words = deviation_words(_to_measure(images).batch(), others[int(label)])
         names.append(f"{title}: {words}" if words else title)
     return tuple(names)
+
+
+def _to_measure(images: Images) -> Images:
+    """Return all images; of large ones MEASURED_IF_LARGE, evenly spaced."""
+    if images.pixels.shape[-1] <= LARGE:
+        return images
+    return images.take(evenly_spaced(len(images), MEASURED_IF_LARGE))
 
 
 def _measured_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F64:
@@ -147,7 +157,7 @@ def _measured_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F64:
     if len(rows) < FEWEST_IMAGES:
         return np.zeros((0, len(MEASUREMENTS)))
     rng = generator(spec.seed, "describe", label)
-    real = real.take(rows[random_rows(len(rows), COMPARED_IMAGES, rng)])
+    real = _to_measure(real.take(rows[random_rows(len(rows), COMPARED_IMAGES, rng)]))
     return measure(decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real))))
 
 

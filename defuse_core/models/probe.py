@@ -292,7 +292,7 @@ def warnings_of(
     if probe.class_order is not None:
         lines.append(
             f"it seems to number the classes differently ({percent(probe.reordered)} right in another order); if it "
-            f"does, set classifier.class_order: {list(probe.class_order)}"
+            f"does, set classifier.class_order: [{first_few([*map(str, probe.class_order)], most=20)}]"
         )
     elif probe.names is not None and set(probe.names) != set(classes):
         lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")
@@ -303,7 +303,7 @@ def warnings_of(
     if accuracy < 0.5:
         lines.append(
             f"it is right on only {percent(accuracy, 0)} of the training images; does it number the classes in this "
-            f"order? {', '.join(classes)}"
+            f"order? {first_few(classes, most=20)}"
         )
     return lines
 

@@ -331,7 +331,11 @@ def _votes(found: Findings) -> VoteFigures:
 def _per_class(classes: Iterable[str], evaluation: Evaluation, max_loss: float) -> tuple[ClassAccuracy, ...]:
     if not evaluation.per_class_images.any():
         return ()
-    columns = zip(classes, evaluation.per_class_images.tolist(), evaluation.per_class.T, strict=True)
+    before, _, after = evaluation.per_class
+    loss = before - after if evaluation.class_loss is None else evaluation.class_loss
+    columns = zip(
+        classes, evaluation.per_class_images.tolist(), evaluation.per_class.T, loss.tolist(), strict=True
+    )
     return tuple(
         ClassAccuracy(
             name=name,
@@ -339,9 +343,9 @@ def _per_class(classes: Iterable[str], evaluation: Evaluation, max_loss: float) 
             before=finite_or_none(b),
             baseline=finite_or_none(u),
             defuse=finite_or_none(d),
-            loses_too_much=b - d > max_loss + ROUNDING,
+            loses_too_much=lost > max_loss + ROUNDING,
         )
-        for name, n, (b, u, d) in columns
+        for name, n, (b, u, d), lost in columns
     )
 
 

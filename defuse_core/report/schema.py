@@ -227,7 +227,7 @@ class ClassAccuracy(FigureModel):
     baseline: float | None
     defuse: float | None
     loses_too_much: bool
-    """Whether the correction loses more than check.max_class_loss."""
+    """Whether the correction loses more than check.max_class_loss; with over 20 classes, certainly more."""
 
 
 class SweepFailure(FigureModel):

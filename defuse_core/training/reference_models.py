@@ -35,7 +35,7 @@ from defuse_core.config import ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import is_perturbed, split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import DataError, ModelError, StoreError, count_of
+from defuse_core.errors import DataError, ModelError, StoreError, count_of, first_few
 from defuse_core.models import (
     ReferenceCnn,
     ResidualNet,
@@ -273,7 +273,7 @@ def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, label
     missing = [splits.classes[label] for label in np.setdiff1d(splits.train.labels, labels)]
     text = "train: the %s have no training images of %s (%s) and see no failure of these"
     if set_section(spec, name).epochs and missing:
-        log.warning(text, CALLED[name], ", ".join(missing), "judges.share, identify.share, train_images")
+        log.warning(text, CALLED[name], first_few(missing), "judges.share, identify.share, train_images")
 
 
 def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train: Images) -> Images:

@@ -46,6 +46,8 @@ CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed
 BATCH = 256
 # of the validation images and of the test images that a detector is fitted or measured on
 MOST_IMAGES = 50_000
+# answers whose scores are computed at once, and that a temperature is fitted on: each needs some copies of the logits
+MOST_AT_ONCE = 10_000
 MOST_CERTAIN = -50.0  # log-odds of an error below which differences are rounding
 SEEN = (  # Models.validation_from_training: errors are rarer on such images, and easier to find
     "Failing inputs cannot be found: the validation images are a share of the training images, which the classifier "
@@ -75,7 +77,10 @@ class FailureDetector:
 
         `logits` are (n, C); `distance` (n,) is the Mahalanobis distance of the codes from the predicted class.
         """
-        scores = answer_scores(self.method, self.temperature, logits, distance)
+        return self.probability_of(answer_scores(self.method, self.temperature, logits, distance))
+
+    def probability_of(self, scores: F64) -> F64:
+        """Return the probability that each answer with these `answer_scores` (n, X) is wrong, (n,)."""
         probability: F64 = expit(((scores - self.center) / self.scale) @ self.weights + self.bias)
         return probability
 
@@ -157,6 +162,11 @@ def answer_scores(
     method: str, temperature: float, logits: F32 | F64, distance: F32 | F64 | None = None
 ) -> F64:
     """Return the scores of a method, (n, X); each grows with the doubt in the answer."""
+    if len(logits) > MOST_AT_ONCE:
+        parts = [slice(start, start + MOST_AT_ONCE) for start in range(0, len(logits), MOST_AT_ONCE)]
+        distances = [None if distance is None else distance[part] for part in parts]
+        pairs = zip(parts, distances, strict=True)
+        return np.concatenate([answer_scores(method, temperature, logits[part], far) for part, far in pairs])
     raw = np.asarray(logits, np.float64)
     best = raw.max(axis=1, keepdims=True)
     if method == "energy":  # not scipy's logsumexp, which takes longer than the rest of an answer
@@ -204,15 +214,24 @@ class Answers:
         return replace(self, **rows_of(self, rows))
 
 
-def fit_detector(method: str, answers: Answers) -> FailureDetector:
-    """Return the method fitted on answers of which some are wrong and some are right."""
+def fit_detector(method: str, answers: Answers, rows: I64, seed: int) -> tuple[FailureDetector, F64]:
+    """Return the method fitted on `rows` of the answers, of which some are wrong, and the scores of all, (n, X).
+
+    The temperature is that of MOST_AT_ONCE of the rows, drawn by seed, where there are more.
+    """
     from sklearn.linear_model import LogisticRegression  # late: its import takes a second
 
-    temperature = 1.0 if method == "energy" else fit_temperature(answers.logits, answers.labels)
+    temperature = 1.0
+    if method != "energy":
+        drawn = random_rows(len(rows), MOST_AT_ONCE, generator(seed, "watch", "temperature"))
+        some = answers.take(rows[drawn])
+        temperature = fit_temperature(some.logits, some.labels)
     scores = answer_scores(method, temperature, answers.logits, answers.distance)
-    center, scale = scores.mean(axis=0), np.maximum(scores.std(axis=0), 1e-9)
-    fitted = LogisticRegression(max_iter=1000).fit((scores - center) / scale, answers.wrong)
-    return FailureDetector(method, temperature, center, scale, fitted.coef_[0], float(fitted.intercept_[0]))
+    fit_on = scores[rows]
+    center, scale = fit_on.mean(axis=0), np.maximum(fit_on.std(axis=0), 1e-9)
+    fitted = LogisticRegression(max_iter=1000).fit((fit_on - center) / scale, answers.wrong[rows])
+    found = fitted.coef_[0], float(fitted.intercept_[0])
+    return FailureDetector(method, temperature, center, scale, *found), scores
 
 
 def measure_detector(method: str, validation: Answers, test: Answers, seed: int) -> MeasuredDetector:
@@ -227,9 +246,9 @@ def measure_detector(method: str, validation: Answers, test: Answers, seed: int)
     kind = StratifiedKFold if validation.tracks is None else StratifiedGroupKFold
     folds = kind(FOLDS, shuffle=True, random_state=torch_seed(seed, "watch", "folds") % 2**32)
     for kept, held in folds.split(validation.logits, validation.wrong, validation.tracks):
-        fitted = fit_detector(method, validation.take(kept))
-        out_of_fold[held] = fitted.probability(validation.logits[held], validation.distance[held])
-    detector = fit_detector(method, validation)
+        fitted, scores = fit_detector(method, validation, kept, seed)
+        out_of_fold[held] = fitted.probability_of(scores[held])
+    detector, _ = fit_detector(method, validation, np.arange(len(validation.labels)), seed)
     return MeasuredDetector(detector, out_of_fold, detector.probability(test.logits, test.distance))
 
 

@@ -26,7 +26,7 @@ from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_f
 from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import CheckFailed, InputError, StoreError, percent
+from defuse_core.errors import CheckFailed, InputError, StoreError, first_few, percent
 from defuse_core.evaluation import expect_same_code
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
@@ -119,8 +119,12 @@ class Candidate:
     def interface_error(self, current: Candidate) -> str | None:
         """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
         if self.interface != current.interface:
+            pairs = zip(current.classes, self.classes, strict=False)
+            differ = next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
+            begin = max(0, differ - 1)
             expected, found = (
-                f"{channels}x{size}x{size} pixels and {len(classes)} classes ({', '.join(classes)})"
+                f"{channels}x{size}x{size} pixels and {len(classes)} classes ({'..., ' if begin else ''}"
+                f"{first_few(classes[begin:], most=20)})"
                 for channels, size, classes in (current.interface, self.interface)
             )
             return f"interface: expected {expected} as in production, found {found}"

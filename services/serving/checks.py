@@ -15,7 +15,7 @@ from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError, first_few, percent
 from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
-from defuse_core.intervals import ROUNDING
+from defuse_core.intervals import MANY_CLASSES, ROUNDING, class_loss
 from defuse_core.models import StoredVae, load_classifier, predict
 from defuse_core.review.undecided import are_worse, compared_images, why_guessing
 from defuse_core.tuning_data import held_out_images
@@ -61,6 +61,7 @@ class CandidateReport:
     own_label: Check | None = None  # None without judges, and with worse ones
     by_own_label: F64 | None = None  # (A, 2) as own_label_accuracies
     fingerprint: str = ""  # of the clean images; empty where the classifier has probably seen them
+    tracks: I64 | None = None  # (N,) of the clean images
 
     def scenario_accuracies(self) -> tuple[F64, F64, Bool]:
         """Return each scenario's accuracy before and after, and whether judges measured both, (A,) each.
@@ -119,13 +120,12 @@ class CandidateReport:
         return Check("clean accuracy", before - after <= most + ROUNDING, line, before - after, most)
 
     def _class_accuracy(self, most: float) -> Check:
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        lost = self.right_before.astype(np.int64) - self.right_after
-        loss = np.bincount(self.labels, lost, minlength=len(self.classes)) / np.maximum(counts, 1)
-        measured = counts > 0
-        worst = int(np.where(measured, loss, -np.inf).argmax())
+        count = len(self.classes)
+        loss = class_loss(self.right_before, self.right_after, self.labels, self.tracks, count)
+        measured, worst = np.isfinite(loss), int(np.nanargmax(loss))
+        certain = " for certain" if count > MANY_CLASSES else ""
         line = (
-            f"every class: class {self.classes[worst]} lost {100 * max(0.0, loss[worst]):.2f} points, "
+            f"every class: class {self.classes[worst]} lost {100 * max(0.0, loss[worst]):.2f} points{certain}, "
             f"expected at most {100 * most:.2f} points"
         )
         if not measured.all():
@@ -176,6 +176,7 @@ def evaluate_candidate(
         own_label=own_label_check(corrections, evidence, judged_on),
         by_own_label=own_label_accuracies(evidence, judged_on),
         fingerprint=splits.fingerprint(split) if split == part else "",
+        tracks=clean.tracks,
     )
 
 

@@ -10,6 +10,7 @@ from defuse_core.intervals import (
     binomial_tail,
     certain_class_loss,
     certain_loss,
+    class_loss,
     exact_lower,
     mcnemar,
     mean_with_bounds,
@@ -290,3 +291,36 @@ def test_a_class_that_loses_five_points_is_rarely_found_to_lose_more(images: int
             shares = right - gain - 0.05, gain + 0.05, gain, 1 - right - gain
             found = stats.multinomial.pmf(refused, images, shares) if refused else np.zeros(1)
             assert found.sum() < 0.05
+
+
+def changed_by_chance(classes: int, images: int, share: float) -> tuple[Bool, Bool, I64]:
+    """Return which images are right before and after, and labels; of so many as become wrong others become right."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), images)
+    before, draw = rng.random((2, len(labels)))
+    right = before < 0.76
+    return right, np.where(right, draw >= share / 0.76, draw < share / 0.24), labels
+
+
+def test_among_a_thousand_classes_of_which_none_gets_worse_no_loss_is_certain():
+    before, after, labels = changed_by_chance(1000, 50, 0.08)
+    measured = np.bincount(labels, before.astype(np.int64) - after) / 50
+    assert measured.max() > 0.15
+    assert class_loss(before, after, labels, None, 1000).max() <= 0.05
+    after[:50] = before[:50] & (np.arange(50) >= 40)
+    assert class_loss(before, after, labels, None, 1000)[0] > 0.2
+
+
+def test_bounds_allow_for_the_number_of_classes_from_twenty_on():
+    before, after = repeated(303, 55, 7, 135)
+    labels = np.zeros(len(before), np.int64)
+    of_one, of_twenty, of_more = (
+        certain_class_loss(before, after, labels, None, classes)[0] for classes in (1, 20, 21)
+    )
+    assert of_one == of_twenty > of_more > 0.07
+    assert class_loss(before, after, labels, None, 20)[0] == 48 / 500
+
+
+def test_a_class_without_images_has_no_loss():
+    nothing = class_loss(np.ones(2, np.bool_), np.array([True, False]), np.zeros(2, np.int64), None, 2)
+    np.testing.assert_array_equal(nothing, [0.5, np.nan])

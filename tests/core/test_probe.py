@@ -133,6 +133,13 @@ def some_probe() -> ClassifierProbe:
     )
 
 
+def test_a_warning_about_a_thousand_classes_is_one_readable_line():
+    names = [f"class {number}" for number in range(1000)]
+    probe = replace(some_probe(), by_range={"0..1": 0.1}, class_order=tuple(range(1000)), reordered=0.9)
+    reordered, wrong = warnings_of(probe, section(), names, 0.1)
+    assert reordered.endswith("18, 19 and 980 more]") and wrong.endswith("class 19 and 980 more")
+
+
 def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog):
     order = tuple(np.roll(np.arange(10), 3).tolist())  # of logits: class 0 is the logit order[0]
     net = nn.Sequential(trained(), Permuted(torch.argsort(torch.tensor(order))))

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import MeasuredPrecision, Psi
+from defuse_core.artifacts import Gallery, MeasuredPrecision, Psi
 from defuse_core.codec import FORMAT, encode
 from defuse_core.config import dump_run_file
 from defuse_core.errors import DamagedError, InputError, RunBusyError, RunMismatchError, StoreError
@@ -81,6 +82,33 @@ def test_the_time_of_an_artefact_that_was_made_inside_another_counts_once(tmp_pa
     entries = run.manifest()["artefacts"]
     assert entries["psi"]["seconds"] >= 0.3
     assert sum(entry["seconds"] for entry in entries.values()) <= time.time() - started
+
+
+def test_the_time_of_an_artefact_is_not_below_zero_when_the_clock_is_set_back(tmp_path, monkeypatch):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+
+    def set_back() -> Psi:
+        monkeypatch.setattr("time.time", lambda: 0.0)
+        return psi()
+
+    run.once("identify", Psi, set_back)
+    assert 0 <= run.manifest()["artefacts"]["psi"]["seconds"] < 60
+
+
+def test_an_artefact_is_not_held_while_its_bytes_are_read_back(tmp_path):
+    run = Run.start(FolderStore(tmp_path), "a", tiny())
+    shape = (50, 100, 1, 32, 32)
+    tracemalloc.start()
+    try:
+        run.once("review", Gallery, lambda: gallery(np.zeros(shape, np.float32)))
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * 4 * np.prod(shape)
+    finally:
+        tracemalloc.stop()
+
+
+def gallery(images: np.ndarray) -> Gallery:
+    count = images.shape[:2]
+    return Gallery(images, np.zeros((*count, 4), np.float32), np.zeros(count, np.int64), ("a", "b"))
 
 
 def test_the_manifest_has_an_entry_of_every_artefact_whenever_the_driver_dies(tmp_path):

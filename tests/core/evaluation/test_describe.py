@@ -270,6 +270,21 @@ def test_each_measurement_has_a_word_for_either_end() -> None:
     assert measure(np.zeros((1, 1, 8, 8), np.float32)).shape == (1, len(MEASUREMENTS))
 
 
+@pytest.mark.parametrize(("large", "counts"), [(15, [4, 4, 4, 4]), (16, [12, 12, 6, 6])])
+def test_few_of_large_pictures_are_measured(large, counts, tiny_spec, two_scenarios, monkeypatch):
+    measured = []
+    for name, value in {"LARGE": large, "MEASURED_IF_LARGE": 4, "COMPARED_IMAGES": 12}.items():
+        monkeypatch.setattr(f"defuse_core.evaluation.describe.{name}", value)
+    monkeypatch.setattr("defuse_core.evaluation.describe.FEWEST_IMAGES", 2)
+    monkeypatch.setattr(
+        "defuse_core.evaluation.describe.measure",
+        lambda images: measured.append(len(images)) or measure(images),
+    )
+    splits = dataclasses.replace(open_splits(tiny_spec.data, tiny_spec.seed), validation=None)
+    describe_scenarios(tiny_spec, two_scenarios, HELD_OUT, splits)
+    assert measured == counts
+
+
 def test_a_class_that_several_scenarios_are_compared_with_is_measured_once(
     tiny_spec, two_scenarios, monkeypatch
 ):

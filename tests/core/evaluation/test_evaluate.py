@@ -118,6 +118,21 @@ def test_accuracies_are_those_of_the_models(tiny_spec: RunFile, tiny_models: Mod
     assert (evaluation.per_class[0] * counts).sum() / counts.sum() == pytest.approx(expected[1])
 
 
+def test_with_many_classes_it_is_stored_what_each_lost_for_certain(
+    tiny_spec, tiny_models, tmp_path, monkeypatch
+):
+    found = findings(tiny_models, FolderStore(tmp_path), accepted=2)
+    blank = {name: np.zeros_like(array) for name, array in tiny_models.classifier.items()}
+    found = dataclasses.replace(found, sweep=Sweep((), None, blank, ()))
+    few = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    monkeypatch.setattr("defuse_core.evaluation.MANY_CLASSES", 9)
+    monkeypatch.setattr("defuse_core.intervals.MANY_CLASSES", 9)
+    many = evaluate(tiny_spec, found, FolderStore(tmp_path), progress=silent)
+    lost = many.per_class[0] - many.per_class[2]
+    assert few.class_loss is None and many.class_loss is not None
+    assert (many.class_loss[lost > 0.5] > 0).all() and (many.class_loss <= np.maximum(lost, 0)).all()
+
+
 def test_answers_after_the_correction_are_those_of_the_corrected_classifier(tiny_spec, tiny_models, tmp_path):
     last = sorted(name for name in tiny_models.classifier if name.endswith(".bias"))[-1]
     layer = (last, last.replace("bias", "weight"))

@@ -44,6 +44,13 @@ def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
     assert costs_a_class(report_of((found, evaluation), tmp_path), SAMPLE_CORRECT) is None
 
 
+def test_where_losses_are_known_to_be_certain_those_are_compared(tmp_path: Path):
+    found, evaluation = sample_findings()
+    evaluation = dataclasses.replace(losing_class(evaluation), class_loss=np.array([*[0.0] * 9, 0.06]))
+    report = report_of((found, evaluation), tmp_path)
+    assert [row.loses_too_much for row in report.per_class] == [False] * 9 + [True]
+
+
 def losing_class(evaluation):
     """The evaluation with a first class that loses 10 points, a second that loses the 5 allowed; others lose 4."""
     per_class = np.array([[0.9] * 10, [0.9] * 10, [0.8, 0.85, *[0.86] * 8]])

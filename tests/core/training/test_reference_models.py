@@ -153,6 +153,10 @@ def test_classes_that_a_set_learns_nothing_of_are_named(tiny_spec, caplog):
         _warn_of_missing_classes(tiny_spec, "reference", splits, labels[1:])
     words = "the reference models have no training images of 3 (judges.share, identify.share, train_images) and see"
     assert words in caplog.text
+    many = Splits(Images(splits.train.pixels, np.arange(10)), None, None, splits.classes)
+    with caplog.at_level("WARNING", "defuse"):
+        _warn_of_missing_classes(tiny_spec, "reference", many, labels[:0])
+    assert "no training images of 0, 1, 2, 3, 4 and 5 more (" in caplog.text
 
 
 def test_a_run_may_have_no_judges(tmp_path, tiny_spec):

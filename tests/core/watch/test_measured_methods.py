@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from defuse_core.watch import (
     _answers,
     _measure,
     _problem,
+    answer_scores,
     fit_temperature,
     measure_detector,
     scenario_regions,
@@ -121,9 +123,9 @@ def test_the_temperature_is_that_of_the_logits_however_far_from_one():
         assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.1)
 
 
-def made_answers(images: int, seed: int, tracks: bool = False) -> Answers:
+def made_answers(images: int, seed: int, tracks: bool = False, classes: int = 3) -> Answers:
     rng = np.random.default_rng(seed)
-    logits = 2 * rng.standard_normal((images, 3))
+    logits = 2 * rng.standard_normal((images, classes))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
     of_track = np.arange(images) // 4 if tracks else None
     return Answers(logits, labels, np.exp(rng.standard_normal(images)), of_track)
@@ -144,6 +146,22 @@ def test_folds_follow_from_the_seed_alone():
     np.testing.assert_array_equal(first.validation, again.validation)
     assert not np.array_equal(first.validation, other.validation)
     np.testing.assert_array_equal(first.test, other.test)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_many_answers_few_are_in_memory_at_once_and_scores_are_the_same(method, monkeypatch):
+    given = made_answers(8000, 0, classes=50)
+    whole = answer_scores(method, 1.5, given.logits, given.distance)
+    at_once = measure_detector(method, given, given, 0)
+    monkeypatch.setattr("defuse_core.watch.MOST_AT_ONCE", 400)
+    np.testing.assert_array_equal(answer_scores(method, 1.5, given.logits, given.distance), whole)
+    tracemalloc.start()
+    try:
+        in_parts = measure_detector(method, given, given, 0)
+        assert tracemalloc.get_traced_memory()[1] < 0.8 * given.logits.nbytes
+    finally:
+        tracemalloc.stop()
+    assert in_parts.detector.temperature == pytest.approx(at_once.detector.temperature, rel=0.1)
 
 
 def test_test_outputs_that_are_not_finite_and_right_answers_of_few_tracks_are_a_problem():

@@ -293,3 +293,24 @@ def test_every_class_means_those_with_images_and_the_others_are_named():
     # not that of a class without images
     kept = every_class([1, 2], [True, True])
     assert kept.passed and "class dog lost 0.00 points" in kept.line
+
+
+def test_with_many_classes_every_class_means_that_none_lost_more_for_certain():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(1000), 50)
+    before, draw = rng.random((2, len(labels)))
+    right = before < 0.5
+    after = np.where(right, draw >= 0.04, draw < 0.04)
+    found = replace(
+        report_on(labels.tolist(), after.tolist()), right_before=right, classes=tuple(map(str, range(1000)))
+    )
+
+    def every_class(found: CandidateReport) -> Check:
+        return next(check for check in found.checks(CheckSection()) if check.name == "every class")
+
+    assert every_class(found).passed
+    assert "points for certain, expected at most 5.00 points" in every_class(found).line
+    one_lost = replace(found, right_before=right | (labels == 7), right_after=after & (labels != 7))
+    assert not every_class(one_lost).passed and "class 7 lost " in every_class(one_lost).line
+    tracks = np.where(labels == 7, 0, np.arange(len(labels)))
+    assert every_class(replace(one_lost, tracks=tracks)).passed

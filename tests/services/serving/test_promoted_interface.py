@@ -43,6 +43,16 @@ def test_swapped_class_names_are_another_interface(registry, candidates):
         promote(registry, swapped, ANA)
 
 
+def test_of_many_classes_the_first_that_differ_are_named(candidates):
+    names = tuple(f"class {number}" for number in range(1000))
+    one = dataclasses.replace(candidates[0], classes=names)
+    other = dataclasses.replace(candidates[1], classes=(*names[:500], "other", *names[501:]))
+    error = other.interface_error(one) or ""
+    assert "expected 1x16x16 pixels and 1000 classes (..., class 499, class 500, class 501, " in error
+    assert "found 1x16x16 pixels and 1000 classes (..., class 499, other, class 501, " in error
+    assert len(error) < 1000 and "(class 0, class 1, " in str(one.interface_error(candidates[0]))
+
+
 def test_a_version_that_refuses_the_images_which_production_accepts_has_another_interface(
     registry, candidates
 ):
