@@ -36,21 +36,7 @@ def encode(artefact: object) -> bytes:
     """Return the artefact as safetensors bytes. Equal artefacts give equal bytes."""
     arrays, body = _parts(artefact)
     # one header entry: with several, safetensors writes them in an order that changes from call to call
-    return _saved(arrays, {"defuse": json.dumps([array_digest(arrays, body), body])})
-
-
-def _saved(arrays: Arrays, metadata: dict[str, str]) -> bytes:
-    """Return the bytes of safetensors' save, which holds the arrays twice beside themselves; this holds them once."""
-    empty = save_tensors({name: array.reshape(-1)[:0] for name, array in arrays.items()}, metadata)
-    header = json.loads(empty[8:])
-    names = [name for name in header if name != "__metadata__"]  # in the order of the file
-    end = 0
-    for name in names:
-        start, end = end, end + arrays[name].nbytes
-        header[name] |= {"shape": arrays[name].shape, "data_offsets": (start, end)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(arrays[name].data for name in names)])
+    return save_tensors(arrays, metadata={"defuse": json.dumps([array_digest(arrays, body), body])})
 
 
 def artefact_digest(artefact: object) -> str:

@@ -210,8 +210,7 @@ def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | 
     if run.until != "train" and not anchored:
         expect_healthy(spec, models)
     references = reference_models(run, compute) if references_take_part(spec) else None
-    worse = worse_references(spec, models, references)
-    if worse is not None and run.load(Psi) is None:
+    if (worse := worse_references(spec, models, references)) is not None and run.load(Psi) is None:
         log.warning("train: %s", worse)
     if anchored and references is not None:
         measure = partial(compute.task, "train", measure_perturbed, spec, models, references)
