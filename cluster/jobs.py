@@ -24,6 +24,9 @@ RUN = "defuse_run"  # metadata of our jobs: the run's name
 GIVE_UP_AFTER_S = 300.0  # without an answer to who follows a log, such as over a tunnel that is made again
 PAUSE_S = 3.0  # before a log is asked for again, whole: some hundred kB after a day
 ANSWER_WITHIN_S = 20.0
+CHECK_ADDRESS = "check --address or RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379"
+# in the error of an untrusted certificate, and of a file of trusted ones that is none
+UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "[X509")
 WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
     "every node"
@@ -57,10 +60,16 @@ class Jobs:
             raise InputError(
                 f"--address {without_credentials(address)}: expected the address of Ray's dashboard, http://HEAD:8265"
             )
-        self.address = address
-        self.shown = without_credentials(address)  # in messages
-        with self._errors_translated():
-            self.client = job_client(address, ANSWER_WITHIN_S)
+        self.address = address.partition("/#")[0]  # a browser shows http://HEAD:8265/#/overview
+        self.shown = without_credentials(self.address)  # in messages
+        try:
+            with self._errors_translated():
+                self.client = job_client(self.address, ANSWER_WITHIN_S)
+        # of an address that is none, or of another server's answer
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"no Ray dashboard answers at {self.shown}; {CHECK_ADDRESS}") from error
+        except OSError as error:  # by requests, of a file that does not exist
+            raise InputError(f"REQUESTS_CA_BUNDLE: {error}") from error
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
@@ -149,10 +158,18 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise InputError(f"{self.shown} {OTHER_TOKEN}") from error
+        except requests.TooManyRedirects as error:
+            problem = without_credentials(str(error))
+            raise InputError(f"{self.shown} {problem}; give the final address of the dashboard") from error
         except (ConnectionError, requests.RequestException) as error:
+            # Ray's own error does not tell the cause
+            if any(word in f"{error} {error.__context__}" for word in UNTRUSTED):
+                raise InputError(
+                    f"{self.shown}: its certificate is not trusted; set REQUESTS_CA_BUNDLE to the PEM file of your CA's"
+                ) from error
             raise ComputeError(
-                f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); check --address or "
-                f"RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379{self._proxy_hint()}"
+                f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); "
+                f"{CHECK_ADDRESS}{self._proxy_hint()}"
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:

@@ -38,11 +38,8 @@ SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
 MAX_TEMPORARY_FOLDER = 39
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 UNUSED_PROCESSES = ("start_api_server", "start_monitor", "start_log_monitor")  # methods of Ray's Node
-JOB_LOGGERS = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
+DASHBOARD = "ray.dashboard.modules"
+JOB_LOGGERS = (f"{DASHBOARD}.dashboard_sdk", f"{DASHBOARD}.job.sdk", "ray._private.runtime_env.packaging")
 
 # variables of authentication that the Ray of this process brought into its environment
 _added: set[str] = set()
@@ -133,8 +130,7 @@ def named_trainable(function: Callable[..., Any], name: str) -> type[Trainable]:
 
 
 PROBE = """
-import signal
-import sys
+import signal, sys
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import GcsClient
@@ -385,16 +381,20 @@ def job_client(address: str, timeout_s: float) -> JobSubmissionClient:
     """Return Ray's client of jobs, which waits `timeout_s` for each answer; by default it waits without limit.
 
     It still does so for an upload, which may take any time, and for a submission, which may have begun a job. It logs
-    nothing, and does not use RAY_ADDRESS in place of `address`.
+    nothing, does not use RAY_ADDRESS in place of `address`, and raises TooManyRedirects where one turns POST into GET.
     """
     os.environ["RAY_API_SERVER_ADDRESS"] = address
     for name in JOB_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    import requests
     from ray.job_submission import JobSubmissionClient
 
     class TimedClient(JobSubmissionClient):
         def _do_request(self, method: str, endpoint: str, **content: Any) -> requests.Response:
             is_timed = method == "GET" or endpoint.endswith("/stop")
-            return super()._do_request(method, endpoint, timeout=timeout_s if is_timed else None, **content)
+            answer = super()._do_request(method, endpoint, timeout=timeout_s if is_timed else None, **content)
+            if any(step.status_code in (301, 302, 303) for step in answer.history):
+                raise requests.TooManyRedirects(f"redirects to {answer.url.partition(endpoint)[0]}")
+            return answer
 
     return TimedClient(address)

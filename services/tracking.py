@@ -49,6 +49,7 @@ DEFAULTS = {  # of the environment, some of them read when mlflow is imported
 FIRST_REQUEST = {  # in place of DEFAULTS, for the question at the start, which holds up the run
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # they can pass this question and then lose what is sent
 }
 
 Figures = dict[str, float]

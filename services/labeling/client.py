@@ -71,10 +71,12 @@ class LabelStudioClient:
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )
+        with _environment_errors():
+            http = httpx.Client(timeout=timeout_s, follow_redirects=False)
         with translated_errors(self.address):
             # LabelStudio, which adds to it what is not used here, takes over a second to import
             self._sdk: Any = base_client.LabelStudioBase(
-                base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, follow_redirects=False
+                base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, httpx_client=http
             )
         # without the slash the token would be sent to the path above a prefix
         if tokens := self._sdk._client_wrapper._tokens_client:
@@ -298,6 +300,26 @@ def translated_errors(address: str) -> Iterator[None]:
     except (ParsingError, ValueError, TypeError, AttributeError, KeyError):
         raise ServiceError(
             f"{address} sent a reply that Label Studio 1.23 does not send; check LABEL_STUDIO_URL"
+        ) from None
+
+
+@contextlib.contextmanager
+def _environment_errors() -> Iterator[None]:
+    """Raise InputError for variables that httpx cannot use. It reads all of them, whatever the address."""
+    try:
+        yield
+    except ImportError:
+        raise InputError(
+            "ALL_PROXY, HTTP_PROXY or HTTPS_PROXY names a SOCKS proxy: `pip install 'httpx[socks]'`, or unset it"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"SSL_CERT_FILE: expected a file of certificates that can be read ({error.strerror})"
+        ) from None
+    except (httpx.InvalidURL, ValueError):  # its text can hold a proxy's password
+        raise InputError(
+            "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: expected an address such as http://proxy:3128; NO_PROXY: expected "
+            "names and addresses, IPv6 ones without [] and /"
         ) from None
 
 

@@ -9,7 +9,9 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +214,30 @@ def test_a_server_that_never_answers_holds_up_the_start_for_one_short_timeout(mo
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "no figure is logged unless it answers at the end" in line
     assert not FIRST_REQUEST.keys() & os.environ.keys()  # what is sent at the end has more time
+
+
+class Moved(BaseHTTPRequestHandler):
+    """Redirects as a proxy before HTTPS does, to where it answers, so that a GET passes and a POST becomes one."""
+
+    def do_GET(self) -> None:
+        is_final = self.path.startswith("/final")
+        self.send_response(200 if is_final else 301)
+        self.send_header("Location", f"/final{self.path}")
+        self.end_headers()
+        found = b'{"experiment": {"experiment_id": "1", "name": "defuse"}}'
+        self.wfile.write(found if is_final else b"<html>")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_server_that_redirects_is_warned_of_at_the_start_since_nothing_could_be_sent(monkeypatch, caplog):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Moved) as moved:
+        threading.Thread(target=moved.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{moved.server_port}")
+        expect_mlflow(read_settings())
+        moved.shutdown()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "301" in line and "check MLFLOW_TRACKING_URI" in line
 
 
 def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ MODIFIERS = {
     "scenario": ("shift+", "alt+shift+", "ctrl+alt+shift+"),
 }
 NO_KEY = "ctrl+alt+shift+f19"  # Label Studio gives a free plain key to each choice without one
+SHOWN_KEYS = "what is shown in small letters after the name"  # the key of a choice, by Label Studio
 # Styles are no layout: they can hide a class, or show another name on its button.
 LAYOUT_TAGS = {"View"}
 LAYOUT_ATTRIBUTES = {"size", "zoom", "showInline"}
@@ -145,8 +146,10 @@ def _keys_in_words(names: Sequence[str], form: Form) -> str:
     hold = "hold Shift and press " if form == "scenario" else ""
     if all(name == key for name, key in keys.items()):
         return f"{hold}{', '.join(keys.values())} for the digit of that name"
+    if NO_KEY in keys.values():
+        return f"{SHOWN_KEYS}, and {NO_KEY} stands for none; Ctrl and F together (on a Mac Command and F) find a name"
     if len(keys) > MANY:
-        return "what is shown in small letters after the name"
+        return SHOWN_KEYS
     return hold + ", ".join(f"{key} for “{name}”" for name, key in keys.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_instructions_tell_each_key_up_to_sixteen_classes_and_need_no_second_cla
     assert "shown in small letters" in instructions("image", [f"sign {n}" for n in range(17)])
     assert "1 for “1”, q for “cat”" in instructions("image", ("1", "cat"))
     assert "the classifier's answer is “cat”" in instructions("scenario", ("cat",))
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_where_classes_outnumber_the_keys_instructions_tell_how_to_find_a_name(form):
+    for classes, is_told in ((105, False), (106, True), (1000, True)):
+        names = [f"sign {n}" for n in range(classes)]
+        told = " ".join(instructions(form, names).split())
+        without_key = NO_KEY in hotkeys(choice_names(names), form).values()
+        assert is_told is without_key is (f"{NO_KEY} stands for none" in told) is ("Ctrl and F" in told)
+
+
+def test_the_default_of_a_list_has_label_studio_s_own_colour_which_contrasts_in_both_its_themes():
+    (rule,) = re.findall(r'{content:"same as page"(.*)}', label_config("scenario", DIGITS))
+    assert "color" not in rule
 
 
 def test_instructions_name_the_keys_and_point_to_them_where_there_are_many():

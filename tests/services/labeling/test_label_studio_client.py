@@ -129,6 +129,40 @@ def test_an_address_that_is_none_is_refused_without_repeating_it(address):
     assert "pw" not in str(raised.value) and "token=1" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        (
+            "ALL_PROXY",
+            "socks5://127.0.0.1:9",
+            r"names a SOCKS proxy: `pip install 'httpx\[socks\]'`, or unset it",
+        ),
+        ("all_proxy", "socks://127.0.0.1:9", "ALL_PROXY: expected an address such as http://proxy:3128"),
+        (
+            "HTTP_PROXY",
+            "http://ana:sesame@p:80a",
+            "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: expected an address",
+        ),
+        ("NO_PROXY", "localhost,fd00::/8", r"NO_PROXY: expected .*, IPv6 ones without \[\] and /"),
+        ("NO_PROXY", "[::1]", "NO_PROXY: expected"),
+        ("SSL_CERT_FILE", "{folder}/missing", r"^SSL_CERT_FILE: expected a file .* \(No such file"),
+        ("SSL_CERT_FILE", "{folder}", r"^SSL_CERT_FILE: expected a file .* \(Is a directory\)$"),
+        ("SSL_CERT_FILE", "{folder}/page", r"^SSL_CERT_FILE: expected a file .* no certificate"),
+    ],
+)
+def test_a_variable_that_the_client_cannot_use_is_named(tmp_path, monkeypatch, variable, value, words):
+    """Also where the address needs no proxy and no certificate."""
+    (tmp_path / "page").write_text(PAGE)
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value.format(folder=tmp_path))
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(InputError, match=words) as refused:
+        LabelStudioClient("http://127.0.0.1:1", "token")
+    assert "sesame" not in str(refused.value)
+
+
 @pytest.mark.parametrize("token", ["", "two words", "line\nbreak", "ümlaut"])
 def test_a_token_that_cannot_be_one_is_refused_without_repeating_it(token):
     with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY") as raised:
