@@ -70,7 +70,7 @@ def cpu_threads(count: int) -> Iterator[None]:
     before, cudnn = torch.get_num_threads(), torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
     # entered before torch's number is set, which a library that both use then has
-    with _blas_threads().limit(limits=1), _ieee_f32():
+    with _blas_threads().limit(limits=1), ieee_f32():
         torch.set_num_threads(count)
         cudnn.deterministic, cudnn.benchmark = True, False
         _set_allocator(KEEPING)
@@ -88,14 +88,19 @@ def _blas_threads() -> ThreadpoolController:
 
 
 @contextlib.contextmanager
-def _ieee_f32() -> Iterator[None]:
+def ieee_f32() -> Iterator[None]:
     """Compute f32 in IEEE single precision: torch's default rounds the inputs of convolutions to 10 bits (TF32)."""
     before = [flag.fp32_precision for flag in F32_FLAGS]
-    _set_f32_flags(["ieee"] * len(F32_FLAGS))
+    compute_in_ieee_f32()
     try:
         yield
     finally:
         _set_f32_flags(before)
+
+
+def compute_in_ieee_f32() -> None:
+    """Compute f32 in IEEE single precision from here on, in all threads of this process, as a server does."""
+    _set_f32_flags(["ieee"] * len(F32_FLAGS))
 
 
 def _set_f32_flags(precisions: Sequence[str]) -> None:
@@ -129,7 +134,7 @@ def torch_defaults() -> Iterator[None]:
             modes.enter_context(torch.device("cpu"))
         for kind in {"cpu", device().type}:
             modes.enter_context(torch.autocast(kind, enabled=False))
-        for mode in (torch.inference_mode(False), torch.enable_grad(), _ieee_f32(), forked_random()):
+        for mode in (torch.inference_mode(False), torch.enable_grad(), ieee_f32(), forked_random()):
             modes.enter_context(mode)
         yield
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
+from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
 from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
@@ -72,6 +73,7 @@ class _Side:
         return classes[int(self.labels[row])], classes[int(self.errors[row])]
 
 
+@ieee_f32()
 def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | None], list[str | None]]:
     """Return the accepted scenarios of run A, then those of B that match none of A's; why A and B could not tell.
 

@@ -22,6 +22,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import to_levels, to_picture
+from defuse_core.device import ieee_f32
 from defuse_core.errors import DataError, InputError, RunMismatchError
 from defuse_core.export.finished import FinishedRun, load_finished
 from defuse_core.files import expect_new_folder, filling
@@ -63,6 +64,7 @@ class LabelledPictures:
     source: I64 | None  # (n,) training image that each is anchored at; None where decoded plainly
 
 
+@ieee_f32()
 def export_scenarios(run: Run, folder: Path) -> int:
     """Write FOLDER/train/CLASS/*.png, FOLDER/test/CLASS/*.png and labels.csv; return how many pictures.
 

@@ -30,6 +30,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
+from defuse_core.device import ieee_f32
 from defuse_core.errors import InputError, StoreError, percent
 from defuse_core.export import expect_stated_classes, why_not_corrected
 from defuse_core.export.finished import load_finished
@@ -151,11 +152,13 @@ class Suite:
     description: SuiteDescription
     pictures: SuitePictures
 
+    @ieee_f32()
     def check(self, classifier: nn.Module) -> list[SuiteResult]:
         """Return what a classifier, from images in [0, 1] to logits, reaches on each scenario."""
         accuracies = _accuracies(classifier, self.pictures)
         return [SuiteResult(*each) for each in zip(self.description.scenarios, accuracies, strict=True)]
 
+    @ieee_f32()
     def classifier(self, section: dict[str, Any]) -> nn.Module:
         """Return the classifier that a section `classifier` describes, checked on the suite's pictures.
 
@@ -219,6 +222,7 @@ class Suite:
         return parse_run_file(tree, "the classifier to check")
 
 
+@ieee_f32()
 def save_suite(run: Run, folder: Path) -> Suite:
     """Write the accepted scenarios of a finished run as a suite into a new or empty folder, and return it.
 

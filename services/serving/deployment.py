@@ -20,7 +20,7 @@ import torch
 
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
-from defuse_core.device import is_out_of_memory
+from defuse_core.device import compute_in_ieee_f32, is_out_of_memory
 from defuse_core.errors import InputError, ModelError, NoAnswerError
 from services.serving.active_versions import (
     ActiveVersions,
@@ -69,6 +69,8 @@ class ClassifierDeployment:
         require_token: bool,
     ) -> None:
         torch.set_num_threads(max(1, round(settings.cpus_per_replica)))
+        # as the checks and the watch's thresholds were computed
+        compute_in_ieee_f32()
         self.settings = settings
         self.token = serve_token()
         if require_token and not self.token:

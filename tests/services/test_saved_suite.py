@@ -23,6 +23,7 @@ from defuse_core.codec import encode
 from defuse_core.config import dump_run_file
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError
+from defuse_core.device import F32_FLAGS, ieee_f32
 from defuse_core.export.suite import (
     SHEET,
     Suite,
@@ -154,6 +155,20 @@ def test_a_right_and_a_wrong_classifier_get_the_accuracy_of_their_own_scenario(r
     for weights, half in ((right, False), (wrong, True)):
         net = load_classifier(run.spec, weights, 10)
         assert [result.accuracy < 0.5 for result in loaded.check(net)] == [half, half]
+
+
+def test_its_classifiers_are_checked_in_the_f32_of_the_run(loaded: Suite):
+    found = set[str]()
+
+    class Noting(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            found.update(flag.fp32_precision for flag in F32_FLAGS)
+            return torch.zeros(len(images), 10)
+
+    with ieee_f32():  # for the flags of this process to be put back
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        loaded.check(Noting())
+    assert found == {"ieee"}
 
 
 @pytest.mark.parametrize(("right", "expected"), [(True, 0), (False, 1)])

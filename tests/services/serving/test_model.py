@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import Any
 
@@ -11,9 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from defuse_core.config import ServeSection
+from defuse_core.device import F32_FLAGS, ieee_f32
 from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier
+from defuse_core.runs import Run
+from services.serving.active_versions import InitialModel
+from services.serving.candidate import prepare_candidate
+from services.serving.deployment import ClassifierDeployment
 from services.serving.model import LoadedModel, PredictionRequest, predict_batch, verify_candidate
+from services.serving.registry import Registry, promote
+from services.serving.registry_state import PromotionRequest
 
 
 def test_a_request_that_fails_does_not_affect_the_rest_of_its_batch(candidate, pixels):
@@ -80,3 +88,30 @@ def test_a_loaded_version_keeps_its_weights_in_its_networks_alone(candidate):
     kept = LoadedModel(candidate, ServeSection()).candidate
     assert not kept.classifier and not kept.vae and kept.digest == candidate.digest
     assert candidate.classifier and candidate.vae
+
+
+class Noting(nn.Module):
+    """A classifier that notes in which format it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formats = set[str]()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.formats.update(flag.fp32_precision for flag in F32_FLAGS)
+        return images.new_zeros(len(images), 10)
+
+
+def test_a_replica_computes_in_f32_as_the_checks_of_its_version_did(own_store, pixels, monkeypatch):
+    promote(
+        Registry(own_store), prepare_candidate(Run.open(own_store, "first"))[1], PromotionRequest("ana", "")
+    )
+    noting = Noting()
+    monkeypatch.setattr("services.serving.model.load_classifier", lambda *_: noting)
+    with ieee_f32():  # for the flags of this process to be put back
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        replica = ClassifierDeployment(
+            own_store.address, InitialModel(), ServeSection(), {}, require_token=False
+        )
+        asyncio.run(replica.predict(replica.current(), pixels[:1], b""))
+    assert noting.formats == {"ieee"}
