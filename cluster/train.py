@@ -6,7 +6,9 @@ import contextlib
 import logging
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from ray import train
@@ -23,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cluster.connection import as_defuse_error, cause_of
 from cluster.progress import reporting
 from cluster.ray_compat import kept_working_dir
-from cluster.resources import WorkerResources, claim_devices
+from cluster.resources import WorkerResources, claim_devices, hide_other_gpus
 from defuse_core.errors import DefuseError, ModelError
 from defuse_core.protocols import Progress, silent
 from defuse_core.training.batches import training_together
@@ -63,7 +65,7 @@ def _trainer(config: dict[str, Any], workers: int, resources: WorkerResources, f
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray's annotation says that a result is None, and returns it
         train_loop_config=config,
-        torch_config=TorchConfig(timeout_s=TIMEOUT_S),
+        torch_config=_TorchConfig(timeout_s=TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=resources.gpus > 0,
@@ -76,6 +78,21 @@ def _trainer(config: dict[str, Any], workers: int, resources: WorkerResources, f
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # of its second version
         ),
     )
+
+
+class _TorchConfig(TorchConfig):
+    """Ray's, whose context around each worker looks for GPUs: what was not granted is hidden before that."""
+
+    @property
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
+        return partial(_with_own_gpus, super().train_func_context)
+
+
+@contextlib.contextmanager
+def _with_own_gpus(ray_context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    hide_other_gpus()
+    with ray_context():
+        yield
 
 
 def _worker(config: dict[str, Any]) -> ModelError | None:

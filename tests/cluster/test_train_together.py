@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
 
 from cluster.compute import RayCompute
-from cluster.train import _cause, _worker
+from cluster.resources import WorkerResources
+from cluster.train import _cause, _trainer, _worker
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
@@ -92,6 +94,18 @@ def test_workers_keep_their_working_directory_so_that_relative_paths_lead_somewh
 
 def test_training_workers_that_were_granted_no_gpu_see_none(two_heads: Path) -> None:
     assert noted(two_heads / "gpus") == {""}
+
+
+def test_gpus_that_a_worker_was_not_granted_are_hidden_before_ray_looks_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch reads the variable once, when it first looks."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    visible = list[str]()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: visible.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    trainer = _trainer({}, 2, WorkerResources(1, 0), str(tmp_path))
+    with trainer.backend_config.train_func_context():
+        assert visible == [""]
 
 
 def test_a_training_that_diverges_does_so_once_and_a_node_that_is_lost_before_the_next_one_is_waited_for(
