@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +35,7 @@ from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.device import is_out_of_memory
+from defuse_core.device import is_device_failure, is_out_of_memory
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunBusyError, StoreError
 from defuse_core.identify import Identifier, blocks_per_shard, save_shard, shard_count, shard_key
 from defuse_core.local import Profile
@@ -74,6 +75,7 @@ class ShardWorker:
     def __init__(self, spec: RunFile, store: Store, profile: Profile) -> None:
         self.spec, self.store, self.profile = spec, store, profile
         self.identifier: Identifier | None = None
+        self.has_failed_gpu = False
 
     def ping(self, progress_actor: Any) -> WorkerLocation:
         """Return where this actor runs."""
@@ -88,17 +90,29 @@ class ShardWorker:
         Weights, images and progress actor are arguments of every call: Ray restores only plain values for the
         constructor of a restarted actor. All workers of a node read the same copy of them.
         """
+        if self.has_failed_gpu:
+            # the GPU fails this process from then on, not the one in which Ray starts the actor again
+            os._exit(1)
         models, references = weights
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
             first = self.identifier is None
-            self.identifier = self.identifier or Identifier(self.spec, models, references, train)
-            with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
-                shard = self.identifier.shard(index)
+            with self._noting_gpu_failure():
+                self.identifier = self.identifier or Identifier(self.spec, models, references, train)
+                with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
+                    shard = self.identifier.shard(index)
             record = _save_with_retries(self.store, shard)
         count("images", record.images)
         count("decodings", record.decodings)
         count("failures", record.total)
         return record
+
+    @contextlib.contextmanager
+    def _noting_gpu_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.has_failed_gpu = is_device_failure(error) and not is_out_of_memory(error)
+            raise
 
 
 @contextlib.contextmanager

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from defuse_core.artifacts import I64, Models
 from defuse_core.config import RunFile
 from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.identify import Identifier
+from defuse_core.local import Profile
 from defuse_core.protocols import Progress, silent
 from defuse_core.store import FolderStore, Store
 from defuse_core.train import train_part
@@ -126,6 +131,22 @@ class HiccupStore(FolderStore):
         if self.part in key and self.tally.add() == 1:
             raise RuntimeError("CUDA out of memory")
         super().write(key, data, unless)
+
+
+@dataclass(frozen=True)
+class BrokenGpu(Profile):
+    """The GPU of the first process that identifies, on which every shard fails in that process."""
+
+    starts: Path = Path()
+
+    @contextlib.contextmanager
+    def trace(self, step: str, name: str, progress: Progress, task: int = 0) -> Iterator[Progress]:
+        def fail(*_: object) -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        if name.startswith("shard") and Tally(self.starts).add() == 1:
+            Identifier.shard = fail  # type: ignore[method-assign, assignment]
+        yield progress
 
 
 class DeadlyStore(FolderStore):

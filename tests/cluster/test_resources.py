@@ -21,8 +21,8 @@ from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import FolderStore
-from tests.cluster.checks import assert_same_psi, noted
-from tests.cluster.fakes import NotingStore, note_place, visible_gpus
+from tests.cluster.checks import Lines, assert_equal_psi, assert_same_psi, noted
+from tests.cluster.fakes import BrokenGpu, NotingStore, note_place, visible_gpus
 from tests.cluster.nodes import SHORT_SWEEP, made_up
 from tests.conftest import ROOT, tiny
 
@@ -139,6 +139,18 @@ def test_workers_that_were_granted_no_gpu_see_none_and_keep_their_working_direct
     for folder in (tmp_path / "task", shards.notes, trials.notes):
         assert noted(folder / "gpus") == {""}, folder
         assert noted(folder / "working directories") == noted(tmp_path / "task" / "working directories")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_gpu_that_fails_in_one_process_costs_that_process_and_not_the_run(
+    tiny_models: Models, local_psi: Psi, tmp_path: Path, lines: Lines
+) -> None:
+    spec, gpu = tiny(resources={"workers": 1}), BrokenGpu(starts=tmp_path / "starts")
+    with RayCompute(None, spec, profile=gpu) as compute:
+        psi = compute.identify(spec, tiny_models, FolderStore(tmp_path / "run"))
+    assert_equal_psi(psi, local_psi)
+    assert len(set(lines.processes("identify: worker 0 is"))) == 2
+    assert any("AcceleratorError: CUDA error: an illegal memory access" in line for line in lines.lines)
 
 
 @pytest.mark.parametrize(
