@@ -75,11 +75,13 @@ def claim_devices(step: str) -> WorkerLocation:
     """
     import torch
 
+    from defuse_core.device import can_use_gpu
+
     hide_other_gpus()
     gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    if gpus and not torch.cuda.is_available():
+    if gpus and not can_use_gpu():
         log.warning(
             "%s: %s was granted, but torch %s cannot use it: working on the CPU. Install a torch for its GPU "
             "and driver on %s, or set resources.gpus_per_worker=0",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from threadpoolctl import ThreadpoolController
 
+log = logging.getLogger("defuse")
 # torch's flags of how it computes f32: convolutions and recurrent layers of GPUs, and the products of both
 _backends: Any = torch.backends  # its annotations lack some of them
 F32_FLAGS = (
@@ -35,7 +37,32 @@ _one_at_a_time = threading.RLock()
 
 def device() -> torch.device:
     """Return the GPU of this process if torch can use one, else the CPU; inside computing_on its device."""
-    return _chosen.get() or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _chosen.get() or torch.device("cuda" if can_use_gpu() else "cpu")
+
+
+def can_use_gpu() -> bool:
+    """Whether torch finds a GPU for this process, and can compute on it."""
+    return torch.cuda.is_available() and _has_kernels()
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Whether this build of torch is for the GPU, as that for a newer CUDA is not for an old one; warns if it is not.
+
+    Any other failure of the GPU is left to the computation: to repeat it elsewhere would change its results.
+    """
+    try:
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            return True
+        log.warning(
+            "torch %s has no kernels for the GPU of this machine: working on the CPU; install a build of torch that "
+            "has them, such as for an older CUDA",
+            torch.__version__,
+        )
+        return False
+    return True
 
 
 @contextlib.contextmanager

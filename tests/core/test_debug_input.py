@@ -74,7 +74,7 @@ def test_a_run_without_gpus_is_planned_on_the_cpu(gpus, planned_on, tmp_path, mo
     def plan(*_: object) -> None:
         raise RuntimeError(f"planned on {device().type}")
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: True)
     monkeypatch.setattr("defuse_core.api.plan_run", plan)
     with pytest.raises(RuntimeError, match=f"planned on {planned_on}"):
         defuse.debug(**arguments(tmp_path, settings={"resources": {"gpus_per_worker": gpus}}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import sys
@@ -18,7 +19,15 @@ from torch import nn
 from torch.backends import cudnn
 from torch.backends.cuda import matmul
 
-from defuse_core.device import F32_FLAGS, computing_on, cpu_threads, device, device_name, torch_defaults
+from defuse_core.device import (
+    F32_FLAGS,
+    _has_kernels,
+    computing_on,
+    cpu_threads,
+    device,
+    device_name,
+    torch_defaults,
+)
 from defuse_core.errors import ComputeError
 from defuse_core.local import LocalCompute, local_compute
 from defuse_core.models.programs import load_program
@@ -148,7 +157,7 @@ def where_computed(*, progress: Progress) -> tuple[str, str]:
 
 
 def test_a_run_without_gpus_computes_on_the_cpu_in_this_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     found = {}
     for gpus in (0, 0.5, "auto"):
@@ -192,6 +201,26 @@ def test_a_step_that_lacks_memory_or_whose_gpu_fails_says_what_to_do(
             compute.identify(tiny(), SimpleNamespace(images={"train": 32}), None)
         else:
             compute.task(step, fail)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "warnings"),
+    [
+        ("no kernel image is available for execution on the device", "cpu", 1),
+        ("all CUDA-capable devices are busy or unavailable", "cuda", 0),
+    ],
+)
+def test_a_gpu_that_the_installed_torch_has_no_kernels_for_is_not_computed_on(
+    words: str, kind: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.AcceleratorError(f"CUDA error: {words}")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.ones", fail)
+    monkeypatch.setattr("defuse_core.device._has_kernels", functools.cache(_has_kernels.__wrapped__))
+    assert [device().type, device().type] == [kind, kind]
+    assert len([record for record in caplog.records if "no kernels" in record.getMessage()]) == warnings
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")

@@ -160,7 +160,7 @@ def test_the_results_of_a_run_without_gpus_are_shown_on_the_cpu(with_models, mon
         monkeypatch.setattr(results, name, noted)
     run = with_models.run
     monkeypatch.setattr(run, "spec", run.spec.with_fields("resources", gpus_per_worker=0))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: True)
     assert len(with_models.scenarios[0].nearest_training(3)) == 3
     assert places == ["cpu", "cpu"]
 
