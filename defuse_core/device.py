@@ -92,12 +92,14 @@ def cpu_threads(count: int) -> Iterator[None]:
     """Compute with `count` CPU threads inside the block, and reproducibly; f32 is IEEE single precision, on GPUs too.
 
     Another number of threads adds in another order and so rounds differently. Each step therefore fixes its number,
-    whatever the machine has. NumPy's linear algebra has one thread.
+    whatever the machine has. NumPy's linear algebra has one thread. On GPUs attention is computed by torch's plain
+    kernel, since the others add gradients in any order.
     """
     before, cudnn = torch.get_num_threads(), torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
+    attention = plain_attention if device().type == "cuda" else contextlib.nullcontext()
     # entered before torch's number is set, which a library that both use then has
-    with _blas_threads().limit(limits=1), ieee_f32():
+    with _blas_threads().limit(limits=1), ieee_f32(), attention:
         torch.set_num_threads(count)
         cudnn.deterministic, cudnn.benchmark = True, False
         _set_allocator(KEEPING)

@@ -20,6 +20,7 @@ from torch.backends import cudnn
 from torch.backends.cuda import matmul
 
 from defuse_core.device import (
+    ATTENTION_KERNELS,
     F32_FLAGS,
     _has_kernels,
     computing_on,
@@ -100,6 +101,21 @@ def test_what_computes_reproducibly_leaves_the_callers_convolutions_as_they_were
             pass
         assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
     assert {name: getattr(cudnn, name) for name in chosen} == chosen
+
+
+def enabled_kernels() -> list[str]:
+    return [name for name in ATTENTION_KERNELS if getattr(torch.backends.cuda, f"{name}_enabled")()]
+
+
+@pytest.mark.parametrize(("gpu", "inside"), [(True, ["math_sdp"]), (False, list(ATTENTION_KERNELS))])
+def test_what_computes_reproducibly_on_a_gpu_computes_attention_by_the_plain_kernel(
+    gpu: bool, inside: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: gpu)
+    before = enabled_kernels()
+    with cpu_threads(1):
+        assert enabled_kernels() == inside
+    assert enabled_kernels() == before == list(ATTENTION_KERNELS)
 
 
 def resident_bytes() -> int:
