@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from defuse_core.export.suite import Suite, SuiteResult
+    from defuse_core.runs import Run
 
 
 @click.command(short_help="Write the corrected classifier, or the scenarios' pictures.")
@@ -120,9 +121,11 @@ def save(run: str, store: str, out: Path) -> None:
     defuse suite save digits --out suite/
     """
     from defuse_core.export.suite import save_suite
+    from defuse_core.local import local_device
 
     opened = open_run(run, store)
-    scenarios = save_suite(opened, out).description.scenarios
+    with local_device(opened.spec.resources.gpus_per_worker):
+        scenarios = save_suite(opened, out).description.scenarios
     limit = opened.spec.check.min_each_scenario
     for scenario in scenarios:
         if limit <= scenario.before < scenario.least:
@@ -170,6 +173,7 @@ def check_suite(
     """
     from defuse_core.export.suite import load_suite
     from defuse_core.files import expect_no_own_folder
+    from defuse_core.local import local_device
 
     if (run is None) == (classifier is None):
         raise click.UsageError("with --suite, give either RUN or --classifier")
@@ -183,8 +187,10 @@ def check_suite(
         section = classifier_fields(classifier, weights)
         if section is not None:
             section = section_overrides("classifier", overrides, {"classifier": section})
-        net = loaded.classifier(section) if section else _classifier_of(loaded, run, store)
-        results = loaded.check(net)
+        opened = None if run is None else open_run(run, store)
+        with local_device(opened and opened.spec.resources.gpus_per_worker):
+            net = loaded.classifier(section or {}) if opened is None else _classifier_of(loaded, opened)
+            results = loaded.check(net)
     failed, asked = sum(not result.passed for result in results), _count_asked(results)
     nothing_asked = InputError(
         f"suite {suite}: nothing is required of any scenario, so every classifier would pass; set `least` of "
@@ -247,12 +253,12 @@ def _measured(result: SuiteResult) -> str:
     return f"{percent(result.accuracy)} by its label, {asked}"
 
 
-def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
+def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
     """Return the corrected classifier of a run, or the one that it debugged where it corrected nothing."""
     from defuse_core.export.finished import load_finished
     from defuse_core.models import to_device
 
-    found = load_finished(open_run(name or "", store))
+    found = load_finished(run)
     data, asked = found.spec.data, loaded.description
     for what, got, expected in (
         ("classes", found.models.classes, asked.classes),
@@ -261,11 +267,11 @@ def _classifier_of(loaded: Suite, name: str | None, store: str) -> nn.Module:
     ):
         if got != expected:
             raise InputError(
-                f"run {name}: expected the {what} of the suite (run {asked.run}), {first_few(expected)}, "
+                f"run {run.name}: expected the {what} of the suite (run {asked.run}), {first_few(expected)}, "
                 f"found {first_few(got)}"
             )
     if not found.sweep.has_correction:
-        line = f"run {name} corrected nothing: the classifier that it debugged is checked"
+        line = f"run {run.name} corrected nothing: the classifier that it debugged is checked"
         echo_marked("note:", line, len("note: "), err=True)
     return to_device(found.classifiers()[1], data)
 

@@ -32,6 +32,7 @@ from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
 from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
 from defuse_core.intervals import ROUNDING
+from defuse_core.local import local_device
 from defuse_core.models import load_vae
 from defuse_core.models.adapters import CODE_ELSEWHERE
 from defuse_core.protocols import Progress, silent
@@ -194,12 +195,14 @@ def prepare_candidate(
     """
     artifacts = _load_corrected(run)
     if run.spec.classifier.architecture in CODE_ELSEWHERE:  # a stored candidate is of the code as it was
-        expect_same_code(run.spec, artifacts.models, artifacts.gallery, progress=progress)
+        with local_device(run.spec.resources.gpus_per_worker):
+            expect_same_code(run.spec, artifacts.models, artifacts.gallery, progress=progress)
     key = _key(run.spec, artifacts)
     try:
         candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
     except FileNotFoundError:
-        candidate = _make(run, artifacts, progress)
+        with local_device(run.spec.resources.gpus_per_worker):
+            candidate = _make(run, artifacts, progress)
     else:
         if candidate.run == run.name:
             return key, candidate

@@ -22,8 +22,8 @@ from defuse_core.artifacts import Corrections, Gallery, Models, Sweep
 from defuse_core.codec import encode
 from defuse_core.config import dump_run_file
 from defuse_core.data import open_splits
+from defuse_core.device import F32_FLAGS, device, ieee_f32
 from defuse_core.errors import InputError
-from defuse_core.device import F32_FLAGS, ieee_f32
 from defuse_core.export.suite import (
     SHEET,
     Suite,
@@ -169,6 +169,22 @@ def test_its_classifiers_are_checked_in_the_f32_of_the_run(loaded: Suite):
         torch.backends.cudnn.conv.fp32_precision = "tf32"
         loaded.check(Noting())
     assert found == {"ieee"}
+
+
+@pytest.mark.parametrize(("gpus", "kind"), [(0, "cpu"), ("auto", "cuda")])
+def test_a_run_is_checked_on_the_cpu_if_it_has_no_gpus(
+    gpus: object, kind: str, run: Run, suite: Path, monkeypatch, capsys
+):
+    def check(*_: object) -> list[object]:
+        raise InputError(f"checked on {device().type}")
+
+    monkeypatch.setattr(run, "spec", run.spec.with_fields("resources", gpus_per_worker=gpus))
+    monkeypatch.setattr("services.cli.results.open_run", lambda *_: run)
+    monkeypatch.setattr("services.cli.results._classifier_of", lambda *_: None)
+    monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: True)
+    monkeypatch.setattr(Suite, "check", check)
+    code, _, err = call(monkeypatch, capsys, "check", "first", "--suite", suite)
+    assert (code, f"checked on {kind}" in err) == (2, True)
 
 
 @pytest.mark.parametrize(("right", "expected"), [(True, 0), (False, 1)])

@@ -14,6 +14,7 @@ from sample_findings import sample_findings, sample_spec, sample_watch
 from defuse_core.artifacts import DroppedComponent, Health, Sweep
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, ServeSection
+from defuse_core.device import device
 from defuse_core.errors import CheckFailed, DamagedError, InputError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -260,3 +261,19 @@ def test_a_run_with_judges_is_served_only_once_what_they_say_is_stored(own_store
     run.spec = run.spec.with_fields("judges", count=2)
     with pytest.raises(InputError, match="^run first is not finished; "):
         require_corrected(run)
+
+
+@pytest.mark.parametrize(("gpus", "kind"), [(0, "cpu"), ("auto", "cuda")])
+def test_a_candidate_is_checked_on_the_cpu_if_its_run_has_no_gpus(own_store, gpus, kind, monkeypatch):
+    run = Run.open(own_store, "first")
+    for key in run.store.list("candidates/"):
+        run.store.delete(key)
+    monkeypatch.setattr(run, "spec", run.spec.with_fields("resources", gpus_per_worker=gpus))
+    monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: True)
+
+    def evaluate(*_: object) -> None:
+        raise InputError(f"checked on {device().type}")
+
+    monkeypatch.setattr(candidate_module, "evaluate_candidate", evaluate)
+    with pytest.raises(InputError, match=f"checked on {kind}"):
+        prepare_candidate(run)
