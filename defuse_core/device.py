@@ -200,7 +200,12 @@ def is_device_failure(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Return freed memory to the system, some 0.1 ms for each MB. After cpu_threads the process keeps it otherwise."""
+    """Return freed memory to the system, some 0.1 ms for each MB, and that of a GPU to other processes.
+
+    The process keeps it otherwise: of the system after cpu_threads, of a GPU always.
+    """
+    with contextlib.suppress(RuntimeError):  # of a GPU that failed
+        torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -245,6 +245,13 @@ def test_a_task_returns_the_memory_that_it_freed() -> None:
     assert resident_bytes() < peak - 200e6
 
 
+def test_a_task_returns_the_memory_of_the_gpu_that_it_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[str]()
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: calls.append("empty"))
+    LocalCompute().task("draw", lambda *, progress: calls.append("compute"))
+    assert calls == ["compute", "empty"]
+
+
 class WithOffsets(nn.Module):
     """Makes a tensor in each call, on the device of the images."""
 
