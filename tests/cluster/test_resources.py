@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.compute import RayCompute
-from cluster.resources import WorkerResources, fitting
+from cluster.resources import WorkerResources, claim_devices, fitting
 from defuse_core.artifacts import Corrections, Models, Psi
 from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
@@ -139,6 +139,17 @@ def test_workers_that_were_granted_no_gpu_see_none_and_keep_their_working_direct
     for folder in (tmp_path / "task", shards.notes, trials.notes):
         assert noted(folder / "gpus") == {""}, folder
         assert noted(folder / "working directories") == noted(tmp_path / "task" / "working directories")
+
+
+def test_a_granted_gpu_that_torch_has_no_kernels_for_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cluster.resources.ray.get_gpu_ids", lambda: [3])
+    monkeypatch.setattr("cluster.resources.ray.util.get_node_ip_address", lambda: "10.0.0.7")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("defuse_core.device._has_kernels", lambda: False)
+    claim_devices("train")
+    assert "train: GPU 3 was granted, but torch" in caplog.text and "on 10.0.0.7" in caplog.text
 
 
 @pytest.mark.usefixtures("ray_session")
