@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus
 
 from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client
-from defuse_core.errors import ComputeError, InputError, without_credentials
+from defuse_core.errors import ComputeError, InputError, one_line, without_credentials
 
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
@@ -60,7 +60,7 @@ class Jobs:
             raise InputError(
                 f"--address {without_credentials(address)}: expected the address of Ray's dashboard, http://HEAD:8265"
             )
-        self.address = address.partition("/#")[0]  # a browser shows http://HEAD:8265/#/overview
+        self.address = address.partition("#")[0].rstrip("/")  # a browser shows http://HEAD:8265/#/overview
         self.shown = without_credentials(self.address)  # in messages
         try:
             with self._errors_translated():
@@ -69,7 +69,7 @@ class Jobs:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"no Ray dashboard answers at {self.shown}; {CHECK_ADDRESS}") from error
         except OSError as error:  # by requests, of a file that does not exist
-            raise InputError(f"REQUESTS_CA_BUNDLE: {error}") from error
+            raise InputError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE: {error}") from error
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
@@ -161,11 +161,15 @@ class Jobs:
         except requests.TooManyRedirects as error:
             problem = without_credentials(str(error))
             raise InputError(f"{self.shown} {problem}; give the final address of the dashboard") from error
+        except (requests.exceptions.InvalidURL, requests.JSONDecodeError) as error:
+            raise InputError(f"no Ray dashboard answers at {self.shown}; {CHECK_ADDRESS}") from error
         except (ConnectionError, requests.RequestException) as error:
             # Ray's own error does not tell the cause
             if any(word in f"{error} {error.__context__}" for word in UNTRUSTED):
+                reason = one_line(str(error.__context__ or error), 200)
                 raise InputError(
-                    f"{self.shown}: its certificate is not trusted; set REQUESTS_CA_BUNDLE to the PEM file of your CA's"
+                    f"{self.shown}: its certificate is not accepted ({reason}); if your own CA signed it, set "
+                    "REQUESTS_CA_BUNDLE to the file of that CA's certificate"
                 ) from error
             raise ComputeError(
                 f"no Ray dashboard answers at {self.shown} ({type(error).__name__}); "

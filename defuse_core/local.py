@@ -24,7 +24,7 @@ from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
 from defuse_core.data.file_loader import file_loader
-from defuse_core.device import computing_on, is_device_failure, is_out_of_memory, release_memory
+from defuse_core.device import computing_on, device, is_device_failure, is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
@@ -46,9 +46,8 @@ T = TypeVar("T")
 MAX_REPORTS = 30
 # Of each step, what takes less memory with a smaller value.
 BATCH_FIELDS = {
-    "train": "classifier.batch_size or vae.batch_size",
+    "train": "the batch_size of classifier, vae, review.reference or judges",
     "identify": "identify.batch_size",
-    "review": "review.reference.batch_size",
     "correct": "correct.batch_size or stack",
     "report": "judges.batch_size or correct.batch_size",
 }
@@ -152,10 +151,10 @@ def _machine_errors(step: str, where: str) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error):
+            on_cpu = " (on the CPU with resources.gpus_per_worker=0)" if device().type == "cuda" else ""
             smaller = f", or lower {BATCH_FIELDS[step]} under {ANOTHER_NAME}" if step in BATCH_FIELDS else ""
             raise ComputeError(
-                f"{where}: out of memory ({one_line(error)}); free memory and run again to continue (on the CPU with "
-                f"resources.gpus_per_worker=0){smaller}"
+                f"{where}: out of memory ({one_line(error)}); free memory and run again to continue{on_cpu}{smaller}"
             ) from error
         if is_device_failure(error):
             raise ComputeError(
@@ -202,7 +201,8 @@ class LocalCompute:
     def partitions(
         self, step: str, load: Callable[..., object], arguments: Sequence[tuple[object, ...]]
     ) -> LocalPartitions:
-        return LocalPartitions([load(*each) for each in arguments])
+        with _machine_errors(step, step):
+            return LocalPartitions([load(*each) for each in arguments])
 
     @_machine_errors("identify", "identify")
     def identify(

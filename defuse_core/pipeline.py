@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,12 +23,11 @@ from defuse_core.artifacts import (
     Verdicts,
     Votes,
 )
-from defuse_core.codec import decode
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.draws import with_both_halves
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import DamagedError, DataError, InputError, StoreError
+from defuse_core.errors import DataError, StoreError
 from defuse_core.evaluation import (
     Controls,
     Findings,
@@ -42,6 +39,7 @@ from defuse_core.evaluation import (
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
+from defuse_core.export.finished import expect_no_version_of, registered_versions
 from defuse_core.identify import SAMPLE_CODES
 from defuse_core.models.adapters import CODE_ELSEWHERE
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
@@ -57,8 +55,7 @@ from defuse_core.review.sample import (
 from defuse_core.review.tighten import tighten
 from defuse_core.review.undecided import not_reviewed, worse_references
 from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
-from defuse_core.runs import PLAIN_NAMES, Run, components_digest
-from defuse_core.store import Store
+from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import (
@@ -136,47 +133,7 @@ def expect_may_go_on(run: Run) -> None:
     # a run that has neither has made no version: its name is that of one whose folder was removed
     if run.with_added and any(map(run.store.exists, ("gallery.safetensors", "sweep.safetensors"))):
         remedy = "copy its folder in the store, and change the copy (--name, or name= in Python)"
-        expect_no_version_of(run.runs, run.name, _registered_versions(run.runs), remedy)
-
-
-def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str, str]], remedy: str) -> None:
-    """Raise InputError where a version comes from this run, or may: not from another of its name, nor from its copy.
-
-    `versions` are the name and components_digest of each version's run, by the version's number.
-    """
-    own = run.casefold()  # one folder where the file system ignores case
-    components = None  # the run has none, or they cannot be read
-    with contextlib.suppress(FileNotFoundError, DamagedError):
-        if versions:
-            folder = runs.within(run)
-            gallery = decode(Gallery, folder.read("gallery.safetensors"), folder.address)
-            components = components_digest(gallery)
-    if made := [
-        number
-        for number, (name, digest) in versions.items()
-        # where no run has the version's name, this one was renamed; else it is a copy
-        if (components == digest and (name.casefold() == own or not runs.exists(f"{name}/run.yaml")))
-        or (components is None and name == run)
-    ]:
-        raise InputError(
-            f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; {remedy}"
-        )
-
-
-def _registered_versions(runs: Store) -> dict[str, tuple[str, str]]:
-    """Return the versions after the last change in the registry of services/serving. Raises DamagedError."""
-    changes = runs.within("registry/changes")
-    keys = [key for key in changes.list() if re.fullmatch(r"\d{6,}\.json", key)]
-    if not keys:
-        return {}
-    last = max(keys, key=lambda key: (len(key), key))
-    try:
-        versions = json.loads(changes.read(last))["versions"].items()
-        return {number: (str(info["run"]), info["components_digest"]) for number, info in versions}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedError(
-            f"{changes.address}/{last}: expected a registry state, found none; restore the file"
-        ) from error
+        expect_no_version_of(run.runs, run.name, registered_versions(run.runs), remedy)
 
 
 def _expect_same_images(run: Run) -> None:

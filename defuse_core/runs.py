@@ -200,8 +200,12 @@ class Run:
         known = self._read_json(WEIGHTS, "the weights are taken as they are now")
         for field, digest in _weights_digests(self.spec).items():
             if known.get(field, digest) != digest:
-                way = "to go on with those that the run holds, set it to a path without a file"
-                return f"{field}: the weights file has changed since the run began ({way})"
+                holds = {"review.reference.weights": "references", "judges.weights": "judges"}.get(
+                    field, "models"
+                )
+                way = " (to go on with those that the run holds, set it to a path without a file)"
+                held = self.store.exists(f"{holds}.safetensors")
+                return f"{field}: the weights file has changed since the run began{way if held else ''}"
         return None
 
     @classmethod

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Set
@@ -49,7 +50,7 @@ DEFAULTS = {  # of the environment, some of them read when mlflow is imported
 FIRST_REQUEST = {  # in place of DEFAULTS, for the question at the start, which holds up the run
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # they can pass this question and then lose what is sent
+    "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # 301 and 302 pass this question and then lose what is sent
 }
 
 Figures = dict[str, float]
@@ -70,10 +71,22 @@ def expect_mlflow(settings: Settings) -> None:
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
         )
-    remedy = "no figure is logged unless it answers at the end; check MLFLOW_TRACKING_URI and MLFLOW_TRACKING_TOKEN"
+    remedy = (
+        "no figure is logged unless it answers at the end; check MLFLOW_TRACKING_TOKEN and MLFLOW_TRACKING_URI, which "
+        "must not redirect"
+    )
     log.info("mlflow: asking the server")
     with _warning(settings, "the server cannot be used", remedy), _environment(FIRST_REQUEST):
+        _ask(settings)
+
+
+def _ask(settings: Settings) -> None:
+    """Ask the server something. Raises an error where it does not answer, or redirects such that a POST is lost."""
+    try:
         _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)
+    except Exception as error:  # of mlflow, which has one kind for all answers
+        if not re.search("error code 30[78] ", str(error)):
+            raise
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import functools
 import gc
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,6 @@ PAPER_LAMBDAS = (
 )  # fmt: skip
 T = TypeVar("T")
 Sections = dict[str, dict[str, Any]]
-
 TINY: Sections = {
     "data": {"name": "digits", "image_size": 16, "channels": 1, "validation_share": 0.2, "train_images": 300},
     "classifier": {"stages": 2, "channels": 8, "hidden": 64, "epochs": 15, "batch_size": 16},
@@ -214,8 +214,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_setupnodes(specs: Any) -> None:
     """Have the processes of tests forked, too: torch and much else is then imported once for all of them."""
     if ADDRESS in os.environ:
+        command = shlex.join([sys.executable, "-I", "-S", str(ROOT / "tests" / "start_forked_tests.py")])
         for spec in specs:
-            spec.python = f"{sys.executable} -I -S {ROOT / 'tests' / 'start_forked_tests.py'}"
+            spec.python = spec.python or (command if spec.popen else None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -348,10 +349,8 @@ def finished_run(make_once: MakeOnce) -> Path:
         folder.mkdir()
         (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
         words = ["run", folder / "tiny.yaml", "--store", folder / "runs", "--on", "local"]
-        done = subprocess.run(
-            [sys.executable, "-m", "services.cli", *words],
-            cwd=ROOT, capture_output=True, text=True, timeout=270, check=False,
-        )  # fmt: skip
+        words = [sys.executable, "-m", "services.cli", *words]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=270, check=False)
         assert done.returncode == 0, done.stderr
 
     return make_once("finished_run", make)

@@ -104,6 +104,7 @@ def serve(listener: socket.socket) -> None:
     gc.freeze()  # a worker that looked for garbage there would copy it all
     gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else each worker stays as a zombie
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end ends this process
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         asking, _ = listener.accept()
         if os.fork() == 0:
@@ -116,10 +117,12 @@ def serve(listener: socket.socket) -> None:
 def become_worker(asking: socket.socket) -> None:
     """Run the command that was asked for as this process, with its environment, folder and streams."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.setpgrp()  # as Ray starts a worker: a raylet kills its worker's group, where that is not its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     streams = start_forked_worker.STREAMS
     asked, passed, _, _ = socket.recv_fds(asking, start_forked_worker.LONGEST, len(streams))
-    sys.argv, environment, folder = json.loads(asked)
+    sys.argv, environment, folder, own_group = json.loads(asked)
+    if own_group:
+        os.setpgrp()
     for stream, own in zip(passed, streams, strict=True):
         os.dup2(stream, own)
         os.close(stream)

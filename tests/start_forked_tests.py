@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -15,4 +16,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == [FORKED]:
         exec(eval(sys.stdin.readline()))  # as execnet begins each of its processes
     else:
-        ask_for([__file__, FORKED])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the forked process, and this one after it
+        ask_for([__file__, FORKED], own_group=False)

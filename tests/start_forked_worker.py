@@ -31,14 +31,15 @@ def main(words: list[str]) -> None:
 
         os.execv(sys.executable, [sys.executable, setup_worker.__file__, *words])
     os.environ.update(variables)
-    ask_for([word for word in words if not word.startswith((CONTEXT, "--language="))])
+    # Ray starts a worker in a group of its own: a raylet kills its worker's group, where that is not its own
+    ask_for([word for word in words if not word.startswith((CONTEXT, "--language="))], own_group=True)
 
 
-def ask_for(words: list[str]) -> None:
+def ask_for(words: list[str], *, own_group: bool) -> None:
     """Have a process forked that runs this file with these arguments as this process would, and wait for its end."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(os.environ[ADDRESS])
-        asked = json.dumps([words, dict(os.environ), str(Path.cwd())])
+        asked = json.dumps([words, dict(os.environ), str(Path.cwd()), own_group])
         socket.send_fds(server, [asked.encode()], STREAMS)
         server.recv(1)  # returns when that process has ended
 

@@ -255,5 +255,5 @@ class Evaluation:
     points: F32  # (P, 2) t-SNE of training codes, then codes of Psi, then component means
     point_kind: I64  # (P,) 0 training image, 1 code of Psi, 2 accepted scenario, 3 rejected component
     point_component: I64  # (P,) class of a training image; likeliest component of a Psi code; else itself
-    # (C,) accuracy that each class certainly lost on test images; None with few classes, where per_class says it
+    # (C,) accuracy that each class certainly lost on test images; None with few classes, for which per_class is enough
     class_loss: F64 | None = None

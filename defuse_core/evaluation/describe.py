@@ -35,7 +35,7 @@ COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a sc
 ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
 # Of pictures over LARGE pixels, each of which takes long, so many of a scenario and of its class are measured. With as
 # many to compare with, LEAST_STANDARD_ERRORS asks for no more than LEAST_DEVIATION.
-LARGE, MEASURED_IF_LARGE = 64, 51
+LARGE, MEASURED_IF_LARGE = 64, 52
 FEWEST_IMAGES = 10  # with fewer, nothing is named
 LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named
 # and standard errors of the mean of the images compared with: with few of them some mean is far off by chance

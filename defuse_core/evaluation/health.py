@@ -227,7 +227,7 @@ def _remedy(spec: RunFile, health: Health, worse: str | None) -> str:
     if 2 * health.collapsed >= health.dimensions:
         return f"lower vae.beta (now {spec.vae.beta:g}) and choose {ANOTHER_NAME}"
     if worse is not None and health.judged_by == REFERENCES:
-        return worse
+        return f"{worse}, under {ANOTHER_NAME}"
     if health.anchored:
         return f"lower identify.scale (now {spec.identify.scale:g}) and choose {ANOTHER_NAME}"
     if spec.vae.architecture == "paper":

@@ -29,6 +29,7 @@ from defuse_core.models.layout import to_tensor
 from defuse_core.models.programs import class_names_of, copy_for_inference, load_program
 
 log = logging.getLogger("defuse")
+MOST_SHOWN = 20  # classes in a line of the log
 SAMPLE = 512  # training images, evenly spaced, of the accuracies by input range
 COMPARED_IMAGES, COMPARED_AT_ONCE = 1_000, 100  # evenly spaced, that two classifiers are compared on
 CLEARLY_BETTER, BETTER_RANGE = 0.05, 0.02  # in accuracy: another order of the classes, another input range
@@ -290,9 +291,12 @@ def warnings_of(
         )
     lines += [f"it is {line}" for line in probe.bgr_lines()]
     if probe.class_order is not None:
+        order = f"set classifier.class_order: [{', '.join(map(str, probe.class_order))}]"
+        if len(classes) > MOST_SHOWN:
+            order = "set classifier.class_order to what `defuse init` writes for these images and weights"
         lines.append(
             f"it seems to number the classes differently ({percent(probe.reordered)} right in another order); if it "
-            f"does, set classifier.class_order: [{first_few([*map(str, probe.class_order)], most=20)}]"
+            f"does, {order}"
         )
     elif probe.names is not None and set(probe.names) != set(classes):
         lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")
@@ -303,13 +307,13 @@ def warnings_of(
     if accuracy < 0.5:
         lines.append(
             f"it is right on only {percent(accuracy, 0)} of the training images; does it number the classes in this "
-            f"order? {first_few(classes, most=20)}"
+            f"order? {first_few(classes, most=MOST_SHOWN)}"
         )
     return lines
 
 
 def _listed(names: Sequence[str]) -> str:
-    return first_few([f"{index} {name}" for index, name in enumerate(names)], most=20)
+    return first_few([f"{index} {name}" for index, name in enumerate(names)], most=MOST_SHOWN)
 
 
 def is_same_program(classifier: nn.Module, stored: bytes, images: Images) -> bool:

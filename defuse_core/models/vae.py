@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from defuse_core.config import RunFile
+from defuse_core.device import is_device_failure, is_out_of_memory
 from defuse_core.errors import ModelError
 from defuse_core.models.architectures import dense_layers, halving_convolutions, import_module
 
@@ -156,6 +157,8 @@ def expect_autoencoder(vae: Vae, images: Tensor, latent_dim: int) -> None:
     except SystemExit as error:  # a worker of Ray would end by it
         raise ModelError(f"the β-VAE exits (SystemExit: {error}) when it is called; remove that") from error
     except Exception as error:
+        if is_out_of_memory(error) or is_device_failure(error):
+            raise
         raise ModelError(
             f"the β-VAE cannot encode and decode images of shape {tuple(images.shape)}: "
             f"{type(error).__name__}: {error}"

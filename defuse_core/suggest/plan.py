@@ -272,7 +272,7 @@ def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:
     """
     section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
     if classes > MANY_CLASSES:
-        section["min_weight"] = round(LEAST_WEIGHT * MANY_CLASSES / classes, 5)
+        section["min_weight"] = float(f"{LEAST_WEIGHT * MANY_CLASSES / classes:.3g}")
         codes = math.ceil(2 * vae.latent_dim / section["min_weight"])
         if vae.decode == "anchored":
             codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))

@@ -29,19 +29,8 @@ from services.cli.serve import check, promote, rollback, serve
 from services.settings import is_on, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
-PLAIN_SIGNS = {
-    "−": "-",
-    "–": "-",
-    "→": "->",
-    "≥": ">=",
-    "…": "...",
-    "α": "alpha",
-    "β": "beta",
-    "λ": "lambda",
-    "τ": "tau",
-    "Ψ": "Psi",
-    "\N{LEFT-TO-RIGHT MARK}": "",
-}
+# As wide as the signs themselves, by which the columns of tables are set.
+PLAIN_SIGNS = {"−": "-", "–": "-", "→": ">", "…": ".", "\N{LEFT-TO-RIGHT MARK}": ""}
 
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {  # of the help

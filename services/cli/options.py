@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from defuse_core.store import Store
 
 
+log = logging.getLogger("defuse")
 MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
 # what to do with a run that is in the registry
 COPY_IT = "copy its folder in the store, and change the copy (`defuse run` continues it with --name)"
@@ -216,7 +218,7 @@ def is_left_behind(run: Store) -> bool:
 
 def expect_not_promoted(store: Store, run: str, remedy: str) -> None:
     """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
-    from defuse_core.pipeline import expect_no_version_of
+    from defuse_core.export.finished import expect_no_version_of
     from services.serving.registry import Registry
 
     versions = Registry(store).state().versions.items()
@@ -239,6 +241,7 @@ def expect_repeatable(run: Run) -> None:
     # a review of traffic has no models, and nothing follows from it
     if (models := run.load(Models)) is None:
         return
+    log.info("checking that the correction can be made again")
     if changed := run.changed_weights():
         raise RunMismatchError(f"run {run.name}: {changed}; undo the change, or begin another run")
     expect_may_go_on(run)

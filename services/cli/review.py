@@ -10,7 +10,15 @@ import click
 
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
 from defuse_core.store import checked_name
-from services.cli.options import expect_repeatable, given, json_option, print_json, store_option
+from services.cli.options import (
+    COPY_IT,
+    expect_not_promoted,
+    expect_repeatable,
+    given,
+    json_option,
+    print_json,
+    store_option,
+)
 from services.settings import read_settings
 
 if TYPE_CHECKING:
@@ -231,12 +239,10 @@ def reopen(name: str, store: str, discard: bool) -> None:
     from defuse_core.review.overrides import reopen_vote
 
     opened, gallery = _open(name, store)
-    check = partial(expect_repeatable, opened)
-    check()
+    expect_not_promoted(opened.runs, name, COPY_IT)
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
-    # it may have been promoted while all answers were read
-    reopen_vote(opened, check)
+    reopen_vote(opened, partial(expect_repeatable, opened))
     click.echo(f"the vote of {name} is open again; `{_following(opened)}` takes in all answers")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -120,7 +121,7 @@ class Candidate:
     def interface_error(self, current: Candidate) -> str | None:
         """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
         if self.interface != current.interface:
-            pairs = zip(current.classes, self.classes, strict=False)
+            pairs = itertools.zip_longest(current.classes, self.classes)
             differ = next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
             begin = max(0, differ - 1)
             expected, found = (

@@ -52,6 +52,7 @@ OTHER_REGION = {
     "PermanentRedirect",
 }
 REMEDIES = {  # of what is no refusal of the credentials, although the status may be 403
+    "413": (StoreSettingsError, "a proxy before the server refuses so large objects: raise its limit"),
     "InvalidBucketName": (StoreSettingsError, "check --store"),
     "InvalidObjectState": (StoreSettingsError, "the object is archived: restore it"),
     "InvalidRegionName": (StoreSettingsError, "set AWS_DEFAULT_REGION to a region of that server"),
@@ -242,12 +243,15 @@ def _passes(error: aws.ClientError) -> bool:
 
 def _endpoint_remedy(error: aws.ClientError) -> str | None:
     """Return how to correct AWS_ENDPOINT_URL, None where the answer is one that an S3 server gives."""
-    code, operation = code_of(error), error.operation_name
-    if code == "NoSuchKey" and operation.startswith("List"):
+    code = code_of(error)
+    if not error.operation_name.startswith(
+        "List"
+    ):  # with one the store is opened; later answers can be a proxy's
+        return None
+    if code == "NoSuchKey":
         return "remove the bucket from AWS_ENDPOINT_URL"
-    # S3 names each error, except in the answer to a HEAD
-    is_named = operation.startswith("Head") or code.strip("0123456789")
-    if is_named or not 200 <= status_of(error) < 500 or _passes(error):
+    # S3 names each error
+    if code.strip("0123456789") or not 200 <= status_of(error) < 500 or _passes(error):
         return None
     return (
         "that is no answer of S3: check the scheme of AWS_ENDPOINT_URL, and that its port is the one of the S3 "

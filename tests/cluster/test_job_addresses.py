@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import ssl
 import subprocess
 import threading
@@ -63,17 +64,20 @@ def test_a_redirect_that_keeps_a_submission_is_followed_and_a_browser_s_address_
     assert found.address == found.shown == f"http://127.0.0.1:{moved.server_port}"
 
 
-@pytest.mark.parametrize("body", [b"{}", b"[]", b'{"ray_version": "?"}'])
-def test_a_server_with_other_json_than_ray_s_is_no_dashboard(body: bytes) -> None:
+@pytest.mark.parametrize("body", [b"{}", b"[]", b'{"ray_version": "?"}', b"<html>"])
+def test_a_server_with_other_answers_than_ray_s_is_no_dashboard(body: bytes) -> None:
     with answering_with(200, body) as other:
         address = f"http://127.0.0.1:{other.server_port}"
         with pytest.raises(InputError, match=f"^no Ray dashboard answers at {address}; check --address"):
             Jobs(address)
 
 
-def test_an_address_that_cannot_be_read_is_no_dashboard() -> None:
-    with pytest.raises(InputError, match=r"^no Ray dashboard answers at http://\[::1:8265; check --address"):
-        Jobs("http://[::1:8265")
+@pytest.mark.parametrize("address", ["http://[::1:8265", "http://127.0.0.1:82x65"])
+def test_an_address_that_cannot_be_read_is_no_dashboard(address: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^no Ray dashboard answers at {re.escape(address)}; check --address"
+    ):
+        Jobs(address)
 
 
 def test_a_certificate_of_another_ca_is_named_with_the_variable_for_it(
@@ -92,11 +96,13 @@ def test_a_certificate_of_another_ca_is_named_with_the_variable_for_it(
             if file is not None:
                 monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(file))
             with pytest.raises(
-                InputError, match=f"{address}: its certificate is not trusted; set REQUESTS_CA"
+                InputError, match=rf"{address}: its certificate is not accepted \(.+\); .*, set REQUESTS_CA"
             ):
                 Jobs(address)
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
         Jobs(address)
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "gone"))
-        with pytest.raises(InputError, match=r"^REQUESTS_CA_BUNDLE: Could not find .*/gone"):
+        with pytest.raises(
+            InputError, match=r"^REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE: Could not find .*/gone"
+        ):
             Jobs(address)

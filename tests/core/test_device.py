@@ -197,7 +197,7 @@ CONTINUE = r"free memory and run again to continue \(on the CPU with resources\.
 @pytest.mark.parametrize(
     ("step", "fail", "told"),
     [
-        ("train", fail_for_memory, rf"{CONTINUE}, or lower classifier\.batch_size or vae\.batch_size under"),
+        ("train", fail_for_memory, rf"{CONTINUE}, or lower the batch_size of classifier, vae, .* under"),
         ("identify", fail_for_memory, rf"{CONTINUE}, or lower identify\.batch_size under"),
         ("draw", fail_for_memory, rf"{CONTINUE}$"),
         (
@@ -211,6 +211,7 @@ def test_a_step_that_lacks_memory_or_whose_gpu_fails_says_what_to_do(
     step: str, fail: Callable[..., None], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("defuse_core.local.Identifier", fail)
+    monkeypatch.setattr("defuse_core.local.device", lambda: torch.device("cuda"))
     compute: Any = LocalCompute()
     with pytest.raises(ComputeError, match=rf"^{step}: .*CUDA .*; {told}"):
         if step == "identify":

@@ -128,10 +128,14 @@ def test_a_run_whose_weights_were_replaced_goes_on_with_its_own_at_a_path_withou
     run = Run.start(store, "a", tiny(vae={"weights": weights}))
     run.once("identify", Psi, psi)
     weights.write_bytes(b"2")
+    changed = tiny(vae={"weights": weights}, check={"max_loss": 0.5})
+    with pytest.raises(RunMismatchError, match="since the run began; choose"):
+        Run.start(store, "a", changed)
+    store.write("a/models.safetensors", b"from these weights")
     with pytest.raises(
         RunMismatchError, match=r"that the run holds, set it to a path without a file\); choose"
     ):
-        Run.start(store, "a", tiny(vae={"weights": weights}, check={"max_loss": 0.5}))
+        Run.start(store, "a", changed)
     gone = tiny(vae={"weights": tmp_path / "gone.pt"}, check={"max_loss": 0.5})
     assert Run.start(store, "a", gone).spec == gone == Run.open(store, "a").spec
 

@@ -221,7 +221,7 @@ class Moved(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         is_final = self.path.startswith("/final")
-        self.send_response(200 if is_final else 301)
+        self.send_response(200 if is_final else self.server.status)
         self.send_header("Location", f"/final{self.path}")
         self.end_headers()
         found = b'{"experiment": {"experiment_id": "1", "name": "defuse"}}'
@@ -230,14 +230,18 @@ class Moved(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_a_server_that_redirects_is_warned_of_at_the_start_since_nothing_could_be_sent(monkeypatch, caplog):
+@pytest.mark.parametrize("status", [301, 308])
+def test_a_server_that_redirects_such_that_nothing_could_be_sent_is_warned_of_at_the_start(
+    monkeypatch, caplog, status
+):
     with ThreadingHTTPServer(("127.0.0.1", 0), Moved) as moved:
+        moved.status = status
         threading.Thread(target=moved.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{moved.server_port}")
         expect_mlflow(read_settings())
         moved.shutdown()
-    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "301" in line and "check MLFLOW_TRACKING_URI" in line
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert ["301" in line and "must not redirect" in line for line in told] == [True] * (status == 301)
 
 
 def test_a_run_that_another_server_knows_is_begun_anew(server, run, tmp_path, monkeypatch):

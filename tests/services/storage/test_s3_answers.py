@@ -332,6 +332,21 @@ def test_what_answers_in_place_of_an_s3_server_is_a_wrong_address_and_no_wrong_k
     assert str(raised.value).startswith(f"s3://bucket/run: http://127.0.0.1:9 {words}")
 
 
+def test_pages_of_a_proxy_while_a_store_is_used_are_told_as_what_they_are(store):
+    status = {"GET": 404, "PUT": 413}
+    for client in (store._client, store._sending_client):
+        client.meta.events.register(
+            "before-send.s3",
+            lambda request, **_: AWSResponse(request.url, status[request.method], {}, Body(PAGE)),
+        )
+    with pytest.raises(FileNotFoundError):
+        store.read("gone")
+    with pytest.raises(
+        StoreSettingsError, match=r"413: .*; a proxy before the server refuses so large objects"
+    ):
+        store.write("large", b"1")
+
+
 PAGE_OF_A_PROXY = {"Error": {"Code": "404"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
 BAD_GATEWAY = {"Error": {"Code": "502"}, "ResponseMetadata": {"HTTPStatusCode": 502}}
 
