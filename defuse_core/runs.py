@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from defuse_core.artifacts import Gallery, Models, Votes
-from defuse_core.codec import array_digest, decode, encode
+from defuse_core.artifacts import Models, Votes
+from defuse_core.codec import decode, encode
 from defuse_core.config import (
     RunFile,
     added_lambdas,
@@ -65,6 +65,7 @@ FROM_SWEEP = FROM_VERDICTS[FROM_VERDICTS.index("baseline") :]  # the baseline ha
 REPORT_FILES = ("report.json", "report.html")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
+KEPT_IN = {"review.reference.weights": "references", "judges.weights": "judges"}  # others in models
 SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
 # Fields of section review that say how people are asked; free until their votes are stored.
 UNTIL_VOTES = ("answers_per_task", "stop_early", "certainty", "real_names")
@@ -74,11 +75,6 @@ MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can
 def has_made_something(store: Store) -> bool:
     """Whether the run in `store` has stored what follows from its run file, apart from its measured precision."""
     return any(key.endswith(".safetensors") and key != MEASURED_PRECISION for key in store.list())
-
-
-def components_digest(gallery: Gallery) -> str:
-    """Return a SHA-256, in hex, of the images drawn from a run's components: it tells runs of one name apart."""
-    return array_digest({"codes": gallery.codes, "images": gallery.images})
 
 
 def _weights_digests(spec: RunFile) -> dict[str, str]:
@@ -199,13 +195,12 @@ class Run:
         """Return which weights file has changed since the run began, or None; a missing file does not count."""
         known = self._read_json(WEIGHTS, "the weights are taken as they are now")
         for field, digest in _weights_digests(self.spec).items():
-            if known.get(field, digest) != digest:
-                holds = {"review.reference.weights": "references", "judges.weights": "judges"}.get(
-                    field, "models"
-                )
+            if known.get(field, digest) == digest:
+                continue
+            way = ""
+            if self.store.exists(f"{KEPT_IN.get(field, 'models')}.safetensors"):
                 way = " (to go on with those that the run holds, set it to a path without a file)"
-                held = self.store.exists(f"{holds}.safetensors")
-                return f"{field}: the weights file has changed since the run began{way if held else ''}"
+            return f"{field}: the weights file has changed since the run began{way}"
         return None
 
     @classmethod

@@ -20,14 +20,14 @@ from defuse_core.artifacts import (
     Sweep,
     Verdicts,
 )
-from defuse_core.codec import decode
+from defuse_core.codec import array_digest, decode
 from defuse_core.config import RunFile
 from defuse_core.errors import DamagedError, InputError
 from defuse_core.evaluation import expect_same_answers
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.models import load_classifier
 from defuse_core.review.undecided import why_undecided
-from defuse_core.runs import Run, components_digest
+from defuse_core.runs import Run
 from defuse_core.store import Store
 
 
@@ -101,6 +101,11 @@ def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str
         raise InputError(
             f"run {run}: version {made[-1]} in the registry was made from it, and it is that version's record; {remedy}"
         )
+
+
+def components_digest(gallery: Gallery) -> str:
+    """Return a SHA-256, in hex, of the images drawn from a run's components: it tells runs of one name apart."""
+    return array_digest({"codes": gallery.codes, "images": gallery.images})
 
 
 def _stored_components(runs: Store, name: str) -> str | None:

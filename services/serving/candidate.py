@@ -31,7 +31,7 @@ from defuse_core.errors import CheckFailed, InputError, StoreError, first_few, p
 from defuse_core.evaluation import expect_same_code
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
-from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
+from defuse_core.export.finished import FinishedRun, components_digest, load_finished, undecided_of
 from defuse_core.intervals import ROUNDING
 from defuse_core.local import local_device
 from defuse_core.models import load_vae
@@ -40,7 +40,7 @@ from defuse_core.protocols import Progress, silent
 from defuse_core.report.build_evidence import watch_figures
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.review.verdicts import most_common_errors, scenario_name
-from defuse_core.runs import CONTINUES, Run, components_digest, utc_now
+from defuse_core.runs import CONTINUES, Run, utc_now
 from defuse_core.store import GONE
 from defuse_core.watch import FailureWatch, watch_classifier
 from defuse_core.watch.scenario_regions import fit_regions, training_codes

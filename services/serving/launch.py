@@ -25,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
 from defuse_core.errors import DamagedError, InputError
-from defuse_core.runs import Run, components_digest
+from defuse_core.export.finished import components_digest
+from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, with_settings
 from services.serving.registry import DamagedVersionError, Registry

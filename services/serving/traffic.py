@@ -32,7 +32,8 @@ from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, apply_override, parse_run_file
 from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
-from defuse_core.runs import Run, components_digest
+from defuse_core.export.finished import components_digest
+from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")

@@ -15,7 +15,8 @@ from label_studio_live import digits_gallery, review_run
 
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError, RunFileError
-from defuse_core.runs import Run, components_digest
+from defuse_core.export.finished import components_digest
+from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import votes_of_models
 from services.cli import defuse

@@ -17,7 +17,8 @@ import torch
 from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
 from defuse_core.errors import ModelError, StoreError
-from defuse_core.runs import Run, components_digest
+from defuse_core.export.finished import components_digest
+from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import MIN_SECONDS, CanaryStatistics, InitialModel
 from services.serving.api import build_api

@@ -12,8 +12,8 @@ import pytest
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery
 from defuse_core.codec import encode
 from defuse_core.errors import DamagedError, InputError, StoreError
+from defuse_core.export.finished import components_digest
 from defuse_core.files import UNFINISHED
-from defuse_core.runs import components_digest
 from defuse_core.store import FolderStore
 from services.serving.traffic import (
     Reservoir,
