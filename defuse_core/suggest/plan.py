@@ -35,7 +35,7 @@ from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts, plan_reading
 from defuse_core.suggest.probed import probe_warnings, set_probed
 
-TRIAL_S = 1.0  # each speed is measured for so long
+TRIAL_S = 0.5  # each speed is measured for so long
 TRIAL_BATCH = 64
 THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # of the time, for reading images, the mixture and the report
