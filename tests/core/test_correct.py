@@ -86,7 +86,7 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
 
 
-NO_MEMORY = r"λ = 0\.001: out of memory .* run again to continue .*, or lower correct\.batch_size or stack"
+NO_MEMORY = r"λ = 0\.001: out of memory .* run again to continue, or lower correct\.batch_size or stack"
 GPU_FAILED = r"^correct: λ = 0\.001: .* error: .*; run again in a new process .* to continue$"
 
 
