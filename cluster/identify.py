@@ -96,23 +96,18 @@ class ShardWorker:
         models, references = weights
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):
             first = self.identifier is None
-            with self._noting_gpu_failure():
+            try:
                 self.identifier = self.identifier or Identifier(self.spec, models, references, train)
                 with self.profile.trace("identify", f"shard-{index}", silent) if first else nullcontext():
                     shard = self.identifier.shard(index)
+            except RuntimeError as error:
+                self.has_failed_gpu = is_device_failure(error) and not is_out_of_memory(error)
+                raise
             record = _save_with_retries(self.store, shard)
         count("images", record.images)
         count("decodings", record.decodings)
         count("failures", record.total)
         return record
-
-    @contextlib.contextmanager
-    def _noting_gpu_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            self.has_failed_gpu = is_device_failure(error) and not is_out_of_memory(error)
-            raise
 
 
 @contextlib.contextmanager

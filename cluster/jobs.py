@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client
@@ -64,12 +64,16 @@ class Jobs:
         self.shown = without_credentials(self.address)  # in messages
         try:
             with self._errors_translated():
-                self.client = job_client(self.address, ANSWER_WITHIN_S)
+                self.client = self._connect()
+        except OSError as error:  # by requests, of a file that does not exist
+            raise InputError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE: {error}") from error
+
+    def _connect(self) -> JobSubmissionClient:
+        try:
+            return job_client(self.address, ANSWER_WITHIN_S)
         # of an address that is none, or of another server's answer
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"no Ray dashboard answers at {self.shown}; {CHECK_ADDRESS}") from error
-        except OSError as error:  # by requests, of a file that does not exist
-            raise InputError(f"REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE: {error}") from error
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
         """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
@@ -161,8 +165,6 @@ class Jobs:
         except requests.TooManyRedirects as error:
             problem = without_credentials(str(error))
             raise InputError(f"{self.shown} {problem}; give the final address of the dashboard") from error
-        except (requests.exceptions.InvalidURL, requests.JSONDecodeError) as error:
-            raise InputError(f"no Ray dashboard answers at {self.shown}; {CHECK_ADDRESS}") from error
         except (ConnectionError, requests.RequestException) as error:
             # Ray's own error does not tell the cause
             if any(word in f"{error} {error.__context__}" for word in UNTRUSTED):

@@ -36,7 +36,10 @@ def main(words: list[str]) -> None:
 
 
 def ask_for(words: list[str], *, own_group: bool) -> None:
-    """Have a process forked that runs this file with these arguments as this process would, and wait for its end."""
+    """Have a process forked that runs a file with arguments, `words`, in place of this one, and wait for its end.
+
+    It has the environment, folder and streams of this process, and its group unless `own_group` gives it one.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(os.environ[ADDRESS])
         asked = json.dumps([words, dict(os.environ), str(Path.cwd()), own_group])

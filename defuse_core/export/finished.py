@@ -86,7 +86,7 @@ def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str
 
     `versions` are the name and components_digest of each version's run, by the version's number.
     """
-    components = _stored_components(runs, run) if versions else None
+    components = stored_components(runs, run) if versions else None
     if made := [
         number
         for number, (name, digest) in versions.items()
@@ -94,7 +94,7 @@ def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str
         # in case alone can be of one folder.
         if (
             components == digest
-            and (name.casefold() == run.casefold() or _stored_components(runs, name) != digest)
+            and (name.casefold() == run.casefold() or stored_components(runs, name) != digest)
         )
         or (components is None and name == run)
     ]:
@@ -108,7 +108,7 @@ def components_digest(gallery: Gallery) -> str:
     return array_digest({"codes": gallery.codes, "images": gallery.images})
 
 
-def _stored_components(runs: Store, name: str) -> str | None:
+def stored_components(runs: Store, name: str) -> str | None:
     """Return the components_digest of a run; None where it has no components, or they cannot be read."""
     folder = runs.within(name)
     with contextlib.suppress(FileNotFoundError, DamagedError):

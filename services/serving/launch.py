@@ -22,10 +22,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from defuse_core.artifacts import Gallery
 from defuse_core.config import ServeSection
 from defuse_core.errors import DamagedError, InputError
-from defuse_core.export.finished import components_digest
+from defuse_core.export.finished import stored_components
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, with_settings
@@ -80,10 +79,9 @@ def _section_of_production(store: Store) -> ServeSection:
         return ServeSection()
     if (info := state.versions.get(state.production)) is not None:
         with contextlib.suppress(InputError, DamagedError):  # the run was deleted, or a file of it is damaged
-            run = Run.open(store, info.run)
             # else the run of that name is another one now
-            if components_digest(run.require(Gallery)) == info.components_digest:
-                return run.spec.serve
+            if stored_components(store, info.run) == info.components_digest:
+                return Run.open(store, info.run).spec.serve
     try:
         return registry.load(state.production).run_file().serve
     except (InputError, DamagedVersionError):

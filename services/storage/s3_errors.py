@@ -244,9 +244,8 @@ def _passes(error: aws.ClientError) -> bool:
 def _endpoint_remedy(error: aws.ClientError) -> str | None:
     """Return how to correct AWS_ENDPOINT_URL, None where the answer is one that an S3 server gives."""
     code = code_of(error)
-    if not error.operation_name.startswith(
-        "List"
-    ):  # with one the store is opened; later answers can be a proxy's
+    # a store is opened by a listing; what is no answer to other requests can be a proxy's
+    if not error.operation_name.startswith("List"):
         return None
     if code == "NoSuchKey":
         return "remove the bucket from AWS_ENDPOINT_URL"
