@@ -104,11 +104,9 @@ class VaeSection(Section):
     latent_dim: int = Field(10, ge=1, le=512)
     """Dimensions of the latent code, Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
-    """4x4 stride-2 convolutions of the encoder (convolutional: and of the decoder). Paper: 3 for MNIST and SVHN,
-    4 for signs."""
+    """4x4 stride-2 convolutions of the encoder (convolutional: and of the decoder). Paper: 3; 4 for signs."""
     decoder_stages: int = Field(4, ge=1, le=8)
-    """paper: 4x4 stride-2 transpose convolutions of the decoder; the dense layers feed image_size / 2^stages squared.
-    Paper: 4 for MNIST and SVHN, 5 for signs."""
+    """paper: 4x4 stride-2 transpose convolutions of the decoder, from image_size / 2^stages. Paper: 4; 5 for signs."""
     channels: int = Field(32, ge=1)
     """Channels of each convolution (convolutional: of the first, doubled at each stage). Paper: 32 (MNIST) or 64."""
     hidden: int = Field(256, ge=1)
@@ -142,8 +140,7 @@ class IdentifySection(Section):
     draws: int = Field(500, ge=1)
     """Perturbed decodings tried per training image, Q. Paper: 500 for MNIST, 100 otherwise."""
     noise: Literal["posterior", "beta"] = "posterior"
-    """posterior is Gaussian with the encoder's own standard deviation σ(x), and mean 0; beta is Beta(a, b) per latent
-    dimension. Paper: beta."""
+    """posterior is Gaussian of mean 0 with the encoder's standard deviation σ(x); beta is Beta(a, b). Paper: beta."""
     a: float = Field(50.0, gt=0)
     """noise beta: Beta(a, b) per latent dimension. Paper: 50 for MNIST, 75 otherwise."""
     b: float = Field(50.0, gt=0)
@@ -215,6 +212,10 @@ class ClassifierSet(Section):
     """cnn, residual: channels of the first stage; doubled at each further stage."""
     normalize_contrast: bool = False
     """Give the models each image with mean 0 and standard deviation 1, for images of very different light."""
+    color_jitter: bool = False
+    """Train them on images of which the contrast and each colour are also varied, for photographs."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label that is spread over all classes in training; probabilities are then more moderate."""
     epochs: int = Field(6, ge=0)
     """Passes over the training images. 0 uses a pretrained model: `weights`, or what import_path returns."""
     batch_size: int = Field(128, ge=2)
@@ -279,8 +280,7 @@ class ReviewSection(Section):
     more_images: int = Field(40, ge=0)
     """accept lower-bound with annotators reference-models: further images drawn if the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
-    """The reference models, for annotators: reference-models, prelabel, consensus: crowdlab, tau: auto, identify.screen
-    and correct.filter."""
+    """Reference models, for annotators, prelabel, consensus: crowdlab, tau: auto, identify.screen and correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)

@@ -246,6 +246,16 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     return (moved * bright).clamp(0, 1)
 
 
+def color_jitter(images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return each image, (n, channels, H, W) in [0, 1], its contrast and each channel randomly changed."""
+    count, channels = images.shape[:2]
+    gain = rng.uniform(0.8, 1.2, (count, channels, 1, 1)).astype(np.float32)
+    colored = images * torch.from_numpy(gain).to(images.device)
+    contrast = _column(rng.uniform(0.5, 1.5, count).astype(np.float32), images)
+    mean = colored.mean(dim=(1, 2, 3), keepdim=True)
+    return ((colored - mean) * contrast + mean).clamp(0, 1)
+
+
 def _blurred(images: Tensor) -> Tensor:
     """Return the mean of each pixel and its neighbours, as F.avg_pool2d does, on a CPU in a tenth of its time."""
     return _sums_of_neighbours(images) / _sums_of_neighbours(torch.ones_like(images[:1, :1]))

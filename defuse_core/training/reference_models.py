@@ -56,7 +56,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.steps import STEPS
 from defuse_core.store import Store
 from defuse_core.training import Losses, minibatches, train_step
-from defuse_core.training.batches import DeviceImages, augment
+from defuse_core.training.batches import DeviceImages, augment, color_jitter
 
 log = logging.getLogger("defuse")
 LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up
@@ -325,9 +325,11 @@ def train_reference(
         rng, losses = generator(spec.seed, name, number, epoch), Losses(what)
         for rows, batch, labels in images.batches(minibatches(len(train), section.batch_size, rng)):
             augmented = augment(batch, rng)
+            if section.color_jitter:
+                augmented = color_jitter(augmented, rng)
             with autocast(arithmetic):
                 logits = model(augmented)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=section.label_smoothing)
             train_step(loss, optimizer)
             losses.add(loss)
             schedule.step()
@@ -395,5 +397,4 @@ def model_probabilities(models: Sequence[nn.Module], images: F32 | Images, batch
 
 def mean_probabilities(models: Sequence[nn.Module], images: F32, batch_size: int = 256) -> F32:
     """Return the class probabilities averaged over the models, (n, C)."""
-    mean: F32 = model_probabilities(models, images, batch_size).mean(axis=0)
-    return mean
+    return model_probabilities(models, images, batch_size).mean(axis=0)  # type: ignore[no-any-return]
