@@ -280,7 +280,7 @@ class ReviewSection(Section):
     more_images: int = Field(40, ge=0)
     """accept lower-bound with annotators reference-models: further images drawn if the verdict is in doubt. Ours."""
     reference: ReferenceModels = ReferenceModels()
-    """Reference models, for annotators, prelabel, consensus: crowdlab, tau: auto, identify.screen and correct.filter."""
+    """Reference models, for annotators, prelabel, consensus: crowdlab, tau: auto, identify.screen, correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
     answers_per_task: int = Field(5, ge=1)

@@ -10,6 +10,7 @@ from defuse_core.training.batches import (
     _blurred,
     _transformed,
     augment,
+    color_jitter,
     random_affine,
 )
 
@@ -126,3 +127,21 @@ def test_images_are_moved_and_blurred_as_torch_does(shape: tuple[int, ...], memo
     torch.testing.assert_close(_affine_grid(theta, *shape[2:]), grid, rtol=1e-6, atol=1e-6)
     pooled = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
     assert torch.equal(_blurred(images), pooled)
+
+
+def test_colour_jitter_changes_each_colour_and_the_contrast_of_each_image_but_not_its_shapes() -> None:
+    grey = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
+    out = color_jitter(grey.expand(-1, 3, -1, -1), np.random.default_rng(0))
+    colours = out.mean(dim=(2, 3)) / out.mean(dim=(1, 2, 3))[:, None]  # (n, 3)
+    assert colours.min() < 0.85
+    assert colours.max() > 1.15
+    contrast = out[:, 0].std(dim=(1, 2)) / grey[:, 0].std(dim=(1, 2))
+    assert contrast.min() < 0.6
+    assert contrast.max() > 1.4
+    both = torch.stack([out[:, 0].flatten(1), grey[:, 0].flatten(1)])
+    assert all(torch.corrcoef(pair)[0, 1] > 0.999 for pair in both.unbind(1))
+    extreme = color_jitter(
+        torch.cat([torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8)]), np.random.default_rng(1)
+    )
+    assert extreme.min() >= 0
+    assert extreme.max() <= 1

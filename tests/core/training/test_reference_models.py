@@ -191,6 +191,19 @@ def test_models_with_normalized_contrast_see_the_same_in_dim_images_and_dark_one
     assert np.abs(seen[:50] - seen[50:100]).max() > 0.3
 
 
+def test_models_are_trained_with_smoothed_labels_and_colour_jitter_where_these_are_asked_for():
+    images = open_splits(tiny().data, 0).train.batch(slice(0, 200))
+
+    def seen(**fields):
+        spec = tiny(review={"reference": {"count": 1, "epochs": 8, **fields}})
+        models = load_reference_models(spec, spec.review.reference, made_in_a_run(reference_models, spec), 10)
+        return model_probabilities(models, images)[0]
+
+    plain = seen()
+    assert seen(label_smoothing=0.3).max(axis=1).mean() < plain.max(axis=1).mean() - 0.1
+    assert not np.array_equal(seen(color_jitter=True), plain)
+
+
 class Dark(nn.Module):
     """Sees class 1 in dark images, else class 0."""
 
