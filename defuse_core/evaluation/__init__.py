@@ -42,11 +42,14 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
+from defuse_core.evaluation.health import with_measured_health
 from defuse_core.identify import subsample_psi
 from defuse_core.intervals import MANY_CLASSES, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
+from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
+from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.tuning_data import held_out_images
@@ -77,6 +80,23 @@ class Findings:
     sweep: Sweep
     references: ReferenceSet | None = None  # the reference models, where any step used them
     judges: ReferenceSet | None = None  # None with judges.count 0
+
+    @classmethod
+    def load(cls, run: Run) -> Findings:
+        """Return what a finished run found. Raises InputError for one that is not finished."""
+        return cls(
+            with_measured_health(run, run.require(Models)),
+            run.require(Psi),
+            run.require(Scenarios),
+            run.require(Gallery),
+            run.require(Votes),
+            run.require(Verdicts),
+            run.require(Corrections),
+            run.require(Sweep, "baseline"),
+            run.require(Sweep),
+            references=run.load(ReferenceSet, "references"),
+            judges=run.load(ReferenceSet, "judges"),
+        )
 
 
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
@@ -152,6 +172,19 @@ def expect_same_answers(spec: RunFile, classifier: nn.Module, gallery: Gallery) 
         raise RunMismatchError(
             f"the classifier answers {changed} of {len(rows)} stored images otherwise than when {OTHER_CODE}"
         )
+
+
+def undecided_of(spec: RunFile, found: Findings) -> str | None:
+    """Return why a finished run could not tell whether its classifier has failure scenarios; None where it could."""
+    return why_undecided(
+        spec,
+        found.gallery,
+        found.verdicts,
+        models=found.models,
+        references=found.references,
+        psi=found.psi,
+        scenarios=found.scenarios,
+    )
 
 
 def _score(

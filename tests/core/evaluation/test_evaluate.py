@@ -40,7 +40,7 @@ from defuse_core.evaluation import (
 from defuse_core.identify import gather_shards, save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
-from defuse_core.pipeline import _controls, load_findings
+from defuse_core.pipeline import _controls, load_finished
 from defuse_core.protocols import silent
 from defuse_core.runs import FROM_SWEEP, Run
 from defuse_core.seeds import generator
@@ -250,7 +250,7 @@ def test_controls_are_tuned_again_after_an_added_lambda_only_where_other_epochs_
 ):
     shutil.copytree(judged_run.store.folder, tmp_path / "a")
     run = Run.open(FolderStore(tmp_path), "a")
-    found, compute = load_findings(run)[0], LocalCompute()
+    found, compute = load_finished(run).found, LocalCompute()
     assert found.sweep.chosen is not None
 
     def interrupted(*_: object) -> None:

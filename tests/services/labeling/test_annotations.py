@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from digits_review import TRUTH, answers_of, truth_of
 from label_studio_live import digits_gallery
-from sample_findings import sample_findings
+from sample_findings import finished_run, sample_findings
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.errors import LabelsPending
@@ -54,7 +54,7 @@ def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by
     assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 2)
     found, evaluation = sample_findings(2, 1, images=3)
     found = replace(found, gallery=review.gallery, verdicts=verdicts)
-    table = build_report(review.run, found, evaluation).agreement
+    table = build_report(review.run, finished_run(found, evaluation)).agreement
     assert table.scenario.mean == pytest.approx(0.7) and table.other.mean == pytest.approx(0.7)
     assert table.scenario.standard_error == pytest.approx(0.15275, abs=1e-5)
     assert (table.scenario.images, table.other.images, table.all.images) == (3, 3, 6)
