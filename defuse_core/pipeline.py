@@ -55,7 +55,7 @@ from defuse_core.review.sample import (
 )
 from defuse_core.review.tighten import tighten
 from defuse_core.review.undecided import not_reviewed, worse_references
-from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
+from defuse_core.review.verdicts import crowdlab_consensus, decide_verdicts, doubtful, expect_cleanlab
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import resolve_precision
@@ -278,7 +278,7 @@ def _verdicts(
     consensus = None
     if review.consensus == "crowdlab":
         consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery))
-    judge = partial(review_verdicts, review, gallery, votes, consensus=consensus)
+    judge = partial(decide_verdicts, review, gallery, votes, consensus=consensus)
     first = judge(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
     if not review.decides_twice or not unsure.any():

@@ -34,7 +34,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS, FailureDetector, FailureWatch, MeasuredDetector
-from tests.conftest import PAPER_LAMBDAS
+from tests.conftest import PAPER_LAMBDAS, review_section
 from tests.sample_components import FIT, sample_scenarios
 
 DIGITS = tuple("0123456789")
@@ -66,7 +66,7 @@ def sample_findings(
     rng = np.random.default_rng(seed)
     gallery = _gallery(rng, scenarios, images, classes, channels, side)
     votes = _votes(rng, gallery, accepted, answered_by)
-    verdicts = decide_verdicts(gallery, votes, 0.5)
+    verdicts = decide_verdicts(review_section(), gallery, votes)
     count = len(verdicts.accepted)
     findings = Findings(
         models=_models(classes, rng),

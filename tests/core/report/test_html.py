@@ -27,6 +27,7 @@ from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, render_real
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
+from tests.conftest import review_section
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
 
@@ -331,7 +332,7 @@ def test_images_without_an_answer_are_counted_apart(tmp_path: Path, early: list[
     votes = Votes(
         scenario, image, annotator, answers, when, tuple("abcde"), "people", {"decided_early": early}
     )
-    verdicts = decide_verdicts(found.gallery, votes, 0.5)
+    verdicts = decide_verdicts(review_section(), found.gallery, votes)
     run = sample_run(tmp_path)
     report = write_report(
         run, finished_run(dataclasses.replace(found, votes=votes, verdicts=verdicts), evaluation)
