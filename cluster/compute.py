@@ -45,7 +45,7 @@ from defuse_core.identify import (
     shard_fingerprint,
 )
 from defuse_core.local import UNTRACED, Profile
-from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
+from defuse_core.protocols import Call, Compute, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.trials import collect_stored, finished_trials
@@ -59,7 +59,7 @@ T = TypeVar("T")
 POLL_EVERY_S = 0.5
 
 
-class RayCompute:
+class RayCompute(Compute):
     """The protocol `Compute` on the cluster at `address`, on one already joined, or on an embedded Ray.
 
     A context manager. Ray is started or joined by the first step that needs it: a finished run needs none.
@@ -92,9 +92,6 @@ class RayCompute:
         if self.connected_here:
             disconnect()
             self.connected_here = False
-
-    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
