@@ -125,7 +125,7 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
     accuracy, per_class, scenario, right = (np.stack(part) for part in zip(*scores, strict=True))
     loss = None
     if splits.test is not None and classes > MANY_CLASSES:
-        loss = class_loss(right[0] > 0, right[-1] > 0, tested, splits.test.tracks, classes)
+        loss = class_loss(right[0], right[-1], tested, splits.test.tracks, classes)
     return Evaluation(
         accuracy=accuracy,
         per_class=per_class,
@@ -189,14 +189,14 @@ def undecided_of(spec: RunFile, found: Findings) -> str | None:
 
 def _score(
     spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings
-) -> tuple[F64, F64, F64, F64]:
+) -> tuple[F64, F64, F64, Bool]:
     """Return accuracies on validation, test and scenario images, (3,), in each class, (C,), and scenario, (A,).
 
-    nan where there is nothing to score on. The last is 1 for each of the (T,) test images that it gets right.
+    nan where there is nothing to score on. The last says which of the (T,) test images it gets right.
     """
     classes, scenarios = len(found.models.classes), len(found.fixes.labels)
     if not weights:
-        none = np.zeros(0 if splits.test is None else len(splits.test))
+        none = np.zeros(0 if splits.test is None else len(splits.test), np.bool_)
         return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan), none
     classifier = load_classifier(spec, weights, classes)
     parts, readers = (splits.validation, splits.test, held_out), spec.resources.readers
@@ -209,15 +209,15 @@ def _score(
     return np.array(overall), per_class, scenario, right[1]
 
 
-def _right(classifier: nn.Module, images: Images | None, readers: int) -> F64:
-    """Return 1 for each image that the classifier gets right, else 0; nothing for no images."""
+def _right(classifier: nn.Module, images: Images | None, readers: int) -> Bool:
+    """Return which images the classifier gets right; nothing for no images."""
     if images is None or not len(images):
-        return np.zeros(0)
-    right: F64 = (predict(classifier, images, readers=readers) == images.labels).astype(np.float64)
+        return np.zeros(0, np.bool_)
+    right: Bool = predict(classifier, images, readers=readers) == images.labels
     return right
 
 
-def class_accuracy(right: Bool | F64, labels: I64, classes: int) -> F64:
+def class_accuracy(right: Bool, labels: I64, classes: int) -> F64:
     """Return the accuracy within each class, (C,); nan for a class without images."""
     counts = np.bincount(labels, minlength=classes)
     with np.errstate(invalid="ignore"):

@@ -86,7 +86,7 @@ def findings(models: Models, store: FolderStore, accepted: int, images: int = 4)
 
 
 def test_class_accuracy_is_the_share_within_each_class():
-    right = np.array([1.0, 0, 1, 1])
+    right = np.array([True, False, True, True])
     found = class_accuracy(right, np.array([0, 0, 2, 2]), 4)
     np.testing.assert_array_equal(found, [0.5, np.nan, 1.0, np.nan])
 
