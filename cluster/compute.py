@@ -52,7 +52,7 @@ from defuse_core.trials import collect_stored, finished_trials
 from defuse_core.tuning_data import decode_scenario_images, load_clean_images, score_before
 
 if TYPE_CHECKING:
-    from cluster.sweep import Outcome, SweepContext
+    from cluster.ray_train_tune import Outcome, SweepContext
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class RayCompute(Compute):
             return ray.get([result for _, *results in started for result in results])
 
     def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
-        from cluster.train import run_together  # imports pandas and more
+        from cluster.ray_train_tune import run_together  # imports pandas and more
 
         listener, workers = self._join_cluster(), self.spec.resources.train_workers
         resources = task_resources(self.spec.resources)
@@ -152,7 +152,7 @@ class RayCompute(Compute):
             for each, trials in zip(requests, finished, strict=True)
         ):
             return [([*trials.values()], {}) for trials in finished]
-        from cluster.sweep import run_trials  # imports pandas and more
+        from cluster.ray_train_tune import run_trials  # imports pandas and more
 
         return run_trials(self._sweep_context(models, requests), finished)
 
@@ -178,7 +178,7 @@ class RayCompute(Compute):
 
     @ray_errors("correct")
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
-        from cluster.sweep import SweepContext
+        from cluster.ray_train_tune import SweepContext
 
         listener, section = self._join_cluster(), self.spec.resources
         models_reference = ray.put(models)
