@@ -17,12 +17,12 @@ import ray
 
 from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
-from cluster.partitions import RayPartitions
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
     LOST_NODES,
     CapacityMonitor,
+    RayPartitions,
     WorkerResources,
     capacity,
     claim_devices,
