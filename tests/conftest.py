@@ -41,7 +41,7 @@ from hypothesis import HealthCheck, settings
 
 from defuse_core.artifacts import Corrections, Models, ReferenceSet
 from defuse_core.codec import decode, encode
-from defuse_core.config import ReviewSection, RunFile, parse_run_file
+from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import Compute, SweepRequest, silent
@@ -138,13 +138,6 @@ RECOMMENDED: Sections = {  # what a new run file does, as tiny; with limits that
     "judges": {"count": 2, "channels": 8, "epochs": 8, "batch_size": 32, "share": 0.3},
     "correct": {"filter": "reference-models", "schedule": "one_cycle", "augment": True},
 }
-
-
-def review_section(rho: float = 0.5, max_false: float | None = None) -> ReviewSection:
-    """Return the paper's rule; with `max_false` one decision at that false discovery rate."""
-    if max_false is None:
-        return ReviewSection(rho=rho, accept="share")
-    return ReviewSection(rho=rho, max_false=max_false, more_images=0)
 
 
 def tiny(**sections: dict[str, object]) -> RunFile:

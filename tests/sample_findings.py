@@ -34,8 +34,8 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS, FailureDetector, FailureWatch, MeasuredDetector
-from tests.conftest import PAPER_LAMBDAS, review_section
-from tests.sample_components import FIT, sample_scenarios
+from tests.conftest import PAPER_LAMBDAS
+from tests.sample_components import FIT, review_section, sample_scenarios
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5

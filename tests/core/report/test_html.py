@@ -27,7 +27,7 @@ from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, render_real
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
-from tests.conftest import review_section
+from tests.sample_components import review_section
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
 

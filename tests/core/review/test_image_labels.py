@@ -16,7 +16,8 @@ from defuse_core.review.verdicts import (
     majority,
     most_common,
 )
-from tests.conftest import recommended, review_section
+from tests.conftest import recommended
+from tests.sample_components import review_section
 
 NO = NONE_OF_THE_ABOVE
 

@@ -13,8 +13,8 @@ from defuse_core.protocols import silent
 from defuse_core.review.sample import Examiner, filter_corrections, sample_corrections, sample_gallery
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.training.reference_models import load_reference_models, model_probabilities, votes_of_models
-from tests.conftest import recommended, review_section
-from tests.sample_components import sample_scenarios
+from tests.conftest import recommended
+from tests.sample_components import review_section, sample_scenarios
 
 
 @pytest.fixture(scope="module")

@@ -18,23 +18,15 @@ from defuse_core.review.verdicts import (
 )
 from defuse_core.review.verdicts import tested_counts as counts_of  # pytest would collect its own name
 from defuse_core.store import FolderStore
-from tests.conftest import recommended, review_section
+from tests.conftest import recommended
+from tests.sample_components import review_section
 
 NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
 
 
 def verdicts(
-    answers,
-    predicted,
-    rho=0.5,
-    overrides=(),
-    *,
-    classes=tuple("0123456789"),
-    source=None,
-    track=None,
-    max_false=None,
-    more=None,
+    answers, predicted, rho=0.5, overrides=(), *, classes=tuple("0123456789"), source=None, track=None, **rule
 ) -> Verdicts:
     """Judge one component: answers[annotator][image], predicted[image], and the unit of each image, if any."""
     answers, predicted = np.array(answers), np.array([predicted])
@@ -51,7 +43,8 @@ def verdicts(
     zeros = np.zeros(answers.size, np.int64)
     names = tuple(f"annotator {n}" for n in range(len(answers)))
     votes = Votes(zeros, image, annotator, answers.ravel(), zeros.astype(float), names, "people", {})
-    return decide_verdicts(review_section(rho, max_false), gallery, votes, overrides, more=more)
+    section = review_section(rho, rule.pop("max_false", None))
+    return decide_verdicts(section, gallery, votes, overrides, **rule)
 
 
 def test_half_wrong_is_not_more_than_half():

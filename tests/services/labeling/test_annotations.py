@@ -18,7 +18,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from services.labeling.annotations import ANSWER_DTYPE, select_counted
 from services.labeling.records import choice_result
 from services.labeling.tasks import ReviewTasks
-from tests.conftest import review_section
+from tests.sample_components import review_section
 
 
 def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, accounts):

@@ -26,7 +26,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import FROM_VERDICTS
 from services.cli import defuse
 from services.cli.review import set_
-from tests.conftest import review_section
+from tests.sample_components import review_section
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import Prelabels, votes_of_models
 from services.cli import defuse
 from services.labeling.records import choice_result, read_state, write_state
-from tests.conftest import review_section
+from tests.sample_components import review_section
 
 TRUTH = (8, 3, 0, 1)
 

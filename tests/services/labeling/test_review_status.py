@@ -15,7 +15,7 @@ from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.records import ProjectState
 from services.labeling.status import reachable_labels, review_status, verdict_is_final
-from tests.conftest import review_section
+from tests.sample_components import review_section
 
 
 def outcomes(given, missing, predicted, rho, classes):

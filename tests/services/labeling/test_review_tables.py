@@ -29,7 +29,8 @@ from services.labeling.annotations import AnswerChanges, read_annotations
 from services.labeling.records import Task
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
-from tests.conftest import review_section, tiny
+from tests.conftest import tiny
+from tests.sample_components import review_section
 
 NAMES = {1: "Ada", 2: "Ben", 3: "Cem"}
 
