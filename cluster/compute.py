@@ -17,12 +17,12 @@ import ray
 
 from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
 from cluster.identify import IdentifyContext, ShardQueue
-from cluster.partitions import RayPartitions
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
     LOST_NODES,
     CapacityMonitor,
+    RayPartitions,
     WorkerResources,
     capacity,
     claim_devices,
@@ -45,21 +45,21 @@ from defuse_core.identify import (
     shard_fingerprint,
 )
 from defuse_core.local import UNTRACED, Profile
-from defuse_core.protocols import Call, Progress, SweepRequest, numbered, silent
+from defuse_core.protocols import Call, Compute, Progress, SweepRequest, numbered, silent
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from defuse_core.trials import collect_stored, finished_trials
 from defuse_core.tuning_data import decode_scenario_images, load_clean_images, score_before
 
 if TYPE_CHECKING:
-    from cluster.sweep import Outcome, SweepContext
+    from cluster.ray_train_tune import Outcome, SweepContext
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 POLL_EVERY_S = 0.5
 
 
-class RayCompute:
+class RayCompute(Compute):
     """The protocol `Compute` on the cluster at `address`, on one already joined, or on an embedded Ray.
 
     A context manager. Ray is started or joined by the first step that needs it: a finished run needs none.
@@ -93,9 +93,6 @@ class RayCompute:
             disconnect()
             self.connected_here = False
 
-    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
-
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()
         with ray_errors(step):
@@ -109,7 +106,7 @@ class RayCompute:
             return ray.get([result for _, *results in started for result in results])
 
     def run_distributed(self, step: str, function: Callable[..., None], *args: object) -> None:
-        from cluster.train import run_together  # imports pandas and more
+        from cluster.ray_train_tune import run_together  # imports pandas and more
 
         listener, workers = self._join_cluster(), self.spec.resources.train_workers
         resources = task_resources(self.spec.resources)
@@ -155,7 +152,7 @@ class RayCompute:
             for each, trials in zip(requests, finished, strict=True)
         ):
             return [([*trials.values()], {}) for trials in finished]
-        from cluster.sweep import run_trials  # imports pandas and more
+        from cluster.ray_train_tune import run_trials  # imports pandas and more
 
         return run_trials(self._sweep_context(models, requests), finished)
 
@@ -181,7 +178,7 @@ class RayCompute:
 
     @ray_errors("correct")
     def _sweep_context(self, models: Models, requests: Sequence[SweepRequest]) -> SweepContext:
-        from cluster.sweep import SweepContext
+        from cluster.ray_train_tune import SweepContext
 
         listener, section = self._join_cluster(), self.spec.resources
         models_reference = ray.put(models)

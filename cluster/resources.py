@@ -1,4 +1,4 @@
-"""CPUs and GPUs of the cluster: how much of them a worker is given, and how many workers fit."""
+"""CPUs and GPUs of the cluster: how much a worker is given, how many workers fit, parts of data on them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.connection import ray_errors
 from cluster.ray_compat import embedded_ray_has_ended, log_folder
 from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, RunFileError, count_of
 
 log = logging.getLogger("defuse")
+T = TypeVar("T")
 CHECK_EVERY_S = 3.0
 WARN_AFTER_S = 30.0  # of waiting for what other work holds, or for the head
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
@@ -268,3 +271,67 @@ class CapacityMonitor:
             self.warn_at = math.inf
             log.warning("%s: waiting for %s to be free on the cluster", self.step, self.worker)
         self.waiting = not room
+
+
+# Waits for the tasks of a step. Its arguments: the step; an iterator that starts a task and yields a reference, ready
+# once the task has ended; what a task holds; how many run at once at most.
+Wait = Callable[[str, Iterable[Any], WorkerResources, int], None]
+
+
+class RayPartitions:
+    """The protocol `Partitions` on a cluster, on CPUs.
+
+    Ray starts a call on a node that has its part, and loads a part again that was lost with its node. A call holds its
+    CPUs only once its part is there, so no call waits for a part that waits for a CPU.
+    """
+
+    def __init__(
+        self,
+        section: ResourcesSection,
+        step: str,
+        load: Callable[..., object],
+        arguments: Sequence[tuple[object, ...]],
+        wait: Wait,
+    ) -> None:
+        """Load the parts that load(*arguments) returns, spread over the nodes."""
+        self.step, self.wait = step, wait
+        self.worker = WorkerResources(section.cpus_per_worker, 0)
+        self.workers = max(1, capacity(self.worker)) if section.workers == "auto" else section.workers
+        self.options = {
+            "name": step,
+            "num_cpus": section.cpus_per_worker,
+            "num_gpus": 0,
+            "num_returns": 2,
+            "max_retries": LOST_NODES,
+            **on_nodes_with_cpus(),
+        }
+        remote: Any = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")
+        self.parts = self._run(partial(remote.remote, load, *each) for each in arguments)  # ObjectRefs
+
+    def map(self, function: Callable[..., T], *args: object) -> list[T]:
+        remote: Any = ray.remote(_on_part).options(**self.options)
+        with ray_errors(self.step):
+            shared = [ray.put(argument) for argument in args]
+            references = self._run(partial(remote.remote, function, part, *shared) for part in self.parts)
+            return ray.get(references)
+
+    def _run(self, calls: Iterable[Callable[[], Any]]) -> list[Any]:
+        """Make the calls, two for each worker at once, and return references to their results. Raises the first error.
+
+        What runs is cancelled then, and where this is interrupted.
+        """
+        references: list[Any] = []
+
+        def started() -> Iterator[Any]:
+            for call in calls:
+                done, result = call()
+                references.append(result)
+                yield done
+
+        self.wait(self.step, started(), self.worker, 2 * self.workers)
+        return references
+
+
+def _on_part(function: Callable[..., T], *args: object) -> tuple[None, T]:
+    hide_other_gpus()
+    return None, function(*args)

@@ -46,7 +46,7 @@ from defuse_core.runs import IMAGES, Run, has_made_something
 from defuse_core.steps import MOST_MINUTES
 from defuse_core.store import FolderStore, Store, checked_name, folder_store
 from defuse_core.suggest import VALIDATION_SHARE, inspect_data, plan_run
-from defuse_core.suggest.image_size import LARGEST, SMALLEST
+from defuse_core.suggest.classifier_inputs import LARGEST, SMALLEST
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")

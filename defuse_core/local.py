@@ -27,7 +27,7 @@ from defuse_core.data.file_loader import file_loader
 from defuse_core.device import computing_on, device, is_device_failure, is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
-from defuse_core.protocols import Call, Progress, ProgressSum, SweepRequest, numbered, silent
+from defuse_core.protocols import Call, Compute, Progress, ProgressSum, SweepRequest, numbered, silent
 from defuse_core.store import Store
 from defuse_core.trials import (
     collect_stored,
@@ -177,14 +177,11 @@ def local_compute(
         yield LocalCompute(progress, profile)
 
 
-class LocalCompute:
+class LocalCompute(Compute):
     """The protocol `Compute`, without a cluster."""
 
     def __init__(self, progress: Progress = silent, profile: Profile = UNTRACED) -> None:
         self.progress, self.profile = progress, profile
-
-    def task(self, step: str, function: Callable[..., T], *args: object) -> T:
-        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         shared, results = ProgressSum(self.progress), []

@@ -38,12 +38,13 @@ from defuse_core.evaluation import (
     without_fold,
 )
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
-from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
+from defuse_core.evaluation.health import expect_healthy, measure_perturbed
 from defuse_core.export.finished import expect_no_version_of, registered_versions
 from defuse_core.identify import SAMPLE_CODES
 from defuse_core.models.adapters import CODE_ELSEWHERE
 from defuse_core.protocols import Annotators, Call, Compute, SweepRequest
 from defuse_core.report import Report, draw_report, store_report, write_report
+from defuse_core.report.build import FinishedRun
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
     filter_corrections,
@@ -54,7 +55,7 @@ from defuse_core.review.sample import (
 )
 from defuse_core.review.tighten import tighten
 from defuse_core.review.undecided import not_reviewed, worse_references
-from defuse_core.review.verdicts import crowdlab_consensus, doubtful, expect_cleanlab, review_verdicts
+from defuse_core.review.verdicts import crowdlab_consensus, decide_verdicts, doubtful, expect_cleanlab
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side
 from defuse_core.training.precision import resolve_precision
@@ -122,9 +123,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
         references=run.load(ReferenceSet, "references"),
         judges=judges(run, compute),
     )
-    controls = _controls(run, compute, found)
-    evaluation, watch, evidence = _evaluations(run, compute, found, controls)
-    return write_report(run, found, evaluation, evidence, watch)
+    return write_report(run, _evaluations(run, compute, found, _controls(run, compute, found)))
 
 
 def expect_may_go_on(run: Run) -> None:
@@ -177,9 +176,7 @@ def _healthy_models(run: Run, compute: Compute) -> tuple[Models, ReferenceSet | 
     return models, references
 
 
-def _evaluations(
-    run: Run, compute: Compute, found: Findings, controls: Controls | None
-) -> tuple[Evaluation, FailureWatch, Evidence | None]:
+def _evaluations(run: Run, compute: Compute, found: Findings, controls: Controls | None) -> FinishedRun:
     """Score the classifiers, measure the watch and ask the judges, at the same time where there is room."""
     spec = run.spec
     calls: dict[str, tuple[type[Any], Call[Any]]] = {
@@ -193,7 +190,7 @@ def _evaluations(
         return compute.tasks("report", [calls[name][1] for name in names])
 
     made = _once_each(run, "report", {name: kind for name, (kind, _) in calls.items()}, make)
-    return made["evaluation"], made["failurewatch"], run.load(Evidence)
+    return FinishedRun(found, made["evaluation"], run.load(Evidence), made["failurewatch"])
 
 
 def _controls(run: Run, compute: Compute, found: Findings) -> Controls | None:
@@ -281,7 +278,7 @@ def _verdicts(
     consensus = None
     if review.consensus == "crowdlab":
         consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery))
-    judge = partial(review_verdicts, review, gallery, votes, consensus=consensus)
+    judge = partial(decide_verdicts, review, gallery, votes, consensus=consensus)
     first = judge(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
     if not review.decides_twice or not unsure.any():
@@ -323,7 +320,7 @@ def rewrite_report(run: Run) -> Report:
     unfinished, DamagedError where the manifest is damaged.
     """
     made_from = [run.store.version(key) for key in REPORT_SOURCES]
-    report, page = draw_report(run, *load_findings(run))
+    report, page = draw_report(run, load_finished(run))
     try:
         if [run.store.version(key) for key in REPORT_SOURCES] == made_from:
             store_report(run, report, page)
@@ -336,22 +333,8 @@ def rewrite_report(run: Run) -> Report:
     return report
 
 
-def load_findings(run: Run) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
-    """Return all that a finished run found, its evaluation, its evidence (None with judges.count 0), and its watch.
-
-    Raises InputError where the run is not finished.
-    """
-    found = Findings(
-        with_measured_health(run, run.require(Models)),
-        run.require(Psi),
-        run.require(Scenarios),
-        run.require(Gallery),
-        run.require(Votes),
-        run.require(Verdicts),
-        run.require(Corrections),
-        run.require(Sweep, "baseline"),
-        run.require(Sweep),
-        references=run.load(ReferenceSet, "references"),
-        judges=run.load(ReferenceSet, "judges"),
+def load_finished(run: Run) -> FinishedRun:
+    """Return all that a finished run holds. Raises InputError where the run is not finished."""
+    return FinishedRun(
+        Findings.load(run), run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)
     )
-    return found, run.require(Evaluation), run.load(Evidence), run.load(FailureWatch)

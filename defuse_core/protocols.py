@@ -117,6 +117,7 @@ class Compute(Protocol):
 
     def task(self, step: str, function: Callable[..., T], *args: object) -> T:
         """Return function(*args, progress=...), run where the accelerator is. Raises what the function raises."""
+        return self.tasks(step, [Call(function, *args)])[0]  # type: ignore[no-any-return]
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         """Return the results of independent calls, in their order.

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from torch import nn
 
-from defuse_core.artifacts import F32, F64, I64, Evaluation, Health, Models
+from defuse_core.artifacts import F32, F64, I64, Health, Models
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.device import torch_defaults
 from defuse_core.distill.draws import distances_from
 from defuse_core.errors import DefuseError, InputError, ModelError, count_of
-from defuse_core.evaluation import Findings
-from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.export import corrected_classifier, plain_weights
 from defuse_core.local import local_device
@@ -31,14 +29,13 @@ from defuse_core.models import (
     set_weights,
 )
 from defuse_core.models.adapters import adapt, is_adapted, plain_section
-from defuse_core.pipeline import load_findings
+from defuse_core.pipeline import load_finished
 from defuse_core.report import Report, parse_report
-from defuse_core.report.build import build_report
+from defuse_core.report.build import FinishedRun, build_report
 from defuse_core.report.html import render_real, render_run, render_scenarios, scenario_card
 from defuse_core.report.schema import Scenario
 from defuse_core.runs import UNFINISHED, Run
 from defuse_core.store import GONE
-from defuse_core.watch import FailureWatch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +66,7 @@ class RunResult:
         try:
             return parse_report(text, f"{self.run.store.address}/report.json")
         except InputError:
-            return build_report(self.run, *self._findings)
+            return build_report(self.run, self._finished)
 
     @property
     def page(self) -> str:
@@ -134,8 +131,8 @@ class RunResult:
         return with_measured_health(self.run, models)
 
     @cached_property
-    def _findings(self) -> tuple[Findings, Evaluation, Evidence | None, FailureWatch | None]:
-        return load_findings(self.run)
+    def _finished(self) -> FinishedRun:
+        return load_finished(self.run)
 
     @cached_property
     def _parts(self) -> Mapping[str, Images]:
@@ -174,7 +171,7 @@ class RunResult:
         )
 
     def _show(self, scenarios: Sequence[ScenarioView]) -> str:
-        cards = [scenario_card(scenario.row, *self._findings[:3]) for scenario in scenarios]
+        cards = [scenario_card(scenario.row, self._finished) for scenario in scenarios]
         return render_scenarios(cards, self._models.classes)
 
 
@@ -183,10 +180,11 @@ def is_complete(result: RunResult) -> bool:
     store, judges = result.run.store, result.run.spec.judges.count
     try:
         parse_report(store.read("report.json"), store.address)
-        _, _, evidence, watch = result._findings
+        finished = result._finished
     except (FileNotFoundError, InputError):
         return False
-    return watch is not None and (evidence is not None or not judges) and store.exists("report.html")
+    has_evidence = finished.evidence is not None or not judges
+    return finished.watch is not None and has_evidence and store.exists("report.html")
 
 
 def _shown(address: str) -> str:
@@ -268,12 +266,12 @@ class ScenarioView:
     @property
     def support(self) -> int:
         """Training images that its failing codes come from."""
-        return int(self._result._findings[0].scenarios.support[self.number])
+        return int(self._result._finished.found.scenarios.support[self.number])
 
     @property
     def sources(self) -> tuple[str, ...] | None:
         """Files of the photographs that its failures are moved copies of, at most 64; None where there are no files."""
-        failures = self._result._findings[0].scenarios.failures
+        failures = self._result._finished.found.scenarios.failures
         if failures is None:
             return None
         rows = np.unique(failures.anchors.source[failures.anchor[self.number]])
@@ -320,17 +318,17 @@ class ScenarioView:
     @property
     def images(self) -> F32:
         """The reviewed images, (R, channels, H, W) in [0, 1]."""
-        return np.array(self._result._findings[0].gallery.images[self.number])
+        return np.array(self._result._finished.found.gallery.images[self.number])
 
     @property
     def codes(self) -> F32:
         """The latent codes of `images`, (R, Z)."""
-        return np.array(self._result._findings[0].gallery.codes[self.number])
+        return np.array(self._result._finished.found.gallery.codes[self.number])
 
     @property
     def answers(self) -> tuple[str, ...]:
         """Answers of the classifier before the correction on `images`."""
-        gallery = self._result._findings[0].gallery
+        gallery = self._result._finished.found.gallery
         return tuple(gallery.classes[answer] for answer in gallery.predicted[self.number])
 
     def nearest_training(self, count: int = 10) -> RealImages:
@@ -344,7 +342,7 @@ class ScenarioView:
     def _nearest(self, part: str, count: int) -> RealImages:
         if count < 1:
             raise InputError(f"count: expected at least 1, found {count}")
-        result, scenarios = self._result, self._result._findings[0].scenarios
+        result, scenarios = self._result, self._result._finished.found.scenarios
         with torch_defaults(), local_device(result.run.spec.resources.gpus_per_worker):
             distances = distances_from(scenarios, self.number, result._codes_of(part))
             rows = np.argsort(distances, kind="stable")[:count]

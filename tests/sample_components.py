@@ -1,4 +1,4 @@
-"""Failures, components and the health of a β-VAE, for tests that are about something else."""
+"""Failures, components, rules of review and the health of a β-VAE, for tests that are about something else."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from defuse_core.artifacts import Failures, Health, Scenarios
+from defuse_core.config import ReviewSection
 
 FIT = Health(1000, 0.99, 0.98, 0.98, 3, 0.1, 2, 10, "fit")  # of a β-VAE
 
@@ -37,3 +38,10 @@ def sample_scenarios(*given: Any, **named: Any) -> Scenarios:
 def _by_name(kind: type, given: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(kind)]
     return dict(zip(names, given, strict=False)) | named
+
+
+def review_section(rho: float = 0.5, max_false: float | None = None) -> ReviewSection:
+    """Return the paper's rule; with `max_false` one decision at that false discovery rate."""
+    if max_false is None:
+        return ReviewSection(rho=rho, accept="share")
+    return ReviewSection(rho=rho, max_false=max_false, more_images=0)

@@ -27,14 +27,15 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.evaluation import ACCEPTED, FAILURE, REJECTED, TRAINING, Findings
+from defuse_core.evaluation.evidence import Evidence
 from defuse_core.report import Report
-from defuse_core.report.build import build_report
+from defuse_core.report.build import FinishedRun, build_report
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS, FailureDetector, FailureWatch, MeasuredDetector
 from tests.conftest import PAPER_LAMBDAS
-from tests.sample_components import FIT, sample_scenarios
+from tests.sample_components import FIT, review_section, sample_scenarios
 
 DIGITS = tuple("0123456789")
 ANNOTATORS = 5
@@ -65,7 +66,7 @@ def sample_findings(
     rng = np.random.default_rng(seed)
     gallery = _gallery(rng, scenarios, images, classes, channels, side)
     votes = _votes(rng, gallery, accepted, answered_by)
-    verdicts = decide_verdicts(gallery, votes, 0.5)
+    verdicts = decide_verdicts(review_section(), gallery, votes)
     count = len(verdicts.accepted)
     findings = Findings(
         models=_models(classes, rng),
@@ -107,8 +108,18 @@ def sample_run(folder: Path) -> Run:
     return Run(FolderStore(folder), "sample", sample_spec())
 
 
+def finished_run(
+    found: Findings,
+    evaluation: Evaluation,
+    evidence: Evidence | None = None,
+    watch: FailureWatch | None = None,
+) -> FinishedRun:
+    """What a run without judges holds, unless they are given."""
+    return FinishedRun(found, evaluation, evidence, watch)
+
+
 def report_of(sample: Sample, folder: Path) -> Report:
-    return build_report(sample_run(folder), *sample)
+    return build_report(sample_run(folder), finished_run(*sample))
 
 
 def with_verdicts(sample: Sample, **changes: object) -> Sample:

@@ -42,11 +42,14 @@ from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
+from defuse_core.evaluation.health import with_measured_health
 from defuse_core.identify import subsample_psi
 from defuse_core.intervals import MANY_CLASSES, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
+from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
+from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.tuning_data import held_out_images
@@ -78,6 +81,23 @@ class Findings:
     references: ReferenceSet | None = None  # the reference models, where any step used them
     judges: ReferenceSet | None = None  # None with judges.count 0
 
+    @classmethod
+    def load(cls, run: Run) -> Findings:
+        """Return what a finished run found. Raises InputError for one that is not finished."""
+        return cls(
+            with_measured_health(run, run.require(Models)),
+            run.require(Psi),
+            run.require(Scenarios),
+            run.require(Gallery),
+            run.require(Votes),
+            run.require(Verdicts),
+            run.require(Corrections),
+            run.require(Sweep, "baseline"),
+            run.require(Sweep),
+            references=run.load(ReferenceSet, "references"),
+            judges=run.load(ReferenceSet, "judges"),
+        )
+
 
 def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress) -> Evaluation:
     """Return the figures of §4. Without an accepted scenario the corrected classifier is the one before.
@@ -105,7 +125,7 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
     accuracy, per_class, scenario, right = (np.stack(part) for part in zip(*scores, strict=True))
     loss = None
     if splits.test is not None and classes > MANY_CLASSES:
-        loss = class_loss(right[0] > 0, right[-1] > 0, tested, splits.test.tracks, classes)
+        loss = class_loss(right[0], right[-1], tested, splits.test.tracks, classes)
     return Evaluation(
         accuracy=accuracy,
         per_class=per_class,
@@ -154,16 +174,29 @@ def expect_same_answers(spec: RunFile, classifier: nn.Module, gallery: Gallery) 
         )
 
 
+def undecided_of(spec: RunFile, found: Findings) -> str | None:
+    """Return why a finished run could not tell whether its classifier has failure scenarios; None where it could."""
+    return why_undecided(
+        spec,
+        found.gallery,
+        found.verdicts,
+        models=found.models,
+        references=found.references,
+        psi=found.psi,
+        scenarios=found.scenarios,
+    )
+
+
 def _score(
     spec: RunFile, weights: Weights, splits: Splits, held_out: Images, found: Findings
-) -> tuple[F64, F64, F64, F64]:
+) -> tuple[F64, F64, F64, Bool]:
     """Return accuracies on validation, test and scenario images, (3,), in each class, (C,), and scenario, (A,).
 
-    nan where there is nothing to score on. The last is 1 for each of the (T,) test images that it gets right.
+    nan where there is nothing to score on. The last says which of the (T,) test images it gets right.
     """
     classes, scenarios = len(found.models.classes), len(found.fixes.labels)
     if not weights:
-        none = np.zeros(0 if splits.test is None else len(splits.test))
+        none = np.zeros(0 if splits.test is None else len(splits.test), np.bool_)
         return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan), none
     classifier = load_classifier(spec, weights, classes)
     parts, readers = (splits.validation, splits.test, held_out), spec.resources.readers
@@ -176,15 +209,15 @@ def _score(
     return np.array(overall), per_class, scenario, right[1]
 
 
-def _right(classifier: nn.Module, images: Images | None, readers: int) -> F64:
-    """Return 1 for each image that the classifier gets right, else 0; nothing for no images."""
+def _right(classifier: nn.Module, images: Images | None, readers: int) -> Bool:
+    """Return which images the classifier gets right; nothing for no images."""
     if images is None or not len(images):
-        return np.zeros(0)
-    right: F64 = (predict(classifier, images, readers=readers) == images.labels).astype(np.float64)
+        return np.zeros(0, np.bool_)
+    right: Bool = predict(classifier, images, readers=readers) == images.labels
     return right
 
 
-def class_accuracy(right: Bool | F64, labels: I64, classes: int) -> F64:
+def class_accuracy(right: Bool, labels: I64, classes: int) -> F64:
     """Return the accuracy within each class, (C,); nan for a class without images."""
     counts = np.bincount(labels, minlength=classes)
     with np.errstate(invalid="ignore"):

@@ -16,7 +16,8 @@ from defuse_core.data import Images
 from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
-from defuse_core.export.finished import FinishedRun, load_finished, undecided_of
+from defuse_core.evaluation import Findings, undecided_of
+from defuse_core.export.finished import both_classifiers
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import StoredVae, accuracy, encode_images, load_vae
 from defuse_core.models.programs import SOURCE
@@ -54,7 +55,8 @@ class ComparedScenario:
 class _Side:
     """One run as the comparison sees it."""
 
-    found: FinishedRun
+    run: Run
+    found: Findings
     pictures: list[Images]  # held-out ones of each scenario
     before: nn.Module
     after: nn.Module
@@ -98,7 +100,7 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
-    undecided = [undecided_of(run) for run in (a, b)]
+    undecided = [undecided_of(side.run.spec, side.found) for side in (side_a, side_b)]
     guessing = [why_guessing(side.found.models) for side in (side_a, side_b)]
     for run, reason, guess in zip((a, b), undecided, guessing, strict=True):
         if reason:
@@ -147,10 +149,10 @@ def _state_of_b_alone(scores: tuple[float, float, float, float], fixed_at: float
 
 
 def _load(run: Run) -> _Side:
-    found = load_finished(run)
+    found = Findings.load(run)
     fixes = found.fixes
     images = held_out_images(StoredVae(run.spec, found.models.vae), fixes)
-    return _Side(found, of_each(images, len(fixes.labels)), *found.classifiers())
+    return _Side(run, found, of_each(images, len(fixes.labels)), *both_classifiers(run.spec, found))
 
 
 def _expect_comparable(a: Run, b: Run) -> None:
@@ -186,7 +188,7 @@ def _matches(a: _Side, b: _Side) -> dict[int, int]:
     """Return for rows of A the row of B that matches best; each row of B once."""
     if not len(a.labels) or not len(b.labels):
         return {}
-    vae = load_vae(b.found.spec, b.found.models.vae)
+    vae = load_vae(b.run.spec, b.found.models.vae)
     codes_a = [encode_images(vae, pictures) for pictures in a.pictures]
     codes_b = [encode_images(vae, pictures) for pictures in b.pictures]
     shares = {

@@ -1,4 +1,4 @@
-"""What a finished run holds of its scenarios and classifiers, why it may have no scenarios, and versions of it."""
+"""The classifiers of a finished run, and which versions in the registry were made from it."""
 
 from __future__ import annotations
 
@@ -6,79 +6,27 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import nn
 
-from defuse_core.artifacts import (
-    Corrections,
-    Gallery,
-    Models,
-    Psi,
-    ReferenceSet,
-    Scenarios,
-    Sweep,
-    Verdicts,
-)
+from defuse_core.artifacts import Gallery
 from defuse_core.codec import array_digest, decode
 from defuse_core.config import RunFile
 from defuse_core.errors import DamagedError, InputError
-from defuse_core.evaluation import expect_same_answers
-from defuse_core.evaluation.health import with_measured_health
+from defuse_core.evaluation import Findings, expect_same_answers
 from defuse_core.models import load_classifier
-from defuse_core.review.undecided import why_undecided
-from defuse_core.runs import Run
 from defuse_core.store import Store
 
 
-@dataclass(frozen=True, eq=False)
-class FinishedRun:
-    """What a finished run holds of its scenarios and classifiers."""
+def both_classifiers(spec: RunFile, found: Findings) -> tuple[nn.Module, nn.Module]:
+    """Return the classifier before and after the correction; the same where nothing was corrected.
 
-    spec: RunFile
-    models: Models
-    gallery: Gallery
-    verdicts: Verdicts
-    fixes: Corrections
-    sweep: Sweep
-
-    def classifiers(self) -> tuple[nn.Module, nn.Module]:
-        """Return the classifier before and after the correction; the same where nothing was corrected.
-
-        Raises RunMismatchError where its code has changed since the run began.
-        """
-        weights = self.models.classifier, self.sweep.weights or self.models.classifier
-        before, after = (load_classifier(self.spec, each, len(self.models.classes)) for each in weights)
-        expect_same_answers(self.spec, before, self.gallery)
-        return before, after
-
-
-def load_finished(run: Run) -> FinishedRun:
-    """Return what is stored of a finished run. Raises InputError for one that is not finished."""
-    return FinishedRun(
-        run.spec,
-        run.require(Models),
-        run.require(Gallery),
-        run.require(Verdicts),
-        run.require(Corrections),
-        run.require(Sweep),
-    )
-
-
-def undecided_of(run: Run) -> str | None:
-    """Return why a finished run could not tell whether its classifier has failure scenarios; None where it could."""
-    verdicts = run.require(Verdicts)
-    if len(verdicts.accepted):
-        return None
-    return why_undecided(
-        run.spec,
-        run.require(Gallery),
-        verdicts,
-        models=with_measured_health(run, run.require(Models)),
-        references=run.load(ReferenceSet, "references"),
-        psi=run.load(Psi),
-        scenarios=run.load(Scenarios),
-    )
+    Raises RunMismatchError where its code has changed since the run began.
+    """
+    weights = found.models.classifier, found.sweep.weights or found.models.classifier
+    before, after = (load_classifier(spec, each, len(found.models.classes)) for each in weights)
+    expect_same_answers(spec, before, found.gallery)
+    return before, after
 
 
 def expect_no_version_of(runs: Store, run: str, versions: Mapping[str, tuple[str, str]], remedy: str) -> None:

@@ -20,11 +20,13 @@ from defuse_core.artifacts import (
     Gallery,
     Verdicts,
 )
+from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.device import ieee_f32
 from defuse_core.errors import DataError, InputError, RunMismatchError
-from defuse_core.export.finished import FinishedRun, load_finished
+from defuse_core.evaluation import Findings
+from defuse_core.export.finished import both_classifiers
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import StoredVae, predict
 from defuse_core.models.inference import BATCH
@@ -73,12 +75,12 @@ def export_scenarios(run: Run, folder: Path) -> int:
     cannot be written.
     """
     expect_new_folder("--scenarios", folder)
-    found = load_finished(run)
+    spec, found = run.spec, Findings.load(run)
     if not len(found.verdicts.accepted):
         raise InputError(f"run {run.name} accepted no failure scenario, so there are no pictures to export")
-    before, after = found.classifiers()
-    classifiers, parts = [before, after] if found.sweep.has_correction else [before], _parts(found)
-    classes, files, root = found.models.classes, _training_files(found), found.spec.data.root
+    before, after = both_classifiers(spec, found)
+    classifiers, parts = [before, after] if found.sweep.has_correction else [before], _parts(spec, found)
+    classes, files, root = found.models.classes, _training_files(spec, found), spec.data.root
 
     def file_of(index: int) -> str:
         """Return the file of a training image below data.root; empty where there is none."""
@@ -96,12 +98,12 @@ def export_scenarios(run: Run, folder: Path) -> int:
     return len(rows)
 
 
-def _training_files(found: FinishedRun) -> Sequence[str] | None:
+def _training_files(spec: RunFile, found: Findings) -> Sequence[str] | None:
     """Return the file of each training image; None where decoded plainly, and where images are in no files."""
     if found.gallery.source is None:
         return None
     try:
-        return reopen_splits(found.spec, found.models.data_fingerprint).train.files
+        return reopen_splits(spec, found.models.data_fingerprint).train.files
     except (DataError, RunMismatchError) as error:
         log.warning(
             "%s: the column source is empty, since the training images are not available: %s", TABLE, error
@@ -109,8 +111,8 @@ def _training_files(found: FinishedRun) -> Sequence[str] | None:
         return None
 
 
-def _parts(found: FinishedRun) -> list[LabelledPictures]:
-    vae, fixes = StoredVae(found.spec, found.models.vae), found.fixes
+def _parts(spec: RunFile, found: Findings) -> list[LabelledPictures]:
+    vae, fixes = StoredVae(spec, found.models.vae), found.fixes
     return [
         _reviewed(found.gallery, found.verdicts),
         _drawn("train", "tuned", tuning_images(vae, fixes), fixes, fixes.tune_anchor),

@@ -32,8 +32,9 @@ from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.device import ieee_f32
 from defuse_core.errors import InputError, StoreError, percent
+from defuse_core.evaluation import Findings
 from defuse_core.export import expect_stated_classes, why_not_corrected
-from defuse_core.export.finished import load_finished
+from defuse_core.export.finished import both_classifiers
 from defuse_core.files import expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,
@@ -324,7 +325,7 @@ def _text(value: object) -> str:
 
 
 def _suite_of(run: Run) -> Suite:
-    found = load_finished(run)
+    found = Findings.load(run)
     models, fixes = found.models, found.fixes
     if not len(fixes.labels):
         raise InputError(f"run {run.name} accepted no failure scenario, so a suite of it would check nothing")
@@ -338,7 +339,7 @@ def _suite_of(run: Run) -> Suite:
     pictures = SuitePictures(
         pixels, fixes.labels, fixes.test, models.vae, fixes.scenario, fixes.anchors, fixes.test_anchor
     )
-    before, after = (_accuracies(classifier, pictures) for classifier in found.classifiers())
+    before, after = (_accuracies(classifier, pictures) for classifier in both_classifiers(spec, found))
     errors = most_common_errors(found.gallery, found.verdicts, fixes.scenario)
     scenarios = tuple(
         SuiteScenario(

@@ -7,40 +7,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from defuse_core.artifacts import Evaluation
 from defuse_core.report.schema import Report, parse_report
 from defuse_core.runs import Run
 
 if TYPE_CHECKING:
-    from defuse_core.evaluation import Findings
-    from defuse_core.evaluation.evidence import Evidence
-    from defuse_core.watch import FailureWatch
+    from defuse_core.report.build import FinishedRun
 
 
-def write_report(
-    run: Run,
-    found: Findings,
-    evaluation: Evaluation,
-    evidence: Evidence | None = None,
-    watch: FailureWatch | None = None,
-) -> Report:
+def write_report(run: Run, finished: FinishedRun) -> Report:
     """Write `report.json` and `report.html` into the run, and return the report."""
-    report, page = draw_report(run, found, evaluation, evidence, watch)
+    report, page = draw_report(run, finished)
     store_report(run, report, page)
     return report
 
 
-def draw_report(
-    run: Run, found: Findings, evaluation: Evaluation, evidence: Evidence | None, watch: FailureWatch | None
-) -> tuple[Report, str]:
+def draw_report(run: Run, finished: FinishedRun) -> tuple[Report, str]:
     """Return the report and its page, of which nothing is written."""
     from defuse_core.report.build import build_report
     from defuse_core.report.figures import draw_figures
     from defuse_core.report.html import render_page
 
-    report = build_report(run, found, evaluation, evidence, watch)
-    pictures = draw_figures(report, found, evaluation)
-    return report, render_page(report, run.spec, found, evaluation, pictures, evidence)
+    report = build_report(run, finished)
+    pictures = draw_figures(report, finished.found, finished.evaluation)
+    return report, render_page(report, run.spec, finished, pictures)
 
 
 def store_report(run: Run, report: Report, page: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import ChoiceRule
 from defuse_core.distill.components import certain_source_error
-from defuse_core.evaluation import Findings
+from defuse_core.evaluation import Findings, undecided_of
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
 from defuse_core.intervals import ROUNDING
@@ -58,23 +59,27 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
-from defuse_core.review.undecided import doubts_about_models, not_reviewed, why_undecided
+from defuse_core.review.undecided import doubts_about_models, not_reviewed
 from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
 from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.watch import FailureWatch
 
 
-def build_report(
-    run: Run,
-    found: Findings,
-    evaluation: Evaluation,
-    evidence: Evidence | None = None,
-    watch: FailureWatch | None = None,
-) -> Report:
+class FinishedRun(NamedTuple):
+    """Everything that a finished run holds."""
+
+    found: Findings
+    evaluation: Evaluation
+    evidence: Evidence | None  # None with judges.count 0
+    watch: FailureWatch | None  # None where the report step has not made it yet
+
+
+def build_report(run: Run, finished: FinishedRun) -> Report:
     """Return all figures of the run. Writes nothing and runs no model."""
+    if not finished.found.sweep.has_correction:
+        finished = finished._replace(evaluation=_without_correction(finished.evaluation))
+    found, evaluation, evidence, watch = finished
     models, psi, verdicts = found.models, found.psi, found.verdicts
-    if not found.sweep.has_correction:
-        evaluation = _without_correction(evaluation)
     report = Report(
         version=VERSION,
         headline="",
@@ -82,7 +87,7 @@ def build_report(
         run=_run_figures(run.name, run.spec, found),
         annotators=found.votes.answered_by,
         accuracy=_accuracies(evaluation.accuracy, evidence),
-        scenarios=_scenarios(run.spec, found, evaluation, evidence),
+        scenarios=_scenarios(run.spec, finished),
         agreement=_agreement(run.spec, verdicts),
         tradeoff=_tradeoff(ChoiceRule(run.spec.correct, models.accuracy), found.sweep),
         chosen=_choice(found.sweep.chosen),
@@ -184,12 +189,11 @@ def _accuracies(table: F64, evidence: Evidence | None) -> Accuracies:
     return Accuracies(before=rows[0], baseline=rows[1], plain=plain, defuse=rows[2])
 
 
-def _scenarios(
-    spec: RunFile, found: Findings, evaluation: Evaluation, evidence: Evidence | None
-) -> ScenarioSummary:
+def _scenarios(spec: RunFile, finished: FinishedRun) -> ScenarioSummary:
+    found, evaluation, evidence, _ = finished
     accepted = found.verdicts.accepted
     place = {int(number): column for column, number in enumerate(accepted)}
-    rows = tuple(_scenario(found, evaluation, evidence, n, place.get(n)) for n in range(len(found.scenarios)))
+    rows = tuple(_scenario(finished, n, place.get(n)) for n in range(len(found.scenarios)))
     return ScenarioSummary(
         components=len(rows),
         accepted=len(accepted),
@@ -200,15 +204,7 @@ def _scenarios(
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
         unreviewed_images=0 if found.fixes.unreviewed is None else len(found.fixes.unreviewed),
         false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
-        undecided=why_undecided(
-            spec,
-            found.gallery,
-            found.verdicts,
-            models=found.models,
-            references=found.references,
-            psi=found.psi,
-            scenarios=found.scenarios,
-        ),
+        undecided=undecided_of(spec, found),
     )
 
 
@@ -232,9 +228,8 @@ def _own_labels(found: Findings, evaluation: Evaluation, *, tuned_on: bool) -> O
     return OwnLabels(before=before, defuse=after if corrected else None, images=images, tuned_on=tuned_on)
 
 
-def _scenario(
-    found: Findings, evaluation: Evaluation, evidence: Evidence | None, number: int, column: int | None
-) -> Scenario:
+def _scenario(finished: FinishedRun, number: int, column: int | None) -> Scenario:
+    found, evaluation, evidence, _ = finished
     verdicts, scenarios, classes = found.verdicts, found.scenarios, found.models.classes
     held_out = (
         (None, None, None) if column is None else tuple(map(finite_or_none, evaluation.scenario[:, column]))

@@ -21,9 +21,10 @@ from defuse_core.data.images import data_address
 from defuse_core.errors import count_of, decimal, percent
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
-from defuse_core.evaluation.evidence import AT_FAULT_PURITY, Evidence
+from defuse_core.evaluation.evidence import AT_FAULT_PURITY
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
+from defuse_core.report.build import FinishedRun
 from defuse_core.report.correction_notices import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
@@ -69,16 +70,10 @@ class ScenarioCard:
     real: tuple[ImageTile, ...]  # empty without judges
 
 
-def render_page(
-    report: Report,
-    spec: RunFile,
-    found: Findings,
-    evaluation: Evaluation,
-    pictures: Mapping[str, str],
-    evidence: Evidence | None = None,
-) -> str:
+def render_page(report: Report, spec: RunFile, finished: FinishedRun, pictures: Mapping[str, str]) -> str:
     """Return the page: pictures inside it, nothing loaded from elsewhere, all text from the run escaped."""
-    cards = [scenario_card(row, found, evaluation, evidence) for row in report.scenarios.list]
+    found = finished.found
+    cards = [scenario_card(row, finished) for row in report.scenarios.list]
     image_bytes = sum(len(tile.address) for card in cards for tile in (*card.tiles, *card.real))
     as_thumbnails = image_bytes > IMAGE_BYTES
     if as_thumbnails:
@@ -171,10 +166,9 @@ def _change(row: ClassAccuracy) -> float:
     return 0.0 if row.before is None or row.defuse is None else row.defuse - row.before
 
 
-def scenario_card(
-    row: Scenario, found: Findings, evaluation: Evaluation, evidence: Evidence | None = None
-) -> ScenarioCard:
+def scenario_card(row: Scenario, finished: FinishedRun) -> ScenarioCard:
     """Return what the page shows of one component."""
+    found, evaluation, evidence, _ = finished
     count = found.gallery.images.shape[1]
     tiles = tuple(_reviewed_tile(row, place, found, evaluation) for place in range(count))
     if evidence is None or row.evidence is None:

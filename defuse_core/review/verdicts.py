@@ -218,7 +218,7 @@ class Shares:
     misclassified: F64  # (S,)
     labelled: I64  # (S,)
     rho: float
-    max_false: float | None  # None where the share itself decides
+    rate: float | None  # of false discoveries; None where the share itself decides
     units: Units | None
 
     def found(self, component: int) -> str:
@@ -237,9 +237,9 @@ class Shares:
     def why_not(self, component: int) -> str:
         """Return the requirement that one component does not meet."""
         over = f"over {percent(self.rho, 0)}"
-        if self.max_false is None:
+        if self.rate is None:
             return f"not {over}"
-        needed = fewest_units(self.rho, self.max_false)
+        needed = fewest_units(self.rho, self.rate)
         if self.units is None or self.units.total[component] >= needed:
             return f"not significantly {over}"
         return f"not significantly {over}, for which at least {needed} {self.units.name}s are needed"
@@ -270,31 +270,29 @@ def _labels_and_reasons(
 
 
 def decide_verdicts(
+    review: ReviewSection,
     gallery: Gallery,
     votes: Votes,
-    rho: float,
     overrides: Sequence[Override] = (),
     *,
-    max_false: float | None = None,
+    consensus: Consensus | None = None,
     more: MoreImages | None = None,
-    image_labels: I64 | None = None,
 ) -> Verdicts:
-    """Return the verdict on every component.
+    """Return the verdict on every component, by the section's rule.
 
     An image's label is the majority over its annotators, a tie gives none. A component is a failure scenario if more
     than rho of its labelled images are misclassified; its label is the majority over its images' labels, and a tie
     there accepts nothing. Agreement is the share of an image's votes, none-of-the-above left out, for its majority
     label, or for one label of a tie (§4.4). The newest override of a component, if any, replaces the vote.
 
-    With `max_false` the share has to be significantly more than rho, at that false discovery rate over all components,
-    and counts the images of `more` as well. With vae.decode: anchored it is then the mean of the shares of the units
-    (`count_units`).
-    `image_labels` (S, R) replaces the majority over annotators.
+    With accept: lower-bound the share has to be significantly more than rho, at its false discovery rate over all
+    components, and counts the images of `more` as well. With vae.decode: anchored it is then the mean of the shares of
+    the units (`count_units`). The labels of `consensus` replace the majority over annotators.
     """
+    rho, rate = review.rho, review.false_discovery_rate
     scenarios, per_scenario = gallery.predicted.shape
     counts = tally(votes, (scenarios, per_scenario), len(gallery.classes))
-    if image_labels is None:
-        image_labels = majority(counts)
+    image_labels = majority(counts) if consensus is None else consensus.labels
     labelled = image_labels != NONE_OF_THE_ABOVE
     hits, total = is_misclassified(gallery.predicted, image_labels).sum(axis=1), labelled.sum(axis=1)
     if more is not None:
@@ -303,8 +301,8 @@ def decide_verdicts(
         misclassified = hits / total
     units = count_units(gallery, image_labels, more)
     tested: tuple[I64 | F64, I64] = (hits, total) if units is None else (units.failing, units.total)
-    fails = misclassified > rho if max_false is None else significantly_over(*tested, rho, max_false)
-    shares = Shares(misclassified, total, rho, max_false, units)
+    fails = misclassified > rho if rate is None else significantly_over(*tested, rho, rate)
+    shares = Shares(misclassified, total, rho, rate, units)
     # the label that most images of each component have
     voted = majority((image_labels[..., None] == np.arange(len(gallery.classes))).sum(axis=1))
     labels, reasons = _labels_and_reasons(fails, voted, labelled.any(axis=1), shares, gallery.classes)
@@ -328,27 +326,6 @@ def decide_verdicts(
         false_share=float(false.mean()) if len(false) else 0.0,
         units=None if units is None else units.total,
         failing_units=None if units is None else units.failing,
-    )
-
-
-def review_verdicts(
-    review: ReviewSection,
-    gallery: Gallery,
-    votes: Votes,
-    overrides: Sequence[Override] = (),
-    *,
-    consensus: Consensus | None = None,
-    more: MoreImages | None = None,
-) -> Verdicts:
-    """Return the verdicts by the section's rule; without a `consensus` an image's label is the majority."""
-    return decide_verdicts(
-        gallery,
-        votes,
-        review.rho,
-        overrides,
-        max_false=review.false_discovery_rate,
-        more=more,
-        image_labels=None if consensus is None else consensus.labels,
     )
 
 

@@ -1,7 +1,7 @@
 """A run file suggested for a folder of images, a classifier and a time: what `defuse init` writes.
 
-What was found is in inspect.py, the size of the images in image_size.py, what a classifier expects in probed.py, the
-plan in plan.py. Here is the text of the file: YAML, with a comment beside every field.
+What was found is in inspect.py, the size of the images and what a classifier expects in classifier_inputs.py, the plan
+in plan.py. Here is the text of the file: YAML, with a comment beside every field.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
 from defuse_core.errors import count_of, escape_control_characters, first_few, percent
-from defuse_core.suggest.image_size import VALIDATION_SHARE
+from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data, quoted
 from defuse_core.suggest.plan import Plan, plan_run
 

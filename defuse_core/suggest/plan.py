@@ -31,9 +31,8 @@ from defuse_core.models.adapters import with_stated_range
 from defuse_core.models.probe import LIKE_SIGMOID, ClassifierProbe
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
-from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
+from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE, fit_image_size, probe_warnings, set_probed
 from defuse_core.suggest.inspect import DataFacts, plan_reading
-from defuse_core.suggest.probed import probe_warnings, set_probed
 
 TRIAL_S = 0.5  # each speed is measured for so long
 TRIAL_BATCH = 64

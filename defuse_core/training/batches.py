@@ -2,7 +2,7 @@
 
 Images are stored on this process's device where they fit, and read one batch ahead otherwise.
 
-The workers form a torch process group (cluster/train.py starts them, in `training_together`). All see the same
+The workers form a torch process group (cluster/ray_train_tune.py starts them, in `training_together`). All see the same
 minibatches in the same order, so together they take the steps of a single worker, but for rounding, for dropout, whose
 masks each worker draws, and for batch normalisation on CPUs, which sees the worker's part of the minibatch. Any other
 process is the only worker, also where the user's program has a process group.

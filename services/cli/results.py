@@ -255,11 +255,12 @@ def _measured(result: SuiteResult) -> str:
 
 def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
     """Return the corrected classifier of a run, or the one that it debugged where it corrected nothing."""
-    from defuse_core.export.finished import load_finished
+    from defuse_core.evaluation import Findings
+    from defuse_core.export.finished import both_classifiers
     from defuse_core.models import to_device
 
-    found = load_finished(run)
-    data, asked = found.spec.data, loaded.description
+    found = Findings.load(run)
+    data, asked = run.spec.data, loaded.description
     for what, got, expected in (
         ("classes", found.models.classes, asked.classes),
         ("data.image_size", (str(data.image_size),), (str(asked.image_size),)),
@@ -273,7 +274,7 @@ def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
     if not found.sweep.has_correction:
         line = f"run {run.name} corrected nothing: the classifier that it debugged is checked"
         echo_marked("note:", line, len("note: "), err=True)
-    return to_device(found.classifiers()[1], data)
+    return to_device(both_classifiers(run.spec, found)[1], data)
 
 
 def _page(

@@ -141,7 +141,7 @@ def _expect_people(run: Run) -> None:
 def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) -> Verdicts:
     """Return the verdicts that `defuse run` will make from people's stored votes; of traffic, store them."""
     from defuse_core.review.overrides import read_overrides
-    from defuse_core.review.verdicts import crowdlab_consensus, review_verdicts
+    from defuse_core.review.verdicts import crowdlab_consensus, decide_verdicts
     from defuse_core.training.reference_models import Prelabels
     from services.cli.review_tables import print_by_majority
     from services.serving.traffic import store_traffic_verdicts
@@ -155,7 +155,7 @@ def _verdicts_from(run: Run, gallery: Gallery, votes: Votes, console: Terminal) 
             print_by_majority(console)
         else:
             consensus = crowdlab_consensus(votes, stored.probabilities)
-    return review_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
+    return decide_verdicts(review, gallery, votes, read_overrides(run.store), consensus=consensus)
 
 
 def _later_answers(

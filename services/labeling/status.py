@@ -27,7 +27,7 @@ from defuse_core.review.verdicts import (
     Consensus,
     count_not_majority,
     crowdlab_consensus,
-    review_verdicts,
+    decide_verdicts,
     stops_when_sure,
     tally,
 )
@@ -146,7 +146,7 @@ class ReviewStatus:
         They are by majority where review.consensus: crowdlab lacks the reference models' answers, which the run makes.
         """
         review, gallery = self.tasks.review, self.tasks.gallery
-        return review_verdicts(review, gallery, self.votes, self.overrides, consensus=self.consensus)
+        return decide_verdicts(review, gallery, self.votes, self.overrides, consensus=self.consensus)
 
     def per_annotator(self) -> dict[str, int]:
         """Return how many tasks each annotator answered, by name."""

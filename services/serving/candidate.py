@@ -14,24 +14,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from defuse_core.artifacts import (
-    F64,
-    I64,
-    Bool,
-    Verdicts,
-    Votes,
-    Weights,
-)
+from defuse_core.artifacts import F64, I64, Bool, Weights
 from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
 from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError, StoreError, first_few, percent
-from defuse_core.evaluation import expect_same_code
+from defuse_core.evaluation import Findings, expect_same_code, undecided_of
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.export import why_not_corrected
-from defuse_core.export.finished import FinishedRun, components_digest, load_finished, undecided_of
+from defuse_core.export.finished import components_digest
 from defuse_core.intervals import ROUNDING
 from defuse_core.local import local_device
 from defuse_core.models import load_vae
@@ -194,16 +187,16 @@ def prepare_candidate(
     Raises InputError where the run has no corrected classifier yet or its code has changed, and StoreError where the
     candidate cannot be stored; without `must_store`, a warning says that it will be made again.
     """
-    artifacts = _load_corrected(run)
+    found, evidence = _load_corrected(run)
     if run.spec.classifier.architecture in CODE_ELSEWHERE:  # a stored candidate is of the code as it was
         with local_device(run.spec.resources.gpus_per_worker):
-            expect_same_code(run.spec, artifacts.models, artifacts.gallery, progress=progress)
-    key = _key(run.spec, artifacts)
+            expect_same_code(run.spec, found.models, found.gallery, progress=progress)
+    key = _key(run.spec, found, evidence)
     try:
         candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
     except FileNotFoundError:
         with local_device(run.spec.resources.gpus_per_worker):
-            candidate = _make(run, artifacts, progress)
+            candidate = _make(run, found, evidence, progress)
     else:
         if candidate.run == run.name:
             return key, candidate
@@ -237,8 +230,8 @@ def locked_for_promotion(run: Run, key: str, reopen: Callable[[], Run]) -> Itera
         _require_existing(run)
         now = None  # without a corrected classifier
         with contextlib.suppress(InputError, CheckFailed):
-            found = reopen()
-            now = _key(found.spec, _load_corrected(found))
+            reopened = reopen()
+            now = _key(reopened.spec, *_load_corrected(reopened))
         if now != key:
             raise InputError(
                 f"run {run.name} was changed meanwhile; it is not promoted; {CONTINUES}; then promote it again"
@@ -256,29 +249,23 @@ def require_corrected(run: Run) -> None:
     _load_corrected(run)
 
 
-@dataclass(frozen=True, eq=False)
-class _CorrectedRun(FinishedRun):
-    votes: Votes
-    evidence: Evidence | None  # None without judges
-
-
-def _load_corrected(run: Run) -> _CorrectedRun:
-    found = _CorrectedRun(**vars(load_finished(run)), votes=run.require(Votes), evidence=run.load(Evidence))
+def _load_corrected(run: Run) -> tuple[Findings, Evidence | None]:
+    """Return what the run found, and its evidence, None without judges."""
+    found = Findings.load(run)
     if not found.sweep.has_correction:
-        raise _nothing_to_serve(run, found.verdicts)
-    if run.spec.judges.count:
-        run.require(Evidence)  # a check by the judges' labels that is not made would count as one that passes
-    return found
+        raise _nothing_to_serve(run, found)
+    # a check by the judges' labels that is not made would count as one that passes
+    return found, run.require(Evidence) if run.spec.judges.count else run.load(Evidence)
 
 
-def _nothing_to_serve(run: Run, verdicts: Verdicts) -> CheckFailed | NothingCorrected:
+def _nothing_to_serve(run: Run, found: Findings) -> CheckFailed | NothingCorrected:
     """Return why a finished run has no corrected classifier."""
-    accepted = len(verdicts.accepted)
+    accepted = len(found.verdicts.accepted)
     if accepted:
         return CheckFailed(
             f"run {run.name}: nothing was corrected, since {why_not_corrected(run)}; {SMALLER_LAMBDAS}"
         )
-    undecided = undecided_of(run)
+    undecided = undecided_of(run.spec, found)
     if undecided is not None:
         return CheckFailed(
             f"run {run.name}: could not tell whether the classifier has failure scenarios: {undecided}; run it under "
@@ -289,12 +276,12 @@ def _nothing_to_serve(run: Run, verdicts: Verdicts) -> CheckFailed | NothingCorr
     )
 
 
-def _key(spec: RunFile, artifacts: _CorrectedRun) -> str:
+def _key(spec: RunFile, found: Findings, evidence: Evidence | None) -> str:
     """Return where the run's store has the candidate of these artefacts and run-file fields, of this FORMAT.
 
     Equal weights do not make equal candidates: with λ = 0 they are the same whatever was accepted.
     """
-    parts = (artifacts.sweep.weights, artifacts.fixes, artifacts.verdicts, artifacts.evidence)
+    parts = (found.sweep.weights, found.fixes, found.verdicts, evidence)
     made_from = f"{[artefact_digest(part) for part in parts]}{_settings(spec)}{FORMAT}"
     return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
 
@@ -313,44 +300,42 @@ def _digest(candidate: Candidate) -> str:
     return hashlib.sha256(encode({**served, "settings": settings, "format": FORMAT})).hexdigest()
 
 
-def _make(run: Run, artifacts: _CorrectedRun, progress: Progress) -> Candidate:
-    spec, corrections = run.spec, artifacts.fixes
-    splits = reopen_splits(spec, artifacts.models.data_fingerprint)
+def _make(run: Run, found: Findings, evidence: Evidence | None, progress: Progress) -> Candidate:
+    spec, corrections = run.spec, found.fixes
+    splits = reopen_splits(spec, found.models.data_fingerprint)
     progress("checking the corrected classifier", 0, 2, "steps")
-    report = evaluate_candidate(
-        spec, artifacts.models, corrections, artifacts.sweep, splits, artifacts.evidence
-    )
+    report = evaluate_candidate(spec, found.models, corrections, found.sweep, splits, evidence)
     progress("checking the corrected classifier", 1, 2, "steps")
-    failures = watch_classifier(spec, artifacts.models, artifacts.sweep.weights, splits)
+    failures = watch_classifier(spec, found.models, found.sweep.weights, splits)
     with cpu_threads(spec.resources.train_threads):
-        vae = load_vae(spec, artifacts.models.vae)
+        vae = load_vae(spec, found.models.vae)
         regions = fit_regions(vae, corrections, training_codes(spec, vae, splits.train)[0])
     progress("checking the corrected classifier", 2, 2, "steps")
     before, after, judged = report.scenario_accuracies()
     candidate = Candidate(
         run=run.name,
         spec=spec.model_dump(mode="json"),
-        classes=artifacts.models.classes,
-        classifier=artifacts.sweep.weights,
-        vae=artifacts.models.vae,
-        summary=_summary(artifacts, report),
+        classes=found.models.classes,
+        classifier=found.sweep.weights,
+        vae=found.models.vae,
+        summary=_summary(found, report),
         checks=tuple(report.checks(spec.check)),
         digest="",
         scenario=corrections.scenario,
         labels=corrections.labels,
-        most_common_error=most_common_errors(artifacts.gallery, artifacts.verdicts, corrections.scenario),
+        most_common_error=most_common_errors(found.gallery, found.verdicts, corrections.scenario),
         before=before,
         after=after,
         judged=judged,
         failures=failures,
-        components_digest=components_digest(artifacts.gallery),
+        components_digest=components_digest(found.gallery),
         **vars(regions),
     )
     return dataclasses.replace(candidate, digest=_digest(candidate))
 
 
-def _summary(artifacts: _CorrectedRun, report: CandidateReport) -> CorrectionSummary:
-    chosen = artifacts.sweep.chosen
+def _summary(found: Findings, report: CandidateReport) -> CorrectionSummary:
+    chosen = found.sweep.chosen
     return CorrectionSummary(
         lam=None if chosen is None else chosen.lam,
         epoch=None if chosen is None else chosen.epoch,
@@ -359,7 +344,7 @@ def _summary(artifacts: _CorrectedRun, report: CandidateReport) -> CorrectionSum
         clean_after=float(report.right_after.mean()),
         scenario_before=float(report.scenario_before.mean()),
         scenario_after=float(report.scenario_after.mean()),
-        annotators=artifacts.votes.answered_by,
+        annotators=found.votes.answered_by,
         made=utc_now(),
         clean_images=report.fingerprint,
     )

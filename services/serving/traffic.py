@@ -202,12 +202,12 @@ def _overridden(spec: RunFile, overrides: Sequence[str]) -> RunFile:
 
 def store_traffic_verdicts(review: Run, votes: Votes) -> Verdicts:
     """Store the votes of a review of traffic, once all answers are in, and the verdicts that follow from them."""
-    from defuse_core.review.verdicts import review_verdicts  # imports scipy
+    from defuse_core.review.verdicts import decide_verdicts  # imports scipy
 
     section, gallery = review.spec.review, review.require(Gallery)
     with review.store.lock():
         stored = review.once("review", Votes, lambda: votes)
-        return review.once("review", Verdicts, lambda: review_verdicts(section, gallery, stored))
+        return review.once("review", Verdicts, lambda: decide_verdicts(section, gallery, stored))
 
 
 def delete_traffic(store: Store, run: str) -> int:

@@ -22,7 +22,7 @@ parameter.sum().backward()
 optimizer.step()
 """
 WORK = {
-    "trial": "import cluster.sweep",
+    "trial": "import cluster.ray_train_tune",
     "replica": "import services.serving.deployment",
     "driver": "import defuse_core.pipeline",
     "step": STEP,

@@ -12,7 +12,7 @@ import torch
 from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from cluster.compute import RayCompute
-from cluster.sweep import _failure
+from cluster.ray_train_tune import _failure
 from defuse_core.artifacts import Corrections, FailedTrial, Models, Sweep, Trial
 from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile
@@ -287,7 +287,7 @@ def test_a_stack_that_is_killed_between_two_writes_goes_on_with_each_lambda_wher
 @pytest.fixture
 def fewer_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that fails is started again once: each attempt is a process."""
-    monkeypatch.setattr("cluster.sweep.MAX_FAILURES", 1)
+    monkeypatch.setattr("cluster.ray_train_tune.TRIAL_RETRIES", 1)
 
 
 @pytest.fixture

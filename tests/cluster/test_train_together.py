@@ -14,8 +14,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
 
 from cluster.compute import RayCompute
+from cluster.ray_train_tune import _cause, _trainer, _worker
 from cluster.resources import WorkerResources
-from cluster.train import _cause, _trainer, _worker
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
@@ -135,8 +135,10 @@ def _deny(*, progress: Progress) -> None:
 
 
 def test_an_error_of_a_worker_on_another_node_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.train.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
-    monkeypatch.setattr("cluster.train.claim_devices", lambda step: "10.0.0.7")
+    monkeypatch.setattr(
+        "cluster.ray_train_tune.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1)
+    )
+    monkeypatch.setattr("cluster.ray_train_tune.claim_devices", lambda step: "10.0.0.7")
     for node, told in (("10.0.0.7", " (on 10.0.0.7)"), (ray.util.get_node_ip_address(), "")):
         with monkeypatch.context() as there:
             there.setattr("ray.util.get_node_ip_address", lambda node=node: node)

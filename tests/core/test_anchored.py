@@ -39,7 +39,7 @@ from defuse_core.identify import Identifier, finished_shards, shard_fingerprint
 from defuse_core.intervals import effective_number, share_with_bounds
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, StoredVae, decode_codes, encode_images, load_vae, predict
-from defuse_core.pipeline import _controls, _scenarios, load_findings, run_defuse
+from defuse_core.pipeline import _controls, _scenarios, load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.review.sample import sample_corrections, with_used_anchors
 from defuse_core.runs import PLAIN_NAMES, Run
@@ -292,7 +292,7 @@ def test_nor_on_those_of_wider_draws_that_no_held_out_picture_happens_to_use(fin
 def test_the_controls_that_leave_scenarios_out_are_tuned_on_the_clean_images_of_plain_training(
     finished, tmp_path: Path
 ):
-    found = load_findings(finished)[0]
+    found = load_finished(finished).found
     assert len(found.fixes.labels) > 1, "no scenario can be left out of one"
     asked = []
 
@@ -349,7 +349,7 @@ def test_an_anchored_run_is_the_same_when_only_some_of_it_is_made_again(finished
 
 
 def test_evidence_is_of_held_out_photographs_alone_and_each_of_them_counts_once(finished):
-    found = load_findings(finished)[0]
+    found = load_finished(finished).found
     failures, fixes = found.scenarios.failures, found.fixes
     pixels = failures.anchors.pixels * failures.anchors.held_out[:, None, None, None]
     blank = replace(failures, anchors=replace(failures.anchors, pixels=pixels))  # where it is tuned

@@ -20,7 +20,7 @@ from defuse_core.export.suite import save_suite
 from defuse_core.local import LocalCompute
 from defuse_core.models import Decoder, Decodings, StoredVae
 from defuse_core.models.inference import BATCH
-from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
@@ -181,7 +181,7 @@ def test_evaluation_evidence_and_suite_of_images_that_do_not_fit_in_memory_are_t
     run = trained_run(FolderStore(tmp_path), "run", spec, tiny_models, references)
     compute = LocalCompute()
     run_defuse(run, compute, ReferenceAnnotators(run, compute))
-    found = load_findings(run)[0]
+    found = load_finished(run).found
     controls = Controls((found.sweep,), (found.sweep, found.baseline))
     vae = StoredVae(spec, tiny_models.vae)
 

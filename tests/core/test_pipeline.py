@@ -21,7 +21,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.report import parse_report
 from defuse_core.review.overrides import override_verdict
-from defuse_core.review.verdicts import review_verdicts
+from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.steps import STEPS
 from defuse_core.store import FolderStore
@@ -142,9 +142,9 @@ def test_a_decision_of_a_person_counts_that_was_stored_just_before_the_verdicts(
     def decide(*args, **kwargs):  # whose overrides have been read
         for row in itertools.islice(rows, 1):
             override_verdict(Run.open(store, "tiny"), int(row), None, author="Ada", reason="no digit")
-        return review_verdicts(*args, **kwargs)
+        return decide_verdicts(*args, **kwargs)
 
-    monkeypatch.setattr("defuse_core.pipeline.review_verdicts", decide)
+    monkeypatch.setattr("defuse_core.pipeline.decide_verdicts", decide)
     run = Run(store, "tiny", finished[0].spec, until="review")
     with pytest.raises(ReachedStep):
         run_defuse(run, LocalCompute(), None)

@@ -24,7 +24,7 @@ from defuse_core.models.probe import (
     fitting_order,
     warnings_of,
 )
-from defuse_core.suggest.probed import probe_warnings, set_probed
+from defuse_core.suggest.classifier_inputs import probe_warnings, set_probed
 from tests.conftest import tiny
 from tests.own_classifiers import IMAGENET, digits, trained
 

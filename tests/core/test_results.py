@@ -33,7 +33,7 @@ from defuse_core.results import COLUMNS, RunResult, ScenarioList
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
-from tests.sample_findings import report_of, sample_findings, sample_run
+from tests.sample_findings import finished_run, report_of, sample_findings, sample_run
 from tests.services.serving.synthetic_runs import make_run
 
 
@@ -42,7 +42,7 @@ def sample(tmp_path: Path) -> tuple[RunResult, Findings, Report]:
     """Four scenarios, of which two were accepted."""
     findings = sample_findings(4, 2)
     result, report = RunResult(sample_run(tmp_path)), report_of(findings, tmp_path)
-    result.__dict__ |= {"report": report, "_findings": (*findings, None, None)}  # as if they had been read
+    result.__dict__ |= {"report": report, "_finished": finished_run(*findings)}  # as if they had been read
     return result, findings[0], report
 
 
@@ -51,7 +51,7 @@ def test_a_scenario_has_the_images_codes_and_answers_of_its_number(sample):
     codes = np.random.default_rng(0).normal(size=found.gallery.codes.shape).astype(np.float32)
     gallery, support = replace(found.gallery, codes=codes), np.array([4, 3, 2, 1])
     found = replace(found, gallery=gallery, scenarios=replace(found.scenarios, support=support))
-    result.__dict__["_findings"] = (found,)
+    result.__dict__["_finished"] = finished_run(found, None)
     for number, scenario in enumerate(result.scenarios):
         assert scenario.number == number
         np.testing.assert_array_equal(scenario.images, gallery.images[number])
@@ -115,7 +115,7 @@ def with_models(tmp_path: Path, tiny_spec, tiny_models: Models) -> RunResult:
     result = RunResult(run)
     result.__dict__ |= {
         "report": report_of(sample_findings(3, 2), tmp_path),
-        "_findings": (found, None, None, None),
+        "_finished": finished_run(found, None),
     }
     return result
 
@@ -227,7 +227,7 @@ def test_addresses_are_shown_from_the_working_directory(tmp_path, tiny_spec, mon
 def test_a_run_that_was_deleted_after_it_was_opened_is_said_to_be_gone(tmp_path, tiny_spec):
     result = RunResult(Run.start(FolderStore(tmp_path), "a", tiny_spec))
     shutil.rmtree(tmp_path / "a")
-    for ask in (lambda: result.report, lambda: result.scenarios, result.health, lambda: result._findings):
+    for ask in (lambda: result.report, lambda: result.scenarios, result.health, lambda: result._finished):
         with pytest.raises(InputError, match=f"{tmp_path}/a: this run is gone; was its folder moved"):
             ask()
     assert "this run is gone" in repr(result)

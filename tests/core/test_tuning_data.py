@@ -24,7 +24,7 @@ from defuse_core.errors import count_of
 from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
-from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import map_in_tasks, silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
@@ -302,7 +302,7 @@ def test_a_run_tunes_on_unreviewed_failures_only_where_they_are_screened_and_wan
     run = trained_run(FolderStore(tmp_path), "a", spec, tiny_models, references)
     compute = LocalCompute()
     report = run_defuse(run, compute, ReferenceAnnotators(run, compute))
-    codes = load_findings(run)[0].fixes.unreviewed
+    codes = load_finished(run).found.fixes.unreviewed
     assert (codes is not None) == tuned
     assert report.scenarios.unreviewed_images == (len(codes) if tuned else 0)
     if tuned:

@@ -20,6 +20,7 @@ from defuse_core.artifacts import Sweep, SweepRow
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
+from defuse_core.evaluation import Findings
 from defuse_core.export import corrected_classifier, export_model, pictures, plain_weights
 from defuse_core.export.pictures import export_scenarios, folder_names
 from defuse_core.export.suite import load_suite, save_suite
@@ -218,8 +219,8 @@ def test_pictures_that_do_not_fit_in_memory_are_decoded_and_written_a_batch_at_a
 
 
 def test_the_table_has_no_answers_after_a_correction_that_there_is_not(store, tmp_path, monkeypatch):
-    found = dataclasses.replace(pictures.load_finished(opened(store)), sweep=Sweep((), None, {}, ()))
-    monkeypatch.setattr(pictures, "load_finished", lambda _: found)
+    found = dataclasses.replace(Findings.load(opened(store)), sweep=Sweep((), None, {}, ()))
+    monkeypatch.setattr(Findings, "load", lambda _: found)
     export_scenarios(opened(store), tmp_path / "pictures")
     rows = list(csv.DictReader((tmp_path / "pictures/labels.csv").open()))
     assert {row["after"] for row in rows} == {""} and "" not in {row["before"] for row in rows}

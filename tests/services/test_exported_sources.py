@@ -6,6 +6,7 @@ import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,6 @@ def test_the_table_names_the_photograph_that_each_picture_was_made_from(run, tmp
 def test_a_scenario_names_the_photographs_that_its_failures_come_from(run):
     result, files = RunResult(run), open_splits(run.spec.data, 0).train.files
     found = type("Found", (), {"scenarios": run.require(Scenarios)})
-    result.__dict__["_findings"] = (found,)
+    result.__dict__["_finished"] = SimpleNamespace(found=found)
     row = type("Row", (), {"number": 1})
     assert ScenarioView(result, row).sources == files[10:13]

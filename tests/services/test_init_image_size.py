@@ -20,7 +20,7 @@ from defuse_core.errors import DataError
 from defuse_core.models.probe import least_plausible
 from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
-from defuse_core.suggest.image_size import _best_size, _probe, fit_image_size
+from defuse_core.suggest.classifier_inputs import _best_size, _probe, fit_image_size
 from defuse_core.suggest.plan import Speeds, plan_run
 from tests.conftest import tiny
 from tests.core.test_probe import CUSTOM, Reading
@@ -221,7 +221,7 @@ def test_the_files_are_listed_once_for_all_sizes_and_each_step_is_told(monkeypat
     save_file(right_at_128().state_dict(), weights := tmp_path / "own.safetensors")
     own = CUSTOM | {"import_path": f"{HERE}:right_at_128", "weights": str(weights)}
     facts = inspect_data(tmp_path / "photos")
-    monkeypatch.setattr("defuse_core.suggest.image_size.open_splits", opening)
+    monkeypatch.setattr("defuse_core.suggest.classifier_inputs.open_splits", opening)
     plan = plan_run(facts, own, 1, lambda what, *_: told.append(what))
     assert (opened, plan.tree["data"]["image_size"]) == ([48], 128)
     steps = ["trying image sizes", "trying the classifier on training images", "measuring speeds"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from sample_findings import sample_findings
+from sample_findings import finished_run, sample_findings
 
 from defuse_core.artifacts import Checkpoint, ClassifierEpoch, Health
 from defuse_core.codec import encode
@@ -45,7 +45,7 @@ def list_of(folder: Path, width: int = 120) -> str:
 
 
 def reported(run: Run, scenarios: int = 4, accepted: int = 2) -> Report:
-    report = build_report(run, *sample_findings(scenarios, accepted))
+    report = build_report(run, finished_run(*sample_findings(scenarios, accepted)))
     run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
     return report
 

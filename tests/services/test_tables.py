@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sample_evidence import sample_evidence
-from sample_findings import report_of, sample_findings, sample_spec, with_verdicts
+from sample_findings import finished_run, report_of, sample_findings, sample_spec, with_verdicts
 
 from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
@@ -43,7 +43,9 @@ def test_a_mixture_that_did_not_converge_is_reported(tmp_path: Path) -> None:
     found, evaluation = sample_findings()
     for converged in (True, False):
         scenarios = dataclasses.replace(found.scenarios, converged=converged)
-        report = build_report(a_run(tmp_path), dataclasses.replace(found, scenarios=scenarios), evaluation)
+        report = build_report(
+            a_run(tmp_path), finished_run(dataclasses.replace(found, scenarios=scenarios), evaluation)
+        )
         console = terminal()
         print_report(report, console)
         assert ("did NOT converge" in text_of(console)) is not converged
@@ -80,7 +82,7 @@ def states_under_way(run: Run) -> list[StepState]:
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: int):
     console = terminal(width)
-    report = build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG))
+    report = build_report(a_run(tmp_path), finished_run(*sample_findings(12, 9, classes=LONG)))
     print_report(report, console)
     lines = text_of(console).splitlines()
     assert max(map(len, lines)) <= width
@@ -92,7 +94,7 @@ def test_a_report_fits_the_terminal_and_cuts_no_figure(tmp_path: Path, width: in
 @pytest.mark.parametrize("width", [40, 52, 60, 70])
 def test_a_narrow_terminal_shows_fewer_figures_of_a_scenario_and_its_number(tmp_path: Path, width: int):
     console = terminal(width)
-    report = build_report(a_run(tmp_path), *sample_findings(12, 9, classes=LONG))
+    report = build_report(a_run(tmp_path), finished_run(*sample_findings(12, 9, classes=LONG)))
     print_report(report, console)
     table = (
         text_of(console).split("Failure scenarios")[1].split("Agreement of the annotators")[0].splitlines()
@@ -107,7 +109,7 @@ def test_a_narrow_terminal_shows_fewer_figures_of_a_scenario_and_its_number(tmp_
 def test_a_terminal_too_narrow_for_a_table_shows_all_its_figures_below_each_other(tmp_path: Path, width: int):
     console, run = terminal(width), a_run(tmp_path)
     evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0]]))
-    report = build_report(run, *sample_findings(3, 2), evidence)
+    report = build_report(run, finished_run(*sample_findings(3, 2), evidence))
     run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
     print_report(report, console)
     print_runs(FolderStore(tmp_path), console)
@@ -142,7 +144,7 @@ def test_a_narrow_terminal_shows_every_step_with_its_state(tmp_path: Path, width
 @pytest.mark.parametrize("columns", ["0", "1"])
 def test_a_terminal_without_columns_shows_a_report(columns: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
-    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)))
+    print_report(build_report(a_run(tmp_path), finished_run(*sample_findings(5, 2))))
     longest = max(map(len, capsys.readouterr().out.splitlines()))
     assert 60 < longest <= 80 if columns == "0" else longest == 1
 
@@ -163,7 +165,7 @@ def test_a_report_starts_with_its_caveats(tmp_path: Path):
 
 def test_the_caption_of_seen_says_what_the_rule_is(tmp_path: Path):
     console = terminal(200)
-    print_report(build_report(a_run(tmp_path), *sample_findings(5, 2)), console)
+    print_report(build_report(a_run(tmp_path), finished_run(*sample_findings(5, 2))), console)
     caption = "the classifier is wrong on significantly more than a fifth of the training images behind it."
     assert caption in " ".join(text_of(console).split())
 
@@ -177,7 +179,7 @@ def test_a_report_says_what_the_screen_keeps_and_how_far_the_scenarios_can_be_tr
         fixes=dataclasses.replace(found.fixes, kept=np.array([0.5, 1.0])),
     )
     console = terminal(200)
-    print_report(build_report(a_run(tmp_path), found, evaluation), console)
+    print_report(build_report(a_run(tmp_path), finished_run(found, evaluation)), console)
     assert "Ψ keeps 25.0 % of 2,064 failing draws." in text_of(console)
     trusted = "3.1 % of those that the vote accepts are expected to be false, if the labels are right; "
     trusted += "the reference models see the label in 75.0 %"
@@ -189,7 +191,7 @@ def test_a_report_says_how_many_scenarios_good_judges_see_as_false(tmp_path: Pat
     console, sample = terminal(200), with_verdicts(sample_findings(4, 3), false_share=0.031)
     own = np.array([[0.1, 0.9, 0.9, 1.0], [0.6, 0.9, 0.9, 1.0], [np.nan] * 4])  # the last: no label
     judged = sample_evidence(own, judges=judges)
-    print_report(build_report(a_run(tmp_path), *sample, judged), console)
+    print_report(build_report(a_run(tmp_path), finished_run(*sample, judged)), console)
     clause = "are right; the judges see 1 of 2 as false; purity by the judges 90.0 %."
     assert (clause in " ".join(text_of(console).split())) is good
 
@@ -202,14 +204,14 @@ def test_brackets_in_a_class_name_are_printed_as_they_are(tmp_path: Path):
 
 def test_a_report_without_scenarios_prints_dashes(tmp_path: Path):
     console = terminal()
-    print_report(build_report(a_run(tmp_path), *sample_findings(0, 0)), console)
+    print_report(build_report(a_run(tmp_path), finished_run(*sample_findings(0, 0))), console)
     assert "No failure scenario was found" in text_of(console)
     assert "nan" not in text_of(console)
 
 
 def test_a_report_without_a_correction_counts_no_scenario_as_corrected(tmp_path: Path):
     console = terminal(200)
-    report = build_report(a_run(tmp_path), *sample_findings(5, 2))
+    report = build_report(a_run(tmp_path), finished_run(*sample_findings(5, 2)))
     print_report(report.model_copy(update={"chosen": None}), console)
     row = next(line.split() for line in text_of(console).splitlines() if line.split()[:1] == ["Defuse"])
     assert row[1] == "0"
@@ -352,7 +354,7 @@ def test_an_empty_store_is_reported(tmp_path: Path):
 def test_a_finished_run_shows_its_scenarios_and_accuracies_before_and_after(tmp_path: Path):
     run = a_run(tmp_path, "finished")
     finish(run, *ALL)
-    report = build_report(run, *sample_findings())
+    report = build_report(run, finished_run(*sample_findings()))
     run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
     console = terminal()
     print_status(run, console)

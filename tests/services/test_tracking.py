@@ -29,7 +29,7 @@ from services.settings import read_settings
 from services.tracking import DEFAULTS, FIRST_REQUEST, expect_mlflow, tracking
 from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, one_line
-from tests.sample_findings import sample_findings
+from tests.sample_findings import finished_run, sample_findings
 from tests.services.serving.synthetic_runs import make_run
 
 
@@ -48,7 +48,7 @@ def finish(run: Run, rows: tuple[SweepRow, ...], accepted: int) -> None:
     models = run.require(Models)
     sweep = Sweep(rows, rows[-1] if rows else None, models.classifier if rows else {}, ())
     run.once("correct", Sweep, lambda: sweep)
-    report = build_report(run, *sample_findings(accepted=accepted))
+    report = build_report(run, finished_run(*sample_findings(accepted=accepted)))
     run.store.write("report.json", report.model_dump_json(by_alias=True).encode())
     run.store.write("report.html", b"<html>")
 

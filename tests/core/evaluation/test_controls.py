@@ -26,7 +26,7 @@ from defuse_core.intervals import (
     swapped,
 )
 from defuse_core.local import LocalCompute
-from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
@@ -282,7 +282,7 @@ def strong_and_weak(found: Findings) -> tuple[Sweep, Sweep]:
 def test_one_lucky_plain_training_leaves_nothing_confirmed(finished) -> None:
     """The correction takes the place of one of the three: nothing is better than itself."""
     run, _ = finished
-    found = load_findings(run)[0]
+    found = load_finished(run).found
     strong, weak = strong_and_weak(found)
     found = dataclasses.replace(found, sweep=strong)
     alone = gather_evidence(run.spec, found, Controls((weak, weak), ()), progress=silent)
@@ -296,7 +296,7 @@ def test_one_lucky_plain_training_leaves_nothing_confirmed(finished) -> None:
 
 def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finished) -> None:
     run, report = finished
-    found = load_findings(run)[0]
+    found = load_finished(run).found
     strong, weak = strong_and_weak(found)
     bad = dataclasses.replace(found, sweep=weak)
     made = gather_evidence(run.spec, bad, Controls((strong,) * 2, ()), progress=silent)

@@ -40,7 +40,7 @@ from defuse_core.evaluation import (
 from defuse_core.identify import gather_shards, save_shard
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, load_classifier, load_vae, predict
-from defuse_core.pipeline import _controls, load_findings
+from defuse_core.pipeline import _controls, load_finished
 from defuse_core.protocols import silent
 from defuse_core.runs import FROM_SWEEP, Run
 from defuse_core.seeds import generator
@@ -86,7 +86,7 @@ def findings(models: Models, store: FolderStore, accepted: int, images: int = 4)
 
 
 def test_class_accuracy_is_the_share_within_each_class():
-    right = np.array([1.0, 0, 1, 1])
+    right = np.array([True, False, True, True])
     found = class_accuracy(right, np.array([0, 0, 2, 2]), 4)
     np.testing.assert_array_equal(found, [0.5, np.nan, 1.0, np.nan])
 
@@ -250,7 +250,7 @@ def test_controls_are_tuned_again_after_an_added_lambda_only_where_other_epochs_
 ):
     shutil.copytree(judged_run.store.folder, tmp_path / "a")
     run = Run.open(FolderStore(tmp_path), "a")
-    found, compute = load_findings(run)[0], LocalCompute()
+    found, compute = load_finished(run).found, LocalCompute()
     assert found.sweep.chosen is not None
 
     def interrupted(*_: object) -> None:

@@ -31,7 +31,7 @@ from defuse_core.evaluation.evidence import (
 )
 from defuse_core.intervals import is_better, is_testable, pairs_of
 from defuse_core.local import LocalCompute
-from defuse_core.pipeline import load_findings, run_defuse
+from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
@@ -40,6 +40,7 @@ from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.cli.tables import print_report
+from tests.sample_findings import finished_run
 
 
 def corrections(count: int) -> Corrections:
@@ -277,7 +278,7 @@ def test_pairs_are_of_each_plain_training(finished) -> None:
 
 def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(finished) -> None:
     run, _ = finished
-    found = load_findings(run)[0]
+    found = load_finished(run).found
     first = found.judges.models[0]
     contrary = {  # the same judge, which answers the next class: both never agree
         name: np.roll(array, 1, axis=0) if name.startswith("head.1") else array
@@ -292,13 +293,13 @@ def test_pictures_that_the_judges_disagree_on_do_not_show_the_scenarios_label(fi
 
 def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real(finished, tmp_path) -> None:
     run, _ = finished
-    found, evaluation, evidence, watch = load_findings(run)
+    found, evaluation, evidence, watch = load_finished(run)
     unknown = np.zeros(len(evidence.names), np.bool_)
     evidence = dataclasses.replace(
         evidence, real=dataclasses.replace(evidence.real, seen=unknown, testable=unknown)
     )
     other = Run.start(FolderStore(tmp_path), "a", run.spec)
-    report = write_report(other, found, evaluation, evidence, watch)
+    report = write_report(other, finished_run(found, evaluation, evidence, watch))
     accepted = [row for row in report.scenarios.list if row.accepted]
     assert {row.evidence.seen_in_real_data for row in accepted} == {None}
     page = " ".join(other.store.read("report.html").decode().split())
@@ -308,7 +309,7 @@ def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real
 
 def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_their_class(finished, tmp_path):
     run, _ = finished
-    found, evaluation, evidence, watch = load_findings(run)
+    found, evaluation, evidence, watch = load_finished(run)
     scenarios = len(evidence.names)
     real = dataclasses.replace(
         evidence.real,
@@ -320,7 +321,7 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
     right = np.zeros(len(found.scenarios))
     unseen = dataclasses.replace(found, scenarios=dataclasses.replace(found.scenarios, source_error=right))
     other = Run.start(FolderStore(tmp_path), "a", run.spec)
-    write_report(other, unseen, evaluation, dataclasses.replace(evidence, real=real), watch)
+    write_report(other, finished_run(unseen, evaluation, dataclasses.replace(evidence, real=real), watch))
     page = " ".join(other.store.read("report.html").decode().replace("\xa0", " ").split())
     nearest = "error 57 % on the nearest real images,"
     unshown = f"not seen in real images: {nearest} not significantly more than on its class (33 %)"
@@ -331,9 +332,10 @@ def test_the_page_holds_the_error_of_the_nearest_real_images_against_that_of_the
 def test_a_notebook_does_not_call_a_correction_that_is_not_confirmed_equal_to_plain_training(
     finished, tmp_path
 ):
-    found, evaluation, evidence, watch = load_findings(finished[0])
+    found, evaluation, evidence, watch = load_finished(finished[0])
     report = write_report(
-        Run.start(FolderStore(tmp_path), "a", finished[0].spec), found, evaluation, evidence, watch
+        Run.start(FolderStore(tmp_path), "a", finished[0].spec),
+        finished_run(found, evaluation, evidence, watch),
     )
     row = next(row for row in report.scenarios.list if row.accepted)
     unconfirmed = row.model_copy(
@@ -348,7 +350,7 @@ NOTHING_CHOSEN = Sweep((), None, {}, ())
 
 
 def test_without_test_images_reference_models_are_measured_on_validation_images_as_the_judges(finished):
-    found, evidence = load_findings(finished[0])[0], finished[0].load(Evidence)
+    found, evidence = load_finished(finished[0]).found, finished[0].load(Evidence)
     right = {name: share for name, share in found.models.accuracy.items() if name != "test"}
     untested = dataclasses.replace(found, models=dataclasses.replace(found.models, accuracy=right))
     measured = evidence_figures(untested, evidence).judges.reference_models
@@ -357,7 +359,7 @@ def test_without_test_images_reference_models_are_measured_on_validation_images_
 
 def test_a_classifier_that_was_not_made_has_no_figures(finished) -> None:
     run, _ = finished
-    found = dataclasses.replace(load_findings(run)[0], baseline=NOTHING_CHOSEN)
+    found = dataclasses.replace(load_finished(run).found, baseline=NOTHING_CHOSEN)
     made = gather_evidence(run.spec, found, Controls((NOTHING_CHOSEN,), ()), progress=silent)
     tables = (made.own_label, made.one_label, made.real_failures, made.scenario_own_label.T)
     for before, baseline, plain, defuse in tables:
@@ -370,7 +372,7 @@ def test_a_classifier_that_was_not_made_has_no_figures(finished) -> None:
 
 def test_where_nothing_was_corrected_the_classifier_stays_and_is_not_tested_against_itself(finished) -> None:
     run, _ = finished
-    found = dataclasses.replace(load_findings(run)[0], sweep=NOTHING_CHOSEN)
+    found = dataclasses.replace(load_finished(run).found, sweep=NOTHING_CHOSEN)
     made = gather_evidence(run.spec, found, Controls((run.load(Sweep, "plain"),), ()), progress=silent)
     assert np.isfinite(made.own_label[0]).all()
     assert made.own_label[3].tolist() == made.own_label[0].tolist()
@@ -389,18 +391,18 @@ def test_the_page_counts_the_judges(finished, count: int, words: str) -> None:
     run, report = finished
     judges = report.evidence.judges.model_copy(update={"count": count})
     counted = report.model_copy(update={"evidence": report.evidence.model_copy(update={"judges": judges})})
-    found, evaluation, evidence, _ = load_findings(run)
-    page = render_page(counted, run.spec, found, evaluation, {}, evidence)
+    found, evaluation, evidence, _ = load_finished(run)
+    page = render_page(counted, run.spec, finished_run(found, evaluation, evidence), {})
     asked = f"{words} the wider draws and the failing draws from test images, not those that were reviewed or tuned on."
     assert asked in " ".join(page.split())
 
 
 def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_path) -> None:
     run, _ = finished
-    found, evaluation, evidence, watch = load_findings(run)
+    found, evaluation, evidence, watch = load_finished(run)
     other = Run.start(FolderStore(tmp_path), "a", run.spec)
     found = dataclasses.replace(found, sweep=NOTHING_CHOSEN)
-    report = write_report(other, found, evaluation, evidence, watch)
+    report = write_report(other, finished_run(found, evaluation, evidence, watch))
     accepted = [row for row in report.scenarios.list if row.accepted]
     assert {row.evidence.confirmed for row in accepted} == {None}
     assert not any("not confirmed" in text for text in report.caveats)
@@ -409,7 +411,7 @@ def test_a_correction_that_was_not_made_is_not_called_unconfirmed(finished, tmp_
     shares = (figures.own_label, figures.one_label, figures.real_failures, *figures.wider)
     assert {each.defuse.value for each in shares} == {None} and figures.own_label.before.value is not None
     assert {row.evidence.defuse for row in accepted} == {None}
-    cards = [scenario_card(row, found, evaluation, evidence) for row in accepted]
+    cards = [scenario_card(row, finished_run(found, evaluation, evidence)) for row in accepted]
     assert "confirmed" not in render_scenarios(cards, found.models.classes)
 
 

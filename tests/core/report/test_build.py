@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_evidence import sample_evidence
-from sample_findings import report_of, sample_findings, sample_run, sample_watch, with_verdicts
+from sample_findings import finished_run, report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, FailedTrial, Override, Sweep, SweepRow
 from defuse_core.config import parse_run_file
@@ -41,7 +41,7 @@ def test_one_answer_for_a_whole_scenario_counts_once_in_the_agreement(tmp_path: 
     sample = with_verdicts(sample_findings(3, 1, images=2), agreement=shares)
     run = sample_run(tmp_path)
     run.spec = run.spec.with_fields("review", annotators="label-studio", form="scenario")
-    found = build_report(run, *sample).agreement.all
+    found = build_report(run, finished_run(*sample)).agreement.all
     assert (found.mean, found.standard_error) == pytest.approx((0.8, 0.2))  # sd 0.28 over the root of 2
     assert found.images == 3
 
@@ -98,7 +98,7 @@ def test_a_scenario_is_seen_in_training_images_if_its_sources_are_misclassified_
 @pytest.mark.usefixtures("no_figures")
 def test_the_page_says_how_many_source_images_of_a_scenario_are_misclassified(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *with_source_errors([30, 12], [0.5, 0.25]))
+    write_report(run, finished_run(*with_source_errors([30, 12], [0.5, 0.25])))
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert "from 30 training images, of which the classifier gets <b>50 %</b> wrong" in page
 
@@ -110,7 +110,7 @@ def test_frames_of_a_single_sign_do_not_make_a_scenario_seen_in_training_images(
         found.scenarios, source_tracks=np.array([1, 10]), wrong_tracks=np.array([1.0, 10.0])
     )
     run, found = sample_run(tmp_path), dataclasses.replace(found, scenarios=scenarios)
-    rows = write_report(run, found, evaluation).scenarios.list
+    rows = write_report(run, finished_run(found, evaluation)).scenarios.list
     assert [row.source_tracks for row in rows] == [1, 10]
     assert [row.seen_in_training_images for row in rows] == [False, True]
     page = run.store.read("report.html").decode().replace("\xa0", " ")
@@ -132,7 +132,9 @@ def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
     spec = parse_run_file(
         {"data": {"name": "digits", "channels": 1}, "correct": {"schedule": "constant"}}, "sample"
     )
-    tradeoff = build_report(Run(FolderStore(tmp_path), "sample", spec), found, evaluation).tradeoff
+    tradeoff = build_report(
+        Run(FolderStore(tmp_path), "sample", spec), finished_run(found, evaluation)
+    ).tradeoff
     assert [(r.lam, r.epoch, r.test, r.scenario, r.chosen) for r in tradeoff] == [
         (0.1, 2, 0.82, 0.52, False),
         (10.0, 1, 0.83, 0.53, True),
@@ -168,7 +170,7 @@ def with_failing_draws(failing: int, **identify: object):
         psi = dataclasses.replace(found.psi, failing=failing)
         run = sample_run(folder)
         run.spec = run.spec.with_fields("identify", **identify)
-        report = write_report(run, dataclasses.replace(found, psi=psi, fixes=fixes), evaluation)
+        report = write_report(run, finished_run(dataclasses.replace(found, psi=psi, fixes=fixes), evaluation))
         return report, " ".join(run.store.read("report.html").decode().replace("\xa0", " ").split())
 
     return write
@@ -201,9 +203,8 @@ def test_the_report_says_on_how_many_draws_the_reference_models_agree_with_the_l
 @pytest.mark.usefixtures("no_figures")
 def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tmp_path: Path):
     run, sample = sample_run(tmp_path), sample_findings(3, 2)
-    assert (
-        write_report(run, *with_verdicts(sample, false_share=0.031)).scenarios.expected_false_share == 0.031
-    )
+    report = write_report(run, finished_run(*with_verdicts(sample, false_share=0.031)))
+    assert report.scenarios.expected_false_share == 0.031
     page = " ".join(run.store.read("report.html").decode().replace("\xa0", " ").split())
     told = 'Of the scenarios that the vote accepts, <b class="unbroken">3.1 %</b> are expected to be false, if the'
     assert f"{told} labels are right: on" in page
@@ -214,21 +215,21 @@ def test_the_report_says_how_many_accepted_scenarios_are_expected_to_be_false(tm
 def test_the_report_says_how_many_accepted_scenarios_the_judges_see_as_false(tmp_path: Path):
     run, sample = sample_run(tmp_path), with_verdicts(sample_findings(3, 2), false_share=0.031)
     judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.5, 0.9, 0.9, 1.0]]))
-    assert write_report(run, *sample, judged).scenarios.false_by_judges == 1
+    assert write_report(run, finished_run(*sample, judged)).scenarios.false_by_judges == 1
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert '<b class="unbroken">1 of 2</b>.' in page
     assert report_of(sample, tmp_path).scenarios.false_by_judges is None
     some = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [np.nan] * 4]))
-    assert write_report(run, *sample, some).scenarios.false_by_judges == 0
+    assert write_report(run, finished_run(*sample, some)).scenarios.false_by_judges == 0
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert '<b class="unbroken">0 of 1</b>.' in page
     none = sample_evidence(np.full((2, 4), np.nan))
-    assert build_report(run, *sample, none).scenarios.false_by_judges is None
+    assert build_report(run, finished_run(*sample, none)).scenarios.false_by_judges is None
     decided = with_verdicts(sample, overrides=(Override(1, 3, "ana", "seen", "2026-01-31T12:00:00Z"),))
-    write_report(run, *decided, judged)
+    write_report(run, finished_run(*decided, judged))
     page = run.store.read("report.html").decode().replace("\xa0", " ")
     assert "1 of 2</b> accepted ones, those that a person decided on included." in page
-    write_report(run, *sample, sample_evidence(judged.scenario_own_label, judges=0.4))
+    write_report(run, finished_run(*sample, sample_evidence(judged.scenario_own_label, judges=0.4)))
     assert (
         "By the judges' labels of the held-out images this holds"
         not in run.store.read("report.html").decode()
@@ -254,7 +255,7 @@ def test_a_figure_that_does_not_exist_is_null(tmp_path: Path):
 @pytest.mark.usefixtures("no_figures")
 def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(3, 2, images=3), watch=sample_watch())
+    write_report(run, finished_run(*sample_findings(3, 2, images=3), watch=sample_watch()))
     tree = json.loads(run.store.read("report.json"))
     assert tree["version"] == 12
     assert tree["annotators"] == "reference models"
@@ -299,7 +300,7 @@ def test_the_report_describes_the_failure_detector_that_is_served(tmp_path: Path
     run = sample_run(tmp_path)
     run.spec = run.spec.with_fields("serve", watch=watch)
     both = dataclasses.replace(found, methods=(*found.methods, encoder))
-    report = build_report(run, *sample_findings(2, 1), watch=both)
+    report = build_report(run, finished_run(*sample_findings(2, 1), watch=both))
     assert report.watch is not None and report.watch.method == method
 
 
@@ -308,7 +309,7 @@ def test_equal_findings_give_equal_files_except_for_how_they_were_made(tmp_path:
     entry = {"step": "train", "made": "2025-01-01T00:00:00Z", "seconds": 1.5, "bytes": 10}
     second.store.write("manifest.json", json.dumps({"artefacts": {"models": entry}}).encode())
     for run in (first, second):
-        write_report(run, *sample_findings(2, 1, images=2))
+        write_report(run, finished_run(*sample_findings(2, 1, images=2)))
     trees = [json.loads(run.store.read("report.json")) for run in (first, second)]
     assert trees[0].pop("provenance") != trees[1].pop("provenance")
     assert trees[0] == trees[1]
@@ -333,7 +334,7 @@ def test_a_failed_control_of_the_evidence_is_told_with_its_cause(tmp_path: Path)
     run = sample_run(tmp_path)
     failed = Sweep((), None, {}, (FailedTrial(0.0, "diverged"),))
     run.once("report", Sweep, lambda: failed, "plain_1")
-    (told,) = build_report(run, *sample_findings(3, 2)).failed_trials
+    (told,) = build_report(run, finished_run(*sample_findings(3, 2))).failed_trials
     assert (told.sweep, told.lam, told.cause) == ("plain_1", 0.0, "diverged")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sample_evidence import sample_evidence
-from sample_findings import SAMPLE_CORRECT, report_of, sample_findings, sample_run
+from sample_findings import SAMPLE_CORRECT, finished_run, report_of, sample_findings, sample_run
 
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
@@ -207,7 +207,7 @@ def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Pa
 def test_the_notices_count_draws_of_one_track_as_that_track(tmp_path: Path):
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
     evidence.real_failure_pairs[:], evidence.real_failure_pairs_with_baseline[:] = [7, 3, 2], [7, 4, 1]
-    report = build_report(sample_run(tmp_path), *sample_findings(), evidence)
+    report = build_report(sample_run(tmp_path), finished_run(*sample_findings(), evidence))
     notices = " ".join(report.caveats)
     assert "better on 3 tracks, worse on 2," in notices and "better on 4 tracks, worse on 1," in notices
     assert "draws, worse" not in notices
@@ -289,7 +289,7 @@ def test_the_silence_of_the_judges_and_of_plain_training_are_told_apart(tmp_path
     def told(own: list[float], name: str) -> tuple[str, str]:
         evidence = sample_evidence(np.array([own] * 2))
         run = sample_run(tmp_path / name)
-        text = unconfirmed(write_report(run, *sample_findings(2, 2), evidence)) or ""
+        text = unconfirmed(write_report(run, finished_run(*sample_findings(2, 2), evidence))) or ""
         return text, " ".join(run.store.read("report.html").decode().split())
 
     text, page = told([0.05, 0.6, np.nan, 0.98], "plain")

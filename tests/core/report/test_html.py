@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sample_evidence import sample_evidence
 from sample_findings import (
+    finished_run,
     report_of,
     sample_findings,
     sample_run,
@@ -26,6 +27,7 @@ from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, render_real
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import Run
+from tests.sample_components import review_section
 
 HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "$\\frac{", "a & b [bold]")
 
@@ -60,7 +62,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Run:
         sweep=dataclasses.replace(found.sweep, failed=(FailedTrial(1.0, HOSTILE[0]),)),
     )
     run = sample_run(tmp_path_factory.mktemp("hostile"))
-    write_report(run, found, evaluation)
+    write_report(run, finished_run(found, evaluation))
     return run
 
 
@@ -126,7 +128,7 @@ def test_right_and_wrong_answers_differ_in_more_than_their_colour(hostile: Run):
 )
 def test_a_run_without_failure_scenarios_still_has_a_report(tmp_path: Path, scenarios: int, text: str):
     run = sample_run(tmp_path)
-    report = write_report(run, *sample_findings(scenarios, 0))
+    report = write_report(run, finished_run(*sample_findings(scenarios, 0)))
     assert report.headline.startswith(text)
     assert text in run.store.read("report.html").decode()
 
@@ -146,7 +148,7 @@ def test_a_gain_on_the_test_set_stands_beside_plain_training_and_has_a_colour_on
     evidence.mcnemar[:] = [90, 39, mcnemar(90, 39)]  # against the classifier before: plain gains as much
     evidence.test_pairs[:] = [500, gained, lost]
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(), evidence)
+    write_report(run, finished_run(*sample_findings(), evidence))
     page = run.store.read("report.html").decode()
     tiles = page.split("Accuracy on the test set")[1].partition("<nav>")[0]
     plain = "98.40\u00a0% after plain further training<br>against the strongest of 2: "
@@ -160,7 +162,7 @@ def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
     evidence.test_pairs[:], evidence.mcnemar[1] = [10, 0, 1], [0, 1, 1]
     evidence = dataclasses.replace(evidence, plain_each=evidence.plain_each[:, :1])
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(), evidence)
+    write_report(run, finished_run(*sample_findings(), evidence))
     page = run.store.read("report.html").decode()
     assert "after plain further training<br>against it +0\u00a0−1 tracks, p\u00a0=\u00a01</div>" in page
     assert "<dt>test tracks, Defuse</dt><dd>+0 −1, p\u00a0=\u00a01</dd>" in page
@@ -174,7 +176,7 @@ def test_a_loss_on_the_test_set_has_a_colour_where_it_is_no_chance(tmp_path: Pat
     evidence.mcnemar[1] = [0, 6 * lost, mcnemar(0, lost if colour == "quiet" else 6 * lost)]
     evaluation.accuracy[2, 1] = evaluation.accuracy[0, 1] - 0.003
     run = sample_run(tmp_path)
-    write_report(run, found, evaluation, evidence)
+    write_report(run, finished_run(found, evaluation, evidence))
     tiles = run.store.read("report.html").decode().split("Accuracy on the test set")[1].partition("<nav>")[0]
     assert f'<span class="{colour}">−0.30 points</span>' in tiles
 
@@ -195,7 +197,7 @@ def test_a_card_does_not_say_that_failures_are_not_in_real_data_where_nothing_sh
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
     evidence.real.seen[:], evidence.real.testable[:], evidence.real.error_of_label[:] = seen, testable, errors
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(), evidence)
+    write_report(run, finished_run(*sample_findings(), evidence))
     page = run.store.read("report.html").decode()
     assert page.count(f"<span>{words}: error 10\u00a0% on the nearest real images") == 2
     untold = "" if testable else ", 2 where these cannot tell"
@@ -207,7 +209,7 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
     rows = {}
     for name, sweep in (("chosen", found.sweep), ("none", dataclasses.replace(found.sweep, chosen=None))):
         run = sample_run(tmp_path / name)
-        write_report(run, dataclasses.replace(found, sweep=sweep), evaluation)
+        write_report(run, finished_run(dataclasses.replace(found, sweep=sweep), evaluation))
         text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
         assert "One point per λ, at the epoch that the rule of choice picks;" in text
         rows[name] = (
@@ -236,7 +238,7 @@ def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(t
 def test_the_page_says_by_which_rule_lambda_is_chosen(tmp_path: Path, changes: dict[str, object], words: str):
     run = sample_run(tmp_path)
     run.spec = run.spec.with_fields("correct", **changes)
-    write_report(run, *sample_findings(3, 2))
+    write_report(run, finished_run(*sample_findings(3, 2)))
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert words in text
     assert "during fine-tuning; accuracies on these are by the scenario's label." in text
@@ -273,7 +275,7 @@ def test_the_page_states_a_limit_per_class_on_the_images_that_count_for_it(
         class_accuracy={},
         health=dataclasses.replace(found.models.health, anchored=anchored),
     )
-    write_report(run, dataclasses.replace(found, models=models), evaluation)
+    write_report(run, finished_run(dataclasses.replace(found, models=models), evaluation))
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert words in text
     assert ("A loss that is not significant (95 %) is allowed" in text) is ("significantly more" in words)
@@ -286,7 +288,7 @@ def test_the_page_states_a_limit_per_class_on_the_images_that_count_for_it(
 )
 def test_the_page_says_whether_failing_inputs_are_found(tmp_path: Path, separation: float, words: str):
     run = sample_run(tmp_path)
-    report = write_report(run, *sample_findings(2, 1, images=2), watch=sample_watch(separation))
+    report = write_report(run, finished_run(*sample_findings(2, 1, images=2), watch=sample_watch(separation)))
     page = Page(run.store.read("report.html").decode())
     assert report.watch is not None and (report.watch.method is None) == words.startswith("No method")
     text = " ".join(" ".join(page.words).split())
@@ -311,7 +313,7 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     notes["prelabel"] = "annotators saw the models' answer"
     found = dataclasses.replace(found, votes=dataclasses.replace(found.votes, notes=notes))
     run = sample_run(tmp_path)
-    report = write_report(run, found, evaluation)
+    report = write_report(run, finished_run(found, evaluation))
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert "answers saved 58 decided early scenarios 0, 1" in text
     assert "1 answer not counted:" in text
@@ -330,9 +332,11 @@ def test_images_without_an_answer_are_counted_apart(tmp_path: Path, early: list[
     votes = Votes(
         scenario, image, annotator, answers, when, tuple("abcde"), "people", {"decided_early": early}
     )
-    verdicts = decide_verdicts(found.gallery, votes, 0.5)
+    verdicts = decide_verdicts(review_section(), found.gallery, votes)
     run = sample_run(tmp_path)
-    report = write_report(run, dataclasses.replace(found, votes=votes, verdicts=verdicts), evaluation)
+    report = write_report(
+        run, finished_run(dataclasses.replace(found, votes=votes, verdicts=verdicts), evaluation)
+    )
     assert report.scenarios.purity == 1
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert f"no class chosen 0 no label, no answer 4 decided early {words}" in text
@@ -347,7 +351,7 @@ def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_
     labels[0, 0] = (labels[0, 0] + 1) % len(found.models.classes)
     verdicts = dataclasses.replace(found.verdicts, image_labels=labels)
     run = sample_run(tmp_path / "overruled")
-    report = write_report(run, dataclasses.replace(found, verdicts=verdicts), evaluation)
+    report = write_report(run, finished_run(dataclasses.replace(found, verdicts=verdicts), evaluation))
     assert report.votes.not_majority == 1
     (notice,) = [text for text in report.caveats if text.startswith("Not every label is the majority's.")]
     assert " 1 of " in notice and " has a label that" in notice
@@ -358,7 +362,7 @@ def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_
 @pytest.mark.usefixtures("no_figures")
 def test_a_page_with_rejected_candidates_alone_explains_what_their_images_show(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(2, 0, classes=tuple(f"class {n}" for n in range(10))))
+    write_report(run, finished_run(*sample_findings(2, 0, classes=tuple(f"class {n}" for n in range(10)))))
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert "Classifier's answer, before: ✓ the annotators' label ✗ another class" in text
     assert "Numbers on the images are class numbers 0 class 0 1 class 1" in text

@@ -11,6 +11,7 @@ import pytest
 from sample_evidence import sample_evidence
 from sample_findings import (
     SAMPLE_CORRECT,
+    finished_run,
     report_of,
     sample_findings,
     sample_run,
@@ -129,7 +130,7 @@ def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Pa
     anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": anchored_vae}))
 
     def warning(of: Run, *judged) -> str:
-        return purity_warning(build_report(of, *sample, *judged)) or ""
+        return purity_warning(build_report(of, finished_run(*sample, *judged))) or ""
 
     assert "By the annotators' labels, " in warning(run)
     assert (
@@ -152,7 +153,7 @@ def test_the_page_says_where_reviewed_images_are_at_photographs_that_are_tuned_o
     run = sample_run(tmp_path)
     vae = run.spec.vae.model_copy(update={"decode": decode})
     anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": vae}))
-    write_report(anchored, *sample_findings())
+    write_report(anchored, finished_run(*sample_findings()))
     words = " ".join(anchored.store.read("report.html").decode().split())
     found = "of the failure scenarios, at photographs that are tuned on, by the annotators' labels" in words
     assert found is (decode == "anchored")
@@ -165,7 +166,9 @@ def test_judges_that_are_worse_than_the_classifier_are_told_and_do_not_open_the_
     tmp_path: Path, judges: float, worse: bool
 ):
     run, own = sample_run(tmp_path), np.array([[0.1, 0.6, 0.7, 0.9]] * 2)
-    report = write_report(run, *sample_findings(), sample_evidence(own, judges=judges, before=0.72))
+    report = write_report(
+        run, finished_run(*sample_findings(), sample_evidence(own, judges=judges, before=0.72))
+    )
     judged = (
         "by the judges' labels: 10.0 % before, 90.0 % after (70.0 % after plain further training, 60.0 % after "
         "tuning on the reviewed failures alone)."
@@ -185,7 +188,7 @@ def test_judges_are_not_called_worse_by_chance_on_few_test_images(tmp_path: Path
     found = dataclasses.replace(
         found, models=dataclasses.replace(found.models, images=found.models.images | {"test": images})
     )
-    report = build_report(sample_run(tmp_path), found, evaluation, evidence)
+    report = build_report(sample_run(tmp_path), finished_run(found, evaluation, evidence))
     assert (worse_judges(report) is not None) is worse
 
 
@@ -194,7 +197,9 @@ def test_scenarios_that_the_correction_makes_worse_are_named_unless_the_judges_a
     tmp_path: Path, judges: float
 ):
     own = np.array([[0.1, 0.6, 0.7, 0.9], [0.855, 0.6, 0.7, 0.273]])
-    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(own, judges=judges))
+    report = build_report(
+        sample_run(tmp_path), finished_run(*sample_findings(), sample_evidence(own, judges=judges))
+    )
     text = made_worse(report)
     assert [row.evidence.worse_than_before for row in report.scenarios.list if row.evidence] == [False, True]
     assert (text is None) is (judges < 0.95) and (text is None or text in report.caveats)
@@ -210,7 +215,7 @@ def test_reference_models_that_are_worse_than_the_classifier_are_told(
     known = ReferenceSet(tuple({} for _ in references), 100, np.array(references), np.array(references))
     found = dataclasses.replace(found, references=known)
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
-    told_of = build_report(sample_run(tmp_path), found, evaluation, evidence).caveats
+    told_of = build_report(sample_run(tmp_path), finished_run(found, evaluation, evidence)).caveats
     text = "right on fewer test images (at best 90.0 %) than the classifier (98.3 %), so they may take one for the"
     assert any(text in caveat for caveat in told_of) is told
 
@@ -277,7 +282,7 @@ def test_images_without_tracks_beside_others_with_tracks_are_told(
         found.scenarios, source_tracks=np.ones(count, int) if of_scenarios else None
     )
     found = dataclasses.replace(found, scenarios=scenarios)
-    written = build_report(sample_run(tmp_path), found, evaluation, watch=watch).caveats
+    written = build_report(sample_run(tmp_path), finished_run(found, evaluation, watch=watch)).caveats
     texts = [text for text in written if "count as independent here" in text]
     assert [text.startswith(told or "") for text in texts] == ([True] if told else [])
 
@@ -290,7 +295,12 @@ def test_without_judges_it_is_told_that_nothing_independent_was_measured(tmp_pat
     text = nobody_judged(alone) or ""
     assert text.startswith("Nobody judged the correction.") and text in alone.caveats
     assert nobody_judged(alone.model_copy(update={"chosen": None})) is None
-    assert nobody_judged(build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))) is None
+    assert (
+        nobody_judged(
+            build_report(sample_run(tmp_path), finished_run(*sample_findings(), sample_evidence(OWN)))
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(("judged", "told"), [(0.5, True), (0.85, False)])
@@ -299,7 +309,7 @@ def test_a_low_purity_by_the_judges_is_told_where_the_reviewers_see_none(
 ):
     sample = with_verdicts(sample_findings(2, 2), purity=np.array([0.95, 0.95]))
     evidence = dataclasses.replace(sample_evidence(OWN), purity=np.array([judged, 0.4, 0.9]))
-    text = purity_warning(build_report(sample_run(tmp_path), *sample, evidence))
+    text = purity_warning(build_report(sample_run(tmp_path), finished_run(*sample, evidence)))
     assert (text is not None) is told
     assert text is None or text.startswith(
         "Purity by the judges is 50 %. Of the held-out images of the failure"
@@ -314,10 +324,12 @@ def known_validation(report):
 
 
 def test_models_that_cannot_be_compared_with_the_classifier_are_not_called_worse(tmp_path: Path):
-    compared = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN, judges=0.9))
+    compared = build_report(
+        sample_run(tmp_path), finished_run(*sample_findings(), sample_evidence(OWN, judges=0.9))
+    )
     assert worse_judges(compared) is not None and uncompared_models(compared) is None
     unknown = sample_evidence(OWN, judges=0.9, before=float("nan"))
-    report = known_validation(build_report(sample_run(tmp_path), *sample_findings(), unknown))
+    report = known_validation(build_report(sample_run(tmp_path), finished_run(*sample_findings(), unknown)))
     assert worse_judges(report) is None
     text = uncompared_models(report) or ""
     assert text.startswith(
@@ -333,7 +345,7 @@ def test_models_that_cannot_be_compared_with_the_classifier_are_not_called_worse
 def test_without_an_image_that_no_model_was_trained_on_the_judges_accuracy_is_unknown(
     tmp_path: Path, parts: tuple[str, ...], told: bool
 ):
-    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))
+    report = build_report(sample_run(tmp_path), finished_run(*sample_findings(), sample_evidence(OWN)))
     images = {part: report.run.images[part] for part in parts}
     text = uncompared_models(
         report.model_copy(update={"run": report.run.model_copy(update={"images": images})})
@@ -345,7 +357,7 @@ def test_without_an_image_that_no_model_was_trained_on_the_judges_accuracy_is_un
 
 
 def test_the_headline_has_what_plain_training_reaches_on_the_test_set(tmp_path: Path):
-    report = build_report(sample_run(tmp_path), *sample_findings(), sample_evidence(OWN))
+    report = build_report(sample_run(tmp_path), finished_run(*sample_findings(), sample_evidence(OWN)))
     assert report.headline.endswith(
         "Test set: 98.30 % before, 98.60 % after (98.40 % after plain further training)."
     )
@@ -368,7 +380,9 @@ def test_a_baseline_that_does_as_much_as_the_correction_is_told(tmp_path: Path):
     def told(baseline: float, defuse: float, scenarios: int = 6) -> str | None:
         evidence = sample_evidence(np.array([[0.1, baseline, 0.5, defuse]] * scenarios))
         evidence.real_failure_pairs_with_baseline[:] = [200, 60, 2]
-        report = build_report(sample_run(tmp_path), *sample_findings(scenarios, scenarios), evidence)
+        report = build_report(
+            sample_run(tmp_path), finished_run(*sample_findings(scenarios, scenarios), evidence)
+        )
         text = no_better_than_baseline(report)
         assert text is None or text in report.caveats
         assert no_better_than_baseline(report.model_copy(update={"chosen": None})) is None
@@ -388,7 +402,7 @@ def test_a_baseline_that_does_as_much_as_the_correction_is_told(tmp_path: Path):
 def test_what_unreliable_judges_say_is_in_no_other_notice(tmp_path: Path):
     def notices(judges: float) -> list[str]:
         evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 0.9]] * 6), judges=judges)
-        report = build_report(sample_run(tmp_path), *sample_findings(6, 6), evidence)
+        report = build_report(sample_run(tmp_path), finished_run(*sample_findings(6, 6), evidence))
         assert (
             unconfirmed(report) and no_better_than_plain_training(report) and no_better_than_baseline(report)
         )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sample_evidence import sample_evidence
-from sample_findings import report_of, sample_findings, sample_run, sample_spec, sample_watch
+from sample_findings import finished_run, report_of, sample_findings, sample_run, sample_spec, sample_watch
 
 from defuse_core.artifacts import Failures
 from defuse_core.errors import decimal
@@ -41,7 +41,7 @@ def test_only_a_scenario_that_is_worse_is_red(tmp_path: Path, own: list[float], 
     run = sample_run(tmp_path)
     evidence = sample_evidence(np.array([own]))
     evidence.worse[:] = own[3] < own[2]
-    write_report(run, *sample_findings(2, 1), evidence)
+    write_report(run, finished_run(*sample_findings(2, 1), evidence))
     card = words_of(run.store.read("report.html")).split('id="scenario-0"')[1].split("</article>")[0]
     assert told in card
     assert ('<span class="bad">' in card) is coloured
@@ -53,7 +53,7 @@ def test_equal_accuracies_of_a_scenario_are_shown_once(moved: float, times: int,
     run, sample = sample_run(tmp_path), sample_findings(2, 1)
     row = report_of(sample, tmp_path / "same").scenarios.list[0]
     own = np.array([[row.before + moved, 0.5, 0.5, row.defuse]])
-    write_report(run, *sample, sample_evidence(own))
+    write_report(run, finished_run(*sample, sample_evidence(own)))
     card = words_of(run.store.read("report.html")).split('id="scenario-0"')[1].split("</article>")[0]
     assert card.count(" → ") == times
 
@@ -64,7 +64,7 @@ def test_the_screen_is_called_strict_only_where_it_keeps_few(
 ):
     run = sample_run(tmp_path)
     evidence = replace(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), screen_recall=np.array(recall))
-    write_report(run, *sample_findings(2, 1), evidence)
+    write_report(run, finished_run(*sample_findings(2, 1), evidence))
     text = words_of(run.store.read("report.html"))
     sentence = (
         "of the failing draws from test images, in all of which the judges see the class, it would keep"
@@ -75,7 +75,7 @@ def test_the_screen_is_called_strict_only_where_it_keeps_few(
 
 def test_the_page_says_by_which_images_a_lambda_is_chosen(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings())
+    write_report(run, finished_run(*sample_findings()))
     text = words_of(run.store.read("report.html"))
     assert "λ is chosen on validation images and on the scenario images tuned on; test images" in text
 
@@ -85,7 +85,7 @@ def test_an_artefact_that_took_no_time_since_it_was_made_with_another_has_an_emp
     made = (("correct", "baseline", 61.0), ("correct", "sweep", 0.004), ("report", "plain", 0.0))
     for step, name, seconds in made:
         run._note(step, name, seconds, b"", {})
-    write_report(run, *sample_findings())
+    write_report(run, finished_run(*sample_findings()))
     text = words_of(run.store.read("report.html"))
     assert '<td class="n">1 min 01 s</td>' in text and text.count('<td class="n"></td>') >= 2
     assert "0.0 s" not in text
@@ -93,7 +93,7 @@ def test_an_artefact_that_took_no_time_since_it_was_made_with_another_has_an_emp
 
 def test_the_title_of_the_page_is_the_first_sentence_of_the_headline(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(4, 2))
+    write_report(run, finished_run(*sample_findings(4, 2)))
     page = words_of(run.store.read("report.html"))
     assert (
         "<h1>2 of 4 candidate scenarios are failure scenarios.</h1> <p>Accuracy on their held-out images"
@@ -103,7 +103,7 @@ def test_the_title_of_the_page_is_the_first_sentence_of_the_headline(tmp_path: P
 
 def test_the_parts_of_the_data_are_in_the_order_of_their_use(tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings())
+    write_report(run, finished_run(*sample_findings()))
     assert "1,000 train, 200 validation, 500 test" in words_of(run.store.read("report.html"))
 
 
@@ -112,7 +112,8 @@ def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path:
     found = replace(found, sweep=replace(found.sweep, chosen=None, weights={}))
     evidence = sample_evidence(np.tile([0.07, 0.5, 0.7, 0.07], (4, 1)))
     report = write_report(
-        run, found, evaluation, replace(evidence, purity=np.array([0.6, 0.5, 0.7])), sample_watch()
+        run,
+        finished_run(found, evaluation, replace(evidence, purity=np.array([0.6, 0.5, 0.7])), sample_watch()),
     )
     assert set(report.accuracy.defuse.model_dump().values()) == {report.scenarios.own_labels.defuse} == {None}
     after = {row.defuse for row in (*report.scenarios.list, *report.per_class)}
@@ -133,7 +134,7 @@ def test_where_nothing_was_corrected_no_figure_is_after_the_correction(tmp_path:
 @pytest.mark.parametrize(("candidates", "left"), [(0, []), (2, ["agreement"])])
 def test_a_section_without_a_figure_is_left_out(candidates: int, left: list[str], tmp_path: Path):
     run = sample_run(tmp_path)
-    write_report(run, *sample_findings(candidates, 0), sample_evidence(np.zeros((0, 4))))
+    write_report(run, finished_run(*sample_findings(candidates, 0), sample_evidence(np.zeros((0, 4)))))
     page = words_of(run.store.read("report.html"))
     for form in ('id="{}"', 'href="#{}"'):
         assert [name for name in ("evidence", "tradeoff", "agreement") if form.format(name) in page] == left
@@ -142,7 +143,7 @@ def test_a_section_without_a_figure_is_left_out(candidates: int, left: list[str]
 @pytest.mark.parametrize("size", [32, 64])
 def test_images_of_64_pixels_and_more_are_shown_larger(tmp_path: Path, size: int):
     run = Run(FolderStore(tmp_path), "sample", sample_spec(image_size=size))
-    write_report(run, *sample_findings(2, 1, side=size))
+    write_report(run, finished_run(*sample_findings(2, 1, side=size)))
     assert ('class="shots large"' in words_of(run.store.read("report.html"))) is (size == 64)
 
 
@@ -156,7 +157,7 @@ def test_the_page_says_which_draws_to_tune_on_are_left_out(
     run, (found, evaluation) = sample_run(tmp_path), sample_findings(3, 2)
     fixes = replace(found.fixes, kept=np.array(kept))
     evidence = sample_evidence(np.tile([0.07, 0.5, 0.7, 0.9], (2, 1))) if judged else None
-    write_report(run, replace(found, fixes=fixes), evaluation, evidence)
+    write_report(run, finished_run(replace(found, fixes=fixes), evaluation, evidence))
     text = words_of(run.store.read("report.html"))
     assert ("whose label they see in no draw is tuned on unfiltered draws." in text) is unfiltered
     assert ("In the measurement with left-out scenarios, draws in their regions are not" in text) is left_out
@@ -181,7 +182,7 @@ def test_a_page_of_too_many_bytes_of_images_shows_smaller_ones_and_says_so(
         monkeypatch.setattr("defuse_core.report.html.IMAGE_BYTES", limit)
         monkeypatch.setattr("defuse_core.report.html.SHOWN_REAL", 1)
         run = sample_run(tmp_path / name)
-        write_report(run, found, evaluation, evidence)
+        write_report(run, finished_run(found, evaluation, evidence))
         pages.append(run.store.read("report.html"))
     whole, reduced = pages
     assert sorted(size for _, size in shown_images(whole)) == [(32, 32)] * 2 + [(144, 144)] * 12
@@ -196,7 +197,7 @@ def test_a_page_of_too_many_bytes_of_images_shows_smaller_ones_and_says_so(
 
 def page_with(evidence: Evidence, folder: Path) -> str:
     run = sample_run(folder)
-    write_report(run, *sample_findings(2, 1), evidence, sample_watch())
+    write_report(run, finished_run(*sample_findings(2, 1), evidence, sample_watch()))
     return words_of(run.store.read("report.html"))
 
 
@@ -226,7 +227,7 @@ def test_what_a_card_says_is_explained_before_the_first_card(tmp_path: Path):
 
 def test_the_page_says_from_which_probability_an_answer_is_flagged(tmp_path: Path):
     run = sample_run(tmp_path)
-    report = write_report(run, *sample_findings(2, 1), watch=sample_watch())
+    report = write_report(run, finished_run(*sample_findings(2, 1), watch=sample_watch()))
     text = words_of(run.store.read("report.html"))
     assert report.watch is not None and report.watch.threshold is not None
     flagged = f"An answer is flagged from a failure probability of {decimal(report.watch.threshold, 2)} on."
@@ -259,7 +260,7 @@ def test_unreviewed_failing_draws_are_counted(tmp_path: Path, drawn: int, noun: 
     zeros = np.zeros(drawn, np.int64)
     unreviewed = Failures(np.zeros((drawn, 3), np.float32), zeros, zeros, zeros + 1, zeros > 0)
     fixes = replace(found.fixes, unreviewed=unreviewed)
-    report = write_report(run, replace(found, fixes=fixes), evaluation)
+    report = write_report(run, finished_run(replace(found, fixes=fixes), evaluation))
     words = f"failing {noun}{{}} that nobody reviewed {verb} "
     assert f"{drawn} {words.format('</b>')}tuned on" in words_of(run.store.read("report.html"))
     assert f"{drawn} {words.format('')}also tuned on" in _verdicts(report)[0]

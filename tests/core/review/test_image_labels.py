@@ -9,6 +9,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Override, Verdicts
 from defuse_core.config.base import fewest_units
 from defuse_core.intervals import significantly_over
 from defuse_core.review.verdicts import (
+    Consensus,
     crowdlab_consensus,
     decide_verdicts,
     doubtful,
@@ -16,18 +17,25 @@ from defuse_core.review.verdicts import (
     most_common,
 )
 from tests.conftest import recommended
+from tests.sample_components import review_section
 
 NO = NONE_OF_THE_ABOVE
 
 
-def judge(answers: list[list[list[int]]], predicted: list[list[int]], **rule: object) -> Verdicts:
+def judge(
+    answers: list[list[list[int]]],
+    predicted: list[list[int]],
+    max_false: float | None = None,
+    **given: object,
+) -> Verdicts:
     """Judge components by answers[annotator][component][image] and predicted[component][image]."""
-    given, shown = np.array(answers), np.array(predicted)
+    answered, shown = np.array(answers), np.array(predicted)
     pixels, codes = np.zeros((*shown.shape, 1, 2, 2), np.float32), np.zeros((*shown.shape, 2), np.float32)
-    annotator, scenario, image = (axis.ravel() for axis in np.indices(given.shape))
-    names = tuple(f"annotator {n}" for n in range(len(given)))
-    votes = Votes(scenario, image, annotator, given.ravel(), np.zeros(given.size), names, "people", {})
-    return decide_verdicts(Gallery(pixels, codes, shown, tuple("0123456789")), votes, 0.5, **rule)
+    annotator, scenario, image = (axis.ravel() for axis in np.indices(answered.shape))
+    names = tuple(f"annotator {n}" for n in range(len(answered)))
+    votes = Votes(scenario, image, annotator, answered.ravel(), np.zeros(answered.size), names, "people", {})
+    gallery = Gallery(pixels, codes, shown, tuple("0123456789"))
+    return decide_verdicts(review_section(max_false=max_false), gallery, votes, **given)
 
 
 def test_without_a_vote_there_is_no_majority_also_of_a_single_class():
@@ -71,7 +79,7 @@ def test_the_share_that_is_expected_to_be_false_leaves_out_what_people_decided_a
 
 def test_given_labels_of_images_replace_the_majority_and_are_stored():
     given = np.array([[8, 8, NO]])
-    found = judge([[[1, 1, 1]]] * 3, [[1, 1, 1]], image_labels=given)
+    found = judge([[[1, 1, 1]]] * 3, [[1, 1, 1]], consensus=Consensus(given, given, given))
     assert found.labels.tolist() == [8] and found.misclassified.tolist() == [1.0]
     np.testing.assert_array_equal(found.image_labels, given)
 

@@ -14,7 +14,7 @@ from defuse_core.review.sample import Examiner, filter_corrections, sample_corre
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.training.reference_models import load_reference_models, model_probabilities, votes_of_models
 from tests.conftest import recommended
-from tests.sample_components import sample_scenarios
+from tests.sample_components import review_section, sample_scenarios
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_component_is_drawn_alike_whichever_others_there_are(gallery, tiny_spe
 def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, tiny_spec, scenarios):
     certain = np.full((3, 2, 5, 10), 0.0, np.float32)
     certain[..., 9] = 1.0
-    verdicts = decide_verdicts(gallery, votes_of_models(certain, 0.5), rho=0.0)
+    verdicts = decide_verdicts(review_section(0.0), gallery, votes_of_models(certain, 0.5))
     fixes = sample_corrections(tiny_spec, scenarios, verdicts)
     assert len(fixes.scenario) == len(verdicts.accepted) > 0
     every = np.concatenate([fixes.tune[0], fixes.test[0], gallery.codes[int(fixes.scenario[0])]])
@@ -102,7 +102,7 @@ def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_mod
 def test_images_to_tune_on_are_wider_than_those_to_test_on(gallery, scenarios):
     certain = np.full((3, 2, 5, 10), 0.0, np.float32)
     certain[..., 9] = 1.0
-    verdicts = decide_verdicts(gallery, votes_of_models(certain, 0.5), rho=0.0)
+    verdicts = decide_verdicts(review_section(0.0), gallery, votes_of_models(certain, 0.5))
     spec = recommended(review={"tau": 0.1}, correct={"widen": 16.0, "tune_images": 400, "test_images": 400})
     fixes = sample_corrections(spec, scenarios, verdicts)
     tune, test = (

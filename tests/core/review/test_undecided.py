@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_findings import report_of, sample_findings, sample_run, sample_spec, with_verdicts
+from sample_findings import finished_run, report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Models, Override, ReferenceSet
 from defuse_core.distill.draws import SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES, UNCERTAIN, UNDIVIDED
@@ -194,7 +194,7 @@ def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classi
     found = dataclasses.replace(found, scenarios=scenarios)
     assert words in report_of((found, evaluation), tmp_path).headline
     nothing = dataclasses.replace(found, psi=dataclasses.replace(found.psi, codes=np.zeros(1, np.int64)))
-    report = build_report(sample_run(tmp_path), nothing, evaluation)
+    report = build_report(sample_run(tmp_path), finished_run(nothing, evaluation))
     assert report.headline.startswith("No failure scenario was found")
 
 

@@ -15,11 +15,11 @@ from defuse_core.review.verdicts import (
     most_common,
     most_common_error,
     most_common_errors,
-    review_verdicts,
 )
 from defuse_core.review.verdicts import tested_counts as counts_of  # pytest would collect its own name
 from defuse_core.store import FolderStore
 from tests.conftest import recommended
+from tests.sample_components import review_section
 
 NO = NONE_OF_THE_ABOVE
 WHEN = "2026-01-01T00:00:00Z"
@@ -43,7 +43,8 @@ def verdicts(
     zeros = np.zeros(answers.size, np.int64)
     names = tuple(f"annotator {n}" for n in range(len(answers)))
     votes = Votes(zeros, image, annotator, answers.ravel(), zeros.astype(float), names, "people", {})
-    return decide_verdicts(gallery, votes, rho, overrides, **rule)
+    section = review_section(rho, rule.pop("max_false", None))
+    return decide_verdicts(section, gallery, votes, overrides, **rule)
 
 
 def test_half_wrong_is_not_more_than_half():
@@ -106,7 +107,7 @@ def test_each_accepted_component_has_its_most_common_error_or_its_label():
     zeros = np.zeros(own.size, np.int64)
     votes = Votes(scenario, image, zeros, own.ravel(), zeros.astype(float), ("a",), "people", {})
     overrides = [Override(0, 8, "ann", "they are 8s", WHEN), Override(1, 4, "ann", "as voted", WHEN)]
-    verdict = decide_verdicts(gallery, votes, 0.5, overrides)
+    verdict = decide_verdicts(review_section(), gallery, votes, overrides)
     assert most_common_errors(gallery, verdict, verdict.accepted).tolist() == [1, 4]
 
 
@@ -199,7 +200,7 @@ def test_the_share_that_is_expected_to_be_false_is_that_of_the_accepted_componen
     scenario, image = (axis.ravel() for axis in np.indices(predicted.shape))
     zeros = np.zeros(20, np.int64)
     votes = Votes(scenario, image, zeros, zeros + 8, zeros.astype(float), ("a",), "people", {})
-    found = decide_verdicts(gallery, votes, 0.5, max_false=0.05)
+    found = decide_verdicts(review_section(0.5, max_false=0.05), gallery, votes)
     assert found.labels.tolist() == [8, NO]
     assert found.false_share == pytest.approx(0.5**11)  # of Beta(11, 1), under a half
 
@@ -293,7 +294,10 @@ def test_components_just_at_rho_are_seldom_accepted_however_few_photographs_they
     scenario, image = (axis.ravel() for axis in np.indices(source.shape))
     zeros = np.zeros(source.size, np.int64)
     votes = Votes(scenario, image, zeros, zeros, zeros.astype(float), ("a",), "people", {})
-    assert len(decide_verdicts(gallery, votes, rho, max_false=0.05).accepted) <= 0.05 * components
+    assert (
+        len(decide_verdicts(review_section(rho, max_false=0.05), gallery, votes).accepted)
+        <= 0.05 * components
+    )
 
 
 @pytest.mark.parametrize("images", [5, 10, 13, 20])
@@ -352,7 +356,7 @@ def test_no_components_give_no_verdicts():
     )
     none = np.zeros(0, np.int64)
     verdict = decide_verdicts(
-        gallery, Votes(none, none, none, none, none.astype(float), (), "people", {}), 0.5
+        review_section(), gallery, Votes(none, none, none, none, none.astype(float), (), "people", {})
     )
     assert len(verdict.labels) == len(verdict.accepted) == 0
 
@@ -382,8 +386,8 @@ def test_a_review_that_decides_twice_has_half_of_max_false_for_each_decision():
     once, twice = (
         recommended(review={"images": 10, "more_images": more, "max_false": 0.1}).review for more in (0, 40)
     )
-    assert review_verdicts(once, gallery, votes).labels.tolist() == [8]
-    assert review_verdicts(twice, gallery, votes).labels.tolist() == [NO]
+    assert decide_verdicts(once, gallery, votes).labels.tolist() == [8]
+    assert decide_verdicts(twice, gallery, votes).labels.tolist() == [NO]
 
 
 def test_misclassified_images_are_counted_whole_though_their_share_was_rounded():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from digits_review import TRUTH, answers_of, truth_of
 from label_studio_live import digits_gallery
-from sample_findings import sample_findings
+from sample_findings import finished_run, sample_findings
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
 from defuse_core.errors import LabelsPending
@@ -18,6 +18,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from services.labeling.annotations import ANSWER_DTYPE, select_counted
 from services.labeling.records import choice_result
 from services.labeling.tasks import ReviewTasks
+from tests.sample_components import review_section
 
 
 def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, accounts):
@@ -29,7 +30,7 @@ def test_a_finished_review_holds_every_answer_with_who_and_when(make_review, acc
     assert votes.answered_by == "people"
     assert len(votes.answer) == 12 and (votes.when > 1.7e9).all()
     assert (votes.answer == np.array(TRUTH)[votes.scenario]).all()
-    assert decide_verdicts(review.gallery, votes, 0.5).labels.tolist() == [8, -1, -1, -1]
+    assert decide_verdicts(review_section(), review.gallery, votes).labels.tolist() == [8, -1, -1, -1]
 
 
 def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by_hand(make_review, accounts):
@@ -49,12 +50,12 @@ def test_the_figure_6_table_of_a_known_disagreement_equals_the_one_worked_out_by
             plan = plans[subject.image][number]
             account.answer(task.id, "image", "None of the above" if plan == "N" else str(choices[plan]))
     votes = review.annotators.review(review.gallery)
-    verdicts = decide_verdicts(review.gallery, votes, 0.5)
+    verdicts = decide_verdicts(review_section(), review.gallery, votes)
     assert verdicts.labels.tolist() == [8, -1]
     assert np.allclose(verdicts.agreement, [[1.0, 0.6, 0.5]] * 2)
     found, evaluation = sample_findings(2, 1, images=3)
     found = replace(found, gallery=review.gallery, verdicts=verdicts)
-    table = build_report(review.run, found, evaluation).agreement
+    table = build_report(review.run, finished_run(found, evaluation)).agreement
     assert table.scenario.mean == pytest.approx(0.7) and table.other.mean == pytest.approx(0.7)
     assert table.scenario.standard_error == pytest.approx(0.15275, abs=1e-5)
     assert (table.scenario.images, table.other.images, table.all.images) == (3, 3, 6)

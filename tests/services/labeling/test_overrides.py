@@ -26,6 +26,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import FROM_VERDICTS
 from services.cli import defuse
 from services.cli.review import set_
+from tests.sample_components import review_section
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(tmp_path):
 def judged_verdicts() -> Verdicts:
     nobody = np.zeros(0, np.int64)
     votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
-    return decide_verdicts(digits_gallery(), votes, 0.5)
+    return decide_verdicts(review_section(), digits_gallery(), votes)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_the_decision_stands_above_the_vote(run):
     override_verdict(run, 2, "8", author="Ada", reason="checked")
     nobody = np.zeros(0, np.int64)
     votes = Votes(nobody, nobody, nobody, nobody, np.zeros(0), (), "people", {})
-    verdicts = decide_verdicts(digits_gallery(), votes, 0.5, read_overrides(run.store))
+    verdicts = decide_verdicts(review_section(), digits_gallery(), votes, read_overrides(run.store))
     assert verdicts.labels.tolist() == [-1, -1, 8, -1]
     assert verdicts.reasons[2] == "accepted as 8 by Ada: checked"
 

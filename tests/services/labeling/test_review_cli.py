@@ -20,6 +20,7 @@ from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import Prelabels, votes_of_models
 from services.cli import defuse
 from services.labeling.records import choice_result, read_state, write_state
+from tests.sample_components import review_section
 
 TRUTH = (8, 3, 0, 1)
 
@@ -123,7 +124,7 @@ def test_stored_votes_are_shown_without_the_client_of_label_studio(cli, make_rev
     review = make_review(annotators="reference-models")
     votes = votes_of_models(np.full((3, *review.gallery.predicted.shape, 10), 0.1, np.float32), 0.0)
     review.run.once("review", Votes, lambda: votes)
-    review.run.once("review", Verdicts, lambda: decide_verdicts(review.gallery, votes, 0.5))
+    review.run.once("review", Verdicts, lambda: decide_verdicts(review_section(), review.gallery, votes))
     for name in [name for name in sys.modules if name.startswith("services.labeling")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
@@ -228,7 +229,7 @@ def close_vote(review, accounts):
     for account in accounts:
         answer_all(review, account)
     votes = review.run.once("review", Votes, lambda: review.annotators.review(review.gallery))
-    review.run.once("review", Verdicts, lambda: decide_verdicts(review.gallery, votes, 0.5))
+    review.run.once("review", Verdicts, lambda: decide_verdicts(review_section(), review.gallery, votes))
 
 
 @pytest.mark.parametrize("loss", ["the project", "an answer"])
@@ -303,7 +304,7 @@ def test_after_a_redo_status_shows_the_verdicts_of_the_stored_votes_without_a_se
     when, image = np.zeros(answers.size), np.zeros(answers.size, np.int64)
     votes = Votes(scenario, image, annotator, answers.ravel(), when, people, "people", {})
     run.once("review", Votes, lambda: votes)
-    run.once("review", Verdicts, lambda: decide_verdicts(gallery, votes, 0.5))
+    run.once("review", Verdicts, lambda: decide_verdicts(review_section(), gallery, votes))
     models = np.full((3, 4, 1, 10), 0.01, np.float32)
     for number, label in enumerate(TRUTH):
         models[:, number, 0, label] = 0.91

@@ -15,6 +15,7 @@ from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
 from services.labeling.records import ProjectState
 from services.labeling.status import reachable_labels, review_status, verdict_is_final
+from tests.sample_components import review_section
 
 
 def outcomes(given, missing, predicted, rho, classes):
@@ -35,7 +36,7 @@ def outcomes(given, missing, predicted, rho, classes):
         for annotator, answer in enumerate(answers)
     ]
     gallery = _gallery(np.tile(predicted, (len(completions), 1)), classes)
-    return set(decide_verdicts(gallery, _votes(rows), rho).labels.tolist())
+    return set(decide_verdicts(review_section(rho), gallery, _votes(rows)).labels.tolist())
 
 
 def _gallery(predicted, classes):

@@ -30,6 +30,7 @@ from services.labeling.records import Task
 from services.labeling.status import ReviewStatus, review_status
 from services.labeling.tasks import ReviewTasks
 from tests.conftest import tiny
+from tests.sample_components import review_section
 
 NAMES = {1: "Ada", 2: "Ben", 3: "Cem"}
 
@@ -157,7 +158,7 @@ def test_stored_votes_are_counted_by_annotator_with_the_verdicts(traffic: bool) 
     columns = np.array(rows, np.int64).T
     votes = Votes(*columns, np.zeros(len(rows)), ("Ada", "[b]Ben", "Cem"), "people", {})
     gallery = gallery_of_three()
-    verdicts = decide_verdicts(gallery, votes, 0.5)
+    verdicts = decide_verdicts(review_section(), gallery, votes)
     gallery = gallery if traffic else replace(gallery, failure=None)
     lines = shown(lambda console: print_result(gallery, votes, verdicts, console))
     assert lines[:4] == ["7 votes of people stored.", "Ada: 2", "[b]Ben: 3", "Cem: 2"]
@@ -183,7 +184,9 @@ def test_answers_of_people_with_one_name_are_added_and_a_page_is_one_answer(form
     columns = np.array(rows, np.int64).T
     votes = Votes(*columns, np.zeros(len(rows)), ("Ana", "Ana"), "people", {"form": form})
     gallery = gallery_of_three()
-    found = summarize_result("mine", gallery, votes, decide_verdicts(gallery, votes, 0.5), None, "no server")
+    found = summarize_result(
+        "mine", gallery, votes, decide_verdicts(review_section(), gallery, votes), None, "no server"
+    )
     assert (found.given, found.annotators, found.problem) == (answers, {"Ana": answers}, "no server")
     assert [scenario.scenario for scenario in found.scenarios] == [7, None, 3]
 

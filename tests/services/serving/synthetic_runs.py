@@ -13,6 +13,7 @@ from PIL import Image
 from defuse_core.artifacts import (
     Gallery,
     Models,
+    Psi,
     Scenarios,
     Sweep,
     SweepRow,
@@ -59,6 +60,7 @@ def make_run(
     run = Run.start(store, name, spec)
     for artefact in (
         before,
+        Psi(np.array([300, 216]), 1000, 50_000, 120, 70, 5.0),
         scenarios,
         Gallery(shaped, drawn, predicted, models.classes),
         _votes(),
@@ -67,6 +69,7 @@ def make_run(
         Sweep((), SweepRow(1.0, 2, 0.1, 0.99, 0.98, 0.98, 1.0, 0.95) if corrected else None, corrected, ()),
     ):
         run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
+    run.store.write("baseline.safetensors", encode(Sweep((), None, {}, ())))
     return run
 
 

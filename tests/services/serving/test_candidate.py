@@ -16,6 +16,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.device import device
 from defuse_core.errors import CheckFailed, DamagedError, InputError, StoreError
+from defuse_core.evaluation import Findings
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.options import expect_not_promoted
@@ -24,7 +25,6 @@ from services.serving.candidate import (
     Candidate,
     CorrectionSummary,
     NothingCorrected,
-    _CorrectedRun,
     _digest,
     _key,
     prepare_candidate,
@@ -38,20 +38,9 @@ from services.serving.registry_state import PromotionRequest
 WEIGHTS = {"layer.weight": np.ones((2, 2), np.float32)}
 
 
-def artifacts_of(**changes: Any) -> _CorrectedRun:
+def corrected() -> Findings:
     found = sample_findings()[0]
-    sweep = dataclasses.replace(found.sweep, weights=WEIGHTS)
-    parts = (
-        sample_spec(),
-        found.models,
-        found.gallery,
-        found.verdicts,
-        found.fixes,
-        sweep,
-        found.votes,
-        None,
-    )
-    return dataclasses.replace(_CorrectedRun(*parts), **changes)
+    return dataclasses.replace(found, sweep=dataclasses.replace(found.sweep, weights=WEIGHTS))
 
 
 def spec_with(section: str, **fields: object) -> RunFile:
@@ -59,13 +48,13 @@ def spec_with(section: str, **fields: object) -> RunFile:
 
 
 def test_a_candidate_is_kept_for_the_artefacts_limits_and_settings_that_it_was_made_of(monkeypatch):
-    made = artifacts_of()
-    key = _key(sample_spec(), made)
-    assert key == _key(sample_spec(), artifacts_of())
+    made = corrected()
+    key = _key(sample_spec(), made, None)
+    assert key == _key(sample_spec(), corrected(), None)
     others = [
-        _key(spec_with("check", max_loss=0.3), made),
+        _key(spec_with("check", max_loss=0.3), made, None),
         *(
-            _key(spec_with("serve", **{name: value}), made)
+            _key(spec_with("serve", **{name: value}), made, None)
             for name, value in {
                 "resize": True,
                 "watch": False,
@@ -76,21 +65,21 @@ def test_a_candidate_is_kept_for_the_artefacts_limits_and_settings_that_it_was_m
             }.items()
         ),
         *(
-            _key(sample_spec(), dataclasses.replace(made, **{name: value}))
+            _key(sample_spec(), dataclasses.replace(made, **{name: value}), None)
             for name, value in {
                 "sweep": dataclasses.replace(
                     made.sweep, weights={"layer.weight": WEIGHTS["layer.weight"] + 1}
                 ),
                 "fixes": dataclasses.replace(made.fixes, labels=made.fixes.labels + 1),
                 "verdicts": dataclasses.replace(made.verdicts, ties=7),
-                "evidence": sample_evidence(np.full((2, 4), 0.5)),
             }.items()
         ),
+        _key(sample_spec(), made, sample_evidence(np.full((2, 4), 0.5))),
     ]
     for section, field in {"serve": {"timeout_s": 9.0}, "resources": {"workers": 3}}.items():
-        assert _key(spec_with(section, **field), made) == key  # of the server, or of the machines
+        assert _key(spec_with(section, **field), made, None) == key  # of the server, or of the machines
     monkeypatch.setattr(candidate_module, "FORMAT", candidate_module.FORMAT + 1)
-    others.append(_key(sample_spec(), made))
+    others.append(_key(sample_spec(), made, None))
     assert len({key, *others}) == 1 + len(others) == 13
 
 
@@ -189,22 +178,23 @@ def test_a_setting_that_is_none_is_an_error_that_names_the_field():
         with_settings(ServeSection(), {"timeout_s": -1})
 
 
-def finished(folder: Path, dropped: tuple[DroppedComponent, ...] = (), psi: bool = True) -> Run:
+def finished(folder: Path, dropped: tuple[DroppedComponent, ...] = ()) -> Run:
     """A run that accepted nothing, without a component left to review."""
     found = sample_findings(0, 0)[0]
     models = dataclasses.replace(found.models, health=Health(1000, 1.0, 1.0, 1.0, 3, 0.6, 0, 3, "fit"))
     run = Run.start(FolderStore(folder), "parts", sample_spec())
-    artefacts = [
+    for artefact in (
         models,
+        found.psi,
         found.gallery,
         found.votes,
         found.verdicts,
         found.fixes,
         Sweep((), None, {}, ()),
         dataclasses.replace(found.scenarios, dropped=dropped, all_weights=np.array([0.4])),
-    ]
-    for artefact in artefacts + [found.psi] * psi:
+    ):
         run.store.write(f"{type(artefact).__name__.lower()}.safetensors", encode(artefact))
+    run.store.write("baseline.safetensors", encode(found.baseline))
     return run
 
 
@@ -217,8 +207,6 @@ def test_a_run_that_accepted_nothing_could_not_tell_where_its_cells_weigh_little
     unclear = (DroppedComponent(0.1, 8, 3, 2, "its draws", False, False),)
     with pytest.raises(CheckFailed, match=r"could not tell .* Ψ has 516 codes, but no component was left"):
         prepare_candidate(finished(tmp_path / "unclear", unclear))
-    with pytest.raises(NothingCorrected):
-        prepare_candidate(finished(tmp_path / "earlier", unclear, psi=False))
 
 
 def test_a_candidate_that_cannot_be_stored_is_an_error_unless_it_need_not_be(own_store, tmp_path):

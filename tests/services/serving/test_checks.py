@@ -16,7 +16,8 @@ from defuse_core.codec import encode
 from defuse_core.config import CheckSection
 from defuse_core.data import Splits
 from defuse_core.errors import CheckFailed, RunMismatchError
-from defuse_core.export.finished import load_finished
+from defuse_core.evaluation import Findings
+from defuse_core.export.finished import both_classifiers
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from services.serving.api import ModelInfo
@@ -170,7 +171,8 @@ def test_a_classifier_whose_code_has_changed_is_neither_checked_nor_compared(own
     ):
         run(check, "first", "--store", own_store.address)
     with pytest.raises(RunMismatchError, match="stored images otherwise than when the run began"):
-        load_finished(Run.open(own_store, "first")).classifiers()
+        opened = Run.open(own_store, "first")
+        both_classifiers(opened.spec, Findings.load(opened))
 
 
 def test_a_classifier_whose_code_has_changed_since_a_check_is_neither_checked_again_nor_promoted(

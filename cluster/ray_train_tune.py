@@ -1,30 +1,41 @@
-"""The sweep over λ as Ray Tune trials. The run's store holds their state; Tune's own is thrown away."""
+"""What uses Ray Train and Ray Tune: training by several workers, and the sweep over λ as trials.
+
+Checkpoints and the state of trials are the run's, in its store; Ray Train keeps none, and Tune's are thrown away.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import train, tune
+from ray.exceptions import RayTaskError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.trainable import Trainable
 
 from cluster.connection import as_defuse_error, cause_of, explained_line, is_worker_lost
 from cluster.progress import ProgressListener, reporting, running_trials
-from cluster.ray_compat import fit, named_trainable, quiet_tune
-from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
+from cluster.ray_compat import fit, kept_working_dir, named_trainable, quiet_tune
+from cluster.resources import CapacityMonitor, WorkerResources, claim_devices, hide_other_gpus
 from defuse_core.artifacts import Bool, Models, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
 from defuse_core.errors import ComputeError, DefuseError, ModelError
 from defuse_core.local import Profile
-from defuse_core.protocols import SweepRequest
+from defuse_core.protocols import Progress, SweepRequest, silent
 from defuse_core.store import Store
+from defuse_core.training.batches import training_together
 from defuse_core.trials import (
     finished_trials,
     is_trial_failure,
@@ -40,7 +51,9 @@ log = logging.getLogger("defuse")
 STEP = "correct"
 TRIAL = "stack-"
 DIVERGED = "diverged"  # in a trial's last result: each λ that is left out, and why
-MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
+TRIAL_RETRIES = 2  # a trial is started again this often; it continues after its last finished epoch
+WORKER_RESTARTS = 3  # the workers are started again this often; they continue from the last checkpoint
+TIMEOUT_S = 600  # of workers that wait for another one
 
 
 # Finished trials without their weights, and the error of each λ that failed for good.
@@ -172,7 +185,7 @@ def _tuner(sweep: SweepContext, names: list[TrialId], folder: str) -> tune.Tuner
             name=sweep.name,
             storage_path=folder,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
             callbacks=[_SweepProgress(sweep, names)],
         ),
     )
@@ -221,3 +234,87 @@ class _SweepProgress(tune.Callback):
         self.epochs[str(trial)] = max(result["epochs"], self.epochs.get(str(trial), 0))
         done = sum(self.epochs.values())
         self.sweep.listener.progress("fine-tuning over λ", done, self.total, "epochs")
+
+
+def run_together(
+    function: Callable[..., None],
+    args: tuple[object, ...],
+    workers: int,
+    resources: WorkerResources,
+    progress_actor: Any,
+    *,
+    progress: Progress,
+) -> None:
+    """Run function(*args, progress=...) in `workers` processes of one torch process group: NCCL on GPUs, else gloo.
+
+    When one of them is lost, all are started again; lost while they start, ComputeError is raised. Raises the error of
+    the function.
+    """
+    config = {"function": function, "args": args, "progress_actor": progress_actor}
+    with tempfile.TemporaryDirectory(prefix="defuse-train-") as folder:
+        try:
+            with kept_working_dir():
+                result = _trainer(config, workers, resources, folder).fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+    outcome: ModelError | None = result.return_value  # type: ignore[attr-defined]
+    if outcome is not None:
+        raise outcome
+
+
+def _trainer(config: dict[str, Any], workers: int, resources: WorkerResources, folder: str) -> TorchTrainer:
+    return TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # Ray's annotation says that a result is None, and returns it
+        train_loop_config=config,
+        torch_config=_TorchConfig(timeout_s=TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={"CPU": resources.cpus, "GPU": resources.gpus},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=folder,
+            failure_config=FailureConfig(max_failures=WORKER_RESTARTS),
+            logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # of its second version
+        ),
+    )
+
+
+class _TorchConfig(TorchConfig):
+    """Ray's, whose context around each worker looks for GPUs: what was not granted is hidden before that."""
+
+    @property
+    def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
+        return partial(_with_own_gpus, super().train_func_context)
+
+
+@contextlib.contextmanager
+def _with_own_gpus(ray_context: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    hide_other_gpus()
+    with ray_context():
+        yield
+
+
+def _worker(config: dict[str, Any]) -> ModelError | None:
+    """One of the workers; the first one reports. A training that diverges does so in all, and is not retried."""
+    rank = train.get_context().get_world_rank()
+    actor = config["progress_actor"]
+    with reporting(actor) if rank == 0 else contextlib.nullcontext(silent) as progress:
+        log.debug("train: worker %d in %s", rank, claim_devices("train"))
+        try:
+            with training_together():
+                config["function"](*config["args"], progress=progress)
+        except ModelError as error:
+            return error
+        except DefuseError as error:  # as an error of a task, which names its node
+            failed = RayTaskError("train", traceback.format_exc(), error)  # type: ignore[no-untyped-call]
+            raise failed from error
+    return None
+
+
+def _cause(error: TrainingFailedError) -> DefuseError:
+    """Return the error of the first worker that has one of the tree, else a ComputeError of the first that failed."""
+    failures = [getattr(each, "_base_exc", each) for each in getattr(error, "worker_failures", {}).values()]
+    own = (each for each in failures if isinstance(cause_of(each), DefuseError))
+    return as_defuse_error(next(own, next(iter(failures), error)), "train")
