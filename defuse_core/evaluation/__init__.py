@@ -43,7 +43,7 @@ from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
 from defuse_core.identify import subsample_psi
-from defuse_core.intervals import MANY_CLASSES, class_loss
+from defuse_core.intervals import MANY_CLASSES, class_accuracy, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
 from defuse_core.review.verdicts import most_common_errors
@@ -182,14 +182,6 @@ def _right(classifier: nn.Module, images: Images | None, readers: int) -> F64:
         return np.zeros(0)
     right: F64 = (predict(classifier, images, readers=readers) == images.labels).astype(np.float64)
     return right
-
-
-def class_accuracy(right: Bool | F64, labels: I64, classes: int) -> F64:
-    """Return the accuracy within each class, (C,); nan for a class without images."""
-    counts = np.bincount(labels, minlength=classes)
-    with np.errstate(invalid="ignore"):
-        shares: F64 = np.bincount(labels, right, minlength=classes) / counts
-    return shares
 
 
 def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> tuple[F32, I64, I64]:
