@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from defuse_core.artifacts import F64, ClassifierEpoch, Models
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, expect_whole_files, log_parts, open_splits
+from defuse_core.data.splits import class_counts
 from defuse_core.device import autocast, cpu_threads, device_name
 from defuse_core.errors import RunFileError
-from defuse_core.evaluation import class_accuracy
 from defuse_core.evaluation.health import (
     STRIP_KEY,
     health_after_training,
@@ -26,6 +26,7 @@ from defuse_core.evaluation.health import (
     reconstruction_errors,
     reconstruction_strip,
 )
+from defuse_core.intervals import class_accuracy
 from defuse_core.models import (
     EXTERNAL,
     build_classifier,
@@ -95,6 +96,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             kl_per_dimension=kl,
             health=health,
             validation_from_training=spec.classifier.epochs == 0 and splits.validation_held_out,
+            class_images=class_counts(splits),
         )
         if guessing := why_guessing(models):
             log.warning("train: %s", guessing)
