@@ -71,10 +71,33 @@ def certain_loss(
     0 for none. It is Newcombe's (1998), of the two bounds by Wilson: a single image that became wrong is no certain
     loss, though it is the whole accuracy of its class. `phi` correlates both accuracies; 0 if they are independent.
     """
-    down = before - wilson_lower(before * units, units, level)
-    up = 1 - wilson_lower((1 - after) * units, units, level) - after
+    down, up = _distances_to_bounds(before, after, units, level)
     bound: F64 = before - after - np.sqrt(np.maximum(down**2 - 2 * phi * down * up + up**2, 0.0))
     return np.where(units > 0, np.maximum(bound, 0.0), 0.0)
+
+
+def _distances_to_bounds(before: F64, after: F64, units: I64 | F64, level: float) -> tuple[F64, F64]:
+    """Return how far Wilson's lower bounds of `before` and his upper bounds of `after` are from these shares, (C,)."""
+    down = before - wilson_lower(before * units, units, level)
+    return down, 1 - wilson_lower((1 - after) * units, units, level) - after
+
+
+def certain_mean_loss(before: F64, after: F64, units: I64) -> float:
+    """Return the lower bound (one-sided, 95 %) of the fall of the mean over the classes; 0 for none.
+
+    The accuracies (C,) are independent. As in `certain_loss` a single image, the whole of its class, shows no loss.
+    """
+    some = units > 0
+    distances = _distances_to_bounds(before[some], after[some], units[some], SIGNIFICANT)
+    fall = (before - after)[some].mean() - np.linalg.norm(distances) / some.sum()
+    return max(0.0, float(fall))
+
+
+def highest_mean(shares: F64, units: I64, confidence: float = 0.95) -> float:
+    """Return the upper bound of the mean over the classes of shares (C,): Newcombe's, of the bounds by Wilson."""
+    share, counts = shares[units > 0], units[units > 0]
+    high = wilson(share * counts, counts, confidence)[1]
+    return float(share.mean() + np.linalg.norm(high - share) / len(share))
 
 
 def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None, classes: int) -> F64:
@@ -93,6 +116,14 @@ def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None
     squared = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
     phi = corrected / np.sqrt(np.where(squared > 0, squared, 1))
     return certain_loss(both + lost, both + gained, draws, phi, level=1 / max(MANY_CLASSES, classes))
+
+
+def class_accuracy(right: Bool | F64, labels: I64, classes: int) -> F64:
+    """Return the accuracy within each class, (C,); nan for a class without images."""
+    counts = np.bincount(labels, minlength=classes)
+    with np.errstate(invalid="ignore"):
+        shares: F64 = np.bincount(labels, right, minlength=classes) / counts
+    return shares
 
 
 def class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None, classes: int) -> F64:

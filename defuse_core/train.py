@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from defuse_core.artifacts import F64, ClassifierEpoch, Models
+from defuse_core.artifacts import F64, I64, Bool, ClassifierEpoch, Models
 from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, expect_whole_files, log_parts, open_splits
+from defuse_core.data.splits import class_counts
 from defuse_core.device import autocast, cpu_threads, device_name
 from defuse_core.errors import RunFileError
-from defuse_core.evaluation import class_accuracy
 from defuse_core.evaluation.health import (
     STRIP_KEY,
     health_after_training,
@@ -26,6 +28,7 @@ from defuse_core.evaluation.health import (
     reconstruction_errors,
     reconstruction_strip,
 )
+from defuse_core.intervals import class_accuracy
 from defuse_core.models import (
     EXTERNAL,
     build_classifier,
@@ -39,7 +42,7 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.protocols import Call, Compute, Progress
-from defuse_core.review.undecided import why_guessing
+from defuse_core.review.undecided import only_guesses, why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
@@ -95,6 +98,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
             kl_per_dimension=kl,
             health=health,
             validation_from_training=spec.classifier.epochs == 0 and splits.validation_held_out,
+            class_images=class_counts(splits),
         )
         if guessing := why_guessing(models):
             log.warning("train: %s", guessing)
@@ -217,20 +221,32 @@ def train_classifier(
     images = DeviceImages(splits.train, spec.resources.readers)
     loss_of = averaged(classifier, partial(classifier_loss, spec, classifier))
     for epoch in training.epochs(section.epochs):
-        loss = _classifier_epoch(training, loss_of, images, spec, epoch, progress)
-        validation = None
+        row = ClassifierEpoch(epoch + 1, _classifier_epoch(training, loss_of, images, spec, epoch, progress))
         if splits.validation is not None:
             right = right_by_part(classifier.eval(), {"validation": splits.validation}, spec.resources)
-            validation = float(right["validation"].mean())
-        row = ClassifierEpoch(epoch + 1, loss, validation)
-        before = max((past.validation or 0.0 for past in training.history), default=-1.0)
-        if section.keep == "best_validation" and validation is not None and validation > before:
+            row = _with_validation(row, right["validation"], splits.validation.labels, len(splits.classes))
+        if section.keep == "best_validation" and _is_better(row, training.history):
             training.best = weights_of(classifier)
         training.history.append(row)
         log.info("classifier epoch %d of %d: %s", epoch + 1, section.epochs, format_row(row))
     if training.best:
         set_weights(classifier, training.best, "the best epoch")
     return classifier.eval(), training.history
+
+
+def _with_validation(row: ClassifierEpoch, right: Bool, labels: I64, classes: int) -> ClassifierEpoch:
+    counts = np.bincount(labels, minlength=classes)
+    guessing = only_guesses(class_accuracy(right, labels, classes), counts)
+    return replace(row, validation=float(right.mean()), guesses=guessing)
+
+
+def _is_better(row: ClassifierEpoch, history: Sequence[ClassifierEpoch]) -> bool:
+    """Whether an epoch has a higher validation accuracy than those before.
+
+    Any is better than one that only guesses: where nearly all images are of one class, that can have the highest.
+    """
+    kept = [(not each.guesses, each.validation or 0.0) for each in history]
+    return row.validation is not None and (not row.guesses, row.validation) > max(kept, default=(False, -1.0))
 
 
 def classifier_loss(spec: RunFile, classifier: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

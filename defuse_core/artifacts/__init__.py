@@ -59,6 +59,14 @@ class Health:
     verdict: str  # fit, poor or blind
     anchored: bool = False  # vae.decode: anchored, where a reconstruction is the image as the noise moves it
     judged_by: str = "classifier"  # who is right above: the classifier, or the reference models
+    # mean of kept_right over the classes, where this decides the verdict, and the class that is kept least often there
+    kept_on_average: float | None = None
+    least_kept: int | None = None
+
+    @property
+    def kept(self) -> float:
+        """The share that the verdict rests on."""
+        return self.kept_right if self.kept_on_average is None else self.kept_on_average
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class ClassifierEpoch:
     epoch: int  # from 1
     loss: float  # mean cross-entropy, nats per image
     validation: float | None = None  # accuracy; None where the data set has no validation images
+    guesses: bool = False  # hardly more on these images, by the mean over the classes
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,7 @@ class Models:
     class_accuracy: dict[str, F64] = field(default_factory=dict)
     # the validation images were held out of those that a classifier may know that the run did not train
     validation_from_training: bool = False
+    class_images: dict[str, I64] = field(default_factory=dict)  # split -> (C,) images of each class
 
     @property
     def balanced_accuracy(self) -> dict[str, float]:
@@ -128,6 +138,7 @@ class ReferenceSet:
     train_images: int  # that each was trained on
     validation: F64  # (W,) accuracy on validation images; nan without any
     test: F64  # (W,) accuracy on test images; nan without any
+    class_accuracy: dict[str, F64] = field(default_factory=dict)  # validation, test -> (W, C) as of Models
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,12 @@ from defuse_core.seeds import generator
 CHECK_TRACKS = "check the tracks (data.track_pattern, or the array train_tracks)"
 
 
+def class_counts(splits: Splits) -> dict[str, I64]:
+    """Return how many images of each class each part has, split -> (C,)."""
+    classes = len(splits.classes)
+    return {name: np.bincount(images.labels, minlength=classes) for name, images in splits.parts().items()}
+
+
 def stratified_order(labels: I64, rng: np.random.Generator) -> I64:
     """Return all rows (N,) in a random order in which every prefix has about the same class proportions."""
     rows, position = _spread(labels, rng)

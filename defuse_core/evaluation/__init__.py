@@ -44,7 +44,7 @@ from defuse_core.distill.mixture import responsibilities
 from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.identify import subsample_psi
-from defuse_core.intervals import MANY_CLASSES, class_loss
+from defuse_core.intervals import MANY_CLASSES, class_accuracy, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
 from defuse_core.review.undecided import why_undecided
@@ -215,14 +215,6 @@ def _right(classifier: nn.Module, images: Images | None, readers: int) -> Bool:
         return np.zeros(0, np.bool_)
     right: Bool = predict(classifier, images, readers=readers) == images.labels
     return right
-
-
-def class_accuracy(right: Bool, labels: I64, classes: int) -> F64:
-    """Return the accuracy within each class, (C,); nan for a class without images."""
-    counts = np.bincount(labels, minlength=classes)
-    with np.errstate(invalid="ignore"):
-        shares: F64 = np.bincount(labels, right, minlength=classes) / counts
-    return shares
 
 
 def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> tuple[F32, I64, I64]:

@@ -104,6 +104,7 @@ class Evidence:
     test_pairs: I64  # (P, 3) as in `pairs`, of test images
     # (3,) as in `pairs`, of the failing draws from test images, with the baseline in the place of a plain training
     real_failure_pairs_with_baseline: I64
+    judges_by_class: F64 | None = None  # (W, C) `judges` within each class
 
     @property
     def units(self) -> I64:
@@ -176,6 +177,7 @@ class _Judging:
         self.progress("asking the judges", 2, 4, "figures")
         fresh, truth, fresh_units = self._failing_draws()
         fresh_right, fresh_plain = _right(self._all_answers(fresh), truth)
+        fresh_defuse = fresh_right[DEFUSE]
         self.progress("asking the judges", 3, 4, "figures")
         scenarios, near = found.scenarios, self._real_images()
         real = find_nearest_real(self.vae.loaded, self.before, scenarios, fixes, near, self.readers)
@@ -212,9 +214,7 @@ class _Judging:
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth, fresh_units),
             pairs=pairs,
-            real_failure_pairs=np.stack(
-                [pairs_of(fresh_right[DEFUSE], row, fresh_units) for row in fresh_plain]
-            ),
+            real_failure_pairs=np.stack([pairs_of(fresh_defuse, row, fresh_units) for row in fresh_plain]),
             worse=is_worse(pairs, defuse, scenario_plain),
             plain_each=np.array(
                 [
@@ -231,9 +231,8 @@ class _Judging:
                 [[getattr(row, part, None) for row in self.plain_rows] for part in CLEAN], float
             ),
             test_pairs=np.stack([pairs_of(corrected, row, test_units) for row in tested_plain]),
-            real_failure_pairs_with_baseline=pairs_of(
-                fresh_right[DEFUSE], fresh_right[BASELINE], fresh_units
-            ),
+            real_failure_pairs_with_baseline=pairs_of(fresh_defuse, fresh_right[BASELINE], fresh_units),
+            judges_by_class=found.judges.class_accuracy.get("test" if has_test else "validation"),
         )
 
     def _real_images(self) -> Images:

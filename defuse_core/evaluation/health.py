@@ -30,6 +30,7 @@ from defuse_core.data.splits import is_perturbed
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ANOTHER_NAME, VaeHealthError, count_of, percent
 from defuse_core.identify import draw_noise, encode_posterior
+from defuse_core.intervals import class_accuracy, highest_mean, wilson
 from defuse_core.models import (
     Vae,
     decode_codes,
@@ -53,6 +54,7 @@ PROBE_IMAGES = 10_000  # training images that the β-VAE is measured on
 PROBE_BATCH = 256
 COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
 FIT_FROM, BLIND_BELOW = 0.9, 0.5  # share of reconstructions that the classifier still gets right
+CERTAIN = 0.99  # confidence of the bound by which the mean over the classes decides
 VERDICTS = ("blind", "poor", "fit")  # from the worst to the best
 STRIP_KEY = "reconstructions.png"
 STRIP_IMAGES, STRIP_SIDE = 16, 64  # columns; least width of each image in pixels
@@ -157,7 +159,7 @@ def measure_health(
     kept = float((reconstructed[right] == labels[right]).mean()) if right.any() else 0.0
     collapsed = int((kl < COLLAPSED_BELOW).sum())
     answers, counts = np.unique(reconstructed, return_counts=True)
-    return Health(
+    health = Health(
         images=len(labels),
         originals_right=float(right.mean()),
         reconstructions_right=float((reconstructed == labels).mean()),
@@ -169,6 +171,22 @@ def measure_health(
         verdict=_verdict(kept, collapsed / len(kl)),
         anchored=anchored,
     )
+    return _by_the_class(health, labels[right], reconstructed[right]) if right.any() else health
+
+
+def _by_the_class(health: Health, labels: I64, reconstructed: I64) -> Health:
+    """Return the health with the verdict by the mean over the classes, where this is certainly a worse one.
+
+    Where nearly all images are of one class, a β-VAE that erases what shows the others keeps nearly all answers.
+    """
+    counts = np.bincount(labels)
+    kept = class_accuracy(reconstructed == labels, labels, len(counts))
+    possible = highest_mean(kept, counts, CERTAIN)  # the only image of a class decides nothing
+    verdict = _verdict(possible, health.collapsed / health.dimensions)
+    if VERDICTS.index(verdict) >= VERDICTS.index(health.verdict):
+        return health
+    least = int(wilson(kept * counts, counts)[1].argmin())
+    return replace(health, verdict=verdict, kept_on_average=float(np.nanmean(kept)), least_kept=least)
 
 
 def _verdict(kept: float, collapsed: float) -> str:
@@ -183,21 +201,24 @@ def log_health(health: Health, classes: tuple[str, ...]) -> None:
         logging.INFO if health.verdict == "fit" else logging.WARNING,
         "the β-VAE is %s: %s; the most frequent answer on %s is %s (%.0f %%)",
         health.verdict,
-        health_figures(health),
+        health_figures(health, classes),
         _pictures_judged(health),
         classes[health.most_common_answer],
         100 * health.most_common_share,
     )
 
 
-def health_figures(health: Health) -> str:
+def health_figures(health: Health, classes: tuple[str, ...]) -> str:
     """Return the figures that the verdict rests on, as a clause."""
     get, keep = "the classifier gets", "keeps {} of its"
     if health.judged_by == REFERENCES:
         get, keep = "the reference models get", "keep {} of their"
+    on_average = ""
+    if health.least_kept is not None:
+        on_average = f" on average over the classes, least of {classes[health.least_kept]}"
     return (
         f"{get} {percent(health.originals_right)} of {count_of(health.images, 'training image')} right and "
-        f"{keep.format(percent(health.kept_right))} right answers on {_pictures_judged(health)} "
+        f"{keep.format(percent(health.kept))} right answers on {_pictures_judged(health)}{on_average} "
         f"(fit: at least {percent(FIT_FROM, 0)}); {health.collapsed} of "
         f"{count_of(health.dimensions, 'latent dimension')} collapsed"
     )
@@ -216,7 +237,7 @@ def expect_healthy(spec: RunFile, models: Models, worse: str | None = None) -> N
     if VERDICTS.index(health.verdict) >= VERDICTS.index(spec.vae.accept):
         return
     raise VaeHealthError(
-        f"the β-VAE is {health.verdict}: {health_figures(health)} ({STRIP_KEY} in the run shows some); "
+        f"the β-VAE is {health.verdict}: {health_figures(health, models.classes)} ({STRIP_KEY} in the run shows some); "
         f"{why_guessing(models) or _remedy(spec, health, worse)}; vae.accept: {health.verdict} goes on all the same"
     )
 

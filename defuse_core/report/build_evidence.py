@@ -39,7 +39,7 @@ from defuse_core.report.evidence_schema import (
     WatchFigures,
     WiderDraws,
 )
-from defuse_core.review.undecided import are_worse
+from defuse_core.review.undecided import are_worse, worse_on_average
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch import FailureWatch
 
@@ -54,15 +54,18 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     errors = most_common_errors(found.gallery, found.verdicts, found.fixes.scenario)
     known = has_known_confusion(found, errors)
     corrected = found.sweep.has_correction
+    worse_by_class = worse_on_average(evidence.judges_by_class, found.models)
     return EvidenceFigures(
         judges=Judges(
             count=len(evidence.judges),
             accuracy=_values(evidence.judges),
             reference_models=() if references is None else _values(references),
             classifier=finite_or_none(evidence.before_test),
-            worse=are_worse(
+            worse=worse_by_class is not None
+            or are_worse(
                 _values(evidence.judges), finite_or_none(evidence.before_test), found.models.images.get(part)
             ),
+            worse_by_class=worse_by_class,
             labelled=finite_or_none(evidence.labelled),
         ),
         purity=share_of(evidence.purity),

@@ -68,8 +68,10 @@ class Judges(FigureModel):
     """Of the classifier before, on the same images. Null where it may have been trained on them
     (run.validation_from_training), since they compare nothing then."""
     worse: bool
-    """Whether the best judge gets fewer of these images right than the classifier before, significantly and by over
-    two points: then figures by the judges' labels are not to be relied on."""
+    """Whether the best judge gets fewer of these images right than the classifier before, all in all or on average over
+    the classes, significantly and by over two points: then figures by the judges' labels are not to be relied on."""
+    worse_by_class: str | None = None
+    """What the best judge and the classifier are right on, where it is worse on average over the classes; else null."""
     labelled: float | None
     """Share of the held-out images on which most judges agree. Only these have a judges' label."""
 

@@ -123,10 +123,13 @@ def worse_judges(report: Report) -> str | None:
     if report.evidence is None or not report.evidence.judges.worse:
         return None
     judges = report.evidence.judges
-    best = max(value for value in judges.accuracy if value is not None)
+    text = f"is {judges.worse_by_class}"
+    if judges.worse_by_class is None:
+        best = max(value for value in judges.accuracy if value is not None)
+        text = f"gets {percent(best)} right, and the classifier before {percent(judges.classifier)}"
     return (
-        f"The judges are worse than the classifier. On real images the best of {count_of(judges.count, 'judge')} gets "
-        f"{percent(best)} right, and the classifier before {percent(judges.classifier)}. Where they differ the judges "
+        "The judges are worse than the classifier. On real images the best of "
+        f"{count_of(judges.count, 'judge')} {text}. Where they differ the judges "
         "may be wrong, so do not rely on figures by the judges' labels, purity by the judges, confirmed scenarios or "
         "verdicts on what is at fault; train better judges (section judges of the run file)."
     )

@@ -172,6 +172,8 @@ class HealthFigures(FigureModel):
     """Share whose plain reconstruction it gets right."""
     kept_right: float
     """Among images that it gets right: share whose reconstruction it gets right too."""
+    kept_on_average: float | None = None
+    """The mean of this over the classes, where that decides the verdict; else null."""
     anchored: bool
     """Whether vae.decode is anchored: then reconstructions here are the images as the noise moves them."""
     judged_by: str

@@ -30,7 +30,15 @@ from defuse_core.distill.draws import (
     UNDIVIDED,
 )
 from defuse_core.errors import count_of, percent
-from defuse_core.intervals import binomial_tail, certain_loss, discoveries, wilson
+from defuse_core.intervals import (
+    SIGNIFICANT,
+    binomial_tail,
+    certain_loss,
+    certain_mean_loss,
+    discoveries,
+    highest_mean,
+    wilson,
+)
 from defuse_core.review.verdicts import tested_counts
 
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
@@ -122,6 +130,30 @@ def are_worse(models: Sequence[float | None], classifier: float | None, images: 
     return classifier - best > WORSE_BY and (images is None or loss.item() > 0)
 
 
+def worse_on_average(by_class: F64 | None, models: Models) -> str | None:
+    """Return, in words, that the best of some models is right on clearly fewer images on average over the classes.
+
+    `by_class` (W, C) are their accuracies on `compared_images`. Where nearly all images are of one class, models that
+    answer it always are right on about as many images as any. None where they are not worse, or it is not known.
+    """
+    part = compared_images(models)
+    if by_class is None or part not in models.class_images:
+        return None
+    right, images = models.class_accuracy[part], models.class_images[part]
+    best = by_class[np.nanmean(by_class, axis=1).argmax()]
+    mean, theirs = models.balanced_accuracy[part], float(np.nanmean(best))
+    if mean - theirs <= WORSE_BY or not certain_mean_loss(right, best, images):
+        return None
+    loss = certain_loss(right, best, images, level=SIGNIFICANT / len(images))
+    lost, least = "", int(loss.argmax())
+    if loss[least]:
+        lost = f" (of {models.classes[least]} on {percent(best[least])}, and the classifier on {percent(right[least])})"
+    return (
+        f"right on {percent(theirs)} of the {part} images on average over the classes, and the classifier on "
+        f"{percent(mean)}{lost}"
+    )
+
+
 def unseen_images(accuracy: Mapping[str, float]) -> str | None:
     """Return the images that show best what a classifier knows: test, validation, or None."""
     return next((part for part in ("test", "validation") if part in accuracy), None)
@@ -154,31 +186,30 @@ def guesses(balanced_accuracy: float, classes: int, images: int) -> bool:
     )
 
 
-def may_be_good(right: F64, counts: I64) -> bool:
-    """Whether a good classifier may be right on so small shares (C,) of the `counts` (C,) images of each class.
+def only_guesses(right: F64, counts: I64) -> bool:
+    """Whether a classifier `guesses` that is right on shares (C,) of the `counts` (C,) images of each class.
 
-    The upper bound of their mean is Newcombe's, of those by Wilson: the only image of a class shows next to nothing.
+    It does not where a good one may be right on so small shares: the only image of a class shows next to nothing.
     """
-    share, images = right[counts > 0], counts[counts > 0]
-    chance = 1 / len(share)
-    high = wilson(share * images, images)[1]
-    possible = float(share.mean() + np.linalg.norm(high - share) / len(share))
-    return possible - chance >= GOOD_SKILL * (1 - chance)
+    classes, images = int((counts > 0).sum()), int(counts.sum())
+    if not classes or not guesses(float(np.nanmean(right)), classes, images):
+        return False
+    chance = 1 / classes
+    return highest_mean(right, counts) - chance < GOOD_SKILL * (1 - chance)
 
 
-def why_guessing(models: Models, counts: Mapping[str, I64] | None = None) -> str | None:
-    """Return that the classifier is hardly better than guessing, and what to look at; None where it is better.
-
-    With the `counts`, split -> (C,) images of each class, also None where these are so few that it may be a good one.
-    """
+def why_guessing(models: Models) -> str | None:
+    """Return that the classifier is hardly better than guessing, and what to look at; None where it is better."""
     part = unseen_images(models.balanced_accuracy)
     if part is None:
         return None
     right = models.class_accuracy[part]
     classes = int(np.isfinite(right).sum())  # that have images there
-    if not guesses(models.balanced_accuracy[part], classes, models.images[part]):
-        return None
-    if counts is not None and may_be_good(right, counts[part]):
+    if part in models.class_images:
+        guessing = only_guesses(right, models.class_images[part])
+    else:
+        guessing = guesses(models.balanced_accuracy[part], classes, models.images[part])
+    if not guessing:
         return None
     of = count_of(models.images[part], f"{part} image")
     return (
@@ -196,6 +227,11 @@ def worse_references(spec: RunFile, models: Models, references: ReferenceSet | N
     part = compared_images(models)
     if references is None or part is None or not used:
         return None
+    if on_average := worse_on_average(references.class_accuracy.get(part), models):
+        return (
+            f"the reference models, which tell failures from unclear pictures, are at best {on_average}, so they may "
+            f"take one for the other; {BETTER_REFERENCES}"
+        )
     known = [share for share in getattr(references, part).tolist() if math.isfinite(share)]
     if not are_worse(known, models.accuracy[part], models.images[part]):
         return None
@@ -212,7 +248,8 @@ def _unfit_vae(health: Health, worse: str | None) -> str | None:
     told_by_worse = worse is not None and health.judged_by != "classifier"
     if health.verdict == "fit" or (told_by_worse and not collapsed):
         return None
-    kept = f"{percent(health.kept_right, 0)} of the right answers are kept on"
+    on_average = "" if health.kept_on_average is None else ", on average over the classes,"
+    kept = f"{percent(health.kept, 0)} of the right answers{on_average} are kept on"
     if collapsed:
         why = f"{health.collapsed} of {health.dimensions} latent dimensions are collapsed"
         shown, remedy = "may show few of the failures", "lower vae.beta or vae.latent_dim"

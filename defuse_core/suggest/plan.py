@@ -219,11 +219,11 @@ def _set_sizes(
     tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
     warnings = []
-    each = _images_of_each_model(tree, others) / len(splits.classes)
+    each = _images_of_each_model(tree, others) / count * np.bincount(splits.train.labels).min()
     if each < PER_CLASS:
         warnings.append(
-            f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
-            "answers; add images"
+            f"the reference models and judges are trained on {each:.3g} images of the rarest class, too few to rely "
+            "on their answers; add images"
         )
     if len(splits.classes) > MOST_CLASSES:
         warnings.append(

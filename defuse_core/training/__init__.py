@@ -177,7 +177,11 @@ def load_optimizer_state(optimizer: Optimizer, moments: Weights) -> None:
 
 def format_row(row: ClassifierEpoch | VaeEpoch) -> str:
     """Return an epoch's figures for the log."""
-    figures = {name: value for name, value in asdict(row).items() if name != "epoch" and value is not None}
+    figures = {
+        name: value
+        for name, value in asdict(row).items()
+        if name not in ("epoch", "guesses") and value is not None
+    }
     return ", ".join(
         f"{name} {percent(value) if name == 'validation' else f'{value:.4g}'}"
         for name, value in figures.items()

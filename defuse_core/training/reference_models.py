@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Literal
 
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from defuse_core.artifacts import (
     F32,
+    F64,
     I64,
     NONE_OF_THE_ABOVE,
     Bool,
@@ -36,15 +37,16 @@ from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import is_perturbed, split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
 from defuse_core.errors import DataError, ModelError, StoreError, count_of, first_few
+from defuse_core.intervals import class_accuracy
 from defuse_core.models import (
     ReferenceCnn,
     ResidualNet,
     ResNet18,
-    accuracy,
     expect_full_precision,
     import_module,
     load_for_inference,
     load_pretrained,
+    predict,
     predict_probabilities,
     to_device,
     weights_of,
@@ -61,6 +63,7 @@ from defuse_core.training.batches import DeviceImages, augment, color_jitter
 log = logging.getLogger("defuse")
 LEAST_CONTRAST = 0.02  # standard deviation of pixels in [0, 1], so that noise of a dark image is not blown up
 SetName = Literal["reference", "judges"]
+UNSEEN = ("validation", "test")
 CALLED: dict[SetName, str] = {"reference": "reference models", "judges": "judges"}
 
 
@@ -197,11 +200,13 @@ def _calls(
 
 
 def _merge(trained: Sequence[TrainedClassifier]) -> ReferenceSet:
+    known = [part for part in trained[0].class_accuracy if all(part in one.class_accuracy for one in trained)]
     return ReferenceSet(
         tuple(model.weights for model in trained),
         trained[0].train_images,
         np.array([model.validation for model in trained], np.float64),  # None becomes nan
         np.array([model.test for model in trained], np.float64),
+        {part: np.stack([one.class_accuracy[part] for one in trained]) for part in known},
     )
 
 
@@ -219,16 +224,11 @@ class TrainedClassifier:
     validation: float | None  # accuracy; None without validation images
     test: float | None
     data_fingerprint: str  # of the images trained on
+    class_accuracy: dict[str, F64] = field(default_factory=dict)  # validation, test -> (C,) as of Models
 
 
 def trained_classifier(
-    spec: RunFile,
-    name: SetName,
-    number: int,
-    fingerprint: str | None,
-    store: Store,
-    *,
-    progress: Progress,
+    spec: RunFile, name: SetName, number: int, fingerprint: str | None, store: Store, *, progress: Progress
 ) -> TrainedClassifier:
     """Return model `number` of a set, which depends on no other model of it; the one in `store` if it is there.
 
@@ -262,10 +262,15 @@ def _train(
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     if number == 0:
         _warn_of_missing_classes(spec, name, splits, train.labels)
+    classes, readers = len(splits.classes), spec.resources.readers
+    # all images of each part, those that the classifier's own accuracy is measured on
+    unseen = {part: images for part, images in splits.parts().items() if part != "train"}
     with cpu_threads(spec.resources.train_threads):
-        model = train_reference(spec, name, train, len(splits.classes), number, progress)
-        validation, test = _scores(model, (splits.validation, splits.test), spec.resources.readers)
-    return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint())
+        model = train_reference(spec, name, train, classes, number, progress)
+        right = {part: predict(model, each, readers=readers) == each.labels for part, each in unseen.items()}
+    by_class = {part: class_accuracy(hits, unseen[part].labels, classes) for part, hits in right.items()}
+    validation, test = (float(right[part].mean()) if part in right else None for part in UNSEEN)
+    return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint(), by_class)
 
 
 def _warn_of_missing_classes(spec: RunFile, name: SetName, splits: Splits, labels: I64) -> None:
@@ -294,11 +299,6 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
         order = stratified_order(part.labels, generator(spec.seed, name, "sample"))
         part = part.take(np.sort(order[: section.train_images]))
     return part
-
-
-def _scores(model: nn.Module, parts: Sequence[Images | None], readers: int) -> list[float | None]:
-    """Return the accuracy on all images of each part, those that the classifier's own is measured on."""
-    return [None if part is None else accuracy(model, part, readers) for part in parts]
 
 
 def train_reference(

@@ -236,7 +236,7 @@ def _print_health(console: Console, run: Run, models: Models) -> None:
     from defuse_core.evaluation.health import health_figures, with_measured_health
 
     health = with_measured_health(run, models).health
-    figures = health_figures(health)
+    figures = health_figures(health, models.classes)
     text = f"β-VAE: {health.verdict}. {figures[0].upper()}{figures[1:]}."
     print_text(console, text, "" if health.verdict == "fit" else "yellow")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -11,15 +12,17 @@ from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, We
 from defuse_core.config import CheckSection, RunFile
 from defuse_core.correct import overflowed
 from defuse_core.data import Images, Splits
+from defuse_core.data.splits import class_counts
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError, first_few, percent
 from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import MANY_CLASSES, ROUNDING, class_loss
 from defuse_core.models import StoredVae, load_classifier, predict
-from defuse_core.review.undecided import are_worse, compared_images, why_guessing
+from defuse_core.review.undecided import are_worse, compared_images, why_guessing, worse_on_average
 from defuse_core.tuning_data import held_out_images
 
+log = logging.getLogger("defuse")
 AT_MOST = {"clean accuracy", "every class", "regressions"}  # checks of a loss; the others are of a gain
 NO_GUESS = "classifier before the correction: nothing shows that it only guesses"
 
@@ -160,7 +163,8 @@ def evaluate_candidate(
         )
     expect_same_accuracy(models, split, float(before[0].mean()))
     part = compared_images(models)
-    judged_on = None if part is None else models.images[part]
+    if evidence is not None and (worse := worse_on_average(evidence.judges_by_class, models)) is not None:
+        log.warning("own label is not checked, since the best judge is %s", worse)
     return CandidateReport(
         split=split,
         classes=models.classes,
@@ -172,34 +176,36 @@ def evaluate_candidate(
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
         dependence=_dependence(spec, models, split),
-        guessing=why_guessing(models, _counts(splits)),
-        own_label=own_label_check(corrections, evidence, judged_on),
-        by_own_label=own_label_accuracies(evidence, judged_on),
+        guessing=why_guessing(replace(models, class_images=class_counts(splits))),
+        own_label=own_label_check(corrections, evidence, models),
+        by_own_label=own_label_accuracies(evidence, models),
         fingerprint=splits.fingerprint(split) if split == part else "",
         tracks=clean.tracks,
     )
 
 
-def own_label_accuracies(evidence: Evidence | None, images: int | None = None) -> F64 | None:
+def own_label_accuracies(evidence: Evidence | None, models: Models) -> F64 | None:
     """Return the accuracy before and after on each scenario, (A, 2), by the label that most judges give each image.
 
     nan where judges label no image of the scenario. None without judges, and where they are worse than the classifier
-    on so many real `images`: what they say of its answers is not reliable then.
+    on real images: what they say of its answers is not reliable then.
     """
-    if evidence is None or are_worse(evidence.judges.tolist(), evidence.before_test, images):
+    if evidence is None or worse_on_average(evidence.judges_by_class, models):
+        return None
+    part = compared_images(models)
+    images = None if part is None else models.images[part]
+    if are_worse(evidence.judges.tolist(), evidence.before_test, images):
         return None
     return evidence.scenario_own_label[:, [BEFORE, DEFUSE]]
 
 
-def own_label_check(
-    corrections: Corrections, evidence: Evidence | None, images: int | None = None
-) -> Check | None:
+def own_label_check(corrections: Corrections, evidence: Evidence | None, models: Models) -> Check | None:
     """Return whether no scenario is significantly worse by the label that most judges give each held-out image.
 
     It names the worst one. Before and after are compared picture by picture; those of one photograph or track count
     once. None where judges label no scenario, or own_label_accuracies returns none.
     """
-    accuracies = own_label_accuracies(evidence, images)
+    accuracies = own_label_accuracies(evidence, models)
     if evidence is None or accuracies is None:
         return None
     before, after = accuracies.T
@@ -217,12 +223,6 @@ def own_label_check(
             f"largest loss by the judges' labels: scenario {corrections.scenario[worst]}, {change}, {verdict}"
         )
     return Check("own label", not is_worse.any(), line, found=max(0.0, loss))
-
-
-def _counts(splits: Splits) -> dict[str, I64]:
-    """Return how many images of each class each part has, split -> (C,)."""
-    classes = len(splits.classes)
-    return {name: np.bincount(images.labels, minlength=classes) for name, images in splits.parts().items()}
 
 
 def _dependence(spec: RunFile, models: Models, split: str) -> str:

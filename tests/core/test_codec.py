@@ -16,6 +16,7 @@ from defuse_core.artifacts import (
     Models,
     Override,
     Psi,
+    ReferenceSet,
     Scenarios,
     Shard,
     Sweep,
@@ -179,6 +180,12 @@ def test_an_artefact_with_other_fields_is_refused():
         DamagedError, match=r"b\.safetensors: .* found a Psi with other fields \(codes: Field req"
     ):
         decode(Psi, encode(older(np.zeros(1))), "b.safetensors")
+
+
+def test_models_of_a_set_that_were_stored_without_accuracies_by_class_are_read():
+    fields = [("models", tuple), ("train_images", int), ("validation", np.ndarray), ("test", np.ndarray)]
+    older = dataclasses.make_dataclass("ReferenceSet", fields)(({},), 10, np.ones(1), np.ones(1))
+    assert decode(ReferenceSet, encode(older), "references").class_accuracy == {}
 
 
 def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkeypatch):

@@ -10,6 +10,8 @@ from defuse_core.intervals import (
     binomial_tail,
     certain_class_loss,
     certain_loss,
+    certain_mean_loss,
+    class_accuracy,
     class_loss,
     exact_lower,
     mcnemar,
@@ -324,3 +326,39 @@ def test_bounds_allow_for_the_number_of_classes_from_twenty_on():
 def test_a_class_without_images_has_no_loss():
     nothing = class_loss(np.ones(2, np.bool_), np.array([True, False]), np.zeros(2, np.int64), None, 2)
     np.testing.assert_array_equal(nothing, [0.5, np.nan])
+
+
+def test_class_accuracy_is_the_share_within_each_class():
+    right = np.array([1.0, 0, 1, 1])
+    found = class_accuracy(right, np.array([0, 0, 2, 2]), 4)
+    np.testing.assert_array_equal(found, [0.5, np.nan, 1.0, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("right", "after", "images", "certain"),
+    [
+        ([0.99, 0.7], [1.0, 0.0], [2000, 40], True),
+        ([0.99, 1.0], [1.0, 0.0], [2000, 1], False),  # the only image of its class
+        ([0.99, 0.7], [1.0, 0.0], [2000, 5], True),
+        ([0.9] * 43, [0.87] * 43, [60] * 43, True),
+        ([0.9] * 43, [0.87] * 43, [5] * 43, False),
+        ([1.0] * 43, [0.0] * 5 + [1.0] * 38, [1] * 43, False),
+        ([0.9, 0.9], [0.95, 0.9], [1000, 1000], False),
+    ],
+)
+def test_the_mean_over_the_classes_falls_for_certain_only_where_their_images_show_it(
+    right, after, images, certain
+):
+    """A class without images says nothing."""
+    shares = (np.array([*each, np.nan]) for each in (right, after))
+    loss = certain_mean_loss(*shares, np.array([*images, 0]))
+    assert (loss > 0) is certain and loss <= max(0.0, np.mean(right) - np.mean(after))
+
+
+@pytest.mark.parametrize(("classes", "each"), [(2, 20), (10, 8), (43, 4)])
+def test_a_mean_over_classes_of_few_images_seldom_falls_for_certain_by_chance(classes: int, each: int):
+    rng, images = np.random.default_rng(0), np.array([1000, *[each] * (classes - 1)])
+    lost = [
+        certain_mean_loss(*(rng.binomial(images, 0.9, (2, classes)) / images), images) for _ in range(500)
+    ]
+    assert np.mean(np.array(lost) > 0) < 0.05

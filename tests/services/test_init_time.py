@@ -43,7 +43,7 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     assert tree["review"]["reference"]["train_images"] == reference
     assert tree["judges"]["train_images"] == reference
     assert tree["correct"]["train_images"] == correct
-    line = "the reference models and judges are trained on 15 images per class, too few"
+    line = "the reference models and judges are trained on 15 images of the rarest class, too few"
     assert any(warning.startswith(line) for warning in warnings) == few
 
 
@@ -239,3 +239,13 @@ def test_images_that_stay_on_disk_are_read_by_processes_and_planned_for_as_fast_
     assert "resources" not in in_memory and on_disk.get("resources", {}).get("readers") == readers
     assert in_memory["vae"]["epochs"] == 100 and on_disk["vae"]["epochs"] < (40 if readers else 15)
     assert on_disk["identify"]["draws"] == in_memory["identify"]["draws"]
+
+
+def test_few_images_of_a_rare_class_are_told_although_there_are_many_on_average():
+    labels = np.repeat([0, 1], [588, 12])
+    splits = Splits(Images(np.zeros((600, 1, 8, 8), np.uint8), labels), None, None, ("healthy", "sick"))
+    tree = {"data": {"name": "digits", "image_size": 8}, "classifier": {}, "vae": {}}
+    warnings = _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)[1]
+    assert any(
+        text.startswith("the reference models and judges are trained on 12 images of") for text in warnings
+    )

@@ -29,7 +29,6 @@ from defuse_core.evaluation import (
     REJECTED,
     TRAINING,
     Findings,
-    class_accuracy,
     embed,
     evaluate,
     expect_same_accuracy,
@@ -83,12 +82,6 @@ def findings(models: Models, store: FolderStore, accepted: int, images: int = 4)
         baseline=NOTHING,
         sweep=NOTHING,
     )
-
-
-def test_class_accuracy_is_the_share_within_each_class():
-    right = np.array([True, False, True, True])
-    found = class_accuracy(right, np.array([0, 0, 2, 2]), 4)
-    np.testing.assert_array_equal(found, [0.5, np.nan, 1.0, np.nan])
 
 
 def test_the_embedding_is_the_same_each_time(tiny_spec: RunFile):

@@ -13,6 +13,7 @@ from defuse_core.evaluation.health import (
     _tile,
     expect_healthy,
     health_after_training,
+    health_figures,
     log_health,
     measure_health,
     perturbed_answers,
@@ -59,6 +60,38 @@ def health(kept: int, kl=ALIVE):
 )
 def test_the_verdict_follows_the_documented_thresholds(kept, kl, verdict):
     assert health(kept, kl).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("counts", "kept", "verdict", "told"),
+    [
+        (
+            [980, 20],
+            [980, 0],
+            "poor",
+            "50.0 % of its right answers on reconstructions on average over the classes, ",
+        ),
+        (
+            [980, 20],
+            [980, 10],
+            "poor",
+            "75.0 % of its right answers on reconstructions on average over the classes, ",
+        ),
+        ([500, 500], [480, 0], "blind", "48.0 % of its right answers on reconstructions (fit"),
+        ([980, 20], [980, 19], "fit", "99.9 % of its right answers on reconstructions (fit"),
+        ([980, 1], [980, 0], "fit", "99.9 % of its right answers on reconstructions (fit"),
+        ([100] * 10, [80] * 5 + [100] * 5, "fit", "90.0 % of its right answers on reconstructions (fit"),
+    ],
+)
+def test_a_vae_that_erases_what_shows_a_rare_class_is_not_fit(counts, kept, verdict, told):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    reconstructed = np.where(rank < np.repeat(kept, counts), labels, 0 if len(counts) == 2 else 10)
+    reconstructed[(labels == 0) & (reconstructed == 0) & (rank >= kept[0])] = 1
+    found = measure_health(labels, labels, reconstructed, ALIVE)
+    figures = health_figures(found, ("healthy", "sick"))
+    assert found.verdict == verdict and told in figures
+    assert ("least of sick (fit: at least 90 %)" in figures) is (verdict == "poor")
 
 
 def test_an_image_that_the_classifier_gets_wrong_says_nothing_of_the_vae():

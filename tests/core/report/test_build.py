@@ -17,6 +17,7 @@ from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.formatting import sweep_text
+from defuse_core.report.notices import worse_judges
 from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS
@@ -342,3 +343,20 @@ def test_each_fine_tuning_that_only_evidence_needs_has_a_text():
     assert {name for name in CONTROL_NAMES if sweep_text(name) != name} == {*CONTROL_NAMES}
     assert sweep_text("plain_1") == "plain further training 2"
     assert sweep_text("baseline") == "baseline"
+
+
+def test_judges_that_never_recognise_a_rare_class_are_worse_although_they_are_right_as_often(tmp_path: Path):
+    right, judges = np.full(10, 0.98), np.full((3, 10), 0.99)
+    judges[:, 7] = 0.0
+    found, evaluation = sample_findings()
+    counts = {"test": np.array([10_000] * 7 + [40] + [10_000] * 2)}
+    models = dataclasses.replace(found.models, class_accuracy={"test": right}, class_images=counts)
+    evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2), judges=0.989)
+    evidence = dataclasses.replace(evidence, judges_by_class=judges)
+    found = dataclasses.replace(found, models=models)
+    report = build_report(sample_run(tmp_path), found, evaluation, evidence)
+    assert report.evidence is not None and report.evidence.judges.worse
+    assert (
+        "the best of 3 judges is right on 89.1 % of the test images on average over the classes, and the classifier on "
+        "98.0 % (of 7 on 0.0 %, and the classifier on 98.0 %). Where they differ"
+    ) in (worse_judges(report) or "")

@@ -7,8 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import ReferenceSet
-from defuse_core.review.undecided import are_worse, compared_images, why_undecided
+from defuse_core.artifacts import Models, ReferenceSet
+from defuse_core.review.undecided import (
+    are_worse,
+    compared_images,
+    why_undecided,
+    worse_on_average,
+    worse_references,
+)
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -62,3 +68,72 @@ def test_the_difference_is_compared_with_the_errors_of_both() -> None:
 def test_a_single_image_does_not_show_that_models_are_worse(images: int | None, worse: bool) -> None:
     assert are_worse([0.0], 1.0, images) is worse
     assert not are_worse([0.0], float("nan"), images)
+
+
+def of_two_classes(right: list[float], images: list[int]) -> Models:
+    """A classifier that is right on such shares of the images of healthy and of sick ones."""
+    counts, share = np.array(images), np.array(right)
+    return dataclasses.replace(
+        sample_findings(1, 0)[0].models,
+        health=FIT,
+        classes=("healthy", "sick"),
+        images={"test": sum(images)},
+        accuracy={"test": float((share * counts).sum() / counts.sum())},
+        class_accuracy={"test": share},
+        class_images={"test": counts},
+    )
+
+
+def models_of(models: Models, *by_class: list[float]) -> ReferenceSet:
+    """Reference models that are right on such shares of the test images of each class."""
+    table, counts = np.array(by_class), models.class_images["test"]
+    accuracy = (table * counts).sum(axis=1) / counts.sum()
+    return ReferenceSet(({},) * len(table), 600, accuracy, accuracy, {"test": table})
+
+
+ALWAYS_HEALTHY = [1.0, 0.0]
+
+
+def test_reference_models_that_never_recognise_a_rare_class_are_worse() -> None:
+    models = of_two_classes([0.996, 0.725], [2000, 40])
+    references = models_of(models, ALWAYS_HEALTHY)
+    assert not are_worse(references.test.tolist(), models.accuracy["test"], models.images["test"])
+    assert (
+        "are at best right on 50.0 % of the test images on average over the classes, and the classifier on 86.1 % "
+        "(of sick on 0.0 %, and the classifier on 72.5 %), so they may take one for the other; train better ones"
+    ) in (worse_references(sample_spec(), models, references) or "")
+    unknown = dataclasses.replace(references, class_accuracy={})  # in a run that does not store them
+    assert worse_references(sample_spec(), models, unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("others", "images"),
+    [
+        ([ALWAYS_HEALTHY, [0.995, 0.7]], [2000, 40]),  # one of them does
+        ([ALWAYS_HEALTHY], [2000, 1]),
+        ([[0.99, 0.71]], [2000, 40]),
+    ],
+)
+def test_reference_models_that_may_recognise_each_class_as_well_are_not_worse(others, images) -> None:
+    models = of_two_classes([0.996, 0.725], images)
+    assert worse_references(sample_spec(), models, models_of(models, *others)) is None
+
+
+def test_classes_that_reference_models_know_better_and_worse_do_not_make_them_worse() -> None:
+    """As on the 43 classes of signs, some of them with few images."""
+    rng = np.random.default_rng(0)
+    counts, names = rng.integers(30, 700, 43), tuple(map(str, range(43)))
+    right, theirs = rng.uniform(0.7, 1, 43), rng.uniform(0.7, 1, 43)
+    right[3], theirs[3] = 0.95, 0.4
+    theirs[7:11] = 1.0
+    accuracy = {"test": 0.9}
+    models = dataclasses.replace(
+        sample_findings(1, 0)[0].models,
+        classes=names,
+        images={"test": int(counts.sum())},
+        accuracy=accuracy,
+        class_accuracy={"test": right},
+        class_images={"test": counts},
+    )
+    assert worse_on_average(theirs[None], models) is None
+    assert worse_on_average(np.maximum(theirs - 0.1, 0)[None], models) is not None

@@ -105,4 +105,4 @@ def test_a_class_of_one_or_few_images_makes_no_good_classifier_a_guessing_one(ri
         class_accuracy={"test": np.array([*right, np.nan])},
     )
     assert why_guessing(known) is not None  # without the number of images of each class
-    assert (why_guessing(known, images) is not None) is guesses
+    assert (why_guessing(dataclasses.replace(known, class_images=images)) is not None) is guesses

@@ -13,6 +13,7 @@ from defuse_core.artifacts import Checkpoint, ClassifierEpoch
 from defuse_core.codec import decode
 from defuse_core.errors import ComputeError, ModelError, RunBusyError
 from defuse_core.store import FolderStore
+from defuse_core.train import _is_better, _with_validation
 from defuse_core.training import (
     Adam,
     Losses,
@@ -233,3 +234,37 @@ def test_the_state_of_adam_is_that_of_torch_and_continues_to_the_bit(net):
     resumed = Adam(net.parameters(), 0.01)
     load_optimizer_state(resumed, expected)
     assert_equal(steps(net, resumed, range(10, 20)), steps(other, oracle, range(10, 20)))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "best"),
+    [
+        ([(0.9, False), (0.95, False), (0.95, False)], 1),
+        (
+            [(0.98, True), (0.969, False), (0.96, False), (0.981, True)],
+            1,
+        ),  # it answers the largest class always
+        ([(0.1, True), (0.2, True)], 1),
+        ([(0.0, False)], 0),
+        ([(None, False)], None),
+    ],
+)
+def test_an_epoch_that_only_guesses_is_kept_before_no_other(epochs, best):
+    rows = [ClassifierEpoch(n, 1.0, *epoch) for n, epoch in enumerate(epochs)]
+    kept = [place for place, row in enumerate(rows) if _is_better(row, rows[:place])]
+    assert (kept[-1] if kept else None) == best
+
+
+def test_an_epoch_guesses_by_the_mean_over_the_classes():
+    labels = np.repeat([0, 1], [1000, 20])
+    for found, guesses in ((np.zeros(1020), True), (np.where(np.arange(1020) < 30, 1, labels), False)):
+        row = _with_validation(ClassifierEpoch(1, 1.0), found == labels, labels, 3)
+        assert (row.guesses, row.validation) == (guesses, (found == labels).mean())
+    assert format_row(row) == "loss 1, validation 97.1 %"
+
+
+def test_the_images_of_each_class_are_counted_where_the_shares_that_are_right_are_stored(tiny_models):
+    for part, shares in tiny_models.class_accuracy.items():
+        counts = tiny_models.class_images[part]
+        assert counts.sum() == tiny_models.images[part]
+        assert shares @ counts / counts.sum() == pytest.approx(tiny_models.accuracy[part])

@@ -14,7 +14,7 @@ from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
-    _scores,
+    _train,
     _training_images,
     _warn_of_missing_classes,
     ask_models,
@@ -66,12 +66,15 @@ def test_the_set_records_how_good_each_model_is(trained_on_all):
     assert trained_on_all.test.min() > 0.4
 
 
-def test_models_are_measured_on_all_images_however_they_are_sorted():
+def test_models_are_measured_on_all_images_however_they_are_sorted(tiny_spec, monkeypatch):
     part = Images(np.zeros((6000, 1, 4, 4), np.uint8), np.repeat([0, 1], 3000))
     constant = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     nn.init.zeros_(constant[1].weight)
     constant[1].bias.data = torch.tensor([0.0, 1.0])
-    assert _scores(constant, (None, part), 0) == [None, 0.5]
+    monkeypatch.setattr("defuse_core.training.reference_models.train_reference", lambda *_: constant)
+    found = _train(tiny_spec, "reference", 0, Splits(part, None, part, ("a", "b")), silent)
+    assert (found.validation, found.test) == (None, 0.5)
+    assert {part: shares.tolist() for part, shares in found.class_accuracy.items()} == {"test": [0.0, 1.0]}
 
 
 def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_on_all, gallery):

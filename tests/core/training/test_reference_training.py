@@ -149,8 +149,12 @@ def test_a_model_has_the_accuracy_that_it_has_on_all_images_of_each_part(tmp_pat
     assert found.validation.tolist() == [accuracy(model, splits.validation) for model in models]
     assert found.test.tolist() == [accuracy(model, splits.test) for model in models]
     assert found.validation.tolist() != found.test.tolist()
-    without = [dataclasses.replace(one, validation=None) for one in made]
-    assert np.isnan(module._merge(without).validation).all()
+    counts = np.bincount(splits.test.labels)
+    np.testing.assert_allclose(found.class_accuracy["test"] @ counts / counts.sum(), found.test)
+    assert found.class_accuracy["validation"].shape == (2, 10)
+    without = [dataclasses.replace(one, validation=None, class_accuracy={}) for one in made]
+    assert np.isnan(module._merge(without).validation).all() and not module._merge(without).class_accuracy
+    assert not module._merge([made[0], without[1]]).class_accuracy
 
 
 def test_models_of_a_set_begin_from_different_weights():

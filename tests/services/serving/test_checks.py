@@ -48,10 +48,10 @@ def own_labels(before: list[float], after: list[float]) -> np.ndarray:
     ],
 )
 def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, pairs, passed, worst):
-    corrections = sample_findings(32, len(before))[0].fixes
+    run_found = sample_findings(32, len(before))[0]
     evidence = sample_evidence(own_labels(before, after))
     evidence.pairs_with_before[-1] = pairs
-    found = own_label_check(corrections, evidence)
+    found = own_label_check(run_found.fixes, evidence, run_found.models)
     assert (found.name, found.passed) == ("own label", passed)
     assert found.limit is None and (found.found > 0) == bool(worst)
     told = f"largest loss by the judges' labels: {worst}, {'not significant' if passed else 'significant'}"
@@ -59,36 +59,63 @@ def test_a_scenario_that_is_worse_by_its_own_label_fails_a_check(before, after, 
 
 
 def test_scenarios_without_an_accuracy_by_own_label_are_left_out():
-    corrections = replace(sample_findings(32, 4)[0].fixes, scenario=np.array([2, 3, 5, 7]))
+    run_found = sample_findings(32, 4)[0]
+    corrections, models = replace(run_found.fixes, scenario=np.array([2, 3, 5, 7])), run_found.models
     measured = own_labels([np.nan, 0.9, 0.8, 0.6], [0.5, 0.9, np.nan, 0.3])
     evidence = replace(sample_evidence(np.full((4, 4), 0.5)), scenario_own_label=measured)
     evidence.pairs_with_before[:] = [256, 0, 0]
     evidence.pairs_with_before[[0, 3]] = [256, 0, 77]
-    found = own_label_check(corrections, evidence)
+    found = own_label_check(corrections, evidence, models)
     assert "scenario 7, 60.00 % to 30.00 %, significant" in found.line and not found.passed
     evidence.pairs_with_before[3] = [256, 0, 0]
-    found = own_label_check(corrections, evidence)  # only one that is left out is significantly worse
+    found = own_label_check(corrections, evidence, models)  # only one that is left out is significantly worse
     assert "scenario 7, 60.00 % to 30.00 %, not significant" in found.line and found.passed
     measured[3] = measured[1]
-    assert "no scenario is less often right" in own_label_check(corrections, evidence).line
+    assert "no scenario is less often right" in own_label_check(corrections, evidence, models).line
 
 
 def test_judges_that_are_worse_than_the_classifier_decide_no_check():
-    corrections = sample_findings(4, 2)[0].fixes
-    lost = own_labels([0.9, 0.9], [0.1, 0.1])
-    assert own_label_check(corrections, sample_evidence(lost, judges=0.6, before=0.95)) is None
-    assert not own_label_check(corrections, sample_evidence(lost, judges=0.94, before=0.95)).passed
-    by_chance = sample_evidence(lost, judges=0.94, before=0.98)  # of 50 images, and not of 1,000
-    assert own_label_check(corrections, by_chance, 1000) is None
-    assert not own_label_check(corrections, by_chance, 50).passed
+    found, lost = sample_findings(4, 2)[0], own_labels([0.9, 0.9], [0.1, 0.1])
+
+    def checked(judges: float, before: float, images: int = 500) -> Check | None:
+        models = replace(found.models, images={"test": images})
+        return own_label_check(found.fixes, sample_evidence(lost, judges=judges, before=before), models)
+
+    assert checked(0.6, 0.95) is None
+    assert not checked(0.94, 0.95).passed
+    assert checked(0.94, 0.98, images=1000) is None and not checked(0.94, 0.98, images=50).passed  # by chance
+
+
+def test_judges_that_do_not_recognise_a_class_decide_no_check():
+    found, lost = sample_findings(4, 2)[0], own_labels([0.9, 0.9], [0.1, 0.1])
+    models = replace(found.models, class_images={"test": np.full(10, 50)})
+    for of_the_last, decided in ((0.0, False), (0.95, True)):
+        by_class = np.array([[0.99] * 9 + [of_the_last]])
+        evidence = replace(sample_evidence(lost), judges_by_class=by_class)
+        assert (own_label_check(found.fixes, evidence, models) is not None) is decided
+
+
+def test_check_says_that_judges_who_do_not_recognise_a_class_decide_nothing(own_store, caplog):
+    stored = Run.open(own_store, "first")
+    models = stored.require(Models)
+    known = replace(models, class_accuracy={"test": np.full(10, 0.9)}, class_images={"test": np.full(10, 50)})
+    by_class = np.array([[0.9] * 9 + [0.0]])
+    evidence = replace(sample_evidence(own_labels([0.1, 0.6], [1.0, 0.3])), judges_by_class=by_class)
+    for name, artefact in (("models", known), ("evidence", evidence)):
+        stored.store.write(f"{name}.safetensors", encode(artefact))
+    checks = prepare_candidate(stored)[1].checks
+    assert (
+        "own label is not checked, since the best judge is right on 81.0 % of the test images" in caplog.text
+    )
+    assert not any(each.name == "own label" for each in checks)
 
 
 def test_without_judged_units_there_is_no_check_by_own_label():
-    corrections = sample_findings(4, 2)[0].fixes
+    found = sample_findings(4, 2)[0]
     evidence = sample_evidence(own_labels([0.9, 0.9], [0.1, 0.1]))
-    assert own_label_check(corrections, None) is None
-    nobody = own_labels([np.nan, np.nan], [np.nan, np.nan])
-    assert own_label_check(corrections, replace(evidence, scenario_own_label=nobody)) is None
+    assert own_label_check(found.fixes, None, found.models) is None
+    nobody = replace(evidence, scenario_own_label=own_labels([np.nan, np.nan], [np.nan, np.nan]))
+    assert own_label_check(found.fixes, nobody, found.models) is None
 
 
 def test_a_server_shows_the_accuracies_that_judges_measured_and_else_those_by_one_label(own_store):
