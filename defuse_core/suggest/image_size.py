@@ -11,7 +11,7 @@ from torch import nn
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
-from defuse_core.data.images import PictureFiles, evenly_spaced
+from defuse_core.data.images import PictureFiles
 from defuse_core.errors import InputError, ModelError, percent
 from defuse_core.models import (
     build_classifier,
@@ -22,7 +22,13 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
-from defuse_core.models.probe import FAR_BETTER, MOSTLY, ClassifierProbe, least_plausible
+from defuse_core.models.probe import (
+    FAR_BETTER,
+    ON_AVERAGE,
+    ClassifierProbe,
+    least_plausible,
+    rows_of_all_classes,
+)
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
 
@@ -30,8 +36,8 @@ VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
 SMALLEST, LARGEST = 8, 512  # of data.image_size
 USUAL_SIZES = {16, 28, 32, 48, 64, 96, 128, 224, 256}
 DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
-SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
-AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
+SAMPLE = 64  # training images, evenly spaced, on which sizes are compared, and some more of rare classes
+AS_RIGHT = 0.04  # in accuracy, on average over the classes: a smaller size that loses no more is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +109,8 @@ def _sized(
     spec = _run_file(_sections(facts, own, sizes[0]))
     classifier, train = _built(spec, len(facts.classes)), open_splits(spec.data, spec.seed).train
     compared = own is not None and bool(own.get("weights")) and len(sizes) > 1
-    accuracies: dict[int, float] = {}
-    least = MOSTLY
+    accuracies, probed = dict[int, float](), 0
+    least = least_plausible(1 / len(facts.classes))
     errors: list[ModelError] = []
     for done, size in enumerate(sizes):
         progress("trying image sizes", done, len(sizes), "sizes")
@@ -122,7 +128,7 @@ def _sized(
             accuracies[size] = 1.0
             break
         probe = _probe(classifier, spec, images, facts)
-        accuracies[size], least = probe.best_accuracy, least_plausible(probe.constant)
+        accuracies[size], probed = probe.accuracy_as_set(spec.classifier.input_range), probe.images
         best = _best_size(facts, accuracies, least)
         # no later size is taken: none can be far better than the pictures' own, or clearly better than another one
         if accuracies[best] > (1 - FAR_BETTER if best == _own_side(facts) else max(least, 1 - AS_RIGHT)):
@@ -130,7 +136,7 @@ def _sized(
     if not accuracies:
         raise _no_size(errors, sizes)
     size = _best_size(facts, accuracies, least)
-    notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
+    notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, probed)
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
 
@@ -192,15 +198,16 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 
 
 def _probe(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> ClassifierProbe:
-    """Return what SAMPLE training images show about the classifier at the image size of `spec`."""
-    rows = evenly_spaced(len(images), SAMPLE)
+    """Return what SAMPLE training images, or some more, show about the classifier at the image size of `spec`."""
+    classes = len(facts.classes)
+    rows = rows_of_all_classes(images.labels, classes, SAMPLE, SAMPLE // (2 * classes))
     return probe_classifier(classifier, spec.classifier, images.take(rows), facts.classes)
 
 
 def _best_size(facts: DataFacts, accuracies: dict[int, float], least: float) -> int:
     """Return the pictures' own size where no other is far better, else the smallest that is about as good as any.
 
-    Sizes under `least` count only where all are: one answer for all images is often right where most are of one class.
+    Sizes under `least` count only where all are: at these the classifier may give one answer for all images.
     """
     own = _own_side(facts)
     plausible = {size: right for size, right in accuracies.items() if right >= least}
@@ -228,7 +235,7 @@ def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
     )
 
 
-def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> list[str]:
+def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], probed: int) -> list[str]:
     """Return what to know where the classifier gets another size than the pictures have, or several were compared."""
     resized = (facts.height, facts.width) != (size, size)
     if not resized and len(accuracies) == 1:
@@ -237,7 +244,7 @@ def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int
     line = f"the classifier gets {size}x{size} pixels, {but}"
     if len(accuracies) > 1:
         by_size = ", ".join(f"{percent(right, 0)} at {side}" for side, right in sorted(accuracies.items()))
-        line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
+        line += f"; of {probed} training images it is right on {by_size}, {ON_AVERAGE}"
     return [f"{line}; if it was trained on another size, give that with --image-size"]
 
 

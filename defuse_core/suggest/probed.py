@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from defuse_core.errors import percent
-from defuse_core.models.probe import CLEARLY_BETTER, LIKE_SIGMOID, MOSTLY, ClassifierProbe, least_plausible
+from defuse_core.models.probe import (
+    CLEARLY_BETTER,
+    LIKE_SIGMOID,
+    MOSTLY,
+    ON_AVERAGE,
+    ClassifierProbe,
+    least_plausible,
+)
 
 
 def set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
@@ -28,7 +35,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
         return []
     right = (
         f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
-        f"on {percent(probe.by_range[given])} with {given}"
+        f"on {percent(probe.by_range[given])} with {given}, {ON_AVERAGE}"
     )
     if probe.needed_range == given and probe.by_range[best] <= probe.by_range[given] + CLEARLY_BETTER:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
@@ -40,7 +47,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
-    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
+    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to, {ON_AVERAGE}"
     wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
     if not (wrong and probe.order_is_certain and probe.as_bgr is None):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
@@ -68,6 +75,6 @@ def probe_warnings(probe: ClassifierProbe | None) -> list[str]:
     elif probe.best_accuracy < MOSTLY:
         lines.append(
             f"the classifier is right on only {percent(probe.best_accuracy, 0)} of {probe.images} training images, "
-            "in every input range and order of the classes; check its weights and what it expects"
+            f"{ON_AVERAGE}, in every input range and order of the classes; check its weights and what it expects"
         )
     return lines
