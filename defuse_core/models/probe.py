@@ -52,6 +52,7 @@ class ClassifierProbe:
 
     images: int
     by_range: dict[str, float]  # input range -> accuracy
+    best: str  # the best input range; of those that are about as good, the one that is right on most images
     constant: float  # accuracy of a constant answer
     best_is_certain: bool  # whether the best input range is better by more than chance explains
     needed_range: str  # the given one, unless it is under least_plausible() and another one far better
@@ -71,8 +72,8 @@ class ClassifierProbe:
 
     def accuracy_as_set(self, given: str) -> float:
         """Return `best_accuracy` without the input ranges that are not set: the gain may be by chance."""
-        in_range = {"as set": self.by_range[self.best_range(given)]}
-        return replace(self, by_range=in_range).best_accuracy
+        as_set = self.best_range(given)
+        return replace(self, by_range={as_set: self.by_range[as_set]}).best_accuracy
 
     def bgr_lines(self) -> list[str]:
         """Return a line, to follow "the classifier is", where it seems to expect BGR images."""
@@ -87,11 +88,10 @@ class ClassifierProbe:
 
     def best_range(self, given: str) -> str:
         """Return the needed input range, or one that is clearly better where neither order nor BGR explains that."""
-        best = max(self.by_range, key=lambda name: self.by_range[name])
         if self.needed_range != given or self.class_order is not None or self.as_bgr is not None:
             return self.needed_range
-        is_better = self.best_is_certain and self.by_range[best] > self.by_range[given] + BETTER_RANGE
-        return best if is_better else given
+        is_better = self.best_is_certain and self.by_range[self.best] > self.by_range[given] + BETTER_RANGE
+        return self.best if is_better else given
 
 
 def least_plausible(constant: float) -> float:
@@ -137,7 +137,8 @@ def probe_classifier(
         return _fitted_order(answers[input_range], sample.labels, len(classes))
 
     needed: str = section.input_range
-    best = max(ranges, key=lambda name: by_range[name])
+    as_good = [name for name in ranges if by_range[name] >= max(by_range.values()) - BETTER_RANGE]
+    best = max(as_good, key=lambda name: plain[name])
     before, after = (answers[name] == sample.labels for name in (needed, best))
     best_is_certain = _clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE)
     other = order_in(needed)
@@ -159,6 +160,7 @@ def probe_classifier(
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
+        best=best,
         constant=1 / len(np.unique(sample.labels)),
         best_is_certain=best_is_certain,
         needed_range=needed,

@@ -173,6 +173,7 @@ def some_probe() -> ClassifierProbe:
     return ClassifierProbe(
         images=500,
         by_range={},
+        best="-1..1",
         constant=0.1,
         best_is_certain=False,
         needed_range="0..1",
