@@ -128,14 +128,6 @@ def test_imagenet_weights_are_fetched_only_where_the_run_file_allows_it(monkeypa
     build_classifier(spec, 10)  # the file takes their place; nothing is fetched
 
 
-@pytest.mark.parametrize(("logits", "told"), [(1, True), (3, False)])
-def test_a_file_of_one_logit_is_refused_with_a_way_for_two_classes(logits, told):
-    weights = weights_of(nn.Linear(4, logits))
-    with pytest.raises(ModelError, match=rf"expected shape \(2, 4\), found \({logits}, 4\)") as refused:
-        set_weights(nn.Linear(4, 2), weights, "net.pt")
-    assert ("for two classes, with classifier.architecture: custom" in str(refused.value)) == told
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
