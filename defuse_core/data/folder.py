@@ -178,7 +178,7 @@ def _raise(error: OSError) -> None:
 
 
 def log_parts(data: DataSection, splits: Splits) -> None:
-    """Log the parts with their counts; warn of classes without a training image, tracks of several classes or in two
+    """Log the parts with their counts; warn of classes without an image in a part, tracks of several classes or in two
     parts, folders not read, images that are odd or in two parts.
     """
     counts = ", ".join(f"{count:,} {part}" for part, count in splits.counts().items())
@@ -190,8 +190,7 @@ def log_parts(data: DataSection, splits: Splits) -> None:
                 continue  # those of the training images were told
             for line in _odd_tracks(data, part, images.labels, images.tracks, splits.classes):
                 log.warning("images: %s", line)
-    counted = np.bincount(splits.train.labels, minlength=len(splits.classes))
-    if absent := [name for name, count in zip(splits.classes, counted, strict=True) if not count]:
+    if absent := _absent(splits.classes, splits.train.labels):
         log.warning(
             "images: %d of %d classes have no training image (%s); add some, lower data.validation_share or raise "
             "data.train_images%s",
@@ -200,11 +199,27 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             first_few(absent),
             "" if splits.train.tracks is None else f", or {CHECK_TRACKS}",
         )
+    for part, images in [*splits.parts().items()][1:]:
+        if lacking := set(_absent(splits.classes, images.labels)) - set(absent):
+            log.warning(
+                "images: %d of %d classes with training images have none in %s (%s), whose figures say nothing of "
+                "them; add some",
+                len(lacking),
+                len(splits.classes) - len(absent),
+                part,
+                first_few(sorted(lacking)),
+            )
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root, splits.ignored):
             log.warning("data.root %s: %s", data.root, line)
     for line in [*odd_images(splits), *shared_images(splits), *_shared_tracks(data, splits)]:
         log.warning("images: %s", line)
+
+
+def _absent(classes: tuple[str, ...], labels: I64) -> list[str]:
+    """Return the classes without an image."""
+    counted = np.bincount(labels, minlength=len(classes))
+    return [name for name, count in zip(classes, counted, strict=True) if not count]
 
 
 def _odd_tracks(

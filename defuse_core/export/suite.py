@@ -48,7 +48,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.models.adapters import plain_section
-from defuse_core.models.probe import far_better_range
+from defuse_core.models.probe import ON_AVERAGE, far_better_range
 from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.tuning_data import held_out_images, of_each
@@ -205,7 +205,8 @@ class Suite:
             return ""
         return (
             f"; it is right on {percent(probe.by_range[best], 0)} of the pictures in the input range {best} and on "
-            f"{percent(probe.by_range[given], 0)} in {given}, so it may need --set classifier.input_range={best}"
+            f"{percent(probe.by_range[given], 0)} in {given}, {ON_AVERAGE}, so it may need --set "
+            f"classifier.input_range={best}"
         )
 
     def _images(self) -> Images:

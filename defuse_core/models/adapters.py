@@ -28,6 +28,13 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x -
     "imagenet": (IMAGENET_MEAN, IMAGENET_SD),
     "0..255": ((0.0,), (1 / 255,)),
 }
+# of a network of one logit, which is that of the second of two classes against the first
+TWO_OF_ONE_LOGIT = "torch.cat([torch.zeros_like(z), z], 1)"
+TWO_OF_ONE_LOGIT_BY_HOOK = (
+    "with classifier.architecture: custom, let a function build the network with its one logit and register a hook, "
+    "which leaves the names in the file of weights as they are: net.register_forward_hook(lambda module, inputs, z: "
+    f"{TWO_OF_ONE_LOGIT})"
+)
 OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # of Defuse's own networks, whatever the section says
 
 

@@ -16,6 +16,8 @@ from defuse_core.device import forked_random
 from defuse_core.errors import ModelError
 from defuse_core.models.adapters import (
     EXTERNAL,
+    TWO_OF_ONE_LOGIT,
+    TWO_OF_ONE_LOGIT_BY_HOOK,
     expect_full_precision,
     failure_line,
     find_logits,
@@ -58,7 +60,7 @@ def check_outputs(
     first = batch[:2].clone()
     use_default_layout_if_needed(classifier.eval(), first.clone())
     with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too
-        _expect_shape(_call(classifier, first, remedy), len(first), classes)
+        _expect_shape(_call(classifier, first, remedy), len(first), classes, section.architecture)
         if not torch.equal(first, batch[:2]):
             raise ModelError(
                 "the classifier changes the images that it is given, which are used again; let its forward compute new "
@@ -71,13 +73,17 @@ def check_outputs(
         _expect_batch_independence(classifier, batch, whole, given)
 
 
-def _expect_shape(logits: Tensor, images: int, classes: int) -> None:
+def _expect_shape(logits: Tensor, images: int, classes: int, architecture: str = "custom") -> None:
     """Raise ModelError unless the logits have the shape (images, classes)."""
     found = tuple(logits.shape)
     if found == (images, classes):
         return
-    if classes == 2 and logits.numel() == images:
-        remedy = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+    if classes == 2 and logits.numel() == images and architecture == "transformers":
+        remedy = f"{TWO_OF_ONE_LOGIT_BY_HOOK}, where z is the logits of what the network returns"
+    elif classes == 2 and logits.numel() == images:
+        remedy = (
+            f"for one logit z of shape (images, 1) return {TWO_OF_ONE_LOGIT}; or, {TWO_OF_ONE_LOGIT_BY_HOOK}"
+        )
     elif images == 1 and found == (classes,):
         remedy = "squeeze() drops the batch of one image: use flatten(1)"
     elif found[:1] != (images,):

@@ -24,6 +24,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.data.file_loader import batches_of
 from defuse_core.errors import ModelError, first_few
+from defuse_core.models.adapters import TWO_OF_ONE_LOGIT_BY_HOOK
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.layout import to_device, to_tensor
 from defuse_core.models.programs import SelfContainedClassifier, program_kind, read_file
@@ -128,10 +129,11 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
             raise ModelError(
                 f"{where}: the weights lack {name} (they have {given}); are they of another architecture?"
             )
-        if tuple(weights[name].shape) != tuple(tensor.shape):
-            raise ModelError(
-                f"{where}: {name}: expected shape {tuple(tensor.shape)}, found {tuple(weights[name].shape)}"
-            )
+        wanted, found = tuple(tensor.shape), tuple(weights[name].shape)
+        if found != wanted:
+            of_one_logit = (wanted[:1], found) == ((2,), (1, *wanted[1:]))
+            remedy = f"; for two classes, {TWO_OF_ONE_LOGIT_BY_HOOK}" if of_one_logit else ""
+            raise ModelError(f"{where}: {name}: expected shape {wanted}, found {found}{remedy}")
         array, learned = weights[name], name in parameters or name.endswith(("running_mean", "running_var"))
         if array.dtype.kind in "biu":  # whole numbers, such as the bytes of a program, are finite
             continue

@@ -1,10 +1,14 @@
-"""What a sample of images shows about a classifier: the inputs that it expects, and the order of its classes."""
+"""What a sample of images shows about a classifier: the inputs that it expects, and the order of its classes.
+
+Accuracies of a probe are means over the classes: where few images are of one class, most inputs that a classifier does
+not expect leave it about as often right.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -38,6 +42,7 @@ MOSTLY, FAR_BETTER = 0.5, 0.2
 LIKE_SIGMOID = (
     "its logits all lie in [0, 1], as after a sigmoid; if it ends in one, return what its sigmoid is given"
 )
+ON_AVERAGE = "on average over the classes"
 SIGNIFICANT = 3.0  # standard errors of the share of images gained less that of images lost
 
 
@@ -47,8 +52,9 @@ class ClassifierProbe:
 
     images: int
     by_range: dict[str, float]  # input range -> accuracy
-    constant: float  # accuracy of the best constant answer
-    best_is_certain: bool  # whether the best input range is better in the mean over the classes, too
+    best: str  # the best input range; of those that are about as good, the one that is right on most images
+    constant: float  # accuracy of a constant answer
+    best_is_certain: bool  # whether the best input range is better by more than chance explains
     needed_range: str  # the given one, unless it is under least_plausible() and another one far better
     # index of each class's logit, where another order is clearly better on images it was not fitted to
     class_order: tuple[int, ...] | None
@@ -64,6 +70,11 @@ class ClassifierProbe:
         """The accuracy in the best input range, in another order of the classes, or with the channels reversed."""
         return max([*self.by_range.values(), self.reordered if self.class_order else 0.0, self.as_bgr or 0.0])
 
+    def accuracy_as_set(self, given: str) -> float:
+        """Return `best_accuracy` without the input ranges that are not set: the gain may be by chance."""
+        as_set = self.best_range(given)
+        return replace(self, by_range={as_set: self.by_range[as_set]}).best_accuracy
+
     def bgr_lines(self) -> list[str]:
         """Return a line, to follow "the classifier is", where it seems to expect BGR images."""
         if self.as_bgr is None:
@@ -71,17 +82,16 @@ class ClassifierProbe:
         rgb = percent(self.by_range[self.needed_range])
         return [
             f"right on {percent(self.as_bgr)} of {self.images} training images with the channels reversed, as OpenCV "
-            f"reads them, on {rgb} in the order RGB; if it was trained on BGR, let its forward begin with "
-            "images = images.flip(1)"
+            f"reads them, on {rgb} in the order RGB, {ON_AVERAGE}; if it was trained on BGR, let its forward begin "
+            "with images = images.flip(1)"
         ]
 
     def best_range(self, given: str) -> str:
         """Return the needed input range, or one that is clearly better where neither order nor BGR explains that."""
-        best = max(self.by_range, key=lambda name: self.by_range[name])
         if self.needed_range != given or self.class_order is not None or self.as_bgr is not None:
             return self.needed_range
-        is_better = self.best_is_certain and self.by_range[best] > self.by_range[given] + BETTER_RANGE
-        return best if is_better else given
+        is_better = self.best_is_certain and self.by_range[self.best] > self.by_range[given] + BETTER_RANGE
+        return self.best if is_better else given
 
 
 def least_plausible(constant: float) -> float:
@@ -100,19 +110,23 @@ def probe_classifier(
 ) -> ClassifierProbe:
     """Return what SAMPLE training images, or some more, show: accuracy by input range, and the order of the classes.
 
-    At least two images of each class are taken, where it has them, so rare classes count more. The order is that of the
+    At least two images of each class are taken, where it has them, and of few classes more. The order is that of the
     model's own class names where it has those of the data set. Else it is fitted, and counts where it is clearly better
     on half of the images, which the order that is judged was not fitted to, and not clearly worse than images in BGR.
     Where a fitted order and BGR explain the errors alike, as those of classes that differ in colour, it has both.
     """
+    least = max(2, SAMPLE // (4 * len(classes)))
     # each input range needs all of them
-    sample = images.take(_sample_of(images.labels, len(classes))).loaded()
+    sample = images.take(rows_of_all_classes(images.labels, len(classes), SAMPLE, least)).loaded()
     external = section.architecture in EXTERNAL
     ranges = list(INPUT_RANGES) if external else [section.input_range]
     logits = {name: _logits(classifier, section, sample, name) for name in ranges}
-    by_range = {name: float((found.argmax(axis=1) == sample.labels).mean()) for name, found in logits.items()}
-    constant = float(np.bincount(sample.labels).max() / len(sample))
     answers = {name: found.argmax(axis=1) for name, found in logits.items()}
+    by_range = {
+        name: mean_over_classes(found == sample.labels, sample.labels) for name, found in answers.items()
+    }
+    plain = {name: float((found == sample.labels).mean()) for name, found in answers.items()}
+    most_common = float(np.bincount(sample.labels).max() / len(sample))
     names = class_names_of(classifier)
     is_named = set(names or ()) == set(classes)
 
@@ -123,14 +137,15 @@ def probe_classifier(
         return _fitted_order(answers[input_range], sample.labels, len(classes))
 
     needed: str = section.input_range
-    best = max(ranges, key=lambda name: by_range[name])
+    as_good = [name for name in ranges if by_range[name] >= max(by_range.values()) - BETTER_RANGE]
+    best = max(as_good, key=lambda name: plain[name])
     before, after = (answers[name] == sample.labels for name in (needed, best))
     best_is_certain = _clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE)
     other = order_in(needed)
-    if max(by_range[needed], other.reached) < least_plausible(constant):
+    if max(plain[needed], other.reached) < least_plausible(most_common):
         orders = {name: order_in(name) for name in ranges}  # each costs three assignments of all classes
-        reached = {name: max(by_range[name], orders[name].reached) for name in ranges}
-        reached[needed] = max(by_range[needed], constant)
+        reached = {name: max(plain[name], orders[name].reached) for name in ranges}
+        reached[needed] = max(plain[needed], most_common)
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
     before, bgr = answers[needed] == sample.labels, _right_in_bgr(classifier, section, sample, needed)
@@ -145,26 +160,35 @@ def probe_classifier(
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
-        constant=constant,
+        best=best,
+        constant=1 / len(np.unique(sample.labels)),
         best_is_certain=best_is_certain,
         needed_range=needed,
         class_order=order,
         order_is_certain=other.is_certain,
-        reordered=other.right,
+        reordered=other.mean_right,
         names=names,
         answers=len(np.unique(answers[needed])),
         like_sigmoid=bool(external and ((logits[needed] >= 0) & (logits[needed] <= 1)).all()),
-        as_bgr=float(bgr.mean()) if is_bgr else None,
+        as_bgr=mean_over_classes(bgr, sample.labels) if is_bgr else None,
     )
 
 
-def _sample_of(labels: I64, classes: int) -> I64:
-    """Return SAMPLE evenly spaced rows, and the first two of each class that has fewer there."""
-    rows = evenly_spaced(len(labels), SAMPLE)
-    rare = np.flatnonzero(np.bincount(labels[rows], minlength=classes) < 2)
-    more = [np.flatnonzero(labels == label)[:2] for label in rare]
+def rows_of_all_classes(labels: I64, classes: int, most: int, least: int) -> I64:
+    """Return `most` evenly spaced rows, and evenly spaced ones of each class that has fewer than `least` there."""
+    rows = evenly_spaced(len(labels), most)
+    rare = np.flatnonzero(np.bincount(labels[rows], minlength=classes) < least)
+    of_rare = [np.flatnonzero(labels == label) for label in rare]
+    more = [own[evenly_spaced(len(own), least)] for own in of_rare if len(own)]
     sample: I64 = np.unique(np.concatenate([rows, *more]))
     return sample
+
+
+def mean_over_classes(right: Bool, labels: I64) -> float:
+    """Return the mean over the classes with an image of the share of it that is right."""
+    counts = np.bincount(labels)
+    shares = np.bincount(labels, right)[counts > 0] / counts[counts > 0]
+    return float(shares.mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +199,7 @@ class _Order:
     is_clearly_better: bool
     is_certain: bool
     right: float
+    mean_right: float  # over the classes
 
     @property
     def reached(self) -> float:
@@ -183,8 +208,9 @@ class _Order:
 
 def _named_order(answers: I64, labels: I64, order: I64) -> _Order:
     """Return the order of the model's own class names, which is not fitted, so that all images count."""
-    before, after = float((answers == labels).mean()), float((answers == order[labels]).mean())
-    return _Order(order, after > before + CLEARLY_BETTER, True, after)
+    before, after = answers == labels, answers == order[labels]
+    is_better = after.mean() > before.mean() + CLEARLY_BETTER
+    return _Order(order, bool(is_better), True, float(after.mean()), mean_over_classes(after, labels))
 
 
 def _fitted_order(answers: I64, labels: I64, classes: int) -> _Order:
@@ -200,6 +226,7 @@ def _fitted_order(answers: I64, labels: I64, classes: int) -> _Order:
         # of one class without an image, the others leave its logit
         is_certain=len(present) >= classes - 1 and bool((one == other)[present].all()),
         right=float(after.mean()) if len(after) else 0.0,
+        mean_right=mean_over_classes(after, labels[unseen]) if len(after) else 0.0,
     )
 
 
@@ -272,7 +299,9 @@ def log_classifier(
     log.info("classes, in the order of the logits: %s", _listed(splits.classes))
     if section.architecture in EXTERNAL:
         shares = ", ".join(f"{name} {percent(share)}" for name, share in probe.by_range.items())
-        log.info("classifier: accuracy by input range on %d training images: %s", probe.images, shares)
+        log.info(
+            "classifier: balanced accuracy by input range on %d training images: %s", probe.images, shares
+        )
     for warning in warnings_of(probe, section, splits.classes, accuracies["train"]):
         log.warning("classifier: %s", warning)
 
@@ -286,8 +315,8 @@ def warnings_of(
     if best != section.input_range:
         lines.append(
             f"it is right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the "
-            f"range {best}, on {percent(probe.by_range[section.input_range])} with {section.input_range}; set "
-            f"classifier.input_range: {best} if it was trained on that"
+            f"range {best}, on {percent(probe.by_range[section.input_range])} with {section.input_range}, "
+            f"{ON_AVERAGE}; set classifier.input_range: {best} if it was trained on that"
         )
     lines += [f"it is {line}" for line in probe.bgr_lines()]
     if probe.class_order is not None:
@@ -295,8 +324,8 @@ def warnings_of(
         if len(classes) > MOST_SHOWN:
             order = "set classifier.class_order to what `defuse init` writes for these images and weights"
         lines.append(
-            f"it seems to number the classes differently ({percent(probe.reordered)} right in another order); if it "
-            f"does, {order}"
+            f"it seems to number the classes differently ({percent(probe.reordered)} right in another order, "
+            f"{ON_AVERAGE}); if it does, {order}"
         )
     elif probe.names is not None and set(probe.names) != set(classes):
         lines.append(f"its configuration names other classes than the data set: {_listed(probe.names)}")

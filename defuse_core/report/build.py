@@ -34,7 +34,7 @@ from defuse_core.report.build_evidence import (
     scenario_evidence,
     watch_figures,
 )
-from defuse_core.report.notices import caveats, headline, images_without_tracks
+from defuse_core.report.notices import caveats, headline, images_without_tracks, unreviewed_classes
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -119,6 +119,7 @@ def build_report(run: Run, finished: FinishedRun) -> Report:
     doubts = [
         *doubts_about_models(run.spec, models, found.references),
         not_reviewed(found.scenarios),
+        unreviewed_classes(found.scenarios, models.classes, run.spec.distill),
         images_without_tracks(found.scenarios, watch),
     ]
     words = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from defuse_core.artifacts import Scenarios
-from defuse_core.config import CorrectSection
-from defuse_core.errors import count_of, no_lambda_chosen, percent
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
+from defuse_core.config import CorrectSection, DistillSection
+from defuse_core.distill.draws import FEW_IMAGES
+from defuse_core.errors import count_of, first_few, no_lambda_chosen, percent
 from defuse_core.report.correction_notices import (
     costs_a_class,
     no_better_than_baseline,
@@ -197,6 +198,21 @@ def images_without_tracks(scenarios: Scenarios, watch: FailureWatch | None) -> s
         f"{' and '.join(without)} images may show one object several times and count as independent here, so their "
         "intervals are too narrow and their p-values too small; other images of the run have tracks and these have "
         "none: give theirs if you know them"
+    )
+
+
+def unreviewed_classes(scenarios: Scenarios, classes: Sequence[str], distill: DistillSection) -> str | None:
+    """Return which classes fail in cells (class, answer) of too little weight alone, "; " and what to do; or None."""
+    reviewed = {*scenarios.cells[:, 0].tolist(), *(one.source for one in scenarios.dropped if not one.small)}
+    enough = max(distill.min_support, FEW_IMAGES)
+    light = [one for one in scenarios.dropped if one.small and one.weight <= distill.min_weight]
+    failing = {one.source for one in light if one.support >= enough}
+    names = [classes[label] for label in sorted(failing - reviewed - {NONE_OF_THE_ABOVE})]
+    if not names:
+        return None
+    return (
+        f"no failure of {first_few(names)} was reviewed: no cell (class, answer) of such images has over "
+        f"{distill.min_weight:g} of the codes of Ψ; lower distill.min_weight"
     )
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
 from defuse_core.errors import count_of, escape_control_characters, first_few, percent
+from defuse_core.models.probe import ON_AVERAGE
 from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data, quoted
 from defuse_core.suggest.plan import Plan, plan_run
@@ -73,7 +74,7 @@ def describe_accuracy(plan: Plan) -> str:
         right += f"{percent(share)} in {first}"
     else:
         right = f"{percent(share)} of {probe.images} {text} (used)"
-    return ", ".join([right, *(f"{percent(share)} in {name}" for name, share in others)])
+    return ", ".join([right, *(f"{percent(share)} in {name}" for name, share in others), ON_AVERAGE])
 
 
 def _fields(

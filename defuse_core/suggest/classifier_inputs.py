@@ -11,7 +11,7 @@ from torch import nn
 
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
-from defuse_core.data.images import PictureFiles, evenly_spaced
+from defuse_core.data.images import PictureFiles
 from defuse_core.errors import InputError, ModelError, percent
 from defuse_core.models import (
     build_classifier,
@@ -27,8 +27,10 @@ from defuse_core.models.probe import (
     FAR_BETTER,
     LIKE_SIGMOID,
     MOSTLY,
+    ON_AVERAGE,
     ClassifierProbe,
     least_plausible,
+    rows_of_all_classes,
 )
 from defuse_core.protocols import Progress
 from defuse_core.suggest.inspect import DataFacts
@@ -37,8 +39,8 @@ VALIDATION_SHARE = 0.15  # held out where the data set has no validation part
 SMALLEST, LARGEST = 8, 512  # of data.image_size
 USUAL_SIZES = {16, 28, 32, 48, 64, 96, 128, 224, 256}
 DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
-SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
-AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
+SAMPLE = 64  # training images, evenly spaced, on which sizes are compared, and some more of rare classes
+AS_RIGHT = 0.04  # in accuracy, on average over the classes: a smaller size that loses no more is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +112,8 @@ def _sized(
     spec = _run_file(_sections(facts, own, sizes[0]))
     classifier, train = _built(spec, len(facts.classes)), open_splits(spec.data, spec.seed).train
     compared = own is not None and bool(own.get("weights")) and len(sizes) > 1
-    accuracies: dict[int, float] = {}
-    least = MOSTLY
+    accuracies, probed = dict[int, float](), 0
+    least = least_plausible(1 / len(facts.classes))
     errors: list[ModelError] = []
     for done, size in enumerate(sizes):
         progress("trying image sizes", done, len(sizes), "sizes")
@@ -129,7 +131,7 @@ def _sized(
             accuracies[size] = 1.0
             break
         probe = _probe(classifier, spec, images, facts)
-        accuracies[size], least = probe.best_accuracy, least_plausible(probe.constant)
+        accuracies[size], probed = probe.accuracy_as_set(spec.classifier.input_range), probe.images
         best = _best_size(facts, accuracies, least)
         # no later size is taken: none can be far better than the pictures' own, or clearly better than another one
         if accuracies[best] > (1 - FAR_BETTER if best == _own_side(facts) else max(least, 1 - AS_RIGHT)):
@@ -137,7 +139,7 @@ def _sized(
     if not accuracies:
         raise _no_size(errors, sizes)
     size = _best_size(facts, accuracies, least)
-    notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, len(images))
+    notes = [] if own is None or asked is not None else _notes(facts, size, accuracies, probed)
     notes += _dense_notes(size)
     return SizedClassifier(classifier, _sections(facts, own, size), tuple(notes))
 
@@ -199,15 +201,16 @@ def _expect_usable(asked: int, facts: DataFacts) -> None:
 
 
 def _probe(classifier: nn.Module, spec: RunFile, images: Images, facts: DataFacts) -> ClassifierProbe:
-    """Return what SAMPLE training images show about the classifier at the image size of `spec`."""
-    rows = evenly_spaced(len(images), SAMPLE)
+    """Return what SAMPLE training images, or some more, show about the classifier at the image size of `spec`."""
+    classes = len(facts.classes)
+    rows = rows_of_all_classes(images.labels, classes, SAMPLE, SAMPLE // (2 * classes))
     return probe_classifier(classifier, spec.classifier, images.take(rows), facts.classes)
 
 
 def _best_size(facts: DataFacts, accuracies: dict[int, float], least: float) -> int:
     """Return the pictures' own size where no other is far better, else the smallest that is about as good as any.
 
-    Sizes under `least` count only where all are: one answer for all images is often right where most are of one class.
+    Sizes under `least` count only where all are: at these the classifier may give one answer for all images.
     """
     own = _own_side(facts)
     plausible = {size: right for size, right in accuracies.items() if right >= least}
@@ -235,7 +238,7 @@ def _no_size(errors: list[ModelError], sizes: list[int]) -> ModelError:
     )
 
 
-def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int) -> list[str]:
+def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], probed: int) -> list[str]:
     """Return what to know where the classifier gets another size than the pictures have, or several were compared."""
     resized = (facts.height, facts.width) != (size, size)
     if not resized and len(accuracies) == 1:
@@ -244,7 +247,7 @@ def _notes(facts: DataFacts, size: int, accuracies: dict[int, float], count: int
     line = f"the classifier gets {size}x{size} pixels, {but}"
     if len(accuracies) > 1:
         by_size = ", ".join(f"{percent(right, 0)} at {side}" for side, right in sorted(accuracies.items()))
-        line += f"; of {min(SAMPLE, count)} training images it is right on {by_size}"
+        line += f"; of {probed} training images it is right on {by_size}, {ON_AVERAGE}"
     return [f"{line}; if it was trained on another size, give that with --image-size"]
 
 
@@ -339,7 +342,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
         return []
     right = (
         f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
-        f"on {percent(probe.by_range[given])} with {given}"
+        f"on {percent(probe.by_range[given])} with {given}, {ON_AVERAGE}"
     )
     if probe.needed_range == given and probe.by_range[best] <= probe.by_range[given] + CLEARLY_BETTER:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
@@ -351,7 +354,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
 
 
 def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]) -> str:
-    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to"
+    right = f"right on {percent(probe.reordered)} of training images that the order was not fitted to, {ON_AVERAGE}"
     wrong = probe.by_range[probe.needed_range] < least_plausible(probe.constant) <= probe.reordered
     if not (wrong and probe.order_is_certain and probe.as_bgr is None):
         some = "" if probe.order_is_certain else ", perhaps not for every class"
@@ -379,6 +382,6 @@ def probe_warnings(probe: ClassifierProbe | None) -> list[str]:
     elif probe.best_accuracy < MOSTLY:
         lines.append(
             f"the classifier is right on only {percent(probe.best_accuracy, 0)} of {probe.images} training images, "
-            "in every input range and order of the classes; check its weights and what it expects"
+            f"{ON_AVERAGE}, in every input range and order of the classes; check its weights and what it expects"
         )
     return lines

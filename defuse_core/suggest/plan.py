@@ -52,7 +52,7 @@ SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
-MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
+MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more, or a rarer one, distill.min_weight is less than this
 MOST_CLASSES = 100  # with more of them, small networks that begin with random weights learn few
 FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
 WITH_LESS = (
@@ -147,8 +147,7 @@ def _measured(
     spec: RunFile, classifier: nn.Module, sample: Images, channels: int, progress: Progress
 ) -> Speeds:
     """Measure each kind of work for a moment, with reference models of so many channels."""
-    vae = build_vae(spec)
-    to_device(vae)
+    to_device(vae := build_vae(spec))
     reference = to_device(ReferenceCnn(spec.data.image_size, spec.data.channels, channels, 100))
     batch = to_tensor(sample.batch(np.arange(TRIAL_BATCH) % len(sample)))
     labels = torch.zeros(TRIAL_BATCH, dtype=torch.long, device=device())
@@ -202,8 +201,7 @@ def _set_sizes(
     else:
         epochs = _clamp(seconds * shares["classifier"] * speeds.classifier / count, 3, 40)
         tree["classifier"] |= {"epochs": epochs, "batch_size": _batch(count, 128), "keep": "best_validation"}
-    epochs = _clamp(seconds * shares["vae"] * speeds.vae / count, 2, 100)
-    batch = _batch(count, 256)
+    epochs, batch = _clamp(seconds * shares["vae"] * speeds.vae / count, 2, 100), _batch(count, 256)
     steps = epochs * max(1, count // batch)
     tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
     anchored = tree["vae"].get("decode") == "anchored"
@@ -211,7 +209,7 @@ def _set_sizes(
     perturbed, others = _perturbed_and_others(tree, count)
     draws = _clamp(seconds * shares["identify"] * speeds.decode / perturbed, 2, 50)
     tree["identify"] |= {"draws": draws, "scale": SCALE}
-    tree["distill"] = _distill(tree, len(splits.classes))
+    tree["distill"] = _distill(tree, splits.train, len(splits.classes))
     least = max(500, PER_CLASS * len(splits.classes))
     reference = _reference(others, seconds * shares["references"], speeds, least)
     tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
@@ -263,11 +261,12 @@ def _set_sizes(
     return minutes, warnings
 
 
-def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:
+def _distill(tree: dict[str, Any], train: Images, classes: int) -> dict[str, Any]:
     """Return section distill. Each class has several cells (class, answer), and all of many classes share the codes.
 
     If enough draws fail, the lightest component has twice as many codes as these have dimensions; with decode: anchored
-    fewer where their photographs, about one for four codes, would not fit into memory.
+    fewer where their photographs, about one for four codes, would not fit into memory. A rare one of few classes counts
+    as one of many, and the other ones get no more components for that: 50, as with LEAST_WEIGHT.
     """
     section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
     if classes > MANY_CLASSES:
@@ -277,13 +276,15 @@ def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:
             codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))
         if codes > (DistillSection().max_codes or codes):
             section["max_codes"] = codes
+    elif (rarest := MANY_CLASSES * np.unique(train.labels, return_counts=True)[1].min() / len(train)) < 1:
+        section |= {"min_weight": float(f"{LEAST_WEIGHT * max(0.1, rarest):.3g}"), "max_components": 50}
     return section
 
 
 def _notes_on_review(tree: dict[str, Any], splits: Splits) -> list[str]:
     """Return how many scenarios of many classes there may be, and which classes have too few photographs for one."""
     notes, review = list[str](), ReviewSection.model_validate(tree["review"])
-    if least_weight := tree["distill"].get("min_weight"):
+    if least_weight := len(splits.classes) > MANY_CLASSES and tree["distill"]["min_weight"]:
         notes.append(
             f"up to {int(1 / least_weight):,} candidate scenarios may be found, each with {review.images} pictures to "
             "review; raise distill.min_weight for fewer"
@@ -339,8 +340,7 @@ def _perturbed_and_others(tree: dict[str, Any], count: int) -> tuple[int, int]:
 def _images_of_each_model(tree: dict[str, Any], count: int) -> int:
     """Return how many of the `count` images that models learn from each reference model and judge is trained on."""
     shared = count if tree["judges"].get("share") == 0 else count // 2
-    chosen: int = tree["judges"].get("train_images", count)
-    return min(chosen, shared)
+    return min(int(tree["judges"].get("train_images", count)), shared)
 
 
 def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:

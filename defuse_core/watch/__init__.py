@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,7 +31,7 @@ from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.file_loader import batches_of
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.errors import with_bounds
+from defuse_core.errors import first_few, with_bounds
 from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.protocols import Progress
@@ -48,6 +49,8 @@ BATCH = 256
 MOST_IMAGES = 50_000
 # answers whose scores are computed at once, and that a temperature is fitted on: each needs some copies of the logits
 MOST_AT_ONCE = 10_000
+# share of the classes with training images from which on so many without a validation image leave too much unknown
+MOST_MISSING = 0.05
 MOST_CERTAIN = -50.0  # log-odds of an error below which differences are rounding
 SEEN = (  # Models.validation_from_training: errors are rarer on such images, and easier to find
     "Failing inputs cannot be found: the validation images are a share of the training images, which the classifier "
@@ -270,7 +273,8 @@ def watch_classifier(spec: RunFile, models: Models, corrected: Weights, splits: 
             _answers(classifier, vae, _drawn(images, spec.seed), gaussians, spec.resources.readers)
             for images in (splits.validation, splits.test)
         ]
-    problem = SEEN if models.validation_from_training else _problem(*parts)
+    missing = _missing_classes(parts[0].labels, splits.train.labels, models.classes)
+    problem = SEEN if models.validation_from_training else missing or _problem(*parts)
     return _measure(spec, parts[0], parts[1], gaussians, problem)
 
 
@@ -317,6 +321,22 @@ def _measure(
     best = watch.best()
     log.info("watch: %s", watch.objection(best) or (best and f"{best.detector.method} finds failing inputs"))
     return watch
+
+
+def _missing_classes(validation: I64, train: I64, classes: Sequence[str]) -> str:
+    """Return which classes with training images have no validation image, as a sentence; empty where few lack any.
+
+    How wrong answers on images of these look is then unknown. Without any validation image that is another problem.
+    """
+    trained = np.unique(train)
+    missing = np.setdiff1d(trained, validation)
+    if not len(validation) or len(missing) < max(1, MOST_MISSING * len(trained)):
+        return ""
+    names, them = first_few([classes[label] for label in missing]), "it" if len(missing) == 1 else "them"
+    return (
+        f"Failing inputs cannot be found: there is no validation image of {names}, so nothing can be calibrated for "
+        f"{them}; add some."
+    )
 
 
 def _problem(validation: Answers, test: Answers) -> str:

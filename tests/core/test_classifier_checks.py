@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import defuse_core
 from defuse_core.config import ClassifierSection
 from defuse_core.errors import ModelError
 from defuse_core.models import (
@@ -20,7 +22,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.adapters import adapt
+from defuse_core.models.adapters import TWO_OF_ONE_LOGIT_BY_HOOK, adapt
 from defuse_core.models.programs import load_program, program_of
 from defuse_core.protocols import silent
 from defuse_core.train import initial_classifier
@@ -310,3 +312,37 @@ def test_logits_may_depend_on_the_batch_by_the_rounding_of_their_own_numbers(dty
     refused = pytest.raises(ModelError, match="depend on the image alone")
     with nullcontext() if dtype == torch.bfloat16 else refused:
         check_outputs(adapt(net, section(), 10), section(), digits(), 10)
+
+
+@pytest.mark.parametrize(("classes", "flat"), [(2, False), (2, True), (3, False)])
+def test_a_single_logit_for_two_classes_is_refused_with_what_to_return(classes, flat):
+    head = [nn.Flatten(), nn.Linear(256, 1), *([nn.Flatten(0)] if flat else [])]
+    with pytest.raises(ModelError, match="expected logits of shape") as refused:
+        check_outputs(adapt(nn.Sequential(*head), section(), classes), section(), digits(), classes)
+    advice = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
+    assert (advice in str(refused.value)) == (classes == 2)
+    z = torch.randn(5, 1)
+    two = torch.cat([torch.zeros_like(z), z], 1)
+    torch.testing.assert_close(two.softmax(1)[:, 1:], z.sigmoid())
+
+
+def test_where_the_code_is_not_the_users_own_a_hook_gives_the_second_logit():
+    folder = ClassifierSection.model_validate(
+        {"architecture": "transformers", "weights": "folder", "epochs": 0}
+    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
+    with pytest.raises(
+        ModelError, match=r"\(2, 1\); with classifier.architecture: custom, let a func"
+    ) as refused:
+        check_outputs(adapt(net, folder, 2), folder, digits(), 2)
+    assert "return torch" not in str(refused.value)
+
+
+def test_the_hook_that_is_advised_for_a_single_logit_gives_two_and_keeps_the_names_in_the_file():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
+    names = [*net.state_dict()]
+    code = TWO_OF_ONE_LOGIT_BY_HOOK[TWO_OF_ONE_LOGIT_BY_HOOK.index("net.register") :]
+    assert code in (Path(defuse_core.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    eval(code, {"net": net, "torch": torch})
+    check_outputs(adapt(net, section(), 2), section(), digits(), 2)
+    assert [*net.state_dict()] == names

@@ -12,7 +12,7 @@ from torch import nn
 
 from defuse_core.config import ClassifierSection
 from defuse_core.data import Images, Splits, open_splits
-from defuse_core.data.images import PictureFiles, read_picture, to_picture
+from defuse_core.data.images import PictureFiles, evenly_spaced, read_picture, to_picture
 from defuse_core.errors import ModelError
 from defuse_core.models import accuracy, check_outputs, log_classifier, probe_classifier
 from defuse_core.models.adapters import adapt, as_logits, find_logits, to_range
@@ -22,6 +22,7 @@ from defuse_core.models.probe import (
     _clearly_better,
     far_better_range,
     fitting_order,
+    rows_of_all_classes,
     warnings_of,
 )
 from defuse_core.suggest.classifier_inputs import probe_warnings, set_probed
@@ -117,10 +118,60 @@ def test_another_input_range_is_noted_where_it_is_certainly_better_by_few_points
     assert by_much == {"input_range": "-1..1"}
 
 
+class Contrast(nn.Module):
+    """Trained on pixels in [-1, 1]: answers 1 where their deviation is over a limit."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        margin = images.std((1, 2, 3), correction=0) - self.limit
+        return torch.stack([-margin, margin], dim=1)
+
+
+@pytest.mark.parametrize(("limit", "plainly_worse"), [(0.17, True), (0.22, False)])
+@pytest.mark.parametrize("few", [100, 5000])
+def test_the_input_range_is_the_one_that_is_right_on_each_class_where_few_images_are_of_one(
+    limit, plainly_worse, few
+):
+    """In [0, 1] the classifier misses most images of class 1, and in [-1, 1] it takes a few of class 0 for that."""
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], [5000, few])
+    contrast = np.exp(rng.normal(np.log([0.05, 0.16]), [0.3, 0.35], (len(labels), 2)))
+    deviation = contrast[np.arange(len(labels)), labels].clip(0, 0.45)
+    pixels = 127.5 + 255 * deviation[:, None, None, None] * np.where(np.arange(64) % 2, 1, -1).reshape(
+        1, 8, 8
+    )
+    images, net = Images(pixels.astype(np.uint8), labels), adapt(Contrast(limit), section(), 2)
+    written: dict[str, object] = {}
+    (note,) = set_probed(written, probe_classifier(net, section(), images, ("healthy", "sick")))
+    assert written == {"input_range": "-1..1"}
+    assert note.endswith("with 0..1, on average over the classes; remove it if it was trained on 0..1")
+    right = [accuracy(adapt(net, section(input_range=name), 2), images) for name in ("0..1", "-1..1")]
+    assert (right[0] > right[1]) == (plainly_worse and few == 100)
+
+
+def test_a_sample_has_images_of_each_class_however_few_there_are():
+    labels = np.repeat([0, 1, 3], [5000, 100, 7])
+    rows = rows_of_all_classes(labels, 4, 512, 64)
+    assert (np.diff(rows) > 0).all() and np.bincount(labels[rows])[[1, 2, 3]].tolist()[1:] == [0, 7]
+    of_second = rows[labels[rows] == 1]
+    assert len(of_second) >= 64 and np.diff(of_second).max() <= 2
+    assert rows_of_all_classes(labels, 4, 512, 0).tolist() == evenly_spaced(5107, 512).tolist()
+
+
+def test_an_input_range_that_is_not_set_does_not_count_for_an_image_size():
+    probe = replace(some_probe(), by_range={"0..1": 0.75, "-1..1": 1.0})
+    assert (probe.accuracy_as_set("0..1"), probe.best_accuracy) == (0.75, 1.0)
+    assert replace(probe, best_is_certain=True).accuracy_as_set("0..1") == 1.0
+    assert replace(probe, as_bgr=0.9).accuracy_as_set("0..1") == 0.9
+
+
 def some_probe() -> ClassifierProbe:
     return ClassifierProbe(
         images=500,
         by_range={},
+        best="-1..1",
         constant=0.1,
         best_is_certain=False,
         needed_range="0..1",
@@ -171,7 +222,8 @@ def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order(
     assert (probe.as_bgr, probe.class_order) == (1.0, None)
     line = (
         "right on 100.0 % of 80 training images with the channels reversed, as OpenCV reads them, on 50.0 % in the "
-        "order RGB; if it was trained on BGR, let its forward begin with images = images.flip(1)"
+        "order RGB, on average over the classes; if it was trained on BGR, let its forward begin with images = "
+        "images.flip(1)"
     )
     written: dict[str, object] = {}
     assert (set_probed(written, probe), written) == ([], {})
@@ -371,18 +423,6 @@ def test_an_order_that_may_be_wrong_for_some_classes_is_noted_and_not_written():
     (note,) = set_probed(written, probe)
     assert probe.class_order is not None and written == {}
     assert "seems to number the classes differently" in note and "perhaps not for every class" in note
-
-
-@pytest.mark.parametrize(("classes", "flat"), [(2, False), (2, True), (3, False)])
-def test_a_single_logit_for_two_classes_is_refused_with_what_to_return(classes, flat):
-    head = [nn.Flatten(), nn.Linear(256, 1), *([nn.Flatten(0)] if flat else [])]
-    with pytest.raises(ModelError, match="expected logits of shape") as refused:
-        check_outputs(adapt(nn.Sequential(*head), section(), classes), section(), digits(), classes)
-    advice = "for one logit z of shape (images, 1) return torch.cat([torch.zeros_like(z), z], 1)"
-    assert (advice in str(refused.value)) == (classes == 2)
-    z = torch.randn(5, 1)
-    two = torch.cat([torch.zeros_like(z), z], 1)
-    torch.testing.assert_close(two.softmax(1)[:, 1:], z.sigmoid())
 
 
 def test_a_single_answer_for_everything_is_warned_of(splits, caplog):

@@ -207,6 +207,25 @@ def test_the_size_that_is_taken_is_the_one_that_all_sizes_together_speak_for(wid
     assert fit_image_size(facts, own, None, silent).tree["data"]["image_size"] == size
 
 
+def of_few_bright_ones_at_96() -> nn.Module:
+    """Takes half of the bright pictures for dark where they are smaller."""
+    return Levels(at_32=16, at_48=16, at_64=16, at_96=0)
+
+
+def test_a_size_at_which_half_of_a_class_is_missed_is_not_taken_however_few_images_that_has(tmp_path):
+    for part, dark in (("train", 300), ("validation", 4)):
+        for name, levels in (("black", [20] * dark), ("white", range(131, 161, 5))):
+            (folder := tmp_path / "photos" / part / name).mkdir(parents=True)
+            for number, level in enumerate(levels):
+                Image.new("L", (60, 32), level).save(folder / f"{number}.png")
+    save_file(of_few_bright_ones_at_96().state_dict(), weights := tmp_path / "own.safetensors")
+    own = CUSTOM | {"import_path": f"{HERE}:of_few_bright_ones_at_96", "weights": str(weights)}
+    sized = fit_image_size(inspect_data(tmp_path / "photos"), own, None, silent)
+    assert sized.tree["data"]["image_size"] == 96
+    right = "right on 75 % at 32, 75 % at 48, 75 % at 64, 100 % at 96, on average over the classes"
+    assert f"of 68 training images it is {right}" in sized.notes[0]
+
+
 def test_the_files_are_listed_once_for_all_sizes_and_each_step_is_told(monkeypatch, tmp_path):
     opened, told = list[int](), list[str]()
 

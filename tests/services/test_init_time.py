@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from defuse_core.config import parse_run_file
+from defuse_core.config import DistillSection, parse_run_file
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import read_picture, to_picture
+from defuse_core.distill.components import components_of
 from defuse_core.suggest import inspect_data, plan_run
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
 from tests.e2e.test_cli import call
@@ -108,6 +109,25 @@ def test_the_lightest_component_of_many_classes_has_twice_as_many_codes_as_dimen
         f"up to {most:,} candidate scenarios may be found, each with 10 pictures to review; raise "
         "distill.min_weight for fewer"
     ] * (most > 0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "weight"),
+    [((600, 12), 0.00392), ((600, 1), 0.001), ((95, 5), None), ((60, 5), None), ((30,) * 20, None)],
+)
+def test_the_failures_of_a_rare_class_have_enough_weight_for_a_scenario(counts, weight):
+    """Planned so, ten images of the class, each with three failing draws, are not lost beside 3,200 other draws."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
+    tree = {"data": {"name": "digits", "image_size": 32}, "classifier": {}, "vae": {}}
+    splits = Splits(images, None, None, tuple(map(str, range(len(counts)))))
+    _, warnings = _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)
+    distill = parse_run_file(tree, "it").distill
+    assert (tree["distill"].get("min_weight"), "max_codes" in tree["distill"]) == (weight, False)
+    assert not [line for line in warnings if "candidate scenarios" in line]
+    ends = [components_of(share, distill) for share in (0.5, 0.03)]
+    assert ends == [components_of(share, DistillSection()) for share in (0.5, 0.03)]
+    assert (distill.min_weight < 30 / 3230) == (weight is not None)
 
 
 @pytest.mark.parametrize(("decode", "codes"), [("plain", 320_000), ("anchored", 114_130)])

@@ -19,7 +19,8 @@ from sample_findings import (
     with_verdicts,
 )
 
-from defuse_core.artifacts import FailedTrial, Health, ReferenceSet, Sweep
+from defuse_core.artifacts import DroppedComponent, FailedTrial, Health, ReferenceSet, Sweep
+from defuse_core.config import DistillSection
 from defuse_core.report import notices, write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.correction_notices import (
@@ -36,6 +37,7 @@ from defuse_core.report.notices import (
     nobody_judged,
     purity_warning,
     uncompared_models,
+    unreviewed_classes,
     worse_judges,
 )
 from defuse_core.runs import Run
@@ -256,6 +258,30 @@ def test_validation_images_that_the_classifier_knows_are_told(
     assert (text is not None) is told and (text in report.caveats) is told
     assert text is None or "gets 100.0 % of them right and 88.0 % of the test images" in text
     assert text is None or "failing inputs" not in text  # what the watch says of them
+
+
+def test_a_class_that_fails_in_cells_of_too_few_codes_alone_is_told(tmp_path: Path):
+    found, evaluation = sample_findings(2, 0)
+    light = DroppedComponent(0.0093, 9, 0, 10, "the cell's 30 codes are too few", right=False, small=True)
+    cells = (light, dataclasses.replace(light, source=7, support=4), dataclasses.replace(light, source=-1))
+    scenarios = dataclasses.replace(found.scenarios, cells=np.array([[8, 9], [8, 3]]), dropped=cells)
+    report = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path)
+    assert any(
+        text
+        == "No failure of 9 was reviewed: no cell (class, answer) of such images has over 0.01 of the codes of Ψ. "
+        "Lower distill.min_weight."
+        for text in report.caveats
+    )
+    for other in (
+        dataclasses.replace(light, answer=5, small=False),  # was drawn from
+        dataclasses.replace(light, support=4),
+        dataclasses.replace(light, weight=0.02),  # of few tracks
+    ):
+        kept = (other,) if other.small else (light, other)
+        told = dataclasses.replace(scenarios, dropped=kept)
+        assert unreviewed_classes(told, found.models.classes, DistillSection()) is None
+    reviewed = dataclasses.replace(scenarios, cells=np.array([[8, 9], [9, 3]]))
+    assert unreviewed_classes(reviewed, found.models.classes, DistillSection()) is None
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from defuse_core.watch import (
     FailureWatch,
     _answers,
     _measure,
+    _missing_classes,
     _problem,
     answer_scores,
     fit_temperature,
@@ -236,6 +237,33 @@ def test_nothing_is_calibrated_on_validation_images_that_the_classifier_has_prob
     figures = watch_figures(watch_classifier(tiny_spec, seen, {}, splits), ServeSection())
     assert (figures.method, figures.threshold) == (None, None)
     assert "a share of the training images, which the classifier has probably seen" in figures.verdict
+
+
+def test_nothing_is_calibrated_where_no_validation_image_is_of_a_class(tiny_spec, tiny_models):
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    others = splits.validation.take(np.flatnonzero(splits.validation.labels != 3))
+    splits = dataclasses.replace(splits, validation=others)
+    figures = watch_figures(watch_classifier(tiny_spec, tiny_models, {}, splits), ServeSection())
+    assert (figures.method, figures.threshold) == (None, None)
+    assert figures.verdict.endswith(
+        "there is no validation image of 3, so nothing can be calibrated for it; add some."
+    )
+
+
+@pytest.mark.parametrize(
+    ("classes", "missing", "told"),
+    [
+        (2, [1], "class 1, so nothing can be calibrated for it"),
+        (20, [0, 7], "class 0, class 7, so nothing can be calibrated for them"),
+        (21, [7], None),
+        (40, [0, 7], "class 0, class 7, "),
+        (5, range(5), None),
+    ],
+)
+def test_few_of_many_classes_may_lack_validation_images(classes, missing, told):
+    train, names = np.arange(2 * classes) % classes, [f"class {number}" for number in range(classes + 3)]
+    found = _missing_classes(np.setdiff1d(train, list(missing)), train, names)
+    assert (told in found) if told else found == ""
 
 
 def test_images_are_answered_batch_by_batch_and_keep_their_tracks(tiny_spec, tiny_models, monkeypatch):
