@@ -7,11 +7,12 @@ from importlib.metadata import requires, version
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from shipped import DEPLOY, ROOT, document, ray_specs
 
-from defuse_core.optional_packages import OLDEST
+from defuse_core.optional_packages import RELEASES
 from services.cli.jobs import PACKAGES
 
 CHOSEN_BY_THE_USER = {"torch", "torchvision", "defuse"}
@@ -74,15 +75,15 @@ def test_no_later_setuptools_is_taken_for_the_build_which_could_lack_its_editabl
     assert needed in declared()  # the test of the image builds with what is installed
 
 
-def test_messages_name_the_packages_of_the_extras_with_their_oldest_releases() -> None:
+def test_messages_name_the_packages_of_the_extras_with_their_releases() -> None:
     """`defuse[EXTRA]` would install another project's package: `defuse` on PyPI is not this one."""
     extras = project()["optional-dependencies"]
     files = (file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
     sources = "\n".join(file.read_text(encoding="utf-8") for file in files)
     assert "defuse[" not in sources
     needs = [Requirement(line) for extra in extras.keys() - {"dev"} for line in extras[extra]]
-    assert {need.name: str(need.specifier) for need in needs} == {
-        name: f">={release}" for name, release in OLDEST.items()
+    assert {need.name: need.specifier for need in needs} == {
+        name: SpecifierSet(releases) for name, releases in RELEASES.items()
     }
 
 
