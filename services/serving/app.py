@@ -47,7 +47,7 @@ from services.serving.launch import (
 from services.serving.limits import MAX_UPLOADS, RETRY_AFTER_S
 from services.serving.monitoring import LivenessCheck
 from services.serving.registry import POLL_S, Registry
-from services.serving.registry_state import NO_VERSION, RegistryState
+from services.serving.registry_state import NO_VERSION, RegistryState, registry_command
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -369,7 +369,8 @@ def registry_changes(
             if known is None:
                 known = registry.state()
                 if known.production is None and not has_model:
-                    yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
+                    promotion = registry_command("promote RUN", registry.store)
+                    yield f"{NO_VERSION}: requests are answered with 503 until `{promotion}`"
             for state in registry.changes_after(known):
                 if replaced := state.replaced_text(known):
                     yield replaced

@@ -229,6 +229,18 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     assert shown[1].startswith("   2               run second") and "rolled back from version 2" in shown[2]
 
 
+def test_the_command_that_a_refused_rollback_prints_acts_on_the_same_store(own_store, monkeypatch):
+    there = ("--store", own_store.address)
+    run(promote, "first", *there)
+    run(promote, "second", *there, "--canary", "5%")
+    run(rollback, *there)
+    with pytest.raises(InputError, match=f": `defuse rollback --production --store {own_store.address}`$"):
+        run(rollback, *there)
+    monkeypatch.chdir(own_store.folder.rename(own_store.folder.with_name("runs")).parent)
+    with pytest.raises(InputError, match=": `defuse rollback --production`$"):
+        run(rollback)
+
+
 def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store):
     lines = run(promote, "first", "--store", own_store.address).splitlines()
     auroc = r"AUROC (0\.9\d+|1\.0+)"
