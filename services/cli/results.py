@@ -175,14 +175,14 @@ def check_suite(
     from defuse_core.files import expect_no_own_folder
     from defuse_core.local import local_device
 
-    if (run is None) == (classifier is None):
-        raise click.UsageError("with --suite, give either RUN or --classifier")
-    if classifier is None and (weights or overrides):
-        raise click.UsageError("--weights and --set need --classifier")
     if junit is not None:
         expect_no_own_folder("--junit", junit)
     name = _checked_name(classifier, weights, run)
     with _failure_in_junit(junit, name):
+        if (run is None) == (classifier is None):
+            raise click.UsageError("with --suite, give either RUN or --classifier")
+        if classifier is None and (weights or overrides):
+            raise click.UsageError("--weights and --set need --classifier")
         loaded = load_suite(suite)
         section = classifier_fields(classifier, weights)
         if section is not None:
@@ -229,7 +229,7 @@ def _failure_in_junit(path: Path | None, name: str) -> Iterator[None]:
 
 def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
     """Return what is checked, with the names of its files, wherever these are."""
-    shown = f"run {run}" if classifier is None else Path(classifier).name or classifier
+    shown = f"run {run or 'not given'}" if classifier is None else Path(classifier).name or classifier
     return shown if weights is None else f"{shown} with {weights.name}"
 
 
