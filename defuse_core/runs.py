@@ -42,7 +42,9 @@ from defuse_core.store import GONE, Store, command_text
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-CONTINUES = "the `defuse run` command that began it, or in Python the same call, continues it"
+CONTINUES = (
+    "the `defuse run` command that began it, without --until, or in Python the same call, continues it"
+)
 UNFINISHED = f"is not finished; {CONTINUES}"
 SHOWN_S = 0.05  # the log does not name what was made sooner
 REMEDY = "delete it and run again with the run file that this run was started with"

@@ -77,6 +77,8 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
+    if force and model is None:
+        raise click.UsageError("--force replaces the file of --to; choose a new folder for --scenarios")
     opened = open_run(run, store)
     if folder is not None:
         expect_new_folder("--scenarios", folder)  # before the model is written
