@@ -30,7 +30,6 @@ from cluster.ray_compat import (
     is_unauthenticated,
     keep_idle_workers,
     limit_memory_retries,
-    nothing_left_of_a_failed_start,
     set_private_token,
     shorten_socket_paths,
     signals_wait_for_start,
@@ -125,6 +124,26 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
                     "`defuse run --on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
                 ) from error
             log.warning("%s; starting it again", failed)
+
+
+@contextlib.contextmanager
+def nothing_left_of_a_failed_start() -> Iterator[None]:
+    """End the processes that Ray began in the block where it fails: it leaves them beside the next start."""
+    import psutil  # type: ignore[import-untyped]  # which Ray brings along
+
+    before, was_connected = set(psutil.Process().children()), ray.is_initialized()
+    try:
+        yield
+    except BaseException:
+        if not was_connected:
+            ray.shutdown()
+        for child in set(psutil.Process().children()) - before:
+            with contextlib.suppress(psutil.Error):
+                if any("/ray/" in part for part in child.cmdline()):
+                    for each in (*child.children(recursive=True), child):
+                        each.kill()
+                    child.wait()
+        raise
 
 
 def disconnect() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Jobs:
             )
         self.address = address.partition("#")[0].rstrip("/")  # a browser shows http://HEAD:8265/#/overview
         self.shown = without_credentials(self.address)  # in messages
+        self.option = f"--address {shlex.quote(self.shown)}"  # in their commands
         try:
             with self._errors_translated():
                 self.client = self._connect()
@@ -126,7 +128,7 @@ class Jobs:
                     log.warning("%s; trying again for %.0f minutes", lost, GIVE_UP_AFTER_S / 60)
                 if time.monotonic() - lost_at > GIVE_UP_AFTER_S:
                     raise ComputeError(
-                        f"{lost}; the job may go on, and `defuse jobs logs {job_id} --follow --address {self.shown}` "
+                        f"{lost}; the job may go on, and `defuse jobs logs {job_id} --follow {self.option}` "
                         "follows it again"
                     ) from error
             else:
@@ -179,7 +181,9 @@ class Jobs:
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:
-                raise InputError(f"no job {job_id} at {self.shown}; see `defuse jobs list`") from error
+                raise InputError(
+                    f"no job {job_id} at {self.shown}; see `defuse jobs list {self.option}`"
+                ) from error
             if "status code 413" in str(error):
                 raise InputError(
                     f"{self.shown} does not take a job of this size (413); {WITHOUT_UPLOAD}"

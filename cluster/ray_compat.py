@@ -210,27 +210,6 @@ def without_unused_processes() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-@contextlib.contextmanager
-def nothing_left_of_a_failed_start() -> Iterator[None]:
-    """End the processes that Ray began in the block where it fails: it leaves them beside the next start."""
-    import psutil  # type: ignore[import-untyped]  # which Ray brings along
-    import ray
-
-    before, was_connected = set(psutil.Process().children()), ray.is_initialized()
-    try:
-        yield
-    except BaseException:
-        if not was_connected:
-            ray.shutdown()
-        for child in set(psutil.Process().children()) - before:
-            with contextlib.suppress(psutil.Error):
-                if any("/ray/" in part for part in child.cmdline()):
-                    for each in (*child.children(recursive=True), child):
-                        each.kill()
-                    child.wait()
-        raise
-
-
 def is_temporary_folder_unusable(error: Exception) -> bool:
     """Whether Ray cannot start as its folder of temporary files cannot be written, or has too long a path."""
     return isinstance(error, PermissionError) or "AF_UNIX path length" in str(error)
@@ -288,12 +267,31 @@ def signals_wait_for_start() -> Iterator[None]:
             signal.raise_signal(number)
 
 
+def _serve_client() -> Any:
+    """Return the client of this cluster's Serve; None without it."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def serve_address() -> tuple[str, int] | None:
+    """Return host and port that this cluster's Serve listens on; None without it."""
+    client = _serve_client()
+    return None if client is None else (str(client.http_config.host), int(client.http_config.port))
+
+
+def uses_haproxy() -> bool:
+    """Whether a Serve that this process starts puts HAProxy before its replicas."""
+    from ray.serve._private import constants
+
+    return bool(constants.RAY_SERVE_ENABLE_HA_PROXY)
+
+
 def deployment_version(application: str, deployment: str) -> str | None:
     """Return the random name that Serve gives each deployment of a program; None without it, or without Serve."""
     from ray.exceptions import ActorDiedError
-    from ray.serve.context import _get_global_client
 
-    client: Any = _get_global_client(raise_if_no_controller_running=False)
+    client = _serve_client()
     if client is None:
         return None
     with contextlib.suppress(KeyError, ActorDiedError):
@@ -308,10 +306,8 @@ def shut_down_serve() -> None:
     """
     import ray
     from ray import serve
-    from ray.serve.context import _get_global_client
 
-    has_ended = embedded_ray_has_ended()
-    client: Any = None if has_ended else _get_global_client(raise_if_no_controller_running=False)
+    client = None if embedded_ray_has_ended() else _serve_client()
     if client is None:
         return
     client.shutdown_cached_handles()

@@ -134,7 +134,7 @@ class DefuseError(Exception):
     exit_code = 4
 
     def __init__(self, message: str) -> None:
-        super().__init__(escape_control_characters(" ".join(message.split())))
+        super().__init__(escape_control_characters(re.sub(r"\s*[\n\r]\s*", " ", message.strip())))
 
 
 class CheckFailed(DefuseError):  # noqa: N818 - reads as the outcome that it is

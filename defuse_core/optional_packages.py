@@ -1,42 +1,41 @@
-"""Packages that single features need, and the oldest release of each that Defuse works with."""
+"""Packages that single features need, and the releases of each that Defuse works with."""
 
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from defuse_core.errors import InputError, one_line
 
 # as in the extras of pyproject.toml
-OLDEST = {
-    "cleanlab": "2.7",
-    "httpx": "0.27",
-    "label-studio-sdk": "2.1",
-    "mlflow-skinny": "3.2",
-    "mlxtend": "0.23",
-    "onnx": "1.17",
-    "onnxruntime": "1.20",
-    "onnxscript": "0.6",
-    "timm": "1.0.26",
-    "transformers": "5",
+RELEASES = {
+    "cleanlab": ">=2.7",
+    "httpx": ">=0.27",
+    "label-studio-sdk": ">=2.1,<2.2",
+    "mlflow-skinny": ">=3.2",
+    "mlxtend": ">=0.23",
+    "onnx": ">=1.17",
+    "onnxruntime": ">=1.20",
+    "onnxscript": ">=0.6",
+    "timm": ">=1.0.26",
+    "transformers": ">=5",
 }
 # those of another name than their package
 MODULES = {"label-studio-sdk": "label_studio_sdk", "mlflow-skinny": "mlflow"}
 
 
 def expect_packages(who: str, *names: str, error: type[InputError] = InputError) -> None:
-    """Raise `error` where `who` needs a package that is not installed, or an older release than OLDEST names.
+    """Raise `error` where `who` needs a package that is not installed, or another release than RELEASES says.
 
     Nothing is imported.
     """
     found = {name: _release(name) for name in names}
-    wanting = [name for name, release in found.items() if release is None or _is_old(name, release)]
+    wanting = [name for name, release in found.items() if release is None or _is_unfit(name, release)]
     if wanting:
-        needed = " and ".join(
-            f"{name} {OLDEST[name]} or newer (found {found[name] or 'none'})" for name in wanting
-        )
-        remedy = " ".join(f"'{name}>={OLDEST[name]}'" for name in wanting)
+        needed = " and ".join(f"{name}{RELEASES[name]} (found {found[name] or 'none'})" for name in wanting)
+        remedy = " ".join(f"'{name}{RELEASES[name]}'" for name in wanting)
         raise error(f"{who} needs {needed}; pip install {remedy}")
 
 
@@ -61,9 +60,9 @@ def _release(name: str) -> str | None:
         return ""
 
 
-def _is_old(name: str, release: str) -> bool:
-    """Whether a release comes before the oldest one; a release candidate or development version of that does not."""
+def _is_unfit(name: str, release: str) -> bool:
+    """Whether a release is out of bounds. A release candidate or development version counts as what it becomes."""
     try:
-        return Version(release).release < Version(OLDEST[name]).release
+        return Version(release).base_version not in SpecifierSet(RELEASES[name])
     except InvalidVersion:
         return False

@@ -7,7 +7,6 @@ import difflib
 import json
 import logging
 import platform
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -39,11 +38,13 @@ from defuse_core.errors import (
 )
 from defuse_core.files import digest_of, source_digest
 from defuse_core.steps import STEPS
-from defuse_core.store import GONE, Store
+from defuse_core.store import GONE, Store, command_text
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-CONTINUES = "the `defuse run` command that began it, or in Python the same call, continues it"
+CONTINUES = (
+    "the `defuse run` command that began it, without --until, or in Python the same call, continues it"
+)
 UNFINISHED = f"is not finished; {CONTINUES}"
 SHOWN_S = 0.05  # the log does not name what was made sooner
 REMEDY = "delete it and run again with the run file that this run was started with"
@@ -310,8 +311,7 @@ class Run:
     def command(self, words: str, *options: str) -> str:
         """Return `defuse WORDS RUN OPTIONS`, with --store unless the run is in the default store."""
         store = self.store.address.removesuffix(f"/{self.name}")
-        where = [] if store == str(Path("runs").absolute()) else ["--store", store]
-        return shlex.join(["defuse", *words.split(), self.name, *options, *where])
+        return command_text([*words.split(), self.name, *options], store)
 
     def manifest(self) -> dict[str, Any]:
         """Return how the run was made: versions, seed, device, data, annotators, artefacts with step, time, size.

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,12 @@ def checked_name(name: str) -> str:
             "first a letter or digit"
         )
     return name
+
+
+def command_text(words: Sequence[str], address: str) -> str:
+    """Return `defuse WORDS` as it is typed, with --store unless `address` is that of the default store."""
+    where = [] if address == str(Path("runs").absolute()) else ["--store", address]
+    return shlex.join(["defuse", *words, *where])
 
 
 class Store(Protocol):

@@ -21,7 +21,7 @@ import rich
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from services import last_words, stopped_exit_code, stopped_line, stopping_on_sigterm
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
-from services.cli.options import echo_marked
+from services.cli.options import EscapingFormatter, echo_marked
 from services.cli.results import compare, export, suite
 from services.cli.review import label_studio, review
 from services.cli.run import delete, fields, init, report, run, status
@@ -65,13 +65,6 @@ class CommandLine(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with _ending_with_its_reader():
             return super().invoke(ctx)
-
-
-class EscapingFormatter(logging.Formatter):
-    """No text from a file changes the terminal; lines after the first are indented, so none looks like a record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n    ".join(map(escape_control_characters, super().format(record).split("\n")))
 
 
 @contextlib.contextmanager

@@ -12,11 +12,14 @@ from typing import Self, cast
 
 from rich import box
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from services.cli.options import EscapingFormatter
 
 log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0
@@ -143,14 +146,15 @@ class ProgressDisplay:
     def __enter__(self) -> Self:
         if self.is_live:
             root = logging.getLogger()
-            self.handlers, root.handlers = (
-                root.handlers,
-                [
-                    RichHandler(
-                        console=self.console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
-                    )
-                ],
+            handler = RichHandler(
+                console=self.console,
+                show_path=False,
+                show_level=False,
+                log_time_format="%H:%M:%S",
+                highlighter=NullHighlighter(),
             )
+            handler.setFormatter(EscapingFormatter("%(message)s"))
+            self.handlers, root.handlers = root.handlers, [handler]
             self.bars.start()
         return self
 

@@ -208,7 +208,9 @@ def _follow(jobs: Jobs, job_id: str) -> None:
         job = jobs.follow(job_id, partial(click.echo, nl=False))
     except (KeyboardInterrupt, BrokenPipeError):  # nobody reads it any more
         click.echo(
-            f"\njob {job_id} continues: defuse jobs logs|stop {job_id} --address {jobs.shown}", err=True
+            f"\njob {job_id} continues: `defuse jobs logs {job_id} --follow {jobs.option}` follows it again, "
+            f"`defuse jobs stop {job_id} {jobs.option}` stops it",
+            err=True,
         )
         raise click.exceptions.Exit(stopped_exit_code()) from None
     if job.status != "SUCCEEDED":

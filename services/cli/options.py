@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import InputError, ModelError, RunFileError, RunMismatchError, has_control_characters
+from defuse_core.errors import (
+    InputError,
+    ModelError,
+    RunFileError,
+    RunMismatchError,
+    escape_control_characters,
+    has_control_characters,
+)
 from defuse_core.steps import STEPS
 from defuse_core.store import RESERVED, FolderStore, checked_name
 
@@ -165,17 +172,32 @@ def print_json(page: dict[str, Any]) -> None:
         os.dup2(2, 1)
 
 
+class EscapingFormatter(logging.Formatter):
+    """No text from a file changes the terminal; lines after the first are indented, so none looks like a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(map(escape_control_characters, super().format(record).split("\n")))
+
+
 def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = False) -> None:
     """Print text behind its mark of `width` columns; a narrow terminal gets lines that break between words."""
     lines, stream = [text], sys.stderr if err else sys.stdout
     columns = shutil.get_terminal_size().columns - width
     if stream is not None and stream.isatty() and len(text) > columns:
-        from defuse_core.report.formatting import unbroken
+        lines = broken_lines(text, max(24, columns))
+    click.echo(f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines), err=err)
 
-        text = unbroken(text)
-        lines = textwrap.wrap(text, max(24, columns), break_long_words=False, break_on_hyphens=False)
-    text = f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines)
-    click.echo(text.replace("\u00a0", " "), err=err)
+
+def broken_lines(text: str, width: int) -> list[str]:
+    """Return the text in lines of `width` columns, broken between words, but in no number with its percent sign.
+
+    A command in backticks is not broken either, and may exceed the width: a shell would run its first line.
+    """
+    from defuse_core.report.formatting import unbroken
+
+    whole = re.sub("`[^`]+`", lambda command: command[0].replace(" ", "\u00a0"), unbroken(text))
+    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\u00a0", " ") for line in lines]
 
 
 def run_name(name: str | None, runfile: Path) -> str:

@@ -77,6 +77,8 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
+    if force and model is None:
+        raise click.UsageError("--force replaces the file of --to; choose a new folder for --scenarios")
     opened = open_run(run, store)
     if folder is not None:
         expect_new_folder("--scenarios", folder)  # before the model is written
@@ -175,14 +177,14 @@ def check_suite(
     from defuse_core.files import expect_no_own_folder
     from defuse_core.local import local_device
 
-    if (run is None) == (classifier is None):
-        raise click.UsageError("with --suite, give either RUN or --classifier")
-    if classifier is None and (weights or overrides):
-        raise click.UsageError("--weights and --set need --classifier")
     if junit is not None:
         expect_no_own_folder("--junit", junit)
     name = _checked_name(classifier, weights, run)
     with _failure_in_junit(junit, name):
+        if (run is None) == (classifier is None):
+            raise click.UsageError("with --suite, give either RUN or --classifier")
+        if classifier is None and (weights or overrides):
+            raise click.UsageError("--weights and --set need --classifier")
         loaded = load_suite(suite)
         section = classifier_fields(classifier, weights)
         if section is not None:
@@ -229,7 +231,7 @@ def _failure_in_junit(path: Path | None, name: str) -> Iterator[None]:
 
 def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
     """Return what is checked, with the names of its files, wherever these are."""
-    shown = f"run {run}" if classifier is None else Path(classifier).name or classifier
+    shown = f"run {run or 'not given'}" if classifier is None else Path(classifier).name or classifier
     return shown if weights is None else f"{shown} with {weights.name}"
 
 

@@ -266,6 +266,10 @@ def serve(
         resolve_settings,
     )
 
+    if address is not None and proxy != "auto":
+        raise click.UsageError(
+            "--proxy is of the Ray that this command starts; the one at --address has its own"
+        )
     settings = read_settings()
     args = ServeArgs(
         store=store,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
@@ -21,9 +20,9 @@ from defuse_core.report.formatting import (
     pairs_text,
     spread,
     sweep_text,
-    unbroken,
 )
 from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
+from services.cli.options import broken_lines
 
 if TYPE_CHECKING:
     from defuse_core.export.compare import ComparedScenario
@@ -60,9 +59,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def print_text(console: Console, text: str, style: str, widest: int = TEXT_WIDTH) -> None:
-    """Print text in lines of at most `widest` columns, which do not break before a percent sign."""
-    lines = textwrap.wrap(unbroken(text), min(console.width, widest))
-    console.print(Text("\n".join(lines).replace("\u00a0", " "), style=style), soft_wrap=True)
+    """Print text in lines of at most `widest` columns, but for commands and words that need more."""
+    lines = broken_lines(text, min(console.width, widest))
+    console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 def print_accuracy(report: Report, console: Console) -> None:

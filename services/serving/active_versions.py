@@ -24,7 +24,7 @@ from defuse_core.store import Store
 from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
 from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry
-from services.serving.registry_state import EMPTY, RegistryState
+from services.serving.registry_state import EMPTY, RegistryState, registry_command
 from services.storage import is_store_outage
 
 log = logging.getLogger("defuse")
@@ -367,7 +367,7 @@ class RegistryWatcher:
         except FileNotFoundError as error:
             raise DamagedVersionError(
                 f"{path}: the model that this server was started with is missing, as after `defuse delete`; promote "
-                "a run with `defuse promote RUN`, or serve another one"
+                f"a run with `{registry_command('promote RUN', self.registry.store)}`, or serve another one"
             ) from error
         candidate, state = decode(Candidate, data, path), self.initial.state
         is_version = not self.initial.pin and state.production in state.versions_with(candidate.digest)

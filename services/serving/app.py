@@ -23,13 +23,11 @@ from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve._private import constants as serve_constants
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from cluster.connection import connection, explained_line
-from cluster.ray_compat import deployment_version, log_folder, shut_down_serve
+from cluster.ray_compat import deployment_version, log_folder, serve_address, shut_down_serve, uses_haproxy
 from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
@@ -49,7 +47,7 @@ from services.serving.launch import (
 from services.serving.limits import MAX_UPLOADS, RETRY_AFTER_S
 from services.serving.monitoring import LivenessCheck
 from services.serving.registry import POLL_S, Registry
-from services.serving.registry_state import NO_VERSION, RegistryState
+from services.serving.registry_state import NO_VERSION, RegistryState, registry_command
 from services.storage import open_store
 
 log = logging.getLogger("defuse")
@@ -260,9 +258,8 @@ def _deployed() -> str | None:
 
 def _require_reachable_replicas(host: str) -> None:
     """Raise InputError where a cluster's HAProxy would ask replicas on other nodes that listen on loopback only."""
-    client = _get_global_client(raise_if_no_controller_running=False)
-    listening = host if client is None else str(client.http_config.host)
-    if not serve_constants.RAY_SERVE_ENABLE_HA_PROXY or not is_loopback(listening):
+    listening, _ = serve_address() or (host, 0)
+    if not uses_haproxy() or not is_loopback(listening):
         return
     here, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()  # type: ignore[no-untyped-call]
     if any(node["Alive"] and node["Resources"].get("CPU") and node["NodeID"] != here for node in nodes):
@@ -287,12 +284,10 @@ def _free_port() -> int:
 
 def _listening_address(host: str, port: int) -> tuple[str, int]:
     """Return host and port of Serve: the given ones, unless Serve was already running with others."""
-    client = _get_global_client()
-    options = client.http_config if client is not None else None
-    if options is None or (options.host, options.port) == (host, port):
-        return host, port
-    log.warning("Serve is already running on this cluster; --host and --port are those of its start")
-    return str(options.host), int(options.port)
+    found = serve_address() or (host, port)
+    if found != (host, port):
+        log.warning("Serve is already running on this cluster; --host and --port are those of its start")
+    return found
 
 
 def _check_exposure(requested: str, actual: str) -> None:
@@ -374,7 +369,8 @@ def registry_changes(
             if known is None:
                 known = registry.state()
                 if known.production is None and not has_model:
-                    yield f"{NO_VERSION}: requests are answered with 503 until `defuse promote RUN`"
+                    promotion = registry_command("promote RUN", registry.store)
+                    yield f"{NO_VERSION}: requests are answered with 503 until `{promotion}`"
             for state in registry.changes_after(known):
                 if replaced := state.replaced_text(known):
                     yield replaced

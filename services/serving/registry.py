@@ -23,10 +23,12 @@ from services.serving.candidate import Candidate
 from services.serving.registry_state import (
     EMPTY,
     ChangeInfo,
+    GoneError,
     PromotionRequest,
     RegistryState,
     VersionInfo,
     parse_state,
+    registry_command,
 )
 
 log = logging.getLogger("defuse")
@@ -36,8 +38,8 @@ MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
 OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
-ENDED = "the canary or shadow of version {} ended just now; see `defuse promote` for the new state"
-CHANGED = "production changed meanwhile; see `defuse promote` for the new state"
+ENDED = "the canary or shadow of version {} ended just now; see `{}` for the new state"
+CHANGED = "production changed meanwhile; see `{}` for the new state"
 
 
 class DamagedVersionError(DamagedError):
@@ -81,14 +83,14 @@ class Registry:
             return True
         version = self.store.version(_change_key(known.sequence))
         if self._last_read != (known, version):
-            with contextlib.suppress(_GoneError, DamagedError):
+            with contextlib.suppress(GoneError, DamagedError):
                 self._last_read = self._read(known.sequence), version
         return self._last_read == (known, version)
 
     def _state_of_existing(self) -> RegistryState:
         state = self.state()
         if not state.sequence:
-            raise _GoneError(self.store)
+            raise GoneError(self.store)
         return state
 
     def file_version(self, number: int) -> str | None:
@@ -214,11 +216,11 @@ class Registry:
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if checked is not None and state.production not in (checked.production, number):
-                raise InputError(CHANGED)
+                raise InputError(CHANGED.format(registry_command("promote", self.store)))
             was_compared = checked is not None and checked.canary_or_shadow == number
             has_role = number in (state.production, state.canary, state.shadow)
             if was_compared and not has_role and not request.is_canary_or_shadow:
-                raise InputError(ENDED.format(number))
+                raise InputError(ENDED.format(number, registry_command("promote", self.store)))
             request.require_other_in_production(state, number)
             role: dict[str, Any] = {"production": number, "previous": state.rollback_targets(number)}
             if request.shadow:
@@ -254,7 +256,7 @@ class Registry:
         ended = f"{AUTHOR} {state.action}: {state.why}"
         try:
             before = self._read(state.sequence - 1)
-        except _GoneError:  # another file, which need not be there
+        except GoneError:  # another file, which need not be there
             return []
         except DamagedError as error:
             return [f"{ended}; whether that was this model is unknown: {error}"]
@@ -278,14 +280,14 @@ class Registry:
         if canary_or_shadow:
             ended = self.end_canary(canary_or_shadow, by, why)
             if ended is None:
-                raise InputError(ENDED.format(canary_or_shadow))
+                raise InputError(ENDED.format(canary_or_shadow, registry_command("promote", self.store)))
             return ended
         # another file, which need not be there for `production`
         before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
         if not production and before.canary_or_shadow not in (None, current.production):
             raise InputError(
-                f"the last change has ended a canary or shadow ({current.change_text}); `defuse rollback --production` "
-                f"takes version {current.production} out of production"
+                f"the last change has ended a canary or shadow ({current.change_text}); to take version "
+                f"{current.production} out of production: `{registry_command('rollback --production', self.store)}`"
             )
         if not current.previous:
             raise InputError("no previous version to roll back to")
@@ -295,7 +297,7 @@ class Registry:
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production != current.production or not state.previous:
-                raise InputError(CHANGED)
+                raise InputError(CHANGED.format(registry_command("promote", self.store)))
             *earlier, number = state.previous
             return {
                 **NO_CANARY,
@@ -316,7 +318,7 @@ class Registry:
         except DefuseError as error:
             raise InputError(
                 f"version {number} cannot go back into production: {error}; promote another run with "
-                "`defuse promote RUN`"
+                f"`{registry_command('promote RUN', self.store)}`"
             ) from error
 
     def _sequences(self) -> list[int]:
@@ -329,16 +331,7 @@ class Registry:
         try:
             return parse_state(self.store.read(key), f"{self.store.address}/{key}")
         except FileNotFoundError as error:
-            raise _GoneError(self.store) from error
-
-
-class _GoneError(StoreError):
-    """A registry that had changes has them no more."""
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(
-            f"{store.address}: the registry is gone; restore it, or promote a run with `defuse promote RUN`"
-        )
+            raise GoneError(self.store) from error
 
 
 def promote(
@@ -360,7 +353,7 @@ def promote(
     state = registry.state()
     known = max(state.versions_with(candidate.digest), default=None)
     if state.production not in (checked.production, known):
-        raise InputError(CHANGED)
+        raise InputError(CHANGED.format(registry_command("promote", registry.store)))
     request.require_other_in_production(state, known)
     number = registry.add(candidate, request.by, request.reason, forced=bool(failed))
     promoted = registry.assign(number, request, tuple(failed), checked)

@@ -7,8 +7,9 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from defuse_core.errors import DamagedError, InputError, percent
+from defuse_core.errors import DamagedError, InputError, StoreError, percent
 from defuse_core.report.evidence_schema import WatchFigures
+from defuse_core.store import Store, command_text
 
 FORMAT: Final = 6  # of the files of the registry, and of the versions
 
@@ -177,6 +178,21 @@ class PromotionRequest:
 EMPTY = RegistryState(format=FORMAT)
 
 
+def registry_command(words: str, registry: Store) -> str:
+    """Return `defuse WORDS`, with --store unless the folder `registry` is in the default store."""
+    return command_text(words.split(), registry.address.removesuffix("/registry"))
+
+
+class GoneError(StoreError):
+    """A registry that had changes has them no more."""
+
+    def __init__(self, store: Store) -> None:
+        promotion = registry_command("promote RUN", store)
+        super().__init__(
+            f"{store.address}: the registry is gone; restore it, or promote a run with `{promotion}`"
+        )
+
+
 def parse_state(text: bytes, where: str) -> RegistryState:
     """Return the state in the JSON `text`. Raises DamagedError, naming `where`, for another format or other text."""
     try:
@@ -186,10 +202,7 @@ def parse_state(text: bytes, where: str) -> RegistryState:
         found, remedy = first["msg"], "restore the file"
         if first["loc"] == ("format",):
             found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
-            remedy = (
-                "use the version of Defuse that wrote it, or rename its folder and promote a run of this version with "
-                "`defuse promote RUN`"
-            )
+            remedy = "use the version of Defuse that wrote it, or rename its folder and promote a run of this version"
         raise DamagedError(
             f"{where}: expected a registry state of format {FORMAT}, found {found}; {remedy}"
         ) from error

@@ -25,9 +25,9 @@ from cluster.connection import (
     connect,
     disconnect,
     explained_line,
+    nothing_left_of_a_failed_start,
     prepare_embedded_ray,
 )
-from cluster.ray_compat import nothing_left_of_a_failed_start
 from defuse_core.errors import ComputeError, DataError, InputError
 from tests.ports import free_port
 

@@ -261,5 +261,8 @@ def test_a_followed_job_whose_log_nobody_reads_is_left_as_after_ctrl_c(head: Hea
         check=False,
     )
     os.close(write)
-    line = f"job j1 continues: defuse jobs logs|stop j1 --address {head.address}"
+    follow, stop = (
+        f"`defuse jobs {words} --address {head.address}`" for words in ("logs j1 --follow", "stop j1")
+    )
+    line = f"job j1 continues: {follow} follows it again, {stop} stops it"
     assert (left.returncode, left.stderr.strip()) == (130, line)

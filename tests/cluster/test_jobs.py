@@ -240,7 +240,7 @@ def test_a_job_goes_on_when_its_follower_leaves_and_ends_when_stopped(
     job = job_of(follower)
     await_status(head, job, "RUNNING")
     follower.send_signal(signal.SIGINT)
-    assert f"jobs logs|stop {job}" in follower.communicate(timeout=WAIT_S)[1]
+    assert f"`defuse jobs stop {job} --address {head}` stops it" in follower.communicate(timeout=WAIT_S)[1]
     assert follower.returncode == 130
     heading, *rows = (line.split() for line in ask("list", "--address", head)[1].splitlines())
     assert heading == ["id", "status", "started", "took", "run"]
@@ -348,4 +348,4 @@ def test_an_unknown_job_is_one_line(head: str, ask: Ask, words: list[str]) -> No
     code, _, err = ask(*words, "nope", "--address", head)
     assert code == 2
     assert err.count("\n") == 1
-    assert "no job nope at http" in err
+    assert f"no job nope at {head}; see `defuse jobs list --address {head}`" in err

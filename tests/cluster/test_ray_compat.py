@@ -38,12 +38,22 @@ from cluster.ray_compat import (
     named_trainable,
     quiet_tune,
     signals_wait_for_start,
+    uses_haproxy,
 )
 from tests.cluster import programs
 from tests.conftest import tiny
 from tests.e2e import forked_commands
 from tests.start_forked_worker import fork_workers
 from tests.waiting import WAIT_S
+
+PRIVATE = re.compile(r"\bray(\.\w+)*(\.| import )_\w|_get_global_client")
+
+
+def test_private_parts_of_ray_are_used_in_one_module() -> None:
+    root = Path(ray_compat.__file__).parent.parent
+    files = (file for name in ("defuse_core", "cluster", "services") for file in (root / name).rglob("*.py"))
+    found = [file for file in files if PRIVATE.search(file.read_text(encoding="utf-8"))]
+    assert found == [Path(ray_compat.__file__)]
 
 
 class Trainable:
@@ -357,3 +367,9 @@ def test_a_ray_that_runs_has_not_ended_and_one_of_whose_processes_is_gone_has(mo
 
 def test_the_folder_of_the_logs_has_those_of_rays_processes(ray_session: None) -> None:
     assert list(Path(log_folder()).glob("raylet*"))
+
+
+def test_serve_says_whether_it_uses_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said in (True, False):
+        monkeypatch.setattr("ray.serve._private.constants.RAY_SERVE_ENABLE_HA_PROXY", said)
+        assert uses_haproxy() is said

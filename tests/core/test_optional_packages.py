@@ -1,4 +1,4 @@
-"""Packages of single features: one that is missing, one that is too old, one whose release nobody knows."""
+"""Packages of single features: one that is missing, too old or too new, one whose release nobody knows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_a_missing_and_an_old_package_are_named_together_and_a_good_one_is_not(
     with pytest.raises(ModelError) as caught:
         expect_packages("this test", "timm", "httpx", "label-studio-sdk", error=ModelError)
     assert str(caught.value) == (
-        "this test needs timm 1.0.26 or newer (found 1.0.9) and label-studio-sdk 2.1 or newer (found none); "
-        "pip install 'timm>=1.0.26' 'label-studio-sdk>=2.1'"
+        "this test needs timm>=1.0.26 (found 1.0.9) and label-studio-sdk>=2.1,<2.2 (found none); "
+        "pip install 'timm>=1.0.26' 'label-studio-sdk>=2.1,<2.2'"
     )
 
 

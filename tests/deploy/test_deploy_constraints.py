@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tomllib
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 from typing import Any
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from shipped import DEPLOY, ROOT, document, ray_specs
 
-from defuse_core.optional_packages import OLDEST
+from defuse_core.optional_packages import RELEASES
 from services.cli.jobs import PACKAGES
 
 CHOSEN_BY_THE_USER = {"torch", "torchvision", "defuse"}
@@ -27,8 +29,12 @@ def pinned_version(name: str) -> str:
     return specifier.version
 
 
+def declarations() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def project() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, Any] = declarations()["project"]
     return found
 
 
@@ -53,15 +59,31 @@ def test_each_declared_dependency_is_pinned_within_its_bounds() -> None:
             assert pinned_version(canonicalize_name(need.name)) in need.specifier, need
 
 
-def test_messages_name_the_packages_of_the_extras_with_their_oldest_releases() -> None:
+def test_releases_in_which_a_client_s_bytes_do_harm_are_out_of_bounds() -> None:
+    """Pillow before 13 has overflows in decoders; python-multipart before 0.0.27 parses headers for seconds."""
+    bounds = {need.name: need.specifier for need in declared()}
+    assert "12.3" not in bounds["pillow"]
+    assert "0.0.26" not in bounds["python-multipart"]
+
+
+def test_no_later_setuptools_is_taken_for_the_build_which_could_lack_its_editable_mode_compat() -> None:
+    assert "editable_mode=compat" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    (needed,) = map(Requirement, declarations()["build-system"]["requires"])
+    installed = Version(version("setuptools"))
+    assert installed in needed.specifier
+    assert str(installed.major + 1) not in needed.specifier
+    assert needed in declared()  # the test of the image builds with what is installed
+
+
+def test_messages_name_the_packages_of_the_extras_with_their_releases() -> None:
     """`defuse[EXTRA]` would install another project's package: `defuse` on PyPI is not this one."""
     extras = project()["optional-dependencies"]
     files = (file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))
     sources = "\n".join(file.read_text(encoding="utf-8") for file in files)
     assert "defuse[" not in sources
     needs = [Requirement(line) for extra in extras.keys() - {"dev"} for line in extras[extra]]
-    assert {need.name: str(need.specifier) for need in needs} == {
-        name: f">={release}" for name, release in OLDEST.items()
+    assert {need.name: need.specifier for need in needs} == {
+        name: SpecifierSet(releases) for name, releases in RELEASES.items()
     }
 
 

@@ -116,7 +116,10 @@ def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
 def test_a_run_that_is_not_finished_is_named_on_either_side(pair, store, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "compare", *pair, "--store", store.address)
     assert code == 2
-    assert "run begun is not finished; the `defuse run` command that began it, or in Python" in one_line(err)
+    assert (
+        "run begun is not finished; the `defuse run` command that began it, without --until, or in Python"
+        in one_line(err)
+    )
 
 
 def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():

@@ -12,6 +12,7 @@ from rich.table import Table
 from services.cli import console
 from services.cli.console import ProgressDisplay
 from services.cli.options import echo_marked
+from services.cli.tables import print_text
 
 
 class Screen(io.StringIO):
@@ -77,6 +78,27 @@ def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
         assert [task.description for task in display.bars.tasks] == ["fitting the mixture"]
     said = shown.getvalue()
     assert "training the β-VAE" in said and "500/1000" in said and "images 250/s" in said
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_command_is_on_one_line_of_any_terminal_and_can_be_copied(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    shown, command = Screen(), "`defuse report signs --store '/a/long-winded/folder of/runs'`"
+    monkeypatch.setattr("sys.stdout", shown)
+    text = f"the report was written by another Defuse, and {command} writes it again"
+    echo_marked("note:", text)
+    assert command in shown.getvalue()
+    screen = Console(file=io.StringIO(), width=int(columns))
+    print_text(screen, text, "dim")
+    assert command in screen.file.getvalue()
+
+
+def test_text_in_a_warning_beside_a_bar_cannot_act_on_the_terminal_and_has_no_colours(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    shown = Screen()
+    with ProgressDisplay(Console(file=shown, width=100)):
+        logging.getLogger("defuse").warning("%s", "the server's \x1bc\x1b]0;title\x07 'answer' 12")
+    assert r"the server's \x1bc\x1b]0;title\x07 'answer' 12" in shown.getvalue()
 
 
 def test_a_long_activity_in_one_piece_is_named_when_it_begins(clock, caplog):

@@ -16,6 +16,7 @@ import click
 import pytest
 
 import services
+from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli import GROUPS, defuse
@@ -174,6 +175,10 @@ def test_help_and_the_list_of_runs_import_nothing_that_other_commands_need(words
     imported = {*shown.stderr.split()}
     assert "services.cli.jobs" in imported and not imported & late
     assert shown.stdout.count("Usage: ") == len(words) or "mine" in shown.stdout
+
+
+def test_an_error_is_one_line_that_keeps_the_spaces_of_a_path():
+    assert str(InputError(" my  store:\n    gone\r\n")) == "my  store: gone"
 
 
 def test_a_working_directory_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):

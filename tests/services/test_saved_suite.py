@@ -314,3 +314,14 @@ def test_a_suite_of_another_artefact_format_is_saved_again_from_another_run(suit
     )
     with pytest.raises(InputError, match=line):
         load_suite(tmp_path / "suite")
+
+
+@pytest.mark.parametrize("wrong", [[], ["digits", "--weights", "x.safetensors"]])
+def test_the_result_of_an_earlier_check_is_not_left_where_the_command_is_wrong(
+    wrong, tmp_path, monkeypatch, capsys
+):
+    earlier = tmp_path / "report.xml"
+    earlier.write_text("<testsuite/>")
+    options = ["check", *wrong, "--suite", tmp_path / "suite", "--junit", earlier]
+    assert call(monkeypatch, capsys, *options)[0] == 2
+    assert 'errors="1"' in earlier.read_text()

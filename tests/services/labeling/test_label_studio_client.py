@@ -18,6 +18,7 @@ import httpx
 import jwt
 import pytest
 from label_studio_live import digits_gallery, review_run, settings_for
+from label_studio_sdk.base_client import LabelStudioBase
 from proxy import Reply
 
 from defuse_core.errors import InputError, ServiceError
@@ -217,10 +218,19 @@ def test_without_the_client_library_it_is_said_what_to_install(missing, package,
         importlib.import_module("services.labeling.client")
 
 
-def test_a_client_library_that_is_too_old_is_named_before_a_reply_cannot_be_read(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", {"label-studio-sdk": "2.0.23", "httpx": "0.28"}.get)
-    with pytest.raises(InputError, match=r"label-studio-sdk 2.1 or newer \(found 2.0.23\); pip install"):
+@pytest.mark.parametrize("release", ["2.0.23", "2.2.0", "2.2.0rc1", "3.0"])
+def test_a_client_library_that_is_too_old_or_too_new_is_named_before_a_reply_cannot_be_read(
+    release, monkeypatch
+):
+    monkeypatch.setattr("importlib.metadata.version", {"label-studio-sdk": release, "httpx": "0.28"}.get)
+    with pytest.raises(InputError, match=rf"label-studio-sdk>=2.1,<2.2 \(found {release}\); pip install"):
         LabelStudioClient("http://127.0.0.1:1", "token")
+
+
+def test_the_client_library_has_the_private_parts_that_are_set_there():
+    wrapper = LabelStudioBase(base_url="http://127.0.0.1:1", api_key="token")._client_wrapper
+    assert {"_base_url", "_access_token", "_use_legacy_token"} <= vars(wrapper._tokens_client).keys()
+    assert isinstance(wrapper.httpx_client.httpx_client, httpx.Client)
 
 
 def test_a_local_server_needs_no_client_library():

@@ -141,7 +141,9 @@ def test_a_deleted_run_that_no_version_has_replaced_is_an_error_that_says_what_t
     served_since = own_run(own_store, "swapped")
     delete_run(own_store, "swapped")
     for start in (served_since, InitialModel(initial.key, pin=True)):
-        with pytest.raises(StoreError, match=r"swapped/candidates/.* is missing, .* `defuse promote RUN`"):
+        with pytest.raises(
+            StoreError, match=r"swapped/candidates/.* is missing, .* `defuse promote RUN --store "
+        ):
             replica(own_store, start)
 
 

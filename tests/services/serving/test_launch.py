@@ -251,7 +251,8 @@ def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_u
         return list(registry_changes(registry, wait, check=lambda: None, has_model=has_model))
 
     first, second = lines(has_model=False)
-    assert first == "no version is in production: requests are answered with 503 until `defuse promote RUN`"
+    promotion = f"`defuse promote RUN --store {tmp_path}`"
+    assert first == f"no version is in production: requests are answered with 503 until {promotion}"
     assert second.endswith(" ana: a change; no version is in production")
     (promoted,) = lines(has_model=True, production=3)
     assert promoted.endswith("; version 3 is in production")
@@ -295,5 +296,5 @@ def test_a_registry_that_went_back_is_one_line_and_a_lost_one_is_one_warning(tmp
     ]
     assert [record.getMessage() for record in caplog.records] == [
         f"the registry cannot be read: {tmp_path}/registry: the registry is gone; restore it, or promote a run with "
-        "`defuse promote RUN`"
+        f"`defuse promote RUN --store {tmp_path}`"
     ]

@@ -150,7 +150,8 @@ def test_check_of_an_unfinished_run_names_the_command_that_shows_what_is_missing
 ):
     Run.start(FolderStore(tmp_path), "begun", good_spec)
     with pytest.raises(
-        InputError, match="run begun is not finished; the `defuse run` command that began it, or in Python"
+        InputError,
+        match="run begun is not finished; the `defuse run` command that began it, without --until, or in Python",
     ):
         run(check, "begun", "--store", str(tmp_path))
 
@@ -181,7 +182,7 @@ def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec
     for options in ((), ("--address", "127.0.0.1:1")):
         with pytest.raises(
             InputError,
-            match="run begun is not finished; the `defuse run` command that began it, or in Python",
+            match="run begun is not finished; the `defuse run` command that began it, without --until, or in Python",
         ):
             run(serve, "begun", "--store", str(tmp_path), *options)
 
@@ -227,6 +228,18 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
         and "first of all" in shown[0]
     )
     assert shown[1].startswith("   2               run second") and "rolled back from version 2" in shown[2]
+
+
+def test_the_command_that_a_refused_rollback_prints_acts_on_the_same_store(own_store, monkeypatch):
+    there = ("--store", own_store.address)
+    run(promote, "first", *there)
+    run(promote, "second", *there, "--canary", "5%")
+    run(rollback, *there)
+    with pytest.raises(InputError, match=f": `defuse rollback --production --store {own_store.address}`$"):
+        run(rollback, *there)
+    monkeypatch.chdir(own_store.folder.rename(own_store.folder.with_name("runs")).parent)
+    with pytest.raises(InputError, match=": `defuse rollback --production`$"):
+        run(rollback)
 
 
 def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store):
@@ -323,6 +336,11 @@ def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp
 def test_promote_with_the_value_of_an_unset_variable_is_refused(option, tmp_path):
     with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
         run(promote, "first", "--store", str(tmp_path), option, "")
+
+
+def test_a_proxy_for_a_cluster_that_has_its_own_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="the one at --address has its own"):
+        run(serve, "first", "--store", str(tmp_path), "--address", "head:6379", "--proxy", "ray")
 
 
 def test_serve_with_the_value_of_an_unset_variable_is_refused(tmp_path):
