@@ -16,18 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, RunFileError, StoreError
+from defuse_core.errors import (
+    CheckFailed,
+    DamagedError,
+    DefuseError,
+    InputError,
+    NoAnswerError,
+    RunFileError,
+    StoreError,
+)
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import (
-    EMPTY,
-    ChangeInfo,
-    PromotionRequest,
-    RegistryState,
-    VersionInfo,
-    parse_state,
-)
+from services.serving.registry_state import EMPTY, ChangeInfo, PromotionRequest, RegistryState, parse_state
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
@@ -37,6 +38,7 @@ NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
 OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
 ENDED = "the canary or shadow of version {} ended just now; see `defuse promote` for the new state"
+UNKNOWN = "this change may be stored nevertheless: see `defuse promote` before you give the command again"
 CHANGED = "production changed meanwhile; see `defuse promote` for the new state"
 
 
@@ -135,19 +137,9 @@ class Registry:
             return max(known)
         number = max(state.versions, default=0) + 1
         data = encode(candidate)
-        while not self.store.create(_version_key(number), data):
+        while not self.store.create(_version_key(number), data) and not self._holds(number, data):
             number += 1
-        info = VersionInfo(
-            run=candidate.run,
-            digest=candidate.digest,
-            by=by,
-            when=utc_now(),
-            why=why,
-            forced=forced,
-            annotators=candidate.summary.annotators,
-            watch=candidate.watch_figures(candidate.run_file().serve),
-            components_digest=candidate.components_digest,
-        )
+        info = candidate.version_info(by, why, forced)
 
         def updates(state: RegistryState) -> dict[str, Any] | None:
             known = state.versions_with(candidate.digest)
@@ -159,6 +151,12 @@ class Registry:
         if equal != number:
             self.store.delete(_version_key(number))
         return equal
+
+    def _holds(self, number: int, data: bytes) -> bool:
+        """Whether the file of version `number` is `data`, as of a promotion that was killed."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.store.read(_version_key(number)) == data
+        return False
 
     def _repair(self, number: int, candidate: Candidate) -> None:
         """Write version `number` again, which equals `candidate`, where its file is damaged or missing."""
@@ -191,8 +189,11 @@ class Registry:
                 # another number where it is promoted again: a server of another run answers with it then
                 changes["since"] = since.model_copy(update={"change": sequence})
             state = current.model_copy(update=changes)
-            if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
-                return state
+            try:
+                if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
+                    return state
+            except NoAnswerError as error:
+                raise NoAnswerError(f"{error}; {UNKNOWN}") from error
         raise StoreError(
             f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
         )
@@ -315,8 +316,7 @@ class Registry:
                 verify(candidate)
         except DefuseError as error:
             raise InputError(
-                f"version {number} cannot go back into production: {error}; promote another run with "
-                "`defuse promote RUN`"
+                f"version {number} cannot go back into production: {error}; promote another run: `defuse promote RUN`"
             ) from error
 
     def _sequences(self) -> list[int]:
