@@ -358,6 +358,12 @@ def test_serve_with_the_value_of_an_unset_variable_is_refused(tmp_path):
         run(serve, "first", "--store", str(tmp_path), "--host", "")
 
 
+def test_only_on_a_cluster_can_serve_replace_an_application(planted, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="--replace needs a cluster: --address or RAY_ADDRESS"):
+        run(serve, "first", "--store", planted.address, "--replace")
+
+
 @pytest.mark.parametrize(
     "options", [("--set", "serve.watch"), ("--set", "vae.beta=1"), ("--set", "serve.x={")]
 )
