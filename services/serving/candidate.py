@@ -46,7 +46,6 @@ from defuse_core.watch import FailureWatch, watch_classifier
 from defuse_core.watch.scenario_regions import fit_regions, training_codes
 from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.inputs import InputSpec
-from services.serving.registry_state import VersionInfo
 
 log = logging.getLogger("defuse")
 FORMAT = 14  # of the stored candidate; in its key in the run, so that one of another format is made again
@@ -178,19 +177,15 @@ class Candidate:
         """Return how well failing inputs are found with these settings."""
         return watch_figures(self.failures, settings)
 
-    def version_info(self, by: str, why: str, forced: bool) -> VersionInfo:
-        """Return what the registry stores of this candidate where `by` adds it as a version now."""
-        return VersionInfo(
-            run=self.run,
-            digest=self.digest,
-            by=by,
-            when=utc_now(),
-            why=why,
-            forced=forced,
-            annotators=self.summary.annotators,
-            watch=self.watch_figures(self.run_file().serve),
-            components_digest=self.components_digest,
-        )
+    def origin(self) -> dict[str, Any]:
+        """Return the fields by which the registry describes the version that this is."""
+        return {
+            "run": self.run,
+            "digest": self.digest,
+            "annotators": self.summary.annotators,
+            "watch": self.watch_figures(self.run_file().serve),
+            "components_digest": self.components_digest,
+        }
 
 
 def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:

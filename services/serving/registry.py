@@ -28,7 +28,14 @@ from defuse_core.errors import (
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
-from services.serving.registry_state import EMPTY, ChangeInfo, PromotionRequest, RegistryState, parse_state
+from services.serving.registry_state import (
+    EMPTY,
+    ChangeInfo,
+    PromotionRequest,
+    RegistryState,
+    VersionInfo,
+    parse_state,
+)
 
 log = logging.getLogger("defuse")
 AUTHOR = "defuse serve"  # of changes that a replica makes
@@ -139,7 +146,7 @@ class Registry:
         data = encode(candidate)
         while not self.store.create(_version_key(number), data) and not self._holds(number, data):
             number += 1
-        info = candidate.version_info(by, why, forced)
+        info = VersionInfo(**candidate.origin(), by=by, when=utc_now(), why=why, forced=forced)
 
         def updates(state: RegistryState) -> dict[str, Any] | None:
             known = state.versions_with(candidate.digest)
@@ -226,12 +233,8 @@ class Registry:
                 role = {"shadow": number}
             elif request.canary is not None:
                 role = {"canary": number, "share": request.canary}
-            return {
-                **NO_CANARY,
-                **role,
-                "failed_checks": failed_checks,
-                "action": action + state.also_ended_text(number),
-            }
+            text = action + state.also_ended_text(number)
+            return {**NO_CANARY, **role, "failed_checks": failed_checks, "action": text}
 
         state = self.change(action, request.by, request.reason, updates)
         assert state is not None  # `updates` returns something always
@@ -298,12 +301,8 @@ class Registry:
             if state.production != current.production or not state.previous:
                 raise InputError(CHANGED)
             *earlier, number = state.previous
-            return {
-                **NO_CANARY,
-                "production": number,
-                "previous": tuple(earlier),
-                "action": action + state.also_ended_text(number),
-            }
+            text = action + state.also_ended_text(number)
+            return {**NO_CANARY, "production": number, "previous": tuple(earlier), "action": text}
 
         state = self.change(action, by, why, updates)
         assert state is not None  # `updates` returns something always

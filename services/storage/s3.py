@@ -60,9 +60,8 @@ def open_s3(address: str) -> S3Store:
             endpoint = _endpoint(session)
             given = None if endpoint == _endpoint(session, ignore_configured_endpoint_urls=True) else endpoint
         except aws.InvalidRegionError as error:
-            raise InputError(
-                f"AWS_DEFAULT_REGION (or region in AWS's configuration file): {error}"
-            ) from error
+            where = "AWS_DEFAULT_REGION (or region in AWS's configuration file)"
+            raise InputError(f"{where}: {error}") from error
         except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
             raise InputError(WRONG_URL) from None
     store = S3Store(match[1], f"{prefix}/" if prefix else "", given, session.region_name)
