@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -78,10 +79,24 @@ class Jobs:
             raise InputError(f"no Ray dashboard answers at {self.shown}; {CHECK_ADDRESS}") from error
 
     def submit(self, command: str, folder: Path, run: str, variables: dict[str, str]) -> str:
-        """Run `command` in a copy of `folder` on the cluster, and return the job's id."""
+        """Run `command` in a copy of `folder` on the cluster, and return the job's id.
+
+        Names the job where it may have begun although no answer came.
+        """
+        job_id = f"defuse-{secrets.token_hex(8)}"
+        words = f"{job_id} --address {self.shown}"
+        begun = f"if it began, `defuse jobs logs --follow {words}` follows it and `defuse jobs stop {words}` ends it"
         environment = {"working_dir": str(folder), "env_vars": variables}
-        with self._errors_translated():
-            return self.client.submit_job(entrypoint=command, runtime_env=environment, metadata={RUN: run})
+        try:
+            with self._errors_translated():
+                return self.client.submit_job(
+                    entrypoint=command, runtime_env=environment, metadata={RUN: run}, submission_id=job_id
+                )
+        except ComputeError as error:
+            raise ComputeError(f"{error}; the job: {begun}") from error
+        except KeyboardInterrupt:
+            log.warning("job %s: %s", job_id, begun)
+            raise
 
     def list(self) -> list[Job]:
         """Return all submitted jobs, the oldest first."""

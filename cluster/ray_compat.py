@@ -34,8 +34,7 @@ RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a b
 MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
 HEAD_AWAY_S = 600  # as KubeRay lets its workers wait
 SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
-# bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
-MAX_TEMPORARY_FOLDER = 39
+MAX_TEMPORARY_FOLDER = 39  # bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 UNUSED_PROCESSES = ("start_api_server", "start_monitor", "start_log_monitor")  # methods of Ray's Node
 DASHBOARD = "ray.dashboard.modules"
@@ -238,15 +237,16 @@ def cancel_all(tasks: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def signals_wait_for_start() -> Iterator[None]:
-    """Let this program's handlers of SIGINT and SIGTERM run after the block, a start of Ray; the same again interrupts.
+    """Let handlers of SIGINT, SIGTERM and SIGHUP run after the block, a start of Ray; the same again interrupts.
 
     A process whose start of Ray is interrupted ends with SIGSEGV. ray.init also replaces the program's handler of
     SIGTERM by one that exits with 15, and Ray's C++ part by another, which dumps its stack.
     """
     from ray._private import utils
 
-    both = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    own: dict[int, Any] = {each: found for each in both if callable(found := signal.getsignal(each))}
+    is_main = threading.current_thread() is threading.main_thread()
+    held = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    own: dict[int, Any] = {each: found for each in held if callable(found := signal.getsignal(each))}
     arrived, set_handler = list[int](), utils.set_sigterm_handler
 
     def note(number: int, _: object) -> None:

@@ -183,7 +183,10 @@ def replace_file(option: str, path: Path, data: bytes) -> None:
     temporary = target.with_name(f".{secrets.token_hex(3)}{UNFINISHED}")
     with writing(option, path):
         try:
-            temporary.write_bytes(data)
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)

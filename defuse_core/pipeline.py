@@ -27,7 +27,7 @@ from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
 from defuse_core.distill.draws import with_both_halves
 from defuse_core.distill.sharded import distill_all
-from defuse_core.errors import DataError, StoreError
+from defuse_core.errors import DamagedError, DataError, StoreError
 from defuse_core.evaluation import (
     Controls,
     Findings,
@@ -86,7 +86,7 @@ def run_defuse(run: Run, compute: Compute, annotators: Annotators) -> Report:
     psi = run.once("identify", Psi, lambda: compute.identify(spec, models, store, screen))
     scenarios = run.once("distill", Scenarios, lambda: _scenarios(run, compute, psi, models, references))
     gallery = run.once("draw", Gallery, lambda: compute.task("draw", sample_gallery, spec, models, scenarios))
-    votes = run.once("review", Votes, lambda: annotators.review(gallery))
+    votes = run.once("review", Votes, lambda: _votes(run, annotators, gallery))
     _expect_same_code(run, compute, models, gallery)
     verdicts = _verdicts_with_all_overrides(
         run, lambda: _verdicts(run, compute, models, scenarios, gallery, votes)
@@ -150,7 +150,12 @@ def _expect_same_images(run: Run) -> None:
 
 def _expect_same_code(run: Run, compute: Compute, models: Models, gallery: Gallery) -> None:
     """Raise RunMismatchError where the classifier's code, or its package, has changed, before it is computed with."""
-    is_finished = run.with_added is None and run.store.exists(EVALUATION)
+    last = (
+        EVALUATION,
+        "failurewatch.safetensors",
+        *(["evidence.safetensors"] if run.spec.judges.count else []),
+    )
+    is_finished = run.with_added is None and all(map(run.store.exists, last))
     if run.spec.classifier.architecture in CODE_ELSEWHERE and not is_finished:
         compute.task("review", expect_same_code, run.spec, models, gallery)
 
@@ -256,6 +261,17 @@ def _scenarios(
     if (lack := not_reviewed(scenarios)) is not None:
         log.info("%s", lack)
     return scenarios
+
+
+def _votes(run: Run, annotators: Annotators, gallery: Gallery) -> Votes:
+    """Ask the annotators. Raises DamagedError where verdicts exist: people may have answered otherwise since then."""
+    if run.spec.review.annotators == "label-studio" and run.store.exists("verdicts.safetensors"):
+        raise DamagedError(
+            f"{run.store.address}/votes.safetensors: expected the votes that the verdicts were made from, found none; "
+            f"restore the file, or give `{run.command('review reopen', '--discard')}`: the next `defuse run` takes in "
+            "all answers that there are then"
+        )
+    return annotators.review(gallery)
 
 
 def _verdicts_with_all_overrides(run: Run, judge: Callable[[], Verdicts]) -> Verdicts:

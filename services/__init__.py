@@ -10,39 +10,54 @@ from typing import NoReturn
 _received: list[signal.Signals] = []
 
 
-@contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM, as of a scheduler or Kubernetes, end the block as Ctrl-C does."""
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that end a command beside Ctrl-C; a hangup that is ignored, as under nohup, does not."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return (signal.SIGTERM,) if ignores_hangup else (signal.SIGTERM, signal.SIGHUP)
 
-    def stop(*_: object) -> NoReturn:
-        _received.append(signal.SIGTERM)
+
+def ignore_next_hangup(number: int) -> None:
+    """Ignore further hangups if `number` is one: a shell repeats that of its terminal, which would cut off the end."""
+    if number == signal.SIGHUP:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Let SIGTERM, as of a scheduler or Kubernetes, and the hangup of a terminal end the block as Ctrl-C does."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        ignore_next_hangup(number)
+        _received.append(signal.Signals(number))
         raise KeyboardInterrupt
 
     _received.clear()
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def last_words() -> Iterator[None]:
     """Ignore further signals in the block, which says that one came; after it they end the process without a word."""
-    _react(signal.SIG_IGN)
+    numbers = (signal.SIGINT, *stop_signals())
+    _react(numbers, signal.SIG_IGN)
     try:
         yield
     finally:
-        _react(signal.SIG_DFL)
+        _react(numbers, signal.SIG_DFL)
 
 
-def _react(how: signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+def _react(numbers: tuple[signal.Signals, ...], how: signal.Handlers) -> None:
+    for number in numbers:
         signal.signal(number, how)
 
 
 def stopped_exit_code() -> int:
-    """Return the exit code of a command that a signal ended: 143 for SIGTERM, 130 for Ctrl-C."""
+    """Return the exit code of a command that a signal ended: 143 for SIGTERM, 130 for Ctrl-C, 129 for a hangup."""
     return 128 + (_received or [signal.SIGINT])[0]
 
 

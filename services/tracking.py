@@ -150,7 +150,11 @@ def _send(run: Run, settings: Settings, status: str) -> None:
     if state is None:
         run_id = _new_run(run, client, settings.mlflow_experiment or EXPERIMENT)
         state = {"run_id": run_id, "params": params, "made": {}}
-        run.store.write(KEY, json.dumps(state, indent=1).encode())
+        try:
+            run.store.write(KEY, json.dumps(state, indent=1).encode())
+        except BaseException:  # the next attempt would make another one, and this one would never end
+            client.delete_run(run_id)
+            raise
     run_id = state["run_id"]
     entries = [Param(name, value) for name, value in params.items()]
     for start in range(0, len(entries), PARAMS_AT_ONCE):  # a server accepts a value that it has

@@ -122,7 +122,7 @@ def reopen_vote(run: Run, check: Callable[[], None] = lambda: None) -> None:
     """
     if run.spec.review.annotators != "label-studio":
         raise InputError(f"run {run.name} asks reference models; only a vote of people can be reopened")
-    if not run.store.exists("votes.safetensors"):
+    if not any(map(run.store.exists, ("votes.safetensors", "verdicts.safetensors"))):
         raise InputError(f"the vote of run {run.name} is still open: all answers will count")
     with run.store.lock():
         check()

@@ -19,7 +19,7 @@ import click
 import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
-from services import last_words, stopped_exit_code, stopped_line, stopping_on_sigterm
+from services import last_words, stopped_exit_code, stopped_line, stopping_on_signals
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import EscapingFormatter, echo_marked
 from services.cli.results import compare, export, suite
@@ -104,7 +104,7 @@ def main() -> None:
         codecs.register_error(plain_signs.__name__, plain_signs)
         sys.stdout.reconfigure(errors=plain_signs.__name__)  # stderr escapes by itself
     try:
-        with stopping_on_sigterm():
+        with stopping_on_signals():
             _expect_working_directory()
             _run_command()
     finally:
@@ -159,6 +159,8 @@ def _run_command() -> None:
         with last_words():
             _fail(stopped_line(), stopped_exit_code())
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO and _is_of_printing(error):
+            _fail(stopped_line(), stopped_exit_code())  # its terminal is gone
         debugging = _is_debugging()
         if debugging:
             with contextlib.suppress(OSError):  # the exit code says it, too
@@ -194,7 +196,7 @@ def _exit_of_other_code(error: SystemExit, place: traceback.FrameSummary) -> str
 
 
 def _fail(line: str, exit_code: int) -> NoReturn:
-    with contextlib.suppress(BrokenPipeError):  # the exit code says it, too
+    with contextlib.suppress(OSError):  # the exit code says it, too
         echo_marked("defuse:", escape_control_characters(line), len("defuse: "), err=True)
     sys.exit(exit_code)
 

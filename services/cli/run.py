@@ -207,11 +207,11 @@ def run(
 
     \b
     Exit codes:
-      0         finished, whatever was found (see `defuse check`)
-      2         bad input, or a person must look
-      3         waiting for people: run it again later
-      4         a machine, a server or the store failed: run it again
-      130, 143  Ctrl-C, SIGTERM: run it again
+      0              finished, whatever was found (see `defuse check`)
+      2              bad input, or a person must look
+      3              waiting for people: run it again later
+      4              a machine, a server or the store failed: run it again
+      129, 130, 143  hangup, Ctrl-C, SIGTERM: run it again
     \b
     defuse run deploy/runs/digits.yaml
     defuse run deploy/runs/mnist-laptop.yaml --set data.root=/data --until review

@@ -230,6 +230,9 @@ def rollback(store: str, by: str | None, why: str | None, production: bool) -> N
 )
 @click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
+    "--replace", is_flag=True, help="On a cluster, end first what another `defuse serve` has started there."
+)
+@click.option(
     "--proxy",
     type=click.Choice(["auto", "direct", "haproxy", "ray"]),
     default="auto",
@@ -245,6 +248,7 @@ def serve(
     address: str | None,
     overrides: tuple[str, ...],
     pin: bool,
+    replace: bool,
     proxy: str,
 ) -> None:
     """Serve the corrected classifier of RUN, and every later promoted version. Without RUN, the one in production.
@@ -280,13 +284,17 @@ def serve(
     )
     section, address = resolve_settings(args), address or settings.ray_address
     chosen = choose_proxy(proxy, section, host) if address is None else Proxy.CLUSTER
+    if replace and address is None:
+        raise InputError("--replace needs a cluster: --address or RAY_ADDRESS")
     if run is not None:  # both before Ray starts, which takes seconds
         require_corrected(open_run(run, store))
     if address is None:
         require_free_port(host, port)
     with proxy_environment(chosen, port):
-        from services.serving.app import serve_until_stopped
+        from services.serving.app import end_application, serve_until_stopped
 
+        if replace and address is not None:
+            end_application(address)
         serve_until_stopped(args, section, address, host, port, chosen, click.echo)
 
 

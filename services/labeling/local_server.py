@@ -79,15 +79,21 @@ class Installation:
             versions, program = (self.env / ".installed").read_text(), self.program.read_text()
         except FileNotFoundError:
             return False
-        first, second, *_ = program.splitlines()
+        if len(lines := program.splitlines()) < 2:  # an installation that a power cut has damaged
+            return False
+        first, second, *_ = lines
         # pip writes `exec PYTHON ...` for sh where the path is long or has a space
         python = shlex.split(second)[1] if first == "#!/bin/sh" else first.removeprefix("#!")
         return versions == VERSIONS and Path(python).exists()
 
     def read_server(self) -> LocalServer | None:
-        """Return the server that was started last, running or not. Raises InputError where this user cannot read it."""
+        """Return the server that was started last, running or not. Raises InputError where its file cannot be read.
+
+        Another login would not be that of the users in its data.
+        """
+        file = self.folder / "server.json"
         try:
-            stored = (self.folder / "server.json").read_bytes()
+            stored = file.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -97,14 +103,19 @@ class Installation:
 
         try:
             return TypeAdapter(LocalServer).validate_json(stored)
-        except ValidationError:
-            return None
+        except ValidationError as error:
+            raise InputError(
+                f"{file}: expected address and login of Label Studio, found something else; restore it, or move it and "
+                f"{self.data} away to begin with an empty server"
+            ) from error
 
     def write_server(self, server: LocalServer) -> None:
         """Store address, login and token so that only this user can read them."""
         target, new = self.folder / "server.json", self.folder / "server.json.new"
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
             json.dump(asdict(server), handle)
+            handle.flush()
+            os.fsync(handle.fileno())
         new.replace(target)  # the only copy of the login is never half written
 
     def expect_this_machine(self, server: LocalServer | None) -> None:

@@ -32,6 +32,7 @@ from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
 from defuse_core.runs import Run
+from services import ignore_next_hangup, stop_signals
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.candidate import Candidate, prepare_candidate
@@ -104,12 +105,7 @@ def _application(args: ServeArgs) -> Application:
     else:
         warn_of_production(registry, settings, args.settings)
     application: Application = classifier_deployment(settings).bind(
-        store.address,
-        initial,
-        settings,
-        args.settings,
-        args.require_token,
-        require_model=args.require_model,
+        store.address, initial, settings, args.settings, args.require_token, require_model=args.require_model
     )
     return application
 
@@ -131,10 +127,7 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
 def classifier_deployment(settings: ServeSection) -> Any:
     """Return the deployment with the replicas and resources of the settings."""
     options: dict[str, Any] = {
-        "ray_actor_options": {
-            "num_cpus": settings.cpus_per_replica,
-            "num_gpus": _gpus_per_replica(settings),
-        },
+        "ray_actor_options": {"num_cpus": settings.cpus_per_replica, "num_gpus": _gpus_per_replica(settings)},
         "max_ongoing_requests": settings.max_ongoing + settings.max_queued + MAX_UPLOADS,
         "max_queued_requests": settings.max_queued,
         "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
@@ -172,6 +165,13 @@ def require_gpus(settings: ServeSection) -> None:
             f"serve.gpus_per_replica: expected {settings.min_replicas} x {_gpus_per_replica(settings):g} GPU on this "
             f"machine, found {available:g}"
         )
+
+
+def end_application(address: str) -> None:
+    """Delete the application, as of a `defuse serve` that was killed, from the cluster at `address` if it is there."""
+    with connection(address), _translate_errors("the application was not ended"):
+        if APPLICATION in serve.status().applications:
+            serve.delete(APPLICATION)
 
 
 def serve_until_stopped(
@@ -233,7 +233,7 @@ def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> 
     if shared and APPLICATION in serve.status().applications:
         raise InputError(
             f"the cluster already serves an application named {APPLICATION}; change its model with `defuse promote`, "
-            "or stop the command that started it (`serve shutdown` stops all applications)"
+            "stop the command that started it, or, where that was killed, add --replace to this one"
         )
     own: str | None = None  # None: it did not start
     try:
@@ -322,7 +322,7 @@ def _replica_error() -> str | None:
 
 
 class ShutdownSignal:
-    """Ctrl-C or SIGTERM: ends `wait`.
+    """Ctrl-C, SIGTERM or a hangup: ends `wait`.
 
     Elsewhere it raises KeyboardInterrupt: at each signal during startup, and at the first one afterwards, so that a
     look-up in a store that does not answer ends.
@@ -330,10 +330,11 @@ class ShutdownSignal:
 
     def __init__(self) -> None:
         self._received, self._started, self._waiting = threading.Event(), False, False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *stop_signals()):
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
+        ignore_next_hangup(number)
         interrupts = not (self._waiting or (self._started and self._received.is_set()))
         self._received.set()
         if interrupts:

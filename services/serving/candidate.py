@@ -170,6 +170,16 @@ class Candidate:
         """Return how well failing inputs are found with these settings."""
         return watch_figures(self.failures, settings)
 
+    def origin(self) -> dict[str, Any]:
+        """Return the fields by which the registry describes the version that this is."""
+        return {
+            "run": self.run,
+            "digest": self.digest,
+            "annotators": self.summary.annotators,
+            "watch": self.watch_figures(self.run_file().serve),
+            "components_digest": self.components_digest,
+        }
+
 
 def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
     """Return the section with `changes`. Raises InputError naming the first invalid field."""

@@ -16,7 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 from defuse_core.codec import decode, encode
-from defuse_core.errors import CheckFailed, DamagedError, DefuseError, InputError, RunFileError, StoreError
+from defuse_core.errors import (
+    CheckFailed,
+    DamagedError,
+    DefuseError,
+    InputError,
+    NoAnswerError,
+    RunFileError,
+    StoreError,
+)
 from defuse_core.runs import utc_now
 from defuse_core.store import Store
 from services.serving.candidate import Candidate
@@ -39,6 +47,7 @@ NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"
 OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
 ENDED = "the canary or shadow of version {} ended just now; see `{}` for the new state"
+UNKNOWN = "this change may be stored nevertheless: see `{}` before you give the command again"
 CHANGED = "production changed meanwhile; see `{}` for the new state"
 
 
@@ -137,19 +146,9 @@ class Registry:
             return max(known)
         number = max(state.versions, default=0) + 1
         data = encode(candidate)
-        while not self.store.create(_version_key(number), data):
+        while not self.store.create(_version_key(number), data) and not self._holds(number, data):
             number += 1
-        info = VersionInfo(
-            run=candidate.run,
-            digest=candidate.digest,
-            by=by,
-            when=utc_now(),
-            why=why,
-            forced=forced,
-            annotators=candidate.summary.annotators,
-            watch=candidate.watch_figures(candidate.run_file().serve),
-            components_digest=candidate.components_digest,
-        )
+        info = VersionInfo(**candidate.origin(), by=by, when=utc_now(), why=why, forced=forced)
 
         def updates(state: RegistryState) -> dict[str, Any] | None:
             known = state.versions_with(candidate.digest)
@@ -161,6 +160,12 @@ class Registry:
         if equal != number:
             self.store.delete(_version_key(number))
         return equal
+
+    def _holds(self, number: int, data: bytes) -> bool:
+        """Whether the file of version `number` is `data`, as of a promotion that was killed."""
+        with contextlib.suppress(FileNotFoundError):
+            return self.store.read(_version_key(number)) == data
+        return False
 
     def _repair(self, number: int, candidate: Candidate) -> None:
         """Write version `number` again, which equals `candidate`, where its file is damaged or missing."""
@@ -193,8 +198,12 @@ class Registry:
                 # another number where it is promoted again: a server of another run answers with it then
                 changes["since"] = since.model_copy(update={"change": sequence})
             state = current.model_copy(update=changes)
-            if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
-                return state
+            try:
+                if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
+                    return state
+            except NoAnswerError as error:
+                see = registry_command("promote", self.store)
+                raise NoAnswerError(f"{error}; {UNKNOWN.format(see)}") from error
         raise StoreError(
             f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
         )
@@ -227,12 +236,8 @@ class Registry:
                 role = {"shadow": number}
             elif request.canary is not None:
                 role = {"canary": number, "share": request.canary}
-            return {
-                **NO_CANARY,
-                **role,
-                "failed_checks": failed_checks,
-                "action": action + state.also_ended_text(number),
-            }
+            text = action + state.also_ended_text(number)
+            return {**NO_CANARY, **role, "failed_checks": failed_checks, "action": text}
 
         state = self.change(action, request.by, request.reason, updates)
         assert state is not None  # `updates` returns something always
@@ -299,12 +304,8 @@ class Registry:
             if state.production != current.production or not state.previous:
                 raise InputError(CHANGED.format(registry_command("promote", self.store)))
             *earlier, number = state.previous
-            return {
-                **NO_CANARY,
-                "production": number,
-                "previous": tuple(earlier),
-                "action": action + state.also_ended_text(number),
-            }
+            text = action + state.also_ended_text(number)
+            return {**NO_CANARY, "production": number, "previous": tuple(earlier), "action": text}
 
         state = self.change(action, by, why, updates)
         assert state is not None  # `updates` returns something always

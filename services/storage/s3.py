@@ -20,7 +20,7 @@ import tenacity
 from botocore import exceptions as aws
 from botocore.config import Config
 
-from defuse_core.errors import InputError, StoreError
+from defuse_core.errors import InputError, RunBusyError, StoreError
 from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
@@ -53,8 +53,7 @@ def open_s3(address: str) -> S3Store:
             "hyphens, underscores"
         )
     prefix = (match[2] or "").strip("/")
-    # at INFO it logs its credentials' origin each time
-    logging.getLogger("botocore").setLevel(logging.WARNING)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # at INFO it logs the origin of credentials
     with translated_errors(address, None):
         session = boto3.Session()
         try:
@@ -175,10 +174,7 @@ class S3Store:
 
     def create(self, key: str, data: bytes) -> bool:
         """Put `data` only if `key` is absent. Two of these may race where a server ignores conditions."""
-        if self.exists(key):
-            return False
-        self._require_fence()
-        return self.write_if(key, data, None) is not None or self._holds(key, data)
+        return not self.exists(key) and self._write_fenced(key, data, None)
 
     def write_if(self, key: str, data: bytes, version: str | None) -> str | None:
         """Write if the version is `version` (None: absent), whoever has the lease; the new version, else None."""
@@ -272,8 +268,7 @@ class S3Store:
         beating = S3Store(self.bucket, self.prefix, self.endpoint, self.region)
         beating.attempts, beating.timeout_s = HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S
         with hold(LeaseInBucket(self), LeaseInBucket(beating)) as lease:
-            self.leases[self.prefix] = lease
-            self.fences[self.prefix] = lease.state
+            self.leases[self.prefix], self.fences[self.prefix] = lease, lease.state
             try:
                 self._abort_uploads()  # of earlier drivers and their workers: what they write now is refused
                 yield
@@ -309,8 +304,7 @@ class S3Store:
     def _require_fence(self) -> None:
         """Raise RunBusyError where another driver than the one for whom this store writes holds the run."""
         if (fence := self._fence()) is not None:
-            locked = S3Store(self.bucket, fence[0], self.endpoint, self.region)
-            LeaseInBucket(locked).require(fence[1])
+            LeaseInBucket(S3Store(self.bucket, fence[0], self.endpoint, self.region)).require(fence[1])
 
     def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:
         """Put `data` if nobody else writes `key` meanwhile; True if it is stored, or is not wanted."""
@@ -319,8 +313,20 @@ class S3Store:
             with contextlib.suppress(FileNotFoundError):
                 if unless(self.read(key)):
                     return True
+        return self._write_fenced(key, data, version)
+
+    def _write_fenced(self, key: str, data: bytes, version: str | None) -> bool:
+        """Write if the version is `version`; an object that is new goes again if the lease was lost meanwhile."""
         self._require_fence()
-        return self.write_if(key, data, version) is not None or self._holds(key, data)
+        if (written := self.write_if(key, data, version)) is None:
+            return self._holds(key, data)
+        if version is None:
+            try:
+                self._require_fence()
+            except RunBusyError:
+                self.delete_if(key, written)
+                raise
+        return True
 
     def _delete_unchanged(self, key: str) -> bool:
         """Delete `key` if nobody else writes it meanwhile; True if it is gone."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.jobs import Jobs
-from defuse_core.errors import InputError
+from defuse_core.errors import ComputeError, InputError
 
 VERSION = b'{"version": "4", "ray_version": "2.50.0", "ray_commit": ""}'
 
@@ -44,6 +44,24 @@ def answering_with(status: int, body: bytes, location: str = "") -> Iterator[Thr
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+def test_a_submission_without_an_answer_names_the_job_that_it_may_have_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering_with(200, VERSION) as head:  # and 501 to a POST
+        found = Jobs(f"http://127.0.0.1:{head.server_port}")
+        began = rf"`defuse jobs stop (defuse-\w+) --address {found.address}` ends it$"
+        with pytest.raises(ComputeError, match=rf"status code 501.*; .*{began}"):
+            found.submit("true", tmp_path, "mine", {})
+
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(found.client, "_do_request", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            found.submit("true", tmp_path, "mine", {})
+    assert re.search(began, caplog.text.strip())
 
 
 @pytest.mark.parametrize("status", [301, 302, 303])

@@ -289,23 +289,23 @@ def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def sigint_interrupts() -> Iterator[None]:
-    """A shell has its background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+@pytest.fixture(params=[signal.SIGINT, signal.SIGHUP])
+def interrupting(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
+    """A signal that interrupts; a shell has its background jobs ignore SIGINT."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
 
 
-def test_a_signal_waits_for_the_start_of_ray_and_a_second_one_does_not(sigint_interrupts: None):
+def test_a_signal_waits_for_the_start_of_ray_and_a_second_one_does_not(interrupting: signal.Signals):
     done = []
     with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(interrupting)
         done.append("the start")
     assert done == ["the start"]
     with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(interrupting)
+        signal.raise_signal(interrupting)
         done.append("unreachable")
     assert done == ["the start"]
 

@@ -15,12 +15,13 @@ from defuse_core.artifacts import (
     Scenarios,
     Sweep,
     Verdicts,
+    Votes,
 )
-from defuse_core.errors import DataError, InputError, RunMismatchError, StoreError
+from defuse_core.errors import DamagedError, DataError, InputError, RunMismatchError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import rewrite_report, run_defuse
 from defuse_core.report import parse_report
-from defuse_core.review.overrides import override_verdict
+from defuse_core.review.overrides import override_verdict, reopen_vote
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import ReachedStep, Run
 from defuse_core.steps import STEPS
@@ -28,6 +29,7 @@ from defuse_core.store import FolderStore
 from defuse_core.train import train_side_by_side
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import run_trial, trial_key
+from defuse_core.watch import FailureWatch
 from tests.conftest import FIGURES, recommended, tiny, trained_run
 
 
@@ -178,6 +180,38 @@ def test_a_run_is_not_continued_with_a_classifier_whose_code_has_changed(finishe
     ):
         run_defuse(run, LocalCompute(), None)
     assert run.load(Corrections) is None
+
+
+def test_a_run_that_lacks_one_of_its_last_results_is_not_continued_with_other_code(
+    finished, tmp_path, monkeypatch
+):
+    """As of a driver that was killed between them."""
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
+    run = Run.open(FolderStore(tmp_path), "tiny")
+    run.store.delete("failurewatch.safetensors")
+    monkeypatch.setattr("torch.nn.ReLU", nn.Sigmoid)  # the weights fit as before
+    monkeypatch.setattr("defuse_core.pipeline.CODE_ELSEWHERE", (run.spec.classifier.architecture,))
+    with pytest.raises(RunMismatchError, match="stored images otherwise"):
+        run_defuse(run, LocalCompute(), None)
+    assert run.load(FailureWatch) is None
+
+
+def test_votes_of_people_that_are_gone_are_not_replaced_beside_the_verdicts_made_from_them(
+    finished, tmp_path
+):
+    shutil.copytree(finished[0].store.folder, tmp_path / "tiny")
+    spec = finished[0].spec.with_fields("review", annotators="label-studio")
+    run = Run(FolderStore(tmp_path), "tiny", spec, until="review")
+    run.store.delete("votes.safetensors")
+    compute = LocalCompute()
+    people = NobodyKnows(run, compute)  # who answer otherwise now
+    with pytest.raises(DamagedError, match=r"expected the votes .*`defuse review reopen tiny --discard .*`"):
+        run_defuse(run, compute, people)
+    assert run.load(Votes) is None and run.load(Verdicts) is not None
+    reopen_vote(run)
+    with pytest.raises(ReachedStep):
+        run_defuse(run, compute, people)
+    assert (run.load(Verdicts).labels == NONE_OF_THE_ABOVE).all()
 
 
 def test_report_json_has_the_promised_fields(finished):

@@ -14,7 +14,7 @@ import pytest
 
 from defuse_core import store as module
 from defuse_core.errors import InputError, RunBusyError
-from defuse_core.files import CREATING
+from defuse_core.files import CREATING, replace_file
 from defuse_core.store import GATE, FolderStore, checked_name
 
 
@@ -122,7 +122,8 @@ def test_bytes_are_on_the_disk_before_they_have_their_name_and_all_may_read_them
     monkeypatch.setattr(os, "fsync", noting)
     store.write("a", b"12345")
     store.create("b", b"123")
-    assert synced == [(5, False, False), (3, True, False)]
+    replace_file("--to", tmp_path / "model", b"1234")
+    assert synced == [(5, False, False), (3, True, False), (4, True, True)]
     assert [(tmp_path / key).stat().st_mode & 0o777 for key in ("a", "b")] == [0o644, 0o644]
 
 

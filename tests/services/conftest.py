@@ -18,7 +18,7 @@ from tests.services.serving.synthetic_runs import make_run
 @pytest.fixture(autouse=True)
 def _same_signal_handlers() -> Iterator[None]:
     """Put back what a command that was stopped has changed."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

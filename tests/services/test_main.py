@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import io
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import services
 from defuse_core.errors import InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services import stopped_exit_code, stopping_on_signals
 from services.cli import GROUPS, defuse
 from tests.conftest import ROOT
 from tests.e2e.test_cli import call, one_line
@@ -139,6 +142,55 @@ def test_further_signals_while_the_program_ends_add_nothing_to_the_one_line(numb
     words = [sys.executable, "-c", STOPPED_AGAIN, "status", "--store", tmp_path, str(int(number))]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.stderr.strip(), ended.returncode) == ("defuse: stopped", -number)
+
+
+def test_a_closed_terminal_ends_a_command_in_order_unless_its_hangup_is_ignored():
+    done = []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with pytest.raises(KeyboardInterrupt), stopping_on_signals():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)  # as the shell repeats it
+            done.append("the end")
+    assert (done, stopped_exit_code()) == (["the end"], 128 + signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    with stopping_on_signals():
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+WITHOUT_TERMINAL = """
+import fcntl, signal, sys, termios, time
+import click
+import services, services.cli, services.storage
+
+def wait(*_):
+    try:
+        click.echo("waiting")
+        time.sleep(20)
+    finally:
+        click.echo("the end, which nobody sees")
+
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its hangup is that of this process
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the process of the tests may ignore
+services.storage.open_store = wait
+services.main()
+"""
+
+
+def test_a_command_whose_end_cannot_be_printed_since_its_terminal_is_closed_has_the_exit_code_of_that(
+    tmp_path,
+):
+    ours, terminal = pty.openpty()
+    words = [sys.executable, "-c", WITHOUT_TERMINAL, "status", "--store", tmp_path]
+    ended = subprocess.Popen(
+        words, cwd=ROOT, start_new_session=True, stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    assert b"waiting" in os.read(ours, 100)
+    os.close(ours)
+    assert ended.wait(timeout=20) == 128 + signal.SIGHUP
 
 
 def test_the_log_has_steps_of_defuse_and_warnings_of_others_with_control_characters_escaped(tmp_path):

@@ -21,7 +21,7 @@ import yaml
 
 from defuse_core.artifacts import Models, Sweep, SweepRow
 from defuse_core.data import open_splits
-from defuse_core.errors import InputError, LabelsPending
+from defuse_core.errors import InputError, LabelsPending, StoreError
 from defuse_core.report.build import build_report
 from defuse_core.runs import FROM_SWEEP, ReachedStep, Run
 from defuse_core.store import FolderStore
@@ -143,6 +143,22 @@ def test_whatever_ends_the_command_what_there_is_is_sent_and_nothing_twice(
     assert (done.info.run_id, done.info.status) == (found.info.run_id, "FINISHED")
     assert "report.scenarios.accepted" in done.data.metrics
     assert server.list_artifacts(done.info.run_id, "model") == []  # nothing was corrected
+
+
+def test_an_mlflow_run_that_the_store_cannot_note_is_deleted_and_the_next_attempt_begins_another(
+    server, run, monkeypatch
+):
+    def full(store: FolderStore, key: str, *_: object) -> None:
+        raise StoreError(f"{store.address}/{key}: no space left on device")
+
+    with monkeypatch.context() as on_full_disk:
+        on_full_disk.setattr(FolderStore, "write", full)
+        for _ in range(2):
+            send(run)
+    assert tracked(server) == []
+    send(run)
+    (found,) = tracked(server)
+    assert found.info.status == "FINISHED"
 
 
 def test_other_parameters_are_another_mlflow_run(server, tmp_path, tiny_spec):

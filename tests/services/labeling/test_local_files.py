@@ -76,22 +76,38 @@ def test_nothing_is_installed_below_a_server_that_runs(home, tmp_path, monkeypat
         install(tmp_path)
 
 
-def test_the_login_is_readable_by_its_user_alone_and_another_file_is_no_server(home):
+def test_a_program_that_a_power_cut_has_emptied_is_installed_again(home):
+    write_installation(home, "/usr/bin/env")
+    assert home.is_installed()
+    home.program.write_text("")
+    assert not home.is_installed()
+
+
+def test_the_login_is_readable_by_its_user_alone(home):
     assert home.read_server() is None
     home.write_server(SERVER)
     assert home.read_server() == SERVER
     assert stat.S_IMODE((home.folder / "server.json").stat().st_mode) == 0o600
-    (home.folder / "server.json").write_text("{}")
-    assert home.read_server() is None
 
 
-def test_a_login_that_cannot_be_written_leaves_the_one_that_is_there(home, monkeypatch):
+@pytest.mark.parametrize("text", ["", "{}"], ids=["after a power cut", "edited"])
+def test_a_server_whose_login_cannot_be_read_is_not_started_with_another_one(home, tmp_path, text):
+    write_installation(home, "/usr/bin/env")
+    (home.folder / "server.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"server\.json: expected address and login .*; restore it, or move it and"
+    ):
+        up(tmp_path)
+
+
+@pytest.mark.parametrize("step", ["json.dump", "os.fsync"])
+def test_a_login_that_cannot_be_written_leaves_the_one_that_is_there(home, monkeypatch, step):
     home.write_server(SERVER)
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("services.labeling.local_server.json.dump", full)
+    monkeypatch.setattr(f"services.labeling.local_server.{step}", full)
     with pytest.raises(OSError, match="no space"):
         home.write_server(replace(SERVER, port=2))
     assert home.read_server() == SERVER

@@ -231,6 +231,12 @@ def test_a_reopened_vote_forgets_the_votes_and_what_follows_and_keeps_the_images
         reopen_vote(judged)
 
 
+def test_a_vote_whose_file_is_gone_is_reopened_where_verdicts_followed_from_it(judged):
+    judged.store.delete("votes.safetensors")
+    reopen_vote(judged)
+    assert judged.load(Verdicts) is None
+
+
 def test_a_vote_is_not_reopened_beside_a_driver_nor_where_models_gave_it(judged, tmp_path):
     with judged.store.lock(), pytest.raises(RunBusyError):
         reopen_vote(judged)

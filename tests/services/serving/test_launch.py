@@ -24,6 +24,7 @@ from services.serving.app import (
     _require_reachable_replicas,
     _url_host,
     deploy,
+    end_application,
     registry_changes,
     running_application,
 )
@@ -111,8 +112,9 @@ def test_a_port_in_use_is_an_error_before_anything_starts(planted):
 
 
 def test_a_signal_interrupts_the_start_and_look_ups_and_ends_the_wait():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
         shutdown = ShutdownSignal()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
@@ -127,6 +129,10 @@ def test_a_signal_interrupts_the_start_and_look_ups_and_ends_the_wait():
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert looking_up.wait()
+        ShutdownSignal()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # as the shell of a closed terminal repeats it
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -145,6 +151,21 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
             pass
         assert httpx.get(f"{address}/v1/model", timeout=60).json()["run"] == "first"
     assert "defuse" not in ray_serve.status().applications
+
+
+def test_an_application_that_a_killed_command_left_can_be_replaced(planted, serve_port):
+    from ray import serve as ray_serve
+
+    args = ServeArgs(store=planted.address, run="first", pin=True, settings={"cpus_per_replica": 0.1})
+    deploy(args)
+    try:
+        again = running_application(args, "127.0.0.1", serve_port, proxy=Proxy.CLUSTER)
+        with pytest.raises(InputError, match="where that was killed, add --replace"), again:
+            pass
+    finally:
+        end_application("auto")
+    assert "defuse" not in ray_serve.status().applications
+    end_application("auto")  # nothing is left to end
 
 
 def test_an_application_that_another_program_deployed_meanwhile_is_left(planted, serve_port, caplog):

@@ -17,7 +17,6 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import CheckFailed, DamagedError, InputError
 from defuse_core.files import UNFINISHED
 from defuse_core.runs import Run
-from services.cli.serve import parse_share
 from services.serving import candidate as candidate_module
 from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
@@ -56,6 +55,19 @@ def test_what_a_killed_promotion_left_is_removed_by_the_next_one_in_time(registr
     os.utime(old, (0, 0))
     promote(registry, candidates["first"], ANA)
     assert sorted(versions.iterdir()) == [new, versions / "000001.safetensors"]
+
+
+def test_a_promotion_that_was_killed_before_its_version_was_added_leaves_its_file_to_the_next_one(
+    registry, candidates, monkeypatch
+):
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(registry, "change", kill)
+        promote(registry, candidates["first"], ANA)
+    assert promote(registry, candidates["first"], ANA).production == 1
+    assert registry.store.within("versions").list() == ["000001.safetensors"]
 
 
 def test_equal_weights_are_one_version(registry, candidates):
@@ -332,17 +344,6 @@ def test_the_error_for_an_unknown_version_names_the_known_ones(registry, candida
     promote(registry, candidates["first"], ANA)
     with pytest.raises(InputError, match=r"unknown version 7 .* known versions: 1"):
         registry.load(7)
-
-
-@pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.2", 0.2), ("12.5%", 0.125)])
-def test_a_share_is_a_percentage_or_a_fraction(text, share):
-    assert parse_share(text) == pytest.approx(share)
-
-
-@pytest.mark.parametrize("text", ["0", "100%", "-5%", "five", "%", "nan"])
-def test_anything_else_is_no_share(text):
-    with pytest.raises(InputError, match="such as 5%"):
-        parse_share(text)
 
 
 @pytest.mark.parametrize(

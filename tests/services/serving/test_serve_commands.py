@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Health, Models, Sweep, Verdicts
 from defuse_core.codec import encode
 from defuse_core.config import dump_run_file
-from defuse_core.errors import CheckFailed, InputError, RunFileError
+from defuse_core.errors import CheckFailed, InputError, NoAnswerError, RunFileError
 from defuse_core.report.evidence_schema import Share
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.cli.serve import check, promote, rollback, serve
+from services.cli.serve import check, parse_share, promote, rollback, serve
 from services.serving.candidate import prepare_candidate
 from services.serving.checks import Check
 from services.serving.registry import Registry
@@ -242,6 +242,24 @@ def test_the_command_that_a_refused_rollback_prints_acts_on_the_same_store(own_s
         run(rollback)
 
 
+def test_a_rollback_whose_answer_is_lost_says_how_to_see_whether_it_is_done(own_store, monkeypatch):
+    """Given again without a look, it would go back one version more."""
+    store, create = ("--store", own_store.address, "--by", "ana"), FolderStore.create
+    for name in ("first", "second"):
+        run(promote, name, *store)
+
+    def create_and_lose_the_answer(store: FolderStore, key: str, data: bytes) -> bool:
+        create(store, key, data)
+        raise NoAnswerError(f"{store.address}/{key}: no answer; run again to continue")
+
+    with monkeypatch.context() as outage, pytest.raises(NoAnswerError) as failure:
+        outage.setattr(FolderStore, "create", create_and_lose_the_answer)
+        run(rollback, *store)
+    see = f"`defuse promote --store {own_store.address}`"
+    end = f"this change may be stored nevertheless: see {see} before you give the command again"
+    assert str(failure.value).endswith(end) and Registry(own_store).state().production == 1
+
+
 def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store):
     lines = run(promote, "first", "--store", own_store.address).splitlines()
     auroc = r"AUROC (0\.9\d+|1\.0+)"
@@ -323,6 +341,17 @@ def test_promote_says_which_version_it_equals_and_what_it_was_forced_over(own_st
     assert "run first (forced)" in shown[0] and shown[-1] == "  forced over: clean: 60%"
 
 
+@pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.2", 0.2), ("12.5%", 0.125)])
+def test_a_share_is_a_percentage_or_a_fraction(text, share):
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["0", "100%", "-5%", "five", "%", "nan"])
+def test_anything_else_is_no_share(text):
+    with pytest.raises(InputError, match="such as 5%"):
+        parse_share(text)
+
+
 @pytest.mark.parametrize(
     "options",
     [("--canary", "5%"), ("--shadow",), ("--force", "a drill"), ("--by", "ana"), ("--why", "a reason")],
@@ -346,6 +375,12 @@ def test_a_proxy_for_a_cluster_that_has_its_own_is_refused(tmp_path):
 def test_serve_with_the_value_of_an_unset_variable_is_refused(tmp_path):
     with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
         run(serve, "first", "--store", str(tmp_path), "--host", "")
+
+
+def test_only_on_a_cluster_can_serve_replace_an_application(planted, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="--replace needs a cluster: --address or RAY_ADDRESS"):
+        run(serve, "first", "--store", planted.address, "--replace")
 
 
 @pytest.mark.parametrize(

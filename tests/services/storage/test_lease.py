@@ -99,6 +99,17 @@ def test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing(
     assert bucket.read("trial") == b"of the next driver"
 
 
+@pytest.mark.parametrize("method", ["write", "create"])
+def test_a_driver_paused_in_the_middle_of_a_write_leaves_no_new_object_to_the_next_driver(
+    method: str, bucket: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bucket.lock():
+        pause_after_the_next_check(monkeypatch, lambda: steal(bucket))
+        with pytest.raises(RunBusyError, match="a thief holds it now"):
+            getattr(bucket, method)("corrections", b"of verdicts that are deleted")
+    assert not bucket.exists("corrections")
+
+
 @pytest.mark.parametrize("by_thief", [False, True], ids=["of this driver", "of the next driver"])
 def test_a_driver_paused_in_the_middle_of_a_deletion_deletes_nothing_of_the_next_driver(
     by_thief: bool, bucket: Store, moto: str, monkeypatch: pytest.MonkeyPatch
