@@ -354,7 +354,7 @@ def test_judges_that_never_recognise_a_rare_class_are_worse_although_they_are_ri
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2), judges=0.989)
     evidence = dataclasses.replace(evidence, judges_by_class=judges)
     found = dataclasses.replace(found, models=models)
-    report = build_report(sample_run(tmp_path), found, evaluation, evidence)
+    report = build_report(sample_run(tmp_path), finished_run(found, evaluation, evidence))
     assert report.evidence is not None and report.evidence.judges.worse
     assert (
         "the best of 3 judges is right on 89.1 % of the test images on average over the classes, and the classifier on "
