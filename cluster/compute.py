@@ -1,4 +1,4 @@
-"""RayCompute: the heavy steps on a Ray cluster, one short method each. Its results equal LocalCompute's."""
+"""RayCompute: the heavy steps as Ray tasks. Its results equal LocalCompute's."""
 
 from __future__ import annotations
 

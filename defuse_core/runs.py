@@ -114,7 +114,7 @@ class Run:
     def __init__(self, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> None:
         self.name, self.spec, self.until = name, spec, until
         self.runs, self.store = store, store.within(name)  # that of all runs, and of this one
-        self.made_s = 0.0  # what all artefacts made so far took
+        self.made_s = 0.0  # seconds spent on artefacts so far
         # the given run file, while the λ that it adds are not recorded
         self.with_added: RunFile | None = None
 

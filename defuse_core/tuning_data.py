@@ -43,7 +43,7 @@ REPEATS = 4  # times that an image of an unreviewed failure is in D_f at most
 
 @dataclass(frozen=True, eq=False)
 class ScenarioImages:
-    """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
+    """The images of the scenarios. Their number does not depend on that of the training images."""
 
     d_f: Images  # scenario after scenario, and then those of failures that nobody reviewed
     of_scenarios: int  # how many of these images are of the scenarios

@@ -181,7 +181,7 @@ class Units:
 
     failing: F64  # (S,) sum over the units of the share of their labelled pictures that is misclassified
     total: I64  # (S,) units with a labelled picture
-    name: str  # of one of them
+    name: str  # of a unit: "photograph" or "track"
 
 
 def outcomes(predicted: I64, labels: I64) -> I64:

@@ -60,7 +60,7 @@ WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
     "minutes=)"
 )
-TOO_LONG = 1.5  # times the minutes asked for, or those planned, from which the other is worth a word
+TOO_LONG = 1.5  # times longer or shorter than asked for, from which a plan gets a note
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Plan:
     """A run file as a tree, what was found, and what a person should know."""
 
     tree: dict[str, Any]
-    minutes: float  # that the run takes here: as asked for, what it cannot do with less than, or the most it can use
+    minutes: float  # of the run on this machine: as asked for, unless it needs more, or cannot use as many
     facts: DataFacts
     speeds: Speeds
     probe: ClassifierProbe | None  # of a classifier of the user's own with weights

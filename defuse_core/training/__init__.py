@@ -54,7 +54,7 @@ class Losses:
     """The losses of one epoch. They stay on the device, since a step that reads its loss waits for the device."""
 
     def __init__(self, what: str) -> None:
-        self.what = what  # is trained
+        self.what = what  # "the classifier", for messages
         self._rows: list[Tensor] = []
         self._checked = 0
 

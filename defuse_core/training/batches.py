@@ -114,7 +114,7 @@ def is_first_worker() -> bool:
 
 
 def seed_dropout(seed: int, *path: str | int) -> None:
-    """Seed what a network itself draws in an epoch, so that a resumed training goes on alike; workers draw apart."""
+    """Seed a network's draws in an epoch: a resumed training equals an uninterrupted one. Workers draw differently."""
     torch.manual_seed(torch_seed(seed, *path) + worker_number())
 
 
