@@ -44,8 +44,8 @@ from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done
-MAX_LOSSES = 4  # of one shard with its worker; one more is an error
-SAVE_ATTEMPTS = 6  # 15 s in all
+MAX_LOSSES = 4  # most losses of one shard with its worker; one more is an error
+SAVE_ATTEMPTS = 6  # attempts within 15 s
 POLL_EVERY_S = 1.0
 SCALE_EVERY_S = 3.0
 

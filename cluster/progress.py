@@ -21,7 +21,7 @@ log = logging.getLogger("defuse")
 UPDATE_EVERY_S = 0.25
 POLL_EVERY_S = 0.25
 FLUSH_S = 5.0
-COUNTERS = {  # of work done, in Ray's metrics: defuse_NAME
+COUNTERS = {  # counters of work done, in Ray's metrics: defuse_NAME
     "images": "Training images perturbed",
     "decodings": "Codes decoded and classified",
     "failures": "Codes of Psi found",

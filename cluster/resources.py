@@ -22,10 +22,10 @@ from defuse_core.errors import ComputeError, RunFileError, count_of
 
 log = logging.getLogger("defuse")
 CHECK_EVERY_S = 3.0
-WARN_AFTER_S = 30.0  # of waiting for what other work holds, or for the head
+WARN_AFTER_S = 30.0  # wait for other work, or for the head, before a warning
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
-LOOK_EVERY_S = 1.0  # meanwhile
-LOST_NODES = 10  # that a task is repeated after, and images or parts are loaded again, within one step
+LOOK_EVERY_S = 1.0  # interval between two looks at them
+LOST_NODES = 10  # most retries, in one step, of a task whose node is lost
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from defuse_core.tuning_data import FineTuningData
 log = logging.getLogger("defuse")
 STEP = "correct"
 TRIAL = "stack-"
-DIVERGED = "diverged"  # in a trial's last result: each λ that is left out, and why
+DIVERGED = "diverged"  # key in a trial's last result: each λ that is left out, and why
 MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 

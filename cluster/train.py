@@ -32,7 +32,7 @@ from defuse_core.training.batches import training_together
 
 log = logging.getLogger("defuse")
 MAX_FAILURES = 3  # the workers are started again this often; they continue from the last checkpoint
-TIMEOUT_S = 600  # of workers that wait for another one
+TIMEOUT_S = 600  # longest wait of a worker for another one
 
 
 def run_together(

@@ -51,8 +51,8 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
 CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
-TRACED_IMAGES = 8  # that a classifier is traced on
-PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
+TRACED_IMAGES = 8  # images in the batch with which a classifier is traced
+PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained
 
 # images, labels, and tracks if there are any
 LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor | None]

@@ -50,7 +50,7 @@ REMEDY = "delete it and run again with the run file that this run was started wi
 # The trainings with λ = 0; the place of each is the repetition that it is. One training alone is no measure: another
 # order of the minibatches may turn half of a scenario's images.
 PLAIN_NAMES = ("plain", "plain_1", "plain_2")
-CONTROL_NAMES = (*PLAIN_NAMES, "left_out_0", "left_out_1")  # what only evidence needs: with the two folds
+CONTROL_NAMES = (*PLAIN_NAMES, "left_out_0", "left_out_1")  # classifiers that only evidence needs
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
     "moreimages", "verdicts", "corrections", "baseline", "sweep", *CONTROL_NAMES, "evaluation", "failurewatch",

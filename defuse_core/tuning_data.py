@@ -187,7 +187,7 @@ def _decoded(vae: StoredVae, fixes: Corrections, codes: F32, anchor: I64 | None)
     return Images(pixels, np.repeat(fixes.labels, codes.shape[1]))
 
 
-CODES_AT_ONCE = 1024  # that one task examines; with vae.decode: anchored, so many images are read at once
+CODES_AT_ONCE = 1024  # codes per task; with vae.decode: anchored, so many images are read at once
 EXAMINED = 2  # times as many codes are examined as are wanted, since not all are clear
 
 

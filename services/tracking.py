@@ -41,13 +41,13 @@ ERROR_LENGTH = 600  # characters: MLflow's own errors name the cause, or what to
 SWEEPS = ("baseline", "sweep")
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
-DEFAULTS = {  # of the environment, some of them read when mlflow is imported
+DEFAULTS = {  # environment variables, some of which are read when mlflow is imported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # else a server under maintenance holds a run up for hours
     "MLFLOW_DISABLE_TELEMETRY": "true",  # else it sends records of its use to an address of its own
 }
-FIRST_REQUEST = {  # in place of DEFAULTS, for the question at the start, which holds up the run
+FIRST_REQUEST = {  # replaces DEFAULTS for the question at the start, which holds up the run
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # 301 and 302 pass this question and then lose what is sent

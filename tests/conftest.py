@@ -190,8 +190,8 @@ FIRST = (
     "tests/core",
 )
 ENDED_EARLY = ("serve_port", "ray_session")  # fixtures of the session that end where no later test uses them
-USERS = pytest.StashKey[dict[str, set[str]]]()  # of each, the groups whose tests use it
-ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()  # of each that was set up, what ends it
+USERS = pytest.StashKey[dict[str, set[str]]]()  # fixture -> the groups whose tests use it
+ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()  # fixture that was set up -> what ends it
 
 
 def group_of(nodeid: str) -> str:

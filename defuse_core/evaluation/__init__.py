@@ -52,8 +52,8 @@ from defuse_core.store import Store
 from defuse_core.tuning_data import held_out_images
 
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
-MIN_CODES = 4  # for a perplexity of 1
-ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
+MIN_CODES = 4  # fewest codes of a t-SNE: a perplexity of 1 needs them
+ANGLE = 0.8  # Barnes-Hut angle; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 COMPARED_ANSWERS = 100  # stored answers that a classifier gives again
 OTHER_CODE = (
     "the run began. Its weights are the same, so its code, or that of a package, has changed; restore that, or run "

@@ -53,7 +53,7 @@ PROBE_IMAGES = 10_000  # training images that the β-VAE is measured on
 PROBE_BATCH = 256
 COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
 FIT_FROM, BLIND_BELOW = 0.9, 0.5  # share of reconstructions that the classifier still gets right
-VERDICTS = ("blind", "poor", "fit")  # from the worst to the best
+VERDICTS = ("blind", "poor", "fit")  # the worst first
 STRIP_KEY = "reconstructions.png"
 STRIP_IMAGES, STRIP_SIDE = 16, 64  # columns; least width of each image in pixels
 

@@ -43,7 +43,7 @@ from defuse_core.review.undecided import are_worse
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch import FailureWatch
 
-ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
+ECE_BINS = 15  # bins of equally many images: most failure probabilities are near 0
 UNKNOWN = Share(value=None, low=None, high=None)
 
 

@@ -12,7 +12,7 @@ from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
-MOST_CLASSES = 5  # that a notice names
+MOST_CLASSES = 5  # most classes that a notice names
 
 
 def costs_a_class(report: Report, correct: CorrectSection) -> str | None:

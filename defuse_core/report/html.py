@@ -29,7 +29,7 @@ from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
 LARGE = 64  # images of at least so many pixels a side are shown larger, five a row
-IMAGE_BYTES = 100_000_000  # of the images of a page; where they take more, all are thumbnails
+IMAGE_BYTES = 100_000_000  # most bytes of a page's images; where they take more, all are thumbnails
 THUMBNAIL = 112  # pixels a side that a thumbnail has at most
 SHOWN_REAL = 100  # scenarios whose nearest real images are shown beside thumbnails
 SHOWN_CLASSES = 12

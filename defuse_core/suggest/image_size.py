@@ -31,7 +31,7 @@ SMALLEST, LARGEST = 8, 512  # of data.image_size
 USUAL_SIZES = {16, 28, 32, 48, 64, 96, 128, 224, 256}
 DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
 SAMPLE = 64  # training images, evenly spaced, on which sizes are compared
-AS_RIGHT = 0.04  # in accuracy: a smaller size that loses no more is taken
+AS_RIGHT = 0.04  # accuracy that a smaller size may lose
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,8 +45,8 @@ COLOUR = 6
 STRONG_COLOUR, DETAIL, MARK = 64, 256, 4
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
-READ_FILES = 64  # on which the speed of reading is measured
-IMAGES_AHEAD = 2 * 256  # that a process of resources.readers reads at most: two batches
+READ_FILES = 64  # files whose reading is timed
+IMAGES_AHEAD = 2 * 256  # most images that a process of resources.readers reads ahead: two batches
 
 Form = tuple[int, int, frozenset[int]]  # height, width, and the numbers of channels that keep its colours
 

@@ -38,7 +38,7 @@ from defuse_core.suggest.probed import probe_warnings, set_probed
 TRIAL_S = 0.5  # each speed is measured for so long
 TRIAL_BATCH = 64
 THREADS = 2  # resources.train_threads
-RESERVE = 0.85  # of the time, for reading images, the mixture and the report
+RESERVE = 0.85  # share of the time that is planned, without reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "correct": 0.3}
 # Of fewer training images half would train no reference model well, so that each is trained on all of them, a small one
 # in so many steps at least. On 1,560 images of six signs the models were right on 29 to 38 % of the test images after
@@ -47,15 +47,15 @@ FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
-SCORINGS = 18  # of validation and test images by any classifier, beside one after each fine-tuning
+SCORINGS = 18  # times that classifiers score validation and test images, beside once after each fine-tuning
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
-MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more of them, distill.min_weight is less than this
-MOST_CLASSES = 100  # with more of them, small networks that begin with random weights learn few
-FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
+MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # more classes than these get a distill.min_weight below this
+MOST_CLASSES = 100  # small networks that begin with random weights learn few classes of more than these
+FEW_EPOCHS = 6  # fewer epochs of the β-VAE get a note
 WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
     "minutes=)"

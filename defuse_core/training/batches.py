@@ -35,7 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _together: ContextVar[bool] = ContextVar("together", default=False)
-DEVICE_SHARE = 0.25  # of the accelerator's free memory that a set of images may take
+DEVICE_SHARE = 0.25  # largest share of the accelerator's free memory that a set of images takes
 
 
 def fits_on_device(images: Images) -> bool:

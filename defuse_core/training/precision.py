@@ -116,10 +116,10 @@ def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithme
     return found
 
 
-STEP_IMAGES = 32  # of a measured step on a CPU
+STEP_IMAGES = 32  # images of a measured step on a CPU
 MIN_STEPS, MAX_STEPS = 2, 10  # measured in each format, of which the fastest counts
 FORMATS: tuple[Arithmetic, ...] = ("f32", "bf16")
-ENOUGH_S = 0.3  # of measuring one kind
+ENOUGH_S = 0.3  # time to measure one format
 MIN_GAIN = 1.1  # bf16 is chosen from this ratio of times on: it costs some accuracy of the weights
 
 

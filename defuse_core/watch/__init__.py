@@ -39,7 +39,7 @@ from defuse_core.watch.scenario_regions import class_gaussians, own_distances, t
 
 log = logging.getLogger("defuse")
 LOGITS_ONLY = ("max-softmax", "energy")
-METHODS = (*LOGITS_ONLY, "softmax-and-distance")  # from simple to complex
+METHODS = (*LOGITS_ONLY, "softmax-and-distance")  # the simplest first
 FOLDS = 5
 MIN_ANSWERS = 10  # wrong ones, and right ones, that a detector can be fitted on
 CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from defuse_core.config import RunFile
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
-RUN_EXIT_CODES = (2, 3, 4)  # of a `defuse run` that did not finish
+RUN_EXIT_CODES = (2, 3, 4)  # exit codes of a `defuse run` that did not finish
 PACKAGES = ("defuse_core", "cluster", "services")
 ROOT = Path(__file__).parents[2]
 INSTALLED = {"site-packages", "dist-packages"}  # folders of pip, the second one of Debian's Python

@@ -28,11 +28,11 @@ from services.serving.registry_state import EMPTY, RegistryState
 from services.storage import is_store_outage
 
 log = logging.getLogger("defuse")
-MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
+MAX_PAUSE_S = 60.0  # longest pause before a failed load is tried again, where nothing changed
 MAX_PENDING_SHADOWS = 4  # requests above this are dropped: answers have priority over comparisons
-SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
+SHADOW_TIME_SHARE = 0.2  # largest share of the time in which a shadow computes
 ERROR_WINDOW_S = 1.0  # errors within it count once, as a share of its requests
-MIN_SECONDS = 4  # with requests, before errors are judged: two that a stall fills end no good version then
+MIN_SECONDS = 4  # seconds with requests before errors are judged: a stall fills two, and ends no good version
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 

@@ -48,7 +48,7 @@ from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.inputs import InputSpec
 
 log = logging.getLogger("defuse")
-FORMAT = 14  # of the stored candidate; in its key in the run, so that one of another format is made again
+FORMAT = 14  # format of the stored candidate, and part of its key: one of another format is made again
 REMEDY = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")

@@ -50,7 +50,7 @@ from services.storage import is_store_outage, open_store
 
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
-GAUGES_S = 5.0  # between two times that the gauges are set
+GAUGES_S = 5.0  # interval at which the gauges are set
 # images up to this are decoded faster here than in a thread
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread

@@ -36,7 +36,7 @@ MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them 
 # The limit by address applies from here on, and where half of the memory for bodies is in use: fewer slow bodies harm
 # nobody, and on a busy machine every body is slow.
 MANY_SLOW_UPLOADS = 128
-MAX_SLOW_UPLOADS = 8  # of one address from there on
+MAX_SLOW_UPLOADS = 8  # most slow bodies of one address where the limit applies
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
 # Each piece of a body costs a call from Serve's proxy to a replica, however small it is. After a few small pieces a

@@ -26,7 +26,7 @@ log = logging.getLogger("defuse")
 PREFIXES = ("ray_defuse_", "ray_serve_")
 LINE_STARTS = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") for prefix in PREFIXES)
 SCRAPE_TIMEOUT_S = 5.0
-ANSWER_S = 5.0  # within which /healthz is answered
+ANSWER_S = 5.0  # time limit for the answer of /healthz
 MAX_FAILURES = 3  # in a row
 # ignores HTTP_PROXY: nodes are near
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -30,8 +30,8 @@ from services.serving.registry_state import (
 )
 
 log = logging.getLogger("defuse")
-AUTHOR = "defuse serve"  # of changes that a replica makes
-POLL_S = 2.0  # between two reads by a server
+AUTHOR = "defuse serve"  # author of changes that a replica makes
+POLL_S = 2.0  # interval at which a server reads the registry
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 REMEDY = "promote its run again, or restore the file"

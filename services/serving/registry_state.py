@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from defuse_core.errors import DamagedError, InputError, percent
 from defuse_core.report.evidence_schema import WatchFigures
 
-FORMAT: Final = 6  # of the files of the registry, and of the versions
+FORMAT: Final = 6  # format of the files of the registry, and of the versions
 
 
 class VersionInfo(BaseModel):

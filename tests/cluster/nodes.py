@@ -46,7 +46,7 @@ from tests.conftest import tiny
 from tests.forked_workers import forked_workers
 from tests.waiting import wait_until
 
-LOOK_EVERY_S = 0.5  # for nodes that join or die; by default 3 s
+LOOK_EVERY_S = 0.5  # interval of looks for nodes that join or die: 3 s outside of tests
 SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
 

@@ -28,7 +28,7 @@ from tests.cluster.fakes import note_working_dir, train_part_dying_once, train_p
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-TOLERANCE = 2e-4  # of weights around 0.1, after three epochs
+TOLERANCE = 2e-4  # difference of weights around 0.1, after three epochs
 
 
 def together(**sections: dict[str, object]) -> RunFile:

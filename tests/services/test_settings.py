@@ -11,7 +11,7 @@ import pytest
 from defuse_core.errors import InputError
 from services.settings import fits_a_header, read_settings, share_cores, variables
 
-FIELDS = {  # of each variable that is text
+FIELDS = {  # field of each variable that is text
     "RAY_ADDRESS": "ray_address",
     "RAY_API_SERVER_ADDRESS": "ray_dashboard",
     "LABEL_STUDIO_URL": "label_studio_url",
