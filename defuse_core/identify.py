@@ -109,7 +109,7 @@ def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
 
 def open_training_images(spec: RunFile, models: Models, *, progress: Progress = silent) -> Images:
     """Return the training images. Raises DataError, or RunMismatchError for images other than those trained on."""
-    progress("opening the training images", 0, 1, "sets")
+    progress("opening the training images")
     return reopen_splits(spec, models.data_fingerprint).train
 
 

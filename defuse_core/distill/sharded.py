@@ -279,7 +279,7 @@ def sampled_failures(
     progress: Progress,
 ) -> ComponentFailures:
     """Return failures of each component that is kept, out of the sample of Ψ."""
-    progress("collecting failures of the components", 0, 1, "samples")
+    progress("collecting failures of the components")
     sample, found = subsample_psi(spec, psi, store), list[Failures]()
     for cell in fitted:
         members = _of_cell(sample, cell.cell)

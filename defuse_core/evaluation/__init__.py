@@ -99,7 +99,7 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
             expect_same_accuracy(found.models, part, float(share))
         corrected = load_classifier(spec, all_weights[-1], classes)
         after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
-        progress("drawing the latent space", 0, 1, "pictures")
+        progress("drawing the latent space")
         points, kind, component = latent_map(spec, found, splits.train, store)
     tested = np.zeros(0, np.int64) if splits.test is None else splits.test.labels
     accuracy, per_class, scenario, right = (np.stack(part) for part in zip(*scores, strict=True))
@@ -134,7 +134,7 @@ def expect_same_accuracy(models: Models, part: str, accuracy: float) -> None:
 
 def expect_same_code(spec: RunFile, models: Models, gallery: Gallery, *, progress: Progress) -> None:
     """Load f and raise RunMismatchError unless it answers as `expect_same_answers` describes."""
-    progress("comparing answers of the classifier", 0, 1, "classifiers")
+    progress("comparing answers of the classifier")
     expect_same_answers(spec, load_classifier(spec, models.classifier, len(models.classes)), gallery)
 
 

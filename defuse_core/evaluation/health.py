@@ -109,7 +109,7 @@ def measure_perturbed(
     spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress
 ) -> Health:
     """Return the health of an anchored β-VAE by the reference models' answers on training images that are perturbed."""
-    progress("perturbing training images", 0, 1, "sets")
+    progress("perturbing training images")
     train = reopen_splits(spec, models.data_fingerprint).train
     rows = np.flatnonzero(is_perturbed(train, spec.identify.share, spec.seed))
     train = train.take(rows[evenly_spaced(len(rows), PROBE_IMAGES)])

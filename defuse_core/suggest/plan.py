@@ -115,7 +115,7 @@ def plan_run(
     with cpu_threads(THREADS):
         probe, noted = None, [*stated, *sized.notes]
         if own is not None:
-            progress("trying the classifier on training images", 0, 1, "classifiers")
+            progress("trying the classifier on training images")
             found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             if own.get("weights"):
                 probe = found

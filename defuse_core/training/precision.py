@@ -139,7 +139,7 @@ def resolve_precision(run: Run, compute: Compute) -> None:
 def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision:
     """Return whether f32 or bf16 is faster for each kind of computation of the run, on this device."""
     splits = open_splits(spec.data, spec.seed)  # first: an error of the images is said at once
-    progress("measuring where bf16 is faster", 0, 1, "kinds")
+    progress("measuring where bf16 is faster")
     with cpu_threads(spec.resources.train_threads), forked_random():
         torch.manual_seed(torch_seed(spec.seed, "precision"))
         steps = _steps(spec, len(splits.classes), len(splits.train))

@@ -255,7 +255,7 @@ def measure_detector(method: str, validation: Answers, test: Answers, seed: int)
 def watch_run(spec: RunFile, models: Models, corrected: Weights, *, progress: Progress) -> FailureWatch:
     """Return the watch of a run's corrected classifier, or of the one before where nothing was corrected."""
     splits = reopen_splits(spec, models.data_fingerprint)
-    progress("measuring how well failing inputs are found", 0, 1, "classifiers")
+    progress("measuring how well failing inputs are found")
     return watch_classifier(spec, models, corrected, splits)
 
 

@@ -72,7 +72,7 @@ def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
         display.begun["training the β-VAE"] = (console.time.monotonic() - 2, 0)
         display("training the β-VAE", 500, 1000, "images")
         display.bars.refresh()
-        display("fitting the mixture", 0, 1, "fits")
+        display("fitting the mixture")
         display.bars.refresh()
         assert [task.description for task in display.bars.tasks] == ["fitting the mixture"]
     said = shown.getvalue()
@@ -80,7 +80,7 @@ def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
 
 
 def test_a_long_activity_in_one_piece_is_named_when_it_begins(clock, caplog):
-    ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture", 0, 1, "fits")
+    ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture")
     assert caplog.messages == ["fitting the mixture"]
 
 
