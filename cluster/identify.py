@@ -31,7 +31,7 @@ from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_
 
 from cluster.connection import MORE_MEMORY, as_defuse_error, explained_line
 from cluster.progress import ProgressListener, count, reporting
-from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
+from cluster.resources import CapacityMonitor, Resources, WorkerLocation, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.data import Images
@@ -151,7 +151,7 @@ class IdentifyContext:
     train: Any  # ObjectRef of Images
     images: int  # N
     store: Store
-    resources: WorkerResources
+    resources: Resources
     wanted: Callable[[], int]
     listener: ProgressListener
     name: str  # prefix of the actors' names

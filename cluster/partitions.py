@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import ray
 
 from cluster.connection import ray_errors
-from cluster.resources import LOST_NODES, WorkerResources, capacity, hide_other_gpus, on_nodes_with_cpus
+from cluster.resources import LOST_NODES, Resources, capacity, hide_other_gpus, on_nodes_with_cpus
 from defuse_core.config import ResourcesSection
 
 T = TypeVar("T")
 # Waits for the tasks of a step. Its arguments: the step; an iterator that starts a task and yields a reference, ready
 # once the task has ended; what a task holds; how many run at once at most.
-Wait = Callable[[str, Iterable[Any], WorkerResources, int], None]
+Wait = Callable[[str, Iterable[Any], Resources, int], None]
 
 
 class RayPartitions:
@@ -35,7 +35,7 @@ class RayPartitions:
     ) -> None:
         """Load the parts that load(*arguments) returns, spread over the nodes."""
         self.step, self.wait = step, wait
-        self.worker = WorkerResources(section.cpus_per_worker, 0)
+        self.worker = Resources(section.cpus_per_worker, 0)
         self.workers = max(1, capacity(self.worker)) if section.workers == "auto" else section.workers
         self.options = {
             "name": step,

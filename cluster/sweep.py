@@ -17,7 +17,7 @@ from ray.tune.trainable import Trainable
 from cluster.connection import as_defuse_error, cause_of, explained_line, is_worker_lost
 from cluster.progress import ProgressListener, reporting, running_trials
 from cluster.ray_compat import fit, named_trainable, quiet_tune
-from cluster.resources import CapacityMonitor, WorkerResources, claim_devices
+from cluster.resources import CapacityMonitor, Resources, claim_devices
 from defuse_core.artifacts import Bool, Models, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
@@ -56,7 +56,7 @@ class SweepContext:
     models: Any  # ObjectRef of Models
     # per request, ObjectRefs of Splits and ScenarioImages, once in the object store of each node, and `score_before`
     images: list[tuple[Any, Any, dict[str, Bool]]]
-    resources: WorkerResources
+    resources: Resources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
     name: str

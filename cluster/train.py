@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cluster.connection import as_defuse_error, cause_of
 from cluster.progress import reporting
 from cluster.ray_compat import kept_working_dir
-from cluster.resources import WorkerResources, claim_devices, hide_other_gpus
+from cluster.resources import Resources, claim_devices, hide_other_gpus
 from defuse_core.errors import DefuseError, ModelError
 from defuse_core.protocols import Progress, silent
 from defuse_core.training.batches import training_together
@@ -39,7 +39,7 @@ def run_together(
     function: Callable[..., None],
     args: tuple[object, ...],
     workers: int,
-    resources: WorkerResources,
+    resources: Resources,
     progress_actor: Any,
     *,
     progress: Progress,
@@ -61,7 +61,7 @@ def run_together(
         raise outcome
 
 
-def _trainer(config: dict[str, Any], workers: int, resources: WorkerResources, folder: str) -> TorchTrainer:
+def _trainer(config: dict[str, Any], workers: int, resources: Resources, folder: str) -> TorchTrainer:
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray's annotation says that a result is None, and returns it
         train_loop_config=config,

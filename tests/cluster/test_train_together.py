@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
 
 from cluster.compute import RayCompute
-from cluster.resources import WorkerResources
+from cluster.resources import Resources
 from cluster.train import _cause, _trainer, _worker
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
@@ -103,7 +103,7 @@ def test_gpus_that_a_worker_was_not_granted_are_hidden_before_ray_looks_for_them
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     visible = list[str]()
     monkeypatch.setattr("torch.cuda.is_available", lambda: visible.append(os.environ["CUDA_VISIBLE_DEVICES"]))
-    trainer = _trainer({}, 2, WorkerResources(1, 0), str(tmp_path))
+    trainer = _trainer({}, 2, Resources(1, 0), str(tmp_path))
     with trainer.backend_config.train_func_context():
         assert visible == [""]
 
