@@ -333,8 +333,8 @@ class _Given:
         facts = replace(facts, channels=sections["data"]["channels"])
         with local_device(flat_fields(self.settings).get("resources.gpus_per_worker")):
             plan = plan_run(facts, own, minutes, progress)
-        for warning in plan.warnings:
-            log.warning("%s", warning)
+        for note in plan.notes:
+            log.warning("%s", note)
         if "channels" not in self.settings.get("data", {}):  # the classifier may need others
             sections["data"]["channels"] = plan.tree["data"]["channels"]
         return plan.tree

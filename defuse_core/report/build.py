@@ -33,7 +33,7 @@ from defuse_core.report.build_evidence import (
     scenario_evidence,
     watch_figures,
 )
-from defuse_core.report.notices import caveats, headline, images_without_tracks
+from defuse_core.report.caveats import caveats_of, headline, images_without_tracks
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -118,7 +118,7 @@ def build_report(
     ]
     words = {
         "headline": headline(report, run.spec.correct),
-        "caveats": tuple(caveats(report, run.spec.correct, [doubt for doubt in doubts if doubt])),
+        "caveats": tuple(caveats_of(report, run.spec.correct, [doubt for doubt in doubts if doubt])),
     }
     return report.model_copy(update=words)
 

@@ -24,7 +24,7 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import AT_FAULT_PURITY, Evidence
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
-from defuse_core.report.correction_notices import class_parts, has_no_plain, may_be_equal
+from defuse_core.report.correction_caveats import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing

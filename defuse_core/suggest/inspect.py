@@ -37,7 +37,7 @@ SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve t
 LARGEST_SUGGESTED = 64  # unless the classifier asks for more: costs grow with the square
 SAMPLE = 200  # pictures that are looked at
 FEWEST = 4  # training images, of which one at least is held out for validation
-FEW = 20  # training images of a class: fewer are worth a warning
+FEW = 20  # training images of a class: fewer are worth a note
 OBLONG = 1.1  # longer side by shorter one, from which a picture in a square looks stretched
 # Difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less).
 COLOUR = 6
@@ -64,7 +64,7 @@ class DataFacts:
     photographs: bool  # colour pictures without a plain ground, unlike digits, symbols and drawings
     classes: tuple[str, ...]
     counts: dict[str, int]  # part -> images
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     forms: frozenset[Form] = frozenset()  # of the pictures looked at; none of an .npz file
 
     def are_converted(self, size: int, channels: int) -> bool:

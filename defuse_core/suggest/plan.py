@@ -33,7 +33,7 @@ from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
 from defuse_core.suggest.image_size import VALIDATION_SHARE, fit_image_size
 from defuse_core.suggest.inspect import DataFacts, plan_reading
-from defuse_core.suggest.probed import probe_warnings, set_probed
+from defuse_core.suggest.probed import probe_notes, set_probed
 
 TRIAL_S = 0.5  # each speed is measured for so long
 TRIAL_BATCH = 64
@@ -88,7 +88,7 @@ class Plan:
     facts: DataFacts
     speeds: Speeds
     probe: ClassifierProbe | None  # of a classifier of the user's own with weights
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def plan_run(
@@ -113,15 +113,15 @@ def plan_run(
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // TRIAL_BATCH))).loaded()
     with cpu_threads(THREADS):
-        probe, noted = None, [*stated, *sized.notes]
+        probe, notes = None, [*facts.notes, *stated, *sized.notes]
         if own is not None:
             progress("trying the classifier on training images")
             found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             if own.get("weights"):
                 probe = found
-                noted += set_probed(tree["classifier"], probe)
+                notes += set_probed(tree["classifier"], probe)
             elif found.like_sigmoid:  # all else of it is random, and the run trains it
-                noted.append(f"the classifier: {LIKE_SIGMOID}")
+                notes.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
         progress("measuring speeds", 0, 5, "speeds")
         speeds = _measured(spec, classifier, sample, channels, progress)
@@ -129,19 +129,18 @@ def plan_run(
     readers, read = plan_reading(largest, max(speeds.vae, speeds.classifier, speeds.reference))
     speeds = replace(speeds.up_to(read) if splits.train.stays_on_disk else speeds, read=read)
     if own is not None and own.get("weights") and "validation" not in facts.counts:
-        noted.append(
+        notes.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
             "has seen; separate validation images (a folder `validation`, or validation= in Python) would show the "
             "cost of a correction more reliably"
         )
-    needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
+    needed, more = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     if facts.are_converted(spec.data.image_size, spec.data.channels):
         tree["serve"] = {"resize": True}
     if readers:
         tree["resources"] = {"readers": readers}
     parse_run_file(tree, "the suggested run file")
-    notes = (*facts.warnings, *noted, *warnings, *probe_warnings(probe))
-    return Plan(tree, needed, facts, speeds, probe, notes)
+    return Plan(tree, needed, facts, speeds, probe, (*notes, *more, *probe_notes(probe)))
 
 
 def _measured(
@@ -194,7 +193,7 @@ def _rate(work: Callable[[], object]) -> float:
 def _set_sizes(
     tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, own: bool
 ) -> tuple[float, list[str]]:
-    """Divide the time: epochs, draws, λ and samples of every step. Returns the minutes that it takes, and warnings."""
+    """Divide the time: epochs, draws, λ and samples of every step. Returns the minutes that it takes, and notes."""
     count, seconds = len(splits.train), 60 * minutes * RESERVE
     shares = {**SHARES, "classifier": 0.0, "vae": 0.4} if own else SHARES
     if own:
@@ -219,29 +218,29 @@ def _set_sizes(
     tree["review"]["reference"] = reference
     tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
-    warnings = []
+    notes = []
     each = _images_of_each_model(tree, others) / len(splits.classes)
     if each < PER_CLASS:
-        warnings.append(
+        notes.append(
             f"the reference models and judges are trained on {each:.3g} images per class, too few to rely on their "
             "answers; add images"
         )
     if len(splits.classes) > MOST_CLASSES:
-        warnings.append(
+        notes.append(
             f"the reference models and judges, small networks that begin with random weights, learn few of "
             f"{len(splits.classes):,} classes; use pretrained ones: review.reference.architecture: custom, "
             "import_path, count: 1 and epochs: 0, and the same of judges"
         )
-    warnings += _notes_on_review(tree, splits)
+    notes += _notes_on_review(tree, splits)
     trained, enough = reference["epochs"], _enough_epochs(others)[1]
     if others < FEW_IMAGES and 2 * trained <= enough:
-        warnings.append(
+        notes.append(
             f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
             f"images to be as accurate as the classifier; give more than {count_of(minutes, 'minute')} (--minutes, or "
             "minutes= in Python)"
         )
     if own and tree["classifier"]["epochs"]:
-        warnings.append(
+        notes.append(
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
             "--weights to use it as it is"
         )
@@ -250,18 +249,18 @@ def _set_sizes(
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
         mostly = f", {scored:,.0f} of them for validation and test images" if scored > planned / 2 else ""
-        warnings.append(
+        notes.append(
             f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
             f"pixels takes about {planned:,.0f} minutes here{mostly}; give {WITH_LESS}"
         )
-        return round(planned), warnings
+        return round(planned), notes
     if epochs < FEW_EPOCHS:
-        warnings.append(
+        notes.append(
             f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give {WITH_LESS}"
         )
     if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
-        return max(1, round(planned)), warnings
-    return minutes, warnings
+        return max(1, round(planned)), notes
+    return minutes, notes
 
 
 def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:

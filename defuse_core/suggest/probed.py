@@ -55,7 +55,7 @@ def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]
     )
 
 
-def probe_warnings(probe: ClassifierProbe | None) -> list[str]:
+def probe_notes(probe: ClassifierProbe | None) -> list[str]:
     if probe is None:
         return []
     lines = [f"the classifier: {LIKE_SIGMOID}"] if probe.like_sigmoid else []

@@ -134,8 +134,8 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
     show("β-VAE", f"{vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
     if vae.get("decode") == "anchored":
         show("decode", "anchored: photographs are moved, not redrawn")
-    for warning in plan.warnings:
-        show("note", warning)
+    for note in plan.notes:
+        show("note", note)
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
     enough = "; more time would bring nothing for so few images" if plan.minutes < asked else ""

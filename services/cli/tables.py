@@ -44,9 +44,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Terminal()
     print_text(console, report.headline, "bold")
-    for warning in report.caveats:
+    for caveat in report.caveats:
         console.print()
-        print_text(console, warning, "yellow")
+        print_text(console, caveat, "yellow")
     console.print()
     print_accuracy(report, console)
     if report.evidence is not None and (report.scenarios.accepted or report.tradeoff):
@@ -273,7 +273,7 @@ def _baseline(report: Report) -> list[str]:
 
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
-    from defuse_core.report.notices import worse_judges
+    from defuse_core.report.caveats import worse_judges
 
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
     parts, judged = list[str](), report.scenarios.false_by_judges

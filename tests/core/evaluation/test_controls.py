@@ -29,7 +29,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_findings, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
-from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
+from defuse_core.report.correction_caveats import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import numbers_text, spread_of
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, SETTINGS, Run
@@ -316,7 +316,7 @@ def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finis
     assert f"is worse than plain further training (λ = 0) on: {numbers_text(worse)}" in text
 
 
-def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:
+def test_the_caveat_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:
     _, report = finished
     evidence = report.evidence
     one = evidence.against_plain.scenarios.model_copy(update={"better": 9, "worse": 8, "p_value": 1.0})

@@ -1,4 +1,4 @@
-"""The notices of a report on the correction: what the choice of λ costs, and what plain further training does."""
+"""The caveats of a report on the correction: what the choice of λ costs, and what plain further training does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
-MOST_CLASSES = 5  # most classes that a notice names
+MOST_CLASSES = 5  # most classes that a caveat names
 
 
 def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
@@ -181,14 +181,14 @@ def _no_better(other: _Other, compared: list[_Compared]) -> str | None:
     if equal:
         claims.append(f"may do as much for {_listed(equal)}")
     name = f"{other.name[0].upper()}{other.name[1:]}"
-    notices = [f"{name} {', and '.join(claims)}."] if claims else []
+    sentences = [f"{name} {', and '.join(claims)}."] if claims else []
     if untold:
         few = _listed([name.removeprefix("the ") for name in untold])
-        notices.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
-    if not notices:
+        sentences.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
+    if not sentences:
         return None
     figures = " ".join(each.figures(other) for each in compared)
-    return f"{' '.join(notices)} {other.meaning}; accuracies are by the judges' labels. {figures}"
+    return f"{' '.join(sentences)} {other.meaning}; accuracies are by the judges' labels. {figures}"
 
 
 def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:
