@@ -50,7 +50,7 @@ from defuse_core.suggest.image_size import LARGEST, SMALLEST
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
-CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
+CLASSIFIER, GIVEN = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
 TRACED_IMAGES = 8  # images in the batch with which a classifier is traced
 PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained
 
@@ -310,7 +310,7 @@ class _Given:
         if not self.is_over_plan:
             return
         given = flat_fields(self.settings)
-        known = json.loads(self.store.read(SETTINGS)) if self.begun and self.store.exists(SETTINGS) else {}
+        known = json.loads(self.store.read(GIVEN)) if self.begun and self.store.exists(GIVEN) else {}
         planned = known.pop("minutes", None if self.begun else minutes)
         if planned not in (None, minutes):
             reason = f"minutes={minutes:g} has no effect: the run was planned for {planned:g}"
@@ -323,7 +323,7 @@ class _Given:
                 f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
             )
         kept = {**known, **given, "minutes": planned}
-        self.store.write(SETTINGS, json.dumps(kept, default=str, indent=1).encode())
+        self.store.write(GIVEN, json.dumps(kept, default=str, indent=1).encode())
 
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""

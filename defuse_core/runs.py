@@ -66,7 +66,7 @@ REPORT_FILES = ("report.json", "report.html")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 KEPT_IN = {"review.reference.weights": "references", "judges.weights": "judges"}  # others in models
-SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
+RECORDED_FIELDS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
 # Fields of section review that say how people are asked; free until their votes are stored.
 UNTIL_VOTES = ("answers_per_task", "stop_early", "certainty", "real_names")
 MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
@@ -184,12 +184,12 @@ class Run:
             self.store.write(WEIGHTS, json.dumps(digests, indent=1).encode())
 
     def _note_settings(self, spec: RunFile) -> None:
-        self.store.write(SETTINGS, spec.model_dump_json(indent=1).encode())
+        self.store.write(RECORDED_FIELDS, spec.model_dump_json(indent=1).encode())
 
     def _settings(self) -> RunFile | None:
         """Return the run file as `start` noted it last; None where it was stopped before that, or its file is gone."""
-        tree = self._read_json(SETTINGS, "the settings in run.yaml are taken as they are now")
-        return _recorded(tree, f"{self.store.address}/{SETTINGS}") if tree else None
+        tree = self._read_json(RECORDED_FIELDS, "the settings in run.yaml are taken as they are now")
+        return _recorded(tree, f"{self.store.address}/{RECORDED_FIELDS}") if tree else None
 
     def changed_weights(self) -> str | None:
         """Return which weights file has changed since the run began, or None; a missing file does not count."""

@@ -129,12 +129,12 @@ class FailureWatch:
                 found = other
         return found
 
-    def threshold(self, chosen: MeasuredDetector, settings: ServeSection) -> float:
+    def threshold(self, chosen: MeasuredDetector, section: ServeSection) -> float:
         """Return `serve.failure_threshold`, or the largest that flags `serve.failure_recall` of the errors."""
-        if settings.failure_threshold is not None:
-            return settings.failure_threshold
+        if section.failure_threshold is not None:
+            return section.failure_threshold
         errors = np.sort(chosen.validation[self.validation_wrong])[::-1]
-        return float(errors[max(1, math.ceil(settings.failure_recall * len(errors) - ROUNDING)) - 1])
+        return float(errors[max(1, math.ceil(section.failure_recall * len(errors) - ROUNDING)) - 1])
 
     def objection(self, chosen: MeasuredDetector | None) -> str:
         """Return why `chosen` gives no failure probability, as a sentence; empty where it does."""

@@ -29,7 +29,7 @@ from services.cli.options import (
     track_option,
     until_option,
 )
-from services.settings import read_settings, variables
+from services.settings import read_environment, variables
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
@@ -182,10 +182,10 @@ def _jobs_at(address: str | None) -> Jobs:
     """Return the jobs of the dashboard at `address`, or of the environment's: RAY_ADDRESS only if it is http://."""
     from cluster.jobs import Jobs
 
-    settings = read_settings()
-    joined = settings.ray_address or ""
+    environment = read_environment()
+    joined = environment.ray_address or ""
     return Jobs(
-        address or settings.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
+        address or environment.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
     )
 
 
