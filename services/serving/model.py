@@ -77,7 +77,7 @@ class PredictionResponse(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
-    """What a version computes for n images. Without the watch, distances are (n, 0)."""
+    """What a version computes for n images. Without serve.watch, distances are (n, 0)."""
 
     probabilities: F32  # (n, C)
     distances: F32  # (n, A)
@@ -132,7 +132,7 @@ class LoadedModel:
         self.detector = _detector(candidate, self.watch_figures)
         with computing_on(self.device):
             self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where)
-            self.watch = self._load_watch(spec, where)
+            self.distances = self._load_distances(spec, where)
         self.candidate = replace(candidate, classifier={}, vae={})  # the networks have copies of the weights
         share, levels = section.watch_share, candidate.levels
         # (A,) distances below which this share of the training images are
@@ -144,7 +144,7 @@ class LoadedModel:
             self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
-    def _load_watch(self, spec: RunFile, where: str) -> ScenarioDistances | None:
+    def _load_distances(self, spec: RunFile, where: str) -> ScenarioDistances | None:
         """Return the distances from the A scenarios, and from the C classes where the detector needs them."""
         candidate = self.candidate
         means, covariances = candidate.means, candidate.covariances
@@ -205,14 +205,14 @@ class LoadedModel:
         return self.detector.probability(logits, classes[np.arange(len(logits)), logits.argmax(axis=1)])
 
     def _forward(self, pixels: F32) -> tuple[F32, F32, F32]:
-        """Return logits (n, C), their softmax, and the distances of the watch (n, G), without it (n, 0)."""
+        """Return logits (n, C), their softmax, and the distances (n, G), without serve.watch (n, 0)."""
         images = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
         logits: Tensor = self.classifier(images).float()
         answers = logits.cpu().numpy(), logits.softmax(1).cpu().numpy()
-        if self.watch is None:
+        if self.distances is None:
             return *answers, np.zeros((len(pixels), 0), np.float32)
         with torch.autocast(self.device.type, enabled=False):  # the distances were calibrated in float32
-            distances: Tensor = self.watch(images)
+            distances: Tensor = self.distances(images)
         return *answers, distances.cpu().numpy()
 
     def predictions(self, output: ModelOutput) -> list[Prediction]:
@@ -238,7 +238,7 @@ class LoadedModel:
         return answers
 
     def _matches(self, output: ModelOutput, row: int, answer: int) -> list[ScenarioMatch] | None:
-        """Return the failure scenarios that contain an image, nearest first; None without the watch."""
+        """Return the failure scenarios that contain an image, nearest first; None without serve.watch."""
         if not self.section.watch or not len(self.candidate.scenario):
             return None
         matches = [

@@ -25,7 +25,7 @@ from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import BROKEN, WRONG_URL, OutageWatch, code_of, status_of, translated_errors
+from services.storage.s3_errors import BROKEN, WRONG_URL, OutageTimer, code_of, status_of, translated_errors
 
 LARGE_BYTES = 64 * 2**20  # smallest object that is sent in parts
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
@@ -377,7 +377,7 @@ def _forget_clients() -> None:
 
 @functools.cache
 def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: float) -> Any:
-    """Return this process's client: thread-safe, with retries that back off until OutageWatch ends them."""
+    """Return this process's client: thread-safe, with retries that back off until OutageTimer ends them."""
     # AWS knows a checksum that follows the body, as over https; Google's and others' servers refuse each such write
     is_aws = endpoint is None or endpoint.rstrip("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
     config = Config(
@@ -390,5 +390,5 @@ def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: 
     )
     with _one_at_a_time:
         client = _session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    OutageWatch(client, attempts, timeout_s)
+    OutageTimer(client, attempts, timeout_s)
     return client

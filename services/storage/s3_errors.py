@@ -311,8 +311,8 @@ def _without_answer(error: aws.BotoCoreError, where: str, endpoint: str | None) 
     )
 
 
-class OutageWatch:
-    """Watches the requests of one client. botocore itself counts attempts only, of which each can take a timeout."""
+class OutageTimer:
+    """Times the requests of one client. botocore itself counts attempts only, of which each can take a timeout."""
 
     def __init__(self, client: Any, attempts: int, timeout_s: float) -> None:
         """`timeout_s` is the longest silence in one attempt, after which botocore ends it."""
