@@ -40,7 +40,7 @@ log = logging.getLogger("defuse")
 STEP = "correct"
 TRIAL = "stack-"
 DIVERGED = "diverged"  # key in a trial's last result: each λ that is left out, and why
-MAX_FAILURES = 2  # a trial is started again this often; it continues after its last finished epoch
+TRIAL_RETRIES = 2  # a trial is started again this often; it continues after its last finished epoch
 
 
 # Finished trials without their weights, and the error of each λ that failed for good.
@@ -172,7 +172,7 @@ def _tuner(sweep: SweepContext, names: list[TrialId], folder: str) -> tune.Tuner
             name=sweep.name,
             storage_path=folder,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
             callbacks=[_SweepProgress(sweep, names)],
         ),
     )

@@ -31,7 +31,7 @@ from defuse_core.protocols import Progress, silent
 from defuse_core.training.batches import training_together
 
 log = logging.getLogger("defuse")
-MAX_FAILURES = 3  # the workers are started again this often; they continue from the last checkpoint
+WORKER_RESTARTS = 3  # the workers are started again this often; they continue from the last checkpoint
 TIMEOUT_S = 600  # longest wait of a worker for another one
 
 
@@ -74,7 +74,7 @@ def _trainer(config: dict[str, Any], workers: int, resources: Resources, folder:
         run_config=RunConfig(
             name="train",
             storage_path=folder,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=WORKER_RESTARTS),
             logging_config=LoggingConfig(log_level="ERROR"),  # type: ignore[call-arg]  # of its second version
         ),
     )

@@ -46,7 +46,7 @@ T = TypeVar("T")
 CONTINUES = "the `defuse run` command that began it, or in Python the same call, continues it"
 UNFINISHED = f"is not finished; {CONTINUES}"
 SHOWN_S = 0.05  # the log does not name what was made sooner
-REMEDY = "delete it and run again with the run file that this run was started with"
+RUN_AGAIN = "delete it and run again with the run file that this run was started with"
 # The trainings with λ = 0; the place of each is the repetition that it is. One training alone is no measure: another
 # order of the minibatches may turn half of a scenario's images.
 PLAIN_NAMES = ("plain", "plain_1", "plain_2")
@@ -238,9 +238,9 @@ class Run:
         try:
             tree = parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
-            raise RunFileError(f"{damaged} no YAML; {REMEDY}") from error
+            raise RunFileError(f"{damaged} no YAML; {RUN_AGAIN}") from error
         if not isinstance(tree, dict):
-            raise RunFileError(f"{damaged} {type(tree).__name__}; {REMEDY}")
+            raise RunFileError(f"{damaged} {type(tree).__name__}; {RUN_AGAIN}")
         run = cls(store, name, _recorded(tree, where))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():

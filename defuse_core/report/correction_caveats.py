@@ -12,7 +12,7 @@ from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
-MOST_CLASSES = 5  # most classes that a caveat names
+LISTED_CLASSES = 5  # most classes that a caveat names
 
 
 def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
@@ -24,9 +24,9 @@ def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
         return None
     figures = [
         f"{before_punctuation(row.name)} ({percent(row.before)} to {percent(row.defuse)})"
-        for row in lost[:MOST_CLASSES]
+        for row in lost[:LISTED_CLASSES]
     ]
-    more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
+    more = f" and {len(lost) - LISTED_CLASSES} more" if len(lost) > LISTED_CLASSES else ""
     return (
         "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
         f"images: {', '.join(figures)}{more}. {_less_for_a_class(report, correct)}"

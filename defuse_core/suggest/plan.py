@@ -53,7 +53,7 @@ SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
-MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # more classes than these get a distill.min_weight below this
+SHARED_WEIGHT_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more classes distill.min_weight is less than this
 MOST_CLASSES = 100  # small networks that begin with random weights learn few classes of more than these
 FEW_EPOCHS = 6  # fewer epochs of the β-VAE get a note
 WITH_LESS = (
@@ -270,8 +270,8 @@ def _distill(tree: dict[str, Any], classes: int) -> dict[str, Any]:
     fewer where their photographs, about one for four codes, would not fit into memory.
     """
     section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
-    if classes > MANY_CLASSES:
-        section["min_weight"] = float(f"{LEAST_WEIGHT * MANY_CLASSES / classes:.3g}")
+    if classes > SHARED_WEIGHT_CLASSES:
+        section["min_weight"] = float(f"{LEAST_WEIGHT * SHARED_WEIGHT_CLASSES / classes:.3g}")
         codes = math.ceil(2 * vae.latent_dim / section["min_weight"])
         if vae.decode == "anchored":
             codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))

@@ -23,7 +23,7 @@ from defuse_core.errors import DefuseError, NoAnswerError, StoreError, count_of,
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_FIELDS, Candidate, with_fields
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
-from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry
+from services.serving.registry import AUTHOR, POLL_S, PROMOTE_AGAIN, DamagedVersionError, Registry
 from services.serving.registry_state import EMPTY, RegistryState
 from services.storage import is_store_outage
 
@@ -396,5 +396,5 @@ def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:
 def reason_for_clients(error: Exception) -> str:
     """Return why no version answers, without the paths of the store: clients read it without a token."""
     if isinstance(error, DamagedVersionError):
-        return f"the version in production is damaged or missing: {REMEDY}"
+        return f"the version in production is damaged or missing: {PROMOTE_AGAIN}"
     return "the version in production cannot be loaded; the log of the server says why"

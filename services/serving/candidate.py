@@ -49,7 +49,7 @@ from services.serving.inputs import InputSpec
 
 log = logging.getLogger("defuse")
 FORMAT = 14  # format of the stored candidate, and part of its key: one of another format is made again
-REMEDY = "delete it, and give the command again, which makes it again"
+MAKE_AGAIN = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
 VERSION_FIELDS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that say with which code the weights make networks, what these receive and what they return.
@@ -200,7 +200,7 @@ def prepare_candidate(
             expect_same_code(run.spec, artifacts.models, artifacts.gallery, progress=progress)
     key = _key(run.spec, artifacts)
     try:
-        candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
+        candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", MAKE_AGAIN)
     except FileNotFoundError:
         with local_device(run.spec.resources.gpus_per_worker):
             candidate = _make(run, artifacts, progress)

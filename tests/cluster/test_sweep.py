@@ -287,7 +287,7 @@ def test_a_stack_that_is_killed_between_two_writes_goes_on_with_each_lambda_wher
 @pytest.fixture
 def fewer_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that fails is started again once: each attempt is a process."""
-    monkeypatch.setattr("cluster.sweep.MAX_FAILURES", 1)
+    monkeypatch.setattr("cluster.sweep.TRIAL_RETRIES", 1)
 
 
 @pytest.fixture
