@@ -32,7 +32,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
 }
 RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # retries of a task whose process was killed since its node ran out of memory
-HEAD_AWAY_S = 600  # so long do KubeRay's workers wait, too
+HEAD_AWAY_S = 600  # KubeRay's workers wait as long
 SERVE_SHUTDOWN_S = 30.0  # time for the requests in progress
 # bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
 MAX_TEMPORARY_FOLDER = 39

@@ -28,7 +28,7 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x -
     "imagenet": (IMAGENET_MEAN, IMAGENET_SD),
     "0..255": ((0.0,), (1 / 255,)),
 }
-OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # ranges of Defuse's own networks, in each section
+OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # fixed ranges of Defuse's own networks
 
 
 def plain_section(section: ClassifierSection) -> ClassifierSection:

@@ -54,7 +54,7 @@ SCALE = 2.0  # identify.scale
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
 SHARED_WEIGHT_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more classes distill.min_weight is less than this
-MOST_CLASSES = 100  # small networks that begin with random weights learn few classes of more than these
+MOST_CLASSES = 100  # small networks with random initial weights learn few of more classes
 FEW_EPOCHS = 6  # fewer epochs of the β-VAE get a note
 WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
