@@ -9,7 +9,7 @@ EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
 # What commands import is compiled once; pip would compile every file of every package, for minutes.
 COMPILED := cluster.sweep, label_studio_sdk, matplotlib.pyplot, ray.serve, ray.train.torch, services.cli, torchvision
 INSTALL_LABEL_STUDIO := 'from services.labeling.local_server import install; \
-	from services.settings import read_settings; install(read_settings().cache)'
+	from services.settings import read_environment; install(read_environment().cache)'
 # Processes of tests. On two cores four: some tests wait for servers at any time.
 TESTS_AT_ONCE ?= 4
 

@@ -1,4 +1,4 @@
-"""RayCompute: the heavy steps on a Ray cluster, one short method each. Its results equal LocalCompute's."""
+"""RayCompute: the heavy steps as Ray tasks. Its results equal LocalCompute's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cluster.resources import (
     LOST_NODES,
     CapacityMonitor,
     RayPartitions,
-    WorkerResources,
+    Resources,
     capacity,
     claim_devices,
     expect_training_room,
@@ -275,11 +275,7 @@ class RayCompute(Compute):
             return list(started.remote(step, numbers, function, self.profile, listener.actor, *args))
 
     def _wait(
-        self,
-        step: str,
-        tasks: Iterable[Any],
-        worker: WorkerResources | None = None,
-        at_once: int = sys.maxsize,
+        self, step: str, tasks: Iterable[Any], worker: Resources | None = None, at_once: int = sys.maxsize
     ) -> None:
         """Show the progress of tasks until all ended; their results stay on their nodes. Raises the first error.
 
@@ -347,7 +343,7 @@ def _calls_in_worker(
 
 
 def _calls_by_task(
-    calls: Sequence[Call[Any]], worker: WorkerResources
+    calls: Sequence[Call[Any]], worker: Resources
 ) -> list[tuple[tuple[int, ...], tuple[Call[Any], ...]]]:
     """Return the calls of each task, after their numbers among those of the same function: one, or several short ones.
 

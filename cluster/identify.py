@@ -31,7 +31,7 @@ from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_
 
 from cluster.connection import MORE_MEMORY, as_defuse_error, explained_line
 from cluster.progress import ProgressListener, count, reporting
-from cluster.resources import CapacityMonitor, WorkerLocation, WorkerResources, claim_devices
+from cluster.resources import CapacityMonitor, Resources, WorkerLocation, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
 from defuse_core.data import Images
@@ -44,8 +44,8 @@ from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done
-MAX_LOSSES = 4  # of one shard with its worker; one more is an error
-SAVE_ATTEMPTS = 6  # 15 s in all
+MAX_LOSSES = 4  # most losses of one shard with its worker; one more is an error
+SAVE_ATTEMPTS = 6  # attempts within 15 s
 POLL_EVERY_S = 1.0
 SCALE_EVERY_S = 3.0
 
@@ -151,7 +151,7 @@ class IdentifyContext:
     train: Any  # ObjectRef of Images
     images: int  # N
     store: Store
-    resources: WorkerResources
+    resources: Resources
     wanted: Callable[[], int]
     listener: ProgressListener
     name: str  # prefix of the actors' names

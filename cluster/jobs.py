@@ -23,8 +23,8 @@ from defuse_core.errors import ComputeError, InputError, one_line, without_crede
 
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
-GIVE_UP_AFTER_S = 300.0  # without an answer to who follows a log, such as over a tunnel that is made again
-PAUSE_S = 3.0  # before a log is asked for again, whole: some hundred kB after a day
+GIVE_UP_AFTER_S = 300.0  # longest silence while a log is followed, such as over a tunnel that is made again
+PAUSE_S = 3.0  # interval between two reads of a whole log: some hundred kB after a day
 ANSWER_WITHIN_S = 20.0
 CHECK_ADDRESS = "check --address or RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379"
 # in the error of an untrusted certificate, and of a file of trusted ones that is none

@@ -21,7 +21,7 @@ log = logging.getLogger("defuse")
 UPDATE_EVERY_S = 0.25
 POLL_EVERY_S = 0.25
 FLUSH_S = 5.0
-COUNTERS = {  # of work done, in Ray's metrics: defuse_NAME
+COUNTERS = {  # counters of work done, in Ray's metrics: defuse_NAME
     "images": "Training images perturbed",
     "decodings": "Codes decoded and classified",
     "failures": "Codes of Psi found",
@@ -48,7 +48,7 @@ class ProgressActor:
         """Record how far a task is with an activity."""
         self.shared.update(task, *update)
 
-    def _record(self, what: str, done: int, total: int, unit: str) -> None:
+    def _record(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         self.updates[what] = (what, done, total, unit)
 
     def log(self, level: int, line: str) -> None:
@@ -129,7 +129,7 @@ class ProgressReporter:
         self.sent_at: dict[str, float] = {}
         self.unsent: dict[str, Update] = {}
 
-    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+    def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         """Report that `done` of `total` units of `what` are done."""
         self.unsent[what] = (what, done, total, unit)
         if done >= total or time.monotonic() - self.sent_at.get(what, 0.0) >= UPDATE_EVERY_S:

@@ -31,10 +31,11 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table whatever the verbosity
 }
 RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
-MEMORY_RETRIES = 4  # of a task whose process was killed since its node ran out of memory
-HEAD_AWAY_S = 600  # as KubeRay lets its workers wait
-SERVE_SHUTDOWN_S = 30.0  # for the requests in progress
-MAX_TEMPORARY_FOLDER = 39  # bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
+MEMORY_RETRIES = 4  # retries of a task whose process was killed since its node ran out of memory
+HEAD_AWAY_S = 600  # KubeRay's workers wait as long
+SERVE_SHUTDOWN_S = 30.0  # time for the requests in progress
+# bytes: a socket of Ray in it has a path of up to 68 more, and Linux takes 107
+MAX_TEMPORARY_FOLDER = 39
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 UNUSED_PROCESSES = ("start_api_server", "start_monitor", "start_log_monitor")  # methods of Ray's Node
 DASHBOARD = "ray.dashboard.modules"

@@ -27,7 +27,7 @@ from ray.tune.trainable import Trainable
 from cluster.connection import as_defuse_error, cause_of, explained_line, is_worker_lost
 from cluster.progress import ProgressListener, reporting, running_trials
 from cluster.ray_compat import fit, kept_working_dir, named_trainable, quiet_tune
-from cluster.resources import CapacityMonitor, WorkerResources, claim_devices, hide_other_gpus
+from cluster.resources import CapacityMonitor, Resources, claim_devices, hide_other_gpus
 from defuse_core.artifacts import Bool, Models, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
@@ -50,10 +50,10 @@ from defuse_core.tuning_data import FineTuningData
 log = logging.getLogger("defuse")
 STEP = "correct"
 TRIAL = "stack-"
-DIVERGED = "diverged"  # in a trial's last result: each λ that is left out, and why
+DIVERGED = "diverged"  # key in a trial's last result: each λ that is left out, and why
 TRIAL_RETRIES = 2  # a trial is started again this often; it continues after its last finished epoch
 WORKER_RESTARTS = 3  # the workers are started again this often; they continue from the last checkpoint
-TIMEOUT_S = 600  # of workers that wait for another one
+TIMEOUT_S = 600  # longest wait of a worker for another one
 
 
 # Finished trials without their weights, and the error of each λ that failed for good.
@@ -69,7 +69,7 @@ class SweepContext:
     models: Any  # ObjectRef of Models
     # per request, ObjectRefs of Splits and ScenarioImages, once in the object store of each node, and `score_before`
     images: list[tuple[Any, Any, dict[str, Bool]]]
-    resources: WorkerResources
+    resources: Resources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
     name: str
@@ -240,7 +240,7 @@ def run_together(
     function: Callable[..., None],
     args: tuple[object, ...],
     workers: int,
-    resources: WorkerResources,
+    resources: Resources,
     progress_actor: Any,
     *,
     progress: Progress,
@@ -262,7 +262,7 @@ def run_together(
         raise outcome
 
 
-def _trainer(config: dict[str, Any], workers: int, resources: WorkerResources, folder: str) -> TorchTrainer:
+def _trainer(config: dict[str, Any], workers: int, resources: Resources, folder: str) -> TorchTrainer:
     return TorchTrainer(
         _worker,  # type: ignore[arg-type]  # Ray's annotation says that a result is None, and returns it
         train_loop_config=config,

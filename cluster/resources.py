@@ -25,15 +25,15 @@ from defuse_core.errors import ComputeError, RunFileError, count_of
 log = logging.getLogger("defuse")
 T = TypeVar("T")
 CHECK_EVERY_S = 3.0
-WARN_AFTER_S = 30.0  # of waiting for what other work holds, or for the head
+WARN_AFTER_S = 30.0  # wait for other work, or for the head, before a warning
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
-LOOK_EVERY_S = 1.0  # meanwhile
-LOST_NODES = 10  # that a task is repeated after, and images or parts are loaded again, within one step
+LOOK_EVERY_S = 1.0  # interval of looks for these nodes
+LOST_NODES = 10  # most retries, in one step, of a task whose node is lost
 
 
 @dataclass(frozen=True)
-class WorkerResources:
-    """CPUs and GPUs that one worker, trial or task holds; also what a node has in all."""
+class Resources:
+    """CPUs and GPUs."""
 
     cpus: float
     gpus: float
@@ -96,10 +96,10 @@ def claim_devices(step: str) -> WorkerLocation:
     return WorkerLocation(node, os.getpid(), gpus, visible)
 
 
-def nodes() -> list[WorkerResources]:
+def nodes() -> list[Resources]:
     """Return what each living node has in all."""
     found = (node["Resources"] for node in _living_nodes())
-    return [WorkerResources(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in found]
+    return [Resources(resources.get("CPU", 0), resources.get("GPU", 0)) for resources in found]
 
 
 def on_nodes_with_cpus() -> dict[str, Any]:
@@ -172,11 +172,11 @@ def wait_for(
         remove_placement_group(asked)
 
 
-def worker_resources(section: ResourcesSection) -> WorkerResources:
+def worker_resources(section: ResourcesSection) -> Resources:
     """Return what an identification worker or a trial holds: a GPU where the cluster has any, else CPUs alone."""
     if section.gpus_per_worker != "auto":
-        return WorkerResources(section.cpus_per_worker, section.gpus_per_worker)
-    return WorkerResources(section.cpus_per_worker, 1 if has_gpus() else 0)
+        return Resources(section.cpus_per_worker, section.gpus_per_worker)
+    return Resources(section.cpus_per_worker, 1 if has_gpus() else 0)
 
 
 def has_gpus() -> bool:
@@ -184,19 +184,19 @@ def has_gpus() -> bool:
     return any(node.gpus for node in nodes())
 
 
-def task_resources(section: ResourcesSection) -> WorkerResources:
+def task_resources(section: ResourcesSection) -> Resources:
     """Return what the only task of a step holds: `train_threads` CPUs, or as many as a node with its GPUs has."""
     gpus = worker_resources(section).gpus
     suitable = [node.cpus for node in nodes() if node.gpus >= gpus]
-    return WorkerResources(min(section.train_threads, max(suitable, default=section.train_threads)), gpus)
+    return Resources(min(section.train_threads, max(suitable, default=section.train_threads)), gpus)
 
 
-def capacity(worker: WorkerResources) -> int:
+def capacity(worker: Resources) -> int:
     """Return how many such workers fit on the nodes when nothing else runs there."""
     return sum(fitting(node, worker) for node in nodes())
 
 
-def fitting(node: WorkerResources, worker: WorkerResources) -> int:
+def fitting(node: Resources, worker: Resources) -> int:
     """Return how many such workers fit on an empty node. A fraction of a GPU never spans two GPUs."""
     by_cpu = int(node.cpus / worker.cpus + 1e-9)
     if not worker.gpus:
@@ -214,7 +214,7 @@ def expect_worker_room(section: ResourcesSection) -> None:
     room, wanted = capacity(worker), section.workers
     if room == 0 or (wanted != "auto" and wanted > room):
         found = nodes()
-        total = WorkerResources(sum(node.cpus for node in found), sum(node.gpus for node in found))
+        total = Resources(sum(node.cpus for node in found), sum(node.gpus for node in found))
         asked = "a worker" if wanted == "auto" else count_of(wanted, "worker")
         raise RunFileError(
             f"resources: {asked} of {worker} each asked for, but the cluster has room for {room} "
@@ -237,7 +237,7 @@ def wait_for_gpus(section: ResourcesSection, wanted: bool) -> bool:
     return has_gpus()
 
 
-def expect_training_room(worker: WorkerResources, workers: int, *, wait: bool) -> None:
+def expect_training_room(worker: Resources, workers: int, *, wait: bool) -> None:
     """Raise RunFileError where the cluster has no room for workers that train together, or wait for it."""
     if wait:
         bundles = [{"CPU": worker.cpus, "GPU": worker.gpus}] * workers
@@ -252,7 +252,7 @@ def expect_training_room(worker: WorkerResources, workers: int, *, wait: bool) -
 class CapacityMonitor:
     """Warns each time that a step begins to wait: no node has room for its workers, or other work holds the room."""
 
-    def __init__(self, step: str, worker: WorkerResources) -> None:
+    def __init__(self, step: str, worker: Resources) -> None:
         self.step, self.worker = step, worker
         self.waiting, self.checked_at = False, -math.inf
         self.warn_at = time.monotonic() + WARN_AFTER_S
@@ -275,7 +275,7 @@ class CapacityMonitor:
 
 # Waits for the tasks of a step. Its arguments: the step; an iterator that starts a task and yields a reference, ready
 # once the task has ended; what a task holds; how many run at once at most.
-Wait = Callable[[str, Iterable[Any], WorkerResources, int], None]
+Wait = Callable[[str, Iterable[Any], Resources, int], None]
 
 
 class RayPartitions:
@@ -295,7 +295,7 @@ class RayPartitions:
     ) -> None:
         """Load the parts that load(*arguments) returns, spread over the nodes."""
         self.step, self.wait = step, wait
-        self.worker = WorkerResources(section.cpus_per_worker, 0)
+        self.worker = Resources(section.cpus_per_worker, 0)
         self.workers = max(1, capacity(self.worker)) if section.workers == "auto" else section.workers
         self.options = {
             "name": step,

@@ -50,9 +50,9 @@ from defuse_core.suggest.classifier_inputs import LARGEST, SMALLEST
 from defuse_core.training.reference_models import ReferenceAnnotators
 
 log = logging.getLogger("defuse")
-CLASSIFIER, SETTINGS = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
-TRACED_IMAGES = 8  # that a classifier is traced on
-PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # of a classifier that the run does not train
+CLASSIFIER, GIVEN = "inputs/classifier.pt2", "inputs/settings.json"  # keys within the run
+TRACED_IMAGES = 8  # images in the batch with which a classifier is traced
+PRETRAINED_FIELDS = ("weights", "import_path", "timm_model")  # fields of a classifier that is not trained
 
 # images, labels, and tracks if there are any
 LabelledImages: TypeAlias = Sequence[npt.ArrayLike | Tensor | None]
@@ -310,7 +310,7 @@ class _Given:
         if not self.is_over_plan:
             return
         given = flat_fields(self.settings)
-        known = json.loads(self.store.read(SETTINGS)) if self.begun and self.store.exists(SETTINGS) else {}
+        known = json.loads(self.store.read(GIVEN)) if self.begun and self.store.exists(GIVEN) else {}
         planned = known.pop("minutes", None if self.begun else minutes)
         if planned not in (None, minutes):
             reason = f"minutes={minutes:g} has no effect: the run was planned for {planned:g}"
@@ -323,7 +323,7 @@ class _Given:
                 f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
             )
         kept = {**known, **given, "minutes": planned}
-        self.store.write(SETTINGS, json.dumps(kept, default=str, indent=1).encode())
+        self.store.write(GIVEN, json.dumps(kept, default=str, indent=1).encode())
 
     def _planned(self, sections: dict[str, Any], minutes: float, progress: Progress) -> dict[str, Any]:
         """Return what `defuse init` writes for these images."""
@@ -333,8 +333,8 @@ class _Given:
         facts = replace(facts, channels=sections["data"]["channels"])
         with local_device(flat_fields(self.settings).get("resources.gpus_per_worker")):
             plan = plan_run(facts, own, minutes, progress)
-        for warning in plan.warnings:
-            log.warning("%s", warning)
+        for note in plan.notes:
+            log.warning("%s", note)
         if "channels" not in self.settings.get("data", {}):  # the classifier may need others
             sections["data"]["channels"] = plan.tree["data"]["channels"]
         return plan.tree

@@ -39,7 +39,7 @@ from defuse_core.training.precision import right_by_part
 from defuse_core.tuning_data import FineTuningData
 
 log = logging.getLogger("defuse")
-EQUAL_TUNE = 0.01  # so much accuracy on tuned images is no reason to lose clean accuracy
+EQUAL_TUNE = 0.01  # gain in accuracy on tuned images that is no reason to lose clean accuracy
 SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
 
 

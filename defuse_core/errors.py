@@ -25,10 +25,10 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-ANOTHER_NAME = "another name (--name, or name= in Python)"  # of a run, in messages
+ANOTHER_NAME = "another name (--name, or name= in Python)"  # remedy for a run's name, in messages
 OTHER_FORMAT_REMEDY = f"use the version of Defuse that wrote it, or run again under {ANOTHER_NAME}"
 MOST_DIGITS, SMALLEST = 4, 1e-6  # of a percentage, and the fraction that so many digits still show
-NONE = "–"  # in place of a number that does not exist
+NONE = "–"  # shown in place of a number that does not exist
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
 

@@ -31,7 +31,7 @@ READ_AHEAD = 8  # objects of a store that are read at once
 OPENED_AHEAD = 32  # files that are looked at side by side: a mounted bucket takes long to answer
 UNFINISHED = ".unfinished"  # suffix of what is being written
 CREATING = ".creating"  # locked while a key is created, on file systems without hard links
-NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # as exFAT, FAT and some network folders answer
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # errors of exFAT, FAT and some network folders
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 # of a network folder whose server is away, a disk that fails to read, or a process that has too much open for now
 NO_ANSWER = {

@@ -46,11 +46,11 @@ from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bou
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities, sees_class
 
 log = logging.getLogger("defuse")
-SHARDS = 512  # that a training set has at most, unless they would be larger than SHARD_DECODINGS
-SHARD_DECODINGS = 2**19  # of a shard at most: two minutes of a CPU core, about a second of a GPU
+SHARDS = 512  # most shards of a training set, unless they would be larger than SHARD_DECODINGS
+SHARD_DECODINGS = 2**19  # most decodings of a shard: two minutes of a CPU core, about a second of a GPU
 COUNTS = ("images", "decodings", "images_with_any", "zero_noise_flips", "failing")  # fields of Shard and Psi
-SAMPLE_CODES = 50_000  # of Ψ that are looked at where max_codes is null
-SAMPLE_KEY = "psi_sample.safetensors"  # of the rows that subsample_psi draws, as a shard
+SAMPLE_CODES = 50_000  # most codes of Ψ that are looked at where max_codes is null
+SAMPLE_KEY = "psi_sample.safetensors"  # the rows that subsample_psi draws, as a shard
 
 
 def blocks_per_shard(images: int, section: IdentifySection) -> int:
@@ -109,7 +109,7 @@ def nearest_failures(failed: Bool, distance: F32, cap: int | None) -> Bool:
 
 def open_training_images(spec: RunFile, models: Models, *, progress: Progress = silent) -> Images:
     """Return the training images. Raises DataError, or RunMismatchError for images other than those trained on."""
-    progress("opening the training images", 0, 1, "sets")
+    progress("opening the training images")
     return reopen_splits(spec, models.data_fingerprint).train
 
 

@@ -302,7 +302,7 @@ def auroc(scores: F64, positive: Bool, units: I64 | None = None) -> F64:
     The interval is the wider, at each end, of two: that of DeLong, DeLong and Clarke-Pearson (1988) on the logit, with
     Student's t, is too narrow for ten or twenty positives near 1; Newcombe's (2006, method 5) is too narrow where both
     kinds are spread unequally. For an area of 0 or 1 the rule of three, 3/n of the rarer kind, takes the place of the
-    first. nan three times where one kind is missing. Rows with one number in `units` (n,), such as the photographs of a
+    first. (nan, nan, nan) where one kind is missing. Rows with one number in `units` (n,), such as the photographs of a
     track, are no independent evidence: then the first is Obuchowski's (1997), and units are counted.
     """
     from scipy.stats import rankdata

@@ -121,7 +121,7 @@ class _Tracer:
         self.reports, self.running = 0, True
         profiler.start()
 
-    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+    def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         self.reports += 1
         if self.reports >= MAX_REPORTS:
             self.stop()

@@ -70,7 +70,7 @@ from defuse_core.tuning_data import choose_unreviewed, expect_training_images, r
 from defuse_core.watch import FailureWatch, watch_run
 
 log = logging.getLogger("defuse")
-EVALUATION = "evaluation.safetensors"  # of every finished run; deleted with the report
+EVALUATION = "evaluation.safetensors"  # file of every finished run; deleted with the report
 REPORT_SOURCES = (EVALUATION, "run.yaml")  # another version of either means another report
 T = TypeVar("T")
 

@@ -22,14 +22,14 @@ AT_ONCE = 8  # rows, such as components or scenarios, that one task of map_in_ta
 class Progress(Protocol):
     """How a step reports its progress, of which the display computes the rate and the time left.
 
-    `progress("fitting the β-VAE", 3, 10, "epochs")`: 3 of 10 epochs are done.
+    `progress("fitting the β-VAE", 3, 10, "epochs")`: 3 of 10 epochs are done. An activity in one piece is only named.
     Tasks that share an activity report what each of them has done, and the total of all.
     """
 
-    def __call__(self, what: str, done: int, total: int, unit: str) -> None: ...
+    def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None: ...
 
 
-def silent(what: str, done: int, total: int, unit: str) -> None:
+def silent(what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
     """A Progress that shows nothing."""
 
 
@@ -44,7 +44,7 @@ class ProgressSum:
         """Return the `Progress` of one task."""
         return partial(self.update, task)
 
-    def update(self, task: int, what: str, done: int, total: int, unit: str) -> None:
+    def update(self, task: int, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         """Report what all tasks have done of `what`, now that `task` has done `done`."""
         done_by_task = self.done.setdefault(what, {})
         done_by_task[task] = done

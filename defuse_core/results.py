@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 IMAGE_OF = {"train": "training image", "validation": "validation image"}
-SHARES = ("before", "after", "judged_before", "judged_plain", "judged_after")  # of to_frame, as COLUMNS
+SHARES = ("before", "after", "judged_before", "judged_plain", "judged_after")  # columns of to_frame
 COLUMNS = ("accepted", "label", "mistaken_for", "name", "purity", "support", *SHARES, "confirmed")
 
 

@@ -47,11 +47,11 @@ CONTINUES = (
 )
 UNFINISHED = f"is not finished; {CONTINUES}"
 SHOWN_S = 0.05  # the log does not name what was made sooner
-REMEDY = "delete it and run again with the run file that this run was started with"
+RUN_AGAIN = "delete it and run again with the run file that this run was started with"
 # The trainings with λ = 0; the place of each is the repetition that it is. One training alone is no measure: another
 # order of the minibatches may turn half of a scenario's images.
 PLAIN_NAMES = ("plain", "plain_1", "plain_2")
-CONTROL_NAMES = (*PLAIN_NAMES, "left_out_0", "left_out_1")  # what only evidence needs: with the two folds
+CONTROL_NAMES = (*PLAIN_NAMES, "left_out_0", "left_out_1")  # classifiers that only evidence needs
 # Artefacts that follow from the verdicts, in the order in which they are made; the rest of a run stays.
 FROM_VERDICTS = (
     "moreimages", "verdicts", "corrections", "baseline", "sweep", *CONTROL_NAMES, "evaluation", "failurewatch",
@@ -67,7 +67,7 @@ REPORT_FILES = ("report.json", "report.html")
 IMAGES = "inputs/images.npz"  # those that `debug` was given in memory; data.root of its run names them
 WEIGHTS = "weights.json"  # SHA-256 of the files of weights that the run file names
 KEPT_IN = {"review.reference.weights": "references", "judges.weights": "judges"}  # others in models
-SETTINGS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
+RECORDED_FIELDS = "settings.json"  # the fields of run.yaml as Defuse wrote them: people can edit run.yaml
 # Fields of section review that say how people are asked; free until their votes are stored.
 UNTIL_VOTES = ("answers_per_task", "stop_early", "certainty", "real_names")
 MEASURED_PRECISION = "measuredprecision.safetensors"  # made before anything can follow from the weights
@@ -115,7 +115,7 @@ class Run:
     def __init__(self, store: Store, name: str, spec: RunFile, until: str = STEPS[-1]) -> None:
         self.name, self.spec, self.until = name, spec, until
         self.runs, self.store = store, store.within(name)  # that of all runs, and of this one
-        self.made_s = 0.0  # what all artefacts made so far took
+        self.made_s = 0.0  # seconds spent on artefacts so far
         # the given run file, while the λ that it adds are not recorded
         self.with_added: RunFile | None = None
 
@@ -185,12 +185,12 @@ class Run:
             self.store.write(WEIGHTS, json.dumps(digests, indent=1).encode())
 
     def _note_settings(self, spec: RunFile) -> None:
-        self.store.write(SETTINGS, spec.model_dump_json(indent=1).encode())
+        self.store.write(RECORDED_FIELDS, spec.model_dump_json(indent=1).encode())
 
     def _settings(self) -> RunFile | None:
         """Return the run file as `start` noted it last; None where it was stopped before that, or its file is gone."""
-        tree = self._read_json(SETTINGS, "the settings in run.yaml are taken as they are now")
-        return _recorded(tree, f"{self.store.address}/{SETTINGS}") if tree else None
+        tree = self._read_json(RECORDED_FIELDS, "the settings in run.yaml are taken as they are now")
+        return _recorded(tree, f"{self.store.address}/{RECORDED_FIELDS}") if tree else None
 
     def changed_weights(self) -> str | None:
         """Return which weights file has changed since the run began, or None; a missing file does not count."""
@@ -239,9 +239,9 @@ class Run:
         try:
             tree = parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
-            raise RunFileError(f"{damaged} no YAML; {REMEDY}") from error
+            raise RunFileError(f"{damaged} no YAML; {RUN_AGAIN}") from error
         if not isinstance(tree, dict):
-            raise RunFileError(f"{damaged} {type(tree).__name__}; {REMEDY}")
+            raise RunFileError(f"{damaged} {type(tree).__name__}; {RUN_AGAIN}")
         run = cls(store, name, _recorded(tree, where))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():

@@ -1,4 +1,4 @@
 """The steps of a run, and how long a plan may be: the command line knows both without importing the run file."""
 
 STEPS = ("train", "identify", "distill", "draw", "review", "correct", "report")
-MOST_MINUTES = 10_000  # that a run can be planned for
+MOST_MINUTES = 10_000  # longest plan

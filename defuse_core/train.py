@@ -60,13 +60,13 @@ from defuse_core.training.train_vae import initial_vae, train_vae
 log = logging.getLogger("defuse")
 
 
-def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> Models:
+def train(spec: RunFile, store: Store, *, progress: Progress) -> Models:
     """Return f and the β-VAE, trained, resumed or loaded, with their accuracies and the β-VAE's reconstructions.
 
-    With a store, an interrupted training resumes from its last checkpoint and reaches the same weights.
+    An interrupted training resumes from its last checkpoint in `store` and reaches the same weights.
     """
     on_disk = _open_parts(spec)
-    if store is None or not _trains_both(spec):
+    if not _trains_both(spec):
         log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
@@ -102,8 +102,7 @@ def train(spec: RunFile, store: Store | None = None, *, progress: Progress) -> M
         )
         if guessing := why_guessing(models):
             log.warning("train: %s", guessing)
-        if store is not None:
-            store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
+        store.write(STRIP_KEY, reconstruction_strip(spec, vae, splits.train))
     return models
 
 
@@ -163,12 +162,12 @@ def _open_parts(spec: RunFile) -> Splits:
     return on_disk
 
 
-def _expect_whole_files(splits: Splits, store: Store | None, *parts: str) -> None:
+def _expect_whole_files(splits: Splits, store: Store, *parts: str) -> None:
     """Raise DataError for files that cannot be read later, unless the training of one of `parts` goes on.
 
     Each worker takes its share.
     """
-    if store is None or not any(store.exists(f"training/{part}.safetensors") for part in parts):
+    if not any(store.exists(f"training/{part}.safetensors") for part in parts):
         expect_whole_files(splits, slice(worker_number(), None, group_size()))
 
 
@@ -212,7 +211,7 @@ def initial_classifier(spec: RunFile, train: Images, classes: int) -> nn.Module:
 
 
 def train_classifier(
-    spec: RunFile, splits: Splits, store: Store | None, progress: Progress
+    spec: RunFile, splits: Splits, store: Store, progress: Progress
 ) -> tuple[nn.Module, list[ClassifierEpoch]]:
     """Return the classifier and one row per epoch. Returns the last epoch or the best on validation (keep)."""
     section = spec.classifier

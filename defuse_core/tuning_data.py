@@ -43,7 +43,7 @@ REPEATS = 4  # times that an image of an unreviewed failure is in D_f at most
 
 @dataclass(frozen=True, eq=False)
 class ScenarioImages:
-    """The images of the scenarios; as many as there are scenarios, whatever the number of training images."""
+    """The images of the scenarios. Their number does not depend on that of the training images."""
 
     d_f: Images  # scenario after scenario, and then those of failures that nobody reviewed
     of_scenarios: int  # how many of these images are of the scenarios
@@ -95,7 +95,7 @@ def load_clean_images(
     learn what it is measured on. Nor has it one of their tracks, unless the track has an image of `tuned` or D would
     lose its class.
     """
-    progress("loading images to fine-tune on", 0, 1, "sets")
+    progress("loading images to fine-tune on")
     splits = reopen_splits(spec, models.data_fingerprint)
     train, wanted = splits.train, spec.correct.train_images
     if len(left_out):
@@ -114,7 +114,7 @@ def score_before(spec: RunFile, models: Models, clean: Splits, *, progress: Prog
 
     Validation images alone with vae.decode: anchored: D lacks images at which held-out failures are anchored.
     """
-    progress("scoring the classifier before", 0, 1, "sets")
+    progress("scoring the classifier before")
     counted = {"validation"} if spec.vae.decode == "anchored" else {"train", "validation"}
     parts = {part: images for part, images in clean.parts().items() if part in counted}
     classifier = load_classifier(spec, models.classifier, len(models.classes))
@@ -126,7 +126,7 @@ def decode_scenario_images(
     spec: RunFile, models: Models, fixes: Corrections, reviewed: Images | None, *, progress: Progress
 ) -> ScenarioImages:
     """Return D_f, decoded from `fixes` or `reviewed` if that is given, and the held-out images of the scenarios."""
-    progress("drawing images to fine-tune on", 0, 1, "sets")
+    progress("drawing images to fine-tune on")
     vae = StoredVae(spec, models.vae)
     with cpu_threads(1):
         held_out = held_out_images(vae, fixes)
@@ -187,7 +187,7 @@ def _decoded(vae: StoredVae, fixes: Corrections, codes: F32, anchor: I64 | None)
     return Images(pixels, np.repeat(fixes.labels, codes.shape[1]))
 
 
-CODES_AT_ONCE = 1024  # that one task examines; with vae.decode: anchored, so many images are read at once
+CODES_AT_ONCE = 1024  # codes per task; with vae.decode: anchored, so many images are read at once
 EXAMINED = 2  # times as many codes are examined as are wanted, since not all are clear
 
 
@@ -220,7 +220,7 @@ def _draw_allowed(
     spec: RunFile, psi: Psi, store: Store, scenarios: Scenarios, verdicts: Verdicts, *, progress: Progress
 ) -> Failures:
     """Return the allowed codes of a sample of Ψ, in an order that the seed gives."""
-    progress("choosing failures to tune on", 0, 1, "sets")
+    progress("choosing failures to tune on")
     codes = subsample_psi(spec, psi, store)
     rows = np.flatnonzero(allowed(codes, scenarios, verdicts))
     return codes.take(generator(spec.seed, "corrections", "unreviewed").permutation(rows))
@@ -255,7 +255,7 @@ def _held_out_units(scenarios: Scenarios, accepted: I64) -> I64:
 
 def _decodings_of(spec: RunFile, models: Models, failures: Failures, *, progress: Progress) -> Images:
     """Return the decodings of failures as Ψ has them, under the classes of their source images; decodes none yet."""
-    progress("opening the images of failures", 0, 1, "sets")
+    progress("opening the images of failures")
     images, anchors = _source_images(spec, models, failures.source)
     return Images(Decodings(StoredVae(spec, models.vae), failures.codes, images, anchors), failures.truth)
 
@@ -281,7 +281,7 @@ def _are_clear(
     progress: Progress,
 ) -> list[bool]:
     """Return for each of `rows` whether every reference model is sure of the source's class, and f answers another."""
-    progress("examining failures to tune on", 0, 1, "sets")
+    progress("examining failures to tune on")
     failures, classes = found.take(slice(rows.start, rows.stop)), len(models.classes)
     with cpu_threads(1):
         images = failures.batch()

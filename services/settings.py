@@ -13,7 +13,7 @@ from defuse_core.errors import InputError
 
 
 @dataclass(frozen=True)
-class Settings:
+class Environment:
     """The environment variables that Defuse reads. Secrets are kept out of `repr`, so that no log shows them."""
 
     ray_address: str | None  # RAY_ADDRESS
@@ -39,10 +39,10 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def read_settings() -> Settings:
-    """Return the settings of this process; an empty variable counts as unset, except DEFUSE_SERVE_TOKEN."""
+def read_environment() -> Environment:
+    """Return what this process's environment sets; an empty variable counts as unset, except DEFUSE_SERVE_TOKEN."""
     get = os.environ.get
-    return Settings(
+    return Environment(
         ray_address=get("RAY_ADDRESS") or None,
         ray_dashboard=get("RAY_API_SERVER_ADDRESS") or None,
         label_studio_url=get("LABEL_STUDIO_URL") or None,
@@ -63,7 +63,7 @@ def _without_newline(token: str | None) -> str | None:
 
 def serve_token() -> str | None:
     """Return DEFUSE_SERVE_TOKEN, None if it is not set. Raises InputError for one that is empty, or cannot be sent."""
-    token = read_settings().serve_token
+    token = read_environment().serve_token
     if token == "":
         raise InputError(
             "DEFUSE_SERVE_TOKEN: expected a token, found an empty value; is the secret set? Unset it to serve without "

@@ -26,8 +26,8 @@ from defuse_core.config import flat_fields
 from defuse_core.errors import InputError, LabelsPending, RunMismatchError, one_line, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.optional_packages import expect_packages
-from defuse_core.runs import SETTINGS, ReachedStep, Run
-from services.settings import Settings, fits_a_header
+from defuse_core.runs import RECORDED_FIELDS, ReachedStep, Run
+from services.settings import Environment, fits_a_header
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,13 +41,13 @@ ERROR_LENGTH = 600  # characters: MLflow's own errors name the cause, or what to
 SWEEPS = ("baseline", "sweep")
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
-DEFAULTS = {  # of the environment, some of them read when mlflow is imported
+DEFAULTS = {  # environment variables, some of which are read when mlflow is imported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # else a server under maintenance holds a run up for hours
     "MLFLOW_DISABLE_TELEMETRY": "true",  # else it sends records of its use to an address of its own
 }
-FIRST_REQUEST = {  # in place of DEFAULTS, for the question at the start, which holds up the run
+FIRST_REQUEST = {  # replaces DEFAULTS for the question at the start, which holds up the run
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_ALLOW_HTTP_REDIRECTS": "false",  # 301 and 302 pass this question and then lose what is sent
@@ -57,13 +57,13 @@ Figures = dict[str, float]
 Rows = list[tuple[int, Figures]]  # figures with their step
 
 
-def expect_mlflow(settings: Settings) -> None:
+def expect_mlflow(environment: Environment) -> None:
     """Warn of a server that does not answer: now, not after an hour of training.
 
     Raises InputError where mlflow is not installed, no server is named, or its token cannot be sent.
     """
     expect_packages("--track mlflow", "mlflow-skinny")
-    if settings.mlflow_uri is None:
+    if environment.mlflow_uri is None:
         raise InputError("--track mlflow: set MLFLOW_TRACKING_URI to the address of your MLflow server")
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if token and not fits_a_header(token):
@@ -76,21 +76,21 @@ def expect_mlflow(settings: Settings) -> None:
         "must not redirect"
     )
     log.info("mlflow: asking the server")
-    with _warning(settings, "the server cannot be used", remedy), _environment(FIRST_REQUEST):
-        _ask(settings)
+    with _warning(environment, "the server cannot be used", remedy), _environment(FIRST_REQUEST):
+        _ask(environment)
 
 
-def _ask(settings: Settings) -> None:
+def _ask(environment: Environment) -> None:
     """Ask the server something. Raises an error where it does not answer, or redirects such that a POST is lost."""
     try:
-        _client(settings).get_experiment_by_name(settings.mlflow_experiment or EXPERIMENT)
+        _client(environment).get_experiment_by_name(environment.mlflow_experiment or EXPERIMENT)
     except Exception as error:  # of mlflow, which has one kind for all answers
         if not re.search("error code 30[78] ", str(error)):
             raise
 
 
 @contextlib.contextmanager
-def tracking(run: Run, settings: Settings) -> Iterator[None]:
+def tracking(run: Run, environment: Environment) -> Iterator[None]:
     """Send what the run has stored when the block ends, whatever ended it. A failure to send is logged."""
     status = "FAILED"
     try:
@@ -101,8 +101,8 @@ def tracking(run: Run, settings: Settings) -> Iterator[None]:
         raise
     finally:
         log.info("mlflow: sending what %s has made", run.name)
-        with _warning(settings, f"{run.name} is not tracked", "the same command sends it later"):
-            _send(run, settings, status)
+        with _warning(environment, f"{run.name} is not tracked", "the same command sends it later"):
+            _send(run, environment, status)
 
 
 @contextlib.contextmanager
@@ -118,37 +118,37 @@ def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _warning(settings: Settings, what: str, remedy: str) -> Iterator[None]:
+def _warning(environment: Environment, what: str, remedy: str) -> Iterator[None]:
     """Log any error of the block in one line, without the password of the server's address."""
     try:
         yield
     except Exception as error:  # mlflow and its transports raise many kinds of errors
-        text = without_credentials(f"{type(error).__name__}: {error}", settings.mlflow_uri)
+        text = without_credentials(f"{type(error).__name__}: {error}", environment.mlflow_uri)
         log.warning("mlflow: %s (%s); %s", what, one_line(text, ERROR_LENGTH), remedy)
 
 
-def _client(settings: Settings) -> MlflowClient:
+def _client(environment: Environment) -> MlflowClient:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     # else it logs each retry beside the line of `_warning`
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
-    return MlflowClient(settings.mlflow_uri)
+    return MlflowClient(environment.mlflow_uri)
 
 
-def _send(run: Run, settings: Settings, status: str) -> None:
-    client = _client(settings)
+def _send(run: Run, environment: Environment, status: str) -> None:
+    client = _client(environment)
     from mlflow.entities import Metric, Param  # after DEFAULTS are set
 
-    fields = flat_fields(json.loads(run.store.read(SETTINGS)))
+    fields = flat_fields(json.loads(run.store.read(RECORDED_FIELDS)))
     # in one line: some servers keep only the first
     params = {name: one_line(str(value), PARAM_LENGTH).rstrip() for name, value in fields.items()}
     artefacts = run.manifest()["artefacts"]
     made = {key: artefacts[key]["made"] for key in ("models", *SWEEPS) if key in artefacts}
     state = _known_run(run, client, params, made)
     if state is None:
-        run_id = _new_run(run, client, settings.mlflow_experiment or EXPERIMENT)
+        run_id = _new_run(run, client, environment.mlflow_experiment or EXPERIMENT)
         state = {"run_id": run_id, "params": params, "made": {}}
         try:
             run.store.write(KEY, json.dumps(state, indent=1).encode())

@@ -190,8 +190,8 @@ FIRST = (
     "tests/core",
 )
 ENDED_EARLY = ("serve_port", "ray_session")  # fixtures of the session that end where no later test uses them
-USERS = pytest.StashKey[dict[str, set[str]]]()  # of each, the groups whose tests use it
-ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()  # of each that was set up, what ends it
+USERS = pytest.StashKey[dict[str, set[str]]]()  # fixture -> the groups whose tests use it
+ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()  # fixture that was set up -> what ends it
 
 
 def group_of(nodeid: str) -> str:
@@ -312,6 +312,12 @@ def made_in_a_run(make: Callable[[Run, Compute], T], spec: RunFile) -> T:
         return make(Run.start(FolderStore(Path(folder)), "made", spec), LocalCompute())
 
 
+def trained_models(spec: RunFile) -> Models:
+    """Return what `train` returns; its checkpoints are deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(spec, FolderStore(folder), progress=silent)
+
+
 def trained_run(
     store: FolderStore, name: str, spec: RunFile, models: Models, references: ReferenceSet | None = None
 ) -> Run:
@@ -326,7 +332,7 @@ def trained_run(
 @pytest.fixture(scope="session")
 def tiny_models(tiny_spec: RunFile, make_once: MakeOnce) -> Models:
     def make(path: Path) -> None:
-        path.write_bytes(encode(train(tiny_spec, progress=silent)))
+        path.write_bytes(encode(trained_models(tiny_spec)))
 
     return decode(Models, make_once("tiny_models", make).read_bytes(), "tiny_models")
 

@@ -35,7 +35,7 @@ from services.labeling.local_server import (
     stop,
 )
 from services.labeling.simulate import AnnotatorAccount
-from services.settings import Settings, read_settings
+from services.settings import Environment, read_environment
 from tests.ports import free_port
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def live_home() -> Installation:
     """Return the installed server with empty data of its own."""
     try:
         home = Installation(
-            install(read_settings().cache).env.parents[1], Path(tempfile.mkdtemp(prefix="label-studio-"))
+            install(read_environment().cache).env.parents[1], Path(tempfile.mkdtemp(prefix="label-studio-"))
         )
     except DefuseError as error:
         pytest.skip(f"no Label Studio server: {error}")
@@ -127,9 +127,9 @@ def invitation_to(server: LocalServer) -> str:
     return LabelStudioClient(server.address, server.token).invitation()
 
 
-def settings_for(server: LocalServer, address: str | None = None) -> Settings:
+def settings_for(server: LocalServer, address: str | None = None) -> Environment:
     url = address or server.address
-    return replace(read_settings(), label_studio_url=url, label_studio_api_key=server.token)
+    return replace(read_environment(), label_studio_url=url, label_studio_api_key=server.token)
 
 
 def digits_gallery(labels: tuple[int, ...] = (8, 3, 0, 1), images: int = 3, size: int = 16) -> Gallery:

@@ -14,7 +14,7 @@ from defuse_core.data import open_splits
 from defuse_core.data.images import Images
 from tests.conftest import tiny
 
-IMAGENET = (0.449, 0.226)  # of grey images: the mean over the three channels
+IMAGENET = (0.449, 0.226)  # mean and deviation of grey images: those of the three channels, averaged
 
 
 class Net(nn.Module):

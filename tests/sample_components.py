@@ -10,7 +10,7 @@ import numpy as np
 from defuse_core.artifacts import Failures, Health, Scenarios
 from defuse_core.config import ReviewSection
 
-FIT = Health(1000, 0.99, 0.98, 0.98, 3, 0.1, 2, 10, "fit")  # of a β-VAE
+FIT = Health(1000, 0.99, 0.98, 0.98, 3, 0.1, 2, 10, "fit")  # health of a β-VAE
 
 
 def sample_failures(*given: Any, **named: Any) -> Failures:

@@ -12,7 +12,7 @@ def wait_until(
     condition: Callable[[], object],
     found: Callable[[], object] = lambda: "the condition did not come true",
     within_s: float = WAIT_S,
-    every_s: float = 0.05,  # longer for a condition that is dear to look at
+    every_s: float = 0.05,  # longer for a condition that is expensive to check
 ) -> None:
     """Return once `condition` holds. Raises AssertionError with what `found` returns if it does not in time."""
     end = time.monotonic() + within_s

@@ -18,7 +18,7 @@ U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
 
-NO_SCENARIO = -1  # in place of the number of a component
+NO_SCENARIO = -1  # takes the place of a component's number
 NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
 
 

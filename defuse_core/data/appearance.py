@@ -24,8 +24,8 @@ from defuse_core.data.images import (
 from defuse_core.errors import escape_control_characters
 from defuse_core.files import OPENED_AHEAD, digest_of, map_ahead
 
-KINDS = {"train": "training", "validation": "validation", "test": "test"}  # of images, by their part
-DARK = 1 / 8  # of the range; 12 bits in a file of 16 bits end at 1/16
+KINDS = {"train": "training", "validation": "validation", "test": "test"}  # part -> kind of image in messages
+DARK = 1 / 8  # share of the range; 12 bits in a file of 16 bits end at 1/16
 WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 TURNED = range(2, 9)  # EXIF orientations that are not upright; 0 is unknown
 UNREAD = {  # what files can have -> why it matters

@@ -34,7 +34,7 @@ from defuse_core.optional_packages import expect_packages
 from defuse_core.seeds import generator
 
 DIGITS = tuple(str(digit) for digit in range(10))
-DIGITS_TEST_SHARE = 0.3  # of scikit-learn's digits, which have no test set
+DIGITS_TEST_SHARE = 0.3  # share of scikit-learn's digits, which have no test set
 MNIST_LAYOUT = "MNIST's four IDX files in MNIST/raw"
 UNFINISHED_DOWNLOAD = ".download"  # folder in data.root
 

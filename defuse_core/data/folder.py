@@ -27,8 +27,8 @@ from defuse_core.errors import DataError, count_of, escape_control_characters, f
 
 log = logging.getLogger("defuse")
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as in torchvision
-OTHER_NAMES = {  # of parts, in other tools
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
+OTHER_NAMES = {  # names of parts in other tools
     "val": "validation",
     "valid": "validation",
     "dev": "validation",

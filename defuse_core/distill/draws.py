@@ -30,7 +30,7 @@ UNDIVIDED = "too few photographs to hold out"
 UNCERTAIN = "too few photographs or tracks for certainty"
 # cells too small for a component are listed up to so many: the header of an artefact has at most 100 MB
 MOST_SMALL_CELLS = 10_000
-FEW_IMAGES = 5  # of which fewer are no scenario, whatever the run file says
+FEW_IMAGES = 5  # fewest images of a scenario, whatever the run file says
 # the reasons of those that are counted together, by how many images each has
 SMALL_CELLS = "cells of too few codes each"
 SMALL_CELLS_OF_FEW_IMAGES = "cells of too few codes and images each"

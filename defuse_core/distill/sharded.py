@@ -50,7 +50,7 @@ from defuse_core.protocols import Compute, Partitions, Progress
 from defuse_core.store import Store
 
 log = logging.getLogger("defuse")
-PART_CODES = 2**16  # that a part holds at least, if Ψ has so many
+PART_CODES = 2**16  # fewest codes of a part, if Ψ has so many
 MOST_PARTS = 1024
 LOG_EVERY = 10  # iterations
 
@@ -279,7 +279,7 @@ def sampled_failures(
     progress: Progress,
 ) -> ComponentFailures:
     """Return failures of each component that is kept, out of the sample of Ψ."""
-    progress("collecting failures of the components", 0, 1, "samples")
+    progress("collecting failures of the components")
     sample, found = subsample_psi(spec, psi, store), list[Failures]()
     for cell in fitted:
         members = _of_cell(sample, cell.cell)

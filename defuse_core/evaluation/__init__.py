@@ -55,8 +55,8 @@ from defuse_core.store import Store
 from defuse_core.tuning_data import held_out_images
 
 MIN_RESPONSIBILITY = 0.01  # B.5: codes of Ψ that belong less to every failure scenario are left out
-MIN_CODES = 4  # for a perplexity of 1
-ANGLE = 0.8  # of the approximation; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
+MIN_CODES = 4  # fewest codes of a t-SNE: a perplexity of 1 needs them
+ANGLE = 0.8  # Barnes-Hut angle; scikit-learn's 0.5 takes half as long again for a KL that is 3 % lower
 COMPARED_ANSWERS = 100  # stored answers that a classifier gives again
 OTHER_CODE = (
     "the run began. Its weights are the same, so its code, or that of a package, has changed; restore that, or run "
@@ -119,7 +119,7 @@ def evaluate(spec: RunFile, found: Findings, store: Store, *, progress: Progress
             expect_same_accuracy(found.models, part, float(share))
         corrected = load_classifier(spec, all_weights[-1], classes)
         after = predict(corrected, found.gallery.images.reshape(-1, *found.gallery.images.shape[2:]))
-        progress("drawing the latent space", 0, 1, "pictures")
+        progress("drawing the latent space")
         points, kind, component = latent_map(spec, found, splits.train, store)
     tested = np.zeros(0, np.int64) if splits.test is None else splits.test.labels
     accuracy, per_class, scenario, right = (np.stack(part) for part in zip(*scores, strict=True))
@@ -154,7 +154,7 @@ def expect_same_accuracy(models: Models, part: str, accuracy: float) -> None:
 
 def expect_same_code(spec: RunFile, models: Models, gallery: Gallery, *, progress: Progress) -> None:
     """Load f and raise RunMismatchError unless it answers as `expect_same_answers` describes."""
-    progress("comparing answers of the classifier", 0, 1, "classifiers")
+    progress("comparing answers of the classifier")
     expect_same_answers(spec, load_classifier(spec, models.classifier, len(models.classes)), gallery)
 
 

@@ -36,7 +36,7 @@ ENOUGH_IMAGES = 50  # training images are compared with where fewer of its valid
 # Of pictures over LARGE pixels, each of which takes long, so many of a scenario and of its class are measured. With as
 # many to compare with, LEAST_STANDARD_ERRORS asks for no more than LEAST_DEVIATION.
 LARGE, MEASURED_IF_LARGE = 64, 52
-FEWEST_IMAGES = 10  # with fewer, nothing is named
+FEWEST_IMAGES = 10  # fewest images for which anything is named
 LEAST_DEVIATION = 0.7  # standard deviations from which on a measurement is named
 # and standard errors of the mean of the images compared with: with few of them some mean is far off by chance
 LEAST_STANDARD_ERRORS = 5.0

@@ -64,7 +64,7 @@ AT_FAULT_PURITY = (0.5, 0.9)
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the judges find. A share is nan three times where it cannot be measured, or its classifier was not made.
+    """What the judges find. A share is (nan, nan, nan) where it cannot be measured, or its classifier was not made.
 
     For an interval or a test, pictures that are anchored at the same image, or track, count once: they are one unit.
     Where nothing was corrected, defuse is the classifier before, as in Evaluation.

@@ -55,7 +55,7 @@ PROBE_BATCH = 256
 COLLAPSED_BELOW = 0.1  # nats: a latent dimension with less KL than this says next to nothing about the image
 FIT_FROM, BLIND_BELOW = 0.9, 0.5  # share of reconstructions that the classifier still gets right
 CERTAIN = 0.99  # confidence of the bound by which the mean over the classes decides
-VERDICTS = ("blind", "poor", "fit")  # from the worst to the best
+VERDICTS = ("blind", "poor", "fit")  # the worst first
 STRIP_KEY = "reconstructions.png"
 STRIP_IMAGES, STRIP_SIDE = 16, 64  # columns; least width of each image in pixels
 
@@ -111,7 +111,7 @@ def measure_perturbed(
     spec: RunFile, models: Models, references: ReferenceSet, *, progress: Progress
 ) -> Health:
     """Return the health of an anchored β-VAE by the reference models' answers on training images that are perturbed."""
-    progress("perturbing training images", 0, 1, "sets")
+    progress("perturbing training images")
     train = reopen_splits(spec, models.data_fingerprint).train
     rows = np.flatnonzero(is_perturbed(train, spec.identify.share, spec.seed))
     train = train.take(rows[evenly_spaced(len(rows), PROBE_IMAGES)])

@@ -44,7 +44,7 @@ SUFFIXES = (".safetensors", ".pt2", ".onnx")
 COMPARED_IMAGES = 1000
 BATCH = 100
 FACTS = "defuse.json"
-TOLERANCE = 1e-3  # of the largest logit: other kernels add in another order
+TOLERANCE = 1e-3  # share of the largest logit: other kernels add in another order
 
 Answer = Callable[[F32], F32]  # images (n, channels, H, W) in [0, 1] -> logits (n, C)
 

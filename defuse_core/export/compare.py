@@ -31,9 +31,9 @@ log = logging.getLogger("defuse")
 State = Literal[
     "persisting", "fixed", "back again", "was right", "broken by B", "new", "broken by A", "found now"
 ]
-INSIDE = 0.999  # of a scenario's own pictures are within the distance that counts as inside
-MATCHING_SHARE = 0.5  # of the pictures of one scenario that are inside another one that it matches
-RIDGE = 1e-3  # of the mean variance, added to each: the β-VAE may not use a dimension
+INSIDE = 0.999  # share of a scenario's own pictures within the distance that counts as inside
+MATCHING_SHARE = 0.5  # share of one scenario's pictures that are inside another one that it matches
+RIDGE = 1e-3  # share of the mean variance that is added to each: the β-VAE may not use a dimension
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
 from defuse_core.tuning_data import held_out_images, of_each
 
-VERSION: Final = 3  # of suite.json; grows with every change of the suite
+VERSION: Final = 3  # version of suite.json; grows with every change of the suite
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
 SAVE_AGAIN = "save the suite again with `defuse suite save`"
 OTHER_DEFUSE = "use the Defuse that saved it, or save the suite of a run of this one with `defuse suite save`"

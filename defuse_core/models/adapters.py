@@ -35,7 +35,7 @@ TWO_OF_ONE_LOGIT_BY_HOOK = (
     "which leaves the names in the file of weights as they are: net.register_forward_hook(lambda module, inputs, z: "
     f"{TWO_OF_ONE_LOGIT})"
 )
-OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # of Defuse's own networks, whatever the section says
+OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # fixed ranges of Defuse's own networks
 
 
 def plain_section(section: ClassifierSection) -> ClassifierSection:

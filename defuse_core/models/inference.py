@@ -33,9 +33,9 @@ from defuse_core.models.vae import Vae, build_vae
 log = logging.getLogger("defuse")
 # Keys of training checkpoints, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and many Lightning modules
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning modules
 EXPANDED = 10_000_000  # numbers of a state dict that are not in its file, since a tensor was expanded
-NOT_A_NUMBER = -1  # in place of an answer
+NOT_A_NUMBER = -1  # predicted class where a logit is nan
 BATCH = 256  # images or codes at once
 
 

@@ -146,7 +146,7 @@ def _wrong_heads(given: dict[str, Any]) -> str | None:
     return "enable_gqa, with which torch can divide by 0; repeat key and value instead"
 
 
-CHECKS = {  # of what is given to operators whose name begins so
+CHECKS = {  # start of an operator's name -> check of its arguments
     "max_pool": _wrong_window,
     "scaled_dot_product": _wrong_heads,
     "upsample_": _wrong_scale,

@@ -57,7 +57,7 @@ EXPRESSIONS = {
 }
 NAMES_OF_VALUES = {"as_name", "forward_arg_names", "name"}
 NAMES_OF_PARTS = {"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
-NAMES_IN_CODE = {  # of what torch writes from a program
+NAMES_IN_CODE = {  # names that torch writes from a program
     "self", "getattr", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "_operator"
 }  # fmt: skip
 # in its module
@@ -65,8 +65,8 @@ SET_BY_TORCH = {"_guards_fn", "_in_spec", "_out_spec", "range_constraints", "val
 GRAPH = re.compile(r"submod_\d+", re.ASCII)  # the names that torch writes
 # Texts of a torch.export program by their key in its JSON; of other keys, and keys themselves, are PLAIN.
 PLAIN = re.compile(r"[\w.-]*", re.ASCII)
-NO_TEXT = re.compile(r"(?!)")  # of other values, such as as_int: torch would take a text, too
-LABEL = re.compile(r"[\w. -]*", re.ASCII)  # of a layer or an output, such as block1-0 or "head a"
+NO_TEXT = re.compile(r"(?!)")  # other values, such as as_int, may not be a text, though torch would take one
+LABEL = re.compile(r"[\w. -]*", re.ASCII)  # name of a layer or an output, such as block1-0 or "head a"
 # Where a node comes from: name,function;... of which torch looks up those of its own, and of operator and math.
 SOURCE = (
     r"[^,;]*,(torch\.(nn\.functional\.|nn\.modules\.\w+\.|_C\._(nn|linalg|fft|special|sparse)\.|ops\.aten\.\w+\.)?\w+"
@@ -81,7 +81,7 @@ TEXTS = {
     **dict.fromkeys((*NAMES_OF_VALUES, "argument"), re.compile(r"((?!__)[A-Za-z_]\w*)?", re.ASCII)),
     **dict.fromkeys((*NAMES_OF_PARTS, "fqn"), LABEL),
 }
-CHECKED = {*EXPRESSIONS, "target", "in_spec", "out_spec", "as_operator"}  # by other rules than TEXTS
+CHECKED = {*EXPRESSIONS, "target", "in_spec", "out_spec", "as_operator"}  # checked by other rules than TEXTS
 CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
 
 
@@ -371,7 +371,7 @@ def _with_argument(value: Any) -> Any:
     return {("argument" if name == "name" else name): each for name, each in value.items()}
 
 
-PARTS = {"nodes": _without_free_texts, "inputs": _with_argument}  # of lists with this key
+PARTS = {"nodes": _without_free_texts, "inputs": _with_argument}  # key -> what is done to each item
 
 
 def _strings(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:

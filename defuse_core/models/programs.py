@@ -43,7 +43,7 @@ TRUST = "DEFUSE_TRUST_TORCHSCRIPT"  # 1: load files of TorchScript
 LARGEST_BATCH = (
     512  # images that a classifier gets at once where nothing is set: two times correct.batch_size
 )
-SOURCE = "source"  # of a state dict: the bytes that its network is built from
+SOURCE = "source"  # key in a state dict: the bytes that its network is built from
 
 
 class SelfContainedClassifier(nn.Module):
@@ -276,7 +276,7 @@ def _expect_any_batch(program: torch.export.ExportedProgram, where: str) -> None
         )
 
 
-PLAIN_TEXTS = {  # of config.json, by key, at any depth
+PLAIN_TEXTS = {  # keys of config.json with plain texts, at any depth
     "_name_or_path", "_out_features", "act_layer", "activation_function", "architecture", "architectures", "down_ops",
     "dtype", "finetuning_task", "global_padding", "global_pool", "hidden_act", "hidden_activation", "id2label",
     "layer_type", "layer_types", "model_type", "norm_layer", "out_features", "pooler_act", "pooling_type",
@@ -287,7 +287,7 @@ LABELS = {"id2label", "label2id", "label_names"}  # free texts, but only at the 
 # in place of what is shown at most, and of timm's description of weights, whose key marks a folder of timm's
 UNUSED: dict[str, object] = {"_name_or_path": "", "label_descriptions": {}, "pretrained_cfg": {}}
 RENAMING = ("attribute_map", "sub_configs")  # keys that make other attributes of those that were inspected
-OF_DEPTH = re.compile("layers|depth|blocks|repeats|per_block")  # in keys of how many parts a network has
+OF_DEPTH = re.compile("layers|depth|blocks|repeats|per_block")  # matches keys that count parts of a network
 MOST_PARTS, LARGEST_NUMBER = 1000, 10**6
 
 

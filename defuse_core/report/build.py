@@ -34,7 +34,7 @@ from defuse_core.report.build_evidence import (
     scenario_evidence,
     watch_figures,
 )
-from defuse_core.report.notices import caveats, headline, images_without_tracks, unreviewed_classes
+from defuse_core.report.caveats import caveats_of, headline, images_without_tracks, unreviewed_classes
 from defuse_core.report.schema import (
     VERSION,
     Accuracies,
@@ -124,7 +124,7 @@ def build_report(run: Run, finished: FinishedRun) -> Report:
     ]
     words = {
         "headline": headline(report, run.spec.correct),
-        "caveats": tuple(caveats(report, run.spec.correct, [doubt for doubt in doubts if doubt])),
+        "caveats": tuple(caveats_of(report, run.spec.correct, [doubt for doubt in doubts if doubt])),
     }
     return report.model_copy(update=words)
 

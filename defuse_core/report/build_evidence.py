@@ -43,7 +43,7 @@ from defuse_core.review.undecided import are_worse, worse_on_average
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch import FailureWatch
 
-ECE_BINS = 15  # of equally many images: most failure probabilities are near 0
+ECE_BINS = 15  # bins of equally many images: most failure probabilities are near 0
 UNKNOWN = Share(value=None, low=None, high=None)
 
 
@@ -209,17 +209,17 @@ def scenario_evidence(found: Findings, evidence: Evidence, column: int) -> Scena
     )
 
 
-def watch_figures(watch: FailureWatch, settings: ServeSection) -> WatchFigures:
+def watch_figures(watch: FailureWatch, section: ServeSection) -> WatchFigures:
     """Return the figures of the best method; without `serve.watch`, of the best one that needs no encoder."""
-    best = watch.best(settings.watch)
+    best = watch.best(section.watch)
     problem = watch.objection(best)
     if best is None:
         return WatchFigures(
             method=None, verdict=problem, threshold=None, validation=None, test=None, methods=_methods(watch)
         )
-    threshold = None if problem else watch.threshold(best, settings)
+    threshold = None if problem else watch.threshold(best, section)
     validation = _detection(best.validation, watch.validation_wrong, watch.validation_tracks, threshold)
-    if validation is not None and settings.failure_threshold is None:
+    if validation is not None and section.failure_threshold is None:
         validation = validation.model_copy(update={"precision": UNKNOWN, "recall": UNKNOWN})
     test = _detection(best.test, watch.test_wrong, watch.test_tracks, threshold)
     method = best.detector.method

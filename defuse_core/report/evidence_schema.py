@@ -32,7 +32,7 @@ class FourShares(FigureModel):
     plain: Share
     """Further training without the scenarios: λ = 0, for as many epochs. The mean of several, see `plain_each`."""
     defuse: Share
-    """Null three times where nothing was corrected."""
+    """(null, null, null) where nothing was corrected."""
     plain_each: tuple[float | None, ...]
     """After each plain training; they differ in their random numbers alone."""
 
@@ -160,7 +160,7 @@ class EvidenceFigures(FigureModel):
     real_failure_images: int
     screen_recall: Share
     """Of these failing draws, the share in which the reference models see the class, too: those that identify.screen
-    would keep. Null three times without a screen."""
+    would keep. (null, null, null) without a screen."""
     against_plain: AgainstPlain
     against_baseline: AgainstBaseline
     mcnemar_plain: McNemar | None

@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
 }
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontweight": "bold"}
 SCENARIOS = "held-out scenario images, by the scenario's label"
-NAMED_CLASSES = 12  # with more classes than this their names would cover the picture
+NAMED_CLASSES = 12  # most classes that are named: more names would cover the picture
 SPREADING_ROUNDS = 200
 
 

@@ -12,7 +12,7 @@ from defuse_core.report.schema import Mean
 # Below this the images of the scenarios show several classes, and accuracy by the scenario's label means little.
 LOW_PURITY = 0.8
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-FINE_TUNINGS = {  # that only evidence needs
+FINE_TUNINGS = {  # fine-tunings that only evidence needs
     "plain": "plain further training 1",
     "plain_1": "plain further training 2",
     "plain_2": "plain further training 3",

@@ -25,12 +25,12 @@ from defuse_core.evaluation.evidence import AT_FAULT_PURITY
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report import formatting
 from defuse_core.report.build import FinishedRun
-from defuse_core.report.correction_notices import class_parts, has_no_plain, may_be_equal
+from defuse_core.report.correction_caveats import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
 LARGE = 64  # images of at least so many pixels a side are shown larger, five a row
-IMAGE_BYTES = 100_000_000  # of the images of a page; where they take more, all are thumbnails
+IMAGE_BYTES = 100_000_000  # most bytes of a page's images; where they take more, all are thumbnails
 THUMBNAIL = 112  # pixels a side that a thumbnail has at most
 SHOWN_REAL = 100  # scenarios whose nearest real images are shown beside thumbnails
 SHOWN_CLASSES = 12

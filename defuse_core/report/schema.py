@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
-VERSION: Final = 12  # of report.json; grows when a field is renamed or removed, or gets another meaning
+VERSION: Final = 12  # version of report.json; grows when a field is renamed, removed or changed in meaning
 
 
 class Accuracy(FigureModel):

@@ -43,7 +43,7 @@ FEW_AGREE = 0.1  # share of draws with the scenario's label below which its labe
 def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progress: Progress) -> Gallery:
     """Return R decoded images of every component, with the classifier's answers."""
     review = spec.review
-    progress("drawing images to review", 0, 1, "galleries")
+    progress("drawing images to review")
     images = anchors_of(scenarios)
     with cpu_threads(1):
         draws = [

@@ -50,8 +50,8 @@ MANY_FAILING = 0.05
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right
 WORSE_BY = 0.02
 NEARLY_CERTAIN = 0.1  # p-value, uncorrected, up to which a component that is not significant stays undecided
-LEAST_SKILL = 0.1  # of a classifier: 0 is as right as guessing, 1 is always right
-GOOD_SKILL = 0.5  # of a good one: images so few that it may be one do not show that it guesses
+LEAST_SKILL = 0.1  # skill below which a classifier guesses: 0 is as right as guessing, 1 is always right
+GOOD_SKILL = 0.5  # skill of a good one: images so few that it may be one do not show that it guesses
 CHECK_CLASSIFIER = "check its weights, the input range and class order that it expects, and the labels"
 BETTER_REFERENCES = (
     "train better ones, or use a pretrained network (review.reference.architecture: custom, import_path)"

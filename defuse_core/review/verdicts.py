@@ -29,7 +29,7 @@ from defuse_core.errors import RunFileError, before_punctuation, count_of, perce
 from defuse_core.intervals import ROUNDING, probability_not_over, significantly_over, wilson
 from defuse_core.optional_packages import expect_packages
 
-LEAST_ANSWERS = 2  # for a label that CROWDLAB chooses, so that the models and a single person never decide
+LEAST_ANSWERS = 2  # fewest answers for a label by CROWDLAB: the models and a single person never decide
 
 
 def tally(votes: Votes, shape: tuple[int, int], classes: int) -> I64:
@@ -181,7 +181,7 @@ class Units:
 
     failing: F64  # (S,) sum over the units of the share of their labelled pictures that is misclassified
     total: I64  # (S,) units with a labelled picture
-    name: str  # of one of them
+    name: str  # of a unit: "photograph" or "track"
 
 
 def outcomes(predicted: I64, labels: I64) -> I64:

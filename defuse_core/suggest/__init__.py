@@ -58,7 +58,7 @@ def _header(plan: Plan) -> list[str]:
             "as blobs, which say nothing about a classifier, but it can move photographs, which stay sharp.",
             "Only a share of them is moved (identify.share): a model that judges a move must not know the photograph.",
         ]
-    return lines + [f"Note: {warning}." for warning in plan.warnings]
+    return lines + [f"Note: {note}." for note in plan.notes]
 
 
 def describe_accuracy(plan: Plan) -> str:

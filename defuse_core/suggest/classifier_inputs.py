@@ -40,7 +40,7 @@ SMALLEST, LARGEST = 8, 512  # of data.image_size
 USUAL_SIZES = {16, 28, 32, 48, 64, 96, 128, 224, 256}
 DENSE_SIDE = 32  # height and width up to which the β-VAE's dense layers stay small
 SAMPLE = 64  # training images, evenly spaced, on which sizes are compared, and some more of rare classes
-AS_RIGHT = 0.04  # in accuracy, on average over the classes: a smaller size that loses no more is taken
+AS_RIGHT = 0.04  # accuracy, on average over the classes, that a smaller size may lose
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,7 +369,7 @@ def _set_order(section: dict[str, Any], probe: ClassifierProbe, order: list[int]
     )
 
 
-def probe_warnings(probe: ClassifierProbe | None) -> list[str]:
+def probe_notes(probe: ClassifierProbe | None) -> list[str]:
     if probe is None:
         return []
     lines = [f"the classifier: {LIKE_SIGMOID}"] if probe.like_sigmoid else []

@@ -37,7 +37,7 @@ SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve t
 LARGEST_SUGGESTED = 64  # unless the classifier asks for more: costs grow with the square
 SAMPLE = 200  # pictures that are looked at
 FEWEST = 4  # training images, of which one at least is held out for validation
-FEW = 20  # training images of a class: fewer are worth a warning
+FEW = 20  # training images of a class: fewer are worth a note
 OBLONG = 1.1  # longer side by shorter one, from which a picture in a square looks stretched
 # Difference of two channels, of 255, from which a pixel counts as coloured (JPEG blurs grey by less).
 COLOUR = 6
@@ -45,8 +45,8 @@ COLOUR = 6
 STRONG_COLOUR, DETAIL, MARK = 64, 256, 4
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
-READ_FILES = 64  # on which the speed of reading is measured
-IMAGES_AHEAD = 2 * 256  # that a process of resources.readers reads at most: two batches
+READ_FILES = 64  # files whose reading is timed
+IMAGES_AHEAD = 2 * 256  # most images that a process of resources.readers reads ahead: two batches
 
 Form = tuple[int, int, frozenset[int]]  # height, width, and the numbers of channels that keep its colours
 
@@ -64,7 +64,7 @@ class DataFacts:
     photographs: bool  # colour pictures without a plain ground, unlike digits, symbols and drawings
     classes: tuple[str, ...]
     counts: dict[str, int]  # part -> images
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     forms: frozenset[Form] = frozenset()  # of the pictures looked at; none of an .npz file
 
     def are_converted(self, size: int, channels: int) -> bool:

@@ -31,13 +31,13 @@ from defuse_core.models.adapters import with_stated_range
 from defuse_core.models.probe import LIKE_SIGMOID, ClassifierProbe
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
-from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE, fit_image_size, probe_warnings, set_probed
+from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE, fit_image_size, probe_notes, set_probed
 from defuse_core.suggest.inspect import DataFacts, plan_reading
 
 TRIAL_S = 0.5  # each speed is measured for so long
 TRIAL_BATCH = 64
 THREADS = 2  # resources.train_threads
-RESERVE = 0.85  # of the time, for reading images, the mixture and the report
+RESERVE = 0.85  # share of the time that is planned, without reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "correct": 0.3}
 # Of fewer training images half would train no reference model well, so that each is trained on all of them, a small one
 # in so many steps at least. On 1,560 images of six signs the models were right on 29 to 38 % of the test images after
@@ -46,20 +46,20 @@ FEW_IMAGES, FEW_CHANNELS, LEAST_STEPS, MOST_EPOCHS = 5000, 16, 1000, 60
 MOST_TIMES = 2.5  # their share of the time, for these steps
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
-SCORINGS = 18  # of validation and test images by any classifier, beside one after each fine-tuning
+SCORINGS = 18  # times that classifiers score validation and test images, beside once after each fine-tuning
 LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
 # most draws; and a model recognises almost any move of a photograph that it was trained on
 ANCHORED_PURITY, ANCHORED_SHARE = 0.7, 0.34
-MANY_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more, or a rarer one, distill.min_weight is less than this
-MOST_CLASSES = 100  # with more of them, small networks that begin with random weights learn few
-FEW_EPOCHS = 6  # of the β-VAE: fewer are worth a warning
+EQUAL_CLASSES, LEAST_WEIGHT = 20, 0.01  # with more, or a rarer one, distill.min_weight is less than this
+MOST_CLASSES = 100  # small networks with random initial weights learn few of more classes
+FEW_EPOCHS = 6  # fewer epochs of the β-VAE get a note
 WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
     "minutes=)"
 )
-TOO_LONG = 1.5  # times the minutes asked for, or those planned, from which the other is worth a word
+TOO_LONG = 1.5  # times longer or shorter than asked for, from which a plan gets a note
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Plan:
     """A run file as a tree, what was found, and what a person should know."""
 
     tree: dict[str, Any]
-    minutes: float  # that the run takes here: as asked for, what it cannot do with less than, or the most it can use
+    minutes: float  # of the run on this machine: as asked for, unless it needs more, or cannot use as many
     facts: DataFacts
     speeds: Speeds
     probe: ClassifierProbe | None  # of a classifier of the user's own with weights
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def plan_run(
@@ -112,15 +112,15 @@ def plan_run(
     splits = open_splits(spec.data, spec.seed)
     sample = splits.train.take(slice(0, None, max(1, len(splits.train) // TRIAL_BATCH))).loaded()
     with cpu_threads(THREADS):
-        probe, noted = None, [*stated, *sized.notes]
+        probe, notes = None, [*facts.notes, *stated, *sized.notes]
         if own is not None:
-            progress("trying the classifier on training images", 0, 1, "classifiers")
+            progress("trying the classifier on training images")
             found = probe_classifier(classifier, spec.classifier, splits.train, splits.classes)
             if own.get("weights"):
                 probe = found
-                noted += set_probed(tree["classifier"], probe)
+                notes += set_probed(tree["classifier"], probe)
             elif found.like_sigmoid:  # all else of it is random, and the run trains it
-                noted.append(f"the classifier: {LIKE_SIGMOID}")
+                notes.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
         progress("measuring speeds", 0, 5, "speeds")
         speeds = _measured(spec, classifier, sample, channels, progress)
@@ -128,19 +128,18 @@ def plan_run(
     readers, read = plan_reading(largest, max(speeds.vae, speeds.classifier, speeds.reference))
     speeds = replace(speeds.up_to(read) if splits.train.stays_on_disk else speeds, read=read)
     if own is not None and own.get("weights") and "validation" not in facts.counts:
-        noted.append(
+        notes.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
             "has seen; separate validation images (a folder `validation`, or validation= in Python) would show the "
             "cost of a correction more reliably"
         )
-    needed, warnings = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
+    needed, more = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
     if facts.are_converted(spec.data.image_size, spec.data.channels):
         tree["serve"] = {"resize": True}
     if readers:
         tree["resources"] = {"readers": readers}
     parse_run_file(tree, "the suggested run file")
-    notes = (*facts.warnings, *noted, *warnings, *probe_warnings(probe))
-    return Plan(tree, needed, facts, speeds, probe, notes)
+    return Plan(tree, needed, facts, speeds, probe, (*notes, *more, *probe_notes(probe)))
 
 
 def _measured(
@@ -192,7 +191,7 @@ def _rate(work: Callable[[], object]) -> float:
 def _set_sizes(
     tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, own: bool
 ) -> tuple[float, list[str]]:
-    """Divide the time: epochs, draws, λ and samples of every step. Returns the minutes that it takes, and warnings."""
+    """Divide the time: epochs, draws, λ and samples of every step. Returns the minutes that it takes, and notes."""
     count, seconds = len(splits.train), 60 * minutes * RESERVE
     shares = {**SHARES, "classifier": 0.0, "vae": 0.4} if own else SHARES
     if own:
@@ -216,29 +215,29 @@ def _set_sizes(
     tree["review"]["reference"] = reference
     tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
-    warnings = []
+    notes = []
     each = _images_of_each_model(tree, others) / count * np.bincount(splits.train.labels).min()
     if each < PER_CLASS:
-        warnings.append(
+        notes.append(
             f"the reference models and judges are trained on {each:.3g} images of the rarest class, too few to rely "
             "on their answers; add images"
         )
     if len(splits.classes) > MOST_CLASSES:
-        warnings.append(
+        notes.append(
             f"the reference models and judges, small networks that begin with random weights, learn few of "
             f"{len(splits.classes):,} classes; use pretrained ones: review.reference.architecture: custom, "
             "import_path, count: 1 and epochs: 0, and the same of judges"
         )
-    warnings += _notes_on_review(tree, splits)
+    notes += _notes_on_review(tree, splits)
     trained, enough = reference["epochs"], _enough_epochs(others)[1]
     if others < FEW_IMAGES and 2 * trained <= enough:
-        warnings.append(
+        notes.append(
             f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
             f"images to be as accurate as the classifier; give more than {count_of(minutes, 'minute')} (--minutes, or "
             "minutes= in Python)"
         )
     if own and tree["classifier"]["epochs"]:
-        warnings.append(
+        notes.append(
             "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
             "--weights to use it as it is"
         )
@@ -247,18 +246,18 @@ def _set_sizes(
     if planned > TOO_LONG * minutes:
         side = tree["data"]["image_size"]
         mostly = f", {scored:,.0f} of them for validation and test images" if scored > planned / 2 else ""
-        warnings.append(
+        notes.append(
             f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
             f"pixels takes about {planned:,.0f} minutes here{mostly}; give {WITH_LESS}"
         )
-        return round(planned), warnings
+        return round(planned), notes
     if epochs < FEW_EPOCHS:
-        warnings.append(
+        notes.append(
             f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give {WITH_LESS}"
         )
     if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
-        return max(1, round(planned)), warnings
-    return minutes, warnings
+        return max(1, round(planned)), notes
+    return minutes, notes
 
 
 def _distill(tree: dict[str, Any], train: Images, classes: int) -> dict[str, Any]:
@@ -269,14 +268,14 @@ def _distill(tree: dict[str, Any], train: Images, classes: int) -> dict[str, Any
     as one of many, and the other ones get no more components for that: 50, as with LEAST_WEIGHT.
     """
     section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
-    if classes > MANY_CLASSES:
-        section["min_weight"] = float(f"{LEAST_WEIGHT * MANY_CLASSES / classes:.3g}")
+    if classes > EQUAL_CLASSES:
+        section["min_weight"] = float(f"{LEAST_WEIGHT * EQUAL_CLASSES / classes:.3g}")
         codes = math.ceil(2 * vae.latent_dim / section["min_weight"])
         if vae.decode == "anchored":
             codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))
         if codes > (DistillSection().max_codes or codes):
             section["max_codes"] = codes
-    elif (rarest := MANY_CLASSES * np.unique(train.labels, return_counts=True)[1].min() / len(train)) < 1:
+    elif (rarest := EQUAL_CLASSES * np.unique(train.labels, return_counts=True)[1].min() / len(train)) < 1:
         section |= {"min_weight": float(f"{LEAST_WEIGHT * max(0.1, rarest):.3g}"), "max_components": 50}
     return section
 
@@ -284,7 +283,7 @@ def _distill(tree: dict[str, Any], train: Images, classes: int) -> dict[str, Any
 def _notes_on_review(tree: dict[str, Any], splits: Splits) -> list[str]:
     """Return how many scenarios of many classes there may be, and which classes have too few photographs for one."""
     notes, review = list[str](), ReviewSection.model_validate(tree["review"])
-    if least_weight := len(splits.classes) > MANY_CLASSES and tree["distill"]["min_weight"]:
+    if least_weight := len(splits.classes) > EQUAL_CLASSES and tree["distill"]["min_weight"]:
         notes.append(
             f"up to {int(1 / least_weight):,} candidate scenarios may be found, each with {review.images} pictures to "
             "review; raise distill.min_weight for fewer"

@@ -54,7 +54,7 @@ class Losses:
     """The losses of one epoch. They stay on the device, since a step that reads its loss waits for the device."""
 
     def __init__(self, what: str) -> None:
-        self.what = what  # is trained
+        self.what = what  # "the classifier", for messages
         self._rows: list[Tensor] = []
         self._checked = 0
 
@@ -195,7 +195,7 @@ class Training:
         self,
         module: nn.Module,
         optimizer: Optimizer,
-        store: Store | None,
+        store: Store,
         name: str,
         data_fingerprint: str,
     ) -> None:
@@ -208,15 +208,17 @@ class Training:
         self.history: list[Any] = []  # ClassifierEpoch or VaeEpoch, one per finished epoch
         self.best: Weights = {}
         self.saved_at = time.monotonic()
-        if store is not None and store.exists(self.key):
-            self._resume(store, store.read(self.key))
+        if store.exists(self.key):
+            self._resume(store.read(self.key))
         require_same_on_all_workers(
             len(self.history), f"the epochs of their checkpoint {self.key} ({SHARED_STORE})"
         )
 
-    def _resume(self, store: Store, data: bytes) -> None:
+    def _resume(self, data: bytes) -> None:
         try:
-            checkpoint = decode(Checkpoint, data, f"{store.address}/{self.key}", "the training begins again")
+            checkpoint = decode(
+                Checkpoint, data, f"{self.store.address}/{self.key}", "the training begins again"
+            )
         except StoreError as error:
             log.warning("train: %s", error)
             return
@@ -238,7 +240,7 @@ class Training:
 
     def _save_checkpoint(self) -> None:
         self.saved_at = time.monotonic()
-        if self.store is not None and is_first_worker():
+        if is_first_worker():
             weights, moments = weights_of(self.module), optimizer_state(self.optimizer)
             checkpoint = Checkpoint(weights, moments, tuple(self.history), self.best, self.data_fingerprint)
             self.store.write(self.key, encode(checkpoint), unless=self._is_ahead)

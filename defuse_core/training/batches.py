@@ -35,7 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _together: ContextVar[bool] = ContextVar("together", default=False)
-DEVICE_SHARE = 0.25  # of the accelerator's free memory that a set of images may take
+DEVICE_SHARE = 0.25  # largest share of the accelerator's free memory that a set of images takes
 
 
 def fits_on_device(images: Images) -> bool:
@@ -114,7 +114,7 @@ def is_first_worker() -> bool:
 
 
 def seed_dropout(seed: int, *path: str | int) -> None:
-    """Seed what a network itself draws in an epoch, so that a resumed training goes on alike; workers draw apart."""
+    """Seed a network's draws in an epoch: a resumed training equals an uninterrupted one. Workers draw differently."""
     torch.manual_seed(torch_seed(seed, *path) + worker_number())
 
 

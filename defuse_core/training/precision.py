@@ -116,10 +116,10 @@ def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithme
     return found
 
 
-STEP_IMAGES = 32  # of a measured step on a CPU
+STEP_IMAGES = 32  # images of a measured step on a CPU
 MIN_STEPS, MAX_STEPS = 2, 10  # measured in each format, of which the fastest counts
 FORMATS: tuple[Arithmetic, ...] = ("f32", "bf16")
-ENOUGH_S = 0.3  # of measuring one kind
+ENOUGH_S = 0.3  # time to measure one format
 MIN_GAIN = 1.1  # bf16 is chosen from this ratio of times on: it costs some accuracy of the weights
 
 
@@ -139,7 +139,7 @@ def resolve_precision(run: Run, compute: Compute) -> None:
 def measure_precision(spec: RunFile, *, progress: Progress) -> MeasuredPrecision:
     """Return whether f32 or bf16 is faster for each kind of computation of the run, on this device."""
     splits = open_splits(spec.data, spec.seed)  # first: an error of the images is said at once
-    progress("measuring where bf16 is faster", 0, 1, "kinds")
+    progress("measuring where bf16 is faster")
     with cpu_threads(spec.resources.train_threads), forked_random():
         torch.manual_seed(torch_seed(spec.seed, "precision"))
         steps = _steps(spec, len(splits.classes), len(splits.train))

@@ -169,7 +169,7 @@ def gallery_probabilities(
     spec: RunFile, references: ReferenceSet, gallery: Gallery, *, progress: Progress
 ) -> F32:
     """Return the reference models' class probabilities on the gallery, (W, S, R, C)."""
-    progress("reviewing with the reference models", 0, 1, "galleries")
+    progress("reviewing with the reference models")
     shown = gallery.images.reshape(-1, *gallery.images.shape[2:])
     with cpu_threads(spec.resources.train_threads):
         models = load_reference_models(spec, spec.review.reference, references, len(gallery.classes))

@@ -64,9 +64,7 @@ def initial_vae(spec: RunFile, train: Images) -> Vae:
     return vae.train()
 
 
-def train_vae(
-    spec: RunFile, vae: Vae, splits: Splits, store: Store | None, progress: Progress
-) -> list[VaeEpoch]:
+def train_vae(spec: RunFile, vae: Vae, splits: Splits, store: Store, progress: Progress) -> list[VaeEpoch]:
     """Train the β-VAE of `initial_vae`; return one row per epoch (reconstruction and KL in nats per image)."""
     section = spec.vae
     head = _class_head(spec, len(splits.classes)) if section.class_weight else None

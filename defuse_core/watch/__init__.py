@@ -40,7 +40,7 @@ from defuse_core.watch.scenario_regions import class_gaussians, own_distances, t
 
 log = logging.getLogger("defuse")
 LOGITS_ONLY = ("max-softmax", "energy")
-METHODS = (*LOGITS_ONLY, "softmax-and-distance")  # from simple to complex
+METHODS = (*LOGITS_ONLY, "softmax-and-distance")  # the simplest first
 FOLDS = 5
 MIN_ANSWERS = 10  # wrong ones, and right ones, that a detector can be fitted on
 CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed
@@ -132,12 +132,12 @@ class FailureWatch:
                 found = other
         return found
 
-    def threshold(self, chosen: MeasuredDetector, settings: ServeSection) -> float:
+    def threshold(self, chosen: MeasuredDetector, section: ServeSection) -> float:
         """Return `serve.failure_threshold`, or the largest that flags `serve.failure_recall` of the errors."""
-        if settings.failure_threshold is not None:
-            return settings.failure_threshold
+        if section.failure_threshold is not None:
+            return section.failure_threshold
         errors = np.sort(chosen.validation[self.validation_wrong])[::-1]
-        return float(errors[max(1, math.ceil(settings.failure_recall * len(errors) - ROUNDING)) - 1])
+        return float(errors[max(1, math.ceil(section.failure_recall * len(errors) - ROUNDING)) - 1])
 
     def objection(self, chosen: MeasuredDetector | None) -> str:
         """Return why `chosen` gives no failure probability, as a sentence; empty where it does."""
@@ -258,7 +258,7 @@ def measure_detector(method: str, validation: Answers, test: Answers, seed: int)
 def watch_run(spec: RunFile, models: Models, corrected: Weights, *, progress: Progress) -> FailureWatch:
     """Return the watch of a run's corrected classifier, or of the one before where nothing was corrected."""
     splits = reopen_splits(spec, models.data_fingerprint)
-    progress("measuring how well failing inputs are found", 0, 1, "classifiers")
+    progress("measuring how well failing inputs are found")
     return watch_classifier(spec, models, corrected, splits)
 
 

@@ -33,7 +33,7 @@ CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to
 PLAIN_SIGNS = {"−": "-", "–": "-", "→": ">", "…": ".", "\N{LEFT-TO-RIGHT MARK}": ""}
 
 
-GROUPS: dict[str, tuple[click.Command, ...]] = {  # of the help
+GROUPS: dict[str, tuple[click.Command, ...]] = {  # groups of commands in the help
     "A run": (init, fields, run, status, report, delete),
     "People": (review, label_studio),
     "What a run found": (check, export, suite, compare),

@@ -163,7 +163,7 @@ class ProgressDisplay:
             self.bars.stop()
             logging.getLogger().handlers = self.handlers
 
-    def __call__(self, what: str, done: int, total: int, unit: str) -> None:
+    def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         """Show that `done` of `total` units of `what` are done."""
         now = time.monotonic()
         if done < self.last.get(what, done + 1):  # new, or the same activity again

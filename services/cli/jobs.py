@@ -29,14 +29,14 @@ from services.cli.options import (
     track_option,
     until_option,
 )
-from services.settings import read_settings, variables
+from services.settings import read_environment, variables
 
 if TYPE_CHECKING:
     from cluster.jobs import Job, Jobs
     from defuse_core.config import RunFile
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
-RUN_EXIT_CODES = (2, 3, 4)  # of a `defuse run` that did not finish
+RUN_EXIT_CODES = (2, 3, 4)  # exit codes of a `defuse run` that did not finish
 PACKAGES = ("defuse_core", "cluster", "services")
 ROOT = Path(__file__).parents[2]
 INSTALLED = {"site-packages", "dist-packages"}  # folders of pip, the second one of Debian's Python
@@ -182,10 +182,10 @@ def _jobs_at(address: str | None) -> Jobs:
     """Return the jobs of the dashboard at `address`, or of the environment's: RAY_ADDRESS only if it is http://."""
     from cluster.jobs import Jobs
 
-    settings = read_settings()
-    joined = settings.ray_address or ""
+    environment = read_environment()
+    joined = environment.ray_address or ""
     return Jobs(
-        address or settings.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
+        address or environment.ray_dashboard or (joined if joined.startswith("http") else LOCAL_DASHBOARD)
     )
 
 

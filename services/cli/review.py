@@ -19,7 +19,7 @@ from services.cli.options import (
     print_json,
     store_option,
 )
-from services.settings import read_settings
+from services.settings import read_environment
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
@@ -68,7 +68,7 @@ def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tup
     opened, gallery = _open(name, store)
     _expect_people(opened)
     with opened.store.lock():
-        annotators = LabelStudioAnnotators(opened, read_settings())
+        annotators = LabelStudioAnnotators(opened, read_environment())
         state = annotators.push(gallery, repair)
     click.echo(f"label at {annotators.client.labeling_url(state.number)}")
     click.echo(f"annotators get an account at {annotators.client.invitation()}")
@@ -111,7 +111,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     from services.labeling.annotators import LabelStudioAnnotators
     from services.serving.traffic import store_traffic_verdicts
 
-    annotators = LabelStudioAnnotators(opened, read_settings())
+    annotators = LabelStudioAnnotators(opened, read_environment())
     found, state = annotators.status(gallery)
     label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
     console.print(f"Label at {label_at}", soft_wrap=True)
@@ -168,7 +168,7 @@ def _later_answers(
         from services.labeling.annotations import answer_changes
         from services.labeling.annotators import LabelStudioAnnotators
 
-        annotators = LabelStudioAnnotators(run, read_settings())
+        annotators = LabelStudioAnnotators(run, read_environment())
         status, _ = annotators.status(gallery)
         return answer_changes(status.tasks, votes, status.votes), None
     except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
@@ -286,7 +286,7 @@ def install() -> None:
     """Install the server in an environment of its own below the user's cache (about 1 GB, a minute)."""
     from services.labeling.local_server import install as install_server
 
-    installation = install_server(read_settings().cache, _print_progress)
+    installation = install_server(read_environment().cache, _print_progress)
     click.echo(f"Label Studio is installed in {installation.env}")
 
 
@@ -298,7 +298,7 @@ def up(port: int) -> None:
     """Start the server; the first time it is installed (about 1 GB), which takes a minute and a half."""
     from services.labeling.local_server import up as start_server
 
-    _print_server(start_server(read_settings().cache, port, _print_progress))
+    _print_server(start_server(read_environment().cache, port, _print_progress))
 
 
 def _print_server(server: LocalServer) -> None:
@@ -311,7 +311,7 @@ def down() -> None:
     """Stop the server; its projects and answers stay."""
     from services.labeling.local_server import down as stop_server
 
-    stopped = stop_server(read_settings().cache)
+    stopped = stop_server(read_environment().cache)
     click.echo(
         "stopped; `defuse label-studio up` starts it again with its data" if stopped else "it was not running"
     )
@@ -322,7 +322,7 @@ def server_status() -> None:
     """Show whether the server runs, and how to log in."""
     from services.labeling.local_server import running_server
 
-    server = running_server(read_settings().cache)
+    server = running_server(read_environment().cache)
     if server is None:
         click.echo("not running; `defuse label-studio up` starts it")
         return
@@ -345,11 +345,11 @@ def simulate(name: str, store: str) -> None:
 
     opened, gallery = _open(name, store)
     _expect_people(opened)
-    settings = replace(read_settings(), label_studio_url=None)  # never a server where people work
-    server = running_server(settings.cache)
+    environment = replace(read_environment(), label_studio_url=None)  # never a server where people work
+    server = running_server(environment.cache)
     if server is None:
         raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
-    annotators = LabelStudioAnnotators(opened, settings)
+    annotators = LabelStudioAnnotators(opened, environment)
     with ProgressDisplay() as display, local_compute(opened.spec, display) as compute:
         total = simulate_annotators(annotators, gallery, server, compute, display)
     click.echo(f"answered {count_of(total, 'task')}; `{_following(opened)}` continues with the answers")

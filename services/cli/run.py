@@ -39,7 +39,7 @@ from services.cli.options import (
     until_option,
     usable_name,
 )
-from services.settings import read_settings
+from services.settings import read_environment
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Annotators, Compute
@@ -134,8 +134,8 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
     show("β-VAE", f"{vae['latent_dim']} dimensions, {epochs} at {plan.speeds.vae:,.0f} images/s")
     if vae.get("decode") == "anchored":
         show("decode", "anchored: photographs are moved, not redrawn")
-    for warning in plan.warnings:
-        show("note", warning)
+    for note in plan.notes:
+        show("note", note)
     named = "" if usable_name(path.stem) == path.stem else f" --name {usable_name(path.stem)}"
     following = f"defuse run {shlex.quote(str(path))}{named}"
     enough = "; more time would bring nothing for so few images" if plan.minutes < asked else ""
@@ -234,14 +234,14 @@ def run(
     check_class_names(spec.data)
     opened, name = open_store(store), run_name(name, runfile)
     if where == "ray":
-        address = address or read_settings().ray_address
+        address = address or read_environment().ray_address
     if address is None:  # on a cluster the nodes alone may see the images
         spec = with_absolute_root(spec)
         recorded = Run.recorded(opened, name) if opened.within(name).exists("run.yaml") else None
         if recorded is None or recorded.data.root != spec.data.root:
             expect_root(spec.data)  # before it is recorded, and before anything is measured
     if track is not None:
-        expect_mlflow(read_settings())
+        expect_mlflow(read_environment())
     found = None
     with opened.within(name).lock(), ProgressDisplay() as display:
         started = Run.start(opened, name, spec, until, check=expect_may_go_on)
@@ -255,7 +255,7 @@ def run(
         else:
             computing = local_compute(started.spec, display, traced)
         with contextlib.suppress(ReachedStep):
-            sending = tracking(started, read_settings()) if track else contextlib.nullcontext()
+            sending = tracking(started, read_environment()) if track else contextlib.nullcontext()
             with sending, computing as compute:
                 found = run_defuse(started, compute, _annotators(started, compute, wait))
     _note_untraced(started, profile, traces)
@@ -373,7 +373,7 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
     if run.spec.review.annotators == "label-studio":
         from services.labeling.annotators import LabelStudioAnnotators
 
-        return LabelStudioAnnotators(run, read_settings(), compute, wait=wait)
+        return LabelStudioAnnotators(run, read_environment(), compute, wait=wait)
     from defuse_core.training.reference_models import ReferenceAnnotators
 
     return ReferenceAnnotators(run, compute)

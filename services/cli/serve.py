@@ -32,7 +32,7 @@ from services.cli.options import (
 )
 from services.cli.results import check_suite, expect_no_suite_options
 from services.cli.review import local_user
-from services.settings import read_settings, serve_token
+from services.settings import read_environment, serve_token
 
 if TYPE_CHECKING:
     from defuse_core.report.evidence_schema import WatchFigures
@@ -267,14 +267,13 @@ def serve(
         choose_proxy,
         proxy_environment,
         require_free_port,
-        resolve_settings,
+        serve_section,
     )
 
     if address is not None and proxy != "auto":
         raise click.UsageError(
             "--proxy is of the Ray that this command starts; the one at --address has its own"
         )
-    settings = read_settings()
     args = ServeArgs(
         store=store,
         run=None if run is None else checked_name(run),
@@ -282,7 +281,7 @@ def serve(
         require_token=bool(serve_token()),
         settings=section_overrides("serve", overrides, {}),
     )
-    section, address = resolve_settings(args), address or settings.ray_address
+    section, address = serve_section(args), address or read_environment().ray_address
     chosen = choose_proxy(proxy, section, host) if address is None else Proxy.CLUSTER
     if replace and address is None:
         raise InputError("--replace needs a cluster: --address or RAY_ADDRESS")

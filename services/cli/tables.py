@@ -34,7 +34,7 @@ ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "Scenario images")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 # in turn, until the table fits; numbers of scenarios stay together as long as they can
 DROPPED_COMPARED = ("Mistaken for", "A before", "A after", "In B", "B after")
-DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # of the table of scenarios, in turn, until it fits
+DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")  # left out, in turn, of a wide table of scenarios
 TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lines are hard to read
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 
@@ -43,9 +43,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
     console = console or Terminal()
     print_text(console, report.headline, "bold")
-    for warning in report.caveats:
+    for caveat in report.caveats:
         console.print()
-        print_text(console, warning, "yellow")
+        print_text(console, caveat, "yellow")
     console.print()
     print_accuracy(report, console)
     if report.evidence is not None and (report.scenarios.accepted or report.tradeoff):
@@ -272,7 +272,7 @@ def _baseline(report: Report) -> list[str]:
 
 def _verdicts(report: Report) -> list[str]:
     """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
-    from defuse_core.report.notices import worse_judges
+    from defuse_core.report.caveats import worse_judges
 
     false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
     parts, judged = list[str](), report.scenarios.false_by_judges

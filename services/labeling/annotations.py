@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("defuse")
 
-AUTHORS_KEY = "annotation_authors.json"  # in the run's store: user id -> ids of annotations
+AUTHORS_KEY = "annotation_authors.json"  # key in the run's store: user id -> ids of annotations
 UNKNOWN = 0  # the user id of annotators whose account was deleted before their answers were first pulled
 
 # One annotator's answer to one task. `task` is its index in ReviewTasks, `labels` is an index into

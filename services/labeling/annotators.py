@@ -32,7 +32,7 @@ from services.labeling.project import ReviewProject
 from services.labeling.records import ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
 from services.labeling.tasks import ReviewTasks, prelabels_by_task
-from services.settings import Settings
+from services.settings import Environment
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Compute
@@ -43,22 +43,24 @@ STORE_OUTAGE_S = 3600
 PAUSE_PER_PULL = 9  # so that waiting for people takes the server a tenth of its time at most
 
 
-def connect(settings: Settings) -> LabelStudioClient:
+def connect(environment: Environment) -> LabelStudioClient:
     """Return a client of the server in LABEL_STUDIO_URL, else of the local server if it runs. Raises InputError."""
-    if settings.label_studio_url is None:
-        local = running_server(settings.cache)
+    if environment.label_studio_url is None:
+        local = running_server(environment.cache)
         if local is None:
             raise InputError(
                 "no Label Studio: set LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY, or start one here with "
                 "`defuse label-studio up`"
             )
         return LabelStudioClient(local.address, local.token)
-    if settings.label_studio_api_key is None:
+    if environment.label_studio_api_key is None:
         raise InputError(
             "LABEL_STUDIO_URL is set, LABEL_STUDIO_API_KEY is not; set it to an administrator's token"
         )
     return LabelStudioClient(
-        settings.label_studio_url, settings.label_studio_api_key, public_address=settings.label_studio_host
+        environment.label_studio_url,
+        environment.label_studio_api_key,
+        public_address=environment.label_studio_host,
     )
 
 
@@ -70,16 +72,16 @@ class LabelStudioAnnotators:
     lost_before = 0  # answers of earlier pulls that the last one lacked
 
     def __init__(
-        self, run: Run, settings: Settings, compute: Compute | None = None, wait: bool = False
+        self, run: Run, environment: Environment, compute: Compute | None = None, wait: bool = False
     ) -> None:
-        self.run, self.settings, self.compute, self.wait = run, settings, compute, wait
+        self.run, self.environment, self.compute, self.wait = run, environment, compute, wait
         if STEPS.index(run.until) >= STEPS.index("review") and not run.store.exists("votes.safetensors"):
             self.client.check_access()  # now, not after an hour of training
 
     @cached_property
     def client(self) -> LabelStudioClient:
         """The connection to the server; a run that has its votes needs none."""
-        return connect(self.settings)
+        return connect(self.environment)
 
     def review(self, gallery: Gallery) -> Votes:
         """Return all answers, once each image has as many as requested, is sure, or its scenario is decided.

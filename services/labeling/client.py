@@ -32,7 +32,7 @@ except ModuleNotFoundError:
     expect_packages(*CLIENT)
     raise
 
-REPEAT: Any = {"max_retries": 2}  # for requests that have the same effect twice as once
+REPEAT: Any = {"max_retries": 2}  # options of requests that have the same effect twice as once
 ONCE: Any = {"max_retries": 0}
 # Without these names the server counts the tasks and answers of each project in eight ways, and sends it whole.
 PROJECT_FIELDS = ",".join(("id", *(field.name for field in dataclasses.fields(ProjectSettings))))

@@ -21,18 +21,18 @@ from defuse_core.codec import decode
 from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, NoAnswerError, StoreError, count_of, percent
 from defuse_core.store import Store
-from services.serving.candidate import VERSION_SETTINGS, Candidate, with_settings
+from services.serving.candidate import VERSION_FIELDS, Candidate, with_fields
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
-from services.serving.registry import AUTHOR, POLL_S, REMEDY, DamagedVersionError, Registry
+from services.serving.registry import AUTHOR, POLL_S, PROMOTE_AGAIN, DamagedVersionError, Registry
 from services.serving.registry_state import EMPTY, RegistryState, registry_command
 from services.storage import is_store_outage
 
 log = logging.getLogger("defuse")
-MAX_PAUSE_S = 60.0  # before a load that failed is tried again, where nothing changed
+MAX_PAUSE_S = 60.0  # longest pause before a failed load is tried again, where nothing changed
 MAX_PENDING_SHADOWS = 4  # requests above this are dropped: answers have priority over comparisons
-SHADOW_TIME_SHARE = 0.2  # of the time, at most, in which a shadow computes
+SHADOW_TIME_SHARE = 0.2  # largest share of the time in which a shadow computes
 ERROR_WINDOW_S = 1.0  # errors within it count once, as a share of its requests
-MIN_SECONDS = 4  # with requests, before errors are judged: two that a stall fills end no good version then
+MIN_SECONDS = 4  # seconds with requests before errors are judged: a stall fills two, and ends no good version
 WRONGLY_ENDED = 0.01  # highest probability that one of its two counts ever ends a canary within the limits
 
 
@@ -219,10 +219,10 @@ class RegistryWatcher:
     """Loads the versions that the registry names, while the loaded ones go on answering."""
 
     def __init__(
-        self, store: Store, initial: InitialModel, settings: ServeSection, overrides: Mapping[str, Any]
+        self, store: Store, initial: InitialModel, section: ServeSection, overrides: Mapping[str, Any]
     ) -> None:
         """`overrides` are fields of section `serve` that take precedence over every version's run file."""
-        self.store, self.initial, self.settings, self.overrides = store, initial, settings, overrides
+        self.store, self.initial, self.section, self.overrides = store, initial, section, overrides
         self.registry = Registry(store)
         self.known = EMPTY  # the state after the last change that was loaded completely
         self.ended: int | None = None  # the canary or shadow that this replica ended, and the registry has
@@ -240,7 +240,7 @@ class RegistryWatcher:
         replica that does not start has no way to say it. Raises DefuseError for the model of `initial`, unless
         another version has replaced it.
         """
-        select_device(self.settings.device)
+        select_device(self.section.device)
         own, failure = ActiveVersions(), None
         if self.initial.key is not None:
             try:
@@ -374,10 +374,10 @@ class RegistryWatcher:
         return self._load_warm(candidate, state.production if is_version else None)
 
     def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
-        own = with_settings(candidate.run_file().serve, self.overrides)
-        settings = self.settings.model_copy(update={field: getattr(own, field) for field in VERSION_SETTINGS})
-        model = LoadedModel(candidate, settings, number)
-        model.warm_up(self.settings.batch_size)
+        own = with_fields(candidate.run_file().serve, self.overrides)
+        section = self.section.model_copy(update={field: getattr(own, field) for field in VERSION_FIELDS})
+        model = LoadedModel(candidate, section, number)
+        model.warm_up(self.section.batch_size)
         return model
 
 
@@ -396,5 +396,5 @@ def _equals(model: LoadedModel, number: int, state: RegistryState) -> bool:
 def reason_for_clients(error: Exception) -> str:
     """Return why no version answers, without the paths of the store: clients read it without a token."""
     if isinstance(error, DamagedVersionError):
-        return f"the version in production is damaged or missing: {REMEDY}"
+        return f"the version in production is damaged or missing: {PROMOTE_AGAIN}"
     return "the version in production cannot be loaded; the log of the server says why"

@@ -103,7 +103,7 @@ class ModelInfo(BaseModel):
         cls, model: LoadedModel, state: RegistryState, canary: str | None, shadow: str | None
     ) -> ModelInfo:
         """Return the page of the version in production, with the names of the versions beside it."""
-        summary, settings = model.candidate.summary, model.settings
+        summary, section = model.candidate.summary, model.section
         since = state.since if model.number is not None and model.number == state.production else None
         failed = None if since is None else since.failed_checks
         return cls(
@@ -123,15 +123,15 @@ class ModelInfo(BaseModel):
             channels=model.input_spec.channels,
             image_size=model.input_spec.size,
             resize=model.input_spec.resize,
-            watch=model.settings.watch and bool(len(model.candidate.scenario)),
+            watch=model.section.watch and bool(len(model.candidate.scenario)),
             failures=model.watch_figures,
-            scenarios=_scenario_infos(model, settings.watch_share),
+            scenarios=_scenario_infos(model, section.watch_share),
             failed_checks=model.candidate.failed_checks() if failed is None else list(failed),
             canary=canary,
             canary_share=state.share if canary else 0.0,
             shadow=shadow,
             device=model.device.type,
-            precision=settings.precision,
+            precision=section.precision,
         )
 
 

@@ -42,7 +42,7 @@ from services.serving.launch import (
     ServeArgs,
     is_loopback,
     require_free_port,
-    resolve_settings,
+    serve_section,
     warn_of_production,
 )
 from services.serving.limits import MAX_UPLOADS, RETRY_AFTER_S
@@ -93,7 +93,7 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
 
 
 def _application(args: ServeArgs) -> Application:
-    settings, store = resolve_settings(args), open_store(args.store)
+    section, store = serve_section(args), open_store(args.store)
     registry, initial = Registry(store), InitialModel()
     if args.run is not None:
         key, candidate = prepare_candidate(Run.open(store, args.run))
@@ -103,9 +103,9 @@ def _application(args: ServeArgs) -> Application:
         if not args.pin:
             _warn_of_other_version(initial.state, candidate)
     else:
-        warn_of_production(registry, settings, args.settings)
-    application: Application = classifier_deployment(settings).bind(
-        store.address, initial, settings, args.settings, args.require_token, require_model=args.require_model
+        warn_of_production(registry, section, args.settings)
+    application: Application = classifier_deployment(section).bind(
+        store.address, initial, section, args.settings, args.require_token, require_model=args.require_model
     )
     return application
 
@@ -124,45 +124,45 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
     )
 
 
-def classifier_deployment(settings: ServeSection) -> Any:
-    """Return the deployment with the replicas and resources of the settings."""
+def classifier_deployment(section: ServeSection) -> Any:
+    """Return the deployment with the replicas and resources of the section."""
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": settings.cpus_per_replica, "num_gpus": _gpus_per_replica(settings)},
-        "max_ongoing_requests": settings.max_ongoing + settings.max_queued + MAX_UPLOADS,
-        "max_queued_requests": settings.max_queued,
+        "ray_actor_options": {"num_cpus": section.cpus_per_replica, "num_gpus": _gpus_per_replica(section)},
+        "max_ongoing_requests": section.max_ongoing + section.max_queued + MAX_UPLOADS,
+        "max_queued_requests": section.max_queued,
         "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
-        "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * settings.timeout_s),
+        "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * section.timeout_s),
         "health_check_period_s": 2.0,
         "health_check_timeout_s": 30.0,
     }
-    if settings.min_replicas == settings.max_replicas:
-        options["num_replicas"] = settings.min_replicas
+    if section.min_replicas == section.max_replicas:
+        options["num_replicas"] = section.min_replicas
     else:
         options["autoscaling_config"] = AutoscalingConfig(
-            min_replicas=settings.min_replicas,
-            max_replicas=settings.max_replicas,
+            min_replicas=section.min_replicas,
+            max_replicas=section.max_replicas,
             target_ongoing_requests=TARGET_ONGOING,
         )
     return serve.deployment(serve.ingress()(ClassifierIngress), name="classifier", **options)
 
 
-def _gpus_per_replica(settings: ServeSection) -> float:
+def _gpus_per_replica(section: ServeSection) -> float:
     """Return the GPUs of a replica; auto is 1 where the cluster has any."""
-    if settings.device == "cpu":
+    if section.device == "cpu":
         return 0.0
-    if settings.gpus_per_replica != "auto":
-        return settings.gpus_per_replica
+    if section.gpus_per_replica != "auto":
+        return section.gpus_per_replica
     resources: dict[str, float] = ray.cluster_resources() if ray.is_initialized() else {}  # type: ignore[no-untyped-call]
     return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
 
 
-def require_gpus(settings: ServeSection) -> None:
+def require_gpus(section: ServeSection) -> None:
     """Raise InputError where the embedded Ray lacks the GPUs of the replicas: Serve would wait for them forever."""
-    needed = settings.min_replicas * _gpus_per_replica(settings)
+    needed = section.min_replicas * _gpus_per_replica(section)
     available = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     if needed > available:
         raise InputError(
-            f"serve.gpus_per_replica: expected {settings.min_replicas} x {_gpus_per_replica(settings):g} GPU on this "
+            f"serve.gpus_per_replica: expected {section.min_replicas} x {_gpus_per_replica(section):g} GPU on this "
             f"machine, found {available:g}"
         )
 
@@ -176,7 +176,7 @@ def end_application(address: str) -> None:
 
 def serve_until_stopped(
     args: ServeArgs,
-    settings: ServeSection,
+    section: ServeSection,
     address: str | None,
     host: str,
     port: int,
@@ -187,11 +187,11 @@ def serve_until_stopped(
 
     `show` is called with a line at the start, and one for each change of the registry.
     """
-    cpus = math.ceil(settings.max_replicas * settings.cpus_per_replica)  # what all replicas reserve
+    cpus = math.ceil(section.max_replicas * section.cpus_per_replica)  # what all replicas reserve
     with contextlib.ExitStack() as ending, connection(address, cpus):
         shutdown = ShutdownSignal()
         if address is None:
-            require_gpus(settings)
+            require_gpus(section)
         running = running_application(args, host, port, proxy)
         with contextlib.suppress(KeyboardInterrupt), running as url, contextlib.ExitStack() as served:
             served.callback(shutdown.ignore)

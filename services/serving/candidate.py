@@ -41,10 +41,10 @@ from services.serving.checks import CandidateReport, Check, evaluate_candidate
 from services.serving.inputs import InputSpec
 
 log = logging.getLogger("defuse")
-FORMAT = 14  # of the stored candidate; in its key in the run, so that one of another format is made again
-REMEDY = "delete it, and give the command again, which makes it again"
+FORMAT = 14  # format of the stored candidate, and part of its key: one of another format is made again
+MAKE_AGAIN = "delete it, and give the command again, which makes it again"
 # The rest of section serve is the server's.
-VERSION_SETTINGS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
+VERSION_FIELDS = ("resize", "watch", "watch_share", "failure_threshold", "failure_recall", "precision")
 # Fields that say with which code the weights make networks, what these receive and what they return.
 NETWORK_FIELDS = {
     "classifier": {"architecture", "import_path", "timm_model", "input_range", "outputs", "class_order"},
@@ -166,9 +166,9 @@ class Candidate:
         rows = zip(self.labels, self.most_common_error, self.scenario, strict=True)
         return [scenario_name(self.classes[label], self.classes[error], n) for label, error, n in rows]
 
-    def watch_figures(self, settings: ServeSection) -> WatchFigures:
-        """Return how well failing inputs are found with these settings."""
-        return watch_figures(self.failures, settings)
+    def watch_figures(self, section: ServeSection) -> WatchFigures:
+        """Return how well failing inputs are found with these fields."""
+        return watch_figures(self.failures, section)
 
     def origin(self) -> dict[str, Any]:
         """Return the fields by which the registry describes the version that this is."""
@@ -181,7 +181,7 @@ class Candidate:
         }
 
 
-def with_settings(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
+def with_fields(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
     """Return the section with `changes`. Raises InputError naming the first invalid field."""
     try:
         return ServeSection.model_validate(section.model_dump() | dict(changes))
@@ -203,7 +203,7 @@ def prepare_candidate(
             expect_same_code(run.spec, found.models, found.gallery, progress=progress)
     key = _key(run.spec, found, evidence)
     try:
-        candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", REMEDY)
+        candidate = decode(Candidate, run.store.read(key), f"{run.store.address}/{key}", MAKE_AGAIN)
     except FileNotFoundError:
         with local_device(run.spec.resources.gpus_per_worker):
             candidate = _make(run, found, evidence, progress)
@@ -292,13 +292,13 @@ def _key(spec: RunFile, found: Findings, evidence: Evidence | None) -> str:
     Equal weights do not make equal candidates: with λ = 0 they are the same whatever was accepted.
     """
     parts = (found.sweep.weights, found.fixes, found.verdicts, evidence)
-    made_from = f"{[artefact_digest(part) for part in parts]}{_settings(spec)}{FORMAT}"
+    made_from = f"{[artefact_digest(part) for part in parts]}{_version_fields(spec)}{FORMAT}"
     return f"candidates/{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _settings(spec: RunFile) -> str:
+def _version_fields(spec: RunFile) -> str:
     """Return the run-file fields that belong to a version."""
-    fields = spec.serve.model_dump(mode="json", include=set(VERSION_SETTINGS))
+    fields = spec.serve.model_dump(mode="json", include=set(VERSION_FIELDS))
     networks = spec.model_dump_json(include=NETWORK_FIELDS)
     return f"{spec.check.model_dump_json()}{json.dumps(fields, sort_keys=True)}{networks}"
 
@@ -306,8 +306,8 @@ def _settings(spec: RunFile) -> str:
 def _digest(candidate: Candidate) -> str:
     """Return a SHA-256, in hex, of FORMAT and all that a server takes from the candidate."""
     served = {name: value for name, value in vars(candidate).items() if name not in NOT_SERVED}
-    settings = _settings(candidate.run_file())
-    return hashlib.sha256(encode({**served, "settings": settings, "format": FORMAT})).hexdigest()
+    fields = _version_fields(candidate.run_file())
+    return hashlib.sha256(encode({**served, "settings": fields, "format": FORMAT})).hexdigest()
 
 
 def _make(run: Run, found: Findings, evidence: Evidence | None, progress: Progress) -> Candidate:

@@ -50,7 +50,7 @@ from services.storage import is_store_outage, open_store
 
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
-GAUGES_S = 5.0  # between two times that the gauges are set
+GAUGES_S = 5.0  # interval at which the gauges are set
 # images up to this are decoded faster here than in a thread
 MAX_INLINE_BYTES, MAX_INLINE_PIXELS = 32_768, 65_536
 MAX_INLINE_S = 0.05  # a shorter forward pass costs less in the event loop than in a thread
@@ -64,30 +64,30 @@ class ClassifierDeployment:
         self,
         store: str,
         initial: InitialModel,
-        settings: ServeSection,
+        section: ServeSection,
         overrides: Mapping[str, Any],
         require_token: bool,
     ) -> None:
-        torch.set_num_threads(max(1, round(settings.cpus_per_replica)))
+        torch.set_num_threads(max(1, round(section.cpus_per_replica)))
         # as the checks and the watch's thresholds were computed
         compute_in_ieee_f32()
-        self.settings = settings
+        self.section = section
         self.token = serve_token()
         if require_token and not self.token:
             raise InputError("DEFUSE_SERVE_TOKEN is required, and not set in the environment of this replica")
         opened = when_store_answers(partial(open_store, store))
-        self.watcher = RegistryWatcher(opened, initial, settings, overrides)
+        self.watcher = RegistryWatcher(opened, initial, section, overrides)
         self.active = when_store_answers(self.watcher.load_initial)
         self.metrics = ServingMetrics()
-        self.reservoir = Reservoir(opened, settings.reservoir) if settings.reservoir else None
-        self.uploads, self.slots = UploadLimits(settings), RequestSlots(settings)
+        self.reservoir = Reservoir(opened, section.reservoir) if section.reservoir else None
+        self.uploads, self.slots = UploadLimits(section), RequestSlots(section)
         self.form_parser = asyncio.Semaphore(1)
         self._forward_thread = ThreadPoolExecutor(1, "forward")
         self._canary_thread = ThreadPoolExecutor(1, "canary")
         self._decode_thread = ThreadPoolExecutor(1, "decode")
-        self._batcher = Batcher(self._predict_batch, settings)
-        self._canary_batcher = Batcher(self._predict_canary_batch, settings)
-        self._shadow = ShadowRunner(settings.max_canary_s)
+        self._batcher = Batcher(self._predict_batch, section)
+        self._canary_batcher = Batcher(self._predict_canary_batch, section)
+        self._shadow = ShadowRunner(section.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures = 0  # of production, in a row, but those that the input explains
 
@@ -183,9 +183,9 @@ class ClassifierDeployment:
 
     async def _canary_output(self, answer: asyncio.Task[PredictionResult]) -> PredictionResult:
         """Return what the canary answers within serve.max_canary_s after production, a TimeoutError after that."""
-        done, _ = await asyncio.wait({answer}, timeout=self.settings.max_canary_s)
+        done, _ = await asyncio.wait({answer}, timeout=self.section.max_canary_s)
         if not done:
-            return TimeoutError(f"no answer within {self.settings.max_canary_s:g} s")
+            return TimeoutError(f"no answer within {self.section.max_canary_s:g} s")
         error = answer.exception()
         return answer.result() if not isinstance(error, Exception) else error
 
@@ -193,10 +193,10 @@ class ClassifierDeployment:
     async def _timeout(self) -> AsyncIterator[None]:
         """Raise Unavailable where the block takes longer than serve.timeout_s."""
         try:
-            async with asyncio.timeout(self.settings.timeout_s):
+            async with asyncio.timeout(self.section.timeout_s):
                 yield
         except TimeoutError:
-            raise Unavailable(f"no answer within {self.settings.timeout_s:g} s") from None
+            raise Unavailable(f"no answer within {self.section.timeout_s:g} s") from None
 
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
         seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
@@ -263,7 +263,7 @@ class ClassifierDeployment:
         else:
             statistics.add_error()
             self._count_error(other, len(ours.probabilities), theirs)
-        reason = statistics.reason_to_end(self.settings)
+        reason = statistics.reason_to_end(self.section)
         # Comparisons of earlier roles still arrive: `other` may be in production by now.
         if reason and statistics is self.active.statistics:
             self.watcher.ended = other.number

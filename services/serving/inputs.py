@@ -42,11 +42,11 @@ class InputSpec:
     max_pixels: int
 
     @classmethod
-    def of(cls, spec: RunFile, settings: ServeSection) -> InputSpec:
+    def of(cls, spec: RunFile, section: ServeSection) -> InputSpec:
         data = spec.data
         pad_to = (28, 32) if data.name in ("mnist", "mnist-5000") and data.image_size == 32 else None
         return cls(
-            data.channels, data.image_size, pad_to, settings.resize, settings.max_images, settings.max_pixels
+            data.channels, data.image_size, pad_to, section.resize, section.max_images, section.max_pixels
         )
 
     @property

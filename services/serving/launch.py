@@ -27,7 +27,7 @@ from defuse_core.errors import DamagedError, InputError
 from defuse_core.export.finished import stored_components
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.serving.candidate import VERSION_SETTINGS, with_settings
+from services.serving.candidate import VERSION_FIELDS, with_fields
 from services.serving.registry import DamagedVersionError, Registry
 from services.storage import open_store
 
@@ -56,7 +56,7 @@ class ServeArgs(BaseModel):
     """Fields of section `serve` that replace those of the run file."""
 
 
-def resolve_settings(args: ServeArgs) -> ServeSection:
+def serve_section(args: ServeArgs) -> ServeSection:
     """Return section `serve` of the run that these arguments name, with their changes. Raises InputError.
 
     Without a run, it is that of the version in production.
@@ -65,7 +65,7 @@ def resolve_settings(args: ServeArgs) -> ServeSection:
         raise InputError("--pin needs a RUN to keep")
     store = open_store(args.store)
     section = _section_of_production(store) if args.run is None else Run.open(store, args.run).spec.serve
-    return with_settings(section, args.settings)
+    return with_fields(section, args.settings)
 
 
 def _section_of_production(store: Store) -> ServeSection:
@@ -88,8 +88,8 @@ def _section_of_production(store: Store) -> ServeSection:
         return ServeSection()
 
 
-def warn_of_production(registry: Registry, settings: ServeSection, overrides: Mapping[str, Any]) -> None:
-    """Warn where the version in production is damaged, or has not the `settings` of a version that its run has now."""
+def warn_of_production(registry: Registry, section: ServeSection, overrides: Mapping[str, Any]) -> None:
+    """Warn where the version in production is damaged, or has not the fields of a version that its run has now."""
     number = registry.state().production
     if number is None:
         return
@@ -98,9 +98,9 @@ def warn_of_production(registry: Registry, settings: ServeSection, overrides: Ma
     except DamagedVersionError as error:
         log.warning("%s; requests are answered 503 until then", error)
         return
-    own = with_settings(candidate.run_file().serve, overrides)
-    for field in VERSION_SETTINGS:
-        promoted, now = getattr(own, field), getattr(settings, field)
+    own = with_fields(candidate.run_file().serve, overrides)
+    for field in VERSION_FIELDS:
+        promoted, now = getattr(own, field), getattr(section, field)
         if promoted != now:
             log.warning(
                 "version %d keeps serve.%s %s, with which it was promoted; promote run %s again for %s",

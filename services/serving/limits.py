@@ -26,7 +26,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from cluster.ray_compat import reuse_addresses
 from defuse_core.config import ServeSection
-from services.settings import read_settings
+from services.settings import read_environment
 
 HEALTH_ROUTES = ("/healthz", "/readyz")
 DOCS_ROUTES = ("/docs", "/openapi.json")
@@ -36,7 +36,7 @@ MAX_UPLOADS = 1024  # bodies that one replica receives at once; Ray counts them 
 # The limit by address applies from here on, and where half of the memory for bodies is in use: fewer slow bodies harm
 # nobody, and on a busy machine every body is slow.
 MANY_SLOW_UPLOADS = 128
-MAX_SLOW_UPLOADS = 8  # of one address from there on
+MAX_SLOW_UPLOADS = 8  # most slow bodies of one address where the limit applies
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADERS_PER_ADDRESS = 512  # connections of one address without complete headers
 # Each piece of a body costs a call from Serve's proxy to a replica, however small it is. After a few small pieces a
@@ -68,12 +68,12 @@ class Unavailable(RequestError):  # noqa: N818 - a state of the server
 class UploadLimits:
     """Receives request bodies within limits of size, time, memory, and slow uploads per client address."""
 
-    def __init__(self, settings: ServeSection) -> None:
-        self._max_bytes = int(settings.max_body_mb * 1e6)
-        self._timeout_s = settings.timeout_s
-        self._forwarded_for = read_settings().forwarded_for
+    def __init__(self, section: ServeSection) -> None:
+        self._max_bytes = int(section.max_body_mb * 1e6)
+        self._timeout_s = section.timeout_s
+        self._forwarded_for = read_environment().forwarded_for
         self._slow: Counter[str] = Counter()  # slow uploads by address
-        self._memory = self._max_bytes * settings.max_ongoing  # bytes of all bodies
+        self._memory = self._max_bytes * section.max_ongoing  # bytes of all bodies
         self._budget = self._memory  # bytes that may still be buffered
 
     async def receive(self, request: Request, held: contextlib.ExitStack) -> bytes:
@@ -188,9 +188,9 @@ def client_address(request: Request, forwarded_for: bool) -> str:
 class RequestSlots:
     """Bounds the requests that a replica decodes and predicts at once, and those that wait for that."""
 
-    def __init__(self, settings: ServeSection) -> None:
-        self._settings = settings
-        self._slots = asyncio.Semaphore(settings.max_ongoing)
+    def __init__(self, section: ServeSection) -> None:
+        self._section = section
+        self._slots = asyncio.Semaphore(section.max_ongoing)
         self._waiting = 0
 
     async def acquire(self, held: contextlib.ExitStack) -> None:
@@ -202,17 +202,17 @@ class RequestSlots:
         held.callback(self._slots.release)
 
     async def _wait(self) -> None:
-        settings = self._settings
-        if self._waiting >= settings.max_queued:
+        section = self._section
+        if self._waiting >= section.max_queued:
             raise Unavailable(
-                f"overloaded: {settings.max_ongoing} requests in progress and {self._waiting} waiting"
+                f"overloaded: {section.max_ongoing} requests in progress and {self._waiting} waiting"
             )
         self._waiting += 1
         try:
-            async with asyncio.timeout(settings.timeout_s):
+            async with asyncio.timeout(section.timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
-            raise Unavailable(f"no answer within {settings.timeout_s:g} s") from None
+            raise Unavailable(f"no answer within {section.timeout_s:g} s") from None
         finally:
             self._waiting -= 1
 

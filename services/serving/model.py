@@ -77,7 +77,7 @@ class PredictionResponse(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class ModelOutput:
-    """What a version computes for n images. Without the watch, distances are (n, 0)."""
+    """What a version computes for n images. Without serve.watch, distances are (n, 0)."""
 
     probabilities: F32  # (n, C)
     distances: F32  # (n, A)
@@ -115,26 +115,26 @@ class ScenarioDistances(nn.Module):
 class LoadedModel:
     """A version with its networks in memory."""
 
-    def __init__(self, candidate: Candidate, settings: ServeSection, number: int | None = None) -> None:
+    def __init__(self, candidate: Candidate, section: ServeSection, number: int | None = None) -> None:
         """Load the networks; `number` is the version's, None for the candidate of a run.
 
         Raises ModelError for weights that do not fit, or an unavailable device.
         """
         self.number, self.name = number, candidate.run if number is None else str(number)
         self.candidate = candidate
-        self.device = select_device(settings.device)
-        self.settings = settings
-        self.half = settings.precision == "bfloat16"
+        self.device = select_device(section.device)
+        self.section = section
+        self.half = section.precision == "bfloat16"
         spec = candidate.run_file()
-        self.input_spec = InputSpec.of(spec, settings)
+        self.input_spec = InputSpec.of(spec, section)
         where = f"version {self.name}"
-        self.watch_figures = candidate.watch_figures(settings)
+        self.watch_figures = candidate.watch_figures(section)
         self.detector = _detector(candidate, self.watch_figures)
         with computing_on(self.device):
             self.classifier = load_classifier(spec, candidate.classifier, len(candidate.classes), where)
-            self.watch = self._load_watch(spec, where)
+            self.distances = self._load_distances(spec, where)
         self.candidate = replace(candidate, classifier={}, vae={})  # the networks have copies of the weights
-        share, levels = settings.watch_share, candidate.levels
+        share, levels = section.watch_share, candidate.levels
         # (A,) distances below which this share of the training images are
         self.thresholds = np.array([np.interp(share, levels, each) for each in candidate.distances])
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
@@ -144,14 +144,14 @@ class LoadedModel:
             self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
-    def _load_watch(self, spec: RunFile, where: str) -> ScenarioDistances | None:
+    def _load_distances(self, spec: RunFile, where: str) -> ScenarioDistances | None:
         """Return the distances from the A scenarios, and from the C classes where the detector needs them."""
         candidate = self.candidate
         means, covariances = candidate.means, candidate.covariances
         if self.detector is not None and self.detector.uses_codes:
             means = np.concatenate([means, candidate.failures.means])
             covariances = np.concatenate([covariances, candidate.failures.covariances])
-        if not self.settings.watch or not len(means):
+        if not self.section.watch or not len(means):
             return None
         vae = load_vae(spec, candidate.vae, where)
         return ScenarioDistances(vae, means, covariances).to(self.device).eval()
@@ -205,14 +205,14 @@ class LoadedModel:
         return self.detector.probability(logits, classes[np.arange(len(logits)), logits.argmax(axis=1)])
 
     def _forward(self, pixels: F32) -> tuple[F32, F32, F32]:
-        """Return logits (n, C), their softmax, and the distances of the watch (n, G), without it (n, 0)."""
+        """Return logits (n, C), their softmax, and the distances (n, G), without serve.watch (n, 0)."""
         images = torch.from_numpy(pixels).to(self.device, memory_format=torch.channels_last)
         logits: Tensor = self.classifier(images).float()
         answers = logits.cpu().numpy(), logits.softmax(1).cpu().numpy()
-        if self.watch is None:
+        if self.distances is None:
             return *answers, np.zeros((len(pixels), 0), np.float32)
         with torch.autocast(self.device.type, enabled=False):  # the distances were calibrated in float32
-            distances: Tensor = self.watch(images)
+            distances: Tensor = self.distances(images)
         return *answers, distances.cpu().numpy()
 
     def predictions(self, output: ModelOutput) -> list[Prediction]:
@@ -238,8 +238,8 @@ class LoadedModel:
         return answers
 
     def _matches(self, output: ModelOutput, row: int, answer: int) -> list[ScenarioMatch] | None:
-        """Return the failure scenarios that contain an image, nearest first; None without the watch."""
-        if not self.settings.watch or not len(self.candidate.scenario):
+        """Return the failure scenarios that contain an image, nearest first; None without serve.watch."""
+        if not self.section.watch or not len(self.candidate.scenario):
             return None
         matches = [
             self._match(int(j), float(output.distances[row, j]), answer)
@@ -279,8 +279,8 @@ def _explanation(matches: list[ScenarioMatch] | None) -> str | None:
 
 def verify_candidate(candidate: Candidate) -> None:
     """Load the candidate on this machine's processor and predict with it. Raises ModelError if that fails."""
-    settings = candidate.run_file().serve.model_copy(update={"device": "cpu"})
-    LoadedModel(candidate, settings).warm_up(1)
+    section = candidate.run_file().serve.model_copy(update={"device": "cpu"})
+    LoadedModel(candidate, section).warm_up(1)
 
 
 def select_device(name: str) -> torch.device:
@@ -326,9 +326,9 @@ class Batcher:
     def __init__(
         self,
         run: Callable[[list[PredictionRequest]], Awaitable[list[PredictionResult]]],
-        settings: ServeSection,
+        section: ServeSection,
     ) -> None:
-        self._run, self._max_size = run, settings.batch_size
+        self._run, self._max_size = run, section.batch_size
         self._queue: deque[tuple[PredictionRequest, asyncio.Future[PredictionResult]]] = deque()
         self._task: asyncio.Task[None] | None = None
 

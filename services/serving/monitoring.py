@@ -26,8 +26,8 @@ log = logging.getLogger("defuse")
 PREFIXES = ("ray_defuse_", "ray_serve_")
 LINE_STARTS = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") for prefix in PREFIXES)
 SCRAPE_TIMEOUT_S = 5.0
-ANSWER_S = 5.0  # within which /healthz is answered
-MAX_FAILURES = 3  # in a row
+ANSWER_S = 5.0  # time limit for the answer of /healthz
+LIVENESS_FAILURES = 3  # in a row, after which the server ends
 # ignores HTTP_PROXY: nodes are near
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -168,7 +168,7 @@ class LivenessCheck:
         self._url, self._deployed, self._failures = url, deployed, 0
 
     def __call__(self) -> None:
-        """Ask once. Raises ComputeError at the MAX_FAILURES-th failure in a row."""
+        """Ask once. Raises ComputeError at the LIVENESS_FAILURES-th failure in a row."""
         reason = None if _answers(self._url) else self._reason()
         if reason is None:
             self._failures = 0
@@ -176,7 +176,7 @@ class LivenessCheck:
         self._failures += 1
         if self._failures == 1:  # Ray may end this process before an error is shown
             log.warning("nothing answers at %s, and %s", self._url, reason)
-        if self._failures >= MAX_FAILURES:
+        if self._failures >= LIVENESS_FAILURES:
             raise ComputeError(f"nothing answers at {self._url}, and {reason}; start the command again")
 
     def _reason(self) -> str | None:

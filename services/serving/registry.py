@@ -40,11 +40,11 @@ from services.serving.registry_state import (
 )
 
 log = logging.getLogger("defuse")
-AUTHOR = "defuse serve"  # of changes that a replica makes
-POLL_S = 2.0  # between two reads by a server
+AUTHOR = "defuse serve"  # author of changes that a replica makes
+POLL_S = 2.0  # interval at which a server reads the registry
 MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
-REMEDY = "promote its run again, or restore the file"
+PROMOTE_AGAIN = "promote its run again, or restore the file"
 OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
 ENDED = "the canary or shadow of version {} ended just now; see `{}` for the new state"
 UNKNOWN = "this change may be stored nevertheless: see `{}` before you give the command again"
@@ -116,13 +116,13 @@ class Registry:
             versions = self.state().versions
             if number in versions:
                 missing = f"the file of version {number} is missing"
-                raise DamagedVersionError(f"{where}: {missing}; {REMEDY}") from error
+                raise DamagedVersionError(f"{where}: {missing}; {PROMOTE_AGAIN}") from error
             known = ", ".join(str(n) for n in versions) or "none"
             raise InputError(
                 f"unknown version {number} in {self.store.address}; known versions: {known}"
             ) from error
         try:
-            candidate = decode(Candidate, data, where, REMEDY, OF_ANOTHER_DEFUSE)
+            candidate = decode(Candidate, data, where, PROMOTE_AGAIN, OF_ANOTHER_DEFUSE)
             candidate.run_file()
         except StoreError as error:
             raise DamagedVersionError(str(error)) from error
@@ -131,7 +131,7 @@ class Registry:
         info = self.state().versions.get(number)
         if info is not None and candidate.digest != info.digest:
             other = f"expected version {number} of run {info.run}, found another (run {candidate.run})"
-            raise DamagedVersionError(f"{where}: {other}; {REMEDY}")
+            raise DamagedVersionError(f"{where}: {other}; {PROMOTE_AGAIN}")
         return candidate
 
     def add(self, candidate: Candidate, by: str, why: str, forced: bool) -> int:

@@ -11,7 +11,7 @@ from defuse_core.errors import DamagedError, InputError, StoreError, percent
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.store import Store, command_text
 
-FORMAT: Final = 6  # of the files of the registry, and of the versions
+FORMAT: Final = 6  # format of the files of the registry, and of the versions
 
 
 class VersionInfo(BaseModel):

@@ -38,7 +38,7 @@ from defuse_core.store import FolderStore, Store
 
 log = logging.getLogger("defuse")
 MAX_PENDING_WRITES = 64  # inputs above this are dropped: answers have priority over samples
-MIN_WEIGHT = 1e-6  # of an input whose failure probability is about 0
+MIN_WEIGHT = 1e-6  # weight of an input whose failure probability is about 0
 # What a review of traffic can set apart from its run, until its votes are stored.
 OWN_FIELDS = ("review.answers_per_task", "review.real_names")
 

@@ -25,20 +25,20 @@ from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import BROKEN, WRONG_URL, OutageWatch, code_of, status_of, translated_errors
+from services.storage.s3_errors import BROKEN, WRONG_URL, OutageTimer, code_of, status_of, translated_errors
 
-LARGE_BYTES = 64 * 2**20  # sent in parts from here on
+LARGE_BYTES = 64 * 2**20  # smallest object that is sent in parts
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
-UPLOAD_AGE = timedelta(days=1)  # since it began, also where a slow line still sends it
+UPLOAD_AGE = timedelta(days=1)  # age at which unfinished uploads are deleted, as a slow line may still send
 LIST_PAGE = 1000
 READ_TIMEOUT_S = 10.0
-SEND_TIMEOUT_S = 60.0  # of a large object: a proxy, or the buffers of a slow line, may still hold most of it
-SEND_BYTES = 2**20  # from here on
+SEND_TIMEOUT_S = 60.0  # for large objects: a proxy, or the buffers of a slow line, may still hold most of it
+SEND_BYTES = 2**20  # smallest object with this timeout
 HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # others take the lease after LEASE_S
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 14  # attempts, with botocore's pauses: about a minute where the server refuses connections
-ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/+(.*))?")  # at AWS without _
+ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/+(.*))?")  # AWS allows no _
 
 
 def open_s3(address: str) -> S3Store:
@@ -383,7 +383,7 @@ def _forget_clients() -> None:
 
 @functools.cache
 def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: float) -> Any:
-    """Return this process's client: thread-safe, with retries that back off until OutageWatch ends them."""
+    """Return this process's client: thread-safe, with retries that back off until OutageTimer ends them."""
     # AWS knows a checksum that follows the body, as over https; Google's and others' servers refuse each such write
     is_aws = endpoint is None or endpoint.rstrip("/").endswith((".amazonaws.com", ".amazonaws.com.cn"))
     config = Config(
@@ -396,5 +396,5 @@ def _client(endpoint: str | None, region: str | None, attempts: int, timeout_s: 
     )
     with _one_at_a_time:
         client = _session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
-    OutageWatch(client, attempts, timeout_s)
+    OutageTimer(client, attempts, timeout_s)
     return client

@@ -51,7 +51,7 @@ OTHER_REGION = {
     "IllegalLocationConstraintException",
     "PermanentRedirect",
 }
-REMEDIES = {  # of what is no refusal of the credentials, although the status may be 403
+REMEDIES = {  # errors that are no refusal of the credentials, although the status may be 403
     "413": (StoreSettingsError, "a proxy before the server refuses so large objects: raise its limit"),
     "InvalidBucketName": (StoreSettingsError, "check --store"),
     "InvalidObjectState": (StoreSettingsError, "the object is archived: restore it"),
@@ -96,7 +96,7 @@ PASSING = {
     "ThrottlingException",
     "TooManyRequestsException",
 }
-TRIED_AGAIN = {429, 500, 502, 503, 504}  # by botocore itself
+TRIED_AGAIN = {429, 500, 502, 503, 504}  # statuses that botocore itself tries again
 PASSING_STATUS = TRIED_AGAIN | {408, 509, *range(520, 525), 530}
 NO_ANSWER = (
     aws.HTTPClientError,
@@ -104,14 +104,14 @@ NO_ANSWER = (
     aws.ConnectionError,
     aws.ResponseStreamingError,
 )
-UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")  # in OpenSSL's words
+UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")  # OpenSSL's words
 UNREADABLE = (
     "No such file",
     "Is a directory",
     "Permission denied",
     "NO_CERTIFICATE_OR_CRL_FOUND",
 )  # the CA's file
-LOGIN_ERROR = getattr(aws, "LoginError", aws.SSOError)  # of `aws login`, which botocore 1.40 lacks
+LOGIN_ERROR = getattr(aws, "LoginError", aws.SSOError)  # botocore 1.40 has no LoginError: that of `aws login`
 NO_FILE = {  # a file or program of credentials that does not exist, or may not be read or run
     errno.ENOENT,
     errno.ENOTDIR,
@@ -121,10 +121,10 @@ NO_FILE = {  # a file or program of credentials that does not exist, or may not 
     errno.ENOEXEC,
 }
 NO_LISTING = "; AWS answers so for a missing object, too, unless s3:ListBucket is allowed on the whole bucket"
-MESSAGE_LENGTH = 500  # of a server's message, which may name a user, an action and an object
-SILENCE_S = 50.0  # without an answer to one request, the pauses between its attempts not counted
+MESSAGE_LENGTH = 500  # characters of a server's message, which may name a user, an action and an object
+SILENCE_S = 50.0  # longest time without an answer to one request, beside the pauses between its attempts
 PAUSE_S, MAX_PAUSE_S = 0.05, 20.0  # between attempts, as botocore's
-WARN_S = 5.0  # after the request was sent; what the next attempts mend before is no outage
+WARN_S = 5.0  # age of an unanswered request that is an outage: the next attempts mend shorter ones
 
 _silent: set[str] = set()  # servers of which this process has warned
 _lock = threading.Lock()
@@ -311,8 +311,8 @@ def _without_answer(error: aws.BotoCoreError, where: str, endpoint: str | None) 
     )
 
 
-class OutageWatch:
-    """Watches the requests of one client. botocore itself counts attempts only, of which each can take a timeout."""
+class OutageTimer:
+    """Times the requests of one client. botocore itself counts attempts only, of which each can take a timeout."""
 
     def __init__(self, client: Any, attempts: int, timeout_s: float) -> None:
         """`timeout_s` is the longest silence in one attempt, after which botocore ends it."""

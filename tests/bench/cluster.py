@@ -129,7 +129,7 @@ def main() -> None:
 
 def compare(folder: Path, root: str, images: int, draws: int) -> None:
     """Train once, measure each way, and print what follows."""
-    trained = train(run_file(root, TRAINED_ON, draws, 1), progress=silent)
+    trained = train(run_file(root, TRAINED_ON, draws, 1), FolderStore(folder / "run"), progress=silent)
     for count in {images, images // 10}:
         spec = run_file(root, count, draws, 1)
         (folder / str(count)).write_bytes(encode(fitted(spec, trained)))

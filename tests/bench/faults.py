@@ -38,7 +38,7 @@ from tests.s3_servers import rclone_server
 
 KEYS = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "hush", "AWS_EC2_METADATA_DISABLED": "true"}
 OUTAGE_S = 15.0
-PATIENCE_S = 1800  # of one command, on a machine that does other work
+PATIENCE_S = 1800  # longest time of one command, on a machine that does other work
 SHARD, TRIAL = "psi/000001.safetensors", "trials/defuse/lam-1.0.safetensors"
 
 

@@ -90,7 +90,7 @@ def on_ray(folder: Path, images: int, draws: int, workers: int) -> float:
     spec, models = made_up(folder, images, draws, workers)
     told: list[tuple[float, int]] = []
 
-    def note(what: str, done: int, total: int, unit: str) -> None:
+    def note(what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         if done and (not told or done > told[-1][1]):
             told.append((time.perf_counter(), done))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FORMER = ("resources.precision=f32", "resources.train_threads=2")
-SHARES = ("own_label", "left_out", "real_failures")  # of report.json's evidence
+SHARES = ("own_label", "left_out", "real_failures")  # fields of report.json's evidence
 
 
 def run(run_file: Path, settings: list[str], store: str, name: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from tests.ports import free_port
 
 CLIENTS = (1, 8, 64)
 ROUNDS = 3
-GROWTH = 1.05  # of the memory in the second half, at most
+GROWTH = 1.05  # largest ratio of the memory at the end to that half-way
 PATH, AUTH = "/v1/predict", {"Authorization": f"Bearer {TOKEN}"}
 
 

@@ -265,7 +265,7 @@ def train_part_dying_once(
 ) -> None:
     """Train with others; the second worker is killed in the second epoch, the first time."""
 
-    def deadly(what: str, done: int, total: int, unit: str) -> None:
+    def deadly(what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         if done > total // 3 and not marker.exists():
             time.sleep(12)  # until Ray Train knows that all workers have started
             marker.touch()

@@ -34,7 +34,7 @@ from ray.cluster_utils import Cluster
 from cluster import identify, resources
 from cluster.compute import RayCompute
 from cluster.ray_compat import keep_idle_workers
-from cluster.resources import WorkerResources, capacity
+from cluster.resources import Resources, capacity
 from defuse_core.artifacts import Corrections, Models
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
@@ -46,7 +46,7 @@ from tests.conftest import tiny
 from tests.forked_workers import forked_workers
 from tests.waiting import wait_until
 
-LOOK_EVERY_S = 0.5  # for nodes that join or die; by default 3 s
+LOOK_EVERY_S = 0.5  # interval of looks for nodes that join or die: 3 s outside of tests
 SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
 
@@ -80,7 +80,7 @@ def remove(cluster: Cluster, nodes: Iterable[Any]) -> None:
     """Remove these nodes, and return once no others are there but those that are left."""
     for node in list(nodes):
         cluster.remove_node(node, allow_graceful=False)
-    wait_until(lambda: capacity(WorkerResources(1, 0)) == len(cluster.worker_nodes))
+    wait_until(lambda: capacity(Resources(1, 0)) == len(cluster.worker_nodes))
 
 
 def in_background(work: Callable[[], Any]) -> threading.Thread:

@@ -13,7 +13,7 @@ import ray
 from cluster import resources
 from cluster.resources import (
     CapacityMonitor,
-    WorkerResources,
+    Resources,
     capacity,
     expect_training_room,
     expect_worker_room,
@@ -44,9 +44,9 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch, *found: tuple[float, float, bool
 
 def test_only_living_nodes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster_of(monkeypatch, (8, 0, True), (16, 2, False), (0, 0, True), (4, 1, True))
-    assert nodes() == [WorkerResources(8, 0), WorkerResources(0, 0), WorkerResources(4, 1)]
-    assert capacity(WorkerResources(2, 0)) == 6
-    assert capacity(WorkerResources(2, 1)) == 1
+    assert nodes() == [Resources(8, 0), Resources(0, 0), Resources(4, 1)]
+    assert capacity(Resources(2, 0)) == 6
+    assert capacity(Resources(2, 1)) == 1
 
 
 def test_a_head_that_does_not_answer_is_waited_for_with_a_warning(
@@ -58,7 +58,7 @@ def test_a_head_that_does_not_answer_is_waited_for_with_a_warning(
 
     monkeypatch.setattr(resources, "WARN_AFTER_S", 0.01)
     monkeypatch.setattr(ray, "nodes", once_warned)
-    assert nodes() == [WorkerResources(2, 0)]
+    assert nodes() == [Resources(2, 0)]
     assert caplog.messages == ["waiting for the head of the cluster, which does not answer"]
 
 
@@ -80,19 +80,19 @@ def test_a_worker_is_given_a_gpu_where_there_is_one_and_what_the_run_file_says(
 ) -> None:
     asked = ResourcesSection(cpus_per_worker=2)
     cluster_of(monkeypatch, (8, 0, True), (8, 4, False))
-    assert worker_resources(asked) == WorkerResources(2, 0)
+    assert worker_resources(asked) == Resources(2, 0)
     cluster_of(monkeypatch, (8, 0, True), (8, 4, True))
-    assert worker_resources(asked) == WorkerResources(2, 1)
-    assert worker_resources(asked.model_copy(update={"gpus_per_worker": 0})) == WorkerResources(2, 0)
+    assert worker_resources(asked) == Resources(2, 1)
+    assert worker_resources(asked.model_copy(update={"gpus_per_worker": 0})) == Resources(2, 0)
 
 
 def test_the_only_task_of_a_step_holds_no_more_cpus_than_a_node_that_has_its_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster_of(monkeypatch, (32, 0, True), (4, 1, True), (6, 1, True))
-    assert task_resources(ResourcesSection(train_threads=8)) == WorkerResources(6, 1)
-    assert task_resources(ResourcesSection(train_threads=3)) == WorkerResources(3, 1)
-    assert task_resources(ResourcesSection(train_threads=40, gpus_per_worker=0)) == WorkerResources(32, 0)
+    assert task_resources(ResourcesSection(train_threads=8)) == Resources(6, 1)
+    assert task_resources(ResourcesSection(train_threads=3)) == Resources(3, 1)
+    assert task_resources(ResourcesSection(train_threads=40, gpus_per_worker=0)) == Resources(32, 0)
 
 
 def test_a_task_waits_for_a_node_with_its_gpu_after_the_last_one_was_lost(
@@ -132,7 +132,7 @@ def test_gpus_that_a_worker_leaves_idle_are_warned_of(
 def test_what_fits_exactly_is_not_lost_to_rounding(
     node: tuple[float, float], worker: tuple[float, float], workers: int
 ) -> None:
-    assert resources.fitting(WorkerResources(*node), WorkerResources(*worker)) == workers
+    assert resources.fitting(Resources(*node), Resources(*worker)) == workers
 
 
 def test_a_cluster_without_cpus_is_asked_and_waited_for_with_one_warning_and_given_up_at_last(
@@ -161,7 +161,7 @@ def test_what_workers_that_train_and_runs_on_gpus_wait_for_is_asked_for_as_a_who
     monkeypatch.setattr(resources, "NODES_JOIN_WITHIN_S", 0.0)
     cluster_of(monkeypatch, (8, 2, True))
     with pytest.raises(ComputeError, match="for room for 3 workers"):
-        expect_training_room(WorkerResources(2, 1), 3, wait=True)
+        expect_training_room(Resources(2, 1), 3, wait=True)
     cluster_of(monkeypatch, (8, 0, True))
     with pytest.raises(ComputeError, match="for a node with a GPU"):
         wait_for_gpus(ResourcesSection(), True)
@@ -175,12 +175,12 @@ def test_each_wait_for_room_is_said_once(
     monkeypatch.setattr(resources, "time", SimpleNamespace(monotonic=lambda: now[0]))
     room = [1]
 
-    def looked(worker: WorkerResources) -> int:
+    def looked(worker: Resources) -> int:
         looks.append(now[0])
         return room[0]
 
     monkeypatch.setattr(resources, "capacity", looked)
-    monitor = CapacityMonitor("identify", WorkerResources(1, 0))
+    monitor = CapacityMonitor("identify", Resources(1, 0))
 
     def said(until: float, running: bool) -> list[str]:
         caplog.clear()

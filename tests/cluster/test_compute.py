@@ -15,7 +15,7 @@ from ray.exceptions import OutOfDiskError
 
 from cluster.compute import RayCompute, on_ray
 from cluster.connection import require_absolute_paths
-from cluster.resources import WorkerResources
+from cluster.resources import Resources
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile
 from defuse_core.errors import ComputeError, DataError, RunBusyError, RunFileError
@@ -154,13 +154,13 @@ def test_a_run_that_computed_on_gpus_waits_for_them_with_a_word_on_how_to_go_on_
     run.spec = tiny(resources={"gpus_per_worker": 0})
     with on_ray("head:6379")(run) as compute:
         assert compute.task("train", shouting, "a") == "A"
-    run.spec, seen = tiny(), [WorkerResources(2, 1)]
+    run.spec, seen = tiny(), [Resources(2, 1)]
     run.store.write("manifest.json", b'{"device": "cpu (AVX2)"}')
     with on_ray("head:6379")(run) as compute:
         assert compute.task("train", shouting, "a") == "A"
         monkeypatch.setattr("cluster.resources.nodes", lambda: seen)
         compute._join_cluster()
-        seen[0] = WorkerResources(2, 0)  # the nodes with GPUs are lost
+        seen[0] = Resources(2, 0)  # the nodes with GPUs are lost
         with pytest.raises(ComputeError, match="for a node with a GPU"):
             compute.task("train", shouting, "a")
 

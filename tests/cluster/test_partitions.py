@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster.compute import RayCompute
-from cluster.resources import WorkerResources
+from cluster.resources import Resources
 from defuse_core.artifacts import Models, Psi, Shard
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import RunBusyError, RunFileError, StoreError
@@ -62,7 +62,7 @@ def test_fewer_nodes_than_the_run_file_asks_for_are_an_error_at_connection_alone
     spec, store = tiny(**SPEC), FolderStore(tmp_path / "run")
     with RayCompute(None, spec) as compute:
         compute.task("train", shouting, "a")
-        monkeypatch.setattr("cluster.resources.nodes", lambda: [WorkerResources(1, 0)])
+        monkeypatch.setattr("cluster.resources.nodes", lambda: [Resources(1, 0)])
         parts = compute.partitions("distill", load_numbers, [(tmp_path / "loads", n) for n in range(3)])
         assert parts.map(add, 1) == [1, 6, 11]
         assert_equal_psi(compute.identify(spec, tiny_models, store), local_psi)

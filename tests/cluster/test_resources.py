@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.compute import RayCompute
-from cluster.resources import WorkerResources, claim_devices, fitting
+from cluster.resources import Resources, claim_devices, fitting
 from defuse_core.artifacts import Corrections, Models, Psi
 from defuse_core.codec import encode
 from defuse_core.local import LocalCompute
@@ -167,19 +167,17 @@ def test_a_gpu_that_fails_in_one_process_costs_that_process_and_not_the_run(
 @pytest.mark.parametrize(
     ("node", "worker", "workers"),
     [
-        (WorkerResources(8, 0), WorkerResources(1, 0), 8),
-        (WorkerResources(8, 4), WorkerResources(1, 1), 4),
-        (WorkerResources(2, 4), WorkerResources(1, 1), 2),
-        (WorkerResources(8, 4), WorkerResources(1, 2), 2),
-        (WorkerResources(8, 3), WorkerResources(1, 2), 1),
-        (WorkerResources(16, 2), WorkerResources(1, 0.5), 4),
-        (WorkerResources(16, 2), WorkerResources(1, 0.4), 4),
-        (WorkerResources(16, 0), WorkerResources(1, 0.5), 0),
-        (WorkerResources(3, 0), WorkerResources(2, 0), 1),
-        (WorkerResources(1, 0), WorkerResources(0.25, 0), 4),
+        (Resources(8, 0), Resources(1, 0), 8),
+        (Resources(8, 4), Resources(1, 1), 4),
+        (Resources(2, 4), Resources(1, 1), 2),
+        (Resources(8, 4), Resources(1, 2), 2),
+        (Resources(8, 3), Resources(1, 2), 1),
+        (Resources(16, 2), Resources(1, 0.5), 4),
+        (Resources(16, 2), Resources(1, 0.4), 4),
+        (Resources(16, 0), Resources(1, 0.5), 0),
+        (Resources(3, 0), Resources(2, 0), 1),
+        (Resources(1, 0), Resources(0.25, 0), 4),
     ],
 )
-def test_a_gpu_is_shared_in_whole_parts_only(
-    node: WorkerResources, worker: WorkerResources, workers: int
-) -> None:
+def test_a_gpu_is_shared_in_whole_parts_only(node: Resources, worker: Resources, workers: int) -> None:
     assert fitting(node, worker) == workers

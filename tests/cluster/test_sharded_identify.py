@@ -54,7 +54,7 @@ from tests.sample_components import FIT
 from tests.waiting import WAIT_S, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-SHARDS = 10  # of the tiny run
+SHARDS = 10  # shards of the tiny run
 
 
 @settings(

@@ -15,7 +15,7 @@ from ray.train import WorkerGroupError
 
 from cluster.compute import RayCompute
 from cluster.ray_train_tune import _cause, _trainer, _worker
-from cluster.resources import WorkerResources
+from cluster.resources import Resources
 from defuse_core.artifacts import Checkpoint
 from defuse_core.codec import decode
 from defuse_core.config import RunFile
@@ -28,7 +28,7 @@ from tests.cluster.fakes import note_working_dir, train_part_dying_once, train_p
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-TOLERANCE = 2e-4  # of weights around 0.1, after three epochs
+TOLERANCE = 2e-4  # difference of weights around 0.1, after three epochs
 
 
 def together(**sections: dict[str, object]) -> RunFile:
@@ -103,7 +103,7 @@ def test_gpus_that_a_worker_was_not_granted_are_hidden_before_ray_looks_for_them
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     visible = list[str]()
     monkeypatch.setattr("torch.cuda.is_available", lambda: visible.append(os.environ["CUDA_VISIBLE_DEVICES"]))
-    trainer = _trainer({}, 2, WorkerResources(1, 0), str(tmp_path))
+    trainer = _trainer({}, 2, Resources(1, 0), str(tmp_path))
     with trainer.backend_config.train_func_context():
         assert visible == [""]
 

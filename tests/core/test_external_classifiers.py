@@ -27,12 +27,10 @@ from defuse_core.models import (
 )
 from defuse_core.models.programs import load_program
 from defuse_core.pipeline import run_defuse
-from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.train import train
 from defuse_core.training.reference_models import ReferenceAnnotators
-from tests.conftest import tiny
+from tests.conftest import tiny, trained_models
 from tests.own_classifiers import digits, plain, trained
 
 
@@ -62,7 +60,7 @@ def test_a_program_answers_as_the_network_does_and_needs_no_file_afterwards(name
     caplog.set_level("INFO")
     path = SAVERS[name](tmp_path / name)
     spec = program_spec(path)
-    models = train(spec, progress=silent)
+    models = trained_models(spec)
     assert models.accuracy["train"] > 0.95
     path.unlink()
     images = digits()
@@ -359,7 +357,7 @@ def test_a_model_of_timm_is_made_by_name_with_local_weights(tmp_path):
         "epochs": 0,
     }
     spec = tiny(classifier=fields, vae={"epochs": 1}, data={"image_size": 32})
-    models = train(spec, progress=silent)
+    models = trained_models(spec)
     batch = torch.rand(4, 1, 32, 32)
     torch.testing.assert_close(load_classifier(spec, models.classifier, 10)(batch), net(batch))
     assert set(models.classifier) == set(weights_of(net))
@@ -372,7 +370,7 @@ def test_a_model_of_timm_is_made_by_name_with_local_weights(tmp_path):
 def test_a_model_of_timm_that_is_unknown_or_remote_is_refused(name, line):
     pytest.importorskip("timm")
     with pytest.raises(ModelError, match=line):
-        train(tiny(classifier={"architecture": "timm", "timm_model": name}), progress=silent)
+        trained_models(tiny(classifier={"architecture": "timm", "timm_model": name}))
 
 
 @pytest.mark.parametrize(("logits", "told"), [(1, True), (3, False)])

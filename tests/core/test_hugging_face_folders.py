@@ -16,9 +16,7 @@ from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier
 from defuse_core.models.adapters import with_stated_range
 from defuse_core.models.programs import class_names_of, open_transformers, transformers_from
-from defuse_core.protocols import silent
-from defuse_core.train import train
-from tests.conftest import tiny
+from tests.conftest import tiny, trained_models
 from tests.own_classifiers import digits
 
 
@@ -39,7 +37,7 @@ def test_a_folder_of_transformers_answers_as_the_library_does_and_needs_no_file_
     spec = tiny(
         classifier={"architecture": "transformers", "weights": str(folder), "epochs": 0}, vae={"epochs": 1}
     )
-    models = train(spec, progress=silent)
+    models = trained_models(spec)
     assert "the classifier returns more than logits; used: .logits" in caplog.text
     original = open_transformers(folder).eval()
     for file in folder.iterdir():

@@ -62,15 +62,15 @@ def test_pictures_that_are_stretched_are_counted(tmp_path: Path):
     for number, size in enumerate([(2 * width, height), (width, 3 * height), (41, 40)]):
         Image.fromarray(PIXELS[number]).resize(size).save(tmp_path / f"train/cat/{number}.png")
     line = "2 of 41 pictures looked at have sides that differ by over 10 % and are stretched to a square "
-    assert sum(noted.startswith(line) for noted in inspect_data(tmp_path).warnings) == 1
+    assert sum(noted.startswith(line) for noted in inspect_data(tmp_path).notes) == 1
 
 
 def test_arrays_of_an_npz_file_that_are_not_read_are_named(tmp_path: Path):
     parts = {"train_images": PIXELS, "train_labels": np.arange(40) % 2}
     np.savez(tmp_path / "own.npz", **parts)
-    before = inspect_data(tmp_path / "own.npz").warnings
+    before = inspect_data(tmp_path / "own.npz").notes
     np.savez(tmp_path / "own.npz", **parts, val_images=PIXELS, val_labels=np.arange(40) % 2)
-    line, *renames = [line for line in inspect_data(tmp_path / "own.npz").warnings if line not in before]
+    line, *renames = [line for line in inspect_data(tmp_path / "own.npz").notes if line not in before]
     assert renames == [
         f"'val_{kind}' is not read; rename it to validation_{kind} to use it" for kind in ("images", "labels")
     ]

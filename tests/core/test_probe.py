@@ -25,7 +25,7 @@ from defuse_core.models.probe import (
     rows_of_all_classes,
     warnings_of,
 )
-from defuse_core.suggest.classifier_inputs import probe_warnings, set_probed
+from defuse_core.suggest.classifier_inputs import probe_notes, set_probed
 from tests.conftest import tiny
 from tests.own_classifiers import IMAGENET, digits, trained
 
@@ -227,7 +227,7 @@ def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order(
     )
     written: dict[str, object] = {}
     assert (set_probed(written, probe), written) == ([], {})
-    assert probe_warnings(probe) == [f"the classifier is {line}"]
+    assert probe_notes(probe) == [f"the classifier is {line}"]
     assert warnings_of(probe, section(), names, 1.0) == [f"it is {line}"]
 
 
@@ -371,7 +371,7 @@ def test_outputs_of_a_sigmoid_are_warned_of_with_what_to_return(ends, caplog):
     check_outputs(net, section(), digits(), 10)
     assert not caplog.text  # `init` tries several sizes
     probe = probe_classifier(net, section(), digits(), list("0123456789"))
-    for told in (warnings_of(probe, section(), list("0123456789"), 1.0), probe_warnings(probe)):
+    for told in (warnings_of(probe, section(), list("0123456789"), 1.0), probe_notes(probe)):
         assert any("if it ends in one, return what its sigmoid is given" in line for line in told) == (
             ends == "sigmoid"
         )

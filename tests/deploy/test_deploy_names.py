@@ -14,7 +14,7 @@ import click
 import pytest
 from shipped import DEPLOY, ROOT, command_lines, compose, document, instructions, load
 
-OTHERS = {  # as their owners document them; services/settings.py's and Ray's names are looked up in the code
+OTHERS = {  # their owners document them; services/settings.py's and Ray's names are looked up in the code
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL",  # boto3
     "POSTGRES_DB", "POSTGRES_USER", "POSTGRES_PASSWORD_FILE",  # the postgres image
     "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",  # the NVIDIA container runtime

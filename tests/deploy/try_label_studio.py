@@ -21,7 +21,7 @@ import httpx
 from shipped import ENVIRONMENT, compose
 
 from services.labeling.local_server import Installation
-from services.settings import read_settings
+from services.settings import read_environment
 from tests.ports import free_port
 
 WAIT_S = 240.0
@@ -97,7 +97,7 @@ def main() -> None:
     }
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder)} | service["environment"] | places
     environment["LABEL_STUDIO_HOST"] = f"http://127.0.0.1:{port}"
-    program = Installation(read_settings().cache).program
+    program = Installation(read_environment().cache).program
     command = [
         word.replace("0.0.0.0", "127.0.0.1").replace("8080", str(port)) for word in service["command"][1:]
     ]

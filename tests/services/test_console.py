@@ -73,7 +73,7 @@ def test_a_terminal_shows_one_bar_with_count_rate_and_time_left(monkeypatch):
         display.begun["training the β-VAE"] = (console.time.monotonic() - 2, 0)
         display("training the β-VAE", 500, 1000, "images")
         display.bars.refresh()
-        display("fitting the mixture", 0, 1, "fits")
+        display("fitting the mixture")
         display.bars.refresh()
         assert [task.description for task in display.bars.tasks] == ["fitting the mixture"]
     said = shown.getvalue()
@@ -102,7 +102,7 @@ def test_text_in_a_warning_beside_a_bar_cannot_act_on_the_terminal_and_has_no_co
 
 
 def test_a_long_activity_in_one_piece_is_named_when_it_begins(clock, caplog):
-    ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture", 0, 1, "fits")
+    ProgressDisplay(Console(file=io.StringIO()))("fitting the mixture")
     assert caplog.messages == ["fitting the mixture"]
 
 

@@ -19,7 +19,7 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile, dump_run_file
 from defuse_core.files import digest_of
 from defuse_core.pipeline import EVALUATION, expect_may_go_on
-from defuse_core.runs import SETTINGS, WEIGHTS, Run
+from defuse_core.runs import RECORDED_FIELDS, WEIGHTS, Run
 from defuse_core.store import FolderStore
 from services.serving import candidate
 from services.serving.candidate import Candidate, prepare_candidate
@@ -36,7 +36,7 @@ def opened(store: FolderStore) -> Run:
 
 def give_run_file(store: FolderStore, spec: RunFile) -> None:
     """Let the run have been made with another run file."""
-    store.delete(f"digits/{SETTINGS}")
+    store.delete(f"digits/{RECORDED_FIELDS}")
     store.write("digits/run.yaml", dump_run_file(spec).encode())
 
 
@@ -241,7 +241,7 @@ def test_a_lambda_is_added_to_a_stopped_run_that_has_the_name_of_a_removed_one_i
 ):
     where = ["--store", own_store.address]
     assert call(monkeypatch, capsys, "promote", "digits", *where, "--force", "a test")[0] == 0
-    for key in set(own_store.within("digits").list()) - {"run.yaml", SETTINGS, "models.safetensors"}:
+    for key in set(own_store.within("digits").list()) - {"run.yaml", RECORDED_FIELDS, "models.safetensors"}:
         own_store.delete(f"digits/{key}")
     spec = opened(own_store).spec
     more = spec.with_fields("correct", lambdas=(*spec.correct.lambdas, 20.0))

@@ -27,11 +27,9 @@ from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.files import filling
 from defuse_core.models import Decodings, build_classifier, weights_of
 from defuse_core.models.programs import load_program
-from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.train import train
-from tests.conftest import tiny
+from tests.conftest import tiny, trained_models
 from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import trained
 
@@ -123,7 +121,7 @@ def test_a_program_in_another_range_is_exported_for_images_from_0_to_1(store, tm
     torch.export.save(program, path)
     fields = {"architecture": "program", "weights": str(path), "epochs": 0, "input_range": "0..255"}
     spec = tiny(classifier=fields, vae={"epochs": 1})
-    models = train(spec, progress=silent)
+    models = trained_models(spec)
     run = Run.start(FolderStore(tmp_path / "runs"), "own", spec)
     run.store.write("models.safetensors", encode(models))
     run.store.write("sweep.safetensors", encode(Sweep((), SweepRow(1.0, 1, 0.0), models.classifier, ())))

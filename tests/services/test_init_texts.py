@@ -40,9 +40,9 @@ def test_the_name_of_a_file_adds_no_line_to_a_run_file(tmp_path):
         photographs=False,
         classes=("cat", "dog"),
         counts={"train": 20},
-        warnings=("such as x\ncheck: {max_loss: 1}\n#\x1b[2J.png",),
+        notes=("such as x\ncheck: {max_loss: 1}\n#\x1b[2J.png",),
     )
-    text = write_run_file(Plan({"vae": {"epochs": 3}}, 1.0, facts, Speeds(1, 1, 1, 1), None, facts.warnings))
+    text = write_run_file(Plan({"vae": {"epochs": 3}}, 1.0, facts, Speeds(1, 1, 1, 1), None, facts.notes))
     assert "# Note: such as x\\ncheck: {max_loss: 1}\\n#\\x1b[2J.png." in text.splitlines()
     assert yaml.safe_load(text) == {"vae": {"epochs": 3}}
 

@@ -40,18 +40,18 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
     splits = Splits(images, None, None, tuple(map(str, range(200))))
-    _, warnings = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
+    _, notes = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
     assert tree["review"]["reference"]["train_images"] == reference
     assert tree["judges"]["train_images"] == reference
     assert tree["correct"]["train_images"] == correct
     line = "the reference models and judges are trained on 15 images of the rarest class, too few"
-    assert any(warning.startswith(line) for warning in warnings) == few
+    assert any(note.startswith(line) for note in notes) == few
 
 
 def sized(
     classes: int, each: int, tracks: int | None = None, size: int = 32, **vae: object
 ) -> tuple[dict, list[str]]:
-    """Return the plan for so many images of each class, and its warnings; `tracks` images show one object."""
+    """Return the plan for so many images of each class, and its notes; `tracks` images show one object."""
     labels = np.repeat(np.arange(classes), each)
     of_track = None if tracks is None else np.arange(len(labels)) // tracks
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, of_track)
@@ -72,8 +72,8 @@ def sized(
     ],
 )
 def test_classes_of_too_few_photographs_for_any_scenario_are_told(each, tracks, decode, told):
-    tree, warnings = sized(50, each, tracks, decode=decode)
-    (line,) = [line for line in warnings if "for a scenario" in line] or [None]
+    tree, notes = sized(50, each, tracks, decode=decode)
+    (line,) = [line for line in notes if "for a scenario" in line] or [None]
     assert (line is None) == (told is None)
     if line is not None:
         what = "photographs" if tracks is None else "tracks"
@@ -85,8 +85,8 @@ def test_classes_of_too_few_photographs_for_any_scenario_are_told(each, tracks, 
 
 @pytest.mark.parametrize(("classes", "told"), [(100, False), (101, True)])
 def test_pretrained_reference_models_and_judges_are_named_where_there_are_many_classes(classes, told):
-    tree, warnings = sized(classes, 100)
-    (line,) = [line for line in warnings if "learn few of" in line] or [None]
+    tree, notes = sized(classes, 100)
+    (line,) = [line for line in notes if "learn few of" in line] or [None]
     assert (line is not None) == told
     if line is not None:
         fields = "review.reference.architecture: custom, import_path, count: 1 and epochs: 0, and the same of judges"
@@ -100,11 +100,11 @@ def test_pretrained_reference_models_and_judges_are_named_where_there_are_many_c
     ("classes", "codes", "most"), [(20, None, 0), (43, None, 215), (1000, 320_000, 5000)]
 )
 def test_the_lightest_component_of_many_classes_has_twice_as_many_codes_as_dimensions(classes, codes, most):
-    tree, warnings = sized(classes, 20, latent_dim=32)
+    tree, notes = sized(classes, 20, latent_dim=32)
     distill = parse_run_file(tree, "it").distill
     assert tree["distill"].get("max_codes") == codes
     assert distill.max_codes * distill.min_weight >= 2 * 32
-    told = [line for line in warnings if "candidate scenarios" in line]
+    told = [line for line in notes if "candidate scenarios" in line]
     assert told == [
         f"up to {most:,} candidate scenarios may be found, each with 10 pictures to review; raise "
         "distill.min_weight for fewer"
@@ -159,7 +159,7 @@ def test_validation_images_that_stay_on_disk_are_read_by_processes_and_planned_f
     assert "resources" not in in_memory.tree and on_disk.tree["resources"] == {"readers": 1}
     assert on_disk.tree["vae"] == in_memory.tree["vae"]  # the training images are not read from files
     assert on_disk.minutes > in_memory.minutes
-    assert "of them for validation and test images; give" in " ".join(on_disk.warnings)
+    assert "of them for validation and test images; give" in " ".join(on_disk.notes)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,10 @@ def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_
 ):
     images = Images(np.zeros((count, 1, 8, 8), np.uint8), np.arange(count) % 2)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
-    _, warnings = _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True)
+    _, notes = _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True)
     line = "the reference models and judges are trained for 8 epochs, and need about 21 on so few images"
-    assert any(warning.startswith(line) for warning in warnings) is ((count, speed) == (1560, 1e3))
-    assert sum("are trained for" in warning for warning in warnings) == ((count, speed) == (1560, 1e3))
+    assert any(note.startswith(line) for note in notes) is ((count, speed) == (1560, 1e3))
+    assert sum("are trained for" in note for note in notes) == ((count, speed) == (1560, 1e3))
     reference, judges = tree["review"]["reference"], tree["judges"]
     few = count < 5000
     assert (reference["batch_size"], reference["epochs"]) == (batch, epochs)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from defuse_core.errors import InputError
-from services.settings import fits_a_header, read_settings, share_cores, variables
+from services.settings import fits_a_header, read_environment, share_cores, variables
 
-FIELDS = {  # of each variable that is text
+FIELDS = {  # field of each variable that is text
     "RAY_ADDRESS": "ray_address",
     "RAY_API_SERVER_ADDRESS": "ray_dashboard",
     "LABEL_STUDIO_URL": "label_studio_url",
@@ -31,27 +31,27 @@ def test_each_variable_is_a_field_of_its_own_and_an_empty_one_is_unset_except_fo
 ):
     for name in FIELDS:
         monkeypatch.setenv(name, f"value of {name}")
-    found = asdict(read_settings())
+    found = asdict(read_environment())
     assert {name: found[field] for name, field in FIELDS.items()} == {
         name: f"value of {name}" for name in FIELDS
     }
     for name in FIELDS:
         monkeypatch.setenv(name, "")
-    found = asdict(read_settings())
+    found = asdict(read_environment())
     assert found.pop("serve_token") == ""
     assert {found[field] for field in FIELDS.values() if field in found} == {None}
 
 
 def test_the_line_break_of_a_file_is_no_part_of_a_key(monkeypatch):
     monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "a key\n")
-    assert read_settings().serve_token == "a key"
+    assert read_environment().serve_token == "a key"
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_switch_turns_on_its_own_field_alone(monkeypatch, name):
     for switch in SWITCHES:
         monkeypatch.setenv(switch, str(int(switch == name)))
-    found = asdict(read_settings())
+    found = asdict(read_environment())
     assert [switch for switch, field in SWITCHES.items() if found[field]] == [name]
 
 
@@ -59,7 +59,7 @@ def test_no_log_of_the_settings_shows_a_secret(monkeypatch):
     secret = ("API_KEY", "TOKEN", "SECRET_ACCESS_KEY", "TRACKING_URI")
     for name in FIELDS:
         monkeypatch.setenv(name, f"value of {name}")
-    shown = repr(read_settings())
+    shown = repr(read_environment())
     assert [name for name in FIELDS if f"value of {name}'" not in shown] == [
         name for name in FIELDS if name.endswith(secret)
     ]
@@ -72,7 +72,7 @@ def test_a_token_is_read_without_the_space_around_it_and_one_of_space_alone_is_n
     monkeypatch, given, token
 ):
     monkeypatch.setenv("DEFUSE_SERVE_TOKEN", given)
-    assert read_settings().serve_token == token
+    assert read_environment().serve_token == token
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_header_holds_one_word_of_ascii_signs(token, fits):
 def test_the_cache_is_ones_own_or_below_that_of_the_desktop(monkeypatch, own, of_the_desktop, found):
     monkeypatch.setenv("DEFUSE_CACHE", own)
     monkeypatch.setenv("XDG_CACHE_HOME", of_the_desktop)
-    assert read_settings().cache == Path(found)
+    assert read_environment().cache == Path(found)
 
 
 def test_idle_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
@@ -126,24 +126,24 @@ def test_a_job_gets_variables_that_are_set_empty_ones_included(monkeypatch):
 )
 def test_a_switch_is_on_or_off(monkeypatch, value, on):
     monkeypatch.setenv("DEFUSE_FORWARDED_FOR", value)
-    assert read_settings().forwarded_for == on
+    assert read_environment().forwarded_for == on
 
 
 @pytest.mark.parametrize("value", ["n", "disabled", "2"])
 def test_any_other_value_of_a_switch_is_an_error_that_names_it(monkeypatch, value):
     monkeypatch.setenv("DEFUSE_FORWARDED_FOR", value)
     with pytest.raises(InputError, match=f"DEFUSE_FORWARDED_FOR: expected 1 or 0 .* found '{value}'"):
-        read_settings()
+        read_environment()
 
 
 def test_switches_are_off_where_they_are_not_set(monkeypatch):
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
-    settings = read_settings()
-    assert not settings.forwarded_for
+    found = read_environment()
+    assert not found.forwarded_for
 
 
 def test_a_cache_below_an_unknown_home_does_not_keep_the_other_settings_from_being_read(monkeypatch):
     monkeypatch.setenv("DEFUSE_CACHE", "~nosuchuser/cache")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert read_settings().ray_address == "head:6379"
+    assert read_environment().ray_address == "head:6379"

@@ -25,7 +25,7 @@ from defuse_core.errors import InputError, LabelsPending, StoreError
 from defuse_core.report.build import build_report
 from defuse_core.runs import FROM_SWEEP, ReachedStep, Run
 from defuse_core.store import FolderStore
-from services.settings import read_settings
+from services.settings import read_environment
 from services.tracking import DEFAULTS, FIRST_REQUEST, expect_mlflow, tracking
 from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, one_line
@@ -72,7 +72,7 @@ def run(tmp_path: Path, tiny_spec, tiny_models: Models) -> Run:
 
 def send(run: Run, end: type[BaseException] | None = None) -> None:
     """Track a command that only ends, by this exception if one is given."""
-    with pytest.raises(end) if end else contextlib.nullcontext(), tracking(run, read_settings()):
+    with pytest.raises(end) if end else contextlib.nullcontext(), tracking(run, read_environment()):
         if end is not None:
             raise end("train")
 
@@ -188,12 +188,12 @@ def test_what_follows_from_an_overruled_verdict_is_another_mlflow_run(server, ru
 def test_no_log_shows_the_password_of_the_servers_address(run, monkeypatch, caplog, password):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ana:{password}@127.0.0.1:9")
-    expect_mlflow(read_settings())
+    expect_mlflow(read_environment())
     send(run)
     lines = [record.getMessage() for record in caplog.records]
     assert "the server cannot be used" in lines[0]
     assert any("is not tracked" in line for line in lines)
-    assert not any(word in "".join(lines) + repr(read_settings()) for word in ("sesame", "ses", "ana:"))
+    assert not any(word in "".join(lines) + repr(read_environment()) for word in ("sesame", "ses", "ana:"))
 
 
 def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch):
@@ -201,10 +201,10 @@ def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame\n")
     with pytest.raises(InputError, match="MLFLOW_TRACKING_TOKEN holds a line break") as refused:
-        expect_mlflow(read_settings())
+        expect_mlflow(read_environment())
     assert "sesame" not in str(refused.value)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "sesame")
-    expect_mlflow(read_settings())
+    expect_mlflow(read_environment())
 
 
 def test_a_server_that_is_down_costs_one_line_and_the_run_is_tracked_later(server, run, monkeypatch, caplog):
@@ -225,7 +225,7 @@ def test_a_server_that_never_answers_holds_up_the_start_for_one_short_timeout(mo
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        expect_mlflow(read_settings())
+        expect_mlflow(read_environment())
         assert time.monotonic() - started < float(DEFAULTS["MLFLOW_HTTP_REQUEST_TIMEOUT"])
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "no figure is logged unless it answers at the end" in line
@@ -254,7 +254,7 @@ def test_a_server_that_redirects_such_that_nothing_could_be_sent_is_warned_of_at
         moved.status = status
         threading.Thread(target=moved.serve_forever, args=(0.01,), daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{moved.server_port}")
-        expect_mlflow(read_settings())
+        expect_mlflow(read_environment())
         moved.shutdown()
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert ["301" in line and "must not redirect" in line for line in told] == [True] * (status == 301)
@@ -310,10 +310,10 @@ from pathlib import Path
 from defuse_core.config import load_run_file
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.settings import read_settings
+from services.settings import read_environment
 from services.tracking import tracking
 run = Run.start(FolderStore(Path(sys.argv[1])), "digits", load_run_file(Path("deploy/runs/digits.yaml")))
-with tracking(run, read_settings()):
+with tracking(run, read_environment()):
     assert "mlflow" not in sys.modules
 from mlflow.telemetry import get_telemetry_client
 assert get_telemetry_client() is None

@@ -19,7 +19,7 @@ from defuse_core.config import DataSection
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.seeds import generator
 
-PAINTED_SHARE = 0.06  # of all images, for each painted trait
+PAINTED_SHARE = 0.06  # share of all images, for each painted trait
 SIGNS_SHARE = 0.12  # the classes of the signs are smaller
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from defuse_core.protocols import silent
 from defuse_core.report.build import seen_in_training_images
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.runs import ReachedStep, Run
-from defuse_core.store import Store
+from defuse_core.store import FolderStore, Store
 from defuse_core.train import train_classifier
 from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.bench.plants.baselines import EPSILON, View
@@ -107,9 +108,9 @@ def load(run: Run, kind: type[Any], key: str | None = None) -> Any:
 def train_spoilt(spec: RunFile, population: Population, spoilt: Images) -> Weights:
     """Return the weights of the run file's classifier, trained on spoilt images."""
     splits = population.splits()
-    with cpu_threads(spec.resources.train_threads):
+    with cpu_threads(spec.resources.train_threads), tempfile.TemporaryDirectory() as folder:
         classifier, _ = train_classifier(
-            spec, type(splits)(spoilt, splits.validation, None, splits.classes), None, silent
+            spec, type(splits)(spoilt, splits.validation, None, splits.classes), FolderStore(folder), silent
         )
     return weights_of(classifier)
 

@@ -82,7 +82,7 @@ def test_an_orientation_that_is_not_applied_is_named(tmp_path: Path, suffix: str
     save_turned(root / f"train/cat/turned.{suffix}")
     (line,) = lines(root)
     assert line.startswith("1 of 21 training images looked at have an EXIF orientation, which is ignored")
-    assert line in inspect_data(root).warnings
+    assert line in inspect_data(root).notes
 
 
 def test_a_tiff_is_turned_by_its_orientation_without_a_line(tmp_path: Path):
@@ -117,7 +117,7 @@ def test_a_run_warns_of_odd_images_and_init_notes_them(tmp_path: Path, caplog: p
         log_parts(data, open_splits(data, 0))
     warned = [record.getMessage() for record in caplog.records]
     assert [line.startswith("images: 20 of 20 training images looked at") for line in warned] == [True] * 3
-    noted = inspect_data(tmp_path).warnings
+    noted = inspect_data(tmp_path).notes
     assert [line for line in noted if "looked at" in line] == [
         line.removeprefix("images: ") for line in warned
     ]
@@ -129,7 +129,7 @@ def test_test_and_validation_images_are_looked_at_as_training_images_are(tmp_pat
         (root / part / "dog").mkdir(parents=True)
         save_picture(root / part / "cat" / f"{part}.png", picture)
     save_turned(root / "test" / "cat" / "turned.png")
-    assert [" ".join(line.split()[:9]) for line in inspect_data(root).warnings if "looked at" in line] == [
+    assert [" ".join(line.split()[:9]) for line in inspect_data(root).notes if "looked at" in line] == [
         "1 of 2 test images looked at have an",
         "1 of 1 validation images looked at have sides",
         "1 of 1 validation images looked at are coloured,",
@@ -160,7 +160,7 @@ def test_test_images_that_are_training_images_are_counted_with_an_example(tmp_pa
     example = f"such as {root}/test/cat/t0.png, which is {root}/train/dog/17.png"
     (line,) = shared_images(open_splits(section("folder", root), 0))
     assert line.startswith(f"3 of 13 test images looked at are also training images, {example}; they make ")
-    assert line in inspect_data(root).warnings
+    assert line in inspect_data(root).notes
     log_parts(section("folder", root), open_splits(section("folder", root), 0))
     assert f"images: {line}" in caplog.messages
 

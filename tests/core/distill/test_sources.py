@@ -71,7 +71,7 @@ def test_the_share_of_wrong_images_gives_back_how_many_there_are(wrong):
         assert certain_source_error(stored).tolist() == exact.tolist()
 
 
-FRAMES = 3  # of a track
+FRAMES = 3  # frames per track
 Hypergraph = list[list[int]]  # the units of each component
 
 

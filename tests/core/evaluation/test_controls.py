@@ -29,10 +29,10 @@ from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
-from defuse_core.report.correction_notices import no_better_than_plain_training, unconfirmed
+from defuse_core.report.correction_caveats import no_better_than_plain_training, unconfirmed
 from defuse_core.report.formatting import numbers_text, spread_of
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.runs import FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, SETTINGS, Run
+from defuse_core.runs import FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, RECORDED_FIELDS, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import trial_key
@@ -227,7 +227,13 @@ def finished(tmp_path_factory, judged_run, no_figures_in_module):
     """A finished run without failures that nobody reviewed, and its report. It has the verdicts of `judged_run`."""
     spec = judged_run.spec.with_fields("correct", unreviewed=False)
     run = Run.start(FolderStore(tmp_path_factory.mktemp("plain")), "a", spec)
-    own = ("run.yaml", SETTINGS, "trials/", "report.", *FROM_VERDICTS[FROM_VERDICTS.index("corrections") :])
+    own = (
+        "run.yaml",
+        RECORDED_FIELDS,
+        "trials/",
+        "report.",
+        *FROM_VERDICTS[FROM_VERDICTS.index("corrections") :],
+    )
     for key in judged_run.store.list():
         if not key.startswith(own):
             run.store.write(key, judged_run.store.read(key))
@@ -316,7 +322,7 @@ def test_a_correction_that_is_worse_than_each_plain_training_is_told_apart(finis
     assert f"is worse than plain further training (λ = 0) on: {numbers_text(worse)}" in text
 
 
-def test_the_notice_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:
+def test_the_caveat_on_left_out_scenarios_is_of_those_with_a_new_confusion(finished) -> None:
     _, report = finished
     evidence = report.evidence
     one = evidence.against_plain.scenarios.model_copy(update={"better": 9, "worse": 8, "p_value": 1.0})

@@ -16,8 +16,8 @@ from defuse_core.config import parse_run_file
 from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
+from defuse_core.report.caveats import worse_judges
 from defuse_core.report.formatting import sweep_text
-from defuse_core.report.notices import worse_judges
 from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS

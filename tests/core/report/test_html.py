@@ -319,7 +319,7 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
     assert "1 answer not counted:" in text
     assert "annotator-7 no label was chosen" in text
     assert "annotators saw the models' answer" in text
-    assert any(notice.startswith("Answers were preselected.") for notice in report.caveats)
+    assert any(caveat.startswith("Answers were preselected.") for caveat in report.caveats)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -344,7 +344,7 @@ def test_images_without_an_answer_are_counted_apart(tmp_path: Path, early: list[
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_a_notice(tmp_path: Path):
+def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_a_caveat(tmp_path: Path):
     found, evaluation = sample_findings(3, 2)
     assert not [text for text in report_of((found, evaluation), tmp_path).caveats if "majority's" in text]
     labels = found.verdicts.image_labels.copy()
@@ -353,8 +353,8 @@ def test_images_whose_label_is_not_the_majoritys_are_counted_on_the_page_and_in_
     run = sample_run(tmp_path / "overruled")
     report = write_report(run, finished_run(dataclasses.replace(found, verdicts=verdicts), evaluation))
     assert report.votes.not_majority == 1
-    (notice,) = [text for text in report.caveats if text.startswith("Not every label is the majority's.")]
-    assert " 1 of " in notice and " has a label that" in notice
+    (caveat,) = [text for text in report.caveats if text.startswith("Not every label is the majority's.")]
+    assert " 1 of " in caveat and " has a label that" in caveat
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert "label is not the majority's 1" in text
 

@@ -24,7 +24,7 @@ def test_augmented_images_are_still_images_and_each_is_changed_its_own_way():
 
 
 SIDE = 32
-PLACES = (np.arange(SIDE) + 0.5) * 2 / SIDE - 1  # of pixels, in half sides from the centre
+PLACES = (np.arange(SIDE) + 0.5) * 2 / SIDE - 1  # centres of pixels, in half sides from the centre
 CENTRE = slice(SIDE // 4, 3 * SIDE // 4)  # so far from the border that no augmentation reaches it
 
 

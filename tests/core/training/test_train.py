@@ -19,7 +19,7 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import FolderStore
 from defuse_core.train import _expect_validation, train, train_part, train_side_by_side
 from defuse_core.training import minibatches, set_learning_rate
-from tests.conftest import tiny
+from tests.conftest import tiny, trained_models
 from tests.core.test_models import LinearAutoencoder
 
 
@@ -32,7 +32,7 @@ def test_training_learns(tiny_models):
 
 def test_the_weight_of_kl_grows_linearly_and_then_stays():
     spec = tiny(vae={"epochs": 4, "beta": 0.3, "kl_warmup_steps": 40}, classifier={"epochs": 1})
-    history = train(spec, progress=silent).vae_history  # 19 steps an epoch
+    history = trained_models(spec).vae_history  # 19 steps an epoch
     assert [row.beta for row in history] == pytest.approx([0.3 * 19 / 40, 0.3 * 38 / 40, 0.3, 0.3])
 
 
@@ -69,7 +69,7 @@ def test_the_papers_vae_is_trained_by_plain_adam_on_reconstruction_plus_weighted
                 optimizer.zero_grad(set_to_none=True)
                 (loss + beta * (kl.sum() / len(batch))).backward()
                 optimizer.step()
-    ours = train(spec, progress=silent).vae
+    ours = trained_models(spec).vae
     for name, tensor in vae.state_dict().items():
         np.testing.assert_array_equal(ours[name], tensor.cpu().numpy())
 
@@ -85,7 +85,7 @@ RECOMMENDED_VAE = {
 
 @pytest.fixture(scope="module")
 def convolutional() -> Models:
-    return train(tiny(vae=RECOMMENDED_VAE, classifier={"epochs": 1}), progress=silent)
+    return trained_models(tiny(vae=RECOMMENDED_VAE, classifier={"epochs": 1}))
 
 
 def test_the_convolutional_vae_learns_faster_than_the_papers(convolutional, tiny_models):
@@ -136,7 +136,7 @@ def test_a_custom_vae_with_no_epochs_is_used_unchanged():
         "import_path": "tests.core.training.test_train:ready_autoencoder",
         "epochs": 0,
     }
-    models = train(tiny(vae=vae, classifier={"epochs": 1}), progress=silent)
+    models = trained_models(tiny(vae=vae, classifier={"epochs": 1}))
     assert models.vae_history == ()
     for name, tensor in ready_autoencoder().state_dict().items():
         np.testing.assert_array_equal(models.vae[f"module.{name}"], tensor.numpy())
@@ -148,7 +148,7 @@ def test_a_custom_vae_can_be_trained():
         "import_path": "tests.core.training.test_train:ready_autoencoder",
         "epochs": 4,
     }
-    history = train(tiny(vae=vae, classifier={"epochs": 1}), progress=silent).vae_history
+    history = trained_models(tiny(vae=vae, classifier={"epochs": 1})).vae_history
     assert history[-1].reconstruction < 0.9 * history[0].reconstruction
 
 
@@ -172,7 +172,7 @@ def test_an_interrupted_training_of_a_vae_with_dropout_resumes_to_the_same_weigh
 
     path = "tests.core.training.test_train:WithDropout"
     spec = tiny(vae={"architecture": "custom", "import_path": path, "epochs": 4}, classifier={"epochs": 1})
-    whole = train(spec, progress=silent)
+    whole = trained_models(spec)
     with pytest.raises(KilledError):
         train(spec, FolderStore(tmp_path), progress=kill)
     resumed = train(spec, FolderStore(tmp_path), progress=silent)
@@ -182,7 +182,7 @@ def test_an_interrupted_training_of_a_vae_with_dropout_resumes_to_the_same_weigh
 
 def test_a_training_interrupted_in_each_part_resumes_to_the_same_weights_bit_for_bit(tmp_path, monkeypatch):
     spec = tiny(classifier={"epochs": 6}, vae={"epochs": 10})
-    whole = train(spec, progress=silent)
+    whole = trained_models(spec)
     monkeypatch.setattr("defuse_core.training.CHECKPOINT_EVERY_S", 0.0)
     classifier, vae = "training the classifier", "training the β-VAE"
 
@@ -215,7 +215,7 @@ def test_a_training_interrupted_in_each_part_resumes_to_the_same_weights_bit_for
 
 def test_another_seed_gives_other_weights():
     spec = tiny(classifier={"epochs": 1}, vae={"epochs": 1})
-    one, other = (train(spec.model_copy(update={"seed": seed}), progress=silent) for seed in (0, 1))
+    one, other = (trained_models(spec.model_copy(update={"seed": seed})) for seed in (0, 1))
     assert not np.array_equal(other.vae["decoder.0.weight"], one.vae["decoder.0.weight"])
 
 
@@ -224,7 +224,7 @@ def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
         classifier={"keep": "best_validation", "optimizer": "adam", "learning_rate": 0.02, "epochs": 8},
         vae={"epochs": 1},
     )
-    models = train(spec, progress=silent)
+    models = trained_models(spec)
     assert models.accuracy["validation"] == max(row.validation for row in models.classifier_history)
 
 
@@ -234,7 +234,7 @@ def test_the_best_epoch_on_validation_is_kept_where_the_run_file_says_so():
 )
 def test_choosing_by_validation_without_validation_images_is_refused_before_training(section, change):
     with pytest.raises(RunFileError, match=f"^{section}.*needs validation images"):
-        train(tiny(data={"validation_share": 0.0}, **{section: change}), progress=silent)
+        trained_models(tiny(data={"validation_share": 0.0}, **{section: change}))
 
 
 def test_a_classifier_that_is_not_trained_needs_no_validation_images_to_keep_its_best_epoch():
@@ -254,7 +254,7 @@ def test_a_classifier_that_is_not_trained_needs_no_validation_images_to_keep_its
 )
 def test_clean_accuracy_is_not_measured_on_other_images_than_before(sections, line):
     with pytest.raises(RunFileError, match=f"^{line}.*set data.validation_share"):
-        train(tiny(data={"validation_share": 0.0}, **sections), progress=silent)
+        trained_models(tiny(data={"validation_share": 0.0}, **sections))
 
 
 def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_models):
@@ -267,7 +267,7 @@ def test_pretrained_models_with_no_epochs_are_used_unchanged(tmp_path, tiny_mode
         classifier={"epochs": 0, "weights": tmp_path / "classifier.safetensors"},
         vae={"epochs": 0, "weights": tmp_path / "vae.safetensors"},
     )
-    models = train(spec, progress=silent)
+    models = trained_models(spec)
     assert models.accuracy == tiny_models.accuracy
     for part, shares in models.class_accuracy.items():
         np.testing.assert_array_equal(shares, tiny_models.class_accuracy[part])
@@ -283,7 +283,7 @@ def test_a_classifier_that_numbers_the_classes_otherwise_gets_a_warning(tmp_path
     }
     save_file(other, tmp_path / "other.safetensors")
     fields = {"epochs": 0, "weights": tmp_path / "other.safetensors"}
-    train(tiny(classifier=fields, vae={"epochs": 1}), progress=silent)
+    trained_models(tiny(classifier=fields, vae={"epochs": 1}))
     assert "does it number the classes in this order? 0, 1, 2" in caplog.text
     assert "train: the classifier is hardly better than guessing" in caplog.text
 
@@ -292,7 +292,8 @@ def test_vae_weights_that_do_not_fit_fail_before_the_classifier_is_trained(tmp_p
     save_file({"nothing": torch.zeros(1)}, tmp_path / "vae.safetensors")
     done = []
     with pytest.raises(ModelError, match=r"vae\.safetensors: the weights lack"):
-        train(tiny(vae={"weights": tmp_path / "vae.safetensors"}), progress=lambda *step: done.append(step))
+        spec = tiny(vae={"weights": tmp_path / "vae.safetensors"})
+        train(spec, FolderStore(tmp_path), progress=lambda *step: done.append(step))
     assert not done
 
 
@@ -305,7 +306,7 @@ def test_a_training_resumes_only_on_the_images_that_it_started_on(tmp_path):
 
 def test_a_diverged_training_is_an_error_of_one_line():
     with pytest.raises(ModelError, match="training the classifier diverged"):
-        train(tiny(classifier={"optimizer": "adam", "learning_rate": 1e30, "epochs": 3}), progress=silent)
+        trained_models(tiny(classifier={"optimizer": "adam", "learning_rate": 1e30, "epochs": 3}))
 
 
 def test_a_classifier_for_other_classes_is_refused_before_training():
@@ -313,7 +314,7 @@ def test_a_classifier_for_other_classes_is_refused_before_training():
         classifier={"architecture": "custom", "import_path": "tests.core.training.test_train:seven_classes"}
     )
     with pytest.raises(ModelError, match=r"expected logits of shape \(2, 10\) .* found \(2, 7\)"):
-        train(spec, progress=silent)
+        trained_models(spec)
 
 
 def seven_classes() -> torch.nn.Module:
@@ -330,7 +331,7 @@ def test_a_classifier_without_a_parameter_to_tune_is_refused_before_the_vae_is_t
     save_file({"1.weight": torch.zeros(10, 256), "1.bias": torch.zeros(10)}, weights)
     own = {"architecture": "custom", "import_path": "frozen_network:build", "weights": str(weights)}
     with pytest.raises(ModelError, match="expected parameters to fine-tune, found none"):
-        train(tiny(classifier=own | {"epochs": 0}), progress=silent)
+        trained_models(tiny(classifier=own | {"epochs": 0}))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +378,7 @@ def test_a_test_image_that_is_cut_off_is_refused_before_the_vae_is_trained(tmp_p
 def test_files_that_nothing_decodes_are_looked_at_by_one_of_two_trainings(tmp_path, monkeypatch):
     spec, seen = of_files(tmp_path / "pictures", classifier={"epochs": 1}, vae={"epochs": 1}), []
     monkeypatch.setattr("defuse_core.data._has_both_ends", lambda path: not seen.append(path))
-    train(spec, progress=silent)
+    trained_models(spec)
     train_part(spec, FolderStore(tmp_path / "a"), "classifier", progress=silent)
     assert not seen
     for _ in range(2):  # it looks although the other one has a checkpoint, and not again once it has its own

@@ -8,7 +8,7 @@ from defuse_core.artifacts import Votes
 from defuse_core.training.reference_models import Prelabels
 from services.labeling.tasks import TaskSubject
 
-TRUTH = (8, 3, 0, 1)  # of the scenarios
+TRUTH = (8, 3, 0, 1)  # classes of the scenarios
 
 
 def truth_of(subject: TaskSubject) -> str:

@@ -26,7 +26,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.labeling.annotators import LabelStudioAnnotators, connect
 from services.labeling.client import LabelStudioClient
-from services.settings import read_settings
+from services.settings import read_environment
 from tests.ports import free_port
 
 PAGE = "<!doctype html><html><body>Bad Gateway</body></html>"
@@ -172,7 +172,7 @@ def test_a_token_that_cannot_be_one_is_refused_without_repeating_it(token):
 
 
 def test_without_any_server_it_is_said_how_to_get_one(tmp_path):
-    nothing = replace(read_settings(), label_studio_url=None, label_studio_api_key=None, cache=tmp_path)
+    nothing = replace(read_environment(), label_studio_url=None, label_studio_api_key=None, cache=tmp_path)
     with pytest.raises(InputError, match="defuse label-studio up"):
         connect(nothing)
     with pytest.raises(InputError, match="LABEL_STUDIO_API_KEY is not"):
@@ -192,7 +192,7 @@ def test_the_token_is_in_no_log_no_repr_and_no_file_of_the_run(make_review, serv
 
 def test_a_server_that_is_missing_is_said_before_anything_is_computed(tmp_path):
     gone = replace(
-        read_settings(), label_studio_url=f"http://127.0.0.1:{free_port()}", label_studio_api_key="token"
+        read_environment(), label_studio_url=f"http://127.0.0.1:{free_port()}", label_studio_api_key="token"
     )
     run = review_run(tmp_path, digits_gallery())
     with pytest.raises(ServiceError, match="cannot be reached"):

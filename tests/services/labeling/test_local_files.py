@@ -29,7 +29,7 @@ from services.labeling.records import read_state, write_state
 from services.labeling.simulate import simulate
 
 SERVER = LocalServer("http://127.0.0.1:1", 1, 2**22 + 1, "admin@defuse.local", "password", "token")
-THROUGH_SH = "/bin/sh\n'''exec' \"{}\" \"$0\" \"$@\"\n' '''"  # as pip writes a path with a space
+THROUGH_SH = "/bin/sh\n'''exec' \"{}\" \"$0\" \"$@\"\n' '''"  # pip's first line where the path has a space
 
 
 @pytest.fixture

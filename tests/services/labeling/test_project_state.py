@@ -27,7 +27,7 @@ from services.labeling.records import (
     update_state,
     write_state,
 )
-from services.settings import read_settings
+from services.settings import read_environment
 
 
 def test_the_number_of_an_annotator_never_changes():
@@ -58,7 +58,7 @@ def test_a_pull_stores_nothing_in_a_run_that_is_deleted_meanwhile(tmp_path):
         for key in run.store.list():
             run.store.delete(key)
 
-    annotators = LabelStudioAnnotators(run, read_settings())
+    annotators = LabelStudioAnnotators(run, read_environment())
     annotators.client = SimpleNamespace(
         address="http://labels", organization=lambda: 1, project=lambda number: project,
         find_projects=lambda mark: [project], tasks=listed,
@@ -78,7 +78,7 @@ def planted_annotators(run, tasks, found, projects):
         projects[99] = Project(99, settings)
         return projects[99]
 
-    annotators = LabelStudioAnnotators(run, read_settings())
+    annotators = LabelStudioAnnotators(run, read_environment())
     annotators.client = SimpleNamespace(
         address="http://labels", organization=lambda: 1, project=projects.get, create_project=create,
         find_projects=lambda text: [each for each in projects.values() if text in each.settings.description],

@@ -20,11 +20,10 @@ from synthetic_runs import (
 from defuse_core.artifacts import Models
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Splits, open_splits
-from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from defuse_core.train import train
 from services.serving.candidate import Candidate, prepare_candidate
+from tests.conftest import trained_models
 from tests.ports import free_port
 from tests.waiting import wait_until
 
@@ -48,7 +47,7 @@ def good_spec(tiny_spec: RunFile) -> RunFile:
 
 @pytest.fixture(scope="session")
 def good_models(good_spec: RunFile) -> Models:
-    return train(good_spec, progress=silent)
+    return trained_models(good_spec)
 
 
 @pytest.fixture(scope="session")

@@ -276,12 +276,12 @@ def test_settings_of_a_version_come_from_its_own_run_file(resizing):
     put(resizing, "resizing")
     after = watcher.load_changes(begun)
     assert after is not None and after.production is not None
-    settings = after.production.settings
+    settings = after.production.section
     assert after.production.input_spec.resize and settings.watch_share == 0.02
     assert settings.batch_size == ServeSection().batch_size  # the server's, which all its versions share
     overridden = replica(resizing, InitialModel(), watch=False)
     assert (
-        overridden.production is not None and not overridden.production.settings.watch
+        overridden.production is not None and not overridden.production.section.watch
     )  # --set takes precedence over every run file
 
 

@@ -22,7 +22,7 @@ from services.cli.serve import serve
 from services.serving.active_versions import InitialModel
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
-from services.settings import read_settings
+from services.settings import read_environment
 from tests.waiting import wait_until
 
 IMAGE = {"Content-Type": "image/png"}
@@ -170,7 +170,7 @@ def test_a_replica_without_its_required_token_does_not_start(planted, monkeypatc
 
 def test_a_token_from_a_file_may_end_in_a_newline(monkeypatch):
     monkeypatch.setenv("DEFUSE_SERVE_TOKEN", "secret\n")
-    assert read_settings().serve_token == "secret"
+    assert read_environment().serve_token == "secret"
 
 
 @pytest.mark.parametrize(

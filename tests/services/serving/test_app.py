@@ -23,7 +23,7 @@ from services.serving.active_versions import InitialModel
 from services.serving.app import ClassifierIngress, build, classifier_deployment
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
-from services.serving.launch import ServeArgs, resolve_settings
+from services.serving.launch import ServeArgs, serve_section
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest
 
@@ -47,7 +47,7 @@ def test_a_replica_that_was_granted_no_gpu_sees_none(planted, ray_session):
 )
 def test_an_invalid_setting_is_named(planted, settings, words):
     with pytest.raises(InputError, match=words):
-        resolve_settings(ServeArgs(store=planted.address, run="first", settings=settings))
+        serve_section(ServeArgs(store=planted.address, run="first", settings=settings))
 
 
 @pytest.fixture
@@ -64,10 +64,10 @@ def test_settings_of_the_server_come_from_the_run_file_of_the_version_in_product
 ):
     serve = good_spec.serve.model_copy(update={"max_images": 7, "reservoir": 50})
     Run.start(promoted, "first", good_spec.model_copy(update={"serve": serve}))
-    settings = resolve_settings(ServeArgs(store=promoted.address))
+    settings = serve_section(ServeArgs(store=promoted.address))
     assert (settings.max_images, settings.reservoir) == (7, 50)
     promoted.delete("first/run.yaml")  # the version's copy is left
-    assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
+    assert serve_section(ServeArgs(store=promoted.address)) == good_spec.serve
 
 
 def test_settings_of_the_server_do_not_come_from_another_run_that_has_the_name_of_the_versions_run(
@@ -76,20 +76,20 @@ def test_settings_of_the_server_do_not_come_from_another_run_that_has_the_name_o
     run = Run.start(promoted, "first", good_spec.with_fields("serve", max_images=7))
     drawn = run.require(Gallery)
     run.store.write("gallery.safetensors", encode(dataclasses.replace(drawn, codes=drawn.codes + 1)))
-    assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
+    assert serve_section(ServeArgs(store=promoted.address)) == good_spec.serve
 
 
 @pytest.mark.parametrize("key", ["settings.json", "gallery.safetensors"])
 def test_settings_of_the_server_are_the_versions_own_where_its_run_is_damaged(key, promoted, good_spec):
     Run.start(promoted, "first", good_spec.with_fields("serve", max_images=7))
     promoted.write(f"first/{key}", b"cut")
-    assert resolve_settings(ServeArgs(store=promoted.address)) == good_spec.serve
+    assert serve_section(ServeArgs(store=promoted.address)) == good_spec.serve
 
 
 def test_a_server_starts_beside_a_damaged_version_and_warns(promoted, caplog):
     promoted.write("registry/versions/000001.safetensors", b"cut")
     promoted.delete("first/run.yaml")
-    assert resolve_settings(ServeArgs(store=promoted.address)) == ServeSection()
+    assert serve_section(ServeArgs(store=promoted.address)) == ServeSection()
     build(ServeArgs(store=promoted.address))
     assert "promote its run again, or restore the file; requests are answered 503 until then" in caplog.text
 

@@ -274,7 +274,7 @@ def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store,
     for _ in range(MIN_SECONDS):
         before.statistics.add_error()
     asyncio.run(compare())
-    assert before.statistics.reason_to_end(replica.settings) is not None
+    assert before.statistics.reason_to_end(replica.section) is not None
     assert replica.active is versions and replica.watcher.ended is None
 
 

@@ -29,7 +29,7 @@ from services.serving.limits import (
 )
 from tests.waiting import wait_until
 
-TIMEOUT_S = 40.0  # of the application: four times the default, for slow machines
+TIMEOUT_S = 40.0  # four times the application's default, for slow machines
 
 
 class SlowClients(threading.Thread):

@@ -19,7 +19,7 @@ from defuse_core.store import FolderStore
 from services.serving.api import build_api
 from services.serving.app import registry_changes
 from services.serving.monitoring import (
-    MAX_FAILURES,
+    LIVENESS_FAILURES,
     LivenessCheck,
     ServingMetrics,
     _exporters,
@@ -78,7 +78,7 @@ def nobody() -> str:
 
 
 def ask(check: LivenessCheck) -> None:
-    for _ in range(3 * MAX_FAILURES):
+    for _ in range(3 * LIVENESS_FAILURES):
         check()
 
 
@@ -93,7 +93,7 @@ def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_nod
                 Registry(FolderStore(tmp_path)), shutdown, check=LivenessCheck(url), has_model=True
             )
         )
-    assert shutdown.waits == MAX_FAILURES and failure.value.exit_code == 4
+    assert shutdown.waits == LIVENESS_FAILURES and failure.value.exit_code == 4
     assert [record.getMessage() for record in caplog.records] == [
         f"nothing answers at {url}, and Ray, which would start a replica, has ended (one of its processes died, "
         "as when memory is short)"
@@ -130,7 +130,7 @@ def test_a_replica_that_is_replaced_is_no_failure_however_long_it_takes(monkeypa
 
 def test_the_command_ends_where_its_application_was_deleted_from_a_cluster(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [NODE])
-    found = [True, None, None, True, *[None] * MAX_FAILURES]
+    found = [True, None, None, True, *[None] * LIVENESS_FAILURES]
     check = LivenessCheck(nobody(), lambda: found.pop(0))
     with pytest.raises(ComputeError, match="the application was deleted from the cluster"):
         while found:
@@ -146,7 +146,7 @@ def test_a_replica_that_answers_is_left_alone_though_ray_has_ended(monkeypatch):
 
 def test_failures_that_are_not_in_a_row_do_not_add_up(monkeypatch):
     check = LivenessCheck(nobody())
-    for nodes in ([DEAD], [NODE]) * MAX_FAILURES:
+    for nodes in ([DEAD], [NODE]) * LIVENESS_FAILURES:
         monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
         check()
 

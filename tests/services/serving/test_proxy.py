@@ -36,7 +36,7 @@ from services.serving.launch import (
 from tests.waiting import wait_until
 
 LOOPBACK, ANY = "0100007F", "00000000"
-LOOK_EVERY_S = 0.25  # at all processes of this machine
+LOOK_EVERY_S = 0.25  # interval between two looks at all processes of this machine
 ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
 
 

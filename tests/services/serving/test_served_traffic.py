@@ -48,7 +48,7 @@ def sampled_input(
     return SampledInput(image, scenario, predicted, "1", time.time(), run.classes, digest, failure)
 
 
-FOLDER = components_digest(DRAWN)[:16]  # of the inputs that its run received
+FOLDER = components_digest(DRAWN)[:16]  # folder of the inputs that its run received
 
 
 def test_the_reservoir_stays_bounded_and_samples_evenly(tmp_path):

@@ -78,7 +78,7 @@ def test_most_wrong_answers_on_test_images_are_flagged_and_few_right_ones(swappe
 
 def test_without_the_watch_the_failure_probability_follows_from_the_logits(candidate, pixels):
     served = LoadedModel(candidate, ServeSection(watch=False))
-    assert served.detector is not None and not served.detector.uses_codes and served.watch is None
+    assert served.detector is not None and not served.detector.uses_codes and served.distances is None
     answer = served.predictions(served.predict(pixels[:1]))[0]
     assert answer.scenarios is None and 0 <= answer.failure_probability <= 1
 

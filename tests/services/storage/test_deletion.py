@@ -19,7 +19,7 @@ from services.cli.options import is_left_behind
 from services.storage import lease, s3
 from tests.waiting import WAIT_S
 
-STEPS = [  # in the order in which a run makes them
+STEPS = [  # artefacts in the order in which a run makes them
     "run.yaml", "models.safetensors", "psi/000000.safetensors", "psi.safetensors", "gallery.safetensors",
     "votes.safetensors", "verdicts.safetensors", "corrections.safetensors", "sweep.safetensors", "trials/1",
     "report.json",

@@ -21,24 +21,24 @@ from sample_findings import (
 
 from defuse_core.artifacts import DroppedComponent, FailedTrial, Health, ReferenceSet, Sweep
 from defuse_core.config import DistillSection
-from defuse_core.report import notices, write_report
+from defuse_core.report import caveats, write_report
 from defuse_core.report.build import build_report
-from defuse_core.report.correction_notices import (
-    no_better_than_baseline,
-    no_better_than_plain_training,
-    unconfirmed,
-)
-from defuse_core.report.notices import (
+from defuse_core.report.caveats import (
     answered_by_models,
-    caveats,
+    caveats_of,
     headline,
     known_validation_images,
+    low_purity,
     made_worse,
     nobody_judged,
-    purity_warning,
     uncompared_models,
     unreviewed_classes,
     worse_judges,
+)
+from defuse_core.report.correction_caveats import (
+    no_better_than_baseline,
+    no_better_than_plain_training,
+    unconfirmed,
 )
 from defuse_core.runs import Run
 from tests.conftest import ROOT
@@ -121,8 +121,8 @@ def test_only_a_low_purity_gives_a_warning(tmp_path: Path):
     sample = sample_findings(2, 2)
     low = report_of(with_verdicts(sample, purity=np.array([0.7, 0.6])), tmp_path)
     high = report_of(with_verdicts(sample, purity=np.array([1.0, 0.9])), tmp_path)
-    assert "Purity is 65 %" in (purity_warning(low) or "")
-    assert purity_warning(high) is None
+    assert "Purity is 65 %" in (low_purity(low) or "")
+    assert low_purity(high) is None
 
 
 def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Path):
@@ -132,7 +132,7 @@ def test_the_warning_of_mixed_images_rests_on_what_was_not_tuned_on(tmp_path: Pa
     anchored = Run(run.store, run.name, run.spec.model_copy(update={"vae": anchored_vae}))
 
     def warning(of: Run, *judged) -> str:
-        return purity_warning(build_report(of, finished_run(*sample, *judged))) or ""
+        return low_purity(build_report(of, finished_run(*sample, *judged))) or ""
 
     assert "By the annotators' labels, " in warning(run)
     assert (
@@ -238,7 +238,7 @@ def test_a_classifier_that_guesses_is_told_before_all_else(tmp_path: Path):
     assert not any("guessing" in text for text in guessing(0).caveats)
 
 
-def test_a_notice_appears_where_models_answered_in_place_of_people(tmp_path: Path):
+def test_a_caveat_appears_where_models_answered_in_place_of_people(tmp_path: Path):
     assert answered_by_models(report_of(sample_findings(answered_by="people"), tmp_path)) is None
     assert "not people" in (answered_by_models(report_of(sample_findings(), tmp_path)) or "")
 
@@ -335,7 +335,7 @@ def test_a_low_purity_by_the_judges_is_told_where_the_reviewers_see_none(
 ):
     sample = with_verdicts(sample_findings(2, 2), purity=np.array([0.95, 0.95]))
     evidence = dataclasses.replace(sample_evidence(OWN), purity=np.array([judged, 0.4, 0.9]))
-    text = purity_warning(build_report(sample_run(tmp_path), finished_run(*sample, evidence)))
+    text = low_purity(build_report(sample_run(tmp_path), finished_run(*sample, evidence)))
     assert (text is not None) is told
     assert text is None or text.startswith(
         "Purity by the judges is 50 %. Of the held-out images of the failure"
@@ -361,7 +361,7 @@ def test_models_that_cannot_be_compared_with_the_classifier_are_not_called_worse
     assert text.startswith(
         "It is unknown whether judges and reference models are as accurate as the classifier."
     )
-    assert text in caveats(report, SAMPLE_CORRECT, ()) and text.endswith("(a folder named test).")
+    assert text in caveats_of(report, SAMPLE_CORRECT, ()) and text.endswith("(a folder named test).")
 
 
 @pytest.mark.parametrize(
@@ -425,8 +425,8 @@ def test_a_baseline_that_does_as_much_as_the_correction_is_told(tmp_path: Path):
     assert (told(0.9, 0.9, 2) or "").startswith("There are too few scenarios to tell whether tuning on")
 
 
-def test_what_unreliable_judges_say_is_in_no_other_notice(tmp_path: Path):
-    def notices(judges: float) -> list[str]:
+def test_what_unreliable_judges_say_is_in_no_other_caveat(tmp_path: Path):
+    def caveats_with(judges: float) -> list[str]:
         evidence = sample_evidence(np.array([[0.1, 0.9, 0.9, 0.9]] * 6), judges=judges)
         report = build_report(sample_run(tmp_path), finished_run(*sample_findings(6, 6), evidence))
         assert (
@@ -437,13 +437,15 @@ def test_what_unreliable_judges_say_is_in_no_other_notice(tmp_path: Path):
     def of_judges(texts: list[str]) -> list[str]:
         return [text for text in texts if "confirmed on" in text or "may do as much" in text]
 
-    assert len(of_judges(notices(0.99))) == 3
-    assert of_judges(notices(0.4)) == [] and any("The judges are worse" in text for text in notices(0.4))
+    assert len(of_judges(caveats_with(0.99))) == 3
+    assert of_judges(caveats_with(0.4)) == [] and any(
+        "The judges are worse" in text for text in caveats_with(0.4)
+    )
 
 
 @pytest.mark.parametrize(
     "words", ["Could not tell", "None of the", "No failure scenario was found", "Nothing was corrected"]
 )
 def test_the_readme_says_what_to_do_after_each_headline_that_disappoints(words: str):
-    assert words in inspect.getsource(notices)
+    assert words in inspect.getsource(caveats)
     assert f"*{words}" in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())

@@ -1,4 +1,4 @@
-"""The notices of a report on the correction: what the choice of λ costs, and what plain further training does."""
+"""The caveats of a report on the correction: what the choice of λ costs, and what plain further training does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
-MOST_CLASSES = 5  # that a notice names
+LISTED_CLASSES = 5  # most classes that a caveat names
 
 
 def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
@@ -24,9 +24,9 @@ def costs_a_class(report: Report, correct: CorrectSection) -> str | None:
         return None
     figures = [
         f"{before_punctuation(row.name)} ({percent(row.before)} to {percent(row.defuse)})"
-        for row in lost[:MOST_CLASSES]
+        for row in lost[:LISTED_CLASSES]
     ]
-    more = f" and {len(lost) - MOST_CLASSES} more" if len(lost) > MOST_CLASSES else ""
+    more = f" and {len(lost) - LISTED_CLASSES} more" if len(lost) > LISTED_CLASSES else ""
     return (
         "The correction costs single classes more accuracy than check.max_class_loss allows. On test "
         f"images: {', '.join(figures)}{more}. {_less_for_a_class(report, correct)}"
@@ -181,14 +181,14 @@ def _no_better(other: _Other, compared: list[_Compared]) -> str | None:
     if equal:
         claims.append(f"may do as much for {_listed(equal)}")
     name = f"{other.name[0].upper()}{other.name[1:]}"
-    notices = [f"{name} {', and '.join(claims)}."] if claims else []
+    sentences = [f"{name} {', and '.join(claims)}."] if claims else []
     if untold:
         few = _listed([name.removeprefix("the ") for name in untold])
-        notices.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
-    if not notices:
+        sentences.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
+    if not sentences:
         return None
     figures = " ".join(each.figures(other) for each in compared)
-    return f"{' '.join(notices)} {other.meaning}; accuracies are by the judges' labels. {figures}"
+    return f"{' '.join(sentences)} {other.meaning}; accuracies are by the judges' labels. {figures}"
 
 
 def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:

@@ -8,7 +8,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import CorrectSection, DistillSection
 from defuse_core.distill.draws import FEW_IMAGES
 from defuse_core.errors import count_of, first_few, no_lambda_chosen, percent
-from defuse_core.report.correction_notices import (
+from defuse_core.report.correction_caveats import (
     costs_a_class,
     no_better_than_baseline,
     no_better_than_plain_training,
@@ -78,7 +78,7 @@ def nobody_judged(report: Report) -> str | None:
     )
 
 
-def purity_warning(report: Report) -> str | None:
+def low_purity(report: Report) -> str | None:
     """Return what a low purity means for the accuracy on the scenarios, or None where purity is not low.
 
     It is the lower one of what the reviewers and, unless they are worse than the classifier, the judges see.
@@ -217,7 +217,7 @@ def unreviewed_classes(scenarios: Scenarios, classes: Sequence[str], distill: Di
 
 
 def answered_by_models(report: Report) -> str | None:
-    """Return the notice that no person answered, or None where people did."""
+    """Return the caveat that no person answered, or None where people did."""
     if report.annotators == "people" or not report.votes.answers:
         return None
     return (
@@ -228,14 +228,14 @@ def answered_by_models(report: Report) -> str | None:
 
 
 def prelabelled(report: Report) -> str | None:
-    """Return the notice that annotators saw a preselected answer, or None where they did not."""
+    """Return the caveat that annotators saw a preselected answer, or None where they did not."""
     if "prelabel" not in report.votes.notes:
         return None
     return f"Answers were preselected. In the review {report.votes.notes['prelabel']}."
 
 
 def not_the_majority(report: Report) -> str | None:
-    """Return the notice that CROWDLAB gave images another label than most people, or None where it did not."""
+    """Return the caveat that CROWDLAB gave images another label than most people, or None where it did not."""
     votes = report.votes
     if not votes.not_majority:
         return None
@@ -247,27 +247,27 @@ def not_the_majority(report: Report) -> str | None:
     )
 
 
-def caveats(report: Report, correct: CorrectSection, doubts: Sequence[str]) -> list[str]:
+def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -> list[str]:
     """Return what a reader must know before the figures; the first sentence of each is its title.
 
     `correct` is that of the run file, whose limits chose λ; `doubts` are those about its models and what was reviewed.
     """
     judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
-    notices = (
+    found = (
         *[_as_sentences(doubt) for doubt in doubts if doubt != report.scenarios.undecided],
         known_validation_images(report),
         worse_judges(report),
         uncompared_models(report),
         made_worse(report),
         costs_a_class(report, correct),
-        *([] if worse_judges(report) else [notice(report) for notice in judged]),
+        *([] if worse_judges(report) else [caveat(report) for caveat in judged]),
         nobody_judged(report),
         answered_by_models(report),
         prelabelled(report),
         not_the_majority(report),
-        purity_warning(report),
+        low_purity(report),
     )
-    return [text for text in notices if text]
+    return [text for text in found if text]
 
 
 def _as_sentences(doubt: str) -> str:

@@ -1,4 +1,4 @@
-"""Notices on the correction: what the choice of λ costs, and what plain further training does as well."""
+"""Caveats on the correction: what the choice of λ costs, and what plain further training does as well."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sample_findings import SAMPLE_CORRECT, finished_run, report_of, sample_find
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
-from defuse_core.report.correction_notices import (
+from defuse_core.report.correction_caveats import (
     costs_a_class,
     no_better_than_plain_training,
     unconfirmed,
@@ -196,7 +196,7 @@ def test_scenarios_too_few_for_a_significant_difference_are_not_put_down_to_plai
     assert (no_better_than_plain_training(judged(report, *pairs)) or "").startswith(start)
 
 
-def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Path):
+def test_the_caveat_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Path):
     report = judged(report_of(sample_findings(), tmp_path), real=(54, 82))
     assert (no_better_than_plain_training(report) or "").endswith(
         "Failing draws from test images: 84.0 % after the correction, 84.0 % after plain further training. "
@@ -204,16 +204,16 @@ def test_the_notice_has_the_pairs_on_failing_draws_from_test_images(tmp_path: Pa
     )
 
 
-def test_the_notices_count_draws_of_one_track_as_that_track(tmp_path: Path):
+def test_the_caveats_count_draws_of_one_track_as_that_track(tmp_path: Path):
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
     evidence.real_failure_pairs[:], evidence.real_failure_pairs_with_baseline[:] = [7, 3, 2], [7, 4, 1]
     report = build_report(sample_run(tmp_path), finished_run(*sample_findings(), evidence))
-    notices = " ".join(report.caveats)
-    assert "better on 3 tracks, worse on 2," in notices and "better on 4 tracks, worse on 1," in notices
-    assert "draws, worse" not in notices
+    text = " ".join(report.caveats)
+    assert "better on 3 tracks, worse on 2," in text and "better on 4 tracks, worse on 1," in text
+    assert "draws, worse" not in text
 
 
-def test_the_notice_compares_with_the_strongest_of_several_plain_trainings(tmp_path: Path):
+def test_the_caveat_compares_with_the_strongest_of_several_plain_trainings(tmp_path: Path):
     report = judged(report_of(sample_findings(12, 12), tmp_path), own=(5, 0))
     own = report.evidence.own_label.model_copy(update={"plain_each": (0.8, 0.84, 0.88)})
     evidence = report.evidence.model_copy(update={"own_label": own})
