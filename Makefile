@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Type checkers and editors find an editable install by a path (compat), not by setuptools' hook.
 EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
 # What commands import is compiled once; pip would compile every file of every package, for minutes.
-COMPILED := cluster.sweep, label_studio_sdk, matplotlib.pyplot, ray.serve, ray.train.torch, services.cli, torchvision
+COMPILED := cluster.ray_train_tune, label_studio_sdk, matplotlib.pyplot, ray.serve, services.cli, torchvision
 INSTALL_LABEL_STUDIO := 'from services.labeling.local_server import install; \
 	from services.settings import read_environment; install(read_environment().cache)'
 # Processes of tests. On two cores four: some tests wait for servers at any time.

@@ -84,8 +84,8 @@ class Jobs:
         Names the job where it may have begun although no answer came.
         """
         job_id = f"defuse-{secrets.token_hex(8)}"
-        words = f"{job_id} --address {self.shown}"
-        begun = f"if it began, `defuse jobs logs --follow {words}` follows it and `defuse jobs stop {words}` ends it"
+        words = f"{job_id} {self.option}"
+        begun = f"may have begun: `defuse jobs logs --follow {words}` follows it, `defuse jobs stop {words}` ends it"
         environment = {"working_dir": str(folder), "env_vars": variables}
         try:
             with self._errors_translated():
@@ -93,9 +93,9 @@ class Jobs:
                     entrypoint=command, runtime_env=environment, metadata={RUN: run}, submission_id=job_id
                 )
         except ComputeError as error:
-            raise ComputeError(f"{error}; the job: {begun}") from error
+            raise ComputeError(f"{error}; the job {begun}") from error
         except KeyboardInterrupt:
-            log.warning("job %s: %s", job_id, begun)
+            log.warning("job %s %s", job_id, begun)
             raise
 
     def list(self) -> list[Job]:

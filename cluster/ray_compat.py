@@ -30,7 +30,7 @@ TUNE_ENVIRONMENT = KEPT_WORKING_DIR | {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Tune handles Ctrl-C in place of the driver
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a table whatever the verbosity
 }
-RESOLVED_AFTER_S = 1.0  # a task that was submitted; some 0.3 s were seen on a busy machine
+RESOLVED_AFTER_S = 1.0  # time until a submitted task is known; some 0.3 s were seen on a busy machine
 MEMORY_RETRIES = 4  # retries of a task whose process was killed since its node ran out of memory
 HEAD_AWAY_S = 600  # KubeRay's workers wait as long
 SERVE_SHUTDOWN_S = 30.0  # time for the requests in progress

@@ -153,7 +153,8 @@ def _send(run: Run, environment: Environment, status: str) -> None:
         try:
             run.store.write(KEY, json.dumps(state, indent=1).encode())
         except BaseException:  # the next attempt would make another one, and this one would never end
-            client.delete_run(run_id)
+            with contextlib.suppress(Exception):
+                client.delete_run(run_id)
             raise
     run_id = state["run_id"]
     entries = [Param(name, value) for name, value in params.items()]

@@ -12,8 +12,6 @@ from typing import Self, cast
 
 from rich import box
 from rich.console import Console
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -120,6 +118,21 @@ def _rate(made: int, elapsed: float) -> str:
     return f"{made / elapsed:,.0f}/s" if made / elapsed >= 10 else f"{60 * made / elapsed:,.3g}/min"
 
 
+class _AboveBars(logging.Handler):
+    """Prints each record above the bars; the terminal itself breaks long lines, so that these can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.setFormatter(EscapingFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.console.print(Text(self.format(record)), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
 class ProgressDisplay:
     """The protocol `Progress` for people: one bar for the current activity, with its rate and the time left."""
 
@@ -146,15 +159,7 @@ class ProgressDisplay:
     def __enter__(self) -> Self:
         if self.is_live:
             root = logging.getLogger()
-            handler = RichHandler(
-                console=self.console,
-                show_path=False,
-                show_level=False,
-                log_time_format="%H:%M:%S",
-                highlighter=NullHighlighter(),
-            )
-            handler.setFormatter(EscapingFormatter("%(message)s"))
-            self.handlers, root.handlers = root.handlers, [handler]
+            self.handlers, root.handlers = root.handlers, [_AboveBars(self.console)]
             self.bars.start()
         return self
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 20  # columns of a run's name that the list shows in one line
 RUN_COLUMNS = ("Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time")
-DROPPED_OF_RUNS = ("Last made (UTC)", "Time", "Data", "Test")  # left out, in turn, of a wide list of runs
+DROPPED_OF_RUNS = ("Last made (UTC)", "Time", "Data", "Test")  # left out, in turn, until the list fits
 STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
 # columns of the terminal from which `defuse status RUN` shows these
 STATUS_WIDTHS = {"Made (UTC)": 66, "Size": 46, "Time": 36}

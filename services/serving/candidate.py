@@ -171,7 +171,7 @@ class Candidate:
         return watch_figures(self.failures, section)
 
     def origin(self) -> dict[str, Any]:
-        """Return the fields by which the registry describes the version that this is."""
+        """Return the fields that the registry stores of this version."""
         return {
             "run": self.run,
             "digest": self.digest,

@@ -47,7 +47,7 @@ NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 PROMOTE_AGAIN = "promote its run again, or restore the file"
 OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
 ENDED = "the canary or shadow of version {} ended just now; see `{}` for the new state"
-UNKNOWN = "this change may be stored nevertheless: see `{}` before you give the command again"
+UNKNOWN = "this change may be stored: see `{}` before you run the command again"
 CHANGED = "production changed meanwhile; see `{}` for the new state"
 
 
@@ -203,7 +203,7 @@ class Registry:
                     return state
             except NoAnswerError as error:
                 see = registry_command("promote", self.store)
-                raise NoAnswerError(f"{error}; {UNKNOWN.format(see)}") from error
+                raise NoAnswerError(f"{UNKNOWN.format(see)} ({error})") from error
         raise StoreError(
             f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import tomllib
 from importlib import resources
 
@@ -30,3 +32,9 @@ def test_the_workflow_and_the_makefile_take_the_pythons_that_pip_takes() -> None
     least, most = (int(version.partition(".")[2]) for version in (tested[0], tested[-1]))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"(3, {least}) <= sys.version_info < (3, {most + 1})" in makefile
+
+
+def test_the_modules_that_the_makefile_compiles_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (modules,) = re.findall(r"^COMPILED := (.+)$", makefile, re.MULTILINE)
+    assert all(importlib.util.find_spec(module) for module in modules.split(", "))

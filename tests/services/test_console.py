@@ -97,8 +97,16 @@ def test_text_in_a_warning_beside_a_bar_cannot_act_on_the_terminal_and_has_no_co
     monkeypatch.setenv("TERM", "xterm")
     shown = Screen()
     with ProgressDisplay(Console(file=shown, width=100)):
-        logging.getLogger("defuse").warning("%s", "the server's \x1bc\x1b]0;title\x07 'answer' 12")
-    assert r"the server's \x1bc\x1b]0;title\x07 'answer' 12" in shown.getvalue()
+        logging.getLogger("defuse").warning("%s", "GET: the server's \x1bc\x1b]0;title\x07 'answer' 12")
+    assert r"GET: the server's \x1bc\x1b]0;title\x07 'answer' 12" in shown.getvalue()
+
+
+def test_a_command_in_a_warning_beside_a_bar_is_on_one_line(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    shown, command = Screen(), "`defuse promote RUN --store /a/long/path/to/the/runs`"
+    with ProgressDisplay(Console(file=shown, width=50)):
+        logging.getLogger("defuse").warning("the registry is gone; restore it, or promote with %s", command)
+    assert command in shown.getvalue()
 
 
 def test_a_long_activity_in_one_piece_is_named_when_it_begins(clock, caplog):

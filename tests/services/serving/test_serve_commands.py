@@ -256,8 +256,8 @@ def test_a_rollback_whose_answer_is_lost_says_how_to_see_whether_it_is_done(own_
         outage.setattr(FolderStore, "create", create_and_lose_the_answer)
         run(rollback, *store)
     see = f"`defuse promote --store {own_store.address}`"
-    end = f"this change may be stored nevertheless: see {see} before you give the command again"
-    assert str(failure.value).endswith(end) and Registry(own_store).state().production == 1
+    start = f"this change may be stored: see {see} before you run the command again"
+    assert str(failure.value).startswith(start) and Registry(own_store).state().production == 1
 
 
 def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store):
