@@ -51,15 +51,16 @@ class ClassifierProbe:
     """What a sample of the training images shows about a classifier that is used as it is."""
 
     images: int
-    by_range: dict[str, float]  # input range -> accuracy
+    by_range: dict[str, float]  # input range -> accuracy, the mean over the classes
+    plain_by_range: dict[str, float]  # input range -> share of all images that are right
     best: str  # the best input range; of those that are about as good, the one that is right on most images
-    constant: float  # accuracy of a constant answer
+    constant: float  # accuracy of a constant answer, the mean over the classes
     best_is_certain: bool  # whether the best input range is better by more than chance explains
     needed_range: str  # the given one, unless it is under least_plausible() and another one far better
     # index of each class's logit, where another order is clearly better on images it was not fitted to
     class_order: tuple[int, ...] | None
     order_is_certain: bool  # whether the orders that fit either half of the images are one
-    reordered: float  # accuracy in the other order, on images it was not fitted to
+    reordered: float  # accuracy in the other order, the mean over the classes, on images it was not fitted to
     names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
     answers: int  # different classes among its answers
     like_sigmoid: bool  # whether all logits lie in [0, 1]
@@ -72,7 +73,7 @@ class ClassifierProbe:
 
     def accuracy_as_set(self, given: str) -> float:
         """Return `best_accuracy` without the input ranges that are not set: the gain may be by chance."""
-        as_set = self.best_range(given)
+        as_set = self.range_to_set(given)
         return replace(self, by_range={as_set: self.by_range[as_set]}).best_accuracy
 
     def bgr_lines(self) -> list[str]:
@@ -93,9 +94,21 @@ class ClassifierProbe:
         is_better = self.best_is_certain and self.by_range[self.best] > self.by_range[given] + BETTER_RANGE
         return self.best if is_better else given
 
+    def range_to_set(self, given: str) -> str:
+        """Return `best_range` where it is needed, or clearly better on average over the classes and of all images.
+
+        Where a rare class is mostly missed, a wrong range that makes it the answer more often is better on average.
+        """
+        best = self.best_range(given)
+        gains = [right[best] - right[given] for right in (self.by_range, self.plain_by_range)]
+        return best if self.needed_range != given or min(gains) > CLEARLY_BETTER else given
+
 
 def least_plausible(constant: float) -> float:
-    """Return the accuracy below which a classifier cannot be one of images of which so many are of one class."""
+    """Return the accuracy below which a classifier hardly tells more than a constant answer, of accuracy `constant`.
+
+    Both are means over the classes, or both shares of all images.
+    """
     return max(MOSTLY, constant + CLEARLY_BETTER * (1 - constant))
 
 
@@ -126,6 +139,11 @@ def probe_classifier(
         name: mean_over_classes(found == sample.labels, sample.labels) for name, found in answers.items()
     }
     plain = {name: float((found == sample.labels).mean()) for name, found in answers.items()}
+    # rare classes have more than their share of the sample
+    weights = (np.bincount(images.labels) / np.maximum(1, np.bincount(sample.labels)))[sample.labels]
+    of_all = {
+        name: float(np.average(found == sample.labels, weights=weights)) for name, found in answers.items()
+    }
     most_common = float(np.bincount(sample.labels).max() / len(sample))
     names = class_names_of(classifier)
     is_named = set(names or ()) == set(classes)
@@ -138,7 +156,7 @@ def probe_classifier(
 
     needed: str = section.input_range
     as_good = [name for name in ranges if by_range[name] >= max(by_range.values()) - BETTER_RANGE]
-    best = max(as_good, key=lambda name: plain[name])
+    best = max(as_good, key=lambda name: of_all[name])
     before, after = (answers[name] == sample.labels for name in (needed, best))
     best_is_certain = _clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE)
     other = order_in(needed)
@@ -160,6 +178,7 @@ def probe_classifier(
     return ClassifierProbe(
         images=len(sample),
         by_range=by_range,
+        plain_by_range=of_all,
         best=best,
         constant=1 / len(np.unique(sample.labels)),
         best_is_certain=best_is_certain,
@@ -198,8 +217,8 @@ class _Order:
     order: I64  # (C,) index of each class's logit
     is_clearly_better: bool
     is_certain: bool
-    right: float
-    mean_right: float  # over the classes
+    right: float  # share of these images
+    mean_right: float  # mean over the classes
 
     @property
     def reached(self) -> float:

@@ -23,7 +23,6 @@ from defuse_core.models import (
 )
 from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
 from defuse_core.models.probe import (
-    CLEARLY_BETTER,
     FAR_BETTER,
     LIKE_SIGMOID,
     MOSTLY,
@@ -344,7 +343,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
         f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
         f"on {percent(probe.by_range[given])} with {given}, {ON_AVERAGE}"
     )
-    if probe.needed_range == given and probe.by_range[best] <= probe.by_range[given] + CLEARLY_BETTER:
+    if probe.range_to_set(given) == given:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
     section["input_range"] = best
     order = "" if probe.class_order is None else ", before the classes are reordered"

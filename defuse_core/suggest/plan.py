@@ -208,7 +208,8 @@ def _set_sizes(
     perturbed, others = _perturbed_and_others(tree, count)
     draws = _clamp(seconds * shares["identify"] * speeds.decode / perturbed, 2, 50)
     tree["identify"] |= {"draws": draws, "scale": SCALE}
-    tree["distill"] = _distill(tree, splits.train, len(splits.classes))
+    rarest = int(np.unique(splits.train.labels, return_counts=True)[1].min())  # of classes with images
+    tree["distill"] = _distill(tree, len(splits.classes), rarest / count)
     least = max(500, PER_CLASS * len(splits.classes))
     reference = _reference(others, seconds * shares["references"], speeds, least)
     tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
@@ -216,7 +217,7 @@ def _set_sizes(
     tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
     notes = []
-    each = _images_of_each_model(tree, others) / count * np.bincount(splits.train.labels).min()
+    each = _images_of_each_model(tree, others) / count * rarest
     if each < PER_CLASS:
         notes.append(
             f"the reference models and judges are trained on {each:.3g} images of the rarest class, too few to rely "
@@ -260,23 +261,24 @@ def _set_sizes(
     return minutes, notes
 
 
-def _distill(tree: dict[str, Any], train: Images, classes: int) -> dict[str, Any]:
+def _distill(tree: dict[str, Any], classes: int, rarest: float) -> dict[str, Any]:
     """Return section distill. Each class has several cells (class, answer), and all of many classes share the codes.
 
     If enough draws fail, the lightest component has twice as many codes as these have dimensions; with decode: anchored
-    fewer where their photographs, about one for four codes, would not fit into memory. A rare one of few classes counts
-    as one of many, and the other ones get no more components for that: 50, as with LEAST_WEIGHT.
+    fewer where their photographs, about one for four codes, would not fit into memory. A rare one of few classes, with
+    the share `rarest` of the images, counts as one of many; the others get no more components for that than 50.
     """
     section, vae = dict[str, Any](order="source-error"), VaeSection.model_validate(tree["vae"])
     if classes > EQUAL_CLASSES:
         section["min_weight"] = float(f"{LEAST_WEIGHT * EQUAL_CLASSES / classes:.3g}")
+    elif (equal := EQUAL_CLASSES * rarest) < 1:
+        section |= {"min_weight": float(f"{LEAST_WEIGHT * max(0.1, equal):.3g}"), "max_components": 50}
+    if "min_weight" in section:
         codes = math.ceil(2 * vae.latent_dim / section["min_weight"])
         if vae.decode == "anchored":
             codes = min(codes, 4 * MAX_LOADED // (3 * tree["data"]["image_size"] ** 2))
         if codes > (DistillSection().max_codes or codes):
             section["max_codes"] = codes
-    elif (rarest := EQUAL_CLASSES * np.unique(train.labels, return_counts=True)[1].min() / len(train)) < 1:
-        section |= {"min_weight": float(f"{LEAST_WEIGHT * max(0.1, rarest):.3g}"), "max_components": 50}
     return section
 
 

@@ -48,6 +48,19 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     assert any(note.startswith(line) for note in notes) == few
 
 
+@pytest.mark.parametrize(
+    ("counts", "few"), [((500, 0, 500), False), ((0, 500, 9), True), ((500, 500, 0), False)]
+)
+def test_a_class_without_a_training_image_is_not_the_rarest_wherever_it_stands(counts, few):
+    labels = np.repeat(np.arange(3), counts)
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
+    tree = {"data": {"name": "digits", "image_size": 8}, "classifier": {}, "vae": {}}
+    _, notes = _set_sizes(
+        tree, Splits(images, None, None, ("a", "b", "c")), Speeds(*[1e5] * 4), 30, own=False
+    )
+    assert any("images of the rarest class" in note for note in notes) == few
+
+
 def sized(
     classes: int, each: int, tracks: int | None = None, size: int = 32, **vae: object
 ) -> tuple[dict, list[str]]:
@@ -109,6 +122,14 @@ def test_the_lightest_component_of_many_classes_has_twice_as_many_codes_as_dimen
         f"up to {most:,} candidate scenarios may be found, each with 10 pictures to review; raise "
         "distill.min_weight for fewer"
     ] * (most > 0)
+
+
+def test_the_lightest_component_of_a_rare_class_has_twice_as_many_codes_as_dimensions():
+    labels = np.repeat([0, 1], [6000, 12])
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
+    tree = {"data": {"name": "digits", "image_size": 48}, "classifier": {}, "vae": {"latent_dim": 32}}
+    _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[1e5] * 4), 30, own=False)
+    assert (tree["distill"]["min_weight"], tree["distill"]["max_codes"]) == (0.001, 64_000)
 
 
 @pytest.mark.parametrize(
