@@ -126,15 +126,12 @@ def test_a_run_file_that_is_replaced_stays_where_the_disk_is_full(tmp_path, monk
     mine.write_text("# edited for days")
     link.symlink_to(mine)
 
-    def write_half(path: Path, data: bytes) -> None:
-        with path.open("wb") as handle:
-            handle.write(data[:10])
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    def disk_full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     command = ("init", "parts.npz", "--minutes", 1, "--out", link, "--force")
     with monkeypatch.context() as full:
-        full.setattr(Path, "write_bytes", write_half)
-        full.setattr(Path, "write_text", lambda path, text, **_: write_half(path, text.encode()))
+        full.setattr("os.fsync", disk_full)
         code, _, err = call(monkeypatch, capsys, *command)
     assert (code, mine.read_text()) == (2, "# edited for days")
     assert "--out link.yaml: cannot be written (No space left on device); choose" in one_line(err)
