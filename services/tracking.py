@@ -40,6 +40,7 @@ PARAM_LENGTH = 500  # characters
 ERROR_LENGTH = 600  # characters: MLflow's own errors name the cause, or what to set, at their end
 SWEEPS = ("baseline", "sweep")
 FILES = ("report.html", "report.json", "run.yaml", STRIP_KEY)
+NO_FIGURES = ("epoch", "lam", "least_kept", "most_common_answer")  # numbers that are no figures
 REPORT_FIGURES = ("accuracy", "scenarios", "evidence", "psi", "vae", "chosen")  # fields of the report
 DEFAULTS = {  # environment variables, some of which are read when mlflow is imported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -233,11 +234,12 @@ def _send_files(run: Run, client: MlflowClient, run_id: str) -> None:
 
 
 def _figures(name: str, tree: Mapping[str, Any]) -> Figures:
-    """Return the finite numbers in a tree by their dotted names; lists, texts, epochs and λ are left out."""
+    """Return the finite figures in a tree by their dotted names: no flag, class, epoch, λ, list or text."""
     return {
         field: float(value)
         for field, value in flat_fields(tree, f"{name}.").items()
         if isinstance(value, int | float)
+        and not isinstance(value, bool)
         and math.isfinite(value)
-        and field.rpartition(".")[2] not in ("epoch", "lam")
+        and field.rpartition(".")[2] not in NO_FIGURES
     }

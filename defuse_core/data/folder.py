@@ -200,14 +200,14 @@ def log_parts(data: DataSection, splits: Splits) -> None:
             "" if splits.train.tracks is None else f", or {CHECK_TRACKS}",
         )
     for part, images in [*splits.parts().items()][1:]:
-        if lacking := set(_absent(splits.classes, images.labels)) - set(absent):
+        if lacking := [name for name in _absent(splits.classes, images.labels) if name not in absent]:
             log.warning(
                 "images: %d of %d classes with training images have none in %s (%s), whose figures say nothing of "
                 "them; add some",
                 len(lacking),
                 len(splits.classes) - len(absent),
                 part,
-                first_few(sorted(lacking)),
+                first_few(lacking),
             )
     if data.name == "folder" and data.root is not None:
         for line in overlooked(data.root, splits.ignored):

@@ -30,11 +30,13 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # (x -
 }
 # of a network of one logit, which is that of the second of two classes against the first
 TWO_OF_ONE_LOGIT = "torch.cat([torch.zeros_like(z), z], 1)"
-TWO_OF_ONE_LOGIT_BY_HOOK = (
-    "with classifier.architecture: custom, let a function build the network with its one logit and register a hook, "
-    "which leaves the names in the file of weights as they are: net.register_forward_hook(lambda module, inputs, z: "
-    f"{TWO_OF_ONE_LOGIT})"
+_BY_HOOK = (
+    "with architecture: custom, let a function build the network with its one logit and register a hook, which leaves "
+    "the names in the file of weights as they are: net.register_forward_hook(lambda module, inputs, "
 )
+TWO_OF_ONE_LOGIT_BY_HOOK = f"{_BY_HOOK}z: {TWO_OF_ONE_LOGIT})"
+# of a Hugging Face model, which returns its logits in an object
+TWO_OF_ONE_OUTPUT_BY_HOOK = f"{_BY_HOOK}y: torch.cat([torch.zeros_like(y.logits), y.logits], 1))"
 OWN_RANGES = {"cnn": "0..1", "resnet18": "imagenet"}  # fixed ranges of Defuse's own networks
 
 

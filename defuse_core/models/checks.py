@@ -18,6 +18,7 @@ from defuse_core.models.adapters import (
     EXTERNAL,
     TWO_OF_ONE_LOGIT,
     TWO_OF_ONE_LOGIT_BY_HOOK,
+    TWO_OF_ONE_OUTPUT_BY_HOOK,
     expect_full_precision,
     failure_line,
     find_logits,
@@ -79,7 +80,7 @@ def _expect_shape(logits: Tensor, images: int, classes: int, architecture: str =
     if found == (images, classes):
         return
     if classes == 2 and logits.numel() == images and architecture == "transformers":
-        remedy = f"{TWO_OF_ONE_LOGIT_BY_HOOK}, where z is the logits of what the network returns"
+        remedy = TWO_OF_ONE_OUTPUT_BY_HOOK
     elif classes == 2 and logits.numel() == images:
         remedy = (
             f"for one logit z of shape (images, 1) return {TWO_OF_ONE_LOGIT}; or, {TWO_OF_ONE_LOGIT_BY_HOOK}"

@@ -203,11 +203,12 @@ def images_without_tracks(scenarios: Scenarios, watch: FailureWatch | None) -> s
 
 def unreviewed_classes(scenarios: Scenarios, classes: Sequence[str], distill: DistillSection) -> str | None:
     """Return which classes fail in cells (class, answer) of too little weight alone, "; " and what to do; or None."""
-    reviewed = {*scenarios.cells[:, 0].tolist(), *(one.source for one in scenarios.dropped if not one.small)}
+    heavy = {one.source for one in scenarios.dropped if one.weight > distill.min_weight}
     enough = max(distill.min_support, FEW_IMAGES)
     light = [one for one in scenarios.dropped if one.small and one.weight <= distill.min_weight]
     failing = {one.source for one in light if one.support >= enough}
-    names = [classes[label] for label in sorted(failing - reviewed - {NONE_OF_THE_ABOVE})]
+    told = {*scenarios.cells[:, 0].tolist(), *heavy, NONE_OF_THE_ABOVE}
+    names = [classes[label] for label in sorted(failing - told)]
     if not names:
         return None
     return (
@@ -271,5 +272,8 @@ def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -
 
 
 def _as_sentences(doubt: str) -> str:
-    """Return a clause and what to do, which "; " parts, as two sentences."""
-    return " ".join(f"{part[0].upper()}{part[1:]}." for part in doubt.split("; "))
+    """Return a clause and what to do, which the last "; " parts, as two sentences.
+
+    The clause may name a class with "; ".
+    """
+    return " ".join(f"{part[0].upper()}{part[1:]}." for part in doubt.rsplit("; ", 1))

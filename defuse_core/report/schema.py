@@ -179,6 +179,11 @@ class HealthFigures(FigureModel):
     judged_by: str
     """Whose answers these are: the classifier's or, with vae.decode: anchored, the reference models'."""
 
+    @property
+    def kept(self) -> float:
+        """The share that the verdict rests on."""
+        return self.kept_right if self.kept_on_average is None else self.kept_on_average
+
 
 class VaeFigures(FigureModel):
     reconstruction: float

@@ -273,7 +273,8 @@ def watch_classifier(spec: RunFile, models: Models, corrected: Weights, splits: 
             _answers(classifier, vae, _drawn(images, spec.seed), gaussians, spec.resources.readers)
             for images in (splits.validation, splits.test)
         ]
-    missing = _missing_classes(parts[0].labels, splits.train.labels, models.classes)
+    known = parts[0].labels if splits.validation is None else splits.validation.labels
+    missing = _missing_classes(known, splits.train.labels, models.classes)
     problem = SEEN if models.validation_from_training else missing or _problem(*parts)
     return _measure(spec, parts[0], parts[1], gaussians, problem)
 

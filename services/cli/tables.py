@@ -301,5 +301,6 @@ def _reconstructions(report: Report) -> str:
     health = report.vae.health
     if not health.anchored:
         return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
-    kept = percent(health.kept_right)
-    return f"{kept} of the right answers of the {health.judged_by} outlast the noise (anchored decoding)"
+    on_average = "" if health.kept_on_average is None else ", on average over the classes,"
+    kept = f"{percent(health.kept)} of the right answers of the {health.judged_by}{on_average}"
+    return f"{kept} outlast the noise (anchored decoding)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from defuse_core.models import (
     probe_classifier,
     to_device,
 )
-from defuse_core.models.adapters import TWO_OF_ONE_LOGIT_BY_HOOK, adapt
+from defuse_core.models.adapters import TWO_OF_ONE_LOGIT_BY_HOOK, TWO_OF_ONE_OUTPUT_BY_HOOK, adapt
 from defuse_core.models.programs import load_program, program_of
 from defuse_core.protocols import silent
 from defuse_core.train import initial_classifier
@@ -331,17 +332,26 @@ def test_where_the_code_is_not_the_users_own_a_hook_gives_the_second_logit():
         {"architecture": "transformers", "weights": "folder", "epochs": 0}
     )
     net = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
-    with pytest.raises(
-        ModelError, match=r"\(2, 1\); with classifier.architecture: custom, let a func"
-    ) as refused:
+    with pytest.raises(ModelError, match=r"\(2, 1\); with architecture: custom, let a func") as refused:
         check_outputs(adapt(net, folder, 2), folder, digits(), 2)
     assert "return torch" not in str(refused.value)
+    assert TWO_OF_ONE_OUTPUT_BY_HOOK in str(refused.value)
 
 
-def test_the_hook_that_is_advised_for_a_single_logit_gives_two_and_keeps_the_names_in_the_file():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
+class InObject(nn.Sequential):
+    """Returns its logits as models of Hugging Face do."""
+
+    def forward(self, images):
+        return SimpleNamespace(logits=super().forward(images))
+
+
+@pytest.mark.parametrize(
+    ("made", "advice"), [(nn.Sequential, TWO_OF_ONE_LOGIT_BY_HOOK), (InObject, TWO_OF_ONE_OUTPUT_BY_HOOK)]
+)
+def test_the_hook_that_is_advised_for_a_single_logit_gives_two_and_keeps_the_names_in_the_file(made, advice):
+    net = made(nn.Flatten(), nn.Linear(256, 1))
     names = [*net.state_dict()]
-    code = TWO_OF_ONE_LOGIT_BY_HOOK[TWO_OF_ONE_LOGIT_BY_HOOK.index("net.register") :]
+    code = advice[advice.index("net.register") :]
     assert code in (Path(defuse_core.__file__).with_name("README.md")).read_text(encoding="utf-8")
     eval(code, {"net": net, "torch": torch})
     check_outputs(adapt(net, section(), 2), section(), digits(), 2)

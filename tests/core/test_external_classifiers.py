@@ -378,4 +378,4 @@ def test_a_file_of_one_logit_is_refused_with_a_way_for_two_classes(logits, told)
     weights = weights_of(nn.Linear(4, logits))
     with pytest.raises(ModelError, match=rf"expected shape \(2, 4\), found \({logits}, 4\)") as refused:
         set_weights(nn.Linear(4, 2), weights, "net.pt")
-    assert ("for two classes, with classifier.architecture: custom" in str(refused.value)) == told
+    assert ("for two classes, with architecture: custom" in str(refused.value)) == told

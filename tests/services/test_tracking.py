@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,16 +20,17 @@ import pytest
 import torch
 import yaml
 
-from defuse_core.artifacts import Models, Sweep, SweepRow
+from defuse_core.artifacts import ClassifierEpoch, Models, Sweep, SweepRow
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, LabelsPending, StoreError
 from defuse_core.report.build import build_report
 from defuse_core.runs import FROM_SWEEP, ReachedStep, Run
 from defuse_core.store import FolderStore
 from services.settings import read_environment
-from services.tracking import DEFAULTS, FIRST_REQUEST, expect_mlflow, tracking
+from services.tracking import DEFAULTS, FIRST_REQUEST, _figures, expect_mlflow, tracking
 from tests.conftest import ROOT, TINY
 from tests.e2e.test_cli import call, one_line
+from tests.sample_components import FIT
 from tests.sample_findings import finished_run, sample_findings
 from tests.services.serving.synthetic_runs import make_run
 
@@ -102,6 +104,14 @@ def test_settings_epochs_figures_files_and_the_model_are_sent(server, run, tiny_
     assert {"report.html", "report.json", "run.yaml", "model"} <= files
     (model,) = server.list_artifacts(found.info.run_id, "model")
     assert model.path == "model/model.safetensors"
+
+
+def test_flags_and_the_numbers_of_classes_are_no_figures():
+    health = dataclasses.asdict(dataclasses.replace(FIT, kept_on_average=0.8, least_kept=1))
+    found = {name.removeprefix("health.") for name in _figures("health", health)}
+    assert health.keys() - found == {"most_common_answer", "least_kept", "anchored", "verdict", "judged_by"}
+    epoch = dataclasses.asdict(ClassifierEpoch(1, 0.5, 0.9, guesses=True))
+    assert _figures("classifier", epoch) == {"classifier.loss": 0.5, "classifier.validation": 0.9}
 
 
 def test_a_classifier_whose_code_has_changed_is_not_sent_and_warned_of(server, run, monkeypatch, caplog):

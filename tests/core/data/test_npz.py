@@ -110,6 +110,15 @@ def test_the_parts_of_an_npz_file_are_told_in_one_line(tmp_path: Path, caplog: p
     assert [record.getMessage() for record in caplog.records] == ["images: 12 train, 6 test, of 3 classes"]
 
 
+def test_classes_without_an_image_in_a_part_are_named_in_their_order(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    labels = {"train_labels": np.arange(12) % 11, "test_labels": np.arange(6)}
+    data = section("npz", write_npz(tmp_path / "own.npz", **labels))
+    log_parts(data, open_splits(data, 0))
+    assert "5 of 11 classes with training images have none in test (6, 7, 8, 9, 10)," in caplog.text
+
+
 @pytest.mark.parametrize(
     ("objects", "told"), [(["part1", "part2"], True), (["1", "2"], False), ([1, 2], False)]
 )

@@ -273,13 +273,19 @@ def test_a_class_that_fails_in_cells_of_too_few_codes_alone_is_told(tmp_path: Pa
         for text in report.caveats
     )
     for other in (
-        dataclasses.replace(light, answer=5, small=False),  # was drawn from
+        dataclasses.replace(light, answer=5, weight=0.02, small=False),  # was drawn from
+        dataclasses.replace(light, answer=5, weight=0.02, support=1),  # comes from too few images
         dataclasses.replace(light, support=4),
         dataclasses.replace(light, weight=0.02),  # of few tracks
     ):
-        kept = (other,) if other.small else (light, other)
+        kept = (light, other) if other.answer == 5 else (other,)
         told = dataclasses.replace(scenarios, dropped=kept)
         assert unreviewed_classes(told, found.models.classes, DistillSection()) is None
+    names = tuple("b; c" if name == "9" else name for name in found.models.classes)
+    doubt = unreviewed_classes(scenarios, names, DistillSection()) or ""
+    text = caveats_of(report, SAMPLE_CORRECT, [doubt])[0]
+    assert text.startswith("No failure of b; c was reviewed: no cell")
+    assert text.endswith(". Lower distill.min_weight.")
     reviewed = dataclasses.replace(scenarios, cells=np.array([[8, 9], [9, 3]]))
     assert unreviewed_classes(reviewed, found.models.classes, DistillSection()) is None
 

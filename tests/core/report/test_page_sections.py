@@ -20,7 +20,7 @@ from defuse_core.evaluation.evidence import Evidence
 from defuse_core.report import write_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.cli.tables import _verdicts
+from services.cli.tables import _reconstructions, _verdicts
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -264,3 +264,30 @@ def test_unreviewed_failing_draws_are_counted(tmp_path: Path, drawn: int, noun: 
     words = f"failing {noun}{{}} that nobody reviewed {verb} "
     assert f"{drawn} {words.format('</b>')}tuned on" in words_of(run.store.read("report.html"))
     assert f"{drawn} {words.format('')}also tuned on" in _verdicts(report)[0]
+
+
+@pytest.mark.parametrize(
+    ("kept_on_average", "page", "line"),
+    [
+        (
+            None,
+            "get 95.0 % of what was right without noise still",
+            "95.0 % of the right answers of the reference models",
+        ),
+        (
+            0.667,
+            "get 66.7 % of what was right without noise, on average over the classes, still",
+            "66.7 % of the right answers of the reference models, on average over the classes,",
+        ),
+    ],
+)
+def test_the_share_that_an_anchored_vae_keeps_is_the_one_that_its_verdict_rests_on(
+    kept_on_average: float | None, page: str, line: str, tmp_path: Path
+):
+    (found, evaluation), run = sample_findings(), sample_run(tmp_path)
+    measured = {"kept_right": 0.95, "kept_on_average": kept_on_average}
+    health = replace(found.models.health, anchored=True, judged_by="reference models", **measured)
+    found = replace(found, models=replace(found.models, health=health))
+    report = write_report(run, finished_run(found, evaluation))
+    assert page in words_of(run.store.read("report.html"))
+    assert _reconstructions(report) == f"{line} outlast the noise (anchored decoding)"

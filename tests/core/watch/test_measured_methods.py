@@ -24,6 +24,7 @@ from defuse_core.watch import (
     Answers,
     FailureWatch,
     _answers,
+    _drawn,
     _measure,
     _missing_classes,
     _problem,
@@ -248,6 +249,19 @@ def test_nothing_is_calibrated_where_no_validation_image_is_of_a_class(tiny_spec
     assert figures.verdict.endswith(
         "there is no validation image of 3, so nothing can be calibrated for it; add some."
     )
+
+
+def test_a_class_whose_validation_images_are_not_drawn_does_not_lack_them(
+    tiny_spec, tiny_models, monkeypatch
+):
+    monkeypatch.setattr("defuse_core.watch.MOST_IMAGES", 150)
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    labels = np.where(splits.validation.labels == 3, 4, splits.validation.labels)
+    rows = np.arange(len(labels))
+    drawn = _drawn(dataclasses.replace(splits.validation, labels=rows), tiny_spec.seed).labels
+    labels[np.setdiff1d(rows, drawn)[0]] = 3
+    splits = dataclasses.replace(splits, validation=dataclasses.replace(splits.validation, labels=labels))
+    assert watch_classifier(tiny_spec, tiny_models, {}, splits).methods
 
 
 @pytest.mark.parametrize(
