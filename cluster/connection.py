@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,12 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
     num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with nothing_left_of_a_failed_start(), signals_wait_for_start(), without_unused_processes():
+            with (
+                nothing_left_of_a_failed_start(),
+                signals_wait_for_start(),
+                without_unused_processes(),
+                _hangups_blocked(),
+            ):
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
             return
         except Exception as error:  # Ray raises bare ones
@@ -124,6 +130,16 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
                     "`defuse run --on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
                 ) from error
             log.warning("%s; starting it again", failed)
+
+
+@contextlib.contextmanager
+def _hangups_blocked() -> Iterator[None]:
+    """Block SIGHUP in processes that begin in the block: a terminal sends it to all, and this process ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

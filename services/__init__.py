@@ -56,6 +56,11 @@ def _react(numbers: tuple[signal.Signals, ...], how: signal.Handlers) -> None:
         signal.signal(number, how)
 
 
+def was_stopped() -> bool:
+    """Whether SIGTERM or a hangup has arrived."""
+    return bool(_received)
+
+
 def stopped_exit_code() -> int:
     """Return the exit code of a command that a signal ended: 143 for SIGTERM, 130 for Ctrl-C, 129 for a hangup."""
     return 128 + (_received or [signal.SIGINT])[0]

@@ -19,7 +19,7 @@ import click
 import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
-from services import last_words, stopped_exit_code, stopped_line, stopping_on_signals
+from services import last_words, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import EscapingFormatter, echo_marked
 from services.cli.results import compare, export, suite
@@ -29,6 +29,7 @@ from services.cli.serve import check, promote, rollback, serve
 from services.settings import is_on, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
+UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
 # As wide as the signs themselves, by which the columns of tables are set.
 PLAIN_SIGNS = {"−": "-", "–": "-", "→": ">", "…": ".", "\N{LEFT-TO-RIGHT MARK}": ""}
 
@@ -159,24 +160,26 @@ def _run_command() -> None:
         with last_words():
             _fail(stopped_line(), stopped_exit_code())
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.EIO and _is_of_printing(error):
-            _fail(stopped_line(), stopped_exit_code())  # its terminal is gone
+        unprinted = _unprinted(error)
+        if unprinted and was_stopped():  # by a hangup, whose terminal is gone
+            _fail(stopped_line(), stopped_exit_code())
         debugging = _is_debugging()
         if debugging:
             with contextlib.suppress(OSError):  # the exit code says it, too
                 traceback.print_exc()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and _is_of_printing(error):
-            _fail("cannot print to the end: no space left there; what the command made is stored", 4)
+        if unprinted:
+            _fail(f"cannot print to the end: {unprinted}; what the command made is stored", 4)
         remedy = "" if debugging else " (DEFUSE_DEBUG=1 shows where)"
         _fail(f"unexpected {type(error).__name__}: {error}{remedy}", 4)
     else:
         sys.exit(code)
 
 
-def _is_of_printing(error: OSError) -> bool:
-    """Whether what failed is a write of click or rich, which print; any other file may be on a full disk, too."""
+def _unprinted(error: Exception) -> str | None:
+    """Return why click or rich, which print, could not write; None for other errors, such as of other files."""
     place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(place.is_relative_to(Path(str(library.__file__)).parent) for library in (click, rich))
+    prints = any(place.is_relative_to(Path(str(library.__file__)).parent) for library in (click, rich))
+    return UNPRINTED.get(error.errno or 0) if isinstance(error, OSError) and prints else None
 
 
 def _is_debugging() -> bool:

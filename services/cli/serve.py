@@ -230,7 +230,9 @@ def rollback(store: str, by: str | None, why: str | None, production: bool) -> N
 )
 @click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
-    "--replace", is_flag=True, help="On a cluster, end first what another `defuse serve` has started there."
+    "--replace",
+    is_flag=True,
+    help="On a cluster, take the place of what another `defuse serve` has started there.",
 )
 @click.option(
     "--proxy",
@@ -270,9 +272,10 @@ def serve(
         serve_section,
     )
 
+    address = address or read_environment().ray_address
     if address is not None and proxy != "auto":
         raise click.UsageError(
-            "--proxy is of the Ray that this command starts; the one at --address has its own"
+            "--proxy applies to the Ray that this command starts; the cluster of --address or RAY_ADDRESS has its own"
         )
     args = ServeArgs(
         store=store,
@@ -280,8 +283,9 @@ def serve(
         pin=pin,
         require_token=bool(serve_token()),
         settings=section_overrides("serve", overrides, {}),
+        replace=replace,
     )
-    section, address = serve_section(args), address or read_environment().ray_address
+    section = serve_section(args)
     chosen = choose_proxy(proxy, section, host) if address is None else Proxy.CLUSTER
     if replace and address is None:
         raise InputError("--replace needs a cluster: --address or RAY_ADDRESS")
@@ -290,10 +294,8 @@ def serve(
     if address is None:
         require_free_port(host, port)
     with proxy_environment(chosen, port):
-        from services.serving.app import end_application, serve_until_stopped
+        from services.serving.app import serve_until_stopped
 
-        if replace and address is not None:
-            end_application(address)
         serve_until_stopped(args, section, address, host, port, chosen, click.echo)
 
 

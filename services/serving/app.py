@@ -167,13 +167,6 @@ def require_gpus(section: ServeSection) -> None:
         )
 
 
-def end_application(address: str) -> None:
-    """Delete the application, as of a `defuse serve` that was killed, from the cluster at `address` if it is there."""
-    with connection(address), _translate_errors("the application was not ended"):
-        if APPLICATION in serve.status().applications:
-            serve.delete(APPLICATION)
-
-
 def serve_until_stopped(
     args: ServeArgs,
     section: ServeSection,
@@ -213,7 +206,8 @@ def serve_until_stopped(
 def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> Iterator[str]:
     """Serve while the block runs; yields the address. The environment of `proxy` is set before.
 
-    On a running cluster other applications are left alone. Raises InputError where one has the name of this.
+    On a running cluster other applications are left alone. Raises InputError where one has the name of this, unless
+    `args` has this one replace it: it goes on until this one is made.
     """
     shared = proxy is Proxy.CLUSTER
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -230,12 +224,12 @@ def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> 
     actual_port = port if proxy is Proxy.DIRECT else serve_port
     if not args.require_token:
         _check_exposure(host, actual_host)
-    if shared and APPLICATION in serve.status().applications:
+    if shared and not args.replace and APPLICATION in serve.status().applications:
         raise InputError(
             f"the cluster already serves an application named {APPLICATION}; change its model with `defuse promote`, "
             "stop the command that started it, or, where that was killed, add --replace to this one"
         )
-    own: str | None = None  # None: it did not start
+    own = before = _deployed()  # the one to replace, until this one has started
     try:
         deploy(args)
         own = _deployed()
@@ -243,12 +237,12 @@ def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> 
     finally:
         if not shared:
             shut_down_serve()
-        elif own in (None, _deployed()):
-            serve.delete(APPLICATION)
-        else:
+        elif own not in (before, now := _deployed()):
             log.warning(
                 "another program deleted the application or deployed it anew; nothing is deleted here"
             )
+        elif now is None or now != before:
+            serve.delete(APPLICATION)
 
 
 def _deployed() -> str | None:

@@ -54,6 +54,8 @@ class ServeArgs(BaseModel):
     """
     settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of section `serve` that replace those of the run file."""
+    replace: bool = False
+    """`defuse serve` takes the place of the application on the cluster, as `serve deploy` always does."""
 
 
 def serve_section(args: ServeArgs) -> ServeSection:

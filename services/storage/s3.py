@@ -20,7 +20,7 @@ import tenacity
 from botocore import exceptions as aws
 from botocore.config import Config
 
-from defuse_core.errors import InputError, RunBusyError, StoreError
+from defuse_core.errors import InputError, StoreError
 from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
@@ -316,17 +316,9 @@ class S3Store:
         return self._write_fenced(key, data, version)
 
     def _write_fenced(self, key: str, data: bytes, version: str | None) -> bool:
-        """Write if the version is `version`; an object that is new goes again if the lease was lost meanwhile."""
+        """Write if the version is `version` and the lease is not lost; True if `key` holds `data` then."""
         self._require_fence()
-        if (written := self.write_if(key, data, version)) is None:
-            return self._holds(key, data)
-        if version is None:
-            try:
-                self._require_fence()
-            except RunBusyError:
-                self.delete_if(key, written)
-                raise
-        return True
+        return self.write_if(key, data, version) is not None or self._holds(key, data)
 
     def _delete_unchanged(self, key: str) -> bool:
         """Delete `key` if nobody else writes it meanwhile; True if it is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -145,6 +146,26 @@ def test_a_ray_that_does_not_start_in_time_is_started_again_with_a_warning(
     assert caplog.messages == [
         "Ray did not start on this machine (Exception: The current node timed out during startup.); starting it again"
     ]
+
+
+def test_the_hangup_of_a_terminal_ends_none_of_the_processes_of_an_embedded_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(**_: object) -> None:
+        started.append(subprocess.Popen(["sleep", "300"]))
+
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", start)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    connect(None)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    with started[0] as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        process.kill()
 
 
 def test_a_start_that_fails_leaves_none_of_rays_processes() -> None:

@@ -168,29 +168,32 @@ import services, services.cli, services.storage
 def wait(*_):
     try:
         click.echo("waiting")
-        time.sleep(20)
+        time.sleep(20 if has_hangup else 1)
     finally:
         click.echo("the end, which nobody sees")
 
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its hangup is that of this process
+has_hangup = sys.argv.pop() == "True"
+if has_hangup:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the hangup is that of this process
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the process of the tests may ignore
 services.storage.open_store = wait
 services.main()
 """
 
 
-def test_a_command_whose_end_cannot_be_printed_since_its_terminal_is_closed_has_the_exit_code_of_that(
-    tmp_path,
+@pytest.mark.parametrize(("has_hangup", "code"), [(True, 128 + signal.SIGHUP), (False, 4)])
+def test_a_command_that_cannot_print_its_end_on_a_closed_terminal_says_whether_a_hangup_stopped_it(
+    has_hangup, code, tmp_path
 ):
     ours, terminal = pty.openpty()
-    words = [sys.executable, "-c", WITHOUT_TERMINAL, "status", "--store", tmp_path]
+    words = [sys.executable, "-c", WITHOUT_TERMINAL, "status", "--store", tmp_path, str(has_hangup)]
     ended = subprocess.Popen(
         words, cwd=ROOT, start_new_session=True, stdin=terminal, stdout=terminal, stderr=terminal
     )
     os.close(terminal)
     assert b"waiting" in os.read(ours, 100)
     os.close(ours)
-    assert ended.wait(timeout=20) == 128 + signal.SIGHUP
+    assert ended.wait(timeout=20) == code
 
 
 def test_the_log_has_steps_of_defuse_and_warnings_of_others_with_control_characters_escaped(tmp_path):

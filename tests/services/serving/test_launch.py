@@ -8,23 +8,25 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
 import ray
+from click import UsageError
 from serve_process import TOKEN, listening, listening_addresses, serve_process
 
 from cluster.connection import connection
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.serve import serve as serve_command
 from services.serving.app import (
     ShutdownSignal,
     _require_reachable_replicas,
     _url_host,
     deploy,
-    end_application,
     registry_changes,
     running_application,
 )
@@ -153,19 +155,46 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
     assert "defuse" not in ray_serve.status().applications
 
 
-def test_an_application_that_a_killed_command_left_can_be_replaced(planted, serve_port):
+@pytest.mark.parametrize("options", [("--address", "head:6379"), ()], ids=["address", "RAY_ADDRESS"])
+def test_a_proxy_for_a_cluster_that_has_its_own_is_refused(options, planted, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    words = ["first", "--store", planted.address, *options, "--proxy", "ray"]
+    with pytest.raises(UsageError, match="the cluster of --address or RAY_ADDRESS has its own"):
+        serve_command.main(words, standalone_mode=False)
+
+
+def test_only_on_a_cluster_can_serve_replace_an_application(planted, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    started, words = [], ["first", "--store", planted.address, "--replace"]
+    monkeypatch.setattr("services.serving.app.serve_until_stopped", lambda args, *_: started.append(args))
+    with pytest.raises(InputError, match="--replace needs a cluster: --address or RAY_ADDRESS"):
+        serve_command.main(words, standalone_mode=False)
+    serve_command.main([*words, "--address", "head:6379"], standalone_mode=False)
+    assert [args.replace for args in started] == [True]
+
+
+def test_an_application_that_a_killed_command_left_answers_until_the_one_that_replaces_it_is_made(
+    planted, serve_port
+):
     from ray import serve as ray_serve
 
     args = ServeArgs(store=planted.address, run="first", pin=True, settings={"cpus_per_replica": 0.1})
+
+    def again(**changed: object) -> AbstractContextManager[str]:
+        return running_application(args.model_copy(update=changed), "127.0.0.1", serve_port, Proxy.CLUSTER)
+
+    def served() -> str:
+        return httpx.get(f"http://127.0.0.1:{serve_port}/v1/model", timeout=60).json()["run"]
+
     deploy(args)
-    try:
-        again = running_application(args, "127.0.0.1", serve_port, proxy=Proxy.CLUSTER)
-        with pytest.raises(InputError, match="where that was killed, add --replace"), again:
-            pass
-    finally:
-        end_application("auto")
+    with pytest.raises(InputError, match="where that was killed, add --replace"), again():
+        pass
+    with pytest.raises(InputError, match="no run called absent"), again(run="absent", replace=True):
+        pass
+    assert served() == "first"
+    with again(run="second", replace=True, settings={"cpus_per_replica": 0.2, "max_queued": 7}):
+        assert served() == "second"
     assert "defuse" not in ray_serve.status().applications
-    end_application("auto")  # nothing is left to end
 
 
 def test_an_application_that_another_program_deployed_meanwhile_is_left(planted, serve_port, caplog):

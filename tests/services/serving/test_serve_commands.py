@@ -367,20 +367,9 @@ def test_promote_with_the_value_of_an_unset_variable_is_refused(option, tmp_path
         run(promote, "first", "--store", str(tmp_path), option, "")
 
 
-def test_a_proxy_for_a_cluster_that_has_its_own_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="the one at --address has its own"):
-        run(serve, "first", "--store", str(tmp_path), "--address", "head:6379", "--proxy", "ray")
-
-
 def test_serve_with_the_value_of_an_unset_variable_is_refused(tmp_path):
     with pytest.raises(UsageError, match="expected a value, found an empty one; is the variable set"):
         run(serve, "first", "--store", str(tmp_path), "--host", "")
-
-
-def test_only_on_a_cluster_can_serve_replace_an_application(planted, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(InputError, match="--replace needs a cluster: --address or RAY_ADDRESS"):
-        run(serve, "first", "--store", planted.address, "--replace")
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,23 @@ def test_a_driver_paused_in_the_middle_of_a_write_replaces_nothing(
 
 
 @pytest.mark.parametrize("method", ["write", "create"])
-def test_a_driver_paused_in_the_middle_of_a_write_leaves_no_new_object_to_the_next_driver(
+def test_a_driver_paused_after_a_write_deletes_nothing_that_the_next_driver_may_use(
     method: str, bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    put = s3.S3Store.write_if
+
+    def put_and_pause(store: s3.S3Store, key: str, data: bytes, version: str | None) -> str | None:
+        written = put(store, key, data, version)
+        if key == "models":
+            steal(bucket)
+        return written
+
+    monkeypatch.setattr(s3.S3Store, "write_if", put_and_pause)
     with bucket.lock():
-        pause_after_the_next_check(monkeypatch, lambda: steal(bucket))
+        getattr(bucket, method)("models", b"of this driver")
         with pytest.raises(RunBusyError, match="a thief holds it now"):
-            getattr(bucket, method)("corrections", b"of verdicts that are deleted")
-    assert not bucket.exists("corrections")
+            bucket.write("psi", b"of this driver")
+    assert bucket.read("models") == b"of this driver"
 
 
 @pytest.mark.parametrize("by_thief", [False, True], ids=["of this driver", "of the next driver"])
