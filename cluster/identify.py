@@ -46,6 +46,7 @@ log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done
 MAX_LOSSES = 4  # most losses of one shard with its worker; one more is an error
 SAVE_ATTEMPTS = 6  # attempts within 15 s
+ERROR_ARRIVES_S = 1.0  # time for the error of a failed GPU to reach the driver before its process ends
 POLL_EVERY_S = 1.0
 SCALE_EVERY_S = 3.0
 
@@ -92,6 +93,7 @@ class ShardWorker:
         """
         if self.has_failed_gpu:
             # the GPU fails this process from then on, not the one in which Ray starts the actor again
+            time.sleep(ERROR_ARRIVES_S)
             os._exit(1)
         models, references = weights
         with reporting(progress_actor), shard_errors(shard_name(self.spec, models.images["train"], index)):

@@ -63,7 +63,7 @@ def suite(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_a_full_disk(path: Path, data: bytes) -> int:
+def disk_full(_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -74,7 +74,7 @@ def test_a_junit_file_that_cannot_be_written_whole_leaves_the_old_one(
     report.write_text("<old/>")
     words = ["check", "first", "--store", Path(run.store.address).parent, "--suite", suite, "--junit", report]
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", on_a_full_disk)
+        patch.setattr("os.fsync", disk_full)
         code, out, err = call(patch, capsys, *words)
     assert f"--junit {report}: cannot be written (No space left on device)" in one_line(err)
     assert (code, bool(out), report.read_text()) == (2, True, "<old/>")
