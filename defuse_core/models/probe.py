@@ -21,6 +21,7 @@ from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device
 from defuse_core.errors import first_few, percent
+from defuse_core.intervals import class_accuracy
 from defuse_core.models.adapters import (
     EXTERNAL,
     INPUT_RANGES,
@@ -205,9 +206,7 @@ def rows_of_all_classes(labels: I64, classes: int, most: int, least: int) -> I64
 
 def mean_over_classes(right: Bool, labels: I64) -> float:
     """Return the mean over the classes with an image of the share of it that is right."""
-    counts = np.bincount(labels)
-    shares = np.bincount(labels, right)[counts > 0] / counts[counts > 0]
-    return float(shares.mean())
+    return float(np.nanmean(class_accuracy(right, labels, int(labels.max()) + 1)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,12 +34,8 @@ ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "Scenario images")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 # in turn, until the table fits; numbers of scenarios stay together as long as they can
 DROPPED_COMPARED = ("Mistaken for", "A before", "A after", "In B", "B after")
-DROPPED = (
-    "Agreement",
-    "Seen",
-    "Purity",
-    "Mistaken for",
-)  # left out, in turn, until the table of scenarios fits
+# left out, in turn, until the table of scenarios fits
+DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")
 TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lines are hard to read
 FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 

@@ -237,12 +237,17 @@ def running_application(args: ServeArgs, host: str, port: int, proxy: Proxy) -> 
     finally:
         if not shared:
             shut_down_serve()
-        elif own not in (before, now := _deployed()):
-            log.warning(
-                "another program deleted the application or deployed it anew; nothing is deleted here"
-            )
-        elif now is None or now != before:
-            serve.delete(APPLICATION)
+        else:
+            _delete_own(own, before)
+
+
+def _delete_own(own: str | None, before: str | None) -> None:
+    """Delete the application `own`; not that of another program, and not the one `before` if it was not replaced."""
+    now = _deployed()
+    if own not in (before, now):
+        log.warning("another program deleted the application or deployed it anew; nothing is deleted here")
+    elif now is None or now != before:
+        serve.delete(APPLICATION)
 
 
 def _deployed() -> str | None:
