@@ -27,6 +27,7 @@ from defuse_core.artifacts.scenarios import (
     U8,
     Anchors,
     Bool,
+    Cause,
     ComponentFailures,
     DroppedComponent,
     Failures,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +160,16 @@ class Psi:
         return int(self.codes.sum())
 
 
+Cause = Literal[
+    "few codes",  # too few for a component or a scenario, of images or tracks enough for one
+    "few images",  # the training images, or tracks, that its codes come from are too few for a scenario
+    "undivided",  # its photographs cannot be parted into those to review and those to hold out
+    "uncertain",  # so few photographs or tracks to review that no verdict could be certain
+    "unclear",  # at every tau its draws are of several classes, or f is right on too many of them
+    "right",  # its draws are of one class and f is right on them, at every tau
+]
+
+
 @dataclass(frozen=True)
 class DroppedComponent:
     """A component of weight over ε, or a cell (or many together) too small for one, that reviewers do not see."""
@@ -168,9 +178,13 @@ class DroppedComponent:
     source: int  # class of its source images, NONE_OF_THE_ABOVE for a single mixture and for many cells
     answer: int  # of f, likewise
     support: int  # distinct training images that its codes come from; of many cells the sum
-    reason: str
-    right: bool  # its draws are of one class and f is right on them, at every tau
-    small: bool  # its codes, or the training images that they come from, are too few for a scenario
+    cause: Cause
+    reason: str  # the cause in words, for people
+
+    @property
+    def small(self) -> bool:
+        """Whether its codes, or the training images that they come from, are too few for a scenario."""
+        return self.cause in ("few codes", "few images")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,17 +250,11 @@ class Scenarios:
             dropped=dropped,
         )
 
-    def dropped_component(self, row: int, reason: str, *, right: bool = False) -> DroppedComponent:
-        """Return the component of one row, large enough for a scenario, as one that is dropped for `reason`."""
+    def dropped_component(self, row: int, cause: Cause, reason: str) -> DroppedComponent:
+        """Return the component of one row as one that is dropped."""
         source, answer = self.cells[row].tolist()
         return DroppedComponent(
-            float(self.weights[row]),
-            source,
-            answer,
-            int(self.support[row]),
-            reason,
-            right=right,
-            small=False,
+            float(self.weights[row]), source, answer, int(self.support[row]), cause, reason
         )
 
 

@@ -23,14 +23,7 @@ from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, DroppedCompo
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import (
-    FEW_IMAGES,
-    MOST_SMALL_CELLS,
-    SMALL_CELLS,
-    SMALL_CELLS_OF_FEW_IMAGES,
-    component_failures,
-    with_both_halves,
-)
+from defuse_core.distill.draws import component_failures, with_both_halves
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -48,6 +41,9 @@ from defuse_core.store import Store
 log = logging.getLogger("defuse")
 Cell = tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
 WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
+FEW_IMAGES = 5  # fewest images, or tracks, of a scenario, whatever the run file says
+# cells too small for a component are listed up to so many: the header of an artefact has at most 100 MB
+MOST_SMALL_CELLS = 10_000
 
 
 def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, progress: Progress) -> Scenarios:
@@ -114,8 +110,8 @@ def fit_mixtures(failures: Failures, section: DistillSection, seed: int, progres
         members = failures.take(rows[number])
         weight = len(members) / len(failures)
         if len(members) < 2 or not weight > section.min_weight:
-            support = len(np.unique(members.source))
-            fits.small.append(small_cell((source, answer), len(members), weight, support, section))
+            support, units = len(np.unique(members.source)), len(np.unique(members.unit))
+            fits.small.append(small_cell((source, answer), len(members), weight, support, units, section))
             continue
         fit = fit_mixture(members.codes, components_of(weight, section), section, seed, (source, answer))
         fits.add(fit, (source, answer), members)
@@ -129,26 +125,29 @@ def components_of(weight: float, section: DistillSection) -> int:
 
 
 def small_cell(
-    cell: Cell, codes: int, weight: float, support: int, section: DistillSection
+    cell: Cell, codes: int, weight: float, support: int, units: int, section: DistillSection
 ) -> DroppedComponent:
-    """Return a cell that is dropped, since it holds no component over ε, or a single code, which is no cluster."""
+    """Return a cell that is dropped, since it holds no component over ε, or a single code, which is no cluster.
+
+    Its codes come from `support` training images, of `units` tracks where images have these.
+    """
     reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
     if codes < 2:
         reason = "a single code is no cluster"
-    return DroppedComponent(weight, *cell, support, reason, right=False, small=True)
+    enough = units >= max(section.min_support, FEW_IMAGES)
+    return DroppedComponent(weight, *cell, support, "few codes" if enough else "few images", reason)
 
 
-def join_small_cells(small: list[DroppedComponent], section: DistillSection) -> tuple[DroppedComponent, ...]:
-    """Return the MOST_SMALL_CELLS cells of most images, and the others as one, or two: of enough images, and of few."""
+def join_small_cells(small: list[DroppedComponent]) -> tuple[DroppedComponent, ...]:
+    """Return the MOST_SMALL_CELLS cells of most images, and the others as one of each cause."""
     order = np.argsort([-one.support for one in small], kind="stable")
     kept, others = np.sort(order[:MOST_SMALL_CELLS]), [small[row] for row in order[MOST_SMALL_CELLS:]]
-    enough = sum(one.support >= max(section.min_support, FEW_IMAGES) for one in others)
     joined = []
-    for reason, cells in ((SMALL_CELLS, others[:enough]), (SMALL_CELLS_OF_FEW_IMAGES, others[enough:])):
-        if cells:
-            log.info("dropped %s %s; they count as one", f"{len(cells):,}", reason)
-            weight, support = sum(one.weight for one in cells), sum(one.support for one in cells)
-            joined.append(DroppedComponent(weight, *WHOLE, support, reason, right=False, small=True))
+    for cause in sorted({one.cause for one in others}):
+        cells, reason = [one for one in others if one.cause == cause], f"cells of too {cause} each"
+        log.info("dropped %s %s; they count as one", f"{len(cells):,}", reason)
+        weight, support = sum(one.weight for one in cells), sum(one.support for one in cells)
+        joined.append(DroppedComponent(weight, *WHOLE, support, cause, reason))
     return (*(small[row] for row in kept), *joined)
 
 
@@ -320,7 +319,7 @@ class Fits:
 
     def scenarios(self) -> Scenarios:
         """Return the components of all cells over ε with enough support, in the order of `section.order`."""
-        small = join_small_cells(self.small, self.section)
+        small = join_small_cells(self.small)
         if not self.cells:
             return Scenarios.none(self.failures.codes.shape[1], len(self.failures), small)
         return scenarios_of(self.cells, self.section, small)
@@ -387,9 +386,7 @@ def _without_support(
     source, answer = cell.tolist()
     found = count_of(int(sources.units()[row]), "training image" if sources.tracks is None else "track")
     reason = f"its codes come from {found}, fewer than {section.min_support}"
-    return DroppedComponent(
-        float(weight), source, answer, int(sources.support[row]), reason, right=False, small=True
-    )
+    return DroppedComponent(float(weight), source, answer, int(sources.support[row]), "few images", reason)
 
 
 def certain_source_error(scenarios: Scenarios) -> F64:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
-from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, ComponentFailures, Failures, Scenarios
+from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, Cause, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.errors import count_of
@@ -25,15 +25,6 @@ COVERAGE = 0.9  # share of a Gaussian that a truncated draw comes from: the part
 FAILURES_KEPT = 256  # L, with vae.decode: anchored
 IMAGES_KEPT = 64  # training images that the failures of one component come from at most
 REPAIRS = 5000  # units that change halves at most
-# the reasons why a component is dropped begin with these
-UNDIVIDED = "too few photographs to hold out"
-UNCERTAIN = "too few photographs or tracks for certainty"
-# cells too small for a component are listed up to so many: the header of an artefact has at most 100 MB
-MOST_SMALL_CELLS = 10_000
-FEW_IMAGES = 5  # fewest images of a scenario, whatever the run file says
-# the reasons of those that are counted together, by how many images each has
-SMALL_CELLS = "cells of too few codes each"
-SMALL_CELLS_OF_FEW_IMAGES = "cells of too few codes and images each"
 SIDEWAYS = 0.1  # share of the repairs that change a random unit
 
 
@@ -320,7 +311,7 @@ def with_both_halves(scenarios: Scenarios, least: int = 1) -> Scenarios:
         return scenarios
     reasons = [_why_dropped(failures, component, least) for component in range(len(scenarios))]
     dropped = [
-        scenarios.dropped_component(component, reason)
+        scenarios.dropped_component(component, *reason)
         for component, reason in enumerate(reasons)
         if reason is not None
     ]
@@ -330,15 +321,17 @@ def with_both_halves(scenarios: Scenarios, least: int = 1) -> Scenarios:
     return scenarios.take(kept, dropped=(*scenarios.dropped, *dropped))
 
 
-def _why_dropped(failures: ComponentFailures, component: int, least: int) -> str | None:
+def _why_dropped(failures: ComponentFailures, component: int, least: int) -> tuple[Cause, str] | None:
     anchor, what = failures.anchor[component], "photograph" if failures.anchors.track is None else "track"
     units, held = failures.anchors.unit[anchor], failures.anchors.held_out[anchor]
     count, reviewed = len(np.unique(units)), len(np.unique(units[~held]))
     if held.all() or not held.any():
         shared = f"other components share its {count_of(count, what)}"
-        return f"{UNDIVIDED}: {f'all are of one {what}' if count == 1 else shared}"
+        why = f"all are of one {what}" if count == 1 else shared
+        return "undivided", f"too few photographs to hold out: {why}"
     if reviewed < least:
-        return f"{UNCERTAIN}: {count_of(reviewed, what)} to review, and significance takes {least}"
+        found = f"{count_of(reviewed, what)} to review, and significance takes {least}"
+        return "uncertain", f"too few photographs or tracks for certainty: {found}"
     return None
 
 

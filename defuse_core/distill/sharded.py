@@ -73,6 +73,7 @@ class CellSummary:
 
     count: int
     support: int  # distinct training images; those of different shards are different
+    units: I64  # the distinct tracks of these images, or the images where there are no tracks
     total: F64  # (Z,) sum of the codes
 
 
@@ -90,11 +91,13 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     }
     sample = compute.task("distill", fit_samples, spec, psi, store, kept)
     dropped = [
-        small_cell(cell, summary.count, summary.count / psi.total, summary.support, spec.distill)
+        small_cell(
+            cell, summary.count, summary.count / psi.total, summary.support, len(summary.units), spec.distill
+        )
         for cell, summary in cells.items()
         if cell not in kept
     ]
-    small = join_small_cells(dropped, spec.distill)
+    small = join_small_cells(dropped)
     if not kept:
         return Scenarios.none(spec.vae.latent_dim, psi.total, small)
     with cpu_threads(1):
@@ -143,6 +146,7 @@ def summarise(part: CellCodes) -> dict[Cell, CellSummary]:
         cell: CellSummary(
             rows.stop - rows.start,
             len(np.unique(part.failures.source[rows])),
+            np.unique(part.failures.unit[rows]),
             part.failures.codes[rows].astype(np.float64).sum(axis=0),
         )
         for cell, rows in part.rows.items()
@@ -159,6 +163,7 @@ def _merged(parts: Sequence[dict[Cell, CellSummary]]) -> dict[Cell, CellSummary]
         cell: CellSummary(
             sum(each.count for each in found),
             sum(each.support for each in found),
+            np.unique(np.concatenate([each.units for each in found])),
             np.sum([each.total for each in found], axis=0),
         )
         for cell, found in sorted(of.items())

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import CorrectSection, DistillSection
-from defuse_core.distill.draws import FEW_IMAGES
 from defuse_core.errors import count_of, first_few, no_lambda_chosen, percent
 from defuse_core.report.correction_caveats import (
     costs_a_class,
@@ -204,9 +203,7 @@ def images_without_tracks(scenarios: Scenarios, watch: FailureWatch | None) -> s
 def unreviewed_classes(scenarios: Scenarios, classes: Sequence[str], distill: DistillSection) -> str | None:
     """Return which classes fail in cells (class, answer) of too little weight alone, "; " and what to do; or None."""
     heavy = {one.source for one in scenarios.dropped if one.weight > distill.min_weight}
-    enough = max(distill.min_support, FEW_IMAGES)
-    light = [one for one in scenarios.dropped if one.small and one.weight <= distill.min_weight]
-    failing = {one.source for one in light if one.support >= enough}
+    failing = {one.source for one in scenarios.dropped if one.cause == "few codes"}
     told = {*scenarios.cells[:, 0].tolist(), *heavy, NONE_OF_THE_ABOVE}
     names = [classes[label] for label in sorted(failing - told)]
     if not names:

@@ -75,7 +75,9 @@ def find_taus(
 def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
     """Return the components that have a tau, with it; the others become dropped ones."""
     dropped = [
-        scenarios.dropped_component(component, narrowest.reason(spec), right=narrowest.right)
+        scenarios.dropped_component(
+            component, "right" if narrowest.right else "unclear", narrowest.reason(spec)
+        )
         for component, (tau, narrowest) in enumerate(found)
         if tau is None
     ]

@@ -22,13 +22,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
-from defuse_core.distill.draws import (
-    FEW_IMAGES,
-    MOST_SMALL_CELLS,
-    SMALL_CELLS_OF_FEW_IMAGES,
-    UNCERTAIN,
-    UNDIVIDED,
-)
+from defuse_core.distill.components import MOST_SMALL_CELLS
 from defuse_core.errors import count_of, percent
 from defuse_core.intervals import (
     SIGNIFICANT,
@@ -108,7 +102,7 @@ def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet 
 
 def not_reviewed(scenarios: Scenarios | None) -> str | None:
     """Return how many components are not reviewed, since too few photographs show them, and what to do; or None."""
-    few = () if scenarios is None else [one for one in scenarios.dropped if one.reason.startswith(UNCERTAIN)]
+    few = () if scenarios is None else [one for one in scenarios.dropped if one.cause == "uncertain"]
     if not few:
         return None
     return (
@@ -277,12 +271,8 @@ def _nothing_kept(psi: Psi | None) -> str | None:
 
 def _low_weight(spec: RunFile, scenarios: Scenarios) -> str | None:
     """Return that most of Ψ is in cells, not of few images, or components that were dropped for their weight."""
-    least, enough = spec.distill.min_weight, max(spec.distill.min_support, FEW_IMAGES)
-    cells = [
-        one.weight
-        for one in scenarios.dropped
-        if one.small and one.support >= enough and one.reason != SMALL_CELLS_OF_FEW_IMAGES
-    ]
+    least = spec.distill.min_weight
+    cells = [one.weight for one in scenarios.dropped if one.cause == "few codes"]
     components = scenarios.all_weights[scenarios.all_weights <= least]
     low = sum(cells) + float(components.sum())
     if low <= MOST_LOW_WEIGHT:
@@ -356,15 +346,16 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
     dropped = scenarios.dropped
     if not codes:
         return None
-    unclear = [one for one in dropped if not (one.small or one.right)]
-    weight, right = sum(one.weight for one in unclear), sum(one.weight for one in dropped if one.right)
+    unclear = [one for one in dropped if not (one.small or one.cause == "right")]
+    weight = sum(one.weight for one in unclear)
+    right = sum(one.weight for one in dropped if one.cause == "right")
     if not unclear or right > weight or (reviewed and weight <= MOST_UNCLEAR):
         return None
-    if all(one.reason.startswith(UNCERTAIN) for one in unclear):
+    if all(one.cause == "uncertain" for one in unclear):
         return not_reviewed(scenarios)  # in its words, which are then no caveat, too
     heaviest = max(unclear, key=lambda one: one.weight)
     remedy = "more identify.draws or better reference models"
-    if heaviest.reason.startswith((UNDIVIDED, UNCERTAIN)):
+    if heaviest.cause in ("undivided", "uncertain"):
         remedy = "more photographs or tracks of these classes (data.train_images)"
     elif review.tau == "auto":
         remedy = "more identify.draws, better reference models, or a smaller review.purity or review.failing"

@@ -27,7 +27,6 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES
 from defuse_core.distill.mixture import FittedMixture
 from defuse_core.identify import save_shard
 from defuse_core.protocols import silent
@@ -104,30 +103,45 @@ def test_the_fit_of_all_cells_is_as_long_as_the_longest_and_converged_only_if_ea
 
 
 def test_cells_without_a_mixture_are_listed_before_components_without_support(cells):
-    small = small_cell((1, 3), 4, 0.004, 2, SECTION)
+    small = small_cell((1, 3), 4, 0.004, 2, 2, SECTION)
     found = scenarios_of(cells, SECTION, (small,))
     assert [(dropped.source, dropped.support) for dropped in found.dropped] == [(1, 2), (4, 4)]
 
 
 def test_the_small_cells_of_fewest_images_count_as_one_with_enough_and_one_with_few_images(monkeypatch):
     small = [
-        small_cell((1, 3 + row), 9, 0.001, images, SECTION) for row, images in enumerate([7, 2, 9, 5, 8, 1])
+        small_cell((1, 3 + row), 9, 0.001, images, images, SECTION)
+        for row, images in enumerate([7, 2, 9, 5, 8, 1])
     ]
-    assert join_small_cells(small, SECTION) == tuple(small)
+    assert join_small_cells(small) == tuple(small)
     monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 2)
-    *kept, enough, few = join_small_cells(small, SECTION)
+    *kept, enough, few = join_small_cells(small)
     assert kept == [small[2], small[4]]
     assert (enough.support, few.support, few.source) == (12, 3, NONE_OF_THE_ABOVE)
-    assert (enough.reason, few.reason) == (SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES)
+    assert (enough.cause, few.cause) == ("few codes", "few images")
     assert sum(one.weight for one in (*kept, enough, few)) == pytest.approx(0.006)
-    assert [
-        one.reason for one in join_small_cells(small, SECTION.model_copy(update={"min_support": 8}))[2:]
-    ] == [SMALL_CELLS_OF_FEW_IMAGES]
+
+
+@pytest.mark.parametrize(
+    ("images", "tracks", "least", "cause"),
+    [
+        (5, 5, 1, "few codes"),
+        (4, 4, 1, "few images"),  # are no scenario, whatever the run file says
+        (8, 8, 8, "few codes"),
+        (8, 8, 9, "few images"),
+        (60, 2, 3, "few images"),  # of two tracks
+    ],
+)
+def test_a_small_cell_of_too_few_images_or_tracks_is_told_from_one_of_too_few_codes(
+    images: int, tracks: int, least: int, cause: str
+):
+    section = SECTION.model_copy(update={"min_support": least})
+    assert small_cell((1, 3), 9, 0.001, images, tracks, section).cause == cause
 
 
 def test_components_of_any_number_of_cells_can_be_stored():
     fits = Fits(sample_failures(np.zeros((1, 2), np.float32), *np.zeros((3, 1), np.int64)), SECTION)
-    fits.small = [small_cell((1, 3), 4, 0.001, 2, SECTION)] * 600_000
+    fits.small = [small_cell((1, 3), 4, 0.001, 2, 2, SECTION)] * 600_000
     stored = decode(Scenarios, encode(fits.scenarios()), "scenarios")
     assert sum(one.support for one in stored.dropped) == 2 * 600_000
 
@@ -166,11 +180,21 @@ def test_a_small_cell_has_the_support_of_its_images_and_each_cell_is_told_as_it_
     source = np.concatenate([np.arange(400), [500, 500, 501, 501]])
     truth = np.repeat([0, 3], [400, 4])
     section = DistillSection(by="cell", max_components=2, min_weight=0.05, min_support=1)
-    fits = fit_mixtures(
-        sample_failures(codes, source, truth, truth + 1), section, 0, lambda *args: told.append(args)
-    )
+    failures = sample_failures(codes, source, truth, truth + 1)
+    fits = fit_mixtures(failures, section, 0, lambda *args: told.append(args))
     assert [(dropped.source, dropped.support) for dropped in fits.small] == [(3, 2)]
     assert told == [("fitting the mixtures", 0, 2, "fits"), ("fitting the mixtures", 1, 2, "fits")]
+
+
+def test_the_images_of_a_small_cell_count_once_for_each_track():
+    codes, source = np.random.default_rng(0).standard_normal((408, 3)).astype(np.float32), np.arange(408)
+    truth, causes = np.repeat([0, 3], [400, 8]), []
+    section = DistillSection(by="cell", max_components=2, min_weight=0.05, min_support=3)
+    for track in (None, source // 8):
+        failures = sample_failures(codes, source, truth, truth + 1, source_track=track)
+        (small,) = fit_mixtures(failures, section, 0, silent).small
+        causes.append((small.support, small.cause))
+    assert causes == [(8, "few codes"), (8, "few images")]
 
 
 @pytest.mark.parametrize("engine", ["torch", "scikit-learn"])
@@ -186,7 +210,7 @@ def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine):
 
 def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
     spec = tiny(distill={"min_weight": 0.1, "tolerance": 1e-3})
-    found = scenarios_of(cells, SECTION, (small_cell((1, 3), 4, 0.004, 2, SECTION),))
+    found = scenarios_of(cells, SECTION, (small_cell((1, 3), 4, 0.004, 2, 2, SECTION),))
     with caplog.at_level("INFO", "defuse"):
         log_scenarios(spec, found)
         log_scenarios(spec, replace(found, last_change=None, dropped=()))

@@ -116,7 +116,7 @@ def test_a_component_of_too_few_training_images_is_dropped_and_listed():
     (dropped,) = found.dropped
     assert (dropped.support, dropped.source) == (2, NONE_OF_THE_ABOVE)
     assert "2 training images, fewer than 3" in dropped.reason
-    assert dropped.small and not dropped.right
+    assert dropped.cause == "few images"
 
 
 def with_wrong_sources(found: Failures, wrong: range) -> Failures:

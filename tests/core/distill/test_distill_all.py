@@ -17,7 +17,6 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.distill.components import Cell, distill, fit_mixtures
-from defuse_core.distill.draws import SMALL_CELLS_OF_FEW_IMAGES
 from defuse_core.distill.mixture import one_component
 from defuse_core.distill.sharded import (
     CellCodes,
@@ -169,8 +168,8 @@ def test_cells_that_are_too_small_are_those_of_the_fit_in_one_piece(
     assert (5 in found.cells[:, 0]) is (min_weight < 3 / 16)
     monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 0)
     together = distill_all(spec, psi, store, "", LocalCompute()).dropped
-    assert [(one.reason, one.support) for one in together] == [
-        (SMALL_CELLS_OF_FEW_IMAGES, sum(one.support for one in found.dropped))
+    assert [(one.cause, one.reason, one.support) for one in together] == [
+        ("few images", "cells of too few images each", sum(one.support for one in found.dropped))
     ]
 
 
@@ -240,19 +239,24 @@ def test_all_of_psi_is_fitted_by_torch_only() -> None:
         tiny(distill={"max_codes": None, "engine": "scikit-learn"})
 
 
+def summary(codes: int, tracks: list[int]) -> CellSummary:
+    return CellSummary(codes, len(tracks), np.array(tracks), np.ones(2))
+
+
 def test_a_part_is_asked_only_for_the_cells_that_it_holds() -> None:
     class Held(dict[Cell, CellSummary]):
         def __contains__(self, key: object) -> bool:
             raise AssertionError("every part is asked for every cell")
 
     parts = [
-        Held({(0, 1): CellSummary(2, 1, np.ones(2)), (5, 6): CellSummary(3, 2, np.ones(2))}),
-        Held({(0, 0): CellSummary(1, 1, np.ones(2)), (0, 1): CellSummary(4, 3, np.ones(2))}),
+        Held({(0, 1): summary(2, [7]), (5, 6): summary(3, [7, 8])}),
+        Held({(0, 0): summary(1, [9]), (0, 1): summary(4, [7, 8, 9])}),
     ]
     found = _merged(parts)
     assert [*found] == [(0, 0), (0, 1), (5, 6)]
     merged = found[0, 1]
     assert (merged.count, merged.support, merged.total.tolist()) == (6, 4, [2.0, 2.0])
+    assert merged.units.tolist() == [7, 8, 9]  # a track of both parts counts once
 
 
 def test_the_shards_are_read_once_for_a_sample_and_again_where_it_is_damaged_or_one_was_made_again(

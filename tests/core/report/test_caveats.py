@@ -262,8 +262,9 @@ def test_validation_images_that_the_classifier_knows_are_told(
 
 def test_a_class_that_fails_in_cells_of_too_few_codes_alone_is_told(tmp_path: Path):
     found, evaluation = sample_findings(2, 0)
-    light = DroppedComponent(0.0093, 9, 0, 10, "the cell's 30 codes are too few", right=False, small=True)
-    cells = (light, dataclasses.replace(light, source=7, support=4), dataclasses.replace(light, source=-1))
+    light = DroppedComponent(0.0093, 9, 0, 10, "few codes", "the cell's 30 codes are too few")
+    few = dataclasses.replace(light, source=7, cause="few images")
+    cells = (light, few, dataclasses.replace(light, source=-1))
     scenarios = dataclasses.replace(found.scenarios, cells=np.array([[8, 9], [8, 3]]), dropped=cells)
     report = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path)
     assert any(
@@ -273,10 +274,9 @@ def test_a_class_that_fails_in_cells_of_too_few_codes_alone_is_told(tmp_path: Pa
         for text in report.caveats
     )
     for other in (
-        dataclasses.replace(light, answer=5, weight=0.02, small=False),  # was drawn from
-        dataclasses.replace(light, answer=5, weight=0.02, support=1),  # comes from too few images
-        dataclasses.replace(light, support=4),
-        dataclasses.replace(light, weight=0.02),  # of few tracks
+        dataclasses.replace(light, answer=5, weight=0.02, cause="unclear"),  # was drawn from
+        dataclasses.replace(light, answer=5, weight=0.02, cause="few images"),
+        dataclasses.replace(light, cause="few images"),
     ):
         kept = (light, other) if other.answer == 5 else (other,)
         told = dataclasses.replace(scenarios, dropped=kept)

@@ -65,14 +65,14 @@ def test_a_component_that_is_impure_at_its_mean_is_dropped_with_its_cell_and_sup
     (dropped,) = found.dropped
     assert (dropped.source, dropped.answer, dropped.support) == (8, 3, 40)
     assert "90 % are required" in dropped.reason
-    assert not dropped.right
+    assert dropped.cause == "unclear"
 
 
 def test_a_component_that_the_classifier_gets_right_is_dropped():
     found = tightened(lambda draws: (np.full(len(draws.codes), 8),) * 2)
     assert len(found) == 0
     assert "at τ = 0.015625 f is wrong on 0 of 64 labelled draws" in found.dropped[0].reason
-    assert found.dropped[0].right
+    assert found.dropped[0].cause == "right"
 
 
 def test_a_dropped_component_is_right_only_where_it_is_pure_and_wrong_on_few_at_every_tau():
@@ -88,7 +88,7 @@ def test_a_dropped_component_is_right_only_where_it_is_pure_and_wrong_on_few_at_
 
     for shares, right in (((0.05, 0.05), True), ((0.3, 0.3), False), ((0.05, 0.3), False)):
         (dropped,) = tightened(wrong_on(*shares)).dropped
-        assert dropped.right is right
+        assert (dropped.cause == "right") is right
 
 
 def test_a_dropped_component_is_right_where_just_rho_of_its_draws_are_wrong():
@@ -212,7 +212,7 @@ def test_a_dropped_component_that_is_impure_around_its_mean_is_not_right_though_
         return labels, labels
 
     (dropped,) = tightened(examine).dropped
-    assert not dropped.right
+    assert dropped.cause == "unclear"
 
 
 class CountedEncodings:

@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 from sample_findings import finished_run, report_of, sample_findings, sample_run, sample_spec, with_verdicts
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, DroppedComponent, Health, Models, Override, ReferenceSet
-from defuse_core.distill.draws import SMALL_CELLS, SMALL_CELLS_OF_FEW_IMAGES, UNCERTAIN, UNDIVIDED
+from defuse_core.artifacts import (
+    NONE_OF_THE_ABOVE,
+    Cause,
+    DroppedComponent,
+    Health,
+    Models,
+    Override,
+    ReferenceSet,
+)
 from defuse_core.report.build import build_report
 from defuse_core.review.undecided import why_undecided
 from tests.sample_components import FIT
@@ -136,8 +143,9 @@ def test_components_that_were_not_reviewed_since_too_few_photographs_show_them_l
     tmp_path: Path,
 ):
     found, evaluation = sample_findings(COUNT, 0)
-    for reason, told in ((f"{UNCERTAIN}: 4 photographs", True), (f"{UNDIVIDED}: all are of one", False)):
-        scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(weight=0.1, reason=reason),))
+    few = dropped("uncertain", reason="too few photographs or tracks for certainty: 4 photographs")
+    for component, told in ((few, True), (dataclasses.replace(few, cause="undivided"), False)):
+        scenarios = dataclasses.replace(found.scenarios, dropped=(component,))
         one = dataclasses.replace(found, scenarios=scenarios)
         words = "1 component is not reviewed (too few photographs"
         assert (undecided((one, evaluation)) or "").startswith(words) is told
@@ -153,15 +161,13 @@ def test_what_people_rejected_is_decided():
     assert undecided(with_units([0, 3, 1], [9, 3, 9], overrides=rejected)) is None
 
 
-def dropped(
-    right: bool = False, small: bool = False, weight: float = 0.1, reason: str = "its draws"
-) -> DroppedComponent:
-    return DroppedComponent(weight, 8, 3, 2, reason, right, small)
+def dropped(cause: Cause = "unclear", weight: float = 0.1, reason: str = "its draws") -> DroppedComponent:
+    return DroppedComponent(weight, 8, 3, 2, cause, reason)
 
 
 def test_components_that_are_not_reviewed_are_told_once(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
-    few = dropped(reason=f"{UNCERTAIN}: 4 photographs")
+    few = dropped("uncertain", reason="too few photographs or tracks for certainty: 4 photographs")
     scenarios = dataclasses.replace(found.scenarios, dropped=(few,))
     report = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path)
     assert report.headline.startswith("Could not tell: 1 component is not reviewed (too few photographs")
@@ -177,13 +183,13 @@ def test_components_that_are_not_reviewed_are_told_once(tmp_path: Path):
             "(2 could not be judged, the heaviest since images)",
         ),
         ((), "No failure scenario was found"),
-        ((dropped(small=True, weight=0.4),), "No failure scenario was found"),
-        ((dropped(reason=f"{UNDIVIDED}: one track"),), "one track); try more photographs or tracks of these"),
-        ((dropped(small=True, weight=0.4), dropped()), "Could not tell: "),
-        ((dropped(right=True), dropped(weight=0.2)), "Could not tell: "),
-        ((dropped(right=True),), "No failure scenario was found"),
-        ((dropped(right=True, weight=0.2), dropped()), "No failure scenario was found"),
-        ((dropped(right=True), dropped()), "Could not tell: "),  # right on half of them is not on most
+        ((dropped("few codes", weight=0.4),), "No failure scenario was found"),
+        ((dropped("undivided", reason="one track"),), "one track); try more photographs or tracks of these"),
+        ((dropped("few codes", weight=0.4), dropped()), "Could not tell: "),
+        ((dropped("right"), dropped(weight=0.2)), "Could not tell: "),
+        ((dropped("right"),), "No failure scenario was found"),
+        ((dropped("right", weight=0.2), dropped()), "No failure scenario was found"),
+        ((dropped("right"), dropped()), "Could not tell: "),  # right on half of them is not on most
     ],
 )
 def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classifier_is_right(
@@ -201,7 +207,7 @@ def test_failures_of_which_no_component_was_left_are_undecided_unless_the_classi
 def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
     found = dataclasses.replace(found, psi=dataclasses.replace(found.psi, images=100_000))
-    cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100  # of 8 images each
+    cells = (DroppedComponent(0.006, 8, 3, 8, "few codes", "its codes"),) * 100  # of 8 images each
     found = dataclasses.replace(
         found, scenarios=dataclasses.replace(found.scenarios, all_weights=np.array([0.4]))
     )
@@ -211,33 +217,24 @@ def test_failures_that_are_spread_over_cells_of_little_weight_are_undecided(tmp_
         "Could not tell: 60 % of the codes of Ψ are in 100 cells (class, answer) of at most 0.01"
     )
     assert "lower distill.min_weight" in text
-    for support, told in ((5, True), (4, False)):
-        few = tuple(dataclasses.replace(cell, support=support) for cell in cells)
-        scenarios = dataclasses.replace(found.scenarios, dropped=few)
-        text = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path).headline
-        assert text.startswith("Could not tell" if told else "No failure scenario was found")
+    few = tuple(dataclasses.replace(cell, cause="few images") for cell in cells)
+    scenarios = dataclasses.replace(found.scenarios, dropped=few)
+    text = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path).headline
+    assert text.startswith("No failure scenario was found")
     half = (dataclasses.replace(cells[0], weight=0.5),)
     scenarios = dataclasses.replace(found.scenarios, dropped=half)
     text = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path).headline
     assert text.startswith("No failure scenario was found")
-    scenarios = dataclasses.replace(found.scenarios, dropped=few)
-    low = sample_spec().with_fields("distill", min_support=1)  # four images are no scenario all the same
-    known = {"models": fit(found.models), "references": None, "psi": None, "scenarios": scenarios}
-    assert why_undecided(low, found.gallery, found.verdicts, **known) is None
-    for least, told in ((8, True), (9, False)):  # of cells of 8 images each
-        spec = sample_spec().with_fields("distill", min_support=least)
-        known["scenarios"] = dataclasses.replace(found.scenarios, dropped=cells)
-        assert (why_undecided(spec, found.gallery, found.verdicts, **known) is not None) is told
 
 
 def test_cells_of_few_images_that_count_as_one_are_not_taken_for_one_of_many_images(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
-    few = DroppedComponent(0.3, -1, -1, 40_000, SMALL_CELLS_OF_FEW_IMAGES, False, True)
-    cells = (DroppedComponent(0.4 / 10_000, 8, 3, 8, "its codes", False, True),) * 10_000
+    few = DroppedComponent(0.3, -1, -1, 40_000, "few images", "cells of too few images each")
+    cells = (DroppedComponent(0.4 / 10_000, 8, 3, 8, "few codes", "its codes"),) * 10_000
     images = dataclasses.replace(found.psi, images=1_000_000)
     for other, words in (
         (few, "70 % of the codes of Ψ, of up to 12 % of the training images, are in over 10,000 comp"),
-        (dataclasses.replace(few, reason=SMALL_CELLS), "70 % of the codes of Ψ are in over 10,000 cells"),
+        (dataclasses.replace(few, cause="few codes"), "70 % of the codes of Ψ are in over 10,000 cells"),
     ):
         scenarios = dataclasses.replace(found.scenarios, all_weights=np.zeros(0), dropped=(*cells, other))
         text = report_of(
@@ -248,7 +245,7 @@ def test_cells_of_few_images_that_count_as_one_are_not_taken_for_one_of_many_ima
 
 def test_failures_in_components_of_little_weight_are_undecided_as_those_in_cells(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
-    cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 50
+    cells = (DroppedComponent(0.006, 8, 3, 8, "few codes", "its codes"),) * 50
     for weights, dropped_cells, words in (
         (np.full(60, 0.01), (), "60 % of the codes of Ψ are in components of at most 0.01"),
         (
@@ -281,7 +278,7 @@ def test_failures_of_many_images_each_in_a_component_too_small_for_a_scenario_ar
     images: int, weight: float, told: bool, tmp_path: Path
 ):
     found, evaluation = sample_findings(0, 0)
-    lonely = (DroppedComponent(weight, 8, 3, 2, "its codes", False, True),) * 100  # of 2 images each
+    lonely = (DroppedComponent(weight, 8, 3, 2, "few images", "its codes"),) * 100  # of 2 images each
     found = dataclasses.replace(
         found,
         psi=dataclasses.replace(found.psi, images=images),
@@ -299,7 +296,7 @@ def test_failures_of_many_images_each_in_a_component_too_small_for_a_scenario_ar
 
 def test_a_heavy_component_that_the_classifier_gets_right_is_no_cell_of_little_weight(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
-    heavy = (DroppedComponent(0.6, 8, 3, 40, "its draws", True, False),)
+    heavy = (DroppedComponent(0.6, 8, 3, 40, "right", "its draws"),)
     scenarios = dataclasses.replace(found.scenarios, dropped=heavy)
     text = report_of((dataclasses.replace(found, scenarios=scenarios), evaluation), tmp_path).headline
     assert text.startswith("No failure scenario was found")

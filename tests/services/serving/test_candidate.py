@@ -201,10 +201,10 @@ def finished(folder: Path, dropped: tuple[DroppedComponent, ...] = ()) -> Run:
 def test_a_run_that_accepted_nothing_could_not_tell_where_its_cells_weigh_little(tmp_path):
     with pytest.raises(NothingCorrected, match="no failure scenario was accepted"):
         prepare_candidate(finished(tmp_path / "nothing"))
-    cells = (DroppedComponent(0.006, 8, 3, 8, "its codes", False, True),) * 100
+    cells = (DroppedComponent(0.006, 8, 3, 8, "few codes", "its codes"),) * 100
     with pytest.raises(CheckFailed, match=r"could not tell .* 60 % of the codes of Ψ are in 100 cells"):
         prepare_candidate(finished(tmp_path / "cells", cells))
-    unclear = (DroppedComponent(0.1, 8, 3, 2, "its draws", False, False),)
+    unclear = (DroppedComponent(0.1, 8, 3, 2, "unclear", "its draws"),)
     with pytest.raises(CheckFailed, match=r"could not tell .* Ψ has 516 codes, but no component was left"):
         prepare_candidate(finished(tmp_path / "unclear", unclear))
 
