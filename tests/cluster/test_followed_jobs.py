@@ -20,8 +20,8 @@ from aiohttp import web
 from cluster import jobs
 from cluster.jobs import Jobs
 from defuse_core.errors import ComputeError, InputError
+from tests.command_line import call
 from tests.conftest import ROOT
-from tests.e2e.test_cli import call
 from tests.ports import free_port
 
 LOG = "first line\nlast line\n"

@@ -21,8 +21,8 @@ import yaml
 
 from cluster import jobs
 from defuse_core.errors import ComputeError, InputError
+from tests.command_line import call
 from tests.conftest import ROOT, TINY
-from tests.e2e.test_cli import call
 from tests.ports import free_port
 from tests.waiting import WAIT_S, wait_until
 

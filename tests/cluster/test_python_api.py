@@ -8,7 +8,7 @@ import pytest
 
 import defuse_core as defuse
 from cluster.compute import on_ray
-from tests.core.test_debug import SETTINGS, arguments
+from tests.core.debug_arguments import SETTINGS, arguments
 
 QUICK = {
     "vae": SETTINGS["vae"] | {"epochs": 3, "accept": "blind"},

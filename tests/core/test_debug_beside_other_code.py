@@ -13,7 +13,7 @@ import torch
 
 import defuse_core as defuse
 from tests.conftest import FIGURES
-from tests.core.test_debug import SETTINGS, arguments
+from tests.core.debug_arguments import SETTINGS, arguments
 
 QUICK = SETTINGS | {"vae": {**SETTINGS["vae"], "epochs": 2, "accept": "blind"}}
 

@@ -32,7 +32,7 @@ from defuse_core.errors import (
 )
 from defuse_core.store import FolderStore
 from tests.conftest import tiny
-from tests.core.test_debug import SETTINGS, arguments, biased, digits
+from tests.core.debug_arguments import SETTINGS, arguments, biased, digits
 from tests.own_classifiers import Net
 from tests.services.serving.synthetic_runs import make_run
 

@@ -14,7 +14,7 @@ from defuse_core.errors import ModelError
 from defuse_core.models import load_classifier, weights_of
 from defuse_core.models.programs import load_program, program_of
 from tests.conftest import tiny
-from tests.core.test_debug import arguments, biased
+from tests.core.debug_arguments import arguments, biased
 from tests.own_classifiers import trained
 
 REFUSED = r"found a TorchScript program, .* set DEFUSE_TRUST_TORCHSCRIPT=1 \(on every node of a cluster\), "

@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit codes, one line for every failure, resume, documentation that is true."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from services.cli import main
+from tests.command_line import call, npz, one_line
 from tests.conftest import ROOT, TINY
 
 
@@ -27,37 +26,6 @@ def runfile(tmp_path) -> Path:
 
 def command(*args: object) -> list[str]:
     return [sys.executable, "-c", "from services.cli import main; main()", *map(str, args)]
-
-
-def call(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
-    """Run one command in this process; return exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["defuse", *map(str, args)])
-    log = logging.getLogger("defuse")
-    level = log.level
-    with pytest.raises(SystemExit) as ended:
-        main()
-    log.setLevel(level)
-    printed = capsys.readouterr()
-    return int(ended.value.code or 0), printed.out, printed.err
-
-
-def one_line(err: str) -> str:
-    """The only line on stderr that is not a log line."""
-    lines = [line for line in err.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    return lines[0]
-
-
-def npz(path: Path, **changes: object) -> Path:
-    arrays = {
-        "train_images": np.zeros((40, 16, 16), np.uint8),
-        "train_labels": np.arange(40) % 4,
-        "test_images": np.zeros((8, 16, 16), np.uint8),
-        "test_labels": np.arange(8) % 4,
-    }
-    np.savez(path, **{**arrays, **changes})
-    return path
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.command_line import call, one_line
 from tests.conftest import TINY
-from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import EightRows, Net, trained
 
 

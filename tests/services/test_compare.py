@@ -27,9 +27,9 @@ from defuse_core.export.compare import (
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.tables import print_comparison
+from tests.command_line import call, one_line
 from tests.conftest import tiny
-from tests.e2e.test_cli import call, one_line
-from tests.services.test_suite import planted_runs
+from tests.services.suite_runs import planted_runs
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from services.serving import candidate
 from services.serving.candidate import Candidate, prepare_candidate
 from services.serving.checks import CandidateReport
 from services.serving.registry import Registry
-from tests.e2e.test_cli import call, one_line
+from tests.command_line import call, one_line
 
 NOTHING_DELETED = "nothing was deleted; to delete without being asked, give --yes"
 
@@ -315,7 +315,7 @@ def other_code(store: FolderStore, spec: RunFile, folder: Path) -> RunFile:
     answered = dataclasses.replace(gallery, predicted=(gallery.predicted + 1) % 10)
     store.write("digits/gallery.safetensors", encode(answered))
     return spec.with_fields(
-        "classifier", architecture="custom", import_path="tests.services.test_suite:the_tiny_cnn"
+        "classifier", architecture="custom", import_path="tests.services.suite_runs:the_tiny_cnn"
     )
 
 

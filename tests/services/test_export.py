@@ -29,8 +29,8 @@ from defuse_core.models import Decodings, build_classifier, weights_of
 from defuse_core.models.programs import load_program
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from tests.command_line import call, one_line
 from tests.conftest import tiny, trained_models
-from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import trained
 
 

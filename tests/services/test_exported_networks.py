@@ -21,12 +21,12 @@ from defuse_core.export.suite import save_suite
 from defuse_core.models import SelfContainedClassifier
 from defuse_core.models.adapters import adapt
 from defuse_core.store import FolderStore
+from tests.command_line import call, one_line
 from tests.conftest import ROOT, tiny
-from tests.e2e.test_cli import call, one_line
 from tests.own_classifiers import IMAGENET, trained
 from tests.services.serving.synthetic_runs import make_run
+from tests.services.suite_runs import NET
 from tests.services.test_export import opened
-from tests.services.test_suite import NET
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
 from defuse_core.suggest.plan import Speeds
 from services.cli.options import run_name
-from tests.e2e.test_cli import call, one_line
+from tests.command_line import call, one_line
 from tests.own_classifiers import digits, trained
 
 

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from defuse_core.suggest.plan import Speeds
-from tests.e2e.test_cli import call, one_line
+from tests.command_line import call, one_line
 from tests.own_classifiers import digits, trained
 
 HERE = "tests.services.test_init_classifiers"

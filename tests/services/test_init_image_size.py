@@ -22,9 +22,9 @@ from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
 from defuse_core.suggest.classifier_inputs import _best_size, _probe, fit_image_size
 from defuse_core.suggest.plan import Speeds, plan_run
+from tests.command_line import call, one_line
 from tests.conftest import tiny
 from tests.core.test_probe import CUSTOM, Reading
-from tests.e2e.test_cli import call, one_line
 
 HERE = "tests.services.test_init_image_size"
 

@@ -16,7 +16,7 @@ from defuse_core.config.loading import describe_fields
 from defuse_core.suggest import _comment, _commented, write_run_file
 from defuse_core.suggest.inspect import DataFacts
 from defuse_core.suggest.plan import Plan, Speeds
-from tests.e2e.test_cli import call, one_line
+from tests.command_line import call, one_line
 
 
 def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():

@@ -16,7 +16,7 @@ from defuse_core.data.images import read_picture, to_picture
 from defuse_core.distill.components import components_of
 from defuse_core.suggest import inspect_data, plan_run
 from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
-from tests.e2e.test_cli import call
+from tests.command_line import call
 from tests.own_classifiers import digits
 
 

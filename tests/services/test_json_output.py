@@ -20,10 +20,10 @@ from defuse_core.artifacts import Models
 from defuse_core.export.suite import save_suite
 from defuse_core.runs import Run
 from services.cli.options import json_option, print_json
+from tests.command_line import call
 from tests.conftest import ROOT
-from tests.e2e.test_cli import call
 from tests.e2e.test_documented_commands import every_command
-from tests.services.test_suite import planted_runs, the_tiny_cnn
+from tests.services.suite_runs import planted_runs, the_tiny_cnn
 
 PAGE = ROOT / "services/README.md"
 

@@ -23,8 +23,8 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services import stopped_exit_code, stopping_on_signals
 from services.cli import GROUPS, defuse
+from tests.command_line import call, one_line
 from tests.conftest import ROOT
-from tests.e2e.test_cli import call, one_line
 from tests.e2e.test_documented_commands import every_command
 from tests.sample_findings import sample_spec
 

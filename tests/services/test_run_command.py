@@ -14,8 +14,8 @@ from rich.console import Console
 
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from tests.command_line import call, npz, one_line
 from tests.conftest import ROOT, TINY
-from tests.e2e.test_cli import call, npz, one_line
 from tests.no_access import write_all_but_run_file
 from tests.waiting import WAIT_S
 

@@ -37,10 +37,10 @@ from defuse_core.export.suite import (
 from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from tests.command_line import call, one_line
 from tests.conftest import tiny
-from tests.e2e.test_cli import call, one_line
 from tests.services.serving.synthetic_runs import make_run, swap_classes
-from tests.services.test_suite import EASY, NET, with_scenarios
+from tests.services.suite_runs import EASY, NET, with_scenarios
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from defuse_core.runs import FROM_SWEEP, ReachedStep, Run
 from defuse_core.store import FolderStore
 from services.settings import read_environment
 from services.tracking import DEFAULTS, FIRST_REQUEST, _figures, expect_mlflow, tracking
+from tests.command_line import call, one_line
 from tests.conftest import ROOT, TINY
-from tests.e2e.test_cli import call, one_line
 from tests.sample_components import FIT
 from tests.sample_findings import finished_run, sample_findings
 from tests.services.serving.synthetic_runs import make_run

@@ -23,7 +23,7 @@ from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import EMPTY, PromotionRequest, RegistryState
-from tests.services.serving.test_deployment import new_replica
+from tests.services.serving.replicas import new_replica
 
 ANA = PromotionRequest(by="ana", why="")
 

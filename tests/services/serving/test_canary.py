@@ -23,7 +23,7 @@ from services.serving.deployment import is_in_canary
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest
-from tests.services.serving.test_deployment import new_replica, post, put
+from tests.services.serving.replicas import new_replica, post, put
 
 LIMITS = ServeSection(max_errors=0.02, min_agreement=0.95, min_compared=50)
 

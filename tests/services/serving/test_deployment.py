@@ -19,9 +19,7 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import ModelError, StoreError
 from defuse_core.export.finished import components_digest
 from defuse_core.runs import Run
-from defuse_core.store import FolderStore
 from services.serving.active_versions import MIN_SECONDS, CanaryStatistics, InitialModel
-from services.serving.api import build_api
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeployment, canary_for
 from services.serving.inputs import decode_body
@@ -30,16 +28,7 @@ from services.serving.model import Batcher, LoadedModel, PredictionRequest, Pred
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest, RegistryState
 from services.serving.traffic import SampledInput, read_traffic
-
-
-def new_replica(store: FolderStore, **settings: Any) -> ClassifierDeployment:
-    return ClassifierDeployment(
-        store.address, InitialModel(), ServeSection(**settings), {}, require_token=False
-    )
-
-
-def put(store: FolderStore, name: str) -> None:
-    promote(Registry(store), prepare_candidate(Run.open(store, name))[1], PromotionRequest("ana", ""))
+from tests.services.serving.replicas import new_replica, post, put
 
 
 def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_and_recovers(own_store):
@@ -88,17 +77,6 @@ def test_a_sampled_input_does_not_keep_the_images_of_its_request(own_store, pict
     pixels = np.concatenate([decode_body("image/png", [picture], spec) for picture in pictures[:20]])
     asyncio.run(replica.predict(active, pixels, b""))
     assert offered and not any(np.shares_memory(sampled.image, pixels) for sampled in offered)
-
-
-async def post(
-    replica: ClassifierDeployment, body: bytes, content_type: str = "image/png", **headers: str
-) -> httpx.Response:
-    """Send one request to the replica's application, without a server."""
-    transport = httpx.ASGITransport(build_api(replica), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
-        return await client.post(
-            "/v1/predict", content=body, headers={"Content-Type": content_type, **headers}
-        )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from services.serving.monitoring import (
 )
 from services.serving.registry import Registry
 from tests.ports import free_port
-from tests.services.serving.test_deployment import new_replica, put
+from tests.services.serving.replicas import new_replica, put
 
 NODE, DEAD = {"Alive": True}, {"Alive": False}
 
