@@ -63,7 +63,7 @@ NODE = re.compile(r"(?:\t|pid=\d+, )ip(?:: |=)([^\s,)]+)")
 def connect(address: str | None, cpus: int = 0) -> bool:
     """Join the cluster at `address`, or start an embedded Ray; True if this call made the connection.
 
-    The embedded Ray has at least `cpus` CPUs, whatever the machine has.
+    The embedded Ray has the CPUs that this process may use, or `cpus` where these are more.
 
     Raises InputError for an address of another kind, another token than the cluster's and a folder of temporary files
     that Ray cannot use, ComputeError where no cluster answers or Ray does not start.
@@ -104,9 +104,11 @@ def connect(address: str | None, cpus: int = 0) -> bool:
 
 
 def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
+    from defuse_core.device import usable_cpus  # late: torch takes a second
+
     prepare_embedded_ray()
-    keep_idle_workers()
-    num_cpus = max(os.cpu_count() or 1, cpus) if cpus else None  # None: what a container allows
+    num_cpus = max(usable_cpus(), cpus)
+    keep_idle_workers(num_cpus)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with (

@@ -350,12 +350,12 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path())
 
 
-def keep_idle_workers() -> None:
-    """Let a Ray that this process starts keep the workers of finished tasks for the next ones, 8 more than CPUs.
+def keep_idle_workers(cpus: int) -> None:
+    """Let a Ray of `cpus` CPUs that this process starts keep the idle workers of finished tasks, 8 more than CPUs.
 
     By default it ends those beyond one a CPU after a second, and each new one imports torch again, 2 to 4 seconds.
     """
-    os.environ.setdefault("RAY_num_workers_soft_limit", str(8 + (os.cpu_count() or 1)))
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(8 + cpus))
 
 
 def limit_memory_retries() -> None:

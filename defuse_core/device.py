@@ -9,11 +9,13 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ F32_FLAGS = (
     _backends.mkldnn.conv,
     _backends.mkldnn.rnn,
 )
+# the CPU time that a container may use in a period, and the period: one file of cgroup v2, or two of v1
+CGROUP = Path("/sys/fs/cgroup")
+CPU_QUOTAS = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 _chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)
 # threads share the default dtype, F32_FLAGS, the random generators and the allocator
 _one_at_a_time = threading.RLock()
@@ -85,6 +90,23 @@ def device_name() -> str:
         if device().type == "cuda"
         else f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     )
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use: those of its affinity, and whole ones of its container's quota.
+
+    At least one, also where the quota is half of one. Affinity is set by taskset, Slurm or a container's cpuset.
+    """
+    # macOS has no affinity
+    has_affinity = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    for names in CPU_QUOTAS:
+        # without such files, or with "max" in place of a number, there is no quota
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((CGROUP / name).read_text() for name in names).split()
+            if int(quota) >= 0:  # -1: none
+                allowed = min(allowed, int(quota) // int(period))
+    return max(1, allowed)
 
 
 @contextlib.contextmanager

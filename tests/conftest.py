@@ -393,7 +393,7 @@ def ray_session() -> Iterator[None]:
 
     from cluster.ray_compat import keep_idle_workers
 
-    keep_idle_workers()
+    keep_idle_workers(2)
     with forked_workers():
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -31,6 +30,7 @@ from defuse_core.data.images import (
     read_each,
 )
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
+from defuse_core.device import usable_cpus
 from defuse_core.errors import DataError, first_few
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
@@ -344,7 +344,7 @@ def plan_reading(images: Images, needed: float) -> tuple[int, float]:
     started = time.monotonic()
     some.batch()
     rate = len(some) / (time.monotonic() - started)
-    readers = min(math.ceil(needed / rate), (os.cpu_count() or 1) - 1, _room_for_readers(images))
+    readers = min(math.ceil(needed / rate), usable_cpus() - 1, _room_for_readers(images))
     return readers, rate * max(1, readers)
 
 

@@ -52,7 +52,7 @@ SHORT_SWEEP = {"lambdas": [0.1, 1.0], "epochs": 3}
 
 def main(folder: Path) -> None:
     """Play scenes with the models in `folder`; the store of each is `folder`/SCENE."""
-    keep_idle_workers()
+    keep_idle_workers(2)
     identify.SCALE_EVERY_S = resources.CHECK_EVERY_S = LOOK_EVERY_S
     lines = Lines()
     log = logging.getLogger("defuse")

@@ -148,6 +148,21 @@ def test_a_ray_that_does_not_start_in_time_is_started_again_with_a_warning(
     ]
 
 
+@pytest.mark.parametrize(("reserved", "started"), [(0, 1), (1, 1), (3, 3)])
+def test_an_embedded_ray_has_the_cpus_that_this_process_may_use_or_what_replicas_reserve(
+    reserved: int, started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dict[str, object]()
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", lambda **options: found.update(options))
+    connect(None, reserved)
+    assert found["num_cpus"] == started
+    assert ("RAY_num_workers_soft_limit", str(8 + started)) in os.environ.items()
+
+
 def test_the_hangup_of_a_terminal_ends_none_of_the_processes_of_an_embedded_ray(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

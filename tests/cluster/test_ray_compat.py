@@ -40,6 +40,7 @@ from cluster.ray_compat import (
     signals_wait_for_start,
     uses_haproxy,
 )
+from defuse_core.device import usable_cpus
 from tests.cluster import programs
 from tests.conftest import tiny
 from tests.e2e import forked_commands
@@ -128,6 +129,18 @@ def test_more_idle_workers_than_cpus_are_kept_for_the_next_tasks(ray_session: No
     first = pids_of_four_tasks(tmp_path / "first")
     time.sleep(3)  # by default those beyond two would be gone
     assert pids_of_four_tasks(tmp_path / "second") <= first
+
+
+@pytest.mark.parametrize("quota", [100_000, 150_000, 200_000, 1_250_000])
+def test_ray_counts_the_cpus_of_a_container_as_an_embedded_ray_has_them(
+    quota: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (limit := tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr("defuse_core.device.CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    absent = ["/absent"] * 3  # files of cgroup v1
+    monkeypatch.setattr(utils, "_get_docker_cpus", partial(utils._get_docker_cpus, *absent, str(limit)))
+    assert utils.get_num_cpus() == usable_cpus()
 
 
 def test_one_process_starts_two_clusters_of_a_token_each_also_where_tmpdir_is_long(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from defuse_core.device import (
     device,
     device_name,
     torch_defaults,
+    usable_cpus,
 )
 from defuse_core.errors import ComputeError
 from defuse_core.local import LocalCompute, local_compute
@@ -238,6 +239,38 @@ def test_a_gpu_that_the_installed_torch_has_no_kernels_for_is_not_computed_on(
     monkeypatch.setattr("defuse_core.device._has_kernels", functools.cache(_has_kernels.__wrapped__))
     assert [device().type, device().type] == [kind, kind]
     assert len([record for record in caplog.records if "no kernels" in record.getMessage()]) == warnings
+
+
+V1 = "cpu/cpu.cfs_quota_us"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity")
+@pytest.mark.parametrize(
+    ("quota", "allowed", "usable"),
+    [
+        ({}, 64, 64),
+        ({}, 1, 1),
+        ({"cpu.max": "max 100000\n"}, 64, 64),
+        ({"cpu.max": "400000 100000\n"}, 64, 4),
+        ({"cpu.max": "400000 100000\n"}, 2, 2),
+        ({"cpu.max": "150000 100000\n"}, 64, 1),
+        ({"cpu.max": "50000 100000\n"}, 64, 1),
+        ({V1: "-1\n"}, 64, 64),
+        ({V1: "50000\n"}, 64, 1),
+        ({V1: "350000\n"}, 64, 3),
+    ],
+)
+def test_a_process_uses_the_cpus_of_its_affinity_and_of_its_containers_quota_and_one_at_least(
+    quota: dict[str, str], allowed: int, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    for name, text in quota.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("defuse_core.device.CGROUP", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert usable_cpus() == usable
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
