@@ -174,7 +174,8 @@ def _row(job: Job) -> tuple[str, ...]:
     if not job.started:
         return name, job.status, "-", "-", run
     begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
-    minutes, seconds = divmod(int((job.ended or time.time()) - job.started), 60)
+    # the head's clock may be ahead of this machine's
+    minutes, seconds = divmod(max(0, int((job.ended or time.time()) - job.started)), 60)
     return name, job.status, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", run
 
 

@@ -349,6 +349,11 @@ def test_a_job_is_listed_with_its_beginning_and_the_time_that_it_took() -> None:
     assert _row(replace(job, started=None, ended=None))[2:4] == ("-", "-")
 
 
+def test_a_job_that_began_by_a_clock_ahead_of_this_one_has_taken_no_time() -> None:
+    job = Job("j1", "digits", "RUNNING", time.time() + 40, None, None, "")
+    assert _row(job)[3] == "0:00:00"
+
+
 @pytest.mark.parametrize(
     ("given", "dashboard", "cluster", "asked"),
     [
