@@ -39,6 +39,14 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def set_missing_home() -> None:
+    """Set HOME to /, as container engines do, where this user has no home: Ray Tune cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
+
+
 def read_environment() -> Environment:
     """Return what this process's environment sets; an empty variable counts as unset, except DEFUSE_SERVE_TOKEN."""
     get = os.environ.get

@@ -26,7 +26,7 @@ from services.cli.results import compare, export, suite
 from services.cli.review import label_studio, review
 from services.cli.run import delete, fields, init, report, run, status
 from services.cli.serve import check, promote, rollback, serve
-from services.settings import is_on, share_cores
+from services.settings import is_on, set_missing_home, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
@@ -96,6 +96,7 @@ for command in (command for commands in GROUPS.values() for command in commands)
 def main() -> None:
     """Run one command. Every failure ends in one message on stderr and the exit code of its error."""
     share_cores()
+    set_missing_home()
     sys.path.append("")  # the working directory, where the user's classifier is, as with python -m
     log_output = logging.StreamHandler()
     log_output.setFormatter(EscapingFormatter("%(asctime)s %(message)s", "%H:%M:%S"))

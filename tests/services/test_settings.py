@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from defuse_core.errors import InputError
-from services.settings import fits_a_header, read_environment, share_cores, variables
+from services.settings import fits_a_header, read_environment, set_missing_home, share_cores, variables
 
 FIELDS = {  # field of each variable that is text
     "RAY_ADDRESS": "ray_address",
@@ -104,6 +104,19 @@ def test_idle_threads_sleep_unless_the_environment_says_otherwise(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     share_cores()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_a_user_without_a_home_has_the_one_of_a_container_and_others_keep_theirs(monkeypatch):
+    def no_user(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", no_user)
+    monkeypatch.setenv("HOME", "/home/ana")
+    set_missing_home()
+    assert os.environ["HOME"] == "/home/ana"
+    monkeypatch.delenv("HOME")
+    set_missing_home()
+    assert os.environ["HOME"] == "/"
 
 
 def test_a_job_gets_variables_that_are_set_empty_ones_included(monkeypatch):
