@@ -47,6 +47,20 @@ class Of255(torch.nn.Module):
         return logits
 
 
+class Guarded(torch.nn.Module):
+    """The tiny CNN, which here takes no pixels outside [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = the_tiny_cnn()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError("images must be in [0, 1]")
+        logits: torch.Tensor = self.net(images)
+        return logits
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> FolderStore:
     return planted_runs(tmp_path_factory.mktemp("store"), tiny_models)
@@ -282,6 +296,17 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
     code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *bad)
     assert code == 1
     assert "input_range" not in err
+
+
+def test_a_classifier_that_refuses_other_pixels_fails_as_any_other(
+    suite, files, tmp_path, monkeypatch, capsys
+):
+    weights = {f"net.{name}": tensor for name, tensor in load_file(files / "bad.safetensors").items()}
+    save_file(weights, tmp_path / "own.safetensors")
+    guarded = ["--classifier", "tests.services.test_suite:Guarded", "--weights", tmp_path / "own.safetensors"]
+    code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *guarded)
+    assert code == 1
+    assert "fails 2 of 2 scenarios" in one_line(err) and "input_range" not in err
 
 
 @pytest.mark.parametrize(
