@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from defuse_core.errors import InputError, percent
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.options import section_overrides
 from tests.command_line import call, one_line
 from tests.conftest import tiny
 from tests.services.serving.synthetic_runs import make_run, swap_classes
@@ -199,6 +201,22 @@ def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path
     assert (tests.tests, tests.failures, tests.skipped, tests.errors) == (3, 0, 2, 1)
     code, out, _ = call(monkeypatch, capsys, *bad, "--json")
     assert (code, json.loads(out)["passed"]) == (2, False)
+
+
+def test_saving_prints_the_fields_that_a_check_needs(store, tmp_path, monkeypatch, capsys):
+    _, out = saved(store, "first", tmp_path / "plain", monkeypatch, capsys)
+    assert "--set" not in out
+    asked = {"input_range": "imagenet", "outputs": "probabilities", "class_order": (1, 0, *range(2, 10))}
+    monkeypatch.setattr(
+        "defuse_core.export.suite.plain_section", lambda section: section.model_copy(update=asked)
+    )
+    _, out = saved(store, "first", tmp_path / "suite", monkeypatch, capsys)
+    printed = shlex.split(out.partition("next: defuse ")[2].splitlines()[0])
+    assert (printed[:2], printed[3:6]) == (["check", "--suite"], ["--classifier", "...", "--set"])
+    assert "classifier.input_range=imagenet" in printed and "needs no --set" in out
+    tree = {"classifier": {"architecture": "custom", "import_path": NET}}
+    section = section_overrides("classifier", tuple(printed[6::2]), tree)
+    assert load_suite(tmp_path / "suite").other_inputs(section) == []
 
 
 def test_scenarios_may_be_sorted_in_the_description(suite, tmp_path):
