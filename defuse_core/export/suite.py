@@ -27,7 +27,7 @@ from defuse_core.artifacts import (
     Weights,
 )
 from defuse_core.codec import decode, encode
-from defuse_core.config import PrintableText, RunFile, parse_run_file
+from defuse_core.config import ClassifierSection, PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.device import ieee_f32
@@ -93,6 +93,11 @@ class SuiteClassifier(BaseModel):
     input_range: PrintableText
     outputs: PrintableText
     class_order: tuple[int, ...] | None
+
+    def overrides(self) -> list[str]:
+        """Return the fields that are not the defaults, as `defuse check --set` takes them."""
+        defaults = {name: field.default for name, field in ClassifierSection.model_fields.items()}
+        return [f"classifier.{name}={_text(value)}" for name, value in self if value != defaults[name]]
 
 
 class SuiteDescription(BaseModel):

@@ -19,7 +19,7 @@ from defuse_core.artifacts import F32, F64, I64, Bool
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
-from defuse_core.device import device
+from defuse_core.device import device, is_device_failure, is_out_of_memory
 from defuse_core.errors import first_few, percent
 from defuse_core.intervals import class_accuracy
 from defuse_core.models.adapters import (
@@ -52,7 +52,7 @@ class ClassifierProbe:
     """What a sample of the training images shows about a classifier that is used as it is."""
 
     images: int
-    by_range: dict[str, float]  # input range -> accuracy, the mean over the classes
+    by_range: dict[str, float]  # input range that it takes -> accuracy, the mean over the classes
     plain_by_range: dict[str, float]  # input range -> share of all images that are right
     best: str  # the best input range; of those that are about as good, the one that is right on most images
     constant: float  # accuracy of a constant answer, the mean over the classes
@@ -133,8 +133,7 @@ def probe_classifier(
     # each input range needs all of them
     sample = images.take(rows_of_all_classes(images.labels, len(classes), SAMPLE, least)).loaded()
     external = section.architecture in EXTERNAL
-    ranges = list(INPUT_RANGES) if external else [section.input_range]
-    logits = {name: _logits(classifier, section, sample, name) for name in ranges}
+    logits = _logits_by_range(classifier, section, sample)
     answers = {name: found.argmax(axis=1) for name, found in logits.items()}
     by_range = {
         name: mean_over_classes(found == sample.labels, sample.labels) for name, found in answers.items()
@@ -156,14 +155,14 @@ def probe_classifier(
         return _fitted_order(answers[input_range], sample.labels, len(classes))
 
     needed: str = section.input_range
-    as_good = [name for name in ranges if by_range[name] >= max(by_range.values()) - BETTER_RANGE]
+    as_good = [name for name in logits if by_range[name] >= max(by_range.values()) - BETTER_RANGE]
     best = max(as_good, key=lambda name: of_all[name])
     before, after = (answers[name] == sample.labels for name in (needed, best))
     best_is_certain = _clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE)
     other = order_in(needed)
     if max(plain[needed], other.reached) < least_plausible(most_common):
-        orders = {name: order_in(name) for name in ranges}  # each costs three assignments of all classes
-        reached = {name: max(plain[name], orders[name].reached) for name in ranges}
+        orders = {name: order_in(name) for name in logits}  # each costs three assignments of all classes
+        reached = {name: max(plain[name], orders[name].reached) for name in logits}
         reached[needed] = max(plain[needed], most_common)
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
@@ -274,6 +273,18 @@ def _clearly_better(
     right, gained = (float((each / counts[labels]).sum()) / classes for each in (after, after * 1.0 - before))
     by_chance = float((changed / counts**2).sum()) ** 0.5 / classes
     return right > 1 / classes + CLEARLY_BETTER and gained > max(least, SIGNIFICANT * by_chance)
+
+
+def _logits_by_range(classifier: nn.Module, section: ClassifierSection, images: Images) -> dict[str, F64]:
+    """Return the logits by input range, without those that a user's code refuses; Defuse's own get the given one."""
+    found = {}
+    for name in INPUT_RANGES if section.architecture in EXTERNAL else [section.input_range]:
+        try:
+            found[name] = _logits(classifier, section, images, name)
+        except Exception as error:
+            if name == section.input_range or is_out_of_memory(error) or is_device_failure(error):
+                raise
+    return found
 
 
 def _right_in_bgr(

@@ -127,7 +127,8 @@ def save(run: str, store: str, out: Path) -> None:
 
     opened = open_run(run, store)
     with local_device(opened.spec.resources.gpus_per_worker):
-        scenarios = save_suite(opened, out).description.scenarios
+        description = save_suite(opened, out).description
+    scenarios, fields = description.scenarios, description.classifier.overrides()
     limit = opened.spec.check.min_each_scenario
     for scenario in scenarios:
         if limit <= scenario.before < scenario.least:
@@ -144,8 +145,11 @@ def save(run: str, store: str, out: Path) -> None:
             click.echo(f"{scenario.name}: nothing is required, since the correction did not improve it "
                        f"({percent(scenario.before)} before, {percent(scenario.after)} after)")  # fmt: skip
     pictures = count_of(scenarios[0].pictures, "picture")
+    given = " ".join(["--classifier ...", *(f"--set {shlex.quote(field)}" for field in fields)])
     click.echo(f"{out}: {count_of(len(scenarios), 'scenario')} with {pictures} each; next: "
-               f"defuse check --suite {shlex.quote(str(out))} --classifier ...")  # fmt: skip
+               f"defuse check --suite {shlex.quote(str(out))} {given}")  # fmt: skip
+    if fields:
+        click.echo("(a .pt2 file of `defuse export` needs no --set)")
 
 
 def expect_no_suite_options(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -15,7 +15,7 @@ from rich.text import Text
 from defuse_core.artifacts import Models
 from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of
 from defuse_core.report.formatting import before_after, date_time, duration, size
-from defuse_core.runs import UNFINISHED, Run
+from defuse_core.runs import CONTROL_NAMES, UNFINISHED, Run
 from defuse_core.steps import STEPS
 from defuse_core.store import Store
 from services.cli.console import Terminal, add_row, new_table, print_fitting, print_table
@@ -77,11 +77,18 @@ class RunSummary:
 
 
 def step_states(run: Run) -> list[StepState]:
-    """Return the state of each step, from what the run's store holds and whether a driver holds its lock."""
+    """Return the state of each step, from what the run's store holds and whether a driver holds its lock.
+
+    The first step that is not done has begun also where a driver works on the run and nothing of it is stored yet.
+    """
     keys = set(run.store.list())
     entries = run.manifest().get("artefacts", {})
-    is_locked = functools.cache(run.store.is_locked)  # asked only where a step has begun
-    return [_step_state(run, step, keys, entries, is_locked) for step in STEPS]
+    is_locked = functools.cache(run.store.is_locked)  # asked only of an unfinished run
+    states = [_step_state(run, step, keys, entries, is_locked) for step in STEPS]
+    at = next((place for place, state in enumerate(states) if state.state != "done"), None)
+    if at is not None and states[at].state == "to do" and is_locked():
+        states[at] = replace(states[at], state="under way")
+    return states
 
 
 def _step_state(
@@ -120,7 +127,7 @@ def _waits_for_people(run: Run, keys: set[str]) -> bool:
 
 
 def _detail(run: Run, step: str, keys: set[str]) -> str:
-    """Return the progress of an unfinished step: epochs kept, shards of Ψ, fine-tunings begun."""
+    """Return the progress of an unfinished step: epochs kept, shards of Ψ, fine-tunings and controls begun."""
     if step == "train":
         return _epochs(run)
     if step == "identify":
@@ -131,6 +138,10 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
         sweeps = ("baseline", "defuse")
         begun = {name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in sweeps}
         return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
+    # trials of controls outlast the sweep where a λ is added
+    if step == "report" and "sweep.safetensors" in keys:
+        controls = {key.split("/")[1] for key in keys if key.startswith("trials/")} & {*CONTROL_NAMES}
+        return f"{count_of(len(controls), 'control')} begun" if controls else ""
     return ""
 
 

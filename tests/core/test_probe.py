@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -67,6 +68,41 @@ def test_the_input_range_that_a_classifier_was_trained_on_is_found_and_then_give
     assert accuracy(adapted, splits.train) == pytest.approx(probe.by_range[wanted])
     again = probe_classifier(adapted, section(input_range=wanted), splits.train, splits.classes)
     assert again.by_range == probe.by_range
+
+
+class Guarded(nn.Module):
+    """A classifier that takes no pixels outside [0, 1]."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.net, self.error = trained(), error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.min() < 0 or images.max() > 1:
+            raise self.error
+        logits: torch.Tensor = self.net(images)
+        return logits
+
+
+def test_an_input_range_that_a_classifier_refuses_is_no_candidate(splits, caplog):
+    caplog.set_level("INFO")
+    net = adapt(Guarded(ValueError("images must be in [0, 1]")), section(), 10)
+    log_classifier(tiny(classifier={**CUSTOM}), net, splits, {"train": 0.95})
+    assert re.search(r"by input range on 300 training images: 0\.\.1 [\d.]+ %$", caplog.text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("error", "given"),
+    [
+        (ValueError("images must be in [0, 1]"), "-1..1"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "0..1"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "0..1"),
+    ],
+)
+def test_an_error_of_the_given_input_range_or_of_the_machine_ends_the_probe(error, given, splits):
+    net = adapt(Guarded(error), section(), 10)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        probe_classifier(net, section(input_range=given), splits.train, splits.classes)
 
 
 def test_each_image_file_is_read_once_for_all_input_ranges(tmp_path, splits, monkeypatch):

@@ -1,10 +1,14 @@
 """Every command says what it does, and what the READMEs name exists."""
 
+import hashlib
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
+from pathlib import Path
 
 import click
 import pytest
@@ -67,18 +71,70 @@ def gates() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("block", "failing"), [*gates(), *((block, "none") for block, _ in gates()[:1])])
 def test_a_documented_gate_does_not_pass_where_a_command_failed(block, failing, tmp_path):
-    for name, code in (("jq", "exit 0"), ("defuse", f'[ "$1" != {failing} ] || exit 2')):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
-        (tmp_path / name).chmod(0o755)
-    words = {"GIT_COMMIT": "abc", "LAST": "abb", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", block], env=words, cwd=tmp_path, check=False)
-    assert done.returncode == (0 if failing == "none" else 2)
-    if failing == "compare":  # as on the first night, which has no run to compare with
-        assert (tmp_path / "check.json").exists()
+    give_program(tmp_path / "jq", "exit 0")
+    assert code_of(block, tmp_path, {failing: 4}) == (0 if failing == "none" else 4)
+
+
+def give_program(path: Path, code: str) -> None:
+    path.write_text(f"#!/bin/sh\n{code}\n")
+    path.chmod(0o755)
+
+
+def code_of(block: str, folder: Path, codes: dict[str, int], runs: str = "") -> int:
+    """Return the exit code of a block where commands of Defuse end with `codes`, else with 0, and the store has `runs`.
+
+    `called` in the folder lists the commands.
+    """
+    (folder / "new.safetensors").write_bytes(b"weights")
+    (folder / "stored").write_text(runs)
+    ends = "".join(f"{name}) exit {code};;" for name, code in codes.items())
+    listing = '[ "$1" != status ] || cat stored'
+    give_program(folder / "defuse", f'echo "$@" >> called\n{listing}\ncase "$1" in {ends} esac')
+    words = {"GIT_COMMIT": "abc", "RUN": "abc-1", "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(["bash", "-c", block], env=words, cwd=folder, check=False).returncode
+
+
+NIGHTLY = next(block for block, name in gates() if name == "compare")
+
+
+@pytest.mark.parametrize(
+    ("compared", "checked", "code"),
+    [(0, 0, 0), (0, 1, 1), (2, 0, 0), (2, 1, 1), (4, 0, 4), (0, 2, 2)],
+)
+def test_the_nightly_job_ends_as_its_check_whether_or_not_there_is_a_run_to_compare_with(
+    compared, checked, code, tmp_path
+):
+    give_program(tmp_path / "jq", "exit 0")
+    assert code_of(NIGHTLY, tmp_path, {"compare": compared, "check": checked}) == code
+    called = [line.split()[0] for line in (tmp_path / "called").read_text().splitlines()]
+    assert called == ["run", "status", "compare", *(["check"] if compared != 4 else [])]
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+@pytest.mark.parametrize("earlier", [True, False])
+def test_the_nightly_job_compares_with_the_last_other_run_that_is_finished(earlier, tmp_path):
+    own = f"abc-{hashlib.sha256(b'weights').hexdigest()[:8]}"
+    rows = [(own, "done", "2026-01-04"), ("begun", "stopped", "2026-01-05"), ("odd", "unreadable", None)]
+    if earlier:
+        rows += [("abc-11111111", "done", "2026-01-03"), ("abb-22222222", "done", "2026-01-02")]
+    runs = [{"run": run, "state": state, "made": made, "accepted": 0} for run, state, made in rows]
+    assert code_of(NIGHTLY, tmp_path, {}, json.dumps({"runs": runs})) == 0
+    called = [line.split()[:3] for line in (tmp_path / "called").read_text().splitlines()]
+    assert ["compare", "abc-11111111" if earlier else "null", own] in called
 
 
 def test_there_are_gates_to_check():
     assert {name for _, name in gates()} == {"run", "status", "compare", "check", "report"}
+
+
+def test_the_readmes_agree_on_the_commands_that_notice_changed_code():
+    scripts, core = (
+        " ".join((ROOT / name / "README.md").read_text(encoding="utf-8").split())
+        for name in ("services", "defuse_core")
+    )
+    (row,) = re.findall(r"code has changed since the run began \((.*?)\)", scripts)
+    (text,) = re.findall(r"Give changed code another name\. (.*?) end with an error", core)
+    assert re.findall("`(.*?)`", row) == re.findall("`(?:defuse )?(.*?)`", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -10,7 +10,7 @@ from cluster import connection, resources
 from defuse_core import identify, training, watch
 from defuse_core.config import ServeSection
 from defuse_core.training import precision
-from services.cli import console
+from services.cli import CLOSED_PIPE, console
 from services.serving import active_versions, inputs, limits
 from services.storage import lease
 from tests.conftest import ROOT
@@ -45,6 +45,7 @@ FIGURES = [
     ("cluster", r"at most (\d+) s and the current epoch are lost", training.CHECKPOINT_EVERY_S),
     ("cluster", r"A shard is at most 2\^(\d+) decodings", identify.SHARD_DECODINGS.bit_length() - 1),
     ("cluster", r"it becomes a line every (\d+) s", console.LINE_EVERY_S),
+    ("services", r"\| (\d+) \| what the command printed was read no further", CLOSED_PIPE),
     ("defuse_core", r"largest error of that margin on (\d+) inputs", precision.SAMPLE),
 ]
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Verdicts
@@ -15,6 +17,7 @@ from defuse_core.codec import encode
 from defuse_core.export.compare import (
     MATCHING_SHARE,
     ComparedScenario,
+    State,
     _is_same_classifier,
     _load,
     _matches,
@@ -26,9 +29,10 @@ from defuse_core.export.compare import (
 )
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.results import compare
 from services.cli.tables import print_comparison
 from tests.command_line import call, one_line
-from tests.conftest import tiny
+from tests.conftest import ROOT, tiny
 from tests.services.suite_runs import planted_runs
 
 
@@ -199,11 +203,29 @@ def test_a_run_that_could_not_tell_is_told_beside_the_comparison(
     run.store.write("verdicts.safetensors", encode(dataclasses.replace(verdicts, labels=labels)))
     run.store.write("corrections.safetensors", encode(fixes.take(np.zeros(0, np.int64))))
     code, out, _ = call(monkeypatch, capsys, "compare", "first", "same", "--store", tmp_path, "--json")
-    page = json.loads(out)
+    page, text = json.loads(out), (ROOT / "services/README.md").read_text(encoding="utf-8")
     assert code == 0 and page["undecided"]["a"] is None and "the β-VAE is blind" in page["undecided"]["b"]
+    assert all(f"`{name}.{side}`" in text for name in ("undecided", "guessing") for side in page[name])
     assert [
         line for line in caplog.messages if line.startswith("run same could not tell whether its classifier")
     ]
+
+
+def test_the_help_names_each_state_that_the_json_has():
+    text = " ".join(compare.help.split()).lower()
+    assert [state for state in get_args(State) if state.lower() not in text] == []
+
+
+@pytest.mark.parametrize(
+    "words", [["compare", "first", "same"], ["suite", "save", "first", "--out", "suite"]]
+)
+def test_runs_of_a_classifier_whose_code_has_changed_are_neither_compared_nor_saved_as_a_suite(
+    words, store, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.nn.ReLU", torch.nn.Sigmoid)  # the weights fit as before
+    code, _, err = call(monkeypatch, capsys, *words, "--store", store.address)
+    assert code == 2 and "stored images otherwise than when the run began" in one_line(err)
 
 
 def test_an_accuracy_just_below_the_limit_is_not_shown_as_the_limit():

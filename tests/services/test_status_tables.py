@@ -152,6 +152,28 @@ def test_status_of_an_unfinished_run_says_what_continues_it_unless_that_works_on
     assert told not in status_of(run)
 
 
+def test_the_first_step_that_is_not_done_is_under_way_before_anything_of_it_is_stored(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, "models", "psi")
+    assert {state.step: state.state for state in step_states(run)}["distill"] == "to do"
+    states = {state.step: state.state for state in states_under_way(run)}
+    assert (states["distill"], states["draw"]) == ("under way", "to do")
+    with run.store.lock():
+        assert "The run is not finished" not in status_of(run)
+
+
+def test_a_report_whose_controls_have_begun_is_under_way_or_stopped(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    finish(run, *(name for name in ALL if name not in {"sweep", "evaluation"}))
+    for name in ("plain/9-epochs", "plain_1/9-epochs", "left_out_0/9-epochs"):
+        run.store.write(f"trials/{name}/lam-0.0.safetensors", b"")
+    assert step_states(run)[-1].state == "to do"  # as while an added λ is tuned
+    finish(run, "sweep")
+    report = step_states(run)[-1]
+    assert (report.state, report.detail) == ("stopped", "3 controls begun")
+    assert states_under_way(run)[-1].state == "under way"
+
+
 def test_status_of_a_finished_run_shows_the_accuracies_of_its_report(tmp_path: Path) -> None:
     run = a_run(tmp_path)
     finish(run, *ALL)

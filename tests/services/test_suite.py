@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from defuse_core.errors import InputError, percent
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.options import section_overrides
 from tests.command_line import call, one_line
 from tests.conftest import tiny
 from tests.services.serving.synthetic_runs import make_run, swap_classes
@@ -44,6 +46,20 @@ class Of255(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.net(images / 255)
+        return logits
+
+
+class Guarded(torch.nn.Module):
+    """The tiny CNN, which here takes no pixels outside [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = the_tiny_cnn()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.min() < 0 or images.max() > 1:
+            raise ValueError("images must be in [0, 1]")
+        logits: torch.Tensor = self.net(images)
         return logits
 
 
@@ -187,6 +203,22 @@ def test_what_the_correction_did_not_improve_is_not_asked(store, files, tmp_path
     assert (code, json.loads(out)["passed"]) == (2, False)
 
 
+def test_saving_prints_the_fields_that_a_check_needs(store, tmp_path, monkeypatch, capsys):
+    _, out = saved(store, "first", tmp_path / "plain", monkeypatch, capsys)
+    assert "--set" not in out
+    asked = {"input_range": "imagenet", "outputs": "probabilities", "class_order": (1, 0, *range(2, 10))}
+    monkeypatch.setattr(
+        "defuse_core.export.suite.plain_section", lambda section: section.model_copy(update=asked)
+    )
+    _, out = saved(store, "first", tmp_path / "suite", monkeypatch, capsys)
+    printed = shlex.split(out.partition("next: defuse ")[2].splitlines()[0])
+    assert (printed[:2], printed[3:6]) == (["check", "--suite"], ["--classifier", "...", "--set"])
+    assert "classifier.input_range=imagenet" in printed and "needs no --set" in out
+    tree = {"classifier": {"architecture": "custom", "import_path": NET}}
+    section = section_overrides("classifier", tuple(printed[6::2]), tree)
+    assert load_suite(tmp_path / "suite").other_inputs(section) == []
+
+
 def test_scenarios_may_be_sorted_in_the_description(suite, tmp_path):
     edited = with_scenarios(suite, tmp_path / "suite", lambda scenarios: scenarios.reverse())
     assert load_suite(edited).description == load_suite(suite).description
@@ -282,6 +314,17 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
     code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *bad)
     assert code == 1
     assert "input_range" not in err
+
+
+def test_a_classifier_that_refuses_other_pixels_fails_as_any_other(
+    suite, files, tmp_path, monkeypatch, capsys
+):
+    weights = {f"net.{name}": tensor for name, tensor in load_file(files / "bad.safetensors").items()}
+    save_file(weights, tmp_path / "own.safetensors")
+    guarded = ["--classifier", "tests.services.test_suite:Guarded", "--weights", tmp_path / "own.safetensors"]
+    code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *guarded)
+    assert code == 1
+    assert "fails 2 of 2 scenarios" in one_line(err) and "input_range" not in err
 
 
 @pytest.mark.parametrize(
