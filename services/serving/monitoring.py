@@ -10,6 +10,8 @@ import http.client
 import logging
 import urllib.request
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,8 @@ log = logging.getLogger("defuse")
 PREFIXES = ("ray_defuse_", "ray_serve_")
 LINE_STARTS = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") for prefix in PREFIXES)
 SCRAPE_TIMEOUT_S = 5.0
+# of the page alone: each scrape that is given up while Ray's head does not answer still holds a thread
+SCRAPE_THREADS = ThreadPoolExecutor(8, "metrics")
 ANSWER_S = 5.0  # time limit for the answer of /healthz
 LIVENESS_FAILURES = 3  # in a row, after which the server ends
 # ignores HTTP_PROXY: nodes are near
@@ -110,9 +114,10 @@ class ServingMetrics:
 
 async def metrics_page() -> str:
     """Return the metrics of all nodes in Prometheus' text format. A node that does not answer is left out."""
-    addresses = await asyncio.to_thread(_exporters)  # waits for Ray's head
-    pages = await asyncio.gather(*(asyncio.to_thread(_scrape, address) for address in addresses))
-    return await asyncio.to_thread(merge_pages, pages)  # a second or more for many nodes
+    run = partial(asyncio.get_running_loop().run_in_executor, SCRAPE_THREADS)
+    addresses = await run(_exporters)  # waits for Ray's head
+    pages = await asyncio.gather(*(run(_scrape, address) for address in addresses))
+    return await run(merge_pages, pages)  # a second or more for many nodes
 
 
 def _exporters() -> list[str]:

@@ -199,6 +199,23 @@ def test_predictions_go_on_while_rays_head_is_asked_for_the_nodes(monkeypatch):
     assert asked_in and asked_in != [threading.current_thread()]
 
 
+def test_the_registry_is_followed_while_scrapes_wait_for_rays_head(monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr(ray, "nodes", lambda: [DEAD] * answered.wait(60))
+
+    async def follow() -> None:
+        scrapes = [asyncio.wait_for(metrics_page(), 0.05) for _ in range(40)]
+        try:
+            given_up = await asyncio.gather(*scrapes, return_exceptions=True)
+            assert all(isinstance(page, TimeoutError) for page in given_up)
+            await asyncio.wait_for(asyncio.to_thread(int), 10)
+        finally:
+            answered.set()
+        assert await metrics_page() == ""
+
+    asyncio.run(follow())
+
+
 def test_predictions_go_on_while_the_pages_are_merged_and_lines_of_others_are_not_parsed(monkeypatch):
     page = '# TYPE ray_serve_x gauge\nray_serve_x 1.0\n# TYPE ray_node_y gauge\nray_node_y{a="b"} 2.0\n'
     parsed, parse = [], text_string_to_metric_families
