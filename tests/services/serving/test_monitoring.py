@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -255,6 +256,28 @@ def test_a_node_that_dies_within_its_answer_is_left_out(reply):
         node.start()
         assert _scrape(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics") == ""
         node.join()
+
+
+def test_a_failure_that_repeats_is_logged_once_a_minute_per_version_and_kind(own_store, monkeypatch, caplog):
+    put(own_store, "first")
+    replica, now, counted = new_replica(own_store), [1000.0], []
+    monkeypatch.setattr("services.serving.monitoring.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(replica.metrics.errors, "inc", lambda *count: counted.append(count))
+    model = replica.current().in_production
+    for _ in range(100):
+        replica._count_error(model, 2, RuntimeError("CUDA error: misaligned address\nCUDA kernel errors\n"))
+    replica._count_error(model, 1, TimeoutError("no answer within 1 s"))
+    replica._count_error(SimpleNamespace(name="2"), 1, TimeoutError("no answer within 1 s"))
+    now[0] += 60
+    for _ in range(2):
+        replica._count_error(model, 1, RuntimeError("x" * 5000))
+    assert len(counted) == 104
+    assert caplog.messages == [
+        "version 1 failed: CUDA error: misaligned address CUDA kernel errors",
+        "version 1 failed: no answer within 1 s",
+        "version 2 failed: no answer within 1 s",
+        f"version 1 failed: {'x' * 600} (99 failures more since the last line)",
+    ]
 
 
 def test_the_gauges_are_set_again_between_two_polls(own_store, monkeypatch):
