@@ -158,7 +158,8 @@ class ServeSection(Section):
     min_compared: int = Field(50, ge=1)
     """Requests that a canary or shadow answers before it is judged."""
     max_canary_s: float = Field(1.0, gt=0)
-    """Seconds that a canary or shadow may take for a request. A later answer counts as a failure, and is not used."""
+    """Seconds for a request: of a canary after production has answered, of a shadow in processor time. A later answer
+    counts as a failure, and is not used."""
 
     @model_validator(mode="after")
     def _replicas_ordered(self) -> Self:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,7 +28,6 @@ from services.serving.model import LoadedModel, PredictionResponse
 from services.serving.monitoring import metrics_page
 from services.serving.registry_state import RegistryState
 
-log = logging.getLogger("defuse")
 # The page /docs loads nothing, so that no script sees the token; FastAPI's own asks for the token, and loads a script
 # from another server.
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -355,7 +353,7 @@ def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     async def handle_memory_error(request: Request, error: Exception) -> JSONResponse:
-        log.error("a request was not answered: out of memory (%s)", error)
+        deployment.failure_log.add("a request was not answered: out of memory", error)
         unavailable = Unavailable("this replica is out of memory")
         return await handle_request_error(request, unavailable)
 

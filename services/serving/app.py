@@ -46,7 +46,7 @@ from services.serving.launch import (
     warn_of_production,
 )
 from services.serving.limits import MAX_UPLOADS, RETRY_AFTER_S
-from services.serving.monitoring import LivenessCheck
+from services.serving.monitoring import LivenessCheck, log_to_stderr
 from services.serving.registry import POLL_S, Registry
 from services.serving.registry_state import NO_VERSION, RegistryState, registry_command
 from services.storage import open_store
@@ -61,6 +61,7 @@ class ClassifierIngress(ClassifierDeployment):
     """The deployment with its HTTP interface."""
 
     def __init__(self, *args: Any, require_model: bool = False) -> None:
+        log_to_stderr()
         hide_other_gpus()
         super().__init__(*args)
         # Serve gives up after a few constructors that raise
@@ -89,6 +90,7 @@ def build(args: ServeArgs | dict[str, Any]) -> Application:
     Raises InputError for invalid settings or a run without a model. `serve deploy` and `serve run` pass a dict: Ray
     cannot see the type behind a postponed annotation.
     """
+    log_to_stderr()
     return when_store_answers(partial(_application, ServeArgs.model_validate(args)))
 
 

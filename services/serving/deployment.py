@@ -41,7 +41,7 @@ from services.serving.model import (
     PredictionResult,
     predict_batch,
 )
-from services.serving.monitoring import ServingMetrics
+from services.serving.monitoring import FailureLog, ServingMetrics
 from services.serving.registry import AUTHOR, POLL_S
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
@@ -78,7 +78,7 @@ class ClassifierDeployment:
         opened = when_store_answers(partial(open_store, store))
         self.watcher = RegistryWatcher(opened, initial, section, overrides)
         self.active = when_store_answers(self.watcher.load_initial)
-        self.metrics = ServingMetrics()
+        self.metrics, self.failure_log = ServingMetrics(), FailureLog()
         self.reservoir = Reservoir(opened, section.reservoir) if section.reservoir else None
         self.uploads, self.slots = UploadLimits(section), RequestSlots(section)
         self.form_parser = asyncio.Semaphore(1)
@@ -172,7 +172,7 @@ class ClassifierDeployment:
 
     def _count_error(self, model: LoadedModel, images: int, error: Exception) -> None:
         self.metrics.errors.inc(images, {"version": model.name})
-        log.error("version %s failed: %s", model.name, error)
+        self.failure_log.add(f"version {model.name} failed", error)
 
     def _count_failures(self, output: PredictionResult) -> None:
         """Count what `check_health` looks at; a ModelError is of the input and the version, whatever the replica."""

@@ -1,4 +1,4 @@
-"""Metrics of a replica, one page of all nodes' metrics for Prometheus, and whether a server can still answer.
+"""Metrics and log of a replica, one page of all nodes' metrics for Prometheus, and whether a server can still answer.
 
 Ray exports the metrics on every node. `defuse serve` asks whether the server that it started can answer.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import time
 import urllib.request
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,17 +22,58 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.metrics import Counter, Gauge
 
-from defuse_core.errors import ComputeError
+from defuse_core.errors import ComputeError, count_of, escape_control_characters, one_line
 from defuse_core.report.evidence_schema import WatchFigures
 
 log = logging.getLogger("defuse")
 PREFIXES = ("ray_defuse_", "ray_serve_")
 LINE_STARTS = tuple(f"{start}{prefix}" for start in ("", "# HELP ", "# TYPE ") for prefix in PREFIXES)
 SCRAPE_TIMEOUT_S = 5.0
+# of the page alone: each scrape that is given up while Ray's head does not answer still holds a thread
+SCRAPE_THREADS = ThreadPoolExecutor(8, "metrics")
+LOG_AGAIN_S = 60.0  # interval at which a failure that repeats is logged
+MAX_LINE, MAX_ERROR = 2000, 600  # characters of a line of the log, and of an error that may repeat
 ANSWER_S = 5.0  # time limit for the answer of /healthz
 LIVENESS_FAILURES = 3  # in a row, after which the server ends
 # ignores HTTP_PROXY: nodes are near
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class OneLineFormatter(logging.Formatter):
+    """Each record is one line, as programs that collect logs expect. No text from a file changes a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_control_characters(one_line(super().format(record), MAX_LINE))
+
+
+def log_to_stderr() -> None:
+    """Log to stderr in a process that Ray starts, unless its log has a handler, as by Ray's LoggingConfig."""
+    if log.hasHandlers():
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    # the user's code may give the root logger a handler, which would write each line again
+    log.propagate = False
+
+
+class FailureLog:
+    """Logs failures of requests: the first of each kind, and then one a minute, with the number of those between."""
+
+    def __init__(self) -> None:
+        # by what failed and the type of its error: when the next one is logged, and how many since the last are not
+        self._kinds: dict[tuple[str, type[Exception]], tuple[float, int]] = {}
+
+    def add(self, what: str, error: Exception) -> None:
+        kind, now = (what, type(error)), time.monotonic()
+        again, omitted = self._kinds.get(kind, (now, 0))
+        if now < again:
+            self._kinds[kind] = again, omitted + 1
+            return
+        self._kinds[kind] = now + LOG_AGAIN_S, 0
+        more = f" ({count_of(omitted, 'failure')} more since the last line)" if omitted else ""
+        log.error("%s: %s%s", what, one_line(error, MAX_ERROR), more)
 
 
 def tag_keys(*names: str) -> Any:
@@ -110,9 +154,10 @@ class ServingMetrics:
 
 async def metrics_page() -> str:
     """Return the metrics of all nodes in Prometheus' text format. A node that does not answer is left out."""
-    addresses = await asyncio.to_thread(_exporters)  # waits for Ray's head
-    pages = await asyncio.gather(*(asyncio.to_thread(_scrape, address) for address in addresses))
-    return await asyncio.to_thread(merge_pages, pages)  # a second or more for many nodes
+    run = partial(asyncio.get_running_loop().run_in_executor, SCRAPE_THREADS)
+    addresses = await run(_exporters)  # waits for Ray's head
+    pages = await asyncio.gather(*(run(_scrape, address) for address in addresses))
+    return await run(merge_pages, pages)  # a second or more for many nodes
 
 
 def _exporters() -> list[str]:

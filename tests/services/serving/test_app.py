@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
+import re
 
 import pytest
 import ray
@@ -128,6 +130,27 @@ def test_a_replica_that_requires_a_model_waits_for_a_store_that_does_not_answer(
     errors.append(StoreError("wrong credentials"))  # nothing to wait for
     with pytest.raises(ComputeError, match="cannot be loaded"):
         ClassifierIngress(*bound.init_args, **bound.init_kwargs)
+
+
+def test_a_replica_logs_each_record_on_one_line_with_date_time_and_level(
+    promoted, monkeypatch, capsys, caplog
+):
+    log, root = logging.getLogger("defuse"), logging.getLogger()
+    for logger in (log, root):  # as Ray leaves them
+        monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING, "defuse")  # restored after the test
+    monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    for _ in range(2):
+        ClassifierIngress(promoted.address, InitialModel(), ServeSection(), {}, False)
+        root.addHandler(logging.StreamHandler())  # by the user's code
+    log.error("lost: %s", "one\n  two\x1b[2J")
+    *changes, lost = capsys.readouterr().err.splitlines()
+    line = r"2\d{3}-\d\d-\d\d \d\d:\d\d:\d\d "
+    assert len(changes) == 2 and all(
+        re.match(f"{line}INFO registry change 2: ", change) for change in changes
+    )
+    assert re.fullmatch(line + r"ERROR lost: one two\\x1b\[2J", lost)
 
 
 @pytest.fixture

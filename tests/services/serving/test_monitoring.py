@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -199,6 +200,23 @@ def test_predictions_go_on_while_rays_head_is_asked_for_the_nodes(monkeypatch):
     assert asked_in and asked_in != [threading.current_thread()]
 
 
+def test_the_registry_is_followed_while_scrapes_wait_for_rays_head(monkeypatch):
+    answered = threading.Event()
+    monkeypatch.setattr(ray, "nodes", lambda: [DEAD] * answered.wait(60))
+
+    async def follow() -> None:
+        scrapes = [asyncio.wait_for(metrics_page(), 0.05) for _ in range(40)]
+        try:
+            given_up = await asyncio.gather(*scrapes, return_exceptions=True)
+            assert all(isinstance(page, TimeoutError) for page in given_up)
+            await asyncio.wait_for(asyncio.to_thread(int), 10)
+        finally:
+            answered.set()
+        assert await metrics_page() == ""
+
+    asyncio.run(follow())
+
+
 def test_predictions_go_on_while_the_pages_are_merged_and_lines_of_others_are_not_parsed(monkeypatch):
     page = '# TYPE ray_serve_x gauge\nray_serve_x 1.0\n# TYPE ray_node_y gauge\nray_node_y{a="b"} 2.0\n'
     parsed, parse = [], text_string_to_metric_families
@@ -238,6 +256,28 @@ def test_a_node_that_dies_within_its_answer_is_left_out(reply):
         node.start()
         assert _scrape(f"http://127.0.0.1:{listener.getsockname()[1]}/metrics") == ""
         node.join()
+
+
+def test_a_failure_that_repeats_is_logged_once_a_minute_per_version_and_kind(own_store, monkeypatch, caplog):
+    put(own_store, "first")
+    replica, now, counted = new_replica(own_store), [1000.0], []
+    monkeypatch.setattr("services.serving.monitoring.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(replica.metrics.errors, "inc", lambda *count: counted.append(count))
+    model = replica.current().in_production
+    for _ in range(100):
+        replica._count_error(model, 2, RuntimeError("CUDA error: misaligned address\nCUDA kernel errors\n"))
+    replica._count_error(model, 1, TimeoutError("no answer within 1 s"))
+    replica._count_error(SimpleNamespace(name="2"), 1, TimeoutError("no answer within 1 s"))
+    now[0] += 60
+    for _ in range(2):
+        replica._count_error(model, 1, RuntimeError("x" * 5000))
+    assert len(counted) == 104
+    assert caplog.messages == [
+        "version 1 failed: CUDA error: misaligned address CUDA kernel errors",
+        "version 1 failed: no answer within 1 s",
+        "version 2 failed: no answer within 1 s",
+        f"version 1 failed: {'x' * 600} (99 failures more since the last line)",
+    ]
 
 
 def test_the_gauges_are_set_again_between_two_polls(own_store, monkeypatch):

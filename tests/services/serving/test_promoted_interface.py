@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from services.serving.launch import warn_of_production
 from services.serving.registry import DamagedVersionError, Registry, promote
 from services.serving.registry_state import PromotionRequest
 from tests.services.serving.test_registry_changes import ANA, CANARY, SHADOW, failing
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -82,6 +85,16 @@ def test_a_candidate_for_images_of_another_kind_is_not_promoted(registry, candid
         promote(registry, other, ANA)
     with pytest.raises(CheckFailed, match="interface: expected 1x16x16 pixels and 10 classes .* found "):
         promote(registry, dataclasses.replace(other, checks=()), ANA)
+
+
+def test_the_readme_says_that_the_image_size_stays_though_both_versions_convert_images(candidates):
+    small, large = (
+        with_run_file(candidates[0], str(size), data={"image_size": size}, serve={"resize": True})
+        for size in (16, 32)
+    )
+    assert "expected 1x16x16 pixels" in str(large.interface_error(small))
+    text = (ROOT / "services/serving/README.md").read_text(encoding="utf-8")
+    assert "it has the classes, channels and image size of the current version" in text
 
 
 def test_a_candidate_that_cannot_be_compared_with_production_is_not_promoted(registry, candidates):
