@@ -36,6 +36,14 @@ class Net(nn.Module):
         return logits
 
 
+class Standardising(nn.Module):
+    """Divides by the spread of each image, as many networks do: nan where all pixels are equal."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        return ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True))[:, :3]
+
+
 class TwoHeads(Net):
     """A classifier with a second head that its answers do not use."""
 

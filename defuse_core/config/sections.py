@@ -167,13 +167,13 @@ class DistillSection(Section):
     """§3.2.2: a Gaussian mixture with Dirichlet-process prior over the codes of Ψ."""
 
     by: Literal["cell", "all"] = "cell"
-    """cell fits a mixture to each cell (class of the source image, answer of f), which gets its share of
-    max_components; all fits one mixture to all codes. Paper: all."""
+    """cell fits a mixture to each cell (class of the source image, answer of f), all one to all codes. Paper: all."""
     max_codes: Annotated[int, Field(ge=2)] | None = 50_000
     """Ψ is sampled down to so many codes, without replacement. null fits all of Ψ, on all workers, from the fit to a
     sample of 50,000; with engine torch. Paper: 50,000."""
     max_components: int = Field(100, ge=1)
-    """K, the most components; cells share it, each with one at least and with none under 2 ε on average. Paper: 100."""
+    """K, the components that by: all fits. A cell gets K times its share of the codes, at least one and at most one per
+    2 min_weight of all codes: by cell, a K over 1 / (2 min_weight) changes nothing. Paper: 100."""
     min_weight: float = Field(0.01, ge=0, lt=1)
     """ε: components of lower weight among all codes are dropped. Paper: 0.01."""
     min_support: int = Field(5, ge=1)

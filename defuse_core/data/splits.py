@@ -48,7 +48,7 @@ def random_rows(count: int, most: int, rng: np.random.Generator) -> I64:
 def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Images, Images]:
     """Return (kept, held): `share` of each class, or of its tracks, is held out; every class has images that are kept.
 
-    Raises DataError if a part is empty.
+    Where fewer are kept than there are classes, these are of different ones. Raises DataError if a part is empty.
     """
     if images.tracks is not None:
         held, kept = split_tracks(images, share, rng)
@@ -68,10 +68,10 @@ def hold_out(images: Images, share: float, rng: np.random.Generator) -> tuple[Im
             f"data.validation_share: {share} of {count_of(len(images), 'image')} is {count}, "
             "and each part needs at least one; add images or change the share"
         )
-    order = stratified_order(images.labels, rng)
-    is_only_one = np.bincount(images.labels)[images.labels] == 1  # of its class, which is kept
-    order = order[np.argsort(is_only_one[order], kind="stable")]
-    return images.take(np.sort(order[count:])), images.take(np.sort(order[:count]))
+    order = stratified_order(images.labels, rng)[::-1]
+    last = np.unique(images.labels[order], return_index=True)[1]  # of each class, which is kept
+    order = np.concatenate([order[last], np.delete(order, last)])
+    return images.take(np.sort(order[:-count])), images.take(np.sort(order[-count:]))
 
 
 def divided(splits: Splits, data: DataSection, seed: int) -> Splits:

@@ -43,6 +43,7 @@ from defuse_core.review.undecided import compared_images
 from defuse_core.review.verdicts import majority
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (
+    answers_of_models,
     load_reference_models,
     mean_probabilities,
     model_probabilities,
@@ -155,7 +156,7 @@ class _Judging:
         """Return the label that most judges give each image, (n,), or NONE_OF_THE_ABOVE where they are tied."""
         if not len(images):
             return np.zeros(0, np.int64)
-        answers = model_probabilities(self.judges, images).argmax(axis=2)  # (W, n)
+        answers = answers_of_models(model_probabilities(self.judges, images))  # (W, n)
         votes: I64 = (answers[..., None] == np.arange(self.classes)).sum(axis=0)
         return majority(votes)
 

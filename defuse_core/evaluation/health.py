@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from defuse_core.artifacts import F32, F64, I64, U8, Health, Models, ReferenceSet
+from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, U8, Health, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced, to_levels
@@ -46,7 +46,7 @@ from defuse_core.protocols import Progress
 from defuse_core.review.undecided import CHECK_CLASSIFIER, why_guessing
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
-from defuse_core.training.reference_models import load_reference_models, mean_probabilities
+from defuse_core.training.reference_models import answers_of_models, load_reference_models, mean_probabilities
 
 log = logging.getLogger("defuse")
 REFERENCES = "reference models"  # Health.judged_by
@@ -118,8 +118,7 @@ def measure_perturbed(
     nets = load_reference_models(spec, spec.review.reference, references, len(models.classes))
 
     def answer(images: F32) -> I64:
-        answers: I64 = mean_probabilities(nets, images).argmax(axis=1).astype(np.int64)
-        return answers
+        return answers_of_models(mean_probabilities(nets, images))
 
     with cpu_threads(spec.resources.train_threads):
         originals, perturbed = perturbed_answers(spec, load_vae(spec, models.vae), train, answer)
@@ -158,13 +157,13 @@ def measure_health(
     right = original == labels
     kept = float((reconstructed[right] == labels[right]).mean()) if right.any() else 0.0
     collapsed = int((kl < COLLAPSED_BELOW).sum())
-    answers, counts = np.unique(reconstructed, return_counts=True)
+    counts = np.bincount(reconstructed[reconstructed != NONE_OF_THE_ABOVE], minlength=1)
     health = Health(
         images=len(labels),
         originals_right=float(right.mean()),
         reconstructions_right=float((reconstructed == labels).mean()),
         kept_right=kept,
-        most_common_answer=int(answers[counts.argmax()]),
+        most_common_answer=int(counts.argmax()),
         most_common_share=float(counts.max() / len(labels)),
         collapsed=collapsed,
         dimensions=len(kl),

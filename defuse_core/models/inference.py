@@ -301,7 +301,7 @@ def _answer(logits: Tensor) -> Tensor:
 def _known(answers: I64) -> I64:
     if nan := int((answers == NOT_A_NUMBER).sum()):
         raise ModelError(
-            f"the classifier returns nan for {nan} of {len(answers)} images; often it divides by the spread of an "
+            f"a classifier returns nan for {nan} of {len(answers)} images; often it divides by the spread of an "
             "image, which is 0 where all pixels are equal: add a small number there"
         )
     return answers

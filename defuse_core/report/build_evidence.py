@@ -41,9 +41,10 @@ from defuse_core.report.evidence_schema import (
 )
 from defuse_core.review.undecided import are_worse, worse_on_average
 from defuse_core.review.verdicts import most_common_errors
-from defuse_core.watch import FailureWatch
+from defuse_core.watch import MIN_ANSWERS, FailureWatch
 
 ECE_BINS = 15  # bins of equally many images: most failure probabilities are near 0
+ENOUGH_IMAGES = 600  # of a bin: a share of them has a standard error of at most 0.02
 UNKNOWN = Share(value=None, low=None, high=None)
 
 
@@ -272,10 +273,14 @@ def _detection(
 
 
 def calibration_error(probability: F64, wrong: Bool) -> float:
-    """Return the expected calibration error of (n,) probabilities, in ECE_BINS bins of equally many images."""
-    order = np.argsort(probability, kind="stable")
-    bins = [rows for rows in np.array_split(order, ECE_BINS) if len(rows)]
-    gaps = [abs(float(probability[rows].mean()) - float(wrong[rows].mean())) * len(rows) for rows in bins]
+    """Return the expected calibration error of (n,) probabilities, in at most ECE_BINS bins of equally many images.
+
+    A bin holds MIN_ANSWERS wrong and as many right answers on average, or ENOUGH_IMAGES; in fewer, chance makes a gap.
+    """
+    rarer = min(int(wrong.sum()), int((~wrong).sum()))
+    bins = max(1, min(ECE_BINS, max(rarer // MIN_ANSWERS, len(wrong) // ENOUGH_IMAGES)))
+    parts = np.array_split(np.argsort(probability, kind="stable"), bins)
+    gaps = [abs(float(probability[rows].mean()) - float(wrong[rows].mean())) * len(rows) for rows in parts]
     return sum(gaps) / len(wrong)
 
 

@@ -241,7 +241,10 @@ class DetectionFigures(FigureModel):
     recall: Share
     """Share of the wrong images that are flagged."""
     calibration_error: float | None
-    """Expected calibration error of the failure probability, in bins of equally many images."""
+    """Expected calibration error of the failure probability, in up to 15 bins of equally many images.
+
+    Few images have fewer bins: a bin holds 10 wrong and 10 right answers on average, or 600 images.
+    """
 
 
 class MethodFigures(FigureModel):

@@ -148,7 +148,7 @@ def votes_of_models(probabilities: F32, min_confidence: float) -> Votes:
 
 
 def answers_of_models(probabilities: F32, min_confidence: float = 0.0) -> I64:
-    """Return the answer of each model, (W, ...), from (W, ..., C); below min_confidence none-of-the-above."""
+    """Return the answer of each model, (W, ...), from (W, ..., C); none-of-the-above below min_confidence or of nan."""
     sure = probabilities.max(axis=-1) >= min_confidence
     return np.where(sure, probabilities.argmax(axis=-1), NONE_OF_THE_ABOVE).astype(np.int64)
 
@@ -267,7 +267,10 @@ def _train(
     unseen = {part: images for part, images in splits.parts().items() if part != "train"}
     with cpu_threads(spec.resources.train_threads):
         model = train_reference(spec, name, train, classes, number, progress)
-        right = {part: predict(model, each, readers=readers) == each.labels for part, each in unseen.items()}
+        try:
+            right = {part: predict(model, one, readers=readers) == one.labels for part, one in unseen.items()}
+        except ModelError as error:
+            raise ModelError(f"{CALLED[name]}: {error}") from error
     by_class = {part: class_accuracy(hits, unseen[part].labels, classes) for part, hits in right.items()}
     validation, test = (float(right[part].mean()) if part in right else None for part in UNSEEN)
     return TrainedClassifier(weights_of(model), len(train), validation, test, splits.fingerprint(), by_class)
@@ -357,7 +360,6 @@ def _check_own_model(
 
 def build_reference(spec: RunFile, section: ClassifierSet, classes: int) -> nn.Module:
     """Return an untrained model of the set that `section` describes."""
-    model: nn.Module
     if section.import_path is not None:
         model = import_module("import_path", section.import_path)
     elif section.architecture == "resnet18":
@@ -383,9 +385,7 @@ def load_reference_models(
 ) -> list[nn.Module]:
     """Return the models of a set, on this process's device, ready to predict."""
     return [
-        load_for_inference(
-            build_reference(spec, section, classes), spec, weights, f"model {number} of the set"
-        )
+        load_for_inference(build_reference(spec, section, classes), spec, weights, f"model {number} of a set")
         for number, weights in enumerate(found.models, start=1)
     ]
 

@@ -187,7 +187,10 @@ def answer_scores(
 
 
 def fit_temperature(logits: F64, labels: I64) -> float:
-    """Return the temperature of least cross-entropy on n logits (n, C), within e^-3 and e^3."""
+    """Return the temperature of least cross-entropy on n logits (n, C), within e^-10 and e^10.
+
+    Cosines need a low one, and logits in the hundreds a high one, both outside the bounds of the first search.
+    """
     from scipy.optimize import minimize_scalar  # takes a quarter of a second to import, in every replica
 
     rows = np.arange(len(labels))
@@ -196,7 +199,10 @@ def fit_temperature(logits: F64, labels: I64) -> float:
         logs = log_softmax(logits / np.exp(exponent), axis=1)
         return -float(logs[rows, labels].mean())
 
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+    exponent = minimize_scalar(loss, bounds=(-3, 3), method="bounded").x
+    if abs(exponent) > 3 - 1e-4:  # the search only approaches a bound
+        exponent = minimize_scalar(loss, bounds=(-10, 10), method="bounded").x
+    return float(np.exp(exponent))
 
 
 @dataclass(frozen=True, eq=False)

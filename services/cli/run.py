@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     type=click.IntRange(8, 512),
     help="Height and width that pictures are resized to, an even number, best as your classifier was trained on; an "
     ".npz keeps its own. "
-    "[default: the pictures' own if they are square and it suits your classifier, else one that does]",
+    "[default: the pictures' own if they are square and it suits your classifier, else one that does; without "
+    "--classifier 16, 32 or 64]",
 )
 @click.option(
     "--train-images", type=click.IntRange(min=4), help="Training images that the run uses. [default: all]"

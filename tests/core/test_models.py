@@ -31,6 +31,7 @@ from defuse_core.models import (
 )
 from defuse_core.training.precision import answers_as_in_f32
 from tests.conftest import ROOT, tiny
+from tests.own_classifiers import Standardising
 
 RUNS = ROOT / "deploy" / "runs"
 
@@ -339,14 +340,6 @@ def test_accuracy_is_the_share_answered_right(tiny_spec, tiny_models):
         float((predict(classifier, test) == test.labels).mean())
     )
     assert accuracy(classifier, test) == pytest.approx(tiny_models.accuracy["test"])
-
-
-class Standardising(nn.Module):
-    """Divides by the spread of each image, as many networks do: nan where all pixels are equal."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        flat = images.flatten(1)
-        return ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True))[:, :3]
 
 
 def test_a_classifier_that_returns_nan_has_no_answer():

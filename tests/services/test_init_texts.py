@@ -14,8 +14,9 @@ import yaml
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
 from defuse_core.suggest import _comment, _commented, write_run_file
-from defuse_core.suggest.inspect import DataFacts
+from defuse_core.suggest.inspect import DataFacts, _suggested_size
 from defuse_core.suggest.plan import Plan, Speeds
+from services.cli.run import init
 from tests.command_line import call, one_line
 
 
@@ -27,6 +28,12 @@ def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
     assert first.startswith("  validation_share: 0.15 ")
     assert second.startswith(" " * 42 + "# ") and second.endswith("of its own")
     assert not [each.name for each in described.values() if _comment(each, None).endswith("...")]
+
+
+def test_the_help_of_init_names_the_sizes_that_pictures_get_without_a_classifier():
+    (option,) = (each for each in init.params if each.name == "image_size")
+    sizes = sorted({_suggested_size(side) for side in range(8, 513)})
+    assert f"without --classifier {', '.join(map(str, sizes[:-1]))} or {sizes[-1]}]" in option.help
 
 
 def test_the_name_of_a_file_adds_no_line_to_a_run_file(tmp_path):

@@ -96,6 +96,16 @@ def test_classes_of_too_few_photographs_for_any_scenario_are_told(each, tracks, 
         assert parse_run_file(tree, "it").review.least_units == 1
 
 
+@pytest.mark.parametrize(
+    ("decode", "each", "together"),
+    [("plain", 99, True), ("plain", 100, False), ("anchored", 151, True), ("anchored", 152, False)],
+)
+def test_judges_and_reference_models_share_few_training_images(decode, each, together):
+    """Fewer than 5,000, or 7,600 photographs: defuse_core/README.md has these figures."""
+    tree, _ = sized(50, each, decode=decode)
+    assert (tree["judges"].get("share") == 0) == together
+
+
 @pytest.mark.parametrize(("classes", "told"), [(100, False), (101, True)])
 def test_pretrained_reference_models_and_judges_are_named_where_there_are_many_classes(classes, told):
     tree, notes = sized(classes, 100)

@@ -115,6 +115,14 @@ def test_the_only_image_of_a_class_is_kept(seed: int):
     assert len(held) == 6 and 39 in ids(kept)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.7])
+def test_every_class_is_kept_however_large_the_share_and_however_few_its_images(share: float):
+    labels = np.repeat(np.arange(12), [2] * 6 + [3] * 3 + [7, 9, 11])
+    for seed in range(20):
+        kept, held = hold_out(Images(numbered(len(labels)).pixels, labels), share, generator(seed, "test"))
+        assert set(kept.labels) == set(labels) and len(held) == round(share * len(labels))
+
+
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_share_that_leaves_a_part_without_an_image_is_refused(share: float):
     found = rf"{share} of 10 images is {round(10 * share)}, and each part needs at least one"

@@ -22,6 +22,7 @@ from defuse_core.seeds import generator
 from defuse_core.training.reference_models import load_reference_models, model_probabilities
 from defuse_core.tuning_data import held_out_images
 from tests.conftest import recommended
+from tests.own_classifiers import Standardising
 from tests.sample_findings import sample_findings
 
 NOTHING_CHOSEN = Sweep((), None, {}, ())
@@ -247,6 +248,14 @@ def test_test_images_and_failing_draws_of_one_track_are_one_unit(setting, eviden
     assert made.real_failure_images == evidence.real_failure_images > 10
     assert made.real_failures[1, 0] == pytest.approx(evidence.real_failures[1, 0])
     assert np.ptp(made.real_failures[1, 1:]) > np.ptp(evidence.real_failures[1, 1:])
+
+
+def test_a_judge_that_returns_nan_gives_no_vote(setting):
+    splits = open_splits(setting.spec.data, setting.spec.seed)
+    judging = _Judging(setting.spec, setting.found, Controls((setting.shifted(2),), ()), splits, silent)
+    judging.judges = [Standardising()] * 3
+    images = np.stack([np.zeros((1, 16, 16)), np.linspace(0, 1, 256).reshape(1, 16, 16)]).astype(np.float32)
+    assert judging.labels(images).tolist() == [NONE_OF_THE_ABOVE, 2]
 
 
 def test_draws_are_of_the_seed_and_wider_ones_of_each_scenario_its_own(setting, monkeypatch):

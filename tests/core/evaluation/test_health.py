@@ -16,6 +16,7 @@ from defuse_core.evaluation.health import (
     health_figures,
     log_health,
     measure_health,
+    measure_perturbed,
     perturbed_answers,
     perturbed_images,
     probe_images,
@@ -32,6 +33,7 @@ from defuse_core.store import FolderStore
 from defuse_core.train import train
 from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import recommended, tiny
+from tests.own_classifiers import Standardising
 
 ALIVE = np.ones(4)
 ANCHORED = recommended(vae={"decode": "anchored"})
@@ -175,6 +177,15 @@ def test_before_reference_models_are_asked_an_anchored_vae_is_blind_only_where_i
 def test_the_most_frequent_answer_on_reconstructions_is_measured():
     found = health(30)
     assert (found.most_common_answer, found.most_common_share) == (1, 0.7)
+
+
+def test_reference_models_that_return_nan_answer_no_picture(tiny_models, monkeypatch):
+    module = "defuse_core.evaluation.health"
+    monkeypatch.setattr(f"{module}.load_reference_models", lambda *_: [Standardising()])
+    monkeypatch.setattr(f"{module}.perturbed_images", lambda _spec, _vae, images, _rng: 0 * images.batch())
+    found = measure_perturbed(ANCHORED, tiny_models, None, progress=silent)
+    assert (found.reconstructions_right, found.most_common_share) == (0, 0)
+    log_health(found, tiny_models.classes)
 
 
 def test_training_measures_health_and_stores_originals_beside_reconstructions(tmp_path, tiny_spec, caplog):

@@ -28,6 +28,7 @@ from defuse_core.training.reference_models import (
     votes_of_models,
 )
 from tests.conftest import TINY, made_in_a_run, recommended, tiny
+from tests.own_classifiers import Standardising
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,14 @@ def test_models_are_measured_on_all_images_however_they_are_sorted(tiny_spec, mo
     found = _train(tiny_spec, "reference", 0, Splits(part, None, part, ("a", "b")), silent)
     assert (found.validation, found.test) == (None, 0.5)
     assert {part: shares.tolist() for part, shares in found.class_accuracy.items()} == {"test": [0.0, 1.0]}
+
+
+def test_the_error_of_a_model_that_returns_nan_for_an_unseen_image_names_its_set(tiny_spec, monkeypatch):
+    monkeypatch.setattr("defuse_core.training.reference_models.train_reference", lambda *_: Standardising())
+    blank = Images(np.zeros((6, 1, 4, 4), np.uint8), np.arange(6) % 3)
+    for name, called in (("judges", "judges"), ("reference", "reference models")):
+        with pytest.raises(ModelError, match=f"^{called}: a classifier returns nan for 6 of 6 images"):
+            _train(tiny_spec, name, 0, Splits(blank, None, blank, ("a", "b", "c")), silent)
 
 
 def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_on_all, gallery):

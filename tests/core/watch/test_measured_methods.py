@@ -107,21 +107,29 @@ def test_a_part_without_a_wrong_answer_has_no_average_precision(unlike):
     assert (found.errors, found.average_precision, found.recall.value) == (0, None, None)
 
 
-def test_the_calibration_error_is_the_mean_gap_of_bins_of_equally_many_images():
-    probability = np.concatenate([np.linspace(0.1, 0.12, 14), np.full(1, 0.9)])
-    wrong = np.arange(15) == 14
-    gaps = np.abs(probability - wrong)  # 15 bins of one image
-    assert calibration_error(probability, wrong) == pytest.approx(gaps.mean())
-    assert calibration_error(probability[:3], wrong[:3]) == pytest.approx(gaps[:3].mean())
-    parts = np.repeat([0.25, 0.75], [32, 28])  # of bins of four, half of each right
-    assert calibration_error(parts, np.tile([True, False], 30)) == pytest.approx(0.25)
+@pytest.mark.parametrize(
+    ("images", "errors", "bins"),
+    [(3, 0, 1), (100, 19, 1), (100, 20, 2), (100, 80, 2), (1000, 149, 14), (1300, 5, 2), (10_000, 92, 15)],
+)
+def test_the_calibration_error_is_the_mean_gap_of_as_many_bins_as_answers_fill(images, errors, bins):
+    probability = np.minimum(np.linspace(0, 2, images) * errors / images, 1)
+    wrong = np.random.default_rng(0).permutation(images) < errors
+    parts = zip(np.array_split(probability, bins), np.array_split(wrong, bins), strict=True)
+    gaps = [len(given) * abs(given.mean() - answers.mean()) for given, answers in parts]
+    assert calibration_error(probability, wrong) == pytest.approx(sum(gaps) / images)
+
+
+def test_the_calibration_error_of_few_images_is_not_their_chance():
+    rng = np.random.default_rng(0)
+    given = rng.beta(1, 9, (100, 100))
+    assert np.mean([calibration_error(row, rng.random(100) < row) for row in given]) < 0.05
 
 
 def test_the_temperature_is_that_of_the_logits_however_far_from_one():
     rng = np.random.default_rng(0)
     logits = 3 * rng.standard_normal((4000, 4))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
-    for temperature in (0.1, 12.0):
+    for temperature in (0.003, 0.1, 12.0, 300.0):
         assert fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.1)
 
 
