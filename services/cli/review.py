@@ -169,8 +169,8 @@ def _later_answers(
         from services.labeling.annotators import LabelStudioAnnotators
 
         annotators = LabelStudioAnnotators(run, read_environment())
-        status, _ = annotators.status(gallery)
-        return answer_changes(status.tasks, votes, status.votes), None
+        status, state = annotators.status(gallery)
+        return answer_changes(status.tasks, votes, status.final_votes(state)), None
     except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
         return None, error
 

@@ -198,7 +198,7 @@ def answer_all(review, account):
 def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answers_in(
     cli, make_review, accounts
 ):
-    review = make_review(gallery=digits_gallery(images=1), answers_per_task=2)
+    review = make_review(gallery=digits_gallery(images=1), answers_per_task=2, real_names=True)
     name = review.run.name
     cli("review", "push", name)
     answer_all(review, accounts[0])
