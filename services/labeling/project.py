@@ -290,7 +290,9 @@ class ReviewProject:
             log.warning(
                 "project %d was renamed from %r to %r; it is still used", project.id, state.title, found.title
             )
-        self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
+        # another number of answers would also change the queue, which a closed review leaves as it is
+        if not self.is_closed:
+            self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
         if not state.interface:  # just created
             wanted = self.settings().label_config
             state = replace(state, interface=wanted, instructions=found.expert_instruction)
