@@ -38,7 +38,7 @@ SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
 DECIDED_EARLY = "decided_early"  # note of the annotators with numbers of scenarios
 DISCARDED = "discarded_answers"  # note of the annotators that the page shows as a table
-SHOWN_ELSEWHERE = {"prelabel", DISCARDED}
+NOT_LISTED = {"prelabel", "pseudonyms", DISCARDED}  # notes that are shown elsewhere, or only identify people
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def render_page(report: Report, spec: RunFile, finished: FinishedRun, pictures: 
         notes={
             name.replace("_", " "): _note_text(name, value)
             for name, value in notes.items()
-            if name not in SHOWN_ELSEWHERE
+            if name not in NOT_LISTED
         },
         not_answered=int((~found.votes.answered(found.gallery.predicted.shape)).sum()),
         discarded_answers=notes.get(DISCARDED, []),

@@ -41,7 +41,11 @@ def review() -> None:
 @review.command(short_help="Send the images to Label Studio.")
 @click.argument("name", metavar="RUN")
 @store_option
-@click.option("--repair", is_flag=True, help="Put back what someone deleted or edited in Label Studio.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Put back what someone deleted or edited in Label Studio; deletes the answers to edited tasks.",
+)
 @click.option(
     "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, instead of drawn images."
 )
@@ -168,9 +172,8 @@ def _later_answers(
         from services.labeling.annotations import answer_changes
         from services.labeling.annotators import LabelStudioAnnotators
 
-        annotators = LabelStudioAnnotators(run, read_environment())
-        status, _ = annotators.status(gallery)
-        return answer_changes(status.tasks, votes, status.votes), None
+        status, state = LabelStudioAnnotators(run, read_environment()).status(gallery)
+        return answer_changes(status.tasks, votes, status.final_votes(state)), None
     except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
         return None, error
 

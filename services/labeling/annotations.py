@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("defuse")
 
 AUTHORS_KEY = "annotation_authors.json"  # key in the run's store: user id -> ids of annotations
+PSEUDONYMS = "pseudonyms"  # note of votes under real names: the annotators' pseudonyms, in the same order
 UNKNOWN = 0  # the user id of annotators whose account was deleted before their answers were first pulled
 
 # One annotator's answer to one task. `task` is its index in ReviewTasks, `labels` is an index into
@@ -338,13 +339,18 @@ class AnswerChanges:
 def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChanges:
     """Return how the answers of `now` differ from those of `before`, by task and annotator.
 
-    With review.real_names an account that was renamed or deleted since then has another name: equal answers to a task
+    With review.real_names two annotators can have one name, and an account that was renamed or deleted since then has
+    another: they are told apart by pseudonym. Votes of older versions hold the names alone: equal answers to a task
     under a name that was not there before and under one that is not there any more are then the same ones.
     """
-    old, new = _by_task(tasks, before), _by_task(tasks, now)
+    by_name = PSEUDONYMS not in before.notes
+    old, new = (
+        _by_task(tasks, votes, votes.annotators if by_name else votes.notes[PSEUDONYMS])
+        for votes in (before, now)
+    )
     changed = sum(new[key] != answers for key, answers in old.items() if key in new)
     added, deleted, renamed = new.keys() - old.keys(), old.keys() - new.keys(), 0
-    if tasks.review.real_names:
+    if by_name and tasks.review.real_names:
         names_before, names_now = {name for _, name in old}, {name for _, name in new}
         came = Counter(new[key] for key in added if key[1] not in names_before)
         gone = Counter(old[key] for key in deleted if key[1] not in names_now)
@@ -352,12 +358,12 @@ def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChang
     return AnswerChanges(len(added) - renamed, changed, len(deleted) - renamed)
 
 
-def _by_task(tasks: ReviewTasks, votes: Votes) -> dict[tuple[int, str], Answers]:
+def _by_task(tasks: ReviewTasks, votes: Votes, annotators: Sequence[str]) -> dict[tuple[int, str], Answers]:
     images = tasks.gallery.predicted.shape[1]
     position = votes.scenario * images + votes.image
     found: dict[tuple[int, str], list[tuple[int, int]]] = {}
     columns = (position.tolist(), votes.annotator.tolist(), votes.answer.tolist())
     for row, annotator, answer in zip(*columns, strict=True):
         task = row // (images // tasks.per_scenario)
-        found.setdefault((task, votes.annotators[annotator]), []).append((row, answer))
+        found.setdefault((task, annotators[annotator]), []).append((row, answer))
     return {key: tuple(sorted(answers)) for key, answers in found.items()}

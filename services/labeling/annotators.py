@@ -94,14 +94,12 @@ class LabelStudioAnnotators:
             return Votes(nothing, nothing, nothing, nothing, np.zeros(0), (), answered_by="people", notes={})
         if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
-        status, state = self._pull(gallery, self.push(gallery))
+        status, state = self._checked_pull(gallery, self.push(gallery))
         while status.outstanding:
             if not self.wait:
                 raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
             log.info("%s", self._pending(status, state))
             status, state = self._poll(gallery, state, status.given)
-        for _ in ReviewProject(self.client, self.run, self._tasks(gallery)).pull():
-            pass  # raises if the project was edited in the meantime
         log.info("review: all answers are in; %d were not needed any more", status.saved)
         return status.final_votes(state)
 
@@ -156,6 +154,14 @@ class LabelStudioAnnotators:
         self.pull_s = monotonic() - started
         return status, state
 
+    def _checked_pull(self, gallery: Gallery, state: ProjectState) -> tuple[ReviewStatus, ProjectState]:
+        """Return the status now, and the state. Raises InputError if the project was edited before the last answer."""
+        status, state = self._pull(gallery, state)
+        if not status.outstanding:
+            for _ in ReviewProject(self.client, self.run, self._tasks(gallery)).pull():
+                pass
+        return status, state
+
     def _warn_of_lost(self, lost: Counter[int], state: ProjectState) -> None:
         """Warn where more answers are lost than at the last pull."""
         if lost.total() > self.lost_before:
@@ -183,7 +189,7 @@ class LabelStudioAnnotators:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
-                status, state = self._pull(gallery, state)
+                status, state = self._checked_pull(gallery, state)
             except (ServiceError, PageError, StoreError) as failure:
                 is_out = True
                 store_out_since = (store_out_since or monotonic()) if isinstance(failure, StoreError) else 0.0

@@ -67,6 +67,7 @@ class ReviewProject:
         self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
         self.prelabels = prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
+        self.answers_deleted = 0  # to edited tasks
         self.is_closed = run.store.exists("votes.safetensors")
         self.repair_command = f"`{run.command('review push', '--repair')}`"
 
@@ -97,6 +98,9 @@ class ReviewProject:
         self.import_missing()
         if self.repair:
             delete_skips(self.client, (task for _, task in self._list_tasks(with_data=False)), self.tasks)
+        if self.answers_deleted:
+            deleted = count_of(self.answers_deleted, "answer")
+            log.warning("project %d: deleted %s to edited tasks", project.id, deleted)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -229,9 +233,13 @@ class ReviewProject:
             raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
 
     def drop_duplicates(self) -> PresentTasks:
-        """Return the tasks in the project, after duplicates that nobody answered are deleted."""
+        """Return the tasks in the project, after duplicates that nobody answered are deleted.
+
+        A repair also deletes edited tasks, and counts their answers.
+        """
         present = PresentTasks.none(len(self.tasks))
-        dropped: dict[int, str] = {}  # deleted later: a deletion while listing would shift the pages
+        # id -> key and answers; deleted later: a deletion while listing would shift the pages
+        dropped: dict[int, tuple[str, int]] = {}
         unknown = 0
         for index, task in self._list_tasks():
             if index is None:
@@ -239,12 +247,14 @@ class ReviewProject:
             elif is_edited(task, self.state.secret):
                 if not self.repair:
                     raise InputError(self._edited(task))
-                dropped[task.id] = str(task.key)
+                answers = sum(not annotation.was_cancelled for annotation in task.annotations)
+                dropped[task.id] = str(task.key), answers
             elif duplicate := present.add(index, task):
-                dropped[duplicate] = str(task.key)
-        for duplicate, key in dropped.items():
-            self.client.delete_task(duplicate)
-            log.info("review: deleted task %d, a duplicate or an edited version of %s", duplicate, key)
+                dropped[duplicate] = str(task.key), 0
+        for number, (key, answers) in dropped.items():
+            self.client.delete_task(number)
+            self.answers_deleted += answers
+            log.info("review: deleted task %d, a duplicate or an edited version of %s", number, key)
         if unknown:
             log.warning(
                 "project %d also contains %s that Defuse did not import; left there",
@@ -290,7 +300,9 @@ class ReviewProject:
             log.warning(
                 "project %d was renamed from %r to %r; it is still used", project.id, state.title, found.title
             )
-        self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
+        # another number of answers would also change the queue, which a closed review leaves as it is
+        if not self.is_closed:
+            self._put_back(project, "maximum_annotations", "show_skip_button", "show_collab_predictions")
         if not state.interface:  # just created
             wanted = self.settings().label_config
             state = replace(state, interface=wanted, instructions=found.expert_instruction)

@@ -33,6 +33,7 @@ from defuse_core.review.verdicts import (
 )
 from defuse_core.runs import Run
 from services.labeling.annotations import (
+    PSEUDONYMS,
     UNKNOWN,
     DiscardedAnnotation,
     PulledAnnotations,
@@ -197,7 +198,7 @@ class ReviewStatus:
         )
 
     def final_votes(self, state: ProjectState) -> Votes:
-        """Return the votes with the notes that the report shows."""
+        """Return the votes with their notes: what the report shows, and who is who under real names."""
         review = self.tasks.review
         notes: dict[str, object] = {
             "project": state.number,
@@ -220,6 +221,8 @@ class ReviewStatus:
         }
         if review.prelabel:
             notes["prelabel"] = "annotators saw the reference models' answer preselected, which biases a vote"
+        if review.real_names:
+            notes[PSEUDONYMS] = [state.pseudonym(annotator) for annotator in self.pulled.annotators()]
         answered_by = "reference models" if state.simulated else "people"
         return replace(self.votes, answered_by=answered_by, notes=notes)
 

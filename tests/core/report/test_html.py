@@ -310,14 +310,14 @@ def test_the_notes_of_the_annotators_are_shown(tmp_path: Path):
         "why": "no label was chosen",
     }
     notes = {"answers_saved": 58, "decided_early": [0, 1], "discarded_answers": [refused]}
-    notes["prelabel"] = "annotators saw the models' answer"
+    notes |= {"prelabel": "annotators saw the models' answer", "pseudonyms": ["annotator-8"]}
     found = dataclasses.replace(found, votes=dataclasses.replace(found.votes, notes=notes))
     run = sample_run(tmp_path)
     report = write_report(run, finished_run(found, evaluation))
     text = " ".join(" ".join(Page(run.store.read("report.html").decode()).words).split())
     assert "answers saved 58 decided early scenarios 0, 1" in text
     assert "1 answer not counted:" in text
-    assert "annotator-7 no label was chosen" in text
+    assert "annotator-7 no label was chosen" in text and "annotator-8" not in text
     assert "annotators saw the models' answer" in text
     assert any(caveat.startswith("Answers were preselected.") for caveat in report.caveats)
 

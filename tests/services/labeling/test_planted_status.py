@@ -233,26 +233,30 @@ def test_answers_that_were_added_changed_and_deleted_after_the_votes_are_counted
     assert answer_changes(tasks, now.votes, now.votes) == AnswerChanges() and not str(AnswerChanges())
 
 
+def status_of_people(tasks, names, *choices) -> ReviewStatus:
+    """Of annotators 1, 2, ... under these names, who gave these choices to task 0, task 1, ...; "-" is none."""
+    target = "page" if tasks.whole_pages else "image"
+    found = [
+        task_of(
+            tasks,
+            task,
+            *(
+                annotation(10 * task + n, n, choice, target=target)
+                for n, choice in enumerate(given, start=1)
+                if choice != "-"
+            ),
+        )
+        for task, given in enumerate(choices)
+    ]
+    return status_of(tasks, found, names)
+
+
 @pytest.mark.parametrize("form", ["image", "scenario"])
-def test_an_account_that_is_renamed_or_deleted_after_the_votes_changes_no_answer(tmp_path, form):
+def test_in_votes_without_pseudonyms_a_renamed_or_deleted_account_changes_no_answer(tmp_path, form):
     _, tasks = blank_review(tmp_path, 4, form=form, real_names=True)
-    target = "page" if form == "scenario" else "image"
 
     def votes(names, *choices):
-        """Of annotators 1 and 2 to tasks 0 and 1."""
-        found = [
-            task_of(
-                tasks,
-                task,
-                *(
-                    annotation(10 * task + n, n, choice, target=target)
-                    for n, choice in given
-                    if choice != "-"
-                ),
-            )
-            for task, given in enumerate(enumerate(pair, start=1) for pair in choices)
-        ]
-        return status_of(tasks, found, names).votes
+        return status_of_people(tasks, names, *choices).votes
 
     stored = votes({1: "Ana", 2: "Ben"}, "83", "88")
     later = {1: "Ana Ng", 2: "deleted account (annotator-2)"}
@@ -263,6 +267,26 @@ def test_an_account_that_is_renamed_or_deleted_after_the_votes_changes_no_answer
     same = {1: "Ana", 2: "Ben"}
     before, after = votes(same, "8", "88"), votes(same, "-8", "88")
     assert answer_changes(tasks, before, after) == AnswerChanges(added=1, deleted=1)
+
+
+@pytest.mark.parametrize("form", ["image", "scenario"])
+def test_who_gave_an_answer_is_known_by_pseudonym_whatever_the_real_names(tmp_path, form):
+    _, tasks = blank_review(tmp_path, 4, form=form, real_names=True)
+    state = STATE.with_annotators([1, 2, 3])
+    names = {1: "Anna", 2: "Anna", 3: "Ben"}
+
+    def votes(names, *choices):
+        return status_of_people(tasks, names, *choices).final_votes(state)
+
+    stored = votes(names, "83", "83")
+    assert stored.annotators == ("Anna", "Anna")
+    for later in (names, {1: "Anna Ng", 2: "deleted account (annotator-2)", 3: "Ben"}):
+        assert answer_changes(tasks, stored, votes(later, "83", "83")) == AnswerChanges()
+        assert answer_changes(tasks, stored, votes(later, "83", "80")) == AnswerChanges(changed=1)
+        assert answer_changes(tasks, stored, votes(later, "83", "8")) == AnswerChanges(deleted=1)
+        # another person gave the answers of one who deleted theirs
+        taken = votes(later, "8-3", "8-3")
+        assert answer_changes(tasks, stored, taken) == AnswerChanges(added=2, deleted=2)
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])

@@ -234,10 +234,12 @@ def test_deleted_tasks_are_said_and_put_back_only_when_asked(make_review):
     assert len(review.tasks()) == 12
 
 
-def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accounts):
+def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accounts, caplog):
     review = make_review()
     review.annotators.push(review.gallery)
     pushed = review.tasks()
+    accounts[0].answer(pushed["s000-i00"].id, "image", "8")
+    accounts[1].submit(pushed["s000-i00"].id, [], was_cancelled=True)
     swapped = dict(pushed["s000-i00"].data) | {"image": pushed["s001-i00"].data["image"]}
     accounts[0].http.patch(f"/api/tasks/{pushed['s000-i00'].id}/", json={"data": swapped}).raise_for_status()
     for look in (review.annotators.status, review.annotators.review):
@@ -245,6 +247,7 @@ def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accoun
             look(review.gallery)
     review.annotators.push(review.gallery, repair=True)
     assert review.tasks()["s000-i00"].data == pushed["s000-i00"].data
+    assert f"project {review.state.number}: deleted 1 answer to edited tasks" in caplog.messages
 
 
 def forge(review, accounts, key, data):

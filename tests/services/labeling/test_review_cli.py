@@ -198,7 +198,7 @@ def answer_all(review, account):
 def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answers_in(
     cli, make_review, accounts
 ):
-    review = make_review(gallery=digits_gallery(images=1), answers_per_task=2)
+    review = make_review(gallery=digits_gallery(images=1), answers_per_task=2, real_names=True)
     name = review.run.name
     cli("review", "push", name)
     answer_all(review, accounts[0])
@@ -261,14 +261,18 @@ def test_votes_are_not_reopened_where_label_studio_has_lost_their_answers(cli, m
     assert (review.state.number != number) == (loss == "the project")
 
 
-def test_a_closed_review_puts_no_task_back_into_the_queue(cli, make_review, accounts):
+@pytest.mark.parametrize("asked", [3, 4])
+def test_a_closed_review_changes_no_queue(cli, make_review, accounts, asked):
     review = make_review(gallery=digits_gallery(images=1), answers_per_task=3, stop_early=True)
     close_vote(review, accounts[:2])
+    number = review.state.number
+    review.api.update_project(number, maximum_annotations=asked)  # as another run of this project may ask
     task = review.tasks()["s000-i00"]
     accounts[0].change(task.annotations[0].id, [choice_result("label", "image", "3")])  # now it is a tie
 
     def queue():
-        return {key: (task.overlap, task.labeled) for key, task in review.tasks().items()}
+        tasks = {key: (task.overlap, task.labeled) for key, task in review.tasks().items()}
+        return tasks, review.api.project(number).settings.maximum_annotations
 
     before = queue()
     assert "1 changed since then" in cli("review", "status", review.run.name).output

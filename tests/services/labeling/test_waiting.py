@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 from label_studio_live import digits_gallery
@@ -19,6 +20,8 @@ from defuse_core.errors import (
 from defuse_core.review.overrides import override_verdict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.labeling.project import ReviewProject
+from services.labeling.records import Task
 
 
 def test_every_answer_that_comes_while_waiting_is_logged(make_review, accounts, monkeypatch, caplog):
@@ -116,6 +119,25 @@ def test_an_outage_of_label_studio_is_no_part_of_the_outage_of_the_store(make_re
     monkeypatch.setattr("services.labeling.annotators.monotonic", lambda: now[0])
     assert review.annotators._poll(review.gallery, state, given=-1) == (status, state)
     assert not failures
+
+
+def test_an_outage_after_the_last_answer_ends_no_wait(make_review, accounts, monkeypatch, caplog):
+    review = make_review(gallery=digits_gallery(labels=(8,), images=1), answers_per_task=1)
+    review.annotators.push(review.gallery)
+    review.annotators.wait, task = True, review.tasks()["s000-i00"].id
+    pulls, pull = itertools.count(1), ReviewProject.pull
+
+    def fail_after_the_last_answer(project: ReviewProject) -> Iterator[Task]:
+        if next(pulls) == 3:
+            raise ServiceError("no answer")
+        return pull(project)
+
+    monkeypatch.setattr(ReviewProject, "pull", fail_after_the_last_answer)
+    monkeypatch.setattr(
+        "services.labeling.annotators.sleep", lambda _: accounts[0].answer(task, "image", "8")
+    )
+    assert review.annotators.review(review.gallery).answer.tolist() == [8]
+    assert "review: no answer" in caplog.messages
 
 
 def test_an_edit_during_the_last_pull_ends_the_review(make_review, monkeypatch):
