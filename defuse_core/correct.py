@@ -297,7 +297,7 @@ def collect_sweep(
     spec: RunFile,
     models: Models,
     trials: Sequence[Trial],
-    failures: Mapping[float, DefuseError] | None = None,
+    failures: Mapping[float, DefuseError],
     *,
     comparison: str = "",
 ) -> Sweep:
@@ -308,7 +308,7 @@ def collect_sweep(
     `failures` holds the error of each λ that is left out, which is logged. Raises ModelError or ComputeError if all
     failed, unless they are a comparison, which is left out then.
     """
-    failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted((failures or {}).items()))
+    failed = tuple(FailedTrial(lam, str(error)) for lam, error in sorted(failures.items()))
     whose = f" of {comparison}" if comparison else ""
     for each in failed:
         log.warning("correct: the trial%s with λ = %g failed for good: %s", whose, each.lam, each.cause)

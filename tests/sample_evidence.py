@@ -53,7 +53,6 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
             np.ones(count, np.bool_),
             np.full(count, 0.02),
         ),
-        mcnemar=np.stack([nothing, nothing]),
         krippendorff=0.9,
         screen_recall=nothing,
         pairs=pairs,
@@ -64,5 +63,6 @@ def sample_evidence(own_label: F64, units: int = 256, judges: float = 0.99, befo
         pairs_with_before=with_before,
         plain_clean=np.array([[0.98, 0.984], [0.982, 0.986]]),
         test_pairs=np.array([[500, 9, 6], [500, 8, 6]]),
+        test_pairs_with_before=np.zeros((2, 3), np.int64),
         real_failure_pairs_with_baseline=np.array([200, 30, 25]),
     )

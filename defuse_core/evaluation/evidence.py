@@ -30,7 +30,6 @@ from defuse_core.intervals import (
     is_better,
     is_confirmed,
     is_worse,
-    mcnemar,
     mean_with_bounds,
     pairs_by_scenario,
     pairs_of,
@@ -90,8 +89,6 @@ class Evidence:
     names: tuple[str, ...]
     at_fault: tuple[str, ...]  # (A,) "classifier", "β-VAE" or "unclear"
     real: NearestReal
-    # (2, 3) the first plain training, defuse against before on the test set: units gained, lost, p-value
-    mcnemar: F64
     krippendorff: float  # α of the reviewers' answers, nominal; nan where it is undefined
     screen_recall: F64  # (J,) of the failing test draws, the share that identify.screen keeps; nan without it
     pairs: I64  # (P, A, 3) of each scenario: units, those on which defuse, and the plain training, is more often right
@@ -103,6 +100,7 @@ class Evidence:
     pairs_with_before: I64
     plain_clean: F64  # (2, P) validation and test accuracy after each plain training
     test_pairs: I64  # (P, 3) as in `pairs`, of test images
+    test_pairs_with_before: I64  # (2, 3) likewise, of the first plain training, and of defuse, with before
     # (3,) as in `pairs`, of the failing draws from test images, with the baseline in the place of a plain training
     real_failure_pairs_with_baseline: I64
     judges_by_class: F64 | None = None  # (W, C) `judges` within each class
@@ -209,9 +207,6 @@ class _Judging:
             names=describe_scenarios(self.spec, found, self.held_out, self.splits),
             at_fault=tuple(map(partial(_at_fault, rho), scenario_purity, self._of_each(right[BEFORE]))),
             real=real,
-            mcnemar=np.stack(
-                [_mcnemar(after, tested[BEFORE], test_units) for after in (tested_plain[0], corrected)]
-            ),
             krippendorff=krippendorff_alpha(found.votes, found.gallery.predicted.shape[1]),
             screen_recall=self._screen_recall(fresh, truth, fresh_units),
             pairs=pairs,
@@ -232,6 +227,9 @@ class _Judging:
                 [[getattr(row, part, None) for row in self.plain_rows] for part in CLEAN], float
             ),
             test_pairs=np.stack([pairs_of(corrected, row, test_units) for row in tested_plain]),
+            test_pairs_with_before=np.stack(
+                [pairs_of(row, tested[BEFORE], test_units) for row in (tested_plain[0], corrected)]
+            ),
             real_failure_pairs_with_baseline=pairs_of(fresh_defuse, fresh_right[BASELINE], fresh_units),
             judges_by_class=found.judges.class_accuracy.get("test" if has_test else "validation"),
         )
@@ -336,15 +334,6 @@ class _Judging:
         if test is None:
             return *_right(self._all_answers(self.held_out.take(slice(0))), self.own[:0]), self.units[:0]
         return *_right(self._all_answers(test.loaded()), test.labels), test.unit
-
-
-def _mcnemar(after: F64, before: F64, units: I64) -> F64:
-    """Return units that became right, that became wrong, and McNemar's exact p-value, (3,), of hits (N,).
-
-    nan without images or without a classifier, whose hits are nan.
-    """
-    known, gained, lost = pairs_of(after, before, units).tolist()
-    return np.array([gained, lost, mcnemar(gained, lost)]) if known else np.full(3, np.nan)
 
 
 def _answers(classifier: nn.Module | None, images: F32 | Images, readers: int = 0) -> F64:

@@ -31,7 +31,6 @@ from defuse_core.report.evidence_schema import (
     Judges,
     LeftOutScenarios,
     LeftOutShares,
-    McNemar,
     MethodFigures,
     Pairs,
     ScenarioEvidence,
@@ -55,6 +54,7 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
     errors = most_common_errors(found.gallery, found.verdicts, found.fixes.scenario)
     known = has_known_confusion(found, errors)
     corrected = found.sweep.has_correction
+    test_images = found.models.images.get("test")
     worse_by_class = worse_on_average(evidence.judges_by_class, found.models)
     return EvidenceFigures(
         judges=Judges(
@@ -89,8 +89,8 @@ def evidence_figures(found: Findings, evidence: Evidence) -> EvidenceFigures:
         screen_recall=share_of(evidence.screen_recall),
         against_plain=_against_plain(found, evidence),
         against_baseline=_against_baseline(found, evidence),
-        mcnemar_plain=_mcnemar(evidence.mcnemar[0]),
-        mcnemar_defuse=_mcnemar(evidence.mcnemar[1]),
+        plain_against_before=_pairs(evidence.test_pairs_with_before[:1], "image", test_images),
+        defuse_against_before=_pairs(evidence.test_pairs_with_before[1:], "image", test_images),
         krippendorff=finite_or_none(evidence.krippendorff),
     )
 
@@ -319,9 +319,3 @@ def _four(
     if not corrected:
         shares["defuse"] = UNKNOWN
     return FourShares(**shares, plain_each=_plain_each(evidence, figure))
-
-
-def _mcnemar(row: F64) -> McNemar | None:
-    if not np.isfinite(row).all():
-        return None
-    return McNemar(gained=int(row[0]), lost=int(row[1]), p_value=float(row[2]))

@@ -76,17 +76,8 @@ class Judges(FigureModel):
     """Share of the held-out images on which most judges agree. Only these have a judges' label."""
 
 
-class McNemar(FigureModel):
-    """Test images, or tracks, that the classifier before got wrong and that are right now, and the reverse; exact
-    p-value. A track counts by the mean over its images."""
-
-    gained: int
-    lost: int
-    p_value: float
-
-
 class Pairs(FigureModel):
-    """The correction against plain further training, or against the baseline, pair by pair."""
+    """The correction against plain further training, the baseline or the classifier before, pair by pair."""
 
     pair: Literal["scenario", "draw", "image", "track"]
     """What one pair is: a track in the place of draws or images where the test images have tracks."""
@@ -163,9 +154,10 @@ class EvidenceFigures(FigureModel):
     would keep. (null, null, null) without a screen."""
     against_plain: AgainstPlain
     against_baseline: AgainstBaseline
-    mcnemar_plain: McNemar | None
-    """Of the first plain training."""
-    mcnemar_defuse: McNemar | None
+    plain_against_before: Pairs | None
+    """The first plain training in the place of the correction; a pair is a test image, or those of one track."""
+    defuse_against_before: Pairs | None
+    """Likewise. Null without test images, and where nothing was corrected."""
     krippendorff: float | None
     """α of the reviewers' answers (nominal)."""
 

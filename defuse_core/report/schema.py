@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
 from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
-VERSION: Final = 12  # version of report.json; grows when a field is renamed, removed or changed in meaning
+VERSION: Final = 13  # version of report.json; grows when a field is renamed, removed or changed in meaning
 
 
 class Accuracy(FigureModel):
@@ -292,7 +292,7 @@ class Provenance(FigureModel):
 class Report(FigureModel):
     """The content of `report.json`. Shares and accuracies are fractions of 1; null: the figure does not exist."""
 
-    version: Literal[12]
+    version: Literal[13]
     headline: str
     """The result, in one or two sentences."""
     caveats: tuple[str, ...]

@@ -149,7 +149,7 @@ def evaluate_candidate(
     corrections: Corrections,
     sweep: Sweep,
     splits: Splits,
-    evidence: Evidence | None = None,
+    evidence: Evidence | None,
 ) -> CandidateReport:
     """Return which answers are right before and after the correction."""
     candidates = (("test", splits.test), ("validation", splits.validation), ("train", splits.train))

@@ -209,24 +209,20 @@ class Registry:
         )
 
     def assign(
-        self,
-        number: int,
-        request: PromotionRequest,
-        failed_checks: tuple[str, ...] | None = None,
-        checked: RegistryState | None = None,
+        self, number: int, request: PromotionRequest, failed_checks: tuple[str, ...], checked: RegistryState
     ) -> RegistryState:
         """Give version `number` the role of the request; an earlier canary or shadow ends, as the action says.
 
-        `failed_checks` are what it was forced over in the state `checked`; None where nothing was checked. Raises
-        InputError for a canary or shadow without another version in production, where another version than in `checked`
-        is, and for production where the version was canary or shadow in `checked` and has no role now.
+        `failed_checks` are what it was forced over in the state `checked`. Raises InputError for a canary or shadow
+        without another version in production, where another version than in `checked` is, and for production where the
+        version was canary or shadow in `checked` and has no role now.
         """
         action = f"version {number} {request.role}"
 
         def updates(state: RegistryState) -> dict[str, Any]:
-            if checked is not None and state.production not in (checked.production, number):
+            if state.production not in (checked.production, number):
                 raise InputError(CHANGED.format(registry_command("promote", self.store)))
-            was_compared = checked is not None and checked.canary_or_shadow == number
+            was_compared = checked.canary_or_shadow == number
             has_role = number in (state.production, state.canary, state.shadow)
             if was_compared and not has_role and not request.is_canary_or_shadow:
                 raise InputError(ENDED.format(number, registry_command("promote", self.store)))
@@ -268,12 +264,7 @@ class Registry:
         return [ended] if before.canary_or_shadow in state.versions_with(digest) else []
 
     def roll_back(
-        self,
-        by: str,
-        why: str,
-        verify: Callable[[Candidate], None] | None = None,
-        *,
-        production: bool = False,
+        self, by: str, why: str, verify: Callable[[Candidate], None], *, production: bool = False
     ) -> RegistryState:
         """End the canary or shadow; without one, or with `production`, put the previous version back into production.
 
@@ -311,11 +302,9 @@ class Registry:
         assert state is not None  # `updates` returns something always
         return state
 
-    def _verify_target(self, number: int, verify: Callable[[Candidate], None] | None) -> None:
+    def _verify_target(self, number: int, verify: Callable[[Candidate], None]) -> None:
         try:
-            candidate = self.load(number)
-            if verify is not None:
-                verify(candidate)
+            verify(self.load(number))
         except DefuseError as error:
             raise InputError(
                 f"version {number} cannot go back into production: {error}; promote another run with "

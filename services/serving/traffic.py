@@ -132,7 +132,7 @@ def traffic_reviews(store: Store, run: str) -> list[str]:
     return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
 
 
-def open_traffic_review(store: Store, run: Run, overrides: Sequence[str] = ()) -> Run:
+def open_traffic_review(store: Store, run: Run, overrides: Sequence[str]) -> Run:
     """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
 
     `overrides` are values of OWN_FIELDS, such as review.answers_per_task=3. Raises InputError if no scenario has as

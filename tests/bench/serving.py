@@ -37,7 +37,7 @@ import numpy as np
 from load_generator import Reply, limited, load, request_bytes
 from PIL import Image
 from serve_process import TOKEN, processes_with, serve_process, wait_until
-from synthetic_runs import perturb_weights, png
+from synthetic_runs import assign, perturb_weights, png, unverified
 
 from defuse_core.codec import array_digest
 from defuse_core.config import RunFile, parse_run_file
@@ -123,7 +123,7 @@ def make_store(folder: Path) -> Registry:
     second = Candidate(**{**vars(first), "classifier": weights, "digest": array_digest(weights)})
     for candidate in (first, second):
         registry.add(candidate, "bench", "", forced=False)
-    registry.assign(1, PromotionRequest("bench", ""))
+    assign(registry, 1, PromotionRequest("bench", ""))
     return registry
 
 
@@ -263,10 +263,10 @@ def change_of_versions(port: int, registry: Registry) -> dict[str, Any]:
     asking.start()
     time.sleep(3)
     promoted = time.monotonic()
-    registry.assign(2, PromotionRequest("bench", ""))
+    assign(registry, 2, PromotionRequest("bench", ""))
     time.sleep(3.5)
     rolled_back = time.monotonic()
-    registry.roll_back("bench", "")
+    registry.roll_back("bench", "", unverified)
     asking.join()
     replies.sort(key=lambda reply: reply.at)
     versions = [(reply.at, reply.json()["version"]) for reply in replies if reply.status == 200]

@@ -45,7 +45,7 @@ def row_of(folder: Path) -> Row:
     """Return the figures of one run as they are shown."""
     report = json.loads((folder / "report.json").read_text())
     found, evidence = report["scenarios"], report["evidence"]
-    accuracy, mcnemar = report["accuracy"], evidence["mcnemar_defuse"]
+    accuracy = report["accuracy"]
     seconds = folder / "seconds"
     own, left, real = (evidence[key] for key in ("own_label", "left_out", "real_failures"))
     return {
@@ -71,7 +71,9 @@ def row_of(folder: Path) -> Row:
         ),
         "test: before, failures alone, corrected": _accuracies(accuracy, "test"),
         "validation": _accuracies(accuracy, "validation"),
-        "test, gained and lost: plain; corrected": f"{_changes(evidence['mcnemar_plain'])}; {_changes(mcnemar)}",
+        "test, gained and lost: plain; corrected": "; ".join(
+            _pairs(evidence[key]) for key in ("plain_against_before", "defuse_against_before")
+        ),
         "answers per accepted scenario": f"{report['votes']['answers'] / max(1, found['accepted']):.0f}",
         "seconds": seconds.read_text() if seconds.exists() else "-",
     }
@@ -95,10 +97,6 @@ def _confusion(part: dict[str, Any]) -> str:
 
 def _pairs(pairs: dict[str, Any] | None) -> str:
     return f"+{pairs['better']} -{pairs['worse']}, p {pairs['p_value']:.1g}" if pairs else "-"
-
-
-def _changes(test: dict[str, Any] | None) -> str:
-    return f"+{test['gained']:.0f} -{test['lost']:.0f}, p {test['p_value']:.1g}" if test else "-"
 
 
 def _accuracies(accuracy: dict[str, Any], part: str) -> str:

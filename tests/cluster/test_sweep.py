@@ -207,7 +207,7 @@ def test_an_unfinished_trial_is_never_read_as_finished(
     data = fine_tuning_data(local_spec, tiny_models, fixes)
     trial = next(run_trial(FineTuning(local_spec, tiny_models, data), 1.0, FolderStore(tmp_path)))
     with pytest.raises(ComputeError, match="expected a finished trial with λ = 1, found 1 of 3 epochs; run"):
-        collect_sweep(local_spec, tiny_models, [trial])
+        collect_sweep(local_spec, tiny_models, [trial], {})
 
 
 @pytest.mark.parametrize("damage", ["truncated", "of another λ"])

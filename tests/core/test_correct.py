@@ -183,7 +183,7 @@ def test_only_the_last_epoch_of_a_cycle_may_be_chosen(tiny_models, data):
     assert done.best_epoch == 3
     rows = ((0.99, 1.0, 1.0), (0.95, 0.9, 0.9))  # the first of two epochs is better
     models = models_with(0.9, tiny_models)
-    sweep = collect_sweep(spec, models, [trial(1.0, *rows, best=2)])
+    sweep = collect_sweep(spec, models, [trial(1.0, *rows, best=2)], {})
     assert sweep.chosen.epoch == 2
     assert [row.epoch for row in ChoiceRule(spec.correct, models.accuracy).best_rows(sweep.rows)] == [2]
 
@@ -273,7 +273,7 @@ def test_a_sweep_reads_the_weights_of_the_trial_that_is_chosen_alone(
         [*run_trial(FineTuning(spec, tiny_models, data), lam, store)][-1] for lam in spec.correct.lambdas
     ]
     asked.clear()
-    expected = collect_sweep(spec, tiny_models, trials)
+    expected = collect_sweep(spec, tiny_models, trials, {})
     request = SweepRequest(spec, fixes, None, store)
     found = collect_stored(request, tiny_models, [without_weights(trial) for trial in trials], {})
     assert encode(found) == encode(expected)
@@ -320,7 +320,7 @@ def test_the_last_epoch_of_the_only_lambda_is_kept_whatever_it_scores(tiny_model
     spec = tiny(correct={"lambdas": [1e-3], "epochs": 3, "choose_by": "last", "learning_rate": 0.1})
     *_, made = fine_tune(FineTuning(spec, tiny_models, data), 1e-3, None)
     assert made.best_epoch == 3
-    assert collect_sweep(spec, tiny_models, [made]).chosen.epoch == 3
+    assert collect_sweep(spec, tiny_models, [made], {}).chosen.epoch == 3
     with pytest.raises(RunFileError, match="choose_by last needs a single λ"):
         tiny(correct={"choose_by": "last"})
 
@@ -362,7 +362,7 @@ def test_the_rule_of_choice_picks_lambda(rule, chosen, tiny_models):
         trial(1.0, (0.975, 0.9, 0.8)),
         trial(0.001, (0.98, 0.2, 0.2)),
     ]
-    sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials)
+    sweep = collect_sweep(tiny(correct=rule), models_with(0.98, tiny_models), trials, {})
     assert sweep.chosen.lam == chosen
     assert sweep.weights["w"][0] == np.float32(chosen)
 
@@ -372,31 +372,32 @@ def test_a_loss_of_exactly_what_is_allowed_is_allowed(tiny_models):
         tiny(correct={"max_loss": 0.003}),
         models_with(3004 / 6000, tiny_models),
         [trial(1.0, (2986 / 6000, 1, 1))],
+        {},
     )
     assert sweep.chosen is not None
 
 
 def test_held_out_and_test_accuracy_choose_nothing(tiny_models):
     trials = [trial(1.0, (0.9, 0.5, 0.1)), trial(2.0, (0.9, 0.4, 1.0))]
-    assert collect_sweep(tiny(), models_with(0.9, tiny_models), trials).chosen.lam == 1.0
+    assert collect_sweep(tiny(), models_with(0.9, tiny_models), trials, {}).chosen.lam == 1.0
 
 
 def test_if_every_row_loses_too_much_nothing_is_chosen_and_the_log_says_so(tiny_models, caplog):
     trials = [trial(1.0, (0.5, 1.0, 1.0)), trial(2.0, (0.6, 0.9, 0.9))]
-    sweep = collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials)
+    sweep = collect_sweep(tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, {})
     assert (sweep.chosen, sweep.weights, len(sweep.rows)) == (None, {}, 2)
     assert "NO λ CHOSEN: every λ costs more clean accuracy than correct.max_loss" in caplog.text
     assert caplog.text.count("add smaller values to correct.lambdas") == 1
     caplog.clear()
     collect_sweep(
-        tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, comparison="the baseline"
+        tiny(correct={"max_loss": 0.0}), models_with(0.9, tiny_models), trials, {}, comparison="the baseline"
     )
     assert "the baseline has no result: every λ" in caplog.text
     assert "NO λ CHOSEN" not in caplog.text and "add smaller" not in caplog.text
 
 
 def test_a_sweep_without_trials_has_no_choice(tiny_spec, tiny_models):
-    sweep = collect_sweep(tiny_spec, tiny_models, [])
+    sweep = collect_sweep(tiny_spec, tiny_models, [], {})
     assert (sweep.chosen, sweep.weights, sweep.failed) == (None, {}, ())
 
 

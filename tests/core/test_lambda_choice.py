@@ -52,7 +52,7 @@ def rows_of(lam: float, *rows: Row) -> tuple[SweepRow, ...]:
 def chosen(spec: RunFile, models: Models, *rows: Row) -> int | None:
     """Return which of so many λ is chosen, after one epoch each."""
     trials = [Trial(lam, rows_of(lam, row), {}, {}, {}, 1, True) for lam, row in enumerate(rows)]
-    found = collect_sweep(spec, with_accuracy(models, 0.9), trials).chosen
+    found = collect_sweep(spec, with_accuracy(models, 0.9), trials, {}).chosen
     return None if found is None else int(found.lam)
 
 
@@ -98,10 +98,10 @@ def test_a_lambda_that_costs_a_class_too_much_is_not_chosen(correct, allowed, ti
     rows = rows_of(1.0, (0.95, 0.95, 1.0))
     costly = replace(rows[0], class_loss=0.06)
     models = with_accuracy(tiny_models, 0.9)
-    found = collect_sweep(spec, models, [Trial(1.0, (costly,), {}, {}, {}, 1, True)]).chosen
+    found = collect_sweep(spec, models, [Trial(1.0, (costly,), {}, {}, {}, 1, True)], {}).chosen
     assert (found is not None) is allowed
     other = Trial(0.1, rows_of(0.1, (0.9, 0.9, 0.5)), {}, {}, {}, 1, True)
-    found = collect_sweep(spec, models, [Trial(1.0, (costly,), {}, {}, {}, 1, True), other]).chosen
+    found = collect_sweep(spec, models, [Trial(1.0, (costly,), {}, {}, {}, 1, True), other], {}).chosen
     assert found is not None and found.lam == (1.0 if allowed else 0.1)
 
 
@@ -222,7 +222,7 @@ def test_the_same_weights_are_chosen_whether_or_not_epochs_that_cannot_be_picked
     assert (made.best_epoch, made.rows[-1]) == (whole.best_epoch, whole.rows[-1])
     for name, array in whole.best.items():
         np.testing.assert_array_equal(made.best[name], array)
-    sweeps = [collect_sweep(spec, tiny_models, [trial]) for trial in (made, whole)]
+    sweeps = [collect_sweep(spec, tiny_models, [trial], {}) for trial in (made, whole)]
     assert sweeps[0].chosen == sweeps[1].chosen
     rule = ChoiceRule(spec.correct, tiny_models.accuracy)
     assert rule.best_rows(sweeps[0].rows) == rule.best_rows(sweeps[1].rows)

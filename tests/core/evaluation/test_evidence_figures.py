@@ -201,8 +201,8 @@ def test_what_became_right_and_wrong_on_the_test_set_is_counted_for_the_first_pl
 ):
     test = open_splits(setting.spec.data, setting.spec.seed).test
     before, after = (setting.answers(setting.shifted(by), test) == test.labels for by in (0, 2))
-    assert evidence.mcnemar[0, :2].tolist() == [(after & ~before).sum(), (before & ~after).sum()]
-    assert evidence.mcnemar[1].tolist() == [0, 0, 1]
+    changed = [(after & ~before).sum(), (before & ~after).sum()]
+    assert evidence.test_pairs_with_before.tolist() == [[len(test), *changed], [len(test), 0, 0]]
 
 
 def test_on_test_images_the_correction_is_compared_with_each_plain_training(setting, evidence):

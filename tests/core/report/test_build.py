@@ -258,7 +258,7 @@ def test_report_json_has_its_documented_fields(tmp_path: Path):
     run = sample_run(tmp_path)
     write_report(run, finished_run(*sample_findings(3, 2, images=3), watch=sample_watch()))
     tree = json.loads(run.store.read("report.json"))
-    assert tree["version"] == 12
+    assert tree["version"] == 13
     assert tree["annotators"] == "reference models"
     assert set(tree["accuracy"]["defuse"]) == {"validation", "test", "scenario"}
     figures = {"components", "accepted", "purity", "own_labels", "expected_false_share", "tuning_agreement"}
@@ -288,7 +288,7 @@ def test_a_report_of_another_version_is_refused_with_what_to_do(
 ):
     text = report_of(sample_findings(2, 1), tmp_path).model_dump_json(by_alias=True)
     assert parse_report(text, "report.json").scenarios.accepted == 1
-    words = rf"^a/report\.json: expected a report of version 12, .*{remedy}"
+    words = rf"^a/report\.json: expected a report of version 13, .*{remedy}"
     with pytest.raises(InputError, match=words):
         parse_report(json.dumps(json.loads(text) | change), "a/report.json")
 

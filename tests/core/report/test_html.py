@@ -22,7 +22,6 @@ from sample_findings import (
 from defuse_core.artifacts import FailedTrial, Override, Votes
 from defuse_core.data.images import data_address
 from defuse_core.evaluation.describe import NearestReal
-from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.html import _real_tiles, render_real
 from defuse_core.review.verdicts import decide_verdicts
@@ -145,7 +144,7 @@ def test_a_gain_on_the_test_set_stands_beside_plain_training_and_has_a_colour_on
     tmp_path: Path, gained: int, lost: int, colour: str, told: str
 ):
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
-    evidence.mcnemar[:] = [90, 39, mcnemar(90, 39)]  # against the classifier before: plain gains as much
+    evidence.test_pairs_with_before[:] = [500, 90, 39]  # against the classifier before: plain gains as much
     evidence.test_pairs[:] = [500, gained, lost]
     run = sample_run(tmp_path)
     write_report(run, finished_run(*sample_findings(), evidence))
@@ -159,7 +158,7 @@ def test_a_gain_on_the_test_set_stands_beside_plain_training_and_has_a_colour_on
 @pytest.mark.usefixtures("no_figures")
 def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
-    evidence.test_pairs[:], evidence.mcnemar[1] = [10, 0, 1], [0, 1, 1]
+    evidence.test_pairs[:] = evidence.test_pairs_with_before[1] = [10, 0, 1]
     evidence = dataclasses.replace(evidence, plain_each=evidence.plain_each[:, :1])
     run = sample_run(tmp_path)
     write_report(run, finished_run(*sample_findings(), evidence))
@@ -169,11 +168,11 @@ def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize(("lost", "colour"), [(5, "bad"), (1, "quiet")])
+@pytest.mark.parametrize(("lost", "colour"), [(6, "bad"), (5, "quiet")])
 def test_a_loss_on_the_test_set_has_a_colour_where_it_is_no_chance(tmp_path: Path, lost: int, colour: str):
     found, evaluation = sample_findings()
     evidence = sample_evidence(np.array([[0.1, 0.6, 0.7, 0.9]] * 2))
-    evidence.mcnemar[1] = [0, 6 * lost, mcnemar(0, lost if colour == "quiet" else 6 * lost)]
+    evidence.test_pairs_with_before[1] = [500, 0, lost]
     evaluation.accuracy[2, 1] = evaluation.accuracy[0, 1] - 0.003
     run = sample_run(tmp_path)
     write_report(run, finished_run(found, evaluation, evidence))

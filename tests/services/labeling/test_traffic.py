@@ -119,7 +119,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
 
 
 def test_stored_votes_are_concluded_without_the_client_of_label_studio(served, tmp_path, monkeypatch):
-    review = open_traffic_review(FolderStore(tmp_path), served)
+    review = open_traffic_review(FolderStore(tmp_path), served, ())
     review.once("review", Votes, lambda: votes_of_models(np.full((1, 1, 3, 10), 0.1, np.float32), 0.0))
     for name in ("annotators", "client"):
         monkeypatch.delitem(sys.modules, f"services.labeling.{name}")
@@ -232,7 +232,7 @@ def test_a_review_of_traffic_can_set_what_is_free_until_its_votes_and_nothing_el
 def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     meet(served, tmp_path, 1, 1)
-    gallery = open_traffic_review(FolderStore(tmp_path), served).require(Gallery)
+    gallery = open_traffic_review(FolderStore(tmp_path), served, ()).require(Gallery)
     assert gallery.numbers == (2,) and gallery.predicted.tolist() == [[6, 6, 6]]
     np.testing.assert_array_equal(
         gallery.images, digits_gallery(images=10).images[2:3, 1:4]
@@ -243,7 +243,7 @@ def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path
 def test_nothing_is_said_where_every_scenario_is_shown(served, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     meet(served, tmp_path, 3, 2, first=2)
-    assert open_traffic_review(FolderStore(tmp_path), served).require(Gallery).numbers == (2, 3)
+    assert open_traffic_review(FolderStore(tmp_path), served, ()).require(Gallery).numbers == (2, 3)
     assert "left out" not in caplog.text
 
 
@@ -281,7 +281,7 @@ def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
     told["form"] = "scenario"
     run = review_run(tmp_path, digits_gallery(), rho=0.3, **told)
     meet(run, tmp_path, 2, 3)
-    review = open_traffic_review(FolderStore(tmp_path), run).spec.review
+    review = open_traffic_review(FolderStore(tmp_path), run, ()).spec.review
     assert (review.annotators, review.prelabel, review.stop_early) == ("label-studio", False, False)
     assert (review.accept, review.consensus, review.rho) == ("share", "majority", run.spec.review.rho)
     assert review.form == "image"
@@ -289,7 +289,7 @@ def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
 
 def test_a_review_of_traffic_that_has_begun_keeps_its_form(served, tmp_path):
     store = FolderStore(tmp_path)
-    gallery = open_traffic_review(store, served).require(Gallery)
+    gallery = open_traffic_review(store, served, ()).require(Gallery)
     served.store.within("traffic-1").delete_all()
     spec = served.spec.with_fields("review", form="scenario")
     Run.start(store, f"{served.name}/traffic-1", spec).once("draw", Gallery, lambda: gallery)
@@ -320,6 +320,6 @@ def test_inputs_that_another_run_of_the_same_name_received_are_not_reviewed(serv
     for image in digits_gallery(images=4).images[1]:
         reservoir.offer(served.name, sampled_input(image, 1, components="of another run"))
     reservoir._thread.shutdown()
-    review = open_traffic_review(FolderStore(tmp_path), served)
+    review = open_traffic_review(FolderStore(tmp_path), served, ())
     assert review.require(Gallery).numbers == (2,)  # 1 has four inputs, of the other run
     assert "left out 4 of 10 inputs, which another run of this name received" in caplog.text

@@ -29,6 +29,9 @@ from defuse_core.models import accuracy, decode_codes, encode_images, load_class
 from defuse_core.review.sample import sample_corrections
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore, Store
+from services.serving.candidate import Candidate
+from services.serving.registry import Registry
+from services.serving.registry_state import PromotionRequest, RegistryState
 from tests.sample_components import sample_scenarios
 
 
@@ -136,3 +139,12 @@ def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return file.getvalue()
+
+
+def assign(registry: Registry, number: int, request: PromotionRequest) -> RegistryState:
+    """Give a version its role, as after checks that all passed."""
+    return registry.assign(number, request, (), registry.state())
+
+
+def unverified(_: Candidate) -> None:
+    """Accept any version for a rollback."""

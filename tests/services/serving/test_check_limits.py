@@ -69,7 +69,8 @@ def test_scenarios_that_are_no_better_than_before_fail():
 
 def evaluated(stored: Run, splits, corrected) -> CandidateReport:
     sweep = dataclasses.replace(stored.require(Sweep), weights=corrected)
-    return evaluate_candidate(stored.spec, stored.require(Models), stored.require(Corrections), sweep, splits)
+    models, corrections = stored.require(Models), stored.require(Corrections)
+    return evaluate_candidate(stored.spec, models, corrections, sweep, splits, None)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

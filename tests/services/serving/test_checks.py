@@ -252,7 +252,7 @@ def test_clean_accuracy_on_images_that_the_correction_has_seen_says_so(
         ends[True] = "points (not independent: the classifier has probably seen these images)"
     for seen, expected in ends.items():
         models = replace(models, validation_from_training=seen)
-        report = evaluate_candidate(spec, models, *others, replace(splits, **parts))
+        report = evaluate_candidate(spec, models, *others, replace(splits, **parts), None)
         (line,) = (check.line for check in report.checks(spec.check) if check.name == "clean accuracy")
         assert line.endswith(expected)
 
@@ -262,7 +262,7 @@ def test_clean_images_are_identified_by_what_they_show_unless_the_classifier_may
     models, others = stored.require(Models), (stored.require(Corrections), stored.require(Sweep))
 
     def identified(models: Models, splits: Splits) -> str:
-        return evaluate_candidate(stored.spec, models, *others, splits).fingerprint
+        return evaluate_candidate(stored.spec, models, *others, splits, None).fingerprint
 
     known = identified(models, splits)
     assert known and known == prepare_candidate(stored)[1].summary.clean_images

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from load_generator import Reply, limited, load, request_bytes
 from ray import serve
-from synthetic_runs import copied_store
+from synthetic_runs import assign, copied_store, unverified
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.models import build_classifier, weights_of
@@ -155,7 +155,7 @@ def live_app(serving, planted, tmp_path_factory):
 @pytest.fixture
 def live(live_app):
     """The same with `first` in production and no canary or shadow."""
-    live_app.registry.assign(live_app.number["first"], PromotionRequest("ana", ""))
+    assign(live_app.registry, live_app.number["first"], PromotionRequest("ana", ""))
     wait_until(lambda: live_app.app.http.get("/readyz").status_code == 200)
     live_app.app.wait_for(live_app.version("first"))
     live_app.app.wait_for_others(set())
@@ -175,10 +175,10 @@ def test_a_promotion_and_a_rollback_under_load_lose_no_request(live, pictures):
     running = Load(live.app.port, 8, requests_for(live.app, pictures))
     running.start()
     running.wait_for_answers(25, since=0)
-    live.registry.assign(int(new), PromotionRequest("ana", ""))
+    assign(live.registry, int(new), PromotionRequest("ana", ""))
     live.app.wait_for(new)
     running.wait_for_answers(25, since=time.monotonic())
-    live.registry.roll_back("bo", "to see it work")
+    live.registry.roll_back("bo", "to see it work", unverified)
     live.app.wait_for(old)
     running.wait_for_answers(25, since=time.monotonic())
     replies = running.stop()
@@ -193,7 +193,7 @@ def test_a_canary_answers_its_share_by_request_key_and_production_the_rest(live,
     requests = requests_for(live.app, pictures, 100)
     running = Load(live.app.port, 8, requests)
     running.start()
-    live.registry.assign(live.number["second"], PromotionRequest("ana", "", canary=0.3))
+    assign(live.registry, live.number["second"], PromotionRequest("ana", "", canary=0.3))
     live.app.wait_for_others({live.version("second")})
     assert set(statuses(running.stop())) == {200}  # nobody noticed it come
     replies = load(live.app.port, 8, limited(requests, 100))
@@ -212,9 +212,9 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
 ):
     number = live.number[name]
     if shadow:
-        live.registry.assign(number, PromotionRequest("ana", "", shadow=True))
+        assign(live.registry, number, PromotionRequest("ana", "", shadow=True))
     else:
-        live.registry.assign(number, PromotionRequest("ana", "", canary=0.5))
+        assign(live.registry, number, PromotionRequest("ana", "", canary=0.5))
     live.app.wait_for_others({str(number)})
     running = Load(live.app.port, 8, requests_for(live.app, pictures, 500))
     running.start()  # until it ends: a shadow leaves requests out where it has too little time
@@ -291,7 +291,7 @@ def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
     alone, beside = 0.0, 0.0
     for _ in range(3):  # in turns, since other processes of the machine take their share now and then
         alone += request_rate(app.port, requests)
-        slow_app.registry.assign(2, PromotionRequest("ana", "", shadow=True))
+        assign(slow_app.registry, 2, PromotionRequest("ana", "", shadow=True))
         app.wait_for_others({"2"})
         beside += request_rate(app.port, requests)
         slow_app.registry.end_canary(2, "ana", "")
@@ -307,7 +307,7 @@ def request_rate(port, requests):
 
 
 def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):
-    slow_app.registry.assign(2, PromotionRequest("ana", "", canary=0.5))
+    assign(slow_app.registry, 2, PromotionRequest("ana", "", canary=0.5))
     slow_app.app.wait_for_others({"2"})
     running = Load(slow_app.app.port, 8, requests_for(slow_app.app, pictures))
     running.start()

@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+from synthetic_runs import assign, unverified
 
 from defuse_core.artifacts import Models
 from defuse_core.codec import encode
@@ -99,7 +100,7 @@ def test_a_promotion_forced_for_an_equal_version_keeps_what_it_was_forced_over(r
     assert ended.failed_checks == () and ended.since == state.since
     model = LoadedModel(registry.load(1), ServeSection(), 1)
     assert ModelInfo.of(model, ended, None, None).failed_checks == [failed.line]
-    assert registry.roll_back("bo", "").failed_checks is None
+    assert registry.roll_back("bo", "", unverified).failed_checks is None
 
 
 def test_a_promotion_of_the_version_in_production_keeps_who_put_it_there_and_over_what(registry, candidates):
@@ -122,7 +123,7 @@ def test_a_version_that_was_not_promoted_has_the_checks_of_its_run_that_failed(r
 def test_a_version_that_came_back_by_a_rollback_has_the_checks_of_its_run_that_failed(registry, candidates):
     promote(registry, candidates["swapped"], PromotionRequest("ana", "", force="a drill"))
     promote(registry, candidates["first"], ANA)
-    back = registry.roll_back("bo", "")
+    back = registry.roll_back("bo", "", unverified)
     served = LoadedModel(registry.load(1), ServeSection(), 1)
     failed = ModelInfo.of(served, back, None, None).failed_checks
     assert failed == candidates["swapped"].failed_checks() != []
@@ -131,9 +132,9 @@ def test_a_version_that_came_back_by_a_rollback_has_the_checks_of_its_run_that_f
 def test_roll_back_returns_to_the_version_before_step_by_step(registry, candidates):
     for name in ("first", "second"):
         promote(registry, candidates[name], ANA)
-    assert registry.roll_back("bo", "slow").production == 1
+    assert registry.roll_back("bo", "slow", unverified).production == 1
     with pytest.raises(InputError, match="no previous version"):
-        registry.roll_back("bo", "")
+        registry.roll_back("bo", "", unverified)
     assert promote(registry, candidates["second"], ANA).production == 2
     assert [s.production for s in registry.changes_after(EMPTY)] == [None, 1, 1, 2, 1, 2]
 
@@ -142,7 +143,7 @@ def test_a_version_that_comes_back_can_be_rolled_back_to_each_one_before_it(regi
     for name in ("first", "second", "first"):
         state = promote(registry, candidates[name], ANA)
     assert state.previous == (1, 2)
-    assert [registry.roll_back("bo", "").production for _ in range(2)] == [2, 1]
+    assert [registry.roll_back("bo", "", unverified).production for _ in range(2)] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_roll_back_ends_a_canary_or_shadow_first_and_leaves_production(registry,
     promote(registry, candidates["first"], ANA)
     during = promote(registry, candidates["second"], how)
     assert 2 in (during.canary, during.shadow) and during.production == 1
-    after = registry.roll_back("bo", "")
+    after = registry.roll_back("bo", "", unverified)
     assert (after.canary, after.shadow, after.production) == (None, None, 1)
     assert registry.end_canary(2, "server", "again") is None
     assert registry.state() == after
@@ -164,7 +165,7 @@ def test_the_change_that_set_production_is_kept_during_canaries(registry, candid
     assert since is not None and (since.by, since.why) == ("ana", "for a test")
     promote(registry, candidates["second"], PromotionRequest("bo", "a try", canary=0.05))
     assert (registry.state().by, registry.state().since) == ("bo", since)
-    registry.roll_back("cy", "enough")
+    registry.roll_back("cy", "enough", unverified)
     assert registry.state().since == since
     assert promote(registry, candidates["second"], PromotionRequest("bo", "at last")).since.by == "bo"
 
@@ -178,7 +179,7 @@ def test_a_rollback_of_a_canary_that_has_just_ended_leaves_production(registry, 
     registry.end_canary(3, "defuse serve", "it failed")
     monkeypatch.setattr(registry, "state", iter([during, registry.state()]).__next__)
     with pytest.raises(InputError, match="the canary or shadow of version 3 ended just now"):
-        registry.roll_back("bo", "")
+        registry.roll_back("bo", "", unverified)
     monkeypatch.undo()
     assert registry.state().production == 2
 
@@ -285,7 +286,7 @@ def test_concurrent_promotions_of_one_run_make_one_version(registry, candidates)
     _, made = state.versions  # a number that was claimed and given up is not used again
     assert (min(state.versions), state.production, state.previous) == (1, made, (1,))
     assert len(registry.store.within("versions").list()) == 2
-    assert registry.roll_back("bo", "").production == 1
+    assert registry.roll_back("bo", "", unverified).production == 1
 
 
 def test_a_run_that_was_added_between_look_up_and_change_is_one_version(registry, candidates, monkeypatch):
@@ -305,8 +306,8 @@ def test_a_rollback_never_ends_at_an_equal_version(registry, candidates):
         promote(registry, candidates[name], ANA)
     twice = registry.state().versions
     registry.change("added twice", "ana", "", lambda s: {"versions": {**s.versions, 3: twice[2]}})
-    assert registry.assign(3, PromotionRequest("ana", "")).previous == (1,)
-    assert registry.roll_back("bo", "").production == 1
+    assert assign(registry, 3, PromotionRequest("ana", "")).previous == (1,)
+    assert registry.roll_back("bo", "", unverified).production == 1
 
 
 def test_files_beside_the_changes_do_not_count(registry, candidates):
@@ -315,7 +316,7 @@ def test_files_beside_the_changes_do_not_count(registry, candidates):
     for name in ("000003.json~", "3.json", "zz.txt"):
         registry.store.write(f"changes/{name}", b"not a state")
     assert promote(registry, candidates["second"], ANA).production == 2
-    assert registry.roll_back("bo", "").production == 1
+    assert registry.roll_back("bo", "", unverified).production == 1
     assert [state.sequence for state in registry.changes_after(EMPTY)] == [1, 2, 3, 4, 5]
 
 
@@ -377,7 +378,7 @@ def test_a_rollback_to_a_damaged_version_is_an_error_and_production_stays(regist
     with pytest.raises(
         InputError, match=rf"version 1 cannot go back into production: .*000001\.safetensors: {reason[how]}"
     ):
-        registry.roll_back("bo", "")
+        registry.roll_back("bo", "", unverified)
     assert registry.state().production == 2
 
 

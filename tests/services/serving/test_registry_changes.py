@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from synthetic_runs import assign, unverified
 
 from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.store import FolderStore
@@ -55,7 +56,7 @@ def test_a_version_keeps_its_run_digest_author_time_reason_and_annotators(regist
 def test_a_change_keeps_its_author_time_reason_and_number(registry, candidates):
     promote(registry, candidates[0], ANA)
     promote(registry, candidates[1], PromotionRequest("bo", "a try", canary=0.05))
-    registry.roll_back("cy", "enough")
+    registry.roll_back("cy", "enough", unverified)
     assert [(s.sequence, s.by, s.why, s.action) for s in registry.changes_after(EMPTY)] == [
         (1, "ana", "for a test", "added version 1"),
         (2, "ana", "for a test", "version 1 to production"),
@@ -65,7 +66,7 @@ def test_a_change_keeps_its_author_time_reason_and_number(registry, candidates):
     ]
     assert all(state.when.endswith("Z") for state in registry.changes_after(EMPTY))
     promote(registry, candidates[1], SHADOW)
-    assert registry.roll_back("cy", "enough").action == "ended the shadow of version 2"
+    assert registry.roll_back("cy", "enough", unverified).action == "ended the shadow of version 2"
     since = registry.state().since
     assert since is not None and (since.change, since.when) == (2, registry.changes_after(EMPTY)[1].when)
 
@@ -159,7 +160,7 @@ def test_a_canary_or_shadow_keeps_what_it_was_forced_over(registry, candidates, 
     promote(registry, candidates[0], ANA)
     forced = dataclasses.replace(role, force="a drill")
     assert promote(registry, failing(candidates[1], "worse"), forced).failed_checks == ("worse",)
-    assert registry.roll_back("bo", "").failed_checks is None
+    assert registry.roll_back("bo", "", unverified).failed_checks is None
 
 
 def test_one_version_at_a_time_is_beside_production(registry, candidates):
@@ -184,8 +185,8 @@ def test_the_end_of_a_canary_that_another_one_has_replaced_does_not_end_that_one
 @pytest.mark.parametrize(
     "to_role",
     [
-        lambda r: r.assign(1, PromotionRequest("bo", "", canary=0.1)),
-        lambda r: r.assign(1, PromotionRequest("bo", "", shadow=True)),
+        lambda r: assign(r, 1, PromotionRequest("bo", "", canary=0.1)),
+        lambda r: assign(r, 1, PromotionRequest("bo", "", shadow=True)),
     ],
 )
 def test_the_version_in_production_cannot_become_its_own_canary_or_shadow(registry, candidates, to_role):
@@ -217,11 +218,11 @@ def test_a_rollback_right_after_its_canary_was_ended_leaves_production_unless_th
     with pytest.raises(
         InputError, match=r"ended the (canary|shadow) of version 3 .*\(it failed\); .* --production"
     ):
-        registry.roll_back("bo", "")
+        registry.roll_back("bo", "", unverified)
     assert registry.state().production == 2
     before = f"changes/{registry.state().sequence - 1:06d}.json"
     registry.store.write(before, b"damaged")  # `--production` does not need it
-    assert registry.roll_back("bo", "", production=True).production == 1
+    assert registry.roll_back("bo", "", unverified, production=True).production == 1
 
 
 @pytest.mark.parametrize("production", [False, True])
@@ -232,13 +233,14 @@ def test_a_rollback_after_another_persons_change_ended_the_canary_leaves_product
     for candidate, role in zip(candidates[:3], (ANA, ANA, CANARY), strict=True):
         promote(registry, candidate, role)
     if production:
-        state, action = registry.roll_back("bo", "", production=True), "rolled back from version 2"
+        state = registry.roll_back("bo", "", unverified, production=True)
+        action = "rolled back from version 2"
     else:
         state = promote(registry, candidates[3], PromotionRequest("bo", "a hotfix"))
         action = "version 4 to production"
     assert state.action == f"{action}; ended the canary of version 3"
     with pytest.raises(InputError, match=f"bo: {action}; ended the canary of version 3.* --production"):
-        registry.roll_back("ana", "")
+        registry.roll_back("ana", "", unverified)
     assert registry.state() == state
 
 
@@ -251,14 +253,14 @@ def test_a_change_names_the_canary_that_it_ends_unless_that_one_gets_the_new_rol
         "version 3 as canary for 5 %; ended the shadow of version 2",
         "version 3 to production",
     ]
-    assert registry.roll_back("ana", "").production == 1
+    assert registry.roll_back("ana", "", unverified).production == 1
 
 
 def test_a_rollback_of_production_ends_a_canary(registry, candidates):
     for candidate in candidates[:2]:
         promote(registry, candidate, ANA)
     promote(registry, candidates[2], PromotionRequest("ana", "", canary=0.1))
-    after = registry.roll_back("bo", "", production=True)
+    after = registry.roll_back("bo", "", unverified, production=True)
     assert (after.production, after.canary) == (1, None)
 
 
@@ -267,7 +269,7 @@ def test_a_rollback_that_another_one_overtakes_leaves_production(registry, candi
         promote(registry, candidate, ANA)
 
     def overtake(_: Candidate) -> None:
-        registry.roll_back("cy", "first")
+        registry.roll_back("cy", "first", unverified)
 
     with pytest.raises(InputError, match="production changed meanwhile"):
         registry.roll_back("bo", "", overtake)
@@ -279,7 +281,7 @@ def test_a_rollback_ends_a_canary_that_began_meanwhile(registry, candidates):
     for candidate in candidates[:2]:
         promote(registry, candidate, ANA)
     after = registry.roll_back(
-        "bo", "", lambda c: registry.assign(1, PromotionRequest("ana", "", canary=0.1)) and None
+        "bo", "", lambda c: assign(registry, 1, PromotionRequest("ana", "", canary=0.1)) and None
     )
     assert (after.production, after.canary, after.share) == (1, None, 0.0)
 
@@ -289,7 +291,7 @@ def test_a_change_that_others_always_overtake_is_given_up_and_says_so(registry, 
     tries: list[str] = []
     monkeypatch.setattr(registry.store, "create", lambda key, data: tries.append(key))
     with pytest.raises(StoreError, match="3 concurrent changes came first; run the command again"):
-        registry.assign(1, PromotionRequest("ana", ""))
+        assign(registry, 1, PromotionRequest("ana", ""))
     assert tries == ["changes/000001.json"] * 3
 
 
@@ -397,4 +399,4 @@ def test_changes_are_ordered_by_number_beyond_six_digits(registry, candidates):
         later = state.model_copy(update={"sequence": number, "by": by})
         registry.store.write(f"changes/{number}.json", later.model_dump_json().encode())
     assert registry.state().by == "cy"
-    assert registry.assign(1, PromotionRequest("di", "")).sequence == 1_000_001
+    assert assign(registry, 1, PromotionRequest("di", "")).sequence == 1_000_001
