@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import shlex
 import socket
 import sys
@@ -136,6 +137,9 @@ HAPROXY_ENVIRONMENT = {
 # by default, Ray's workers run at nice 15: any other process goes first
 FULL_PRIORITY = {"RAY_worker_niceness": "0"}
 
+MAX_CONNECTIONS = 4096  # Ray's default
+OTHER_FILES = 256  # of HAProxy: listeners, threads, and a health check for each replica
+
 # HAProxy takes paths of sockets of at most 97 characters; Ray adds a folder with the 56 of the node's number.
 MAX_TEMPORARY_FOLDER = 97 - len("/defuse-xxxxxxxx") - len("/") - 56 - len("/metrics.sock")
 
@@ -190,6 +194,7 @@ def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
             os.environ.update(_direct_environment(port))
         elif proxy is Proxy.HAPROXY:
             os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(stack))
+            os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
         elif proxy is Proxy.RAY:
             os.environ.update(HEADER_LIMITS)
         yield
@@ -204,6 +209,17 @@ def _direct_environment(port: int) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),  # exclusive
         "RAY_SERVE_PORT_QUARANTINE_S": "0",  # a restarted replica gets the same port
     }
+
+
+def _most_connections() -> int:
+    """Return how many connections HAProxy takes: Ray's 4096, or fewer where the hard limit of open files is low.
+
+    HAProxy does not start unless it may open 2.5 files for each: two, and a share of its pipes.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max(1, (hard - OTHER_FILES) * 2 // 5))
 
 
 def _haproxy_files(stack: contextlib.ExitStack) -> dict[str, str]:

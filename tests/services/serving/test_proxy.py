@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -202,6 +203,24 @@ def test_where_no_folder_runs_programs_an_error_names_noexec(own_environment, tm
         proxy_environment(Proxy.HAPROXY, 8000),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("hard", "connections"),
+    [(resource.RLIM_INFINITY, 4096), (1_048_576, 4096), (4096, 1536), (1024, 307), (64, 1)],
+)
+def test_haproxy_takes_fewer_connections_where_it_may_open_few_files(
+    hard, connections, own_environment, monkeypatch
+):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
+    with proxy_environment(Proxy.HAPROXY, 8000):
+        assert os.environ["RAY_SERVE_HAPROXY_MAXCONN"] == str(connections)
+
+
+def test_connections_that_the_user_has_set_are_kept(own_environment):
+    os.environ["RAY_SERVE_HAPROXY_MAXCONN"] = "7"
+    with proxy_environment(Proxy.HAPROXY, 8000):
+        assert os.environ["RAY_SERVE_HAPROXY_MAXCONN"] == "7"
 
 
 def test_without_haproxy_as_on_macos_an_error_names_the_other_proxy(monkeypatch):
