@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -27,7 +28,6 @@ from cluster.ray_compat import (
     MAX_TEMPORARY_FOLDER,
     connection_error,
     forget_private_token,
-    is_temporary_folder_unusable,
     is_unauthenticated,
     keep_idle_workers,
     limit_memory_retries,
@@ -39,6 +39,7 @@ from cluster.ray_compat import (
 )
 from defuse_core.config import RunFile, model_sections
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
+from defuse_core.files import FULL_DISK
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
@@ -54,6 +55,7 @@ MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or G
 FREE_DISK = (
     "free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is 95 % full"
 )
+UNUSABLE_FOLDER = {errno.EROFS, errno.ENOTDIR, errno.ELOOP}
 INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
 # in Ray's texts: the lines about a lost actor before the cause, and the address of a node
 LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)
@@ -121,17 +123,25 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
             return
         except Exception as error:  # Ray raises bare ones
             failed = f"Ray did not start on this machine ({explained_line(error)})"
-            if is_temporary_folder_unusable(error):
+            if _is_folder_unusable(error):
                 raise InputError(
                     f"{failed}; set RAY_TMPDIR to a folder that can be written, whose path has at most "
                     f"{MAX_TEMPORARY_FOLDER} characters"
                 ) from error
+            if isinstance(error, OSError) and error.errno in FULL_DISK:
+                raise ComputeError(f"{failed}; {FREE_DISK}") from error
             if attempt == START_ATTEMPTS:
                 raise ComputeError(
                     f"{failed} in {START_ATTEMPTS} attempts; end other work where it is busy, or compute without Ray: "
                     "`defuse run --on local`; Ray's logs are in session_latest/logs of its folder (/tmp/ray)"
                 ) from error
             log.warning("%s; starting it again", failed)
+
+
+def _is_folder_unusable(error: Exception) -> bool:
+    """Whether Ray's folder of temporary files cannot be written, or has too long a path."""
+    is_wrong = isinstance(error, OSError) and error.errno in UNUSABLE_FOLDER
+    return is_wrong or isinstance(error, PermissionError) or "AF_UNIX path length" in str(error)
 
 
 @contextlib.contextmanager

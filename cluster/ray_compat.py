@@ -210,11 +210,6 @@ def without_unused_processes() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-def is_temporary_folder_unusable(error: Exception) -> bool:
-    """Whether Ray cannot start as its folder of temporary files cannot be written, or has too long a path."""
-    return isinstance(error, PermissionError) or "AF_UNIX path length" in str(error)
-
-
 def cancel_all(tasks: Sequence[Any]) -> None:
     """End tasks that run or wait, given as ObjectRefs.
 

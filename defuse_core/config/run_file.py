@@ -21,6 +21,7 @@ from defuse_core.config.sections import (
     ReviewSection,
     VaeSection,
 )
+from defuse_core.errors import RunFileError, has_control_characters
 
 Arithmetic = Literal["f32", "bf16"]
 
@@ -257,9 +258,19 @@ def model_sections(spec: RunFile) -> dict[str, ClassifierSection | VaeSection | 
 
 
 def with_absolute_root(spec: RunFile) -> RunFile:
-    """Return the run file with data.root as it is in this process; later commands on the run have other folders."""
+    """Return the run file with data.root as it is in this process; later commands on the run have other folders.
+
+    Raises RunFileError where the path has bytes that `run.yaml` cannot hold.
+    """
     root = spec.data.root
-    return spec if root is None else spec.with_fields("data", root=root.absolute())
+    if root is None:
+        return spec
+    if has_control_characters(str(root.absolute())):
+        raise RunFileError(
+            f"data.root {root}: expected a path without control characters, found {str(root.absolute())!a}; rename "
+            "that folder, or set data.root to an absolute path by way of a link"
+        )
+    return spec.with_fields("data", root=root.absolute())
 
 
 def with_weights(spec: RunFile, paths: Mapping[str, Path]) -> RunFile:

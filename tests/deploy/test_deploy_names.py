@@ -18,6 +18,7 @@ OTHERS = {  # their owners document them; services/settings.py's and Ray's names
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL",  # boto3
     "POSTGRES_DB", "POSTGRES_USER", "POSTGRES_PASSWORD_FILE",  # the postgres image
     "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",  # the NVIDIA container runtime
+    "NO_PROXY", "no_proxy",  # HTTP clients
     "HOME", "PATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "VIRTUAL_ENV",
 }  # fmt: skip
 LABEL_STUDIO = {

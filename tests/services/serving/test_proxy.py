@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -28,7 +29,8 @@ from defuse_core.errors import ComputeError, InputError
 from services.serving.app import _translate_errors
 from services.serving.launch import (
     Proxy,
-    _haproxy_files,
+    _haproxy_binary,
+    _write_program,
     choose_proxy,
     is_loopback,
     proxy_environment,
@@ -38,6 +40,12 @@ from tests.waiting import wait_until
 LOOPBACK, ANY = "0100007F", "00000000"
 LOOK_EVERY_S = 0.25  # interval between two looks at all processes of this machine
 ONE, TWO = ServeSection(), ServeSection(max_replicas=2)
+
+
+@pytest.fixture
+def own_environment(monkeypatch):
+    """Keep what is set in the test from the processes of others."""
+    monkeypatch.setattr(os, "environ", {})
 
 
 @pytest.mark.parametrize(
@@ -81,7 +89,7 @@ def test_the_lines_that_are_edited_in_haproxys_configuration_are_in_rays_templat
 
 
 def test_the_ports_of_operators_become_private_sockets_and_that_of_the_clients_does_not(tmp_path):
-    program = _haproxy_files(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    program = _write_program(tmp_path, tmp_path, _haproxy_binary())
     lines = [
         "frontend prometheus",
         "    bind :9101",
@@ -159,10 +167,60 @@ def test_haproxy_listens_for_other_machines_starts_below_a_long_folder_and_ends_
 def test_no_folder_for_sockets_is_an_error_that_says_what_to_set(monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/no/folder")
     with (
-        pytest.raises(InputError, match=r"sockets need a folder in /no/folder, .*; set TMPDIR to a folder"),
+        pytest.raises(InputError, match=r"sockets need a folder .*'/no/folder/.*; set TMPDIR to a folder"),
         proxy_environment(Proxy.HAPROXY, 8000),
     ):
         pass
+
+
+def test_no_folder_for_temporary_files_at_all_is_an_error_that_says_what_to_set(own_environment, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/folder"])
+    with (
+        pytest.raises(InputError, match=r"sockets need a folder \(.*No usable temporary .*; set TMPDIR to a"),
+        proxy_environment(Proxy.HAPROXY, 8000),
+    ):
+        pass
+
+
+def test_where_tmp_runs_no_programs_only_the_sockets_are_there(own_environment, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.access", lambda path, _: not str(path).startswith("/tmp/defuse-"))
+    with proxy_environment(Proxy.HAPROXY, 8000):
+        program = Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
+        sockets = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+        assert program.parent.parent == tmp_path and sockets.parent == Path("/tmp")
+        assert stat.S_IMODE(program.parent.stat().st_mode) == stat.S_IMODE(program.stat().st_mode) == 0o700
+        assert f"unix@{sockets}/port-" in program.read_text()
+    assert not program.parent.exists() and not sockets.exists()
+
+
+def test_where_no_folder_runs_programs_an_error_names_noexec(own_environment, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.access", lambda path, _: not Path(path).parent.name.startswith("defuse-"))
+    with (
+        pytest.raises(InputError, match=f"^{tmp_path}: no program .*noexec.*; set TMPDIR to .*--proxy ray$"),
+        proxy_environment(Proxy.HAPROXY, 8000),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("hard", "connections"),
+    [(resource.RLIM_INFINITY, 4096), (1_048_576, 4096), (4096, 1536), (1024, 307), (64, 1)],
+)
+def test_haproxy_takes_fewer_connections_where_it_may_open_few_files(
+    hard, connections, own_environment, monkeypatch
+):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
+    with proxy_environment(Proxy.HAPROXY, 8000):
+        assert os.environ["RAY_SERVE_HAPROXY_MAXCONN"] == str(connections)
+
+
+def test_connections_that_the_user_has_set_are_kept(own_environment):
+    os.environ["RAY_SERVE_HAPROXY_MAXCONN"] = "7"
+    with proxy_environment(Proxy.HAPROXY, 8000):
+        assert os.environ["RAY_SERVE_HAPROXY_MAXCONN"] == "7"
 
 
 def test_without_haproxy_as_on_macos_an_error_names_the_other_proxy(monkeypatch):
