@@ -228,20 +228,6 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
     assert {reply.json()["version"] for reply in replies} == {live.version(side) for side in sides}
 
 
-def test_a_version_that_cannot_be_loaded_leaves_the_current_one_active(serving, own_store, pictures):
-    registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
-    app = serving(own_store, run=None)
-    registry.store.create("versions/000002.safetensors", b"cut")
-    registry.change("version 2 to production", "ana", "", lambda _: {"production": 2})
-    time.sleep(1)
-    assert set(statuses(load(app.port, 2, limited(requests_for(app, pictures), 20)))) == {200}
-    promote(
-        registry, candidate(own_store, "second"), PromotionRequest("ana", "", force="version 2 is broken")
-    )
-    app.wait_for("3")
-
-
 def test_a_canary_that_cannot_be_loaded_is_ended_and_the_server_starts(serving, own_store, pictures):
     registry = Registry(own_store)
     promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
