@@ -14,6 +14,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,8 @@ from services.cli.jobs import (
     _row,
     build_working_dir,
 )
-from tests.conftest import tiny
+from tests.command_line import call
+from tests.conftest import ROOT, tiny
 
 
 def own_classifier(weights: Path, module: str = "mine") -> RunFile:
@@ -334,6 +336,20 @@ def test_a_module_without_a_spec_is_no_code_to_take_along(
     monkeypatch.setitem(sys.modules, "made_at_run_time", type(sys)("made_at_run_time"))
     with pytest.raises(ModelError, match="no module made_at_run_time in this folder"):
         _copy_module("classifier.import_path", "made_at_run_time:build", tmp_path)
+
+
+def test_a_job_is_the_command_of_its_run_in_the_python_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = list[str]()
+    accepting = SimpleNamespace(submit=lambda command, *_: asked.append(command) or "job-1")
+    monkeypatch.setattr("cluster.jobs.Jobs", lambda address: accepting)
+    words = [ROOT / "deploy/runs/mnist-laptop.yaml", "--set", "data.root=/data", "--store", "s3://our/runs"]
+    words += ["--name", "mine", "--until", "train", "--track", "mlflow", "--detach"]
+    code, out, err = call(monkeypatch, capsys, "submit", *words, "--python", "/opt/venv/bin/python")
+    assert (code, out) == (0, "job-1\n"), err
+    run = "services.cli run run.yaml --name mine --store s3://our/runs --until train --track mlflow"
+    assert asked == [f"/opt/venv/bin/python -m {run}"]
 
 
 @pytest.mark.parametrize("started", [None, 1.0])

@@ -142,3 +142,14 @@ def test_the_cluster_is_the_one_that_is_given_and_else_that_of_the_environment(t
     for words in ([], ["--address", "given:6379"]):
         call(monkeypatch, capsys, "run", tmp_path / "tiny.yaml", "--store", tmp_path / "runs", *words)
     assert asked == ["ours:6379", "given:6379"]
+
+
+@pytest.mark.parametrize("options", [(), ("--wait",)])
+def test_a_run_waits_for_people_only_where_that_is_asked_for(options, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("defuse_core.pipeline.run_defuse", lambda *given: asked.append(given[2]) or 1 / 0)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    # no server is asked before the review
+    people = ("--set", "review.annotators=label-studio", "--until", "train", "--on", "local", *options)
+    call(monkeypatch, capsys, "run", tmp_path / "tiny.yaml", "--store", tmp_path, *people)
+    assert [annotators.wait for annotators in asked] == [bool(options)]

@@ -18,6 +18,7 @@ from tests.ports import free_port
 from tests.waiting import wait_until
 
 TOKEN = "a-long-secret"
+STOP_S = 200.0  # for the end of a whole Ray on a busy machine; a controller that has gone is waited for twice as long
 ROOT = Path(__file__).parents[3]
 
 
@@ -36,12 +37,12 @@ class ServeProcess:
     def stop(self) -> int:
         """Return the exit code after SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(200)
+        return self.process.wait(STOP_S)
 
     def stop_group(self) -> int:
         """Return the exit code after SIGTERM to Ray's processes too, as systemd and `timeout` send it."""
         os.killpg(self.process.pid, signal.SIGTERM)
-        return self.process.wait(200)
+        return self.process.wait(STOP_S)
 
 
 @contextlib.contextmanager
@@ -53,7 +54,8 @@ def serve_process(
     With `forked`, its workers are those of `forked_workers.py`, else as at users'.
     """
     port, log = free_port(), folder / "log"
-    code = "from services.cli import main; main()"
+    code = f"from cluster import ray_compat; ray_compat.SERVE_SHUTDOWN_S = {2 * STOP_S}; "
+    code += "from services.cli import main; main()"
     if forked:
         code = f"from tests.start_forked_worker import fork_workers; fork_workers(); {code}"
     command = [sys.executable, "-c", code, "serve", *arguments]

@@ -22,10 +22,10 @@ from defuse_core.errors import ComputeError, DamagedError, InputError, NoAnswerE
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
-from services.serving.app import ClassifierIngress, build, classifier_deployment
+from services.serving.app import ClassifierIngress, build, classifier_deployment, running_application
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
-from services.serving.launch import ServeArgs, serve_section
+from services.serving.launch import Proxy, ServeArgs, serve_section
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest
 
@@ -153,6 +153,14 @@ def test_a_replica_logs_each_record_on_one_line_with_date_time_and_level(
     assert re.fullmatch(line + r"ERROR lost: one two\\x1b\[2J", lost)
 
 
+def test_a_replica_without_its_required_token_does_not_start(own_store, monkeypatch):
+    monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    monkeypatch.delenv("DEFUSE_SERVE_TOKEN", raising=False)
+    bound = build(ServeArgs(store=own_store.address, require_token=True))._bound_deployment
+    with pytest.raises(InputError, match="DEFUSE_SERVE_TOKEN is required, and not set"):
+        ClassifierIngress(*bound.init_args, **bound.init_kwargs)
+
+
 @pytest.fixture
 def no_answer_at_first(monkeypatch):
     """Let the store give no answer to its next three openings; returns the errors that are left."""
@@ -170,6 +178,7 @@ def no_answer_at_first(monkeypatch):
 
 
 WAITING = "the store does not answer, waiting for it: no answer 1"
+ANYONE = "anyone who reaches 0.0.0.0 can send requests, since DEFUSE_SERVE_TOKEN is not set"
 
 
 def test_an_application_is_built_once_the_store_answers_and_one_line_says_that_it_waits(
@@ -251,6 +260,25 @@ def test_a_server_of_a_run_warns_of_each_check_that_failed(planted, caplog):
     build(ServeArgs(store=planted.address, run="swapped"))
     warned = [one.getMessage() for one in caplog.records if "check failed" in one.getMessage()]
     assert failed and warned == [f"run swapped is served although a check failed: {line}" for line in failed]
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "ends_with", "warnings"),
+    [
+        ("127.0.0.1", False, r"which other machines can reach: .* with `--host 0\.0\.0\.0`$", 0),
+        ("0.0.0.0", False, "no run called absent", 1),
+        ("127.0.0.1", True, "no run called absent", 0),
+    ],
+)
+def test_a_serve_that_other_machines_reach_needs_a_token_or_the_host_that_allows_that(
+    planted, serve_port, monkeypatch, caplog, host, token, ends_with, warnings
+):
+    monkeypatch.setattr("services.serving.app._listening_address", lambda *_: ("0.0.0.0", serve_port))
+    args = ServeArgs(store=planted.address, run="absent", require_token=token)
+    started = running_application(args, host, serve_port, Proxy.CLUSTER)
+    with pytest.raises(InputError, match=ends_with), started:
+        pass
+    assert caplog.messages.count(ANYONE) == warnings
 
 
 def test_serve_build_writes_the_application(planted, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from defuse_core.artifacts import F32
 from defuse_core.config import ServeSection
@@ -114,3 +115,25 @@ def test_a_request_that_ends_while_its_batch_runs_leaves_the_others_their_answer
         return await second
 
     assert answers([asyncio.run(asyncio.wait_for(ask(), 30))]) == [[4]]
+
+
+def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue():
+    async def queued() -> int:
+        end = asyncio.Event()
+
+        async def run(requests: list[PredictionRequest]) -> list[PredictionResult]:
+            await end.wait()
+            return predict_batch(requests)
+
+        batcher = Batcher(run, ServeSection(batch_size=1))
+        first = asyncio.create_task(batcher.predict(request(Doubling(), 1)))
+        await asyncio.sleep(0.01)  # its batch has begun
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await batcher.predict(request(Doubling(), 2))
+        waiting = len(batcher._queue)
+        end.set()
+        await first
+        return waiting
+
+    assert asyncio.run(queued()) == 0

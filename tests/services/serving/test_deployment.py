@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from defuse_core.artifacts import Gallery
+from defuse_core.artifacts import NO_SCENARIO, Gallery
 from defuse_core.config import ServeSection
 from defuse_core.errors import ModelError, StoreError
 from defuse_core.export.finished import components_digest
@@ -24,11 +24,16 @@ from services.serving.candidate import prepare_candidate
 from services.serving.deployment import FAILURES_BEFORE_CHECK, ClassifierDeployment, canary_for
 from services.serving.inputs import decode_body
 from services.serving.limits import Unavailable
-from services.serving.model import Batcher, LoadedModel, PredictionRequest, PredictionResult, predict_batch
+from services.serving.model import (
+    LoadedModel,
+    ModelOutput,
+    PredictionRequest,
+)
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest, RegistryState
 from services.serving.traffic import SampledInput, read_traffic
 from tests.services.serving.replicas import new_replica, post, put
+from tests.waiting import WAIT_S
 
 
 def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_and_recovers(own_store):
@@ -65,18 +70,28 @@ def test_sampled_inputs_are_stored_with_the_components_of_their_run(own_store, p
     assert len(read_traffic(own_store, "first", drawn)) == len(stored)
 
 
-def test_a_sampled_input_does_not_keep_the_images_of_its_request(own_store, pictures, monkeypatch):
+def test_each_input_that_is_flagged_or_inside_a_scenario_is_sampled_with_its_own_image_and_answer(
+    own_store, pictures, monkeypatch
+):
     put(own_store, "first")
-    settings, offered = ServeSection(reservoir=3), list[SampledInput]()
-    replica = ClassifierDeployment(
-        own_store.address, InitialModel(), settings, {"watch_share": 0.5}, require_token=False
-    )
+    replica, offered = new_replica(own_store, reservoir=3), list[SampledInput]()
     monkeypatch.setattr(replica.reservoir, "offer", lambda run, sampled: offered.append(sampled))
+    output = ModelOutput(
+        probabilities=np.eye(10, dtype=np.float32)[4:8],
+        distances=np.zeros((4, 2), np.float32),
+        inside=np.array([[False, False], [False, False], [False, True], [True, True]]),
+        failure=np.array([0.1, 0.9, 0.2, 0.8]),
+        flagged=np.array([False, True, False, True]),
+    )
+    monkeypatch.setattr(LoadedModel, "predict", lambda *_: output)
     active = replica.current()
-    spec = active.in_production.input_spec
-    pixels = np.concatenate([decode_body("image/png", [picture], spec) for picture in pictures[:20]])
+    pixels = decode_body("image/png", pictures[:4], active.in_production.input_spec)
     asyncio.run(replica.predict(active, pixels, b""))
-    assert offered and not any(np.shares_memory(sampled.image, pixels) for sampled in offered)
+    found = [(one.scenario, one.predicted, one.failure) for one in offered]
+    assert found == [(NO_SCENARIO, 5, 0.9), (1, 6, 0.2), (0, 7, 0.8), (1, 7, 0.8)]
+    assert np.array_equal([one.image for one in offered], pixels[[1, 2, 3, 3]])
+    # a view would keep all images of the request
+    assert not any(np.shares_memory(one.image, pixels) for one in offered)
 
 
 @pytest.mark.parametrize(
@@ -256,31 +271,6 @@ def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store,
     assert replica.active is versions and replica.watcher.ended is None
 
 
-def test_a_request_that_is_too_late_for_its_batch_leaves_the_queue(candidate):
-    model = LoadedModel(candidate, ServeSection())
-    request = PredictionRequest(np.zeros((1, 1, 16, 16), np.float32), model)
-
-    async def queued() -> int:
-        end = asyncio.Event()
-
-        async def run(requests: list[PredictionRequest]) -> list[PredictionResult]:
-            await end.wait()
-            return predict_batch(requests)
-
-        batcher = Batcher(run, ServeSection(batch_size=1))
-        first = asyncio.create_task(batcher.predict(request))
-        await asyncio.sleep(0.01)  # its batch has begun
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await batcher.predict(request)
-        waiting = len(batcher._queue)
-        end.set()
-        await first
-        return waiting
-
-    assert asyncio.run(queued()) == 0
-
-
 def test_a_request_is_answered_by_the_version_that_it_was_decoded_for(own_store, pictures, monkeypatch):
     put(own_store, "first")
     replica = new_replica(own_store)
@@ -333,6 +323,30 @@ def test_a_registry_that_stays_lost_is_logged_once_and_the_version_goes_on_answe
     assert asyncio.run(answer_after_polls()).json()["version"] == "1"
     (line,) = [record.getMessage() for record in caplog.records if "registry" in record.getMessage()]
     assert "the current one stays active" in line and "the registry is gone; restore it" in line
+
+
+def test_a_version_that_cannot_be_loaded_leaves_the_current_one_active_until_the_next_one(
+    own_store, pictures, caplog, monkeypatch
+):
+    put(own_store, "first")
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
+    replica, registry = new_replica(own_store), Registry(own_store)
+    registry.store.create("versions/000002.safetensors", b"cut")
+    registry.change("version 2 to production", "ana", "", lambda _: {"production": 2})
+    second = prepare_candidate(Run.open(own_store, "second"))[1]
+
+    async def versions() -> list[str]:
+        async with asyncio.timeout(WAIT_S), replica.following_registry():
+            while "the current one stays active" not in caplog.text:
+                await asyncio.sleep(0.01)
+            before = await post(replica, pictures[0])
+            promote(registry, second, PromotionRequest("ana", "", force="version 2 is broken"))
+            while replica.active.names() == {"production": "1"}:
+                await asyncio.sleep(0.01)
+            return [reply.json()["version"] for reply in (before, await post(replica, pictures[0]))]
+
+    assert asyncio.run(versions()) == ["1", "3"]
+    assert "000002.safetensors" in caplog.text
 
 
 def test_a_canary_gets_the_requests_of_a_key_and_without_one_those_of_a_body(own_store, pictures):

@@ -155,6 +155,38 @@ def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes
     assert "defuse" not in ray_serve.status().applications
 
 
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Let the start of Ray fail the test."""
+
+    def started(*args: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("services.serving.app.connection", started)
+
+
+def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec, tmp_path):
+    Run.start(FolderStore(tmp_path), "begun", good_spec)
+    for options in ((), ("--address", "127.0.0.1:1")):
+        with pytest.raises(
+            InputError,
+            match="run begun is not finished; the `defuse run` command that began it, without --until, or in Python",
+        ):
+            serve_command.main(["begun", "--store", str(tmp_path), *options], standalone_mode=False)
+
+
+def test_serve_refuses_a_port_in_use_before_ray_is_started(no_ray, planted):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = str(used.getsockname()[1])
+        with pytest.raises(
+            InputError, match=f"cannot listen on 127.0.0.1:{port} .*; choose another --host or --port"
+        ):
+            serve_command.main(["first", "--store", planted.address, "--port", port], standalone_mode=False)
+
+
 @pytest.mark.parametrize("options", [("--address", "head:6379"), ()], ids=["address", "RAY_ADDRESS"])
 def test_a_proxy_for_a_cluster_that_has_its_own_is_refused(options, planted, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
@@ -165,12 +197,27 @@ def test_a_proxy_for_a_cluster_that_has_its_own_is_refused(options, planted, mon
 
 def test_only_on_a_cluster_can_serve_replace_an_application(planted, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    started, words = [], ["first", "--store", planted.address, "--replace"]
-    monkeypatch.setattr("services.serving.app.serve_until_stopped", lambda args, *_: started.append(args))
+    words = ["first", "--store", planted.address, "--replace"]
     with pytest.raises(InputError, match="--replace needs a cluster: --address or RAY_ADDRESS"):
         serve_command.main(words, standalone_mode=False)
-    serve_command.main([*words, "--address", "head:6379"], standalone_mode=False)
-    assert [args.replace for args in started] == [True]
+
+
+def test_the_application_gets_the_options_of_serve_and_whether_there_is_a_token(planted, monkeypatch):
+    started, where = [], ("--store", planted.address, "--address", "head:6379")
+    monkeypatch.setattr("services.serving.app.serve_until_stopped", lambda args, *_: started.append(args))
+    monkeypatch.setenv("DEFUSE_SERVE_TOKEN", TOKEN)
+    options = ("--pin", "--set", "serve.reservoir=50", "--replace")
+    serve_command.main(["first", *where, *options], standalone_mode=False)
+    monkeypatch.delenv("DEFUSE_SERVE_TOKEN")
+    serve_command.main(where, standalone_mode=False)
+    given = {
+        "run": "first",
+        "pin": True,
+        "require_token": True,
+        "settings": {"reservoir": 50},
+        "replace": True,
+    }
+    assert started == [ServeArgs(store=planted.address, **given), ServeArgs(store=planted.address)]
 
 
 def test_an_application_that_a_killed_command_left_answers_until_the_one_that_replaces_it_is_made(

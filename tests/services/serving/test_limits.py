@@ -16,9 +16,11 @@ import uvicorn.config
 from load_generator import limited, load, request_bytes
 from ray.serve._private import http_util
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
 from defuse_core.config import ServeSection
 from services.serving.limits import (
+    BearerAuthMiddleware,
     LimitedHttpProtocol,
     RejectedInput,
     RequestSlots,
@@ -91,6 +93,17 @@ def test_an_overloaded_server_is_unavailable_and_rejects_no_input():
         asyncio.run(second_request())
     assert not isinstance(raised.value, RejectedInput)
     assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "1"})
+
+
+def test_below_a_route_prefix_too_only_health_routes_are_open_and_the_docs_ask_browsers_for_a_login():
+    async def challenge(path: str) -> str | None:
+        app = BearerAuthMiddleware(PlainTextResponse("answered"), "secret", lambda status: None)
+        transport = httpx.ASGITransport(app, root_path="/digits")
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+            return (await client.get(f"/digits{path}")).headers.get("www-authenticate")
+
+    found = [asyncio.run(challenge(path)) for path in ("/healthz", "/v1/model", "/docs")]
+    assert found == [None, "Bearer", 'Basic realm="Defuse"']
 
 
 def test_bodies_count_until_their_requests_end_also_while_these_wait_for_a_slot():

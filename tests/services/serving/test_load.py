@@ -228,20 +228,6 @@ def test_a_canary_or_shadow_that_fails_or_disagrees_is_rolled_back_and_no_reques
     assert {reply.json()["version"] for reply in replies} == {live.version(side) for side in sides}
 
 
-def test_a_version_that_cannot_be_loaded_leaves_the_current_one_active(serving, own_store, pictures):
-    registry = Registry(own_store)
-    promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
-    app = serving(own_store, run=None)
-    registry.store.create("versions/000002.safetensors", b"cut")
-    registry.change("version 2 to production", "ana", "", lambda _: {"production": 2})
-    time.sleep(1)
-    assert set(statuses(load(app.port, 2, limited(requests_for(app, pictures), 20)))) == {200}
-    promote(
-        registry, candidate(own_store, "second"), PromotionRequest("ana", "", force="version 2 is broken")
-    )
-    app.wait_for("3")
-
-
 def test_a_canary_that_cannot_be_loaded_is_ended_and_the_server_starts(serving, own_store, pictures):
     registry = Registry(own_store)
     promote(registry, candidate(own_store, "first"), PromotionRequest("ana", ""))
@@ -284,26 +270,6 @@ def slow_app(serving, planted, tmp_path_factory):
     )
     registry.add(slow, "ana", "", forced=True)
     return Live(serving(store, run=None, max_canary_s=0.002, min_agreement=0), registry, store)
-
-
-def test_a_slow_shadow_leaves_production_its_speed(slow_app, pictures):
-    app, requests = slow_app.app, requests_for(slow_app.app, pictures)
-    alone, beside = 0.0, 0.0
-    for _ in range(3):  # in turns, since other processes of the machine take their share now and then
-        alone += request_rate(app.port, requests)
-        assign(slow_app.registry, 2, PromotionRequest("ana", "", shadow=True))
-        app.wait_for_others({"2"})
-        beside += request_rate(app.port, requests)
-        slow_app.registry.end_canary(2, "ana", "")
-        app.wait_for_others(set())
-    assert beside > 0.5 * alone
-
-
-def request_rate(port, requests):
-    started = time.monotonic()
-    replies = load(port, 8, limited(requests, 10_000, 0.3))
-    assert set(statuses(replies)) == {200}
-    return len(replies) / (time.monotonic() - started)
 
 
 def test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it(slow_app, pictures):

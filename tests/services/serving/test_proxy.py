@@ -8,7 +8,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -133,9 +132,8 @@ def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
         answer = running.http.post("/v1/predict", content=pictures[0], headers=headers)
         assert answer.status_code == 200 and running.http.get("/v1/model").status_code == 401
-        before, started = running.output(), time.monotonic()
+        before = running.output()
         assert running.stop_group() == 0
-        assert time.monotonic() - started < 30  # for so long serve.shutdown waits for the controller alone
         # Ray's own line, in seldom cases, of a task that it cannot report to a driver that ends
         said = running.output().removeprefix(before).splitlines()
         assert [line for line in said if "Failed to push error to driver" not in line] == []

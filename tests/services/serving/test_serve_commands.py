@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from dataclasses import replace
 
 import numpy as np
@@ -166,38 +165,6 @@ def test_a_run_whose_judges_were_not_asked_yet_is_not_finished(own_store):
             run(command, "first", "--store", own_store.address)
 
 
-@pytest.fixture
-def no_ray(monkeypatch):
-    """Let the start of Ray fail the test."""
-
-    def started(*args: object) -> None:
-        pytest.fail("Ray was started")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("services.serving.app.connection", started)
-
-
-def test_serve_refuses_an_unfinished_run_before_ray_is_started(no_ray, good_spec, tmp_path):
-    Run.start(FolderStore(tmp_path), "begun", good_spec)
-    for options in ((), ("--address", "127.0.0.1:1")):
-        with pytest.raises(
-            InputError,
-            match="run begun is not finished; the `defuse run` command that began it, without --until, or in Python",
-        ):
-            run(serve, "begun", "--store", str(tmp_path), *options)
-
-
-def test_serve_refuses_a_port_in_use_before_ray_is_started(no_ray, planted):
-    with socket.socket() as used:
-        used.bind(("127.0.0.1", 0))
-        used.listen()
-        port = str(used.getsockname()[1])
-        with pytest.raises(
-            InputError, match=f"cannot listen on 127.0.0.1:{port} .*; choose another --host or --port"
-        ):
-            run(serve, "first", "--store", planted.address, "--port", port)
-
-
 @pytest.mark.parametrize("option", ["--by", "--why", "--force"])
 def test_text_that_acts_on_other_peoples_terminals_is_refused_and_escaped(option, own_store):
     store = ("--store", own_store.address)
@@ -216,6 +183,7 @@ def test_promote_canary_promote_and_rollback_are_one_command_each(own_store):
     store = ("--store", own_store.address, "--by", "ana")
     lines = run(promote, "first", *store, "--why", "first of all").splitlines()
     assert lines[0] == "version 1 to production"
+    assert run(promote, "second", *store, "--shadow").startswith("version 2 as shadow\n")
     assert run(promote, "second", *store, "--canary", "5%").startswith("version 2 as canary for 5 %\n")
     assert run(promote, "second", *store).startswith("version 2 to production\n")
     assert run(rollback, *store) == "rolled back from version 2; version 1 is in production\n"
@@ -240,6 +208,24 @@ def test_the_command_that_a_refused_rollback_prints_acts_on_the_same_store(own_s
     monkeypatch.chdir(own_store.folder.rename(own_store.folder.with_name("runs")).parent)
     with pytest.raises(InputError, match=": `defuse rollback --production`$"):
         run(rollback)
+
+
+def test_production_is_rolled_back_beside_a_canary_by_the_author_and_for_the_reason_that_are_given(own_store):
+    store = ("--store", own_store.address, "--by", "ana")
+    for name in ("first", "second"):
+        run(promote, name, *store)
+    run(promote, "swapped", *store, "--canary", "5%", "--force", "a drill")
+    run(rollback, *store[:2], "--production", "--by", "bo", "--why", "too slow")
+    state = Registry(own_store).state()
+    assert (state.production, state.canary, state.by, state.why) == (1, None, "bo", "too slow")
+
+
+def test_a_version_that_does_not_predict_is_not_put_back(own_store):
+    unfit = replace(prepare_candidate(Run.open(own_store, "first"))[1], classifier={}, digest="unfit")
+    promote_candidate(Registry(own_store), unfit, PromotionRequest("ana", "", force="a drill"))
+    run(promote, "second", "--store", own_store.address, "--force", "a drill")
+    with pytest.raises(InputError, match=r"version 1 cannot go back into production: .*the weights lack"):
+        run(rollback, "--store", own_store.address)
 
 
 def test_a_rollback_whose_answer_is_lost_says_how_to_see_whether_it_is_done(own_store, monkeypatch):
@@ -359,6 +345,11 @@ def test_anything_else_is_no_share(text):
 def test_promote_without_a_run_refuses_what_says_how_to_promote_one(options, tmp_path):
     with pytest.raises(UsageError, match="--canary, --shadow, --force, --by and --why need RUN"):
         run(promote, "--store", str(tmp_path), *options)
+
+
+def test_a_version_does_not_become_canary_and_shadow_at_once(tmp_path):
+    with pytest.raises(UsageError, match="--canary and --shadow exclude each other"):
+        run(promote, "first", "--store", str(tmp_path), "--canary", "5%", "--shadow")
 
 
 @pytest.mark.parametrize("option", ["--canary", "--force", "--by", "--why"])
