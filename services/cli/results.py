@@ -72,7 +72,7 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     defuse export digits --to model.onnx --scenarios pictures/
     """
     from defuse_core.export import export_model
-    from defuse_core.export.pictures import export_scenarios
+    from defuse_core.export.finished import export_scenarios
     from defuse_core.files import expect_new_file, expect_new_folder
 
     if model is None and folder is None:

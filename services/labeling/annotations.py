@@ -22,9 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from defuse_core.artifacts import I64, Votes
 from defuse_core.errors import InputError, count_of
 from defuse_core.store import Store
-from services.labeling.interface import LABEL, answers_by_name
 from services.labeling.records import RESULT_ROW, Annotation, Task
-from services.labeling.tasks import ReviewTasks, TaskSubject
+from services.labeling.tasks import LABEL, ReviewTasks, TaskSubject, answers_by_name
 
 if TYPE_CHECKING:
     from services.labeling.client import LabelStudioClient

@@ -20,7 +20,6 @@ from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable
 from services.labeling.client import LabelStudioClient, RejectedRequestError
-from services.labeling.interface import interface_edit
 from services.labeling.records import (
     STATE_KEY,
     PreselectedAnswer,
@@ -36,6 +35,7 @@ from services.labeling.tasks import (
     PresentTasks,
     ReviewTasks,
     batches,
+    interface_edit,
     is_edited,
     project_settings,
     run_label,

@@ -26,7 +26,6 @@ from defuse_core.training.precision import resolve_precision
 from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import translated_errors
-from services.labeling.interface import LABEL
 from services.labeling.local_server import LocalServer
 from services.labeling.records import (
     QUEUED_TASK_ROW,
@@ -36,7 +35,7 @@ from services.labeling.records import (
     read_state,
     update_state,
 )
-from services.labeling.tasks import ReviewTasks
+from services.labeling.tasks import LABEL, ReviewTasks
 
 log = logging.getLogger("defuse")
 LOGIN = "/user/login/"  # Label Studio's page

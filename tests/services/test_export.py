@@ -22,7 +22,7 @@ from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
 from defuse_core.evaluation import Findings
 from defuse_core.export import corrected_classifier, export_model, pictures, plain_weights
-from defuse_core.export.pictures import export_scenarios, folder_names
+from defuse_core.export.finished import export_scenarios, folder_names
 from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.files import filling
 from defuse_core.models import Decodings, build_classifier, weights_of

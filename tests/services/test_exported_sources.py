@@ -15,7 +15,7 @@ from defuse_core.artifacts import Anchors, ComponentFailures, Corrections, Galle
 from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.data.images import to_levels, to_picture
-from defuse_core.export.pictures import export_scenarios
+from defuse_core.export.finished import export_scenarios
 from defuse_core.results import RunResult, ScenarioView
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore

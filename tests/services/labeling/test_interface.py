@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from services.labeling.interface import (
+from services.labeling.tasks import (
     NO_KEY,
     NONE,
     answers_by_name,
@@ -221,8 +221,7 @@ def test_instructions_name_the_keys_that_submit_also_those_of_a_mac(form):
 def test_every_template_is_part_of_the_installed_package():
     root = Path(__file__).parents[3]
     project = tomllib.loads((root / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["services.labeling.interface"]
-    files = [path.name for path in (root / "services/labeling/interface").iterdir() if path.is_file()]
-    templates = [name for name in files if not name.endswith(".py")]
+    patterns = project["tool"]["setuptools"]["package-data"]["services.labeling"]
+    templates = [f"interface/{path.name}" for path in (root / "services/labeling/interface").iterdir()]
     assert len(templates) == 5
     assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in templates)
