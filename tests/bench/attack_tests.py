@@ -185,7 +185,7 @@ TESTS = (
         "700 -> 110 requests/s",
         "production keeps its speed",
         (
-            SERVING + "test_load.py::test_a_slow_shadow_leaves_production_its_speed",
+            SERVING + "test_canary.py::test_a_shadow_computes_a_fifth_of_the_time_at_most",
             SERVING + "test_load.py::test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it",
         ),
     ),
