@@ -55,7 +55,7 @@ MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or G
 FREE_DISK = (
     "free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is 95 % full"
 )
-UNUSABLE_FOLDER = {errno.EROFS, errno.ENOTDIR, errno.ELOOP}
+UNUSABLE_FOLDER = {errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
 # in Ray's texts: the lines about a lost actor before the cause, and the address of a node
 LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)

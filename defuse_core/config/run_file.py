@@ -159,8 +159,8 @@ class ServeSection(Section):
     min_compared: int = Field(50, ge=1)
     """Requests that a canary or shadow answers before it is judged."""
     max_canary_s: float = Field(1.0, gt=0)
-    """Seconds for a request: of a canary after production has answered, of a shadow in processor time. A later answer
-    counts as a failure, and is not used."""
+    """Most seconds that a canary may take after production has answered, and most processor time of a shadow, for a
+    request. A later answer counts as a failure, and is not used."""
 
     @model_validator(mode="after")
     def _replicas_ordered(self) -> Self:
@@ -267,8 +267,8 @@ def with_absolute_root(spec: RunFile) -> RunFile:
         return spec
     if has_control_characters(str(root.absolute())):
         raise RunFileError(
-            f"data.root {root}: expected a path without control characters, found {str(root.absolute())!a}; rename "
-            "that folder, or set data.root to an absolute path by way of a link"
+            f"data.root {root}: expected a path that is text without control characters, found "
+            f"{str(root.absolute())!a}; rename that folder, or give data.root as an absolute path through a link to it"
         )
     return spec.with_fields("data", root=root.absolute())
 

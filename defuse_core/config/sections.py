@@ -167,7 +167,7 @@ class DistillSection(Section):
     """§3.2.2: a Gaussian mixture with Dirichlet-process prior over the codes of Ψ."""
 
     by: Literal["cell", "all"] = "cell"
-    """cell fits a mixture to each cell (class of the source image, answer of f), all one to all codes. Paper: all."""
+    """cell fits a mixture to each cell (class of the source image, answer of f); all fits one to all. Paper: all."""
     max_codes: Annotated[int, Field(ge=2)] | None = 50_000
     """Ψ is sampled down to so many codes, without replacement. null fits all of Ψ, on all workers, from the fit to a
     sample of 50,000; with engine torch. Paper: 50,000."""

@@ -19,6 +19,7 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.components import (
+    FEW_IMAGES,
     WHOLE,
     Cell,
     FittedCell,
@@ -73,7 +74,9 @@ class CellSummary:
 
     count: int
     support: int  # distinct training images; those of different shards are different
-    units: I64  # the distinct tracks of these images, or the images where there are no tracks
+    units: (
+        I64  # tracks of these images, or the images where there are no tracks; no more than make a scenario
+    )
     total: F64  # (Z,) sum of the codes
 
 
@@ -83,7 +86,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     parts = compute.partitions(
         "distill", load_part, [(store, psi.fingerprint, spec.distill.by, *span) for span in spans]
     )
-    cells = _merged(parts.map(summarise))
+    cells = _merged(parts.map(summarise, max(spec.distill.min_support, FEW_IMAGES)))
     kept = {
         cell: summary
         for cell, summary in cells.items()
@@ -140,13 +143,13 @@ def load_part(store: Store, fingerprint: str, by: str, first: int, after: int) -
     return CellCodes(merged.take(order), rows)
 
 
-def summarise(part: CellCodes) -> dict[Cell, CellSummary]:
-    """Return the number of codes and of training images, and the sum of the codes, of each cell."""
+def summarise(part: CellCodes, enough: int) -> dict[Cell, CellSummary]:
+    """Return the number of codes and of training images, `enough` units, and the sum of the codes, of each cell."""
     return {
         cell: CellSummary(
             rows.stop - rows.start,
             len(np.unique(part.failures.source[rows])),
-            np.unique(part.failures.unit[rows]),
+            np.unique(part.failures.unit[rows])[:enough],
             part.failures.codes[rows].astype(np.float64).sum(axis=0),
         )
         for cell, rows in part.rows.items()
@@ -163,7 +166,9 @@ def _merged(parts: Sequence[dict[Cell, CellSummary]]) -> dict[Cell, CellSummary]
         cell: CellSummary(
             sum(each.count for each in found),
             sum(each.support for each in found),
-            np.unique(np.concatenate([each.units for each in found])),
+            np.unique(
+                np.concatenate([each.units for each in found])
+            ),  # `enough` or more where a part has these
             np.sum([each.total for each in found], axis=0),
         )
         for cell, found in sorted(of.items())

@@ -20,7 +20,7 @@ from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device, is_device_failure, is_out_of_memory
-from defuse_core.errors import first_few, percent
+from defuse_core.errors import first_few, one_line, percent
 from defuse_core.intervals import class_accuracy
 from defuse_core.models.adapters import (
     EXTERNAL,
@@ -135,15 +135,12 @@ def probe_classifier(
     external = section.architecture in EXTERNAL
     logits = _logits_by_range(classifier, section, sample)
     answers = {name: found.argmax(axis=1) for name, found in logits.items()}
-    by_range = {
-        name: mean_over_classes(found == sample.labels, sample.labels) for name, found in answers.items()
-    }
-    plain = {name: float((found == sample.labels).mean()) for name, found in answers.items()}
+    right = {name: found == sample.labels for name, found in answers.items()}
+    by_range = {name: mean_over_classes(found, sample.labels) for name, found in right.items()}
+    plain = {name: float(found.mean()) for name, found in right.items()}
     # rare classes have more than their share of the sample
     weights = (np.bincount(images.labels) / np.maximum(1, np.bincount(sample.labels)))[sample.labels]
-    of_all = {
-        name: float(np.average(found == sample.labels, weights=weights)) for name, found in answers.items()
-    }
+    of_all = {name: float(np.average(found, weights=weights)) for name, found in right.items()}
     most_common = float(np.bincount(sample.labels).max() / len(sample))
     names = class_names_of(classifier)
     is_named = set(names or ()) == set(classes)
@@ -157,7 +154,7 @@ def probe_classifier(
     needed: str = section.input_range
     as_good = [name for name in logits if by_range[name] >= max(by_range.values()) - BETTER_RANGE]
     best = max(as_good, key=lambda name: of_all[name])
-    before, after = (answers[name] == sample.labels for name in (needed, best))
+    before, after = right[needed], right[best]
     best_is_certain = _clearly_better(before, after, sample.labels, len(classes), BETTER_RANGE)
     other = order_in(needed)
     if max(plain[needed], other.reached) < least_plausible(most_common):
@@ -166,7 +163,7 @@ def probe_classifier(
         reached[needed] = max(plain[needed], most_common)
         needed = far_better_range(reached, needed) or needed
         other = orders[needed]
-    before, bgr = answers[needed] == sample.labels, _right_in_bgr(classifier, section, sample, needed)
+    before, bgr = right[needed], _right_in_bgr(classifier, section, sample, needed)
     is_bgr = (
         _clearly_better(before, bgr, sample.labels, len(classes))
         and bgr.mean() >= other.reached - BETTER_RANGE
@@ -284,6 +281,7 @@ def _logits_by_range(classifier: nn.Module, section: ClassifierSection, images: 
         except Exception as error:
             if name == section.input_range or is_out_of_memory(error) or is_device_failure(error):
                 raise
+            log.info("the classifier takes no images in %s: %s", name, one_line(error))
     return found
 
 

@@ -88,8 +88,8 @@ class Pairs(FigureModel):
     p_value: float
     """Of the exact sign test, two-sided."""
     worse_than_each: bool
-    """Whether the correction is significantly more often worse than each plain training, or than the baseline; the
-    other numbers are against the strongest plain training, the one that it does least against."""
+    """Whether the correction is significantly more often worse than each plain training, the baseline or the classifier
+    before; the other numbers are against the strongest plain training, the one that it does least against."""
 
 
 class LeftOutScenarios(FigureModel):
@@ -155,9 +155,10 @@ class EvidenceFigures(FigureModel):
     against_plain: AgainstPlain
     against_baseline: AgainstBaseline
     plain_against_before: Pairs | None
-    """The first plain training in the place of the correction; a pair is a test image, or those of one track."""
+    """The first plain training in the place of the correction; a pair is a test image, or those of one track. Null
+    without test images or a plain training."""
     defuse_against_before: Pairs | None
-    """Likewise. Null without test images, and where nothing was corrected."""
+    """A pair is a test image, or those of one track. Null without test images, and where nothing was corrected."""
     krippendorff: float | None
     """α of the reviewers' answers (nominal)."""
 

@@ -154,7 +154,7 @@ def test_an_embedded_ray_has_the_cpus_that_this_process_may_use_or_what_replicas
 ) -> None:
     found = dict[str, object]()
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("cluster.connection.prepare_embedded_ray", lambda: None)
     monkeypatch.setattr("cluster.connection.ray.init", lambda **options: found.update(options))
@@ -203,6 +203,8 @@ def test_a_start_that_fails_leaves_none_of_rays_processes() -> None:
         OSError(errno.EROFS, os.strerror(errno.EROFS), "/scratch/ray"),
         NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/scratch/ray"),
         OSError(errno.ELOOP, os.strerror(errno.ELOOP), "/scratch/ray"),
+        FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "/scratch/ray"),
+        OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "/scratch/ray"),
     ],
 )
 def test_a_temporary_folder_that_ray_cannot_use_is_a_wrong_setting(

@@ -171,8 +171,7 @@ def test_photographs_of_many_components_fit_into_memory(decode, codes):
 def test_validation_images_that_stay_on_disk_are_read_by_processes_and_planned_for(tmp_path, monkeypatch):
     """Beside training images that fit into memory."""
     monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("defuse_core.suggest.inspect.usable_cpus", lambda: 2)
 
     def read_slowly(path: str, channels: int, size: int) -> np.ndarray:
         time.sleep(0.005)
