@@ -138,7 +138,7 @@ def _detail(run: Run, step: str, keys: set[str]) -> str:
         sweeps = ("baseline", "defuse")
         begun = {name: sum(key.startswith(f"trials/{name}/") for key in keys) for name in sweeps}
         return ", ".join(f"{name} {count} of {total} λ begun" for name, count in begun.items() if count)
-    # trials of controls outlast the sweep where a λ is added
+    # trials of controls outlast the sweep where a λ is added; those of the report before count until it is made again
     if step == "report" and "sweep.safetensors" in keys:
         controls = {key.split("/")[1] for key in keys if key.startswith("trials/")} & {*CONTROL_NAMES}
         return f"{count_of(len(controls), 'control')} begun" if controls else ""

@@ -67,7 +67,6 @@ class ReviewProject:
         self.client, self.run, self.tasks, self.repair = client, run, tasks, repair
         self.prelabels = prelabels or {}
         self.state = read_state(run.store, tasks.gallery)
-        self.answers_deleted = 0  # to edited tasks
         self.is_closed = run.store.exists("votes.safetensors")
         self.repair_command = f"`{run.command('review push', '--repair')}`"
 
@@ -98,9 +97,6 @@ class ReviewProject:
         self.import_missing()
         if self.repair:
             delete_skips(self.client, (task for _, task in self._list_tasks(with_data=False)), self.tasks)
-        if self.answers_deleted:
-            deleted = count_of(self.answers_deleted, "answer")
-            log.warning("project %d: deleted %s to edited tasks", project.id, deleted)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -251,10 +247,13 @@ class ReviewProject:
                 dropped[task.id] = str(task.key), answers
             elif duplicate := present.add(index, task):
                 dropped[duplicate] = str(task.key), 0
-        for number, (key, answers) in dropped.items():
+        for number, (key, _) in dropped.items():
             self.client.delete_task(number)
-            self.answers_deleted += answers
             log.info("review: deleted task %d, a duplicate or an edited version of %s", number, key)
+        if answers := sum(answers for _, answers in dropped.values()):
+            log.warning(
+                "project %d: deleted %s to edited tasks", self.state.number, count_of(answers, "answer")
+            )
         if unknown:
             log.warning(
                 "project %d also contains %s that Defuse did not import; left there",

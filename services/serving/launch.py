@@ -234,7 +234,7 @@ def _haproxy_files(stack: contextlib.ExitStack) -> dict[str, str]:
         is_short = len(os.fsencode(parent)) <= MAX_TEMPORARY_FOLDER
         folder = _private_folder(stack, parent if is_short else "/tmp")
         program = _write_program(folder, folder, binary)
-        if not os.access(program, os.X_OK):
+        if not (is_short or os.access(program, os.X_OK)):
             program = _write_program(_private_folder(stack, parent), folder, binary)
     except OSError as error:
         raise InputError(

@@ -72,7 +72,7 @@ class FailureLog:
             self._kinds[kind] = again, omitted + 1
             return
         self._kinds[kind] = now + LOG_AGAIN_S, 0
-        more = f" ({count_of(omitted, 'failure')} more since the last line)" if omitted else ""
+        more = f" ({count_of(omitted, 'more failure')} since the last line)" if omitted else ""
         log.error("%s: %s%s", what, one_line(error, MAX_ERROR), more)
 
 

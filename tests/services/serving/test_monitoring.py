@@ -276,7 +276,7 @@ def test_a_failure_that_repeats_is_logged_once_a_minute_per_version_and_kind(own
         "version 1 failed: CUDA error: misaligned address CUDA kernel errors",
         "version 1 failed: no answer within 1 s",
         "version 2 failed: no answer within 1 s",
-        f"version 1 failed: {'x' * 600} (99 failures more since the last line)",
+        f"version 1 failed: {'x' * 600} (99 more failures since the last line)",
     ]
 
 
