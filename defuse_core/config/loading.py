@@ -66,6 +66,8 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         remedy = "" if path.suffix else "; a run file ends in .yaml, see deploy/runs/"
+        if isinstance(error, IsADirectoryError):
+            remedy = f"; `defuse init {shlex.quote(str(path))}` writes one for a folder of images"
         raise RunFileError(f"{path}: cannot read this run file ({error.strerror}){remedy}") from error
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
@@ -77,7 +79,9 @@ def load_run_file(path: Path, overrides: tuple[str, ...] = ()) -> RunFile:
         found = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise RunFileError(f"{path}: expected YAML, found {found}") from error
     if not isinstance(tree, dict):
-        raise RunFileError(f"{path}: expected sections such as `data:`, found {type(tree).__name__}")
+        raise RunFileError(
+            f"{path}: expected sections such as `data:`, found {'nothing' if tree is None else type(tree).__name__}"
+        )
     for override in overrides:
         apply_override(tree, override)
     return parse_run_file(tree, f"{path} with --set" if overrides else str(path))
@@ -228,12 +232,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """
     path, equals, text = override.partition("=")
     *sections, field = path.strip().split(".")
-    if not equals or not field:
+    if not equals or not all((*sections, field)):
         raise RunFileError(f"--set {override}: expected section.field=value")
     if not text.strip():
-        raise RunFileError(
-            f"--set {override}: expected a value, found none; is the variable set? write {path}=null to unset the field"
-        )
+        takes_null = any(each.name == path.strip() and "null" in each.values for each in describe_fields())
+        unset = f"write {path}=null to unset the field" if takes_null else "leave --set out to keep the field"
+        raise RunFileError(f"--set {override}: expected a value, found none; is the variable set? {unset}")
     for section in sections:
         below = tree.get(section, {})
         if not isinstance(below, dict):

@@ -271,7 +271,7 @@ def load_suite(folder: Path) -> Suite:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(map(str, first["loc"])) or "the file"
         if place == "version" and first["type"] == "literal_error":
             raise InputError(
                 f"{folder / DESCRIPTION}: version: expected {VERSION}, found {first['input']}; {OTHER_DEFUSE}"

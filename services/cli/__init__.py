@@ -30,8 +30,16 @@ from services.settings import is_on, set_missing_home, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
-# As wide as the signs themselves, by which the columns of tables are set.
-PLAIN_SIGNS = {"−": "-", "–": "-", "→": ">", "…": ".", "\N{LEFT-TO-RIGHT MARK}": ""}
+# As wide as the signs themselves, by which the columns of tables are set; no table has ≤ or ≥.
+PLAIN_SIGNS = {
+    "−": "-",
+    "–": "-",
+    "→": ">",
+    "…": ".",
+    "\N{LEFT-TO-RIGHT MARK}": "",
+    "≤": "<=",
+    "≥": ">=",
+} | dict(zip("λβΨτσεα", "lbPtsea", strict=True))
 
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {  # groups of commands in the help

@@ -155,6 +155,7 @@ def fields(section: str | None) -> None:
     defuse fields review.reference
     """
     from defuse_core.config.loading import describe_fields
+    from services.cli.console import Terminal
 
     columns = min(104, max(24, shutil.get_terminal_size((104, 24)).columns))  # 104 where it is no terminal
     shown = ""
@@ -162,7 +163,8 @@ def fields(section: str | None) -> None:
         at, dot, _ = field.name.partition(".")
         if section is None and dot and at != shown:
             shown = at
-            click.echo(click.style(f"\n{at}", bold=True))
+            click.echo()
+            Terminal().print(at, style="bold")
         click.echo(f"{field.name}: {field.values} [{field.default}]")
         click.echo(textwrap.indent("\n".join(textwrap.wrap(field.meaning, columns - 4)), "    "))
 

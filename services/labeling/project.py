@@ -231,7 +231,7 @@ class ReviewProject:
     def drop_duplicates(self) -> PresentTasks:
         """Return the tasks in the project, after duplicates that nobody answered are deleted.
 
-        A repair also deletes edited tasks, and counts their answers.
+        A repair also deletes edited tasks, and warns how many answers these had.
         """
         present = PresentTasks.none(len(self.tasks))
         # id -> key and answers; deleted later: a deletion while listing would shift the pages

@@ -226,7 +226,8 @@ def test_every_field_has_a_description():
             "classifier.weights=",
             "expected a value, found none; is the variable set[?] write classifier.weights=null",
         ),
-        ("seed= ", "expected a value, found none"),
+        ("seed= ", "expected a value, found none; is the variable set[?] leave --set out to keep the field$"),
+        (".seed=1", "--set .seed=1: expected section.field=value"),
         ("correct={epochs: 2, lambdas: [1], epochs: 3}", "the value is not YAML .'epochs' a second time"),
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),
         (
@@ -281,7 +282,7 @@ def test_bad_input_gets_one_line_that_names_the_field(override, message, tmp_pat
         ),
         ("data: " + 3000 * "[" + 3000 * "]", "expected YAML, found sections nested too deeply"),
         ("- 1", "expected sections"),
-        ("", "expected sections"),
+        ("", "expected sections such as `data:`, found nothing$"),
         ("seed: 1", "data: expected a value, found none$"),
         ("data:", "data: expected a section with fields, found null$"),
         ("Data: {name: digits}", "Data: unknown field; did you mean data[?]$"),
@@ -302,6 +303,12 @@ def test_a_missing_run_file_is_named():
 def test_the_name_of_a_run_in_place_of_a_run_file_is_told_what_a_run_file_is():
     with pytest.raises(RunFileError, match="digits: cannot .*; a run file ends in .yaml, see deploy/runs/$"):
         load_run_file(Path("digits"))
+
+
+def test_a_folder_in_place_of_a_run_file_is_told_what_writes_one(tmp_path):
+    (tmp_path / "my parts").mkdir()
+    with pytest.raises(RunFileError, match="cannot .*; `defuse init '/.*/my parts'` writes one for a folder"):
+        load_run_file(tmp_path / "my parts")
 
 
 def test_overrides_are_read_as_yaml_and_the_last_one_counts(tmp_path):

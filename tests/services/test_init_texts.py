@@ -97,6 +97,13 @@ def test_every_field_is_described_with_a_meaning():
         assert {f"{section}.{name}" for name in fields or () if name != "reference"} <= names
 
 
+@pytest.mark.parametrize(("kind", "bold"), [("dumb", False), ("xterm", True)])
+def test_the_headings_of_fields_are_bold_where_the_terminal_can_show_it(kind, bold, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", kind)
+    assert ("\x1b" in call(monkeypatch, capsys, "fields")[1]) is bold
+
+
 def test_fields_shows_values_bounds_and_defaults(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "fields", "vae")
     assert code == 0

@@ -303,6 +303,13 @@ def test_what_is_asked_is_over_the_classifier_before_and_within_reach_of_the_cor
     assert least_accuracy(0.9, before, after, 100) == pytest.approx(least)
 
 
+def test_a_suite_whose_description_is_cut_off_is_named(suite, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    (tmp_path / "suite/suite.json").write_text("{")
+    with pytest.raises(InputError, match=r"suite\.json: the file: Invalid JSON.*; undo the edit$"):
+        load_suite(tmp_path / "suite")
+
+
 def test_a_suite_of_another_artefact_format_is_saved_again_from_another_run(suite, tmp_path, monkeypatch):
     shutil.copytree(suite, tmp_path / "suite")
     pictures = load_suite(suite).pictures
