@@ -21,7 +21,7 @@ from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError, ModelError
 from defuse_core.evaluation import Findings
-from defuse_core.export import corrected_classifier, export_model, pictures, plain_weights
+from defuse_core.export import corrected_classifier, export_model, finished, plain_weights
 from defuse_core.export.finished import export_scenarios, folder_names
 from defuse_core.export.suite import load_suite, save_suite
 from defuse_core.files import filling
@@ -211,7 +211,7 @@ def test_pictures_that_do_not_fit_in_memory_are_decoded_and_written_a_batch_at_a
 
     monkeypatch.setattr(Decodings, "__getitem__", noting)
     monkeypatch.setattr("defuse_core.models.decoding.MAX_DECODED", 0)
-    monkeypatch.setattr(pictures, "BATCH", 20)
+    monkeypatch.setattr(finished, "BATCH", 20)
     assert exported(tmp_path / "b") == in_memory
     assert at_once == [20, 20, 8] * 2
 
@@ -225,13 +225,13 @@ def test_the_table_has_no_answers_after_a_correction_that_there_is_not(store, tm
 
 
 def test_the_table_has_the_answers_on_the_pictures_as_they_are_written(store, tmp_path, monkeypatch):
-    asked, answer = [], pictures.predict
+    asked, answer = [], finished.predict
 
     def noting(classifier, images):
         asked.append(images)
         return answer(classifier, images)
 
-    monkeypatch.setattr(pictures, "predict", noting)
+    monkeypatch.setattr(finished, "predict", noting)
     export_scenarios(opened(store), tmp_path / "pictures")
     written = {path.read_bytes(): path for path in (tmp_path / "pictures/test").rglob("*.png")}.values()
     assert len(written) > 1
