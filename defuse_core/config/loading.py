@@ -236,7 +236,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise RunFileError(f"--set {override}: expected section.field=value")
     if not text.strip():
         takes_null = any(each.name == path.strip() and "null" in each.values for each in describe_fields())
-        unset = f"write {path}=null to unset the field" if takes_null else "leave --set out to keep the field"
+        unset = (
+            f"write {path.strip()}=null to unset the field"
+            if takes_null
+            else "leave --set out to keep what is set"
+        )
         raise RunFileError(f"--set {override}: expected a value, found none; is the variable set? {unset}")
     for section in sections:
         below = tree.get(section, {})

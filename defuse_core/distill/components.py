@@ -139,9 +139,13 @@ def small_cell(
 
 
 def join_small_cells(small: list[DroppedComponent]) -> tuple[DroppedComponent, ...]:
-    """Return the MOST_SMALL_CELLS cells of most images, and the others as one of each cause."""
-    order = np.argsort([-one.support for one in small], kind="stable")
-    kept, others = np.sort(order[:MOST_SMALL_CELLS]), [small[row] for row in order[MOST_SMALL_CELLS:]]
+    """Return MOST_SMALL_CELLS cells, and the others as one of each cause.
+
+    Those of few codes come first, so that their number is known unless they alone are too many, then those of most
+    images.
+    """
+    order = sorted(range(len(small)), key=lambda row: (small[row].cause != "few codes", -small[row].support))
+    kept, others = sorted(order[:MOST_SMALL_CELLS]), [small[row] for row in order[MOST_SMALL_CELLS:]]
     joined = []
     for cause in sorted({one.cause for one in others}):
         cells, reason = [one for one in others if one.cause == cause], f"cells of too {cause} each"

@@ -272,13 +272,16 @@ def _detection(
     )
 
 
-def calibration_error(probability: F64, wrong: Bool) -> float:
+def calibration_error(probability: F64, wrong: Bool) -> float | None:
     """Return the expected calibration error of (n,) probabilities, in at most ECE_BINS bins of equally many images.
 
     A bin holds MIN_ANSWERS wrong and as many right answers on average, or ENOUGH_IMAGES; in fewer, chance makes a gap.
+    None for too few images to fill two: a single bin compares the means alone, which calibration makes equal.
     """
     rarer = min(int(wrong.sum()), int((~wrong).sum()))
-    bins = max(1, min(ECE_BINS, max(rarer // MIN_ANSWERS, len(wrong) // ENOUGH_IMAGES)))
+    bins = min(ECE_BINS, max(rarer // MIN_ANSWERS, len(wrong) // ENOUGH_IMAGES))
+    if bins < 2:
+        return None
     parts = np.array_split(np.argsort(probability, kind="stable"), bins)
     gaps = [abs(float(probability[rows].mean()) - float(wrong[rows].mean())) * len(rows) for rows in parts]
     return sum(gaps) / len(wrong)

@@ -236,7 +236,8 @@ class DetectionFigures(FigureModel):
     calibration_error: float | None
     """Expected calibration error of the failure probability, in up to 15 bins of equally many images.
 
-    Few images have fewer bins: a bin holds 10 wrong and 10 right answers on average, or 600 images.
+    Few images have fewer bins: a bin holds 10 wrong and 10 right answers on average, or 600 images. None where that is
+    a single bin, which compares the means alone: calibration makes these equal, whatever the detector is worth.
     """
 
 

@@ -379,11 +379,12 @@ def _print_watch(figures: WatchFigures) -> None:
             precision = NONE if found.average_precision is None else decimal(found.average_precision, 2)
             line = f"  {name}: {found.errors} of {found.images:,} answers are wrong; AUROC {score(found.auroc)}, "
             line += f"average precision {precision}"
-            if figures.threshold is not None and found.calibration_error is not None:
+            if figures.threshold is not None:
                 line += f"; at failure probability {figures.threshold:.3f} "
                 if found.errors and found.recall.value is None:
                     line += "no precision and recall, since that threshold was chosen on these images"
                 else:
                     line += f"precision {interval(found.precision)}, recall {interval(found.recall)}"
-                line += f"; calibration error {found.calibration_error:.4f}"
+                if found.calibration_error is not None:
+                    line += f"; calibration error {found.calibration_error:.4f}"
             click.echo(line)

@@ -226,7 +226,10 @@ def test_every_field_has_a_description():
             "classifier.weights=",
             "expected a value, found none; is the variable set[?] write classifier.weights=null",
         ),
-        ("seed= ", "expected a value, found none; is the variable set[?] leave --set out to keep the field$"),
+        (
+            "seed= ",
+            "expected a value, found none; is the variable set[?] leave --set out to keep what is set$",
+        ),
         (".seed=1", "--set .seed=1: expected section.field=value"),
         ("correct={epochs: 2, lambdas: [1], epochs: 3}", "the value is not YAML .'epochs' a second time"),
         ("seed.deeper=1", "--set seed.deeper=1: seed is not a section"),

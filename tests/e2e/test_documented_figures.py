@@ -7,11 +7,14 @@ import re
 import pytest
 
 from cluster import connection, resources
-from defuse_core import identify, training, watch
+from defuse_core import codec, identify, training, watch
 from defuse_core.config import ServeSection
+from defuse_core.export import suite
+from defuse_core.report import schema
 from defuse_core.training import precision
 from services.cli import CLOSED_PIPE, console
-from services.serving import active_versions, inputs, limits
+from services.labeling import records
+from services.serving import active_versions, candidate, inputs, limits, registry_state
 from services.storage import lease
 from tests.conftest import ROOT
 
@@ -56,3 +59,19 @@ def test_a_figure_of_a_readme_is_that_of_the_code(folder: str, words: str, value
     found = re.search(words, text)
     assert found is not None
     assert (0.2 if found[1] == "fifth" else float(found[1])) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (r"Artefacts have format (\d+)", codec.FORMAT),
+        (r"`report\.json` version (\d+)", schema.VERSION),
+        (r"`suite\.json` version (\d+)", suite.VERSION),
+        (r"candidates format (\d+)", candidate.FORMAT),
+        (r"the registry format (\d+)", registry_state.FORMAT),
+        (r"`labeling\.json` version (\d+)", records.VERSION),
+    ],
+)
+def test_a_format_in_the_changelog_is_that_of_the_code(words: str, value: int) -> None:
+    text = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert re.findall(words, text) == [str(value)]

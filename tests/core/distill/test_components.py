@@ -122,6 +122,16 @@ def test_the_small_cells_of_fewest_images_count_as_one_with_enough_and_one_with_
     assert sum(one.weight for one in (*kept, enough, few)) == pytest.approx(0.006)
 
 
+def test_small_cells_of_few_codes_are_listed_before_larger_ones_of_few_tracks(monkeypatch):
+    # with tracks, a cell of many images can be one of few tracks: the caveats say how many cells have few codes
+    tracks = [(60, 2), (6, 6), (50, 2), (5, 5), (7, 7)]
+    section = SECTION.model_copy(update={"min_support": 5})
+    small = [small_cell((1, 3 + row), 60, 0.001, *each, section) for row, each in enumerate(tracks)]
+    monkeypatch.setattr("defuse_core.distill.components.MOST_SMALL_CELLS", 3)
+    assert join_small_cells(small)[:3] == (small[1], small[3], small[4])
+    assert [(one.cause, one.support) for one in join_small_cells(small)[3:]] == [("few images", 110)]
+
+
 @pytest.mark.parametrize(
     ("images", "tracks", "least", "cause"),
     [
