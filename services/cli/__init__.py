@@ -39,7 +39,7 @@ PLAIN_SIGNS = {
     "\N{LEFT-TO-RIGHT MARK}": "",
     "≤": "<=",
     "≥": ">=",
-} | dict(zip("λβΨτσεα", "lbPtsea", strict=True))
+} | dict(zip("λβΨψτσμεα", "lbPptsmea", strict=True))
 
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {  # groups of commands in the help

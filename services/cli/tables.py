@@ -16,7 +16,6 @@ from defuse_core.report.formatting import (
     change,
     interval,
     is_low,
-    lam_text,
     pairs_text,
     spread,
     sweep_text,
@@ -216,7 +215,7 @@ def _lines(report: Report) -> list[str]:
         cost = f"; {moved} points on the test set" if moved else ""
         if moved and plain is not None and plain.test is not None:
             cost += f", plain further training {change(before, plain.test)}"
-        lines.append(f"Chosen: λ = {lam_text(report.chosen.lam)}, epoch {report.chosen.epoch}{cost}.")
+        lines.append(f"Chosen: λ = {report.chosen.lam:g}, epoch {report.chosen.epoch}{cost}.")
     if not mixture.converged:
         rest = ""
         if mixture.last_change is not None:
@@ -224,9 +223,7 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}{rest}.")
     if report.watch is not None:
         lines.append(f"Watch: {report.watch.verdict}")
-    lines += [
-        f"Failed: {sweep_text(t.sweep)}, λ = {lam_text(t.lam)}: {t.cause}" for t in report.failed_trials
-    ]
+    lines += [f"Failed: {sweep_text(t.sweep)}, λ = {t.lam:g}: {t.cause}" for t in report.failed_trials]
     return lines
 
 

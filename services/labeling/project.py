@@ -247,12 +247,13 @@ class ReviewProject:
                 dropped[task.id] = str(task.key), answers
             elif duplicate := present.add(index, task):
                 dropped[duplicate] = str(task.key), 0
-        for number, (key, _) in dropped.items():
+        for number, (key, answers) in dropped.items():
             self.client.delete_task(number)
-            log.info("review: deleted task %d, a duplicate or an edited version of %s", number, key)
-        if answers := sum(answers for _, answers in dropped.values()):
-            log.warning(
-                "project %d: deleted %s to edited tasks", self.state.number, count_of(answers, "answer")
+            level, lost = (
+                (logging.WARNING, f", with {count_of(answers, 'answer')}") if answers else (logging.INFO, "")
+            )
+            log.log(
+                level, "review: deleted task %d, a duplicate or an edited version of %s%s", number, key, lost
             )
         if unknown:
             log.warning(

@@ -186,6 +186,7 @@ TESTS = (
         "production keeps its speed",
         (
             SERVING + "test_canary.py::test_a_shadow_computes_a_fifth_of_the_time_at_most",
+            SERVING + "test_canary.py::test_a_shadow_that_does_not_answer_delays_no_answer",
             SERVING + "test_load.py::test_a_canary_that_is_too_slow_is_ended_and_production_answers_for_it",
         ),
     ),

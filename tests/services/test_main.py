@@ -326,9 +326,9 @@ def test_a_sign_that_the_encoding_of_the_terminal_lacks_has_a_plain_form(monkeyp
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="iso-8859-1", newline="")
     monkeypatch.setattr("sys.stdout", terminal)
     call(monkeypatch, capsys, "--version")
-    terminal.write("+5 −34, λ = 1 → 2…, β-VAE, integer ≥ 1, 猫")
+    terminal.write("+5 −34, λ = 1 → 2…, β-VAE, z + ψ(μ(x)), integer ≥ 1, 猫")
     terminal.flush()
-    assert terminal.buffer.getvalue().endswith(b"\n+5 -34, l = 1 > 2., b-VAE, integer >= 1, ?")
+    assert terminal.buffer.getvalue().endswith(b"\n+5 -34, l = 1 > 2., b-VAE, z + p(m(x)), integer >= 1, ?")
 
 
 def test_every_command_is_in_one_group_of_the_help():

@@ -247,7 +247,9 @@ def test_an_edited_task_is_said_and_replaced_only_when_asked(make_review, accoun
             look(review.gallery)
     review.annotators.push(review.gallery, repair=True)
     assert review.tasks()["s000-i00"].data == pushed["s000-i00"].data
-    assert f"project {review.state.number}: deleted 1 answer to edited tasks" in caplog.messages
+    number = pushed["s000-i00"].id
+    said = f"review: deleted task {number}, a duplicate or an edited version of s000-i00, with 1 answer"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [said]
 
 
 def forge(review, accounts, key, data):

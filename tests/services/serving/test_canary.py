@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -318,3 +319,25 @@ def test_an_error_of_production_counts_though_the_canary_answers(own_store, pict
     assert (reply.status_code, reply.json()["version"]) == (200, "2")
     assert counted == [(1, {"version": "1"})]
     assert "version 1 failed: an input of production" in caplog.text
+
+
+def test_a_shadow_that_does_not_answer_delays_no_answer(own_store, pictures, monkeypatch):
+    put(own_store, "first")
+    second = prepare_candidate(Run.open(own_store, "second"))[1]
+    promote(Registry(own_store), second, PromotionRequest("ana", "", shadow=True))
+    replica, predict, end = new_replica(own_store), LoadedModel.predict, threading.Event()
+
+    def wait(model: LoadedModel, pixels: Any) -> Any:
+        if model.number == 2:
+            assert end.wait(60)
+        return predict(model, pixels)
+
+    monkeypatch.setattr(LoadedModel, "predict", wait)
+
+    async def answer():
+        try:
+            return await asyncio.wait_for(post(replica, pictures[0]), 20)
+        finally:
+            end.set()
+
+    assert asyncio.run(answer()).json()["version"] == "1"

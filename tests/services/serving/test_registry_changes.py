@@ -32,9 +32,8 @@ def candidates(candidate):
 
 
 def failing(candidate: Candidate, *lines: str) -> Candidate:
-    return dataclasses.replace(
-        candidate, checks=tuple(Check("clean accuracy", False, line) for line in lines)
-    )
+    checks = tuple(Check("clean accuracy", False, line) for line in lines)
+    return dataclasses.replace(candidate, checks=checks)
 
 
 def test_a_version_keeps_its_run_digest_author_time_reason_and_annotators(registry, candidates):
@@ -382,9 +381,7 @@ def test_a_poll_without_a_change_reads_nothing_after_the_first(registry, candida
     state, asked = promote(registry, candidates[0], ANA), []
     for name in ("exists", "version", "read", "list"):
         real = getattr(registry.store, name)
-        monkeypatch.setattr(
-            registry.store, name, lambda *key, real=real, name=name: asked.append(name) or real(*key)
-        )
+        monkeypatch.setattr(registry.store, name, lambda *key, r=real, n=name: asked.append(n) or r(*key))
     for expected in (["version", "read", "exists"], ["version", "exists"]):
         asked.clear()
         assert registry.state_after(state) is None and asked == expected
