@@ -204,17 +204,25 @@ def promote(
 @click.option(
     "--production", is_flag=True, help="Put the previous version back, also beside or after a canary."
 )
-def rollback(store: str, by: str | None, why: str | None, production: bool) -> None:
+@click.option(
+    "--from", "expected", type=click.IntRange(min=1), metavar="VERSION",
+    help="Only if this version is in production, so that a repeated command goes back no further.",
+)  # fmt: skip
+def rollback(store: str, by: str | None, why: str | None, production: bool, expected: int | None) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
 
-    Where the last change ended one, --production is required.
+    Where the last change ended one, --production is required. Given again, the command goes one version further back:
+    scripts that may repeat it give --from.
+
+    \b
+    defuse rollback --from 3 --why "too slow"
     """
     from services.serving.model import verify_candidate
 
     author, registry = by or local_user("--by"), _registry(store)
     if not registry.state().sequence:
         raise InputError(_no_registry(registry))
-    state = registry.roll_back(author, why or "", verify_candidate, production=production)
+    state = registry.roll_back(author, why or "", verify_candidate, production=production, expected=expected)
     click.echo(f"{state.action}; {state.production_text}")
 
 
