@@ -13,7 +13,7 @@ DefuseError
     ├── StoreError              the run's folder or bucket
     │   ├── NoAnswerError           it does not answer now, and may at the next attempt
     │   ├── DamagedError     2      a file there is damaged, or of another version: a person must look
-    │   └── StoreSettingsError 2    the bucket's name, region, credentials or certificate are wrong
+    │   └── StoreSettingsError 2    the bucket's name, region, credentials or certificate, or a folder's name, are wrong
     ├── RunBusyError            another driver is writing this run
     ├── ComputeError            a worker, a task or a trial
     └── ServiceError            Label Studio or another server

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from defuse_core.errors import InputError, NoAnswerError, StoreError
+from defuse_core.errors import InputError, NoAnswerError, StoreError, StoreSettingsError
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -51,6 +51,8 @@ NO_ANSWER = {
     errno.ESTALE,
     errno.ETIMEDOUT,
 }
+# of a path that no folder can have, or where a file is in the place of a folder or the other way round
+WRONG_PLACE = {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR}
 OWN_FILES = (  # whose folder Defuse reads again: what it is, and files that it has
     ("run", ("run.yaml", "settings.json")),
     ("run", ("run.yaml", "manifest.json")),  # whose settings.json was damaged and deleted
@@ -90,6 +92,8 @@ def explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in WRONG_PLACE or (isinstance(error, FileExistsError) and path.is_file()):
+            raise StoreSettingsError(f"{path}: {error.strerror}; choose another folder or name") from error
         kind = NoAnswerError if error.errno in NO_ANSWER else StoreError
         raise kind(
             f"{path}: {error.strerror}; free space or fix access, then run again to continue"
@@ -141,7 +145,10 @@ def writing(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
+        # a new folder whose place a file has
+        reason = (
+            os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror or str(error)
+        )
         if error.filename and Path(error.filename) != path and UNFINISHED not in str(error.filename):
             reason = f"{error.filename}: {reason}"
         raise InputError(f"{option} {path}: cannot be written ({reason}); choose another place") from error

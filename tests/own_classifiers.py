@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import signal
 import sys
 from typing import Any
 
@@ -131,6 +133,11 @@ def with_text() -> nn.Module:
 
 def with_nan() -> nn.Module:
     return Returning(lambda logits: logits * float("nan"))
+
+
+def killing() -> nn.Module:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def with_softmax() -> nn.Module:

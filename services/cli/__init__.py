@@ -30,6 +30,7 @@ from services.settings import is_on, set_missing_home, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
+WRONG_PATH = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}
 # As wide as the signs themselves, by which the columns of tables are set; no table has ≤ or ≥.
 PLAIN_SIGNS = {
     "−": "-",
@@ -178,6 +179,8 @@ def _run_command() -> None:
                 traceback.print_exc()
         if unprinted:
             _fail(f"cannot print to the end: {unprinted}; what the command made is stored", 4)
+        if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; check this path", InputError.exit_code)
         remedy = "" if debugging else " (DEFUSE_DEBUG=1 shows where)"
         _fail(f"unexpected {type(error).__name__}: {error}{remedy}", 4)
     else:

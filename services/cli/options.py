@@ -46,21 +46,40 @@ LEFT_BEHIND = re.compile(
     r"(prelabels|measuredprecision)\.safetensors|traffic-\d+/.+"
 )
 AMBIGUOUS_KEYS = {"manifest.json", "mlflow.json"}  # names that other programs use, too
-EMPTY = "expected a value, found an empty one; is the variable set?"  # it is not, in scripts
+IS_SET = "is the variable set?"  # it is not, in scripts
+EMPTY = f"expected a value, found an empty one; {IS_SET}"
 
 
 def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Return the text of an option or argument. Raises BadParameter for an empty one, and for control characters.
 
-    These would act on the terminal of whoever reads the text later.
+    These would act on the terminal of whoever reads the text later. Raises it for another option of the command, too.
     """
     if value == "":
         raise click.BadParameter(EMPTY, context, parameter)
+    if value is not None:
+        _expect_no_option(context, parameter, value)
     if value is not None and has_control_characters(value):
         raise click.BadParameter(
             f"expected text on one line without control characters, found {value!r}", context, parameter
         )
     return value
+
+
+def given_fields(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the values of --set. Raises BadParameter for another option of the command in place of one."""
+    for value in values:
+        _expect_no_option(context, parameter, value)
+    return values
+
+
+def _expect_no_option(context: click.Context, parameter: click.Parameter | None, value: str) -> None:
+    """Raise BadParameter where click took the next option for the value, as where a variable is empty and unquoted."""
+    options = (name for each in context.command.get_params(context) for name in each.opts)
+    if value.startswith("--") and value.partition("=")[0] in options:
+        raise click.BadParameter(f"expected a value, found the option {value}; {IS_SET}", context, parameter)
 
 
 def number(context: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -82,6 +101,8 @@ class GivenPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if value == "":
             self.fail(EMPTY, param, ctx)
+        if ctx is not None:
+            _expect_no_option(ctx, param, str(value))
         try:
             return Path(str(super().convert(value, param, ctx))).expanduser()
         except RuntimeError:
@@ -102,8 +123,8 @@ address_option = click.option(
     help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]",
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set identify.draws=20"
-)
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
+    help="Change a field: --set identify.draws=20")  # fmt: skip
 until_option = click.option(
     "--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step."
 )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -16,10 +14,10 @@ from defuse_core.errors import (
     CheckFailed,
     InputError,
     count_of,
-    escape_control_characters,
     first_few,
     percent,
 )
+from services.cli.junit import failure_in_junit, not_checked, write_junit
 from services.cli.options import (
     GivenPath,
     classifier_fields,
@@ -177,14 +175,15 @@ def check_suite(
 
     Raises InputError where the suite asks nothing.
     """
-    from defuse_core.export.suite import load_suite
     from defuse_core.files import expect_no_own_folder
-    from defuse_core.local import local_device
 
     if junit is not None:
         expect_no_own_folder("--junit", junit)
     name = _checked_name(classifier, weights, run)
-    with _failure_in_junit(junit, name):
+    with failure_in_junit(junit, f"defuse: {name}"):
+        from defuse_core.export.suite import load_suite
+        from defuse_core.local import local_device
+
         if (run is None) == (classifier is None):
             raise click.UsageError("with --suite, give either RUN or --classifier")
         if classifier is None and (weights or overrides):
@@ -203,10 +202,10 @@ def check_suite(
         "some in suite.json, or save a suite of a run whose correction improved them"
     )
     cases = [_test_case(name, loaded.description.run, result) for result in results]
-    cases += [] if asked else [_not_checked(nothing_asked)]
+    cases += [] if asked else [not_checked(str(nothing_asked))]
     # the file first: whoever reads what is printed may close the pipe (`| head -1`), which ends the command
     title = f"defuse {loaded.description.run}: {name}"
-    unwritable = None if junit is None else _write_junit(junit, title, cases)
+    unwritable = None if junit is None else write_junit(junit, title, cases)
     if as_json:
         print_json(_page(_checked_name(classifier, None, run), section, suite, results))
     else:
@@ -220,17 +219,6 @@ def check_suite(
     if failed:
         hint = loaded.better_range(net, section) if section else ""
         raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
-
-
-@contextlib.contextmanager
-def _failure_in_junit(path: Path | None, name: str) -> Iterator[None]:
-    """Write what keeps a check from being made to the JUnit file, where an earlier result would count as this one's."""
-    try:
-        yield
-    except BaseException as error:  # also sys.exit of a factory, and Ctrl-C
-        if path is not None and (unwritable := _write_junit(path, f"defuse: {name}", [_not_checked(error)])):
-            echo_marked("note:", str(unwritable), len("note: "), err=True)
-        raise
 
 
 def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
@@ -318,32 +306,6 @@ def _test_case(name: str, run: str, result: SuiteResult) -> ElementTree.Element:
         ElementTree.SubElement(case, "skipped", message=line)
     ElementTree.SubElement(case, "system-out").text = line
     return case
-
-
-def _not_checked(error: BaseException) -> ElementTree.Element:
-    case = ElementTree.Element("testcase", name="the suite was checked", classname="defuse")
-    message = escape_control_characters(str(error) or type(error).__name__)
-    ElementTree.SubElement(case, "error", message=message)
-    return case
-
-
-def _write_junit(path: Path, title: str, cases: list[ElementTree.Element]) -> InputError | None:
-    """Write JUnit XML; return the error of a file that cannot be written, so that the results are shown first."""
-    from defuse_core.files import expect_writable, replace_file, writing
-
-    kinds = {"failures": "failure", "errors": "error", "skipped": "skipped"}
-    counts = {name: str(sum(case.find(kind) is not None for case in cases)) for name, kind in kinds.items()}
-    page = ElementTree.Element("testsuites")
-    ElementTree.SubElement(page, "testsuite", counts, name=title, tests=str(len(cases))).extend(cases)
-    ElementTree.indent(page)
-    try:
-        with writing("--junit", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        expect_writable("--junit", path)
-        replace_file("--junit", path, ElementTree.tostring(page, encoding="utf-8", xml_declaration=True))
-    except InputError as error:
-        return error
-    return None
 
 
 @click.command(short_help="Show what became of a run's scenarios in a later run.")

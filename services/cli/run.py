@@ -28,6 +28,7 @@ from services.cli.options import (
     given,
     is_left_behind,
     json_option,
+    log,
     name_option,
     number,
     open_run,
@@ -185,7 +186,12 @@ def fields(section: str | None) -> None:
 @set_option
 @until_option
 @track_option
-@click.option("--wait", is_flag=True, help="Wait for people's answers instead of ending with exit code 3.")
+@click.option(
+    "--wait",
+    is_flag=True,
+    help="Wait for people's answers instead of ending with exit code 3. Without people (review.annotators: "
+    "reference-models) one line says that nobody is waited for.",
+)
 @click.option(
     "--profile",
     type=click.Choice(STEPS),
@@ -379,6 +385,8 @@ def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:
         return LabelStudioAnnotators(run, read_environment(), compute, wait=wait)
     from defuse_core.training.reference_models import ReferenceAnnotators
 
+    if wait:
+        log.warning("--wait: nobody is waited for, since models answer (review.annotators: reference-models)")
     return ReferenceAnnotators(run, compute)
 
 

@@ -18,12 +18,14 @@ from defuse_core.errors import (
     percent,
 )
 from defuse_core.store import checked_name
+from services.cli.junit import JunitCommand, failure_in_junit
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     address_option,
     echo_marked,
     given,
+    given_fields,
     json_option,
     open_run,
     print_json,
@@ -47,7 +49,7 @@ by_option = click.option(
 why_option = click.option("--why", callback=given, help="Reason for the change, stored in the registry.")
 
 
-@click.command(short_help="Check the corrected classifier of a run, or any on a suite.")
+@click.command(cls=JunitCommand, short_help="Check the corrected classifier of a run, or any on a suite.")
 @click.argument("run", required=False)
 @store_option
 @json_option
@@ -57,7 +59,7 @@ why_option = click.option("--why", callback=given, help="Reason for the change, 
 )
 @click.option("--weights", type=GivenPath(), help="With --classifier: its state dict.")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
     help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
 )  # fmt: skip
 @click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write.")
@@ -88,7 +90,8 @@ def check(
         check_suite(suite, run, store, as_json=as_json, classifier=classifier, weights=weights,
                     overrides=overrides, junit=junit)  # fmt: skip
         return
-    expect_no_suite_options(classifier, weights, overrides, junit)
+    with failure_in_junit(junit, "defuse check"):
+        expect_no_suite_options(classifier, weights, overrides, junit)
     if run is None:
         raise click.UsageError("give RUN, or --suite FOLDER with --classifier")
     _check_run(run, store, as_json)
@@ -201,17 +204,25 @@ def promote(
 @click.option(
     "--production", is_flag=True, help="Put the previous version back, also beside or after a canary."
 )
-def rollback(store: str, by: str | None, why: str | None, production: bool) -> None:
+@click.option(
+    "--from", "expected", type=click.IntRange(min=1), metavar="VERSION",
+    help="Only if this version is in production, so that a repeated command goes back no further.",
+)  # fmt: skip
+def rollback(store: str, by: str | None, why: str | None, production: bool, expected: int | None) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
 
-    Where the last change ended one, --production is required.
+    Where the last change ended one, --production is required. Given again, the command goes one version further back:
+    scripts that may repeat it give --from.
+
+    \b
+    defuse rollback --from 3 --why "too slow"
     """
     from services.serving.model import verify_candidate
 
     author, registry = by or local_user("--by"), _registry(store)
     if not registry.state().sequence:
         raise InputError(_no_registry(registry))
-    state = registry.roll_back(author, why or "", verify_candidate, production=production)
+    state = registry.roll_back(author, why or "", verify_candidate, production=production, expected=expected)
     click.echo(f"{state.action}; {state.production_text}")
 
 
@@ -226,8 +237,8 @@ def rollback(store: str, by: str | None, why: str | None, production: bool) -> N
 )
 @address_option
 @click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a field: --set serve.watch=false"
-)
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
+    help="Change a field: --set serve.watch=false")  # fmt: skip
 @click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
     "--replace",

@@ -264,14 +264,25 @@ class Registry:
         return [ended] if before.canary_or_shadow in state.versions_with(digest) else []
 
     def roll_back(
-        self, by: str, why: str, verify: Callable[[Candidate], None], *, production: bool = False
+        self,
+        by: str,
+        why: str,
+        verify: Callable[[Candidate], None],
+        *,
+        production: bool = False,
+        expected: int | None = None,
     ) -> RegistryState:
         """End the canary or shadow; without one, or with `production`, put the previous version back into production.
 
-        Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it; without
-        `production` also where the last change ended a canary or shadow: this was perhaps meant for that one.
+        Raises InputError where the previous version cannot be read, or `verify` raises a DefuseError for it, and where
+        another version than `expected` is in production; without `production` also where the last change ended a canary
+        or shadow: this was perhaps meant for that one.
         """
         current = self.state()
+        if expected not in (None, current.production):
+            raise InputError(
+                f"expected version {expected} in production (--from), found another: {current.change_text}"
+            )
         canary_or_shadow = None if production else current.canary_or_shadow
         if canary_or_shadow:
             ended = self.end_canary(canary_or_shadow, by, why)

@@ -16,6 +16,7 @@ from typing import TextIO
 
 import click
 import pytest
+import yaml
 
 import services
 from defuse_core.errors import InputError
@@ -24,9 +25,12 @@ from defuse_core.store import FolderStore
 from services import stopped_exit_code, stopping_on_signals
 from services.cli import GROUPS, defuse
 from tests.command_line import call, one_line
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.e2e.test_documented_commands import every_command
+from tests.no_access import refuse_access
 from tests.sample_findings import sample_spec
+
+LONG = "n" * 256  # longer than any file system allows
 
 
 @pytest.fixture
@@ -296,6 +300,46 @@ def test_a_tilde_is_the_users_home_in_every_path(tmp_path, monkeypatch):
         assert path.type.convert("~/one", path, None) == tmp_path / "one"
         with pytest.raises(click.BadParameter, match="expected the home of an existing user after ~"):
             path.type.convert("~nobody-of-this-name/one", path, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["status", "--store", LONG], f"/{LONG}: File name too long; choose another folder or name"),
+        (["status", "one", "--store", f"{LONG}/runs"], f"/{LONG}/runs: File name too long; choose another folder"),
+        (["run", "tiny.yaml", "--store", LONG, "--on", "local"], f"/{LONG}: File name too long; choose anoth"),
+        (["run", "tiny.yaml", "--name", LONG], "at most 100"),
+        (["run", "tiny.yaml", "--store", ".", "--name", "file", "--on", "local"], "/file: File exists; choose another"),
+        (["run", f"{LONG}.yaml"], "cannot read this run file (File name too long)"),
+        (["init", LONG], f"/{LONG}: File name too long; check this path"),
+        (["init", ".", "--out", LONG], f"--out {LONG}: cannot be written (File name too long)"),
+        (["init", ".", "--classifier", LONG], f"{LONG}: File name too long; check this path"),
+        (["init", ".", "--classifier", "x:y", "--weights", LONG], f"{LONG}: File name too long; check this path"),
+    ],
+)  # fmt: skip
+def test_a_path_that_no_file_can_have_is_bad_input(words, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and line in one_line(err)
+
+
+def test_a_path_that_may_not_be_read_is_bad_input(tmp_path, monkeypatch, capsys):
+    (tmp_path / "closed").mkdir()
+    refuse_access(monkeypatch, tmp_path / "closed")
+    code, _, err = call(monkeypatch, capsys, "init", tmp_path / "closed/images")
+    assert code == 2
+    assert one_line(err).endswith("/closed/images: Permission denied; check this path")
+
+
+def test_an_option_in_place_of_a_value_is_named(monkeypatch, capsys):
+    """A variable of a script that is empty and not quoted: click takes the next option for the value."""
+    for words in (["run", "a.yaml", "--name", "--until", "train"], ["export", "one", "--to", "--store=runs"],
+                  ["run", "a.yaml", "--set", "--on", "local"]):  # fmt: skip
+        code, _, err = call(monkeypatch, capsys, *words)
+        assert code == 2
+        assert f"expected a value, found the option {words[3]}; is the variable set?" in err
 
 
 def test_text_with_control_characters_is_refused(monkeypatch, capsys):

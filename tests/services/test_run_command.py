@@ -153,3 +153,13 @@ def test_a_run_waits_for_people_only_where_that_is_asked_for(options, tmp_path, 
     people = ("--set", "review.annotators=label-studio", "--until", "train", "--on", "local", *options)
     call(monkeypatch, capsys, "run", tmp_path / "tiny.yaml", "--store", tmp_path, *people)
     assert [annotators.wait for annotators in asked] == [bool(options)]
+
+
+def test_that_nobody_is_waited_for_is_said_before_anything_runs(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("defuse_core.pipeline.run_defuse", lambda *_: 1 / 0)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    words = ("run", tmp_path / "tiny.yaml", "--store", tmp_path, "--on", "local")
+    call(monkeypatch, capsys, *words)
+    assert "--wait" not in caplog.text
+    call(monkeypatch, capsys, *words, "--wait")
+    assert "--wait: nobody is waited for, since models answer (review.annotators: refer" in caplog.text

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +40,7 @@ from defuse_core.models import load_classifier, load_vae, predict
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from tests.command_line import call, one_line
-from tests.conftest import tiny
+from tests.conftest import ROOT, tiny
 from tests.services.serving.synthetic_runs import make_run, swap_classes
 from tests.services.suite_runs import EASY, NET, with_scenarios
 
@@ -67,7 +69,7 @@ def disk_full(_: int) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_junit_file_that_cannot_be_written_whole_leaves_the_old_one(
+def test_a_junit_file_that_cannot_be_written_leaves_no_result_of_an_earlier_check(
     suite: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     report = tmp_path / "report.xml"
@@ -77,8 +79,7 @@ def test_a_junit_file_that_cannot_be_written_whole_leaves_the_old_one(
         patch.setattr("os.fsync", disk_full)
         code, out, err = call(patch, capsys, *words)
     assert f"--junit {report}: cannot be written (No space left on device)" in one_line(err)
-    assert (code, bool(out), report.read_text()) == (2, True, "<old/>")
-    report.unlink()
+    assert (code, bool(out), report.exists()) == (2, True, False)
     os.mkfifo(report)
     assert "cannot be written (no ordinary file)" in one_line(call(monkeypatch, capsys, *words)[2])
     assert report.is_fifo()
@@ -323,12 +324,51 @@ def test_a_suite_of_another_artefact_format_is_saved_again_from_another_run(suit
         load_suite(tmp_path / "suite")
 
 
-@pytest.mark.parametrize("wrong", [[], ["digits", "--weights", "x.safetensors"]])
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (["--suite", "suite"], "give either RUN or --classifier"),
+        (["--suite", "suite", "digits", "--weights", "x.safetensors"], "--weights and --set need"),
+        (["--suite", "suite", "--store", "gone", "digits"], "no run called digits"),
+        (["digits"], "--junit needs --suite FOLDER"),
+        (["--suite", "suite", "--classifier", ""], "expected a value, found an empty one"),
+        (["--suite", "suite", "--weight", "x.safetensors"], "No such option"),
+        (["--suite", "suite", "one", "two"], "unexpected extra argument (two)"),
+        # where a variable of a script is empty and not quoted
+        (["--suite", "suite", "--classifier", NET, "--weights"], "a value, found the option --junit"),
+        (["--suite", "suite", "--classifier"], "expected a value, found the option --junit"),
+        (["--suite", "suite", "--classifier", NET, "--set"], "expected a value, found the option --junit"),
+        (["--classifier", NET, "--suite"], "expected a value, found the option --junit"),
+    ],
+)
+@pytest.mark.parametrize("given", [["--junit", "report.xml"], ["--junit=report.xml"]])
 def test_the_result_of_an_earlier_check_is_not_left_where_the_command_is_wrong(
-    wrong, tmp_path, monkeypatch, capsys
+    wrong, line, given, suite, tmp_path, monkeypatch, capsys
 ):
-    earlier = tmp_path / "report.xml"
-    earlier.write_text("<testsuite/>")
-    options = ["check", *wrong, "--suite", tmp_path / "suite", "--junit", earlier]
-    assert call(monkeypatch, capsys, *options)[0] == 2
-    assert 'errors="1"' in earlier.read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suite").symlink_to(suite)
+    (tmp_path / "report.xml").write_text("<testsuite/>")
+    code, _, err = call(monkeypatch, capsys, "check", *wrong, *given)
+    assert code == 2 and line in err
+    (tests,) = JUnitXml.fromfile("report.xml")
+    (case,) = tests
+    assert tests.errors == 1 and line in case.result[0].message
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--junit"], ["--bad", "--", "--junit", "report.xml"]])
+def test_a_file_that_junit_does_not_name_is_left(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "report.xml").write_text("<old/>")
+    before = ["--junit", "report.xml"] if words == ["--help"] else []
+    call(monkeypatch, capsys, "check", *before, *words)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["<old/>"]
+
+
+def test_a_check_that_is_killed_leaves_no_result_of_an_earlier_one(suite: Path, tmp_path: Path):
+    report = tmp_path / "report.xml"
+    report.write_text("<testsuite/>")
+    words = ["check", "--suite", suite, "--classifier", "tests.own_classifiers:killing", "--junit", report]
+    ended = subprocess.run([sys.executable, "-m", "services.cli", *words], check=False, cwd=ROOT)
+    assert ended.returncode == -signal.SIGKILL
+    (tests,) = JUnitXml.fromfile(str(report))
+    assert tests.errors == 1

@@ -205,6 +205,21 @@ def test_rollbacks_go_back_one_version_each_and_verify_that_one(registry, candid
     assert verified == ["run-3", "run-2", "run-1"]
 
 
+def test_a_rollback_from_the_version_that_is_expected_goes_back_once(registry, candidates):
+    for candidate in candidates[:3]:
+        promote(registry, candidate, ANA)
+    assert registry.roll_back("bo", "slow", unverified, expected=3).production == 2
+    again = (
+        r"version 3 in production \(--from\), found another: .* bo: rolled .* \(slow\); version 2 is in prod"
+    )
+    for production in (False, True):
+        with pytest.raises(InputError, match=again):
+            registry.roll_back("bo", "slow", unverified, production=production, expected=3)
+    assert registry.state().production == 2
+    promote(registry, candidates[3], CANARY)
+    assert registry.roll_back("bo", "", unverified, expected=2).action == "ended the canary of version 4"
+
+
 @pytest.mark.parametrize("role", [CANARY, SHADOW])
 @pytest.mark.parametrize("by", ["defuse serve", "cy"])
 def test_a_rollback_right_after_its_canary_was_ended_leaves_production_unless_that_is_meant(

@@ -244,6 +244,8 @@ def test_a_rollback_whose_answer_is_lost_says_how_to_see_whether_it_is_done(own_
     see = f"`defuse promote --store {own_store.address}`"
     start = f"this change may be stored: see {see} before you run the command again"
     assert str(failure.value).startswith(start) and Registry(own_store).state().production == 1
+    with pytest.raises(InputError, match=r"expected version 2 in production \(--from\), found another"):
+        run(rollback, *store, "--from", "2")
 
 
 def test_promote_prints_and_records_how_well_failing_inputs_are_found(own_store):
