@@ -265,7 +265,8 @@ def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, st
     answers, annotators = pulled.answers, pulled.annotators()
     images = tasks.gallery.predicted.shape[1]
     per_task = images // tasks.per_scenario
-    labels = np.array(pulled.labels, np.int64).reshape(-1, per_task)[answers["labels"]]  # (answers, per_task)
+    rows = np.array(pulled.labels, np.int64).reshape(-1, per_task)
+    labels = rows[answers["labels_row"]]  # (answers, per_task)
     scenario, image = np.divmod(answers["task"][:, None] * per_task + np.arange(per_task), images)
     by_id = np.argsort(annotators)
     annotator = by_id[np.searchsorted(annotators, answers["annotator"], sorter=by_id)]
