@@ -108,7 +108,7 @@ class ClassifierDeployment:
         return self.active
 
     async def decode(
-        self, media_type: str, files: list[bytes], spec: InputSpec, held: contextlib.ExitStack
+        self, media_type: str, files: list[bytes], input_spec: InputSpec, held: contextlib.ExitStack
     ) -> F32:
         """Return the pixels, (n, channels, H, W). Small images are decoded here, all others by one thread, which bounds
         their memory.
@@ -117,19 +117,19 @@ class ClassifierDeployment:
         holds is then released when the thread is done with it, so that a body never waits for the thread without being
         counted.
         """
-        inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
+        inline = replace(input_spec, max_pixels=min(input_spec.max_pixels, MAX_INLINE_PIXELS))
         if sum(len(file) for file in files) <= MAX_INLINE_BYTES:
             try:
                 return decode_body(media_type, files, inline)
             except RejectedInput as rejected:
-                if rejected.status != 413 or inline == spec:
+                if rejected.status != 413 or inline == input_spec:
                     raise
         abandoned = threading.Event()
 
         def decode_in_time() -> F32:
             if abandoned.is_set():
                 raise TimeoutError("the request was answered before its turn")
-            return decode_body(media_type, files, spec)
+            return decode_body(media_type, files, input_spec)
 
         work = asyncio.get_running_loop().run_in_executor(self._decode_thread, decode_in_time)
         try:
