@@ -89,6 +89,7 @@ class ClassifierDeployment:
         self._canary_batcher = Batcher(self._predict_canary_batch, section)
         self._shadow = ShadowRunner(section.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.ended: int | None = None  # the canary or shadow that this replica ended, until that is stored
         self._failures = 0  # of production, in a row, but those that the input explains
 
     async def check_health(self) -> None:
@@ -266,7 +267,7 @@ class ClassifierDeployment:
         reason = statistics.reason_to_end(self.section)
         # Comparisons of earlier roles still arrive: `other` may be in production by now.
         if reason and statistics is self.active.statistics:
-            self.watcher.ended = other.number
+            self.ended = other.number
             self._activate(ActiveVersions(self.active.production, state=self.active.state))
             self._start(self._end_canary(other, reason))
 
@@ -290,8 +291,8 @@ class ClassifierDeployment:
             ),
         )
         await retrying(asyncio.to_thread, self.watcher.registry.end_canary, model.number, AUTHOR, reason)
-        if self.watcher.ended == model.number:
-            self.watcher.ended = None
+        if self.ended == model.number:
+            self.ended = None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -326,7 +327,8 @@ class ClassifierDeployment:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
+                # `ended` as of now: its end may be stored, and forgotten, while the thread reads the registry
+                versions = await asyncio.to_thread(self.watcher.load_changes, self.active, self.ended)
             except Exception as error:  # of any kind: the next poll follows
                 if str(error) != reported:
                     reported = str(error)
