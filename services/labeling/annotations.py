@@ -34,12 +34,12 @@ AUTHORS_KEY = "annotation_authors.json"  # key in the run's store: user id -> id
 PSEUDONYMS = "pseudonyms"  # note of votes under real names: the annotators' pseudonyms, in the same order
 UNKNOWN = 0  # the user id of annotators whose account was deleted before their answers were first pulled
 
-# One annotator's answer to one task. `task` is its index in ReviewTasks, `labels` is an index into
+# One annotator's answer to one task. `task` is its index in ReviewTasks, `labels_row` is an index into
 # PulledAnnotations.labels; times are seconds since 1970, `when` that of the last change.
 ANSWER_DTYPE = np.dtype(
     [
         ("task", "i4"),
-        ("labels", "i4"),
+        ("labels_row", "i4"),
         ("annotation", "i8"),
         ("annotator", "i8"),
         ("created", "f8"),
@@ -230,6 +230,10 @@ def select_counted(table: AnswerTable, wanted: int) -> tuple[I64, I64, I64]:
     return kept[rank < wanted], replaced, kept[rank >= wanted]
 
 
+class UnreadableError(Exception):
+    """Why an annotation is no answer."""
+
+
 class AnnotationReader:
     """Reads annotations under the labelling interface that was pushed, and lists those that it cannot read."""
 
@@ -272,10 +276,12 @@ class AnnotationReader:
         unreadable: list[SkippedTask] = []
         for annotation in annotations:
             annotator = self._annotator(annotation)
-            labels = self._labels(subject, annotation)
-            if isinstance(labels, str):
-                self.pulled.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, labels))
-                unreadable.append(SkippedTask(index, annotator, task, annotation.id, labels))
+            try:
+                labels = self._labels(subject, annotation)
+            except UnreadableError as error:
+                why = str(error)
+                self.pulled.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, why))
+                unreadable.append(SkippedTask(index, annotator, task, annotation.id, why))
                 continue
             readable.add(annotator)
             known = self.labels.setdefault(labels, len(self.labels))
@@ -287,38 +293,36 @@ class AnnotationReader:
         """Return the user id. All annotations whose deleted account was never seen count as one annotator's."""
         return annotation.annotator or self.authors.get(annotation.id, UNKNOWN)
 
-    def _labels(self, subject: TaskSubject, annotation: Annotation) -> Labels | str:
-        """Return a label per image of the task, or the reason why there are none."""
+    def _labels(self, subject: TaskSubject, annotation: Annotation) -> Labels:
+        """Return a label per image of the task. Raises UnreadableError."""
         labels: dict[str, int] = {}
         results = annotation.result if isinstance(annotation.result, list) else []
         for result in results:
             control, label = self._label(subject, result)
-            if isinstance(label, str):
-                return label
             if control in labels:
-                return f"two answers for {control}"
+                raise UnreadableError(f"two answers for {control}")
             labels[control] = label
         if LABEL not in labels:
-            return "no label was chosen"
+            raise UnreadableError("no label was chosen")
         if subject.image is not None:
             return (labels[LABEL],)
         return tuple(labels.get(f"{LABEL}_{image}", labels[LABEL]) for image in range(self.images))
 
-    def _label(self, subject: TaskSubject, result: object) -> tuple[str, int | str]:
-        """Return the control and its label, or the reason why it has none."""
+    def _label(self, subject: TaskSubject, result: object) -> tuple[str, int]:
+        """Return the control and its label. Raises UnreadableError."""
         try:
             row = RESULT_ROW.validate_python(result)
         except ValidationError:
-            return "", "not an answer of this interface"
+            raise UnreadableError("not an answer of this interface") from None
         control, choices = row.from_name, row.value.choices
         shown_beside = range(self.images if subject.image is None else 0)
         allowed = [LABEL, *(f"{LABEL}_{image}" for image in shown_beside)]
         if control not in allowed:
-            return control, f"an answer for {control!r:.40}, which was not asked"
+            raise UnreadableError(f"an answer for {control!r:.40}, which was not asked")
         if choices is None or len(choices) != 1:
-            return control, f"{len(choices or ()) or 'no'} choices for {control}, not one"
+            raise UnreadableError(f"{len(choices or ()) or 'no'} choices for {control}, not one")
         if not isinstance(choices[0], str) or choices[0] not in self.answer_of:
-            return control, f"the choice {choices[0]!r:.60} is not one of the classes"
+            raise UnreadableError(f"the choice {choices[0]!r:.60} is not one of the classes")
         return control, self.answer_of[choices[0]]
 
 

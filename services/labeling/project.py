@@ -143,7 +143,10 @@ class ReviewProject:
         return project_settings(self.tasks, self.run.name, self.state.mark)
 
     def find(self) -> Project | None:
-        """Return the run's project; None if there is none yet, or if it is lost and to be replaced."""
+        """Return the run's project; None if there is none yet, or if it is lost and to be replaced.
+
+        Records the number of a project that was restored under another one, and with `repair` puts its mark back.
+        """
         state = self.state
         project = None if state.project is None else self.client.project(state.project)
         if project is not None and state.mark in project.settings.description:

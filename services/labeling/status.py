@@ -265,7 +265,8 @@ def _votes(pulled: PulledAnnotations, tasks: ReviewTasks, names: Mapping[int, st
     answers, annotators = pulled.answers, pulled.annotators()
     images = tasks.gallery.predicted.shape[1]
     per_task = images // tasks.per_scenario
-    labels = np.array(pulled.labels, np.int64).reshape(-1, per_task)[answers["labels"]]  # (answers, per_task)
+    rows = np.array(pulled.labels, np.int64).reshape(-1, per_task)
+    labels = rows[answers["labels_row"]]  # (answers, per_task)
     scenario, image = np.divmod(answers["task"][:, None] * per_task + np.arange(per_task), images)
     by_id = np.argsort(annotators)
     annotator = by_id[np.searchsorted(annotators, answers["annotator"], sorter=by_id)]
@@ -328,9 +329,9 @@ def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> b
         return True  # no completion accepts it
     labels, unlabelled = reachable_labels(counts, missing)
     misclassified = np.arange(counts.shape[1]) != predicted[:, None]  # (R, C)
-    # whose sum over images is 0 or more where the share of misclassified ones is `least` or more
-    share = np.where(misclassified, least.denominator - least.numerator, -least.numerator)
-    return _always_accepted(labels, unlabelled, share) or not _ever_accepted(labels, unlabelled, share)
+    # (R, C) its sum over the images is 0 or more where the share of misclassified ones is `least` or more
+    score = np.where(misclassified, least.denominator - least.numerator, -least.numerator)
+    return _always_accepted(labels, unlabelled, score) or not _ever_accepted(labels, unlabelled, score)
 
 
 def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
@@ -345,10 +346,10 @@ def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
     return labels, unlabelled
 
 
-def _always_accepted(labels: Bool, unlabelled: Bool, share: I64) -> bool:
+def _always_accepted(labels: Bool, unlabelled: Bool, score: I64) -> bool:
     """Whether every completion accepts the scenario, and under one label."""
-    least = np.minimum(np.where(labels, share, FILL).min(axis=1), np.where(unlabelled, 0, FILL))  # (R,)
-    if least.sum() < 0:
+    lowest = np.minimum(np.where(labels, score, FILL).min(axis=1), np.where(unlabelled, 0, FILL))  # (R,)
+    if lowest.sum() < 0:
         return False
     return any(_always_leads(labels, unlabelled, label) for label in np.flatnonzero(labels.any(axis=0)))
 
@@ -361,9 +362,9 @@ def _always_leads(labels: Bool, unlabelled: Bool, label: int) -> bool:
     return bool((margin.sum(axis=0) > 0).all())
 
 
-def _ever_accepted(labels: Bool, unlabelled: Bool, share: I64) -> bool:
+def _ever_accepted(labels: Bool, unlabelled: Bool, score: I64) -> bool:
     """Whether some completion accepts the scenario, under whichever label."""
-    weights = np.where(labels, share, FORBIDDEN)  # (R, C)
+    weights = np.where(labels, score, FORBIDDEN)  # (R, C)
     free = np.where(unlabelled, 0, FORBIDDEN)
     if np.maximum(weights.max(axis=1), free).sum() < 0:
         return False
@@ -375,7 +376,7 @@ def _ever_accepted(labels: Bool, unlabelled: Bool, share: I64) -> bool:
 
 
 def _can_win(weights: I64, free: I64, label: int, images: int) -> bool:
-    """Whether `label` can have so many images, others fewer, and the share misclassified be enough.
+    """Whether `label` can have so many images, others fewer, and the score be 0 or more.
 
     An assignment of images to slots: `images` of them for the label, one fewer for each other class, and one
     without a label per image.

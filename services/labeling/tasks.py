@@ -8,6 +8,9 @@ task.
 
 A task has a key that names its image or scenario. The pictures are data: addresses, so Label Studio needs no access to
 the store of the run.
+
+Page and tasks are compared with what was pushed. So a review that is under way keeps them when a template changes here;
+only what a repair puts back, and tasks that are imported later, are of the new form.
 """
 
 from __future__ import annotations

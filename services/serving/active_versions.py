@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -186,6 +186,7 @@ class ActiveVersions:
     canary: LoadedModel | None = None
     shadow: LoadedModel | None = None
     state: RegistryState = EMPTY
+    is_complete: bool = True  # False: the canary or shadow of `state` is still to be loaded, or to be ended
     statistics: CanaryStatistics = field(default_factory=CanaryStatistics)  # of the canary or the shadow
     error: str | None = None  # why the registry's versions could not be loaded
     is_outage: bool = False  # whether that is a store that does not answer now
@@ -224,10 +225,6 @@ class RegistryWatcher:
         """`overrides` are fields of section `serve` that take precedence over every version's run file."""
         self.store, self.initial, self.section, self.overrides = store, initial, section, overrides
         self.registry = Registry(store)
-        self.known = EMPTY  # the state after the last change that was loaded completely
-        self.ended: int | None = None  # the canary or shadow that this replica ended, and the registry has
-        self._skipped: int | None = None  # `ended` before the registry was read
-        self._is_complete = True  # whether the canary or shadow of the last change was loaded, or ended
         self._failed: _FailedLoad | None = None
         self._reported = ""  # the last error of `load_initial`
         # why the canary or shadow of a state could not be loaded, where its end is not stored in the registry yet
@@ -258,22 +255,21 @@ class RegistryWatcher:
             raise failure
         return active
 
-    def load_changes(self, current: ActiveVersions) -> ActiveVersions | None:
+    def load_changes(self, current: ActiveVersions, ended: int | None = None) -> ActiveVersions | None:
         """Return the versions after a change of the registry, loaded and warm; None without a change.
 
+        `ended` is the canary or shadow that this replica ended, where the registry may still have it: it is not loaded.
         A change whose canary or shadow the store does not return is loaded without it, and again at the next call.
         A version in production that failed to load is tried again after growing pauses; its error is raised meanwhile.
         """
         if self.initial.pin:
             return None
-        self._skipped = self.ended
-        state = self.registry.state_after(self.known)
-        if state is None:
+        state = self.registry.state_after(current.state) or current.state
+        if state is current.state and current.is_complete:
             return None
         self._require_no_pause(state)
-        self._is_complete = True
         try:
-            versions = self._load_state(state, current)
+            production = self._load_production(state, current)
         except Exception as error:
             if not is_store_outage(error):
                 self._failed = self._failed_load(state, error)
@@ -281,12 +277,11 @@ class RegistryWatcher:
                 raise
             return ActiveVersions(current.production, state=current.state)  # the next call raises the error
         self._failed = None
+        versions = self._with_canary(production, state, current, ended)
         if state != current.state:
-            if replaced := state.replaced_text(self.known):
+            if replaced := state.replaced_text(current.state):
                 log.warning("%s", replaced)
             log.info("registry change %d: %s; %s", state.sequence, state.action, state.production_text)
-        if self._is_complete:
-            self.known = state
         return versions
 
     def _require_no_pause(self, state: RegistryState) -> None:
@@ -307,55 +302,56 @@ class RegistryWatcher:
     def _file_of_production(self, state: RegistryState) -> str | None:
         return None if state.production is None else self.registry.file_version(state.production)
 
-    def _load_state(self, state: RegistryState, current: ActiveVersions) -> ActiveVersions:
-        loaded = current.by_role().values()
-        production = current.production
-        follows = production is not None and production.number is not None  # a version replaced its run
-        if self.initial.key is None or follows or state.since != self.initial.state.since:
-            production = self._load_version(state.production, state, loaded) or production
+    def _load_production(self, state: RegistryState, current: ActiveVersions) -> LoadedModel | None:
+        """Return the version in production; the current model where there is none, or none has replaced `initial`."""
+        model = current.production
+        follows = model is not None and model.number is not None  # a version replaced its run
+        is_replaced = self.initial.key is None or follows or state.since != self.initial.state.since
+        if state.production is None or not is_replaced:
+            return model
+        return self._load_version(state.production, state, current)
+
+    def _with_canary(
+        self, production: LoadedModel | None, state: RegistryState, current: ActiveVersions, ended: int | None
+    ) -> ActiveVersions:
+        """Return `production` with the canary or shadow of the state, unless that is `ended` or cannot be loaded."""
         # a canary is compared with production, and ended for all servers; no server of another run decides that
         comparable = production is not None and production.number == state.production
+        wanted = state.canary_or_shadow if comparable and state.canary_or_shadow != ended else None
+        model = None if wanted is None else self._load_canary(wanted, state, current)
         versions = ActiveVersions(
             production=production,
-            canary=self._load_canary(state.canary, state, loaded) if comparable else None,
-            shadow=self._load_canary(state.shadow, state, loaded) if comparable else None,
+            canary=model if state.canary else None,
+            shadow=model if state.shadow else None,
             state=state,
+            is_complete=wanted is None or model is not None,
         )
         same = versions.by_role() == current.by_role()
         return replace(versions, statistics=current.statistics) if same else versions
 
-    def _load_canary(
-        self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
-    ) -> LoadedModel | None:
-        """Return a canary or shadow; None for one that this replica ended, or that cannot be loaded: that one is ended.
+    def _load_canary(self, number: int, state: RegistryState, current: ActiveVersions) -> LoadedModel | None:
+        """Return the canary or shadow; None if the store does not return it now, or if it is unfit: it is ended then.
 
         An error does not affect production. A version is loaded once: each attempt reads its whole file, and takes
         memory of production.
         """
-        if number is None or number == self._skipped:
-            return None
         if self._unfit is None or self._unfit[0] != state:
             try:
-                return self._load_version(number, state, loaded)
+                return self._load_version(number, state, current)
             except Exception as error:  # for example out of GPU memory
                 log.error("version %d cannot be loaded: %s", number, error)
                 if is_store_outage(error):
-                    self._is_complete = False  # the store may return it at the next poll
                     return None
                 self._unfit = state, str(error)
         try:
             self.registry.end_canary(number, AUTHOR, self._unfit[1])
         except StoreError as failure:
             log.error("version %d: its end is not stored in the registry yet: %s", number, failure)
-            self._is_complete = False
         return None
 
-    def _load_version(
-        self, number: int | None, state: RegistryState, loaded: Collection[LoadedModel]
-    ) -> LoadedModel | None:
+    def _load_version(self, number: int, state: RegistryState, current: ActiveVersions) -> LoadedModel:
         """Return version `number`: the loaded one, unless a registry that was made again has another of the number."""
-        if number is None:
-            return None
+        loaded = current.by_role().values()
         same = (model for model in loaded if model.number == number and _equals(model, number, state))
         return next(same, None) or self._load_warm(self.registry.load(number), number)
 

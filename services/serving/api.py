@@ -327,15 +327,15 @@ async def _answer(deployment: ClassifierDeployment, request: Request) -> Respons
         body = await deployment.uploads.receive(request, held)
         await deployment.slots.acquire(held)
         active = deployment.current()
-        spec = active.in_production.input_spec
+        input_spec = active.in_production.input_spec
         given = request.headers.get("x-request-key")
         key = given.encode() if given is not None else hashlib.sha256(body).digest()
         files = [body]
         if media_type == FORM_TYPE:  # one after the other: the parser holds copies of the body
             async with deployment.form_parser:
-                files = await uploaded_files(request, body, spec.max_images)
+                files = await uploaded_files(request, body, input_spec.max_images)
         del body  # from here on the parts are all that is held of it
-        pixels = await deployment.decode(media_type, files, spec, held)
+        pixels = await deployment.decode(media_type, files, input_spec, held)
         del files
         answer = await deployment.predict(active, pixels, key)
     return Response(answer.model_dump_json(by_alias=True), media_type=JSON_TYPE)

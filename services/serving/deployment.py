@@ -89,6 +89,7 @@ class ClassifierDeployment:
         self._canary_batcher = Batcher(self._predict_canary_batch, section)
         self._shadow = ShadowRunner(section.max_canary_s)
         self._tasks: set[asyncio.Task[None]] = set()
+        self.ended: int | None = None  # the canary or shadow that this replica ended, until that is stored
         self._failures = 0  # of production, in a row, but those that the input explains
 
     async def check_health(self) -> None:
@@ -108,7 +109,7 @@ class ClassifierDeployment:
         return self.active
 
     async def decode(
-        self, media_type: str, files: list[bytes], spec: InputSpec, held: contextlib.ExitStack
+        self, media_type: str, files: list[bytes], input_spec: InputSpec, held: contextlib.ExitStack
     ) -> F32:
         """Return the pixels, (n, channels, H, W). Small images are decoded here, all others by one thread, which bounds
         their memory.
@@ -117,19 +118,19 @@ class ClassifierDeployment:
         holds is then released when the thread is done with it, so that a body never waits for the thread without being
         counted.
         """
-        inline = replace(spec, max_pixels=min(spec.max_pixels, MAX_INLINE_PIXELS))
+        inline = replace(input_spec, max_pixels=min(input_spec.max_pixels, MAX_INLINE_PIXELS))
         if sum(len(file) for file in files) <= MAX_INLINE_BYTES:
             try:
                 return decode_body(media_type, files, inline)
             except RejectedInput as rejected:
-                if rejected.status != 413 or inline == spec:
+                if rejected.status != 413 or inline == input_spec:
                     raise
         abandoned = threading.Event()
 
         def decode_in_time() -> F32:
             if abandoned.is_set():
                 raise TimeoutError("the request was answered before its turn")
-            return decode_body(media_type, files, spec)
+            return decode_body(media_type, files, input_spec)
 
         work = asyncio.get_running_loop().run_in_executor(self._decode_thread, decode_in_time)
         try:
@@ -266,7 +267,7 @@ class ClassifierDeployment:
         reason = statistics.reason_to_end(self.section)
         # Comparisons of earlier roles still arrive: `other` may be in production by now.
         if reason and statistics is self.active.statistics:
-            self.watcher.ended = other.number
+            self.ended = other.number
             self._activate(ActiveVersions(self.active.production, state=self.active.state))
             self._start(self._end_canary(other, reason))
 
@@ -290,8 +291,8 @@ class ClassifierDeployment:
             ),
         )
         await retrying(asyncio.to_thread, self.watcher.registry.end_canary, model.number, AUTHOR, reason)
-        if self.watcher.ended == model.number:
-            self.watcher.ended = None
+        if self.ended == model.number:
+            self.ended = None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -326,7 +327,8 @@ class ClassifierDeployment:
         while True:
             await asyncio.sleep(POLL_S)
             try:
-                versions = await asyncio.to_thread(self.watcher.load_changes, self.active)
+                # `ended` as of now: its end may be stored, and forgotten, while the thread reads the registry
+                versions = await asyncio.to_thread(self.watcher.load_changes, self.active, self.ended)
             except Exception as error:  # of any kind: the next poll follows
                 if str(error) != reported:
                     reported = str(error)

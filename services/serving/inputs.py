@@ -127,31 +127,31 @@ async def _read_part(name: str, part: UploadFile | str) -> bytes:
     return await part.read()
 
 
-def decode_body(media_type: str, parts: list[bytes], spec: InputSpec) -> F32:
+def decode_body(media_type: str, parts: list[bytes], input_spec: InputSpec) -> F32:
     """Return the pixels (n, channels, H, W) in the parts of a body. Raises RejectedInput."""
-    return decode_json(parts[0], spec) if media_type == JSON_TYPE else decode_images(parts, spec)
+    return decode_json(parts[0], input_spec) if media_type == JSON_TYPE else decode_images(parts, input_spec)
 
 
-def decode_images(files: list[bytes], spec: InputSpec) -> F32:
+def decode_images(files: list[bytes], input_spec: InputSpec) -> F32:
     """Return (n, channels, H, W) in [0, 1] from image files. Raises RejectedInput for the first unusable one."""
     if not files:
         raise RejectedInput(422, "the request holds no image")
-    if len(files) > spec.max_images:
-        raise _too_many_images(len(files), spec)
-    pixels = np.empty((len(files), *spec.shape), np.float32)
-    budget = spec.max_pixels  # pixels that may still be decoded for this request
+    if len(files) > input_spec.max_images:
+        raise _too_many_images(len(files), input_spec)
+    pixels = np.empty((len(files), *input_spec.shape), np.float32)
+    budget = input_spec.max_pixels  # pixels that may still be decoded for this request
     for row, data in enumerate(files):
         prefix = f"image {row + 1}: " if len(files) > 1 else ""
-        pixels[row], decoded = _decode_image(data, spec, prefix, budget)
+        pixels[row], decoded = _decode_image(data, input_spec, prefix, budget)
         budget -= decoded
     return pixels
 
 
-def _too_many_images(count: int, spec: InputSpec) -> RejectedInput:
-    return RejectedInput(413, f"the request holds {count} images, the limit is {spec.max_images}")
+def _too_many_images(count: int, input_spec: InputSpec) -> RejectedInput:
+    return RejectedInput(413, f"the request holds {count} images, the limit is {input_spec.max_images}")
 
 
-def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tuple[F32, int]:
+def _decode_image(data: bytes, input_spec: InputSpec, prefix: str, budget: int) -> tuple[F32, int]:
     """Return the pixels, and how many pixels the file holds. Raises RejectedInput."""
     if not data:
         raise RejectedInput(422, f"{prefix}the image is empty")
@@ -159,10 +159,10 @@ def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tup
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings concern metadata; broken pixels raise errors
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                _check_size(image, spec, prefix, budget)
+                _check_size(image, input_spec, prefix, budget)
                 _check_scans(data, prefix)
-                _check_mode(image, spec, prefix)
-                return _fit(image, spec), image.width * image.height
+                _check_mode(image, input_spec, prefix)
+                return _fit(image, input_spec), image.width * image.height
     except (RejectedInput, MemoryError):
         raise
     except Image.DecompressionBombError:
@@ -175,31 +175,35 @@ def _decode_image(data: bytes, spec: InputSpec, prefix: str, budget: int) -> tup
         raise RejectedInput(400, f"{prefix}this image file is broken") from None
 
 
-def _check_size(image: Image.Image, spec: InputSpec, prefix: str, budget: int) -> None:
+def _check_size(image: Image.Image, input_spec: InputSpec, prefix: str, budget: int) -> None:
     """Check the size in the header; no pixel is decoded yet."""
     width, height = image.size
-    if width * height > spec.max_pixels:
+    if width * height > input_spec.max_pixels:
         raise RejectedInput(
-            413, f"{prefix}the image has {width}x{height} pixels, the limit is {spec.max_pixels}"
+            413, f"{prefix}the image has {width}x{height} pixels, the limit is {input_spec.max_pixels}"
         )
     if width * height > budget:
         raise RejectedInput(
-            413, f"{prefix}the images of this request have more than {spec.max_pixels} pixels together"
+            413, f"{prefix}the images of this request have more than {input_spec.max_pixels} pixels together"
         )
-    if not spec.resize and image.size not in spec.sizes:
-        raise RejectedInput(422, f"{prefix}the image has {width}x{height} pixels, expected {spec}; {REMEDY}")
+    if not input_spec.resize and image.size not in input_spec.sizes:
+        raise RejectedInput(
+            422, f"{prefix}the image has {width}x{height} pixels, expected {input_spec}; {REMEDY}"
+        )
 
 
-def _check_mode(image: Image.Image, spec: InputSpec, prefix: str) -> None:
+def _check_mode(image: Image.Image, input_spec: InputSpec, prefix: str) -> None:
     """Check that no colour is lost."""
-    if spec.resize:
+    if input_spec.resize:
         return
     if "transparency" in image.info:
         raise RejectedInput(
-            422, f"{prefix}the image has transparency (tRNS), expected {spec} without; {REMEDY}"
+            422, f"{prefix}the image has transparency (tRNS), expected {input_spec} without; {REMEDY}"
         )
-    if not keeps_colours(image, spec.channels):
-        raise RejectedInput(422, f"{prefix}the image has colour mode {image.mode}, expected {spec}; {REMEDY}")
+    if not keeps_colours(image, input_spec.channels):
+        raise RejectedInput(
+            422, f"{prefix}the image has colour mode {image.mode}, expected {input_spec}; {REMEDY}"
+        )
 
 
 def _check_scans(data: bytes, prefix: str) -> None:
@@ -207,18 +211,18 @@ def _check_scans(data: bytes, prefix: str) -> None:
         raise RejectedInput(422, f"{prefix}the JPEG image has more than {MAX_JPEG_SCANS} scans")
 
 
-def _fit(image: Image.Image, spec: InputSpec) -> F32:
-    fitted = np.zeros(spec.shape, np.float32)
+def _fit(image: Image.Image, input_spec: InputSpec) -> F32:
+    fitted = np.zeros(input_spec.shape, np.float32)
     border = 0
-    if spec.pad_to and image.size != (spec.size, spec.size):
-        border = (spec.pad_to[1] - spec.pad_to[0]) // 2
-    inner = slice(border, spec.size - border)
-    fitted[:, inner, inner] = fit_picture(image, spec.channels, spec.size - 2 * border)
+    if input_spec.pad_to and image.size != (input_spec.size, input_spec.size):
+        border = (input_spec.pad_to[1] - input_spec.pad_to[0]) // 2
+    inner = slice(border, input_spec.size - border)
+    fitted[:, inner, inner] = fit_picture(image, input_spec.channels, input_spec.size - 2 * border)
     fitted /= 255
     return fitted
 
 
-def decode_json(body: bytes, spec: InputSpec) -> F32:
+def decode_json(body: bytes, input_spec: InputSpec) -> F32:
     """Return (n, channels, H, W) from {"pixels": ...}: one image or a list of images, numbers from 0 to 1.
 
     Raises RejectedInput for anything else.
@@ -231,7 +235,7 @@ def decode_json(body: bytes, spec: InputSpec) -> F32:
     if "pixels" not in tree:
         raise RejectedInput(422, "the field pixels is missing")
     _check_numbers_only(body)
-    return _to_images(_to_numbers(tree["pixels"]), spec)
+    return _to_images(_to_numbers(tree["pixels"]), input_spec)
 
 
 def _parse_json(body: bytes) -> Any:
@@ -269,17 +273,17 @@ def _to_numbers(pixels: Any) -> F32:
     return array.astype(np.float32)
 
 
-def _to_images(array: F32, spec: InputSpec) -> F32:
-    channels, size, _ = spec.shape
+def _to_images(array: F32, input_spec: InputSpec) -> F32:
+    channels, size, _ = input_spec.shape
     if array.shape == (size, size) and channels == 1:
         array = array[None, None]
-    elif array.shape == spec.shape:
+    elif array.shape == input_spec.shape:
         array = array[None]
-    if array.shape[1:] != spec.shape:
+    if array.shape[1:] != input_spec.shape:
         found = "x".join(str(length) for length in array.shape)
         raise RejectedInput(
             422, f"pixels: found {found} numbers, expected {channels}x{size}x{size} or a list of such images"
         )
-    if len(array) > spec.max_images:
-        raise _too_many_images(len(array), spec)
+    if len(array) > input_spec.max_images:
+        raise _too_many_images(len(array), input_spec)
     return array

@@ -18,6 +18,7 @@ from services.serving.active_versions import (
     InitialModel,
     RegistryWatcher,
 )
+from services.serving.candidate import Candidate
 from services.serving.deployment import canary_for, is_in_canary
 from services.serving.limits import Unavailable
 from services.serving.model import LoadedModel
@@ -97,19 +98,29 @@ def test_a_canary_whose_share_changes_keeps_its_counts_and_has_the_new_share(sto
 
 
 def test_a_canary_that_ends_while_the_registry_is_read_is_not_loaded(store, put, monkeypatch):
+    monkeypatch.setattr("services.serving.deployment.POLL_S", 0.01)
     put(1)
     put(2, canary=0.2)
-    watcher = watcher_of(store)
-    watcher.ended = 2
-    state_after = watcher.registry.state_after
+    replica = new_replica(store)
+    before, state_after = replica.active, replica.watcher.registry.state_after
+    assert before.names() == {"production": "1", "canary": "2"}
+    replica.ended = 2
+    Registry(store).change("another change", "ana", "", lambda state: {})
 
     def read_and_end(known: RegistryState) -> object:
         state = state_after(known)
-        watcher.ended = None  # its end is stored now
+        replica.ended = None  # its end is stored now
         return state
 
-    monkeypatch.setattr(watcher.registry, "state_after", read_and_end)
-    assert watcher.load_initial().names() == {"production": "1"}
+    monkeypatch.setattr(replica.watcher.registry, "state_after", read_and_end)
+
+    async def poll() -> None:
+        async with replica.following_registry():
+            while replica.active is before:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(poll())
+    assert replica.active.names() == {"production": "1"}
 
 
 @pytest.mark.parametrize("role", [{"canary": 0.2}, {"shadow": True}])
@@ -134,8 +145,9 @@ def test_a_canary_for_which_there_is_no_memory_is_ended_with_the_reason(store, p
         "defuse serve",
         "CUDA out of memory",
     )
-    assert follow(watcher, begun).names() == {"production": "1"}
-    assert watcher.load_changes(begun) is None
+    after = follow(watcher, begun)
+    assert after.names() == {"production": "1"}
+    assert watcher.load_changes(after) is None
 
 
 def test_the_reason_that_clients_read_tells_a_damaged_version_from_a_store_that_fails(
@@ -199,6 +211,27 @@ def test_a_registry_that_is_restored_from_a_backup_is_followed_back_and_the_log_
     assert watcher.load_changes(after) is None
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert line.endswith("made again: the last change was number 4, and is number 2 now")
+
+
+def test_a_restored_registry_is_followed_also_where_a_canary_is_still_to_be_loaded(store, put, monkeypatch):
+    put(1)
+    backup = Registry(store).state()
+    watcher = watcher_of(store)
+    begun, load = watcher.load_initial(), watcher.registry.load
+    put(2)
+    put(3, canary=0.2)
+
+    def without_3(number: int) -> Candidate:
+        if number == 3:
+            raise StoreError(f"{store.address}: no answer")
+        return load(number)
+
+    monkeypatch.setattr(watcher.registry, "load", without_3)
+    after = follow(watcher, begun)
+    assert after.names() == {"production": "2"}
+    forget_since(store, backup)
+    restored = follow(watcher, after)
+    assert restored.names() == {"production": "1"} and restored.state == backup
 
 
 def test_another_model_under_the_number_of_a_loaded_version_is_loaded_anew(store, put, caplog):

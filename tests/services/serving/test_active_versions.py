@@ -9,7 +9,7 @@ import pytest
 from synthetic_runs import make_run, perturb_weights
 
 from defuse_core.config import ServeSection
-from defuse_core.errors import DamagedError, InputError, StoreError
+from defuse_core.errors import DamagedError, InputError, NoAnswerError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import ActiveVersions, InitialModel, RegistryWatcher
@@ -68,6 +68,23 @@ def test_a_server_of_a_run_that_starts_during_a_canary_has_it_at_once(own_store)
     begun = watcher.load_initial()
     assert answering(begun) == {"production": "1", "canary": "2"}
     assert watcher.load_changes(begun) is None
+
+
+def test_a_server_of_a_run_that_the_store_returns_late_has_the_canary_at_once_then(own_store, monkeypatch):
+    put(own_store, "first")
+    put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
+    watcher = RegistryWatcher(own_store, own_run(own_store), ServeSection(), {})
+
+    def no_answer(key: str) -> NoReturn:
+        raise NoAnswerError(f"{key}: no answer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(watcher, "_load_candidate", no_answer)
+        with pytest.raises(NoAnswerError):
+            watcher.load_initial()
+    begun = watcher.load_initial()
+    assert answering(begun) == {"production": "1", "canary": "2"}
+    assert begun.state == Registry(own_store).state()
 
 
 def test_a_server_of_a_run_that_equals_the_version_in_production_tells_who_promoted_it(own_store):
@@ -158,17 +175,15 @@ def test_a_canary_whose_end_is_not_stored_yet_stays_ended_after_another_change(o
     watcher = RegistryWatcher(own_store, InitialModel(), ServeSection(), {})
     begun = watcher.load_initial()
     assert answering(begun) == {"production": "1", role: "2"}
-    watcher.ended = 2
     after_end = ActiveVersions(begun.production, state=begun.state)
     Registry(own_store).change("another change", "ana", "", lambda state: {})
-    after = watcher.load_changes(after_end)
+    after = watcher.load_changes(after_end, ended=2)
     assert after is not None and answering(after) == {"production": "1"}
     put(own_store, "swapped", PromotionRequest("ana", "", force="a drill", canary=0.1))
-    after = watcher.load_changes(after)
+    after = watcher.load_changes(after, ended=2)
     assert after is not None and answering(after) == {"production": "1", "canary": "3"}
-    watcher.ended = None  # its end is stored now
     put(own_store, "second", PromotionRequest("ana", "", canary=0.1))
-    after = watcher.load_changes(after)
+    after = watcher.load_changes(after)  # its end is stored now
     assert after is not None and answering(after) == {"production": "1", "canary": "2"}
 
 

@@ -228,7 +228,7 @@ def test_a_canary_whose_end_cannot_be_stored_is_remembered_until_it_is(own_store
     end_canary, calls = replica.watcher.registry.end_canary, []
 
     def fail_once(*change):
-        calls.append(replica.watcher.ended)
+        calls.append(replica.ended)
         if len(calls) == 1:
             raise StoreError("no access")
         return end_canary(*change)
@@ -240,7 +240,7 @@ def test_a_canary_whose_end_cannot_be_stored_is_remembered_until_it_is(own_store
         await asyncio.gather(*replica._tasks)
 
     asyncio.run(answer_and_end())
-    assert calls == [2, 2] and replica.watcher.ended is None
+    assert calls == [2, 2] and replica.ended is None
     assert Registry(own_store).state().canary is None
 
 
@@ -268,7 +268,7 @@ def test_a_late_comparison_of_a_promoted_shadow_ends_no_other_version(own_store,
         before.statistics.add_error()
     asyncio.run(compare())
     assert before.statistics.reason_to_end(replica.section) is not None
-    assert replica.active is versions and replica.watcher.ended is None
+    assert replica.active is versions and replica.ended is None
 
 
 def test_a_request_is_answered_by_the_version_that_it_was_decoded_for(own_store, pictures, monkeypatch):
