@@ -139,10 +139,9 @@ def small_cell(
 
 
 def join_small_cells(small: list[DroppedComponent]) -> tuple[DroppedComponent, ...]:
-    """Return MOST_SMALL_CELLS cells, and the others as one of each cause.
+    """Return MOST_SMALL_CELLS cells, of few codes (whose number is told) and then of most images; join the others.
 
-    Those of few codes come first, so that their number is known unless they alone are too many, then those of most
-    images.
+    Those that are joined count as one of each cause.
     """
     order = sorted(range(len(small)), key=lambda row: (small[row].cause != "few codes", -small[row].support))
     kept, others = sorted(order[:MOST_SMALL_CELLS]), [small[row] for row in order[MOST_SMALL_CELLS:]]

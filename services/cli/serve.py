@@ -206,8 +206,7 @@ def promote(
 )
 @click.option(
     "--from", "expected", type=click.IntRange(min=1), metavar="VERSION",
-    help="Only if this version is in production, so that a repeated command goes back no further.",
-)  # fmt: skip
+    help="Only if this version is in production, so that a repeated command goes back no further.")  # fmt: skip
 def rollback(store: str, by: str | None, why: str | None, production: bool, expected: int | None) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
 
