@@ -286,7 +286,7 @@ def _are_clear(
     with cpu_threads(1):
         images = failures.batch()
         answers = predict(load_classifier(spec, models.classifier, classes), images)
-        judged = load_reference_models(spec, spec.review.reference, references, classes)
-        labels = unanimous_labels(model_probabilities(judged, images), spec.identify.min_probability)
+        loaded = load_reference_models(spec, spec.review.reference, references, classes)
+        labels = unanimous_labels(model_probabilities(loaded, images), spec.identify.min_probability)
     clear: list[bool] = ((labels == failures.labels) & (answers != failures.labels)).tolist()
     return clear

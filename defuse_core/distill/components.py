@@ -23,7 +23,7 @@ from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, DroppedCompo
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import component_failures, with_both_halves
+from defuse_core.distill.draws import component_failures, drop_with_few_units
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -58,7 +58,7 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec, data_fingerprint).train
         anchored = component_failures(fits.members(), train, spec.seed)
-        scenarios = with_both_halves(replace(scenarios, failures=anchored))
+        scenarios = drop_with_few_units(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)
     return scenarios
 

@@ -141,7 +141,10 @@ def _image_order(failures: ComponentFailures, component: int, rng: np.random.Gen
 
 
 def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
-    """Return the failures of one component at its held-out images, or at the others; `with_both_halves` left some."""
+    """Return the failures of one component at its held-out images, or at the others.
+
+    There are some of either after `drop_with_few_units`.
+    """
     half: I64 = np.flatnonzero(failures.anchors.held_out[failures.anchor[component]] == held_out)
     return half
 
@@ -216,7 +219,7 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
 
     They are drawn by seed, and each image gives as many as the others where it has so many. Images of one track are
     held out together, since they show the same object. Components whose images are all in one half are among them
-    (see `with_both_halves`).
+    (see `drop_with_few_units`).
     """
     chosen = [
         own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
@@ -300,8 +303,8 @@ def _with_fewest_undivided(several: list[I64], held: Bool, rng: np.random.Genera
     return best
 
 
-def with_both_halves(scenarios: Scenarios, least: int = 1) -> Scenarios:
-    """Return the components with photographs in both halves, `least` of them to review; the others become dropped ones.
+def drop_with_few_units(scenarios: Scenarios, least: int = 1) -> Scenarios:
+    """Return the components with photographs in both halves and `least` of them to review; the others become dropped.
 
     Without both halves they would be measured on the photographs that they are tuned on, or tuned on photographs that
     others are measured on; with fewer to review no verdict could accept them (`ReviewSection.least_units`).

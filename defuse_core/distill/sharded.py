@@ -34,7 +34,7 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import component_failures, with_both_halves
+from defuse_core.distill.draws import component_failures, drop_with_few_units
 from defuse_core.distill.mixture import (
     FittedMixture,
     VariationalFit,
@@ -109,7 +109,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
         failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
-        scenarios = with_both_halves(replace(scenarios, failures=failures))
+        scenarios = drop_with_few_units(replace(scenarios, failures=failures))
     log_scenarios(spec, scenarios)
     return scenarios
 
