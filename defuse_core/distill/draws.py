@@ -8,7 +8,7 @@ so that none is tuned on by one component and held out by another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
@@ -90,7 +90,8 @@ def draw_codes(
     """
     if scenarios.failures is not None:
         rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-        return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
+        tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
+        return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
     if scenarios.taus is None:
         return Draws(gaussian_codes(scenarios, component, count, tau_of(spec, scenarios, component), rng))
     normal = rng.standard_normal((count, scenarios.means.shape[1]))
@@ -129,7 +130,8 @@ def spread_draws(
     anchor = scenarios.failures.anchor[component, half]
     images = order[np.arange(after, after + count) % len(order)]
     rows = np.array([rng.choice(half[anchor == image]) for image in images], np.int64)
-    return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
+    tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
+    return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
 
 
 def _image_order(failures: ComponentFailures, component: int, rng: np.random.Generator) -> I64:
@@ -156,24 +158,27 @@ def near_failures(
     tau: float,
     rng: np.random.Generator,
     factor: float = 1.0,
+    *,
+    truncated: bool,
 ) -> Draws:
     """Return a draw near each failure z in `rows` of one component, anchored at the image of that failure.
 
     The draw is mu_j + sqrt(1 - τ)·(z - mu_j) + N(0, τ·Σ_j), a smoothed bootstrap: at any τ up to 1 its mean and
-    covariance are those of the component, and at small τ it is the failure itself. Truncated as `truncated_codes`
-    where the components have a tau each. `factor` multiplies the covariance of the noise alone, so that the draw stays
-    near its failure.
+    covariance are those of the component, and at small τ it is the failure itself. `truncated`: the noise is as of
+    `truncated_codes`. `factor` multiplies the covariance of the noise alone, so that the draw stays near its failure.
     """
     normal = np.sqrt(factor) * rng.standard_normal((len(rows), scenarios.means.shape[1]))
-    return smoothed(scenarios, component, rows, tau, normal)
+    return smoothed(scenarios, component, rows, tau, normal, truncated=truncated)
 
 
-def smoothed(scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64) -> Draws:
+def smoothed(
+    scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64, *, truncated: bool
+) -> Draws:
     """Return what `near_failures` does, for (n, Z) standard normal draws."""
     failures, mean = scenarios.failures, scenarios.means[component]
     assert failures is not None
     covariance = tau * scenarios.covariances[component]
-    if scenarios.taus is None:
+    if not truncated:
         noise: F64 = normal @ np.linalg.cholesky(covariance).T
     else:
         noise = truncated_codes(np.zeros_like(mean), covariance, normal).astype(np.float64)
@@ -211,7 +216,7 @@ def wide_draws(
     if scenarios.failures is None:
         return Draws(gaussian_codes(scenarios, component, count, factor * tau, rng))
     rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-    return near_failures(replace(scenarios, taus=None), component, rows, tau, rng, factor)
+    return near_failures(scenarios, component, rows, tau, rng, factor, truncated=False)
 
 
 def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:

@@ -138,8 +138,7 @@ class _Search:
     """The search for the largest tau of one component. The same normal draws serve every tau."""
 
     def __init__(self, spec: RunFile, examine: Examine, scenarios: Scenarios, component: int) -> None:
-        self.spec, self.examine, self.component = spec, examine, component
-        self.scenarios = replace(scenarios, taus=np.ones(len(scenarios)))
+        self.spec, self.examine, self.scenarios, self.component = spec, examine, scenarios, component
         rng = generator(spec.seed, "tighten", component)
         self.normal: F64 = rng.standard_normal((DRAWS, scenarios.means.shape[1]))
         self.failures: I64 | None = None
@@ -171,6 +170,6 @@ class _Search:
     def _draws(self, tau: float) -> Draws:
         scenarios, component = self.scenarios, self.component
         if self.failures is not None:
-            return smoothed(scenarios, component, self.failures, tau, self.normal)
+            return smoothed(scenarios, component, self.failures, tau, self.normal, truncated=True)
         covariance = tau * scenarios.covariances[component]
         return Draws(truncated_codes(scenarios.means[component], covariance, self.normal))
