@@ -162,7 +162,7 @@ class Sources:
     tracks: tuple[F64, ...] | None = None
 
     @staticmethod
-    def joined(parts: Sequence[Sources]) -> Sources:
+    def summed(parts: Sequence[Sources]) -> Sources:
         """Return the sources of the same components over all parts of Ψ, which have no image in common."""
         support = np.sum([part.support for part in parts], axis=0)
         wrong = np.sum([part.wrong for part in parts], axis=0)
@@ -172,7 +172,7 @@ class Sources:
         return Sources(support, wrong, tuple(_merged(of_parts) for of_parts in zip(*tables, strict=True)))
 
     @staticmethod
-    def of_all(mixtures: Sequence[Sources]) -> Sources:
+    def concatenated(mixtures: Sequence[Sources]) -> Sources:
         """Return the sources of the components of all mixtures, one mixture after the other."""
         tables = [part.tracks for part in mixtures if part.tracks is not None]
         return Sources(
@@ -332,7 +332,7 @@ class Fits:
 def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
     """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
     weights = np.concatenate([cell.weights for cell in cells])
-    sources = Sources.of_all([cell.sources for cell in cells])
+    sources = Sources.concatenated([cell.sources for cell in cells])
     over = np.flatnonzero(weights > section.min_weight)
     over = over[np.argsort(-weights[over], kind="stable")]
     if section.order == "source-error":
@@ -346,7 +346,7 @@ def scenarios_of(
 ) -> Scenarios:
     """Return the components of all mixtures over ε with enough support, in the order of `section.order`."""
     weights = np.concatenate([cell.weights for cell in fitted])
-    sources = Sources.of_all([cell.sources for cell in fitted])
+    sources = Sources.concatenated([cell.sources for cell in fitted])
     tracks, wrong = sources.wrong_tracks() or (None, None)
     cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
     means = np.concatenate([cell.fit.means for cell in fitted])

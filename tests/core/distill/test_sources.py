@@ -52,10 +52,10 @@ def test_a_component_without_images_has_no_certain_error():
 def test_mixtures_have_tracks_only_where_each_has_them():
     tracked = count_sources([failures([0, 1], wrong=[0], track=TRACK), failures([5], wrong=[], track=TRACK)])
     plain = count_sources([failures([2, 3, 4], wrong=[3])])
-    together = Sources.of_all([tracked, plain])
+    together = Sources.concatenated([tracked, plain])
     assert (together.support.tolist(), together.wrong.tolist()) == ([2, 1, 3], [1.0, 0.0, 1.0])
     assert together.tracks is None and together.wrong_tracks() is None
-    twice = Sources.of_all([tracked, tracked]).wrong_tracks()
+    twice = Sources.concatenated([tracked, tracked]).wrong_tracks()
     assert twice is not None and twice[0].tolist() == [1, 1, 1, 1]
     mixed = count_sources([failures([0], wrong=[0], track=TRACK), failures([1], wrong=[1])])
     assert mixed.tracks is None
