@@ -24,6 +24,7 @@ from defuse_core.artifacts.scenarios import (
     I64,
     NO_SCENARIO,
     NONE_OF_THE_ABOVE,
+    SAMPLE_INDEX,
     U8,
     Anchors,
     Bool,
