@@ -10,7 +10,7 @@ from defuse_core.data import open_splits
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.local import LocalCompute
 from defuse_core.models import Vae, load_vae
-from defuse_core.protocols import AT_ONCE, Call, silent
+from defuse_core.protocols import ROWS_PER_TASK, Call, silent
 from defuse_core.review.tighten import TAUS, find_taus, tighten, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import recommended, tiny
@@ -232,7 +232,7 @@ def test_each_photograph_is_encoded_once_for_its_component_and_not_for_the_other
     spec = recommended(vae={"decode": "anchored"})
     vae = CountedEncodings(load_vae(spec, tiny_models.vae))
     monkeypatch.setattr("defuse_core.review.sample.load_vae", lambda *asked: vae)
-    components, own = 2 * AT_ONCE, 4
+    components, own = 2 * ROWS_PER_TASK, 4
     pixels = open_splits(spec.data, spec.seed).train.batch(slice(0, components * own))
     source = np.arange(len(pixels))
     failures = ComponentFailures(
