@@ -1,4 +1,7 @@
-"""RayCompute: the heavy steps as Ray tasks. Its results equal LocalCompute's."""
+"""RayCompute: the heavy steps as Ray tasks. Its results equal LocalCompute's.
+
+What is lost, and who starts it again: README.md, *When something is lost*.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 
 from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
-from cluster.identify import IdentifyContext, ShardQueue
+from cluster.identify import IdentifyContext, ShardScheduler
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
-    LOST_NODES,
+    TASK_RETRIES,
     CapacityMonitor,
     RayPartitions,
     Resources,
@@ -136,7 +139,7 @@ class RayCompute(Compute):
         missing = [index for index in range(count) if index not in records]
         if missing:
             context = self._identify_context(spec, models, store, references)
-            records |= ShardQueue(context, missing, count).run()
+            records |= ShardScheduler(context, missing, count).run()
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
@@ -269,7 +272,7 @@ class RayCompute(Compute):
         GPU, and compute on the same one when it is granted another.
         """
         listener, resources = self._join_cluster(), task_resources(self.spec.resources)
-        options = {"name": step, "max_retries": LOST_NODES, **resources.options()} | options
+        options = {"name": step, "max_retries": TASK_RETRIES, **resources.options()} | options
         remote = _remote_calls(max_calls=1 if options["num_gpus"] else 0)
         started = remote.options(num_returns=1 + len(numbers), **options)
         with ray_errors(step):
@@ -340,6 +343,7 @@ def _calls_in_worker(
             log.debug("%s: in %s", step, claim_devices(step))
             with profile.task(step, function, reporter, number) as progress:
                 results.append(function(*own, progress=progress))
+    # None first: the driver waits for it, so that no result is fetched before it is wanted
     return None, *results
 
 

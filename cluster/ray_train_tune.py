@@ -140,9 +140,9 @@ def _trial(
     progress_actor: Any,
     profile: Profile,
 ) -> None:
-    """Run one trial of Tune in a worker: one stack of λ of one request.
+    """Run one trial of Tune in a worker: one stack of λ of one request. It reports the epochs done, of all λ together.
 
-    It reports how many of their epochs are done, together. `requests` are the run file, the store and the repetition of each request.
+    `requests` are the run file, the store and the repetition of each request.
     """
     number, index = config["trial"]
     spec, store, repetition = requests[number]
