@@ -151,7 +151,10 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Psi:
-    """The record of identification: how many codes each shard holds. The codes stay in the store, shard by shard."""
+    """The record of identification: how many codes each shard holds. The codes stay in the store, shard by shard.
+
+    Of all shards, or, as a worker returns it, of one (G = 1).
+    """
 
     codes: I64  # (G,) |Ψ| of each shard, in the order of the training set
     images: int
