@@ -161,7 +161,7 @@ class Checkpoint:
 class Corrections:
     """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3).
 
-    The corrected classifier is that of Sweep.
+    The corrected classifier is in Sweep.
     """
 
     scenario: I64  # (A,) index into Scenarios
@@ -234,7 +234,10 @@ class FailedTrial:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from. One of Tune is of a stack."""
+    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from.
+
+    A trial of Ray Tune is of a stack of λ.
+    """
 
     lam: float
     rows: tuple[SweepRow, ...]  # one per finished epoch
@@ -263,7 +266,8 @@ class Sweep:
 class Evaluation:
     """The figures of §4 that need a model or a fit; `report.build_report` turns them and the rest into the report.
 
-    Models are in the order before, baseline, defuse. P points are drawn. A figure that does not exist is nan.
+    Models are in the order before, baseline, defuse. A figure that does not exist is nan.
+    The t-SNE has P points.
     """
 
     accuracy: F64  # (3, 3) model x (validation, test, scenario)
