@@ -1,4 +1,7 @@
-"""RayCompute: the heavy steps as Ray tasks. Its results equal LocalCompute's."""
+"""RayCompute: the heavy steps as Ray tasks. Its results equal LocalCompute's.
+
+What is lost, and who starts it again: README.md, *When something is lost*.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import ray
 
 from cluster.connection import connect, disconnect, ray_errors, require_absolute_paths
-from cluster.identify import IdentifyContext, ShardQueue
+from cluster.identify import IdentifyContext, ShardScheduler
 from cluster.progress import ProgressListener, reporting
 from cluster.ray_compat import cancel_all
 from cluster.resources import (
-    LOST_NODES,
+    TASK_RETRIES,
     CapacityMonitor,
     RayPartitions,
     Resources,
@@ -35,7 +38,7 @@ from cluster.resources import (
     wait_for_nodes,
     worker_resources,
 )
-from defuse_core.artifacts import Bool, Models, Psi, ReferenceSet, Sweep
+from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep
 from defuse_core.config import RunFile
 from defuse_core.identify import (
     finished_shards,
@@ -52,7 +55,7 @@ from defuse_core.trials import collect_stored, finished_trials
 from defuse_core.tuning_data import decode_scenario_images, load_clean_images, score_before
 
 if TYPE_CHECKING:
-    from cluster.ray_train_tune import Outcome, SweepContext
+    from cluster.ray_train_tune import Outcome, SweepContext, TrialImages
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
@@ -136,7 +139,7 @@ class RayCompute(Compute):
         missing = [index for index in range(count) if index not in records]
         if missing:
             context = self._identify_context(spec, models, store, references)
-            records |= ShardQueue(context, missing, count).run()
+            records |= ShardScheduler(context, missing, count).run()
         return gather_shards(records)
 
     def sweeps(self, models: Models, requests: Sequence[SweepRequest]) -> list[Sweep]:
@@ -193,40 +196,41 @@ class RayCompute(Compute):
             profile=self.profile,
         )
 
-    def _fine_tuning_images(
-        self, models: Any, requests: Sequence[SweepRequest]
-    ) -> list[tuple[Any, Any, dict[str, Bool]]]:
-        """Return for each request references to its Splits and its ScenarioImages, and `score_before` of the former.
+    def _fine_tuning_images(self, models: Any, requests: Sequence[SweepRequest]) -> list[TrialImages]:
+        """Return what the trials of each request read; requests share what is the same for them."""
+        from cluster.ray_train_tune import TrialImages
 
-        Requests share the first and the last.
-        """
-        sources = [(id(each.fixes), id(each.reviewed)) for each in requests]  # of plain trainings the same
+        # of plain trainings the same
+        scenario_keys = [(id(each.fixes), id(each.reviewed)) for each in requests]
         drawn = {}
-        for number, (source, each) in enumerate(zip(sources, requests, strict=True)):
-            if source not in drawn:
+        for number, (key, each) in enumerate(zip(scenario_keys, requests, strict=True)):
+            if key not in drawn:
                 args = each.spec, models, each.fixes, each.reviewed
-                drawn[source] = self._start("correct", decode_scenario_images, *args, numbers=(number,))
+                drawn[key] = self._start("correct", decode_scenario_images, *args, numbers=(number,))
         shared, scored = dict[object, Any](), dict[object, list[Any]]()
-        keys = []
+        clean_keys = []
         for each in requests:
             left_out, tuned = each.sources()
-            key = each.spec.correct.train_images, left_out.tobytes(), tuned.tobytes()
-            if key not in shared:
-                shared[key] = self._held_images(
+            clean_key = each.spec.correct.train_images, left_out.tobytes(), tuned.tobytes()
+            if clean_key not in shared:
+                shared[clean_key] = self._held_images(
                     "correct", load_clean_images, each.spec, models, left_out, tuned
                 )
                 numbers = (len(scored),)
-                scored[key] = self._start(
-                    "correct", score_before, each.spec, models, shared[key], numbers=numbers
+                scored[clean_key] = self._start(
+                    "correct", score_before, each.spec, models, shared[clean_key], numbers=numbers
                 )
-            keys.append(key)
+            clean_keys.append(clean_key)
         self._wait("correct", (done for done, _ in (*drawn.values(), *scored.values())))
         right = {key: ray.get(found) for key, (_, found) in scored.items()}
         # a copy on the driver's node, by a task there: lost with another node, these images would have to be drawn
         # again, on CPUs that the trials that wait for them hold
         copy: Any = ray.remote(_copied).options(name="correct", **on_this_node())
-        copies = {source: copy.remote(scenes) for source, (_, scenes) in drawn.items()}
-        return [(shared[key], copies[source], right[key]) for key, source in zip(keys, sources, strict=True)]
+        copies = {key: copy.remote(images) for key, (_, images) in drawn.items()}
+        return [
+            TrialImages(shared[clean], copies[scenario], right[clean])
+            for clean, scenario in zip(clean_keys, scenario_keys, strict=True)
+        ]
 
     def _held_images(self, step: str, function: Callable[..., Any], *args: object) -> Any:
         """Return a reference to the images that function(*args) opens, on a node that has images; raises its error.
@@ -268,7 +272,7 @@ class RayCompute(Compute):
         GPU, and compute on the same one when it is granted another.
         """
         listener, resources = self._join_cluster(), task_resources(self.spec.resources)
-        options = {"name": step, "max_retries": LOST_NODES, **resources.options()} | options
+        options = {"name": step, "max_retries": TASK_RETRIES, **resources.options()} | options
         remote = _remote_calls(max_calls=1 if options["num_gpus"] else 0)
         started = remote.options(num_returns=1 + len(numbers), **options)
         with ray_errors(step):
@@ -339,6 +343,7 @@ def _calls_in_worker(
             log.debug("%s: in %s", step, claim_devices(step))
             with profile.task(step, function, reporter, number) as progress:
                 results.append(function(*own, progress=progress))
+    # None first: the driver waits for it, so that no result is fetched before it is wanted
     return None, *results
 
 

@@ -30,7 +30,7 @@ from ray.exceptions import (
 from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from cluster.connection import MORE_MEMORY, as_defuse_error, explained_line
-from cluster.progress import ProgressListener, count, reporting
+from cluster.progress import ProgressListener, add_to_counter, reporting
 from cluster.resources import CapacityMonitor, Resources, WorkerLocation, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
@@ -106,9 +106,9 @@ class ShardWorker:
                 self.has_failed_gpu = is_device_failure(error) and not is_out_of_memory(error)
                 raise
             record = _save_with_retries(self.store, shard)
-        count("images", record.images)
-        count("decodings", record.decodings)
-        count("failures", record.total)
+        add_to_counter("images", record.images)
+        add_to_counter("decodings", record.decodings)
+        add_to_counter("failures", record.total)
         return record
 
 
@@ -167,8 +167,11 @@ class IdentifyContext:
         return remote.remote(self.spec, self.store, self.profile)
 
 
-class ShardQueue:
-    """The driver's side: the shards that wait, those in flight, and the records of those that are done."""
+class ShardScheduler:
+    """The driver's side: starts workers, pings them, and drops those that are lost.
+
+    It holds the shards that wait, those in flight, and the records of those that are done.
+    """
 
     def __init__(self, context: IdentifyContext, waiting: Iterable[int], total: int) -> None:
         self.context, self.total = context, total
@@ -316,7 +319,7 @@ class ShardQueue:
         self._requeue(index)
 
     def _requeue(self, index: int) -> None:
-        count("shards_redone", 1)
+        add_to_counter("shards_redone", 1)
         self.waiting.appendleft(index)
 
     def _dispatch(self, worker: Worker) -> None:

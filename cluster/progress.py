@@ -181,7 +181,7 @@ def reporting(actor: Any, task: int = 0) -> Iterator[ProgressReporter]:
             ray.get(actor.flush.remote(), timeout=FLUSH_S)
 
 
-def count(name: str, amount: int) -> None:
+def add_to_counter(name: str, amount: int) -> None:
     """Add to one of COUNTERS, in the process that did the work."""
     if amount:  # Ray raises for an increment of 0
         _counter(name).inc(amount)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray import train, tune
@@ -61,14 +61,21 @@ Outcome = tuple[list[Trial], dict[float, DefuseError]]
 TrialId = tuple[int, int]  # a Tune trial: number of the request, and of the stack among those of the request
 
 
+class TrialImages(NamedTuple):
+    """What the trials of one request read; the images are in the object store of each node once."""
+
+    clean: Any  # ObjectRef of Splits
+    scenario: Any  # ObjectRef of ScenarioImages
+    right_before: dict[str, Bool]  # as `score_before` returns it
+
+
 @dataclass(eq=False)
 class SweepContext:
     """What all trials of some sweeps over λ share. They run together, so that no worker waits at the end of each."""
 
     requests: Sequence[SweepRequest]
     models: Any  # ObjectRef of Models
-    # per request, ObjectRefs of Splits and ScenarioImages, once in the object store of each node, and `score_before`
-    images: list[tuple[Any, Any, dict[str, Bool]]]
+    images: list[TrialImages]  # per request
     resources: Resources
     max_concurrent: int | None  # trials at once; None: as many as fit, on nodes that join later, too
     listener: ProgressListener
@@ -91,12 +98,12 @@ def run_trials(sweep: SweepContext, finished: Sequence[Mapping[float, Trial]]) -
     `finished` are those of each request that were done before, by λ. Raises the error of a trial that the images, the
     store or the machines failed: the same command continues it.
     """
-    names = sweep.unfinished(finished)
+    trials = sweep.unfinished(finished)
     with quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
-        results = fit(_tuner(sweep, names, folder))
+        results = fit(_tuner(sweep, trials, folder))
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
-        # the one field that every failure leaves
+        # its folder is named by _trial_name: this is all that Tune is sure to return of one that failed
         number, index = map(int, Path(result.path).name.removeprefix(TRIAL).split("-"))
         request = sweep.requests[number]
         lams, failed = stacks_of(request.spec.correct)[index], failures[number]
@@ -129,11 +136,11 @@ def _trial(
     config: dict[str, TrialId],
     requests: Sequence[tuple[RunFile, Store, int]],
     models: Models,
-    images: list[tuple[Any, Any, dict[str, Bool]]],
+    images: list[TrialImages],
     progress_actor: Any,
     profile: Profile,
 ) -> None:
-    """One stack of λ of one request, in a worker. Reports how many of their epochs are done, together.
+    """Run one trial of Tune in a worker: one stack of λ of one request. It reports the epochs done, of all λ together.
 
     `requests` are the run file, the store and the repetition of each request.
     """
@@ -143,9 +150,9 @@ def _trial(
     with reporting(progress_actor):
         location = claim_devices(STEP)
         log.debug("correct: λ = %s in %s", names_of(lams), location)
-        *references, right = images[number]
-        clean, scenario = ray.get(references)
-        data = FineTuningData(clean, scenario, right, repetition)
+        own = images[number]
+        clean, scenario = ray.get([own.clean, own.scenario])
+        data = FineTuningData(clean, scenario, own.right_before, repetition)
         made = run_stack(FineTuning(spec, models, data), lams, store)
         epochs, diverged = dict.fromkeys(lams, 0), list[tuple[float, str]]()
         for lam, outcome in profile.first(STEP, f"lambda-{names_of(lams)}-{number}", made):
@@ -170,11 +177,11 @@ def _trainable(sweep: SweepContext) -> type[Trainable]:
     return named_trainable(function, STEP)
 
 
-def _tuner(sweep: SweepContext, names: list[TrialId], folder: str) -> tune.Tuner:
+def _tuner(sweep: SweepContext, trials: list[TrialId], folder: str) -> tune.Tuner:
     resources = {"cpu": sweep.resources.cpus, "gpu": sweep.resources.gpus}
     return tune.Tuner(
         tune.with_resources(_trainable(sweep), resources),
-        param_space={"trial": tune.grid_search(names)},
+        param_space={"trial": tune.grid_search(trials)},
         tune_config=tune.TuneConfig(
             reuse_actors=True,
             max_concurrent_trials=sweep.max_concurrent,
@@ -186,7 +193,7 @@ def _tuner(sweep: SweepContext, names: list[TrialId], folder: str) -> tune.Tuner
             storage_path=folder,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
-            callbacks=[_SweepProgress(sweep, names)],
+            callbacks=[_SweepProgress(sweep, trials)],
         ),
     )
 
@@ -199,10 +206,10 @@ def _trial_name(trial: TuneTrial) -> str:
 class _SweepProgress(tune.Callback):
     """Shows how far the sweep is, from inside Tune's loop in the driver."""
 
-    def __init__(self, sweep: SweepContext, names: list[TrialId]) -> None:
+    def __init__(self, sweep: SweepContext, trials: list[TrialId]) -> None:
         self.sweep = sweep
         self.total = 0
-        for number, index in names:
+        for number, index in trials:
             section = sweep.requests[number].spec.correct
             self.total += section.epochs * len(stacks_of(section)[index])
         self.epochs: dict[str, int] = {}

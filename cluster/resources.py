@@ -28,7 +28,7 @@ CHECK_EVERY_S = 3.0
 WARN_AFTER_S = 30.0  # wait for other work, or for the head, before a warning
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
 LOOK_EVERY_S = 1.0  # interval of looks for these nodes
-LOST_NODES = 10  # most retries, in one step, of a task whose node is lost
+TASK_RETRIES = 10  # most retries, in one step, of a task whose node is lost
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class RayPartitions:
             "num_cpus": section.cpus_per_worker,
             "num_gpus": 0,
             "num_returns": 2,
-            "max_retries": LOST_NODES,
+            "max_retries": TASK_RETRIES,
             **on_nodes_with_cpus(),
         }
         remote: Any = ray.remote(_on_part).options(**self.options, scheduling_strategy="SPREAD")

@@ -53,15 +53,15 @@ def _parts(artefact: object) -> tuple[Arrays, str]:
 
 
 def decode(
-    kind: type[T], data: bytes, where: str, remedy: str | None = None, other_format: str | None = None
+    kind: type[T], data: bytes, where: str, remedy: str | None = None, other_format_remedy: str | None = None
 ) -> T:
     """Return the artefact in `data`. Raises DamagedError, naming `where`, for other, truncated or altered bytes.
 
     `remedy` is what the error says to do, or what is done by itself; None stands for an artefact that a run makes.
-    `other_format` says it for bytes of another version of Defuse, where `remedy` does not help.
+    `other_format_remedy` says it for bytes of another version of Defuse, where `remedy` does not help.
     """
     made_again = remedy or "delete it and run again: it is made again"
-    another = other_format or remedy or OTHER_FORMAT_REMEDY
+    another = other_format_remedy or remedy or OTHER_FORMAT_REMEDY
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load_tensors(data)

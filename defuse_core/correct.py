@@ -243,7 +243,7 @@ class ChoiceRule:
         if self.section.choose_by != "tune":
             return (epoch, getattr(row, self.section.choose_by))
         if not self.allows(row):
-            return (epoch, 0.0, _clean(row), _tune(row))
+            return (epoch, 0.0, _clean(row), _tune(row))  # 0.0 and 1.0: allowed rows first
         return (epoch, 1.0, round(_tune(row), 2), _clean(row), _tune(row))
 
     def best_rows(self, rows: Sequence[SweepRow]) -> list[SweepRow]:
@@ -254,7 +254,7 @@ class ChoiceRule:
                 by_lam.setdefault(row.lam, []).append(row)
         return [max(by_lam[lam], key=self.rank) for lam in sorted(by_lam)]
 
-    def best(self, trials: Sequence[Trial]) -> Trial:
+    def choose(self, trials: Sequence[Trial]) -> Trial:
         """Return the trial that is picked by the best epoch of each; the first of equals."""
         allowed = [trial for trial in trials if self.allows(_best_row(trial))]
         if self.section.choose_by != "tune" or not allowed:
@@ -327,8 +327,8 @@ def collect_sweep(
     if not ordered:
         return Sweep(rows, None, {}, failed)
     rule = ChoiceRule(spec.correct, models.accuracy)
-    best = rule.best(ordered)
-    chosen = _best_row(best)
+    picked = rule.choose(ordered)
+    chosen = _best_row(picked)
     if not rule.allows(chosen):
         log.warning(
             "correct: %s: %s (max_loss %g; significantly more than %g of one class)%s",
@@ -339,4 +339,4 @@ def collect_sweep(
             "" if comparison else f"; {SMALLER_LAMBDAS}",
         )
         return Sweep(rows, None, {}, failed)
-    return Sweep(rows, chosen, best.best, failed)
+    return Sweep(rows, chosen, picked.best, failed)

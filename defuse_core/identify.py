@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from defuse_core.artifacts import F32, I64, Bool, Failures, Models, Psi, ReferenceSet, Shard
+from defuse_core.artifacts import F32, I64, SAMPLE_INDEX, Bool, Failures, Models, Psi, ReferenceSet, Shard
 from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import IdentifySection, RunFile
 from defuse_core.data import Images, reopen_splits
@@ -157,9 +157,7 @@ class Identifier:
         rows = np.arange(start, min(start + section.block_images, len(self.train)))
         rows = rows[self.is_perturbed[rows]]
         if not len(rows):
-            nothing = Failures(
-                np.zeros((0, self.spec.vae.latent_dim), np.float32), rows, rows, rows, rows > 0
-            )
+            nothing = Failures.none(self.spec.vae.latent_dim)
             return Shard(nothing, images=0, decodings=0, images_with_any=0, zero_noise_flips=0, seconds=0.0)
         truth = self.train.labels[rows]
         images = self.train.take(rows).loaded()  # read once
@@ -336,7 +334,7 @@ def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:
     fingerprint = f"{artefact_digest(psi)} {spec.seed} {most}"
     try:
         where, remedy = f"{store.address}/{SAMPLE_KEY}", "the sample is drawn again"
-        return _decode_shard(store.read(SAMPLE_KEY), where, -1, fingerprint, remedy).failures
+        return _decode_shard(store.read(SAMPLE_KEY), where, SAMPLE_INDEX, fingerprint, remedy).failures
     except FileNotFoundError:
         pass
     except DamagedError as error:
@@ -350,14 +348,13 @@ def subsample_psi(spec: RunFile, psi: Psi, store: Store) -> Failures:
 def _rows_of_psi(spec: RunFile, psi: Psi, store: Store, wanted: I64) -> Failures:
     """Return rows of Ψ, (n,), in ascending order."""
     starts = np.concatenate([[0], np.cumsum(psi.codes)])
-    nothing: I64 = np.zeros(0, np.int64)
     first, last = np.searchsorted(wanted, starts[:-1]), np.searchsorted(wanted, starts[1:])
 
     def drawn_from(shard: int) -> Failures:
         rows = wanted[first[shard] : last[shard]] - starts[shard]
         return shard_of_psi(store, psi.fingerprint, shard).failures.take(rows)
 
-    parts = [Failures(np.zeros((0, spec.vae.latent_dim), np.float32), nothing, nothing, nothing, nothing > 0)]
+    parts = [Failures.none(spec.vae.latent_dim)]
     parts.extend(map_ahead(drawn_from, np.flatnonzero(first < last).tolist()))
     return Failures.concatenate(parts)
 

@@ -1,4 +1,7 @@
-"""Figures with a known error: confidence bounds and tests of proportions and of pairs, the area under a ROC curve."""
+"""Figures with a known error: confidence bounds and tests of proportions and of pairs, the area under a ROC curve.
+
+Axes, beside those of artifacts/__init__.py: P plain trainings.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
-from defuse_core.data.file_loader import file_loader
+from defuse_core.data.read_ahead import reader_pool
 from defuse_core.device import computing_on, device, is_device_failure, is_out_of_memory, release_memory
 from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
@@ -73,7 +73,7 @@ class Profile:
             with self.trace(step, function.__name__, progress, number) as traced:
                 yield traced
         finally:
-            file_loader.cache_clear()  # its processes end
+            reader_pool.cache_clear()  # its processes end
             release_memory()
 
     @contextmanager

@@ -25,7 +25,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.data import reopen_splits
 from defuse_core.distill.components import distill
-from defuse_core.distill.draws import with_both_halves
+from defuse_core.distill.draws import drop_with_few_units
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, DataError, StoreError
 from defuse_core.evaluation import (
@@ -256,8 +256,8 @@ def _scenarios(
         scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau == "auto" and references is not None:
         scenarios = tighten(run.spec, models, references, scenarios, compute)
-    # the classifier is not right on those left
-    scenarios = with_both_halves(scenarios, run.spec.review.least_units)
+    # after the taus: a component on which the classifier is right is dropped as "right", not as "uncertain"
+    scenarios = drop_with_few_units(scenarios, run.spec.review.least_units)
     if (lack := not_reviewed(scenarios)) is not None:
         log.info("%s", lack)
     return scenarios
@@ -274,15 +274,15 @@ def _votes(run: Run, annotators: Annotators, gallery: Gallery) -> Votes:
     return annotators.review(gallery)
 
 
-def _verdicts_with_all_overrides(run: Run, judge: Callable[[], Verdicts]) -> Verdicts:
-    """Return the run's verdicts. Judge again where a person decided after `judge` had read the overrides.
+def _verdicts_with_all_overrides(run: Run, decide: Callable[[], Verdicts]) -> Verdicts:
+    """Return the run's verdicts. Decide again where a person overrode one after `decide` had read the overrides.
 
     That decision was accepted, since the run had no verdicts; once anything follows from them, they stay.
     """
-    verdicts = run.once("review", Verdicts, judge)
+    verdicts = run.once("review", Verdicts, decide)
     while verdicts.overrides != read_overrides(run.store) and run.load(Corrections) is None:
         run.store.delete("verdicts.safetensors")
-        verdicts = run.once("review", Verdicts, judge)
+        verdicts = run.once("review", Verdicts, decide)
     return verdicts
 
 
@@ -294,8 +294,8 @@ def _verdicts(
     consensus = None
     if review.consensus == "crowdlab":
         consensus = crowdlab_consensus(votes, ask_models_once(run, compute, gallery))
-    judge = partial(decide_verdicts, review, gallery, votes, consensus=consensus)
-    first = judge(read_overrides(run.store))
+    decide = partial(decide_verdicts, review, gallery, votes, consensus=consensus)
+    first = decide(read_overrides(run.store))
     unsure = doubtful(first, review.rho)
     if not review.decides_twice or not unsure.any():
         return first
@@ -305,7 +305,7 @@ def _verdicts(
         MoreImages,
         lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
     )
-    return judge(read_overrides(run.store), more=more)  # people may have decided in the meantime
+    return decide(read_overrides(run.store), more=more)  # people may have decided in the meantime
 
 
 def _corrections(

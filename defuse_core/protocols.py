@@ -16,7 +16,7 @@ from defuse_core.store import Store
 
 T = TypeVar("T")
 
-AT_ONCE = 8  # rows, such as components or scenarios, that one task of map_in_tasks works on
+ROWS_PER_TASK = 8  # rows, such as components or scenarios, that one task of map_in_tasks works on
 
 
 class Progress(Protocol):
@@ -146,14 +146,13 @@ def map_in_tasks(
     count: int,
     function: Callable[..., list[T]],
     *args: object,
-    at_once: int = AT_ONCE,
+    rows_per_task: int = ROWS_PER_TASK,
 ) -> list[T]:
     """Return what function(*args, rows, progress=...) returns for ranges of `count` rows, one task each, in order.
 
-    The function computes with one thread. No result depends on the ranges, of `at_once` rows: every row has its own
-    seed, or none.
+    The function computes with one thread. No result depends on `rows_per_task`: every row has its own seed, or none.
     """
-    ranges = [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+    ranges = [range(first, min(first + rows_per_task, count)) for first in range(0, count, rows_per_task)]
     results = compute.tasks(step, [Call(function, *args, rows, one_thread=True) for rows in ranges])
     return list(itertools.chain(*results))
 

@@ -88,7 +88,7 @@ def _weights_digests(spec: RunFile) -> dict[str, str]:
     return digests
 
 
-def _recorded(tree: dict[str, Any], where: str) -> RunFile:
+def _parse_recorded(tree: dict[str, Any], where: str) -> RunFile:
     try:
         return parse_run_file(tree, where)
     except RunFileError as error:
@@ -137,13 +137,13 @@ class Run:
         stays as it is where `check` raises an error for it.
         """
         run = cls(store, name, spec, until)
-        if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._settings() is None:
-            run._note_weights()
-            run._note_settings(spec)
+        if run.store.create("run.yaml", dump_run_file(spec).encode()) and run._read_recorded() is None:
+            run._write_weights()
+            run._write_recorded(spec)
             return run
-        found = cls._read(store, name)
-        noted = found._settings()
-        before = noted or found.spec
+        existing = cls._read(store, name)
+        recorded = existing._read_recorded()
+        before = recorded or existing.spec
         added = added_lambdas(before, spec)
         allowed = before.with_fields("correct", lambdas=spec.correct.lambdas) if added else before
         if not run.store.exists("votes.safetensors"):
@@ -151,7 +151,7 @@ class Run:
         if not has_made_something(run.store):
             if allowed != spec or run.changed_weights():
                 run.store.delete(MEASURED_PRECISION)
-            run._note_weights()
+            run._write_weights()
         elif changed := changed_field(allowed, spec) or run.changed_weights():
             raise RunMismatchError(f"run {name}: {changed}; choose {ANOTHER_NAME}, or undo the change")
         elif added:
@@ -160,11 +160,11 @@ class Run:
         if added:
             text = "correct: λ = %s to be added to run.yaml once they can be tuned; the report step is made again"
             log.info(text, ", ".join(f"{lam:g}" for lam in added))
-        if not noted == found.spec == spec:
-            if any((each.check, each.serve) != (spec.check, spec.serve) for each in (before, found.spec)):
+        if not recorded == existing.spec == spec:  # else there is nothing to write
+            if any((each.check, each.serve) != (spec.check, spec.serve) for each in (before, existing.spec)):
                 for key in REPORT_FILES:  # whose figures follow from them
                     run.store.delete(key)
-            run._note_settings(spec)
+            run._write_recorded(spec)
             run.store.write("run.yaml", dump_run_file(spec).encode())
         return run
 
@@ -177,20 +177,20 @@ class Run:
             return
         spec, self.with_added = self.with_added, None
         self.delete(FROM_SWEEP)
-        self._note_settings(spec)
+        self._write_recorded(spec)
         self.store.write("run.yaml", dump_run_file(spec).encode())
 
-    def _note_weights(self) -> None:
+    def _write_weights(self) -> None:
         if digests := _weights_digests(self.spec):
             self.store.write(WEIGHTS, json.dumps(digests, indent=1).encode())
 
-    def _note_settings(self, spec: RunFile) -> None:
+    def _write_recorded(self, spec: RunFile) -> None:
         self.store.write(RECORDED_FIELDS, spec.model_dump_json(indent=1).encode())
 
-    def _settings(self) -> RunFile | None:
-        """Return the run file as `start` noted it last; None where it was stopped before that, or its file is gone."""
+    def _read_recorded(self) -> RunFile | None:
+        """Return the run file as `start` wrote it last; None where it was stopped before that, or its file is gone."""
         tree = self._read_json(RECORDED_FIELDS, "the settings in run.yaml are taken as they are now")
-        return _recorded(tree, f"{self.store.address}/{RECORDED_FIELDS}") if tree else None
+        return _parse_recorded(tree, f"{self.store.address}/{RECORDED_FIELDS}") if tree else None
 
     def changed_weights(self) -> str | None:
         """Return which weights file has changed since the run began, or None; a missing file does not count."""
@@ -212,7 +212,7 @@ class Run:
         results: the run's artefacts are of other settings.
         """
         run = cls._read(store, name)
-        if edited := changed_field(run._settings() or run.spec, run.spec):
+        if edited := changed_field(run._read_recorded() or run.spec, run.spec):
             raise RunMismatchError(
                 f"{run.store.address}/run.yaml was edited, or a command was stopped before it wrote it: {edited}; undo "
                 "the edit, or give the last `defuse run` command of this run again (in Python its last call)"
@@ -223,7 +223,7 @@ class Run:
     def recorded(cls, store: Store, name: str) -> RunFile:
         """Return the run file that the run called `name` was made with, also where `open` refuses its run.yaml."""
         run = cls._read(store, name)
-        if changed_field(made_with := run._settings() or run.spec, run.spec) is None:
+        if changed_field(made_with := run._read_recorded() or run.spec, run.spec) is None:
             return run.spec
         return made_with.with_fields("data", root=run.spec.data.root)
 
@@ -242,7 +242,7 @@ class Run:
             raise RunFileError(f"{damaged} no YAML; {RUN_AGAIN}") from error
         if not isinstance(tree, dict):
             raise RunFileError(f"{damaged} {type(tree).__name__}; {RUN_AGAIN}")
-        run = cls(store, name, _recorded(tree, where))
+        run = cls(store, name, _parse_recorded(tree, where))
         root, own = run.spec.data.root, Path(run.store.address, IMAGES)
         if root is not None and root.as_posix().endswith(f"/{IMAGES}") and own.exists():
             run.spec = run.spec.with_fields("data", root=own)  # its folder may have been moved

@@ -50,7 +50,7 @@ Group = dict[float, Trial]  # by λ, all after equally many epochs
 
 
 def stacks_of(section: CorrectSection) -> list[tuple[float, ...]]:
-    """Return the λ of each trial. λ = 0 sees D alone, so it has a trial of its own."""
+    """Return the λ of each stack, which one trial of Tune fine-tunes. λ = 0 reads D alone, so it has one of its own."""
     positive = [lam for lam in section.lambdas if lam > 0]
     stacks = [tuple(positive[row : row + section.stack]) for row in range(0, len(positive), section.stack)]
     stacks += [(lam,) for lam in section.lambdas if lam == 0]
@@ -58,7 +58,7 @@ def stacks_of(section: CorrectSection) -> list[tuple[float, ...]]:
 
 
 def names_of(lams: Sequence[float]) -> str:
-    """Return the λ of a trial, for log lines and traces: 0.1, 1, 10."""
+    """Return the λ of a stack, for log lines and traces: 0.1, 1, 10."""
     return ", ".join(f"{lam:g}" for lam in lams)
 
 
@@ -68,10 +68,10 @@ def run_stack(
     """Yield λ and its trial after each of its epochs, once `store` holds it, or the error of a λ that diverged.
 
     Those with equally many stored epochs are trained together until one leaves: it is done, or it diverged, and then it
-    repeats its last epoch alone, so that the others play no part in the verdict. The rest goes on as a smaller stack.
+    repeats its last epoch alone, so that the others have no influence on that. The rest goes on as a smaller stack.
     An error of the classifier's own code is raised once every other λ has had its turn.
     """
-    alone = lams if len(lams) == 1 else (yield from _run_together(tuning, lams, store))
+    alone = lams if len(lams) == 1 else (yield from _run_stacked(tuning, lams, store))
     failure: Exception | None = None
     for lam in alone:
         try:
@@ -87,7 +87,7 @@ def run_stack(
         raise failure
 
 
-def _run_together(
+def _run_stacked(
     tuning: FineTuning, lams: Sequence[float], store: Store
 ) -> Generator[tuple[float, Trial], None, list[float]]:
     """Train what can be trained together. Returns the λ that are left: for each that is not done, a trial alone."""
@@ -108,7 +108,7 @@ def _run_together(
         group = groups[epochs]
         while len(group) > 1:
             made: Group = {}
-            for made in _fine_tune(tuning, group):
+            for made in _fine_tune_stacked(tuning, group):
                 for trial in made.values():
                     write_trial(store, trial)
                 yield from made.items()
@@ -260,7 +260,7 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, buffer) for name, buffer in module.named_buffers() if buffer.dtype != torch.uint8)
 
 
-def _fine_tune(tuning: FineTuning, group: Group) -> Iterator[Group]:
+def _fine_tune_stacked(tuning: FineTuning, group: Group) -> Iterator[Group]:
     """Yield the trials after each further epoch, until one of them is done, or is missing since it diverged."""
     spec = tuning.spec
     stack = Stack(tuning.classifier(tuning.models.classifier), [trial.weights for trial in group.values()])
@@ -270,14 +270,14 @@ def _fine_tune(tuning: FineTuning, group: Group) -> Iterator[Group]:
     while complete:
         epoch = 1 + len(next(iter(group.values())).rows)
         with cpu_threads(1):
-            losses = _epoch(spec, stack, optimizer, steps, list(group), epoch)
+            losses = _stacked_epoch(spec, stack, optimizer, steps, list(group), epoch)
             made = _trials_after_epoch(tuning, stack, optimizer, group, losses)
         yield made
         complete = made.keys() == group.keys() and not any(trial.done for trial in made.values())
         group = made
 
 
-def _epoch(
+def _stacked_epoch(
     spec: RunFile, stack: Stack, optimizer: Optimizer, steps: TuningSteps, lams: list[float], epoch: int
 ) -> F64:
     """One pass over D, with as many images of D_f in every step. Returns the loss of each step and λ, (steps, n).

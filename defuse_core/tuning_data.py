@@ -39,6 +39,9 @@ from defuse_core.training.precision import right_by_part
 from defuse_core.training.reference_models import load_reference_models, model_probabilities, unanimous_labels
 
 REPEATS = 4  # times that an image of an unreviewed failure is in D_f at most
+EXAMINED = 2  # times as many unreviewed codes are examined as are wanted, since not all are clear
+# codes that one task examines, or that are decoded together; with vae.decode: anchored, so many images are read at once
+CODES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,10 +190,6 @@ def _decoded(vae: StoredVae, fixes: Corrections, codes: F32, anchor: I64 | None)
     return Images(pixels, np.repeat(fixes.labels, codes.shape[1]))
 
 
-CODES_AT_ONCE = 1024  # codes per task; with vae.decode: anchored, so many images are read at once
-EXAMINED = 2  # times as many codes are examined as are wanted, since not all are clear
-
-
 def choose_unreviewed(
     run: Run,
     compute: Compute,
@@ -212,7 +211,7 @@ def choose_unreviewed(
     # the folders of the training images are listed once, not by each task
     images = compute.task("correct", _decodings_of, spec, models, found)
     of_all = spec, models, references, images
-    clear = map_in_tasks(compute, "correct", len(found), _are_clear, *of_all, at_once=CODES_AT_ONCE)
+    clear = map_in_tasks(compute, "correct", len(found), _are_clear, *of_all, rows_per_task=CODES_AT_ONCE)
     return found.take(np.flatnonzero(np.array(clear, np.bool_))[:wanted])
 
 
@@ -286,7 +285,7 @@ def _are_clear(
     with cpu_threads(1):
         images = failures.batch()
         answers = predict(load_classifier(spec, models.classifier, classes), images)
-        judged = load_reference_models(spec, spec.review.reference, references, classes)
-        labels = unanimous_labels(model_probabilities(judged, images), spec.identify.min_probability)
+        loaded = load_reference_models(spec, spec.review.reference, references, classes)
+        labels = unanimous_labels(model_probabilities(loaded, images), spec.identify.min_probability)
     clear: list[bool] = ((labels == failures.labels) & (answers != failures.labels)).tolist()
     return clear

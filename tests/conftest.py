@@ -176,7 +176,7 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/cluster/test_on_s3.py": "drivers",  # one process that commands are forked from
     "tests/cluster/test_ray_compat.py": "drivers",
     "tests/e2e/test_kill.py": "drivers",
-    "tests/core/training/test_file_loader.py": "drivers",
+    "tests/core/training/test_read_ahead.py": "drivers",
     "tests/core/training/test_loop.py": "drivers",
 }
 FIRST = (

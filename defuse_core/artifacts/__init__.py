@@ -9,7 +9,10 @@ Axis letters, used in every shape comment of the project:
     M training images that codes are anchored at   L failures kept of each component
 
 Those of identify, distill and review are in scenarios.py, beside the array types. Those of training and of correct are
-here: the models, the codes to tune on, the sweep over λ, and what the models are worth after it.
+here: the models, the codes to tune on, the sweep over λ, and what the models are worth after it. Stored as well, but
+defined where they are made: Evidence (evaluation), FailureWatch (watch), Prelabels and TrainedClassifier
+(training/reference_models), MeasuredPrecision (training), SuitePictures (export), Candidate and SampledInput
+(services/serving).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from defuse_core.artifacts.scenarios import (
     I64,
     NO_SCENARIO,
     NONE_OF_THE_ABOVE,
+    SAMPLE_INDEX,
     U8,
     Anchors,
     Bool,
@@ -155,7 +159,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class Corrections:
-    """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3)."""
+    """D_f as latent codes: per accepted scenario, codes to tune on and others to test on (§3.2.3).
+
+    The corrected classifier is in Sweep.
+    """
 
     scenario: I64  # (A,) index into Scenarios
     labels: I64  # (A,)
@@ -227,14 +234,17 @@ class FailedTrial:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from."""
+    """Fine-tuning with one λ after some epochs: enough to resume it, and to choose from.
+
+    A trial of Ray Tune is of a stack of λ.
+    """
 
     lam: float
     rows: tuple[SweepRow, ...]  # one per finished epoch
     weights: Weights  # after the last finished epoch; empty once the trial is done
     moments: Weights  # of the optimiser, likewise; empty once the trial is done
     best: Weights  # after the epoch that the rule of choice picks
-    best_epoch: int
+    best_epoch: int  # from 1; 0 before an epoch is scored
     done: bool
 
 
@@ -257,6 +267,7 @@ class Evaluation:
     """The figures of §4 that need a model or a fit; `report.build_report` turns them and the rest into the report.
 
     Models are in the order before, baseline, defuse. A figure that does not exist is nan.
+    The t-SNE has P points.
     """
 
     accuracy: F64  # (3, 3) model x (validation, test, scenario)

@@ -19,6 +19,7 @@ Bool = npt.NDArray[np.bool_]
 Weights = dict[str, npt.NDArray[Any]]  # a torch state dict as arrays
 
 NO_SCENARIO = -1  # takes the place of a component's number
+SAMPLE_INDEX = -1  # takes the place of a shard's number
 NONE_OF_THE_ABOVE = -1  # an answer, and also "no label" wherever a label is expected
 
 
@@ -115,6 +116,12 @@ class Failures:
         """Return the failures of `rows`."""
         return replace(self, **rows_of(self, rows))
 
+    @classmethod
+    def none(cls, width: int) -> Failures:
+        """Return no failures of codes of `width` dimensions."""
+        nothing: I64 = np.zeros(0, np.int64)
+        return cls(np.zeros((0, width), np.float32), nothing, nothing, nothing, np.zeros(0, np.bool_))
+
     @staticmethod
     def concatenate(parts: Sequence[Failures]) -> Failures:
         """Return the failures of all parts, in order; source_track is None where a part with failures lacks it."""
@@ -138,13 +145,16 @@ class Shard:
     zero_noise_flips: int  # images that f gets wrong when mu itself is decoded
     seconds: float
     failing: int = 0  # failing draws before screening; `failures` holds those kept
-    index: int = -1  # which shard of the training set this is
+    index: int = SAMPLE_INDEX  # which shard of the training set this is; SAMPLE_INDEX: a sample of all
     fingerprint: str = ""  # of the models, noise and images that it was made with
 
 
 @dataclass(frozen=True, eq=False)
 class Psi:
-    """The record of identification: how many codes each shard holds. The codes stay in the store, shard by shard."""
+    """The record of identification: how many codes each shard holds. The codes stay in the store, shard by shard.
+
+    Of all shards, or, as a worker returns it, of one (G = 1).
+    """
 
     codes: I64  # (G,) |Ψ| of each shard, in the order of the training set
     images: int

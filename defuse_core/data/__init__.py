@@ -15,6 +15,12 @@ from defuse_core.data.npz import npz_classes, open_npz
 from defuse_core.errors import DataError, RunMismatchError
 from defuse_core.files import OPENED_AHEAD, map_ahead
 
+# An opener reads what is below `data_root(data)`, and raises DataError that names the file. Its Splits have pixels of
+# data.channels and data.image_size, in memory or as PictureFiles. It checks labels with `expect_labels`, numbers tracks
+# with `track_numbers`, and ends in `divided`, which applies data.validation_share and data.train_images. Another one
+# needs its name in DataSection.name, in WITHOUT_ROOT or DOWNLOADABLE if it is so, and in
+# services.serving.inputs.InputSpec.of if it pads images. Images in a format of your own need no opener: write an .npz,
+# or call defuse.debug.
 OPENERS = {
     "digits": open_digits,
     "mnist": open_mnist,

@@ -23,7 +23,7 @@ from defuse_core.artifacts import F32, F64, I64, NONE_OF_THE_ABOVE, DroppedCompo
 from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import component_failures, with_both_halves
+from defuse_core.distill.draws import component_failures, drop_with_few_units
 from defuse_core.distill.mixture import (
     FittedMixture,
     fit_dirichlet_process_mixture,
@@ -58,7 +58,7 @@ def distill(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, *, pro
     if spec.vae.decode == "anchored" and len(scenarios):
         train = reopen_splits(spec, data_fingerprint).train
         anchored = component_failures(fits.members(), train, spec.seed)
-        scenarios = with_both_halves(replace(scenarios, failures=anchored))
+        scenarios = drop_with_few_units(replace(scenarios, failures=anchored))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -165,7 +165,7 @@ class Sources:
     tracks: tuple[F64, ...] | None = None
 
     @staticmethod
-    def joined(parts: Sequence[Sources]) -> Sources:
+    def summed(parts: Sequence[Sources]) -> Sources:
         """Return the sources of the same components over all parts of Ψ, which have no image in common."""
         support = np.sum([part.support for part in parts], axis=0)
         wrong = np.sum([part.wrong for part in parts], axis=0)
@@ -175,7 +175,7 @@ class Sources:
         return Sources(support, wrong, tuple(_merged(of_parts) for of_parts in zip(*tables, strict=True)))
 
     @staticmethod
-    def of_all(mixtures: Sequence[Sources]) -> Sources:
+    def concatenated(mixtures: Sequence[Sources]) -> Sources:
         """Return the sources of the components of all mixtures, one mixture after the other."""
         tables = [part.tracks for part in mixtures if part.tracks is not None]
         return Sources(
@@ -335,7 +335,7 @@ class Fits:
 def kept_components(cells: Sequence[FittedCell], section: DistillSection) -> tuple[I64, I64]:
     """Return the components over ε in the order of `section.order`: those with enough support, and the others."""
     weights = np.concatenate([cell.weights for cell in cells])
-    sources = Sources.of_all([cell.sources for cell in cells])
+    sources = Sources.concatenated([cell.sources for cell in cells])
     over = np.flatnonzero(weights > section.min_weight)
     over = over[np.argsort(-weights[over], kind="stable")]
     if section.order == "source-error":
@@ -349,7 +349,7 @@ def scenarios_of(
 ) -> Scenarios:
     """Return the components of all mixtures over ε with enough support, in the order of `section.order`."""
     weights = np.concatenate([cell.weights for cell in fitted])
-    sources = Sources.of_all([cell.sources for cell in fitted])
+    sources = Sources.concatenated([cell.sources for cell in fitted])
     tracks, wrong = sources.wrong_tracks() or (None, None)
     cells = np.concatenate([np.tile(cell.cell, (len(cell.weights), 1)) for cell in fitted])
     means = np.concatenate([cell.fit.means for cell in fitted])

@@ -8,7 +8,7 @@ so that none is tuned on by one component and held out by another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
@@ -90,7 +90,8 @@ def draw_codes(
     """
     if scenarios.failures is not None:
         rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-        return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
+        tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
+        return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
     if scenarios.taus is None:
         return Draws(gaussian_codes(scenarios, component, count, tau_of(spec, scenarios, component), rng))
     normal = rng.standard_normal((count, scenarios.means.shape[1]))
@@ -129,7 +130,8 @@ def spread_draws(
     anchor = scenarios.failures.anchor[component, half]
     images = order[np.arange(after, after + count) % len(order)]
     rows = np.array([rng.choice(half[anchor == image]) for image in images], np.int64)
-    return near_failures(scenarios, component, rows, tau_of(spec, scenarios, component), rng)
+    tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
+    return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
 
 
 def _image_order(failures: ComponentFailures, component: int, rng: np.random.Generator) -> I64:
@@ -141,7 +143,10 @@ def _image_order(failures: ComponentFailures, component: int, rng: np.random.Gen
 
 
 def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
-    """Return the failures of one component at its held-out images, or at the others; `with_both_halves` left some."""
+    """Return the failures of one component at its held-out images, or at the others.
+
+    There are some of either after `drop_with_few_units`.
+    """
     half: I64 = np.flatnonzero(failures.anchors.held_out[failures.anchor[component]] == held_out)
     return half
 
@@ -153,24 +158,27 @@ def near_failures(
     tau: float,
     rng: np.random.Generator,
     factor: float = 1.0,
+    *,
+    truncated: bool,
 ) -> Draws:
     """Return a draw near each failure z in `rows` of one component, anchored at the image of that failure.
 
     The draw is mu_j + sqrt(1 - τ)·(z - mu_j) + N(0, τ·Σ_j), a smoothed bootstrap: at any τ up to 1 its mean and
-    covariance are those of the component, and at small τ it is the failure itself. Truncated as `truncated_codes`
-    where the components have a tau each. `factor` multiplies the covariance of the noise alone, so that the draw stays
-    near its failure.
+    covariance are those of the component, and at small τ it is the failure itself. `truncated`: the noise is as of
+    `truncated_codes`. `factor` multiplies the covariance of the noise alone, so that the draw stays near its failure.
     """
     normal = np.sqrt(factor) * rng.standard_normal((len(rows), scenarios.means.shape[1]))
-    return smoothed(scenarios, component, rows, tau, normal)
+    return smoothed(scenarios, component, rows, tau, normal, truncated=truncated)
 
 
-def smoothed(scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64) -> Draws:
+def smoothed(
+    scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64, *, truncated: bool
+) -> Draws:
     """Return what `near_failures` does, for (n, Z) standard normal draws."""
     failures, mean = scenarios.failures, scenarios.means[component]
     assert failures is not None
     covariance = tau * scenarios.covariances[component]
-    if scenarios.taus is None:
+    if not truncated:
         noise: F64 = normal @ np.linalg.cholesky(covariance).T
     else:
         noise = truncated_codes(np.zeros_like(mean), covariance, normal).astype(np.float64)
@@ -208,7 +216,7 @@ def wide_draws(
     if scenarios.failures is None:
         return Draws(gaussian_codes(scenarios, component, count, factor * tau, rng))
     rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-    return near_failures(replace(scenarios, taus=None), component, rows, tau, rng, factor)
+    return near_failures(scenarios, component, rows, tau, rng, factor, truncated=False)
 
 
 def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:
@@ -216,7 +224,7 @@ def component_failures(members: Sequence[Failures], train: Images, seed: int) ->
 
     They are drawn by seed, and each image gives as many as the others where it has so many. Images of one track are
     held out together, since they show the same object. Components whose images are all in one half are among them
-    (see `with_both_halves`).
+    (see `drop_with_few_units`).
     """
     chosen = [
         own.take(_spread(own.source, generator(seed, "distill", "failures", component)))
@@ -300,8 +308,8 @@ def _with_fewest_undivided(several: list[I64], held: Bool, rng: np.random.Genera
     return best
 
 
-def with_both_halves(scenarios: Scenarios, least: int = 1) -> Scenarios:
-    """Return the components with photographs in both halves, `least` of them to review; the others become dropped ones.
+def drop_with_few_units(scenarios: Scenarios, least: int = 1) -> Scenarios:
+    """Return the components with photographs in both halves and `least` of them to review; the others become dropped.
 
     Without both halves they would be measured on the photographs that they are tuned on, or tuned on photographs that
     others are measured on; with fewer to review no verdict could accept them (`ReviewSection.least_units`).

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -185,13 +186,13 @@ def _hard_statistics(rows: _Rows, labels: I64, components: int) -> Statistics:
     return _unpacked(sums, 0.0)
 
 
-def _expect(rows: _Rows, table: F64) -> Statistics:
+def _expect(rows: _Rows, coefficients: F64) -> Statistics:
     """The E step: return the sums over all rows under the responsibilities that the (P, K) coefficients give."""
-    coefficients = torch.from_numpy(table).to(rows.centred.device)
-    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
+    tensor = torch.from_numpy(coefficients).to(rows.centred.device)
+    sums, log_evidence = tensor.new_zeros(tensor.T.shape), tensor.new_zeros(())
     for block in rows.blocks():
-        log_evidence += _add_block(block, coefficients, sums)
-    return soft_statistics(sums, log_evidence, coefficients)
+        log_evidence += _add_block(block, tensor, sums)
+    return soft_statistics(sums, log_evidence, tensor)
 
 
 def _add_block(block: Tensor, coefficients: Tensor, sums: Tensor) -> Tensor:
@@ -211,31 +212,38 @@ def soft_statistics(sums: Tensor, log_evidence: Tensor, coefficients: Tensor) ->
     return _unpacked(sums, float(entropy))
 
 
-def partial_sums(codes: F32, center: F64, table: F64) -> tuple[F64, float]:
-    """Return the (K, P) sums and the log evidence of some rows, (n, Z), under the (P, K) coefficients; on the CPU.
+class PartialSums(NamedTuple):
+    """What a part of the rows adds to the statistics under coefficients (P, K)."""
+
+    monomials: F64  # (K, P) sums of the monomials of the rows, by responsibility
+    log_evidence: float
+
+
+def partial_sums(codes: F32, center: F64, coefficients: F64) -> PartialSums:
+    """Return the sums over some rows, (n, Z), under the (P, K) coefficients; on the CPU.
 
     Holds one block of rows in float64 at a time. Partial sums added up in one order give the same bits wherever they
     are made.
     """
-    coefficients = torch.from_numpy(table)
-    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
+    tensor = torch.from_numpy(coefficients)
+    sums, log_evidence = tensor.new_zeros(tensor.T.shape), tensor.new_zeros(())
     for start in range(0, len(codes), BLOCK_ROWS):
         rows = torch.from_numpy(codes[start : start + BLOCK_ROWS].astype(np.float64) - center)
-        log_evidence += _add_block(_monomials(rows), coefficients, sums)
-    return sums.numpy(), float(log_evidence)
+        log_evidence += _add_block(_monomials(rows), tensor, sums)
+    return PartialSums(sums.numpy(), float(log_evidence))
 
 
-def summed_statistics(partial: Sequence[tuple[F64, float]], table: F64) -> Statistics:
-    """Return the statistics of all rows from the results of partial_sums with `table` (P, K), added up in order."""
-    coefficients = torch.from_numpy(table)
-    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
-    for part, evidence in partial:
-        sums += torch.from_numpy(np.array(part))
-        log_evidence += evidence
-    return soft_statistics(sums, log_evidence, coefficients)
+def summed_statistics(partial: Sequence[PartialSums], coefficients: F64) -> Statistics:
+    """Return the statistics of all rows from their partial sums under the (P, K) coefficients, added up in order."""
+    tensor = torch.from_numpy(coefficients)
+    sums, log_evidence = tensor.new_zeros(tensor.T.shape), tensor.new_zeros(())
+    for part in partial:
+        sums += torch.from_numpy(np.array(part.monomials))
+        log_evidence += part.log_evidence
+    return soft_statistics(sums, log_evidence, tensor)
 
 
-def one_component(width: int) -> F64:
+def one_component_coefficients(width: int) -> F64:
     """Return (P, 1) coefficients under which every row belongs to one component."""
     return np.zeros((_monomial_count(width), 1))
 
@@ -248,9 +256,9 @@ def sample_covariance(codes: F64) -> F64:
     return np.asarray(np.cov(codes.T), np.float64).reshape(latent, latent)
 
 
-def covariance_of(partial: Sequence[tuple[F64, float]]) -> F64:
-    """Return the (Z, Z) covariance of all rows from their partial sums under one_component, about their mean."""
-    total = _unpacked(torch.from_numpy(np.sum([part for part, _ in partial], axis=0)), 0.0)
+def covariance_of(partial: Sequence[PartialSums]) -> F64:
+    """Return the (Z, Z) covariance of all rows, about their mean, from sums under `one_component_coefficients`."""
+    total = _unpacked(torch.from_numpy(np.sum([part.monomials for part in partial], axis=0)), 0.0)
     mean = total.first[0] / total.count[0]
     covariance: F64 = (total.second[0] - total.count[0] * np.outer(mean, mean)) / (total.count[0] - 1)
     return covariance
@@ -334,10 +342,10 @@ def _log_constants(posterior: Posterior) -> F64:
 
 def _log_weights(posterior: Posterior) -> F64:
     """Return E[log weight] of every component, (K,)."""
-    first, second = posterior.sticks
-    whole = digamma(first + second)
-    left_over = np.cumsum(digamma(second) - whole)[:-1]
-    log_weights: F64 = digamma(first) - whole + np.concatenate([[0.0], left_over])
+    alpha, beta = posterior.sticks
+    whole = digamma(alpha + beta)
+    left_over = np.cumsum(digamma(beta) - whole)[:-1]
+    log_weights: F64 = digamma(alpha) - whole + np.concatenate([[0.0], left_over])
     return log_weights
 
 
@@ -360,9 +368,9 @@ def _lower_bound(posterior: Posterior, entropy: float) -> float:
 
 def _weights(posterior: Posterior) -> F64:
     """Return the expected weights, (K,), which sum to 1."""
-    first, second = posterior.sticks
-    rest = second / (first + second)
-    weights = first / (first + second) * np.concatenate([[1.0], np.cumprod(rest[:-1])])
+    alpha, beta = posterior.sticks
+    rest = beta / (alpha + beta)
+    weights = alpha / (alpha + beta) * np.concatenate([[1.0], np.cumprod(rest[:-1])])
     normalised: F64 = weights / weights.sum()
     return normalised
 

@@ -34,14 +34,15 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.draws import component_failures, with_both_halves
+from defuse_core.distill.draws import component_failures, drop_with_few_units
 from defuse_core.distill.mixture import (
     FittedMixture,
+    PartialSums,
     VariationalFit,
     covariance_of,
     maximise,
     mixture_coefficients,
-    one_component,
+    one_component_coefficients,
     partial_sums,
     prior_covariance,
     summed_statistics,
@@ -86,7 +87,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     parts = compute.partitions(
         "distill", load_part, [(store, psi.fingerprint, spec.distill.by, *span) for span in spans]
     )
-    cells = _merged(parts.map(summarise, max(spec.distill.min_support, FEW_IMAGES)))
+    cells = _merged_cells(parts.map(summarise, max(spec.distill.min_support, FEW_IMAGES)))
     kept = {
         cell: summary
         for cell, summary in cells.items()
@@ -109,7 +110,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     scenarios = scenarios_of(fitted, spec.distill, small)
     if spec.vae.decode == "anchored" and len(scenarios):
         failures = compute.task("distill", sampled_failures, spec, psi, store, data_fingerprint, fitted)
-        scenarios = with_both_halves(replace(scenarios, failures=failures))
+        scenarios = drop_with_few_units(replace(scenarios, failures=failures))
     log_scenarios(spec, scenarios)
     return scenarios
 
@@ -156,7 +157,7 @@ def summarise(part: CellCodes, enough: int) -> dict[Cell, CellSummary]:
     }
 
 
-def _merged(parts: Sequence[dict[Cell, CellSummary]]) -> dict[Cell, CellSummary]:
+def _merged_cells(parts: Sequence[dict[Cell, CellSummary]]) -> dict[Cell, CellSummary]:
     """Return the summaries over all parts, by cell."""
     of = dict[Cell, list[CellSummary]]()
     for part in parts:
@@ -202,14 +203,14 @@ def _fit(
     A cell of which the sample has fewer than two codes begins, and stays, with one component.
     """
     centers = {cell: summary.total / summary.count for cell, summary in cells.items()}
-    single = {cell: one_component(len(center)) for cell, center in centers.items()}
+    single = {cell: one_component_coefficients(len(center)) for cell, center in centers.items()}
     spreads = _summed(parts, centers, single)
     tables = single | {cell: mixture_coefficients(fit, centers[cell]) for cell, fit in sample.items()}
-    first = _summed(parts, centers, tables)
+    start_sums = _summed(parts, centers, tables)
     fits = {}
     for cell, table in tables.items():
         prior = prior_covariance(covariance_of(spreads[cell]))
-        posterior = maximise(prior, summed_statistics(first[cell], table))
+        posterior = maximise(prior, summed_statistics(start_sums[cell], table))
         fits[cell] = VariationalFit(
             posterior,
             prior,
@@ -237,15 +238,13 @@ def _iterate(parts: Partitions, centers: dict[Cell, F64], running: dict[Cell, Va
 
 def _summed(
     parts: Partitions, centers: dict[Cell, F64], tables: dict[Cell, F64]
-) -> dict[Cell, list[tuple[F64, float]]]:
+) -> dict[Cell, list[PartialSums]]:
     """Return the partial sums of each cell, in the order of the parts."""
     of_parts = parts.map(part_sums, {cell: centers[cell] for cell in tables}, tables)
     return {cell: [part[cell] for part in of_parts if cell in part] for cell in tables}
 
 
-def part_sums(
-    part: CellCodes, centers: dict[Cell, F64], tables: dict[Cell, F64]
-) -> dict[Cell, tuple[F64, float]]:
+def part_sums(part: CellCodes, centers: dict[Cell, F64], tables: dict[Cell, F64]) -> dict[Cell, PartialSums]:
     """Return the sums over a part's codes of each cell that it holds, under that cell's coefficients."""
     with cpu_threads(1):
         return {
@@ -273,7 +272,7 @@ def _with_support(
     counted = parts.map(part_support, fits)
     fitted = []
     for cell, fit in fits.items():
-        sources = Sources.joined([part[cell] for part in counted if cell in part])
+        sources = Sources.summed([part[cell] for part in counted if cell in part])
         count = cells[cell].count
         fitted.append(FittedCell(fit, cell, count, count / psi.total, sources))
     return fitted

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -52,6 +53,7 @@ from defuse_core.tuning_data import held_out_images
 
 CLASSIFIERS = ("before", "baseline", "plain", "defuse")
 BEFORE, BASELINE, PLAIN, DEFUSE = range(len(CLASSIFIERS))
+COMPARED = (BEFORE, DEFUSE, PLAIN)  # the order of Evidence.left_out and of each row of Evidence.wider
 CLEAN = ("validation", "test")
 IN_EACH = ("own_label", "one_label", "left_out", "real_failures")  # figures of each plain training
 WIDER = (2.0, 4.0)  # factors on τ at which the correction is tried on draws wider than those reviewed
@@ -76,9 +78,8 @@ class Evidence:
     purity: F64  # (J,) share of held-out images of accepted scenarios that show its label; a tie shows none
     own_label: F64  # (B, J) accuracy on held-out images by the judges' labels
     one_label: F64  # (B, J) accuracy on the same images by the scenario's label (the paper's figure)
-    # (3, J) before, defuse, plain: own-label accuracy on scenarios left out of the tuning (two folds)
-    left_out: F64
-    wider: F64  # (2, 3, J) factor of τ x (before, defuse, plain): own-label accuracy on wider draws
+    left_out: F64  # (3, J) of COMPARED: own-label accuracy on scenarios left out of the tuning (two folds)
+    wider: F64  # (2, 3, J) factor of τ x COMPARED: own-label accuracy on wider draws
     real_failures: F64  # (B, J) accuracy on failing draws around test images that judges still recognise
     real_failure_images: int
     scenario_purity: F64  # (A,) share of held-out images that show the label
@@ -257,10 +258,13 @@ class _Judging:
         with_before, *pairs = [pairs_by_scenario(defuse, other, units) for other in others]
         return np.stack(pairs), with_before
 
-    def _all_answers(self, images: F32 | Images) -> F64:
-        """Return the answers of before, baseline, defuse and each plain training, (3 + P, n); nan without one."""
-        classifiers = (self.before, self.baseline, self.defuse, *self.plain)
-        return np.stack([_answers(classifier, images, self.readers) for classifier in classifiers])
+    def _all_answers(self, images: F32 | Images) -> _AllAnswers:
+        """Return the answers of all classifiers to n images; nan without one."""
+        before, baseline, defuse, *plain = (
+            _answers(classifier, images, self.readers)
+            for classifier in (self.before, self.baseline, self.defuse, *self.plain)
+        )
+        return _AllAnswers(before, baseline, np.stack(plain), defuse)
 
     def _fold_right(self) -> F64:
         """Return whether each held-out image is right after a correction without its scenario's fold, (A·n,)."""
@@ -272,9 +276,9 @@ class _Judging:
         return right
 
     def _wider(self) -> F64:
-        """Return own-label accuracy before, after and plain on draws at WIDER times τ, (2, 3, J)."""
+        """Return own-label accuracy of COMPARED on draws at WIDER times τ, (2, 3, J)."""
         scenarios, fixes = self.found.scenarios, self.found.fixes
-        table = np.full((len(WIDER), 3, 3), np.nan)
+        table = np.full((len(WIDER), len(COMPARED), 3), np.nan)
         for row, factor in enumerate(WIDER):
             draws = []
             for number in fixes.scenario.tolist():
@@ -290,7 +294,7 @@ class _Judging:
             labels = self.labels(images)
             units = units_of(anchors_of(scenarios), anchors, len(images))
             right, _ = _right(self._all_answers(images), labels)
-            table[row] = [_share(right[place], WIDER_IMAGES, units) for place in (BEFORE, DEFUSE, PLAIN)]
+            table[row] = [_share(right[place], WIDER_IMAGES, units) for place in COMPARED]
         return table
 
     def _failing_draws(self) -> tuple[F32, I64, I64]:
@@ -343,13 +347,19 @@ def _answers(classifier: nn.Module | None, images: F32 | Images, readers: int = 
     return predict(classifier, images, readers=readers).astype(np.float64)
 
 
-def _right(answers: F64, labels: I64) -> tuple[F64, F64]:
-    """Return `_hits` of each classifier, (B, n), and of each plain training, (P, n), for `_all_answers`.
+class _AllAnswers(NamedTuple):
+    """The answers to n images; nan without a classifier."""
 
-    Those of plain are the means over its trainings.
-    """
-    before, baseline, defuse, *plain = _hits(answers, labels)
-    return np.stack([before, baseline, np.mean(plain, axis=0), defuse]), np.stack(plain)
+    before: F64  # (n,)
+    baseline: F64  # (n,)
+    plain: F64  # (P, n) of each training
+    defuse: F64  # (n,)
+
+
+def _right(answers: _AllAnswers, labels: I64) -> tuple[F64, F64]:
+    """Return `_hits` of each classifier, (B, n), of plain the mean over its trainings, and of each of these, (P, n)."""
+    before, baseline, plain, defuse = (_hits(each, labels) for each in answers)
+    return np.stack([before, baseline, plain.mean(axis=0), defuse]), plain
 
 
 def _hits(answers: F64, labels: I64) -> F64:

@@ -167,7 +167,7 @@ def measure_health(
         most_common_share=float(counts.max() / len(labels)),
         collapsed=collapsed,
         dimensions=len(kl),
-        verdict=_verdict(kept, collapsed / len(kl)),
+        verdict=_fitness(kept, collapsed / len(kl)),
         anchored=anchored,
     )
     return _by_the_class(health, labels[right], reconstructed[right]) if right.any() else health
@@ -181,14 +181,14 @@ def _by_the_class(health: Health, labels: I64, reconstructed: I64) -> Health:
     counts = np.bincount(labels)
     kept = class_accuracy(reconstructed == labels, labels, len(counts))
     possible = highest_mean(kept, counts, CERTAIN)  # the only image of a class decides nothing
-    verdict = _verdict(possible, health.collapsed / health.dimensions)
+    verdict = _fitness(possible, health.collapsed / health.dimensions)
     if VERDICTS.index(verdict) >= VERDICTS.index(health.verdict):
         return health
     least = int(wilson(kept * counts, counts)[1].argmin())
     return replace(health, verdict=verdict, kept_on_average=float(np.nanmean(kept)), least_kept=least)
 
 
-def _verdict(kept: float, collapsed: float) -> str:
+def _fitness(kept: float, collapsed: float) -> str:
     if kept < BLIND_BELOW or collapsed == 1:
         return "blind"
     return "fit" if kept >= FIT_FROM and collapsed < 0.5 else "poor"

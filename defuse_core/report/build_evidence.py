@@ -1,4 +1,7 @@
-"""Compute the evidence of a report, and the figures of its watch, from the artefacts of its run."""
+"""Compute the evidence of a report, and the figures of its watch, from the artefacts of its run.
+
+Axes, beside those of artifacts/__init__.py: P plain trainings.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def sample_more_images(
             progress("drawing more images", done, len(components), "components")
             rng = generator(spec.seed, "gallery", component, "more")
             draws = spread_draws(spec, scenarios, component, count, rng, after=spec.review.images)
-            outcome[component] = outcomes(*examiner.review(draws))
+            outcome[component] = outcomes(*examiner.by_majority(draws))
             drawn[component] = count
             if images is not None and draws.anchors is not None:
                 unit[component] = images.unit[draws.anchors]
@@ -219,14 +219,14 @@ def _filtered(
         for done, row in enumerate(rows, 1):
             component, label = int(fixes.scenario[row]), fixes.labels[row]
             draws = Draws(fixes.tune[row], None if fixes.tune_anchor is None else fixes.tune_anchor[row])
-            agrees = examiner.examine(draws)[1] == label
+            agrees = examiner.unanimous(draws)[1] == label
             usable = draws.take(agrees)
             count = spec.correct.tune_images
             rng = generator(spec.seed, "corrections", component, "more")
             for draw, number in ((_draws_to_tune_on, MORE_DRAWS * count), (draw_codes, count)):
                 if len(usable) < count:
                     more = draw(spec, scenarios, component, number, rng)
-                    usable = usable.joined(more.take(examiner.examine(more)[1] == label))
+                    usable = usable.joined(more.take(examiner.unanimous(more)[1] == label))
             repeated = usable.take(np.resize(np.arange(len(usable)), count)) if len(usable) else more
             found.append((repeated, float(agrees.mean())))
             progress("filtering images to tune on", done, len(fixes.labels), "scenarios")
@@ -244,7 +244,7 @@ class Examiner:
         self.min_probability = spec.identify.min_probability
         self.min_confidence = spec.review.reference.min_confidence
 
-    def examine(self, draws: Draws) -> tuple[I64, I64]:
+    def unanimous(self, draws: Draws) -> tuple[I64, I64]:
         """Return for n draws the classifier's answers and the labels that the reference models see, each (n,).
 
         A label is a class of which every reference model is sure, to identify.min_probability at least; an image
@@ -253,7 +253,7 @@ class Examiner:
         predicted, probabilities = self._answers(draws)
         return predicted, unanimous_labels(probabilities, self.min_probability)
 
-    def review(self, draws: Draws) -> tuple[I64, I64]:
+    def by_majority(self, draws: Draws) -> tuple[I64, I64]:
         """Return for n draws the classifier's answers and the labels that a review gives them, each (n,).
 
         A label is the majority of the reference models' votes, as it is for the images of the gallery.

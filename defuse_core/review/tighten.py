@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def _search_taus(
 ) -> list[FoundTau]:
     with cpu_threads(1):
         examiner = Examiner(spec, models, references, scenarios)
-        return find_taus(spec, scenarios, components, examiner.examine, progress)
+        return find_taus(spec, scenarios, components, examiner.unanimous, progress)
 
 
 def find_taus(
@@ -75,14 +76,12 @@ def find_taus(
 def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) -> Scenarios:
     """Return the components that have a tau, with it; the others become dropped ones."""
     dropped = [
-        scenarios.dropped_component(
-            component, "right" if narrowest.right else "unclear", narrowest.reason(spec)
-        )
-        for component, (tau, narrowest) in enumerate(found)
-        if tau is None
+        scenarios.dropped_component(component, "right" if each.right else "unclear", each.last.reason(spec))
+        for component, each in enumerate(found)
+        if each.tau is None
     ]
-    kept = np.array([number for number, (tau, _) in enumerate(found) if tau is not None], np.int64)
-    taus = np.array([tau for tau, _ in found if tau is not None], np.float64)
+    kept = np.array([number for number, each in enumerate(found) if each.tau is not None], np.int64)
+    taus = np.array([each.tau for each in found if each.tau is not None], np.float64)
     if len(scenarios):
         log.info("%d of %d components are pure and misclassified at some τ", len(kept), len(scenarios))
     return scenarios.take(kept, taus=taus, dropped=(*scenarios.dropped, *dropped))
@@ -92,36 +91,35 @@ def with_taus(spec: RunFile, scenarios: Scenarios, found: Sequence[FoundTau]) ->
 class _Outcome:
     """What the draws of one component at one tau show."""
 
-    pure: int  # draws with the component's label
+    of_label: int  # draws with the component's label
     labelled: int
     wrong: int  # labelled draws that the classifier gets wrong
     draws: int = DRAWS
-    # pure, and f is not wrong on over rho of the labelled draws, here or where else it is pure
-    right: bool = False
 
     @property
-    def purity(self) -> float:
+    def purity_bound(self) -> float:
         """Lower bound of the share of draws with the component's label."""
-        return _bound(self.pure, self.draws)
+        return _bound(self.of_label, self.draws)
 
     @property
-    def failing(self) -> float:
+    def failing_bound(self) -> float:
         """Lower bound of the share of labelled draws that the classifier gets wrong."""
         return _bound(self.wrong, self.labelled)
 
     def passes(self, spec: RunFile) -> bool:
-        review = spec.review
-        return self.purity >= review.purity and self.failing >= review.failing and self.failing > review.rho
+        """Whether the draws are pure and misclassified: review.purity, review.failing and review.rho."""
+        review, failing = spec.review, self.failing_bound
+        return self.purity_bound >= review.purity and failing >= review.failing and failing > review.rho
 
     def reason(self, spec: RunFile) -> str:
         """Return which requirement the draws at the smallest tau do not meet."""
         review = spec.review
-        if self.purity < review.purity:
-            found = f"{self.pure} of {self.draws} draws have one label"
-            bound, least = self.purity, review.purity
+        if self.purity_bound < review.purity:
+            found = f"{self.of_label} of {self.draws} draws have one label"
+            bound, least = self.purity_bound, review.purity
         else:
             found = f"f is wrong on {self.wrong} of {self.labelled} labelled draws"
-            bound, least = self.failing, max(review.failing, review.rho)
+            bound, least = self.failing_bound, max(review.failing, review.rho)
         known = f"at least {percent(bound, 0)} (95 % confidence)"
         return f"at τ = {TAUS[-1]:g} {found}: {known}, and {percent(least, 0)} are required"
 
@@ -130,16 +128,20 @@ def _bound(hits: int, total: int) -> float:
     return float(wilson_lower(np.array([hits]), np.array([total]))[0])
 
 
-# the largest tau that passes, if any does, and what the last one tried shows
-FoundTau = tuple[float | None, _Outcome]
+class FoundTau(NamedTuple):
+    """What the search for the largest tau of one component found."""
+
+    tau: float | None  # the largest that passes; None where none does
+    last: _Outcome  # at the last one tried
+    # pure at the last one tried, and f is wrong on no more than rho of the labelled draws wherever it is pure
+    right: bool = False
 
 
 class _Search:
     """The search for the largest tau of one component. The same normal draws serve every tau."""
 
     def __init__(self, spec: RunFile, examine: Examine, scenarios: Scenarios, component: int) -> None:
-        self.spec, self.examine, self.component = spec, examine, component
-        self.scenarios = replace(scenarios, taus=np.ones(len(scenarios)))
+        self.spec, self.examine, self.scenarios, self.component = spec, examine, scenarios, component
         rng = generator(spec.seed, "tighten", component)
         self.normal: F64 = rng.standard_normal((DRAWS, scenarios.means.shape[1]))
         self.failures: I64 | None = None
@@ -151,26 +153,26 @@ class _Search:
 
         All are tried, since the share that the classifier gets wrong may fall towards the mean.
         """
-        review, pure = self.spec.review, list[_Outcome]()
+        review, pure_ones = self.spec.review, list[_Outcome]()
         for tau in TAUS:
             outcome = self._outcome(tau)
             if outcome.passes(self.spec):
-                return tau, outcome
-            if outcome.purity >= review.purity:
-                pure.append(outcome)
-        right = outcome in pure and all(one.wrong <= review.rho * one.labelled for one in pure)
-        return None, replace(outcome, right=right)
+                return FoundTau(tau, outcome)
+            if outcome.purity_bound >= review.purity:
+                pure_ones.append(outcome)
+        right = outcome in pure_ones and all(one.wrong <= review.rho * one.labelled for one in pure_ones)
+        return FoundTau(None, outcome, right)
 
     def _outcome(self, tau: float) -> _Outcome:
         predicted, labels = self.examine(self._draws(tau))
         label = most_common(labels)
         labelled = labels != NONE_OF_THE_ABOVE
-        pure = 0 if label is None else int((labels == label).sum())
-        return _Outcome(pure, int(labelled.sum()), int((labelled & (labels != predicted)).sum()))
+        of_label = 0 if label is None else int((labels == label).sum())
+        return _Outcome(of_label, int(labelled.sum()), int((labelled & (labels != predicted)).sum()))
 
     def _draws(self, tau: float) -> Draws:
         scenarios, component = self.scenarios, self.component
         if self.failures is not None:
-            return smoothed(scenarios, component, self.failures, tau, self.normal)
+            return smoothed(scenarios, component, self.failures, tau, self.normal, truncated=True)
         covariance = tau * scenarios.covariances[component]
         return Draws(truncated_codes(scenarios.means[component], covariance, self.normal))

@@ -37,7 +37,7 @@ from defuse_core.review.verdicts import tested_counts
 
 MOST_LOW_WEIGHT = 0.5  # share of Ψ in cells of little weight over which a run decides nothing
 # share of Ψ in components whose draws could not be judged over which a run decides nothing, whatever was reviewed
-MOST_UNCLEAR = 0.5
+MOST_UNJUDGED = 0.5
 MOST_UNLABELLED = 0.5  # share of the components without a labelled image over which a run decides nothing
 # share of the training images from which on failures, each too lonely for a scenario, leave it open
 MANY_FAILING = 0.05
@@ -75,7 +75,7 @@ def why_undecided(
     if cause is None and scenarios is not None:
         cause = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
         if cause is None and psi is not None:
-            cause = _most_unclear(spec.review, scenarios, psi.total, len(gallery))
+            cause = _most_unjudged(spec.review, scenarios, psi.total, len(gallery))
     if cause is not None or not len(gallery):
         return cause
     open_ones = np.ones(len(gallery), np.bool_)
@@ -337,7 +337,7 @@ def _too_few_units(
     )
 
 
-def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, reviewed: int) -> str | None:
+def _most_unjudged(review: ReviewSection, scenarios: Scenarios, codes: int, reviewed: int) -> str | None:
     """Return why no component was left to review, or little of Ψ; None where the others say that it does not fail.
 
     They do where components are small, since few codes are no scenario, and where the classifier is right on most of
@@ -346,14 +346,14 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
     dropped = scenarios.dropped
     if not codes:
         return None
-    unclear = [one for one in dropped if not (one.small or one.cause == "right")]
-    weight = sum(one.weight for one in unclear)
+    unjudged = [one for one in dropped if not (one.small or one.cause == "right")]
+    weight = sum(one.weight for one in unjudged)
     right = sum(one.weight for one in dropped if one.cause == "right")
-    if not unclear or right > weight or (reviewed and weight <= MOST_UNCLEAR):
+    if not unjudged or right > weight or (reviewed and weight <= MOST_UNJUDGED):
         return None
-    if all(one.cause == "uncertain" for one in unclear):
+    if all(one.cause == "uncertain" for one in unjudged):
         return not_reviewed(scenarios)  # in its words, which are then no caveat, too
-    heaviest = max(unclear, key=lambda one: one.weight)
+    heaviest = max(unjudged, key=lambda one: one.weight)
     remedy = "more identify.draws or better reference models"
     if heaviest.cause in ("undivided", "uncertain"):
         remedy = "more photographs or tracks of these classes (data.train_images)"
@@ -362,5 +362,5 @@ def _most_unclear(review: ReviewSection, scenarios: Scenarios, codes: int, revie
     left = f"only {count_of(reviewed, 'component')}" if reviewed else "no component"
     return (
         f"Ψ has {count_of(codes, 'code')}, but {left} {'were' if reviewed > 1 else 'was'} left to review "
-        f"({len(unclear)} could not be judged, the heaviest since {heaviest.reason}); try {remedy}"
+        f"({len(unjudged)} could not be judged, the heaviest since {heaviest.reason}); try {remedy}"
     )

@@ -246,18 +246,18 @@ class Shares:
 
 
 def _labels_and_reasons(
-    fails: Bool, voted: I64, reviewed: Bool, shares: Shares, classes: tuple[str, ...]
+    is_high: Bool, voted: I64, reviewed: Bool, shares: Shares, classes: tuple[str, ...]
 ) -> tuple[I64, list[str]]:
     """Return the label of each component, (S,), NONE_OF_THE_ABOVE for a rejected one, and the reasons.
 
-    `fails` (S,) says which shares are high enough, `voted` (S,) has the majority's labels, NONE_OF_THE_ABOVE for a tie,
-    and `reviewed` (S,) says which components have a reviewed image with a label.
+    `is_high` (S,) says which shares are high enough, `voted` (S,) has the majority's labels, NONE_OF_THE_ABOVE for a
+    tie, and `reviewed` (S,) says which components have a reviewed image with a label.
     """
     labels, reasons = np.full(len(voted), NONE_OF_THE_ABOVE, np.int64), []
     for component, label in enumerate(voted):
         if shares.labelled[component] == 0:
             reasons.append("rejected: no image has a label")
-        elif not fails[component]:
+        elif not is_high[component]:
             reasons.append(f"rejected: {shares.found(component)}, {shares.why_not(component)}")
         elif label == NONE_OF_THE_ABOVE:
             why = "labels are tied" if reviewed[component] else "no reviewed image has a label"
@@ -294,18 +294,18 @@ def decide_verdicts(
     counts = tally(votes, (scenarios, per_scenario), len(gallery.classes))
     image_labels = majority(counts) if consensus is None else consensus.labels
     labelled = image_labels != NONE_OF_THE_ABOVE
-    hits, total = is_misclassified(gallery.predicted, image_labels).sum(axis=1), labelled.sum(axis=1)
+    wrong, total = is_misclassified(gallery.predicted, image_labels).sum(axis=1), labelled.sum(axis=1)
     if more is not None:
-        hits, total = hits + more.misclassified, total + more.labelled
+        wrong, total = wrong + more.misclassified, total + more.labelled
     with np.errstate(invalid="ignore", divide="ignore"):
-        misclassified = hits / total
+        misclassified = wrong / total
     units = count_units(gallery, image_labels, more)
-    tested: tuple[I64 | F64, I64] = (hits, total) if units is None else (units.failing, units.total)
-    fails = misclassified > rho if rate is None else significantly_over(*tested, rho, rate)
+    tested: tuple[I64 | F64, I64] = (wrong, total) if units is None else (units.failing, units.total)
+    is_high = misclassified > rho if rate is None else significantly_over(*tested, rho, rate)
     shares = Shares(misclassified, total, rho, rate, units)
     # the label that most images of each component have
     voted = majority((image_labels[..., None] == np.arange(len(gallery.classes))).sum(axis=1))
-    labels, reasons = _labels_and_reasons(fails, voted, labelled.any(axis=1), shares, gallery.classes)
+    labels, reasons = _labels_and_reasons(is_high, voted, labelled.any(axis=1), shares, gallery.classes)
     overridden = np.isin(np.arange(scenarios), [override.scenario for override in overrides])
     by_vote = (labels != NONE_OF_THE_ABOVE) & ~overridden
     false = probability_not_over(*tested, rho)[by_vote]

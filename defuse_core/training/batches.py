@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from defuse_core.artifacts import F64, I64
 from defuse_core.data import Images
-from defuse_core.data.file_loader import batches_of, is_on_disk
+from defuse_core.data.read_ahead import batches_of, is_on_disk
 from defuse_core.device import device
 from defuse_core.errors import ComputeError
 from defuse_core.models import to_tensor

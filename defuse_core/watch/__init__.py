@@ -28,7 +28,7 @@ from torch import nn
 from defuse_core.artifacts import F32, F64, I64, Bool, Models, Weights, rows_of
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data import Images, Splits, reopen_splits
-from defuse_core.data.file_loader import batches_of
+from defuse_core.data.read_ahead import batches_of
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.errors import first_few, with_bounds

@@ -230,7 +230,7 @@ def tasks_on_a_gpu() -> dict[str, Any]:
     """Two tasks one after the other, and short calls that would be four tasks on CPUs."""
     with RayCompute(None, tiny()) as compute:
         tasks = [compute.task("train", pid_by_rows, range(1)) for _ in range(2)]
-        calls = map_in_tasks(compute, "distill", 4, pid_by_rows, at_once=1)
+        calls = map_in_tasks(compute, "distill", 4, pid_by_rows, rows_per_task=1)
     return {"tasks": tasks, "calls": calls}
 
 

@@ -169,7 +169,7 @@ def test_a_task_holds_the_cpus_that_it_computes_with() -> None:
     with RayCompute(None, tiny(resources={"train_threads": 2})) as compute:
         calls = [Call(held_cpus), Call(held_cpus, one_thread=True)]
         assert compute.tasks("review", calls) == [2, 1]
-        assert map_in_tasks(compute, "review", 2, held_by_rows, at_once=1) == [1, 1]
+        assert map_in_tasks(compute, "review", 2, held_by_rows, rows_per_task=1) == [1, 1]
 
 
 def test_independent_tasks_run_at_the_same_time_and_their_results_keep_the_order(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cluster.compute import RayCompute
-from cluster.identify import IdentifyContext, ShardQueue, ShardWorker, shard_errors
+from cluster.identify import IdentifyContext, ShardScheduler, ShardWorker, shard_errors
 from defuse_core.artifacts import Models, Psi
 from defuse_core.config import RunFile
 from defuse_core.data import PictureFiles, open_splits
@@ -92,7 +92,7 @@ def test_any_number_of_workers_any_order_and_any_kill_give_the_same_psi(
         with RayCompute(None, spec) as compute:
             context = compute._identify_context(spec, tiny_models, store, None)
             waiting = [index for index in order if index not in records]
-            records |= ShardQueue(context, waiting, SHARDS).run()
+            records |= ShardScheduler(context, waiting, SHARDS).run()
         killer.join()
         assert store.gate.exists()
         assert np.array_equal(gather_shards(records).codes, local_psi.codes)
@@ -284,12 +284,12 @@ class BrokenNodes(IdentifyContext):
         return remote.remote(self.spec, self.store, self.profile)
 
 
-def queue_on_broken_nodes(
+def scheduler_on_broken_nodes(
     compute: RayCompute, models: Models, store: Store, broken: Collection[int]
-) -> ShardQueue:
+) -> ShardScheduler:
     context = BrokenNodes(**vars(compute._identify_context(compute.spec, models, store, None)))
     context.broken = broken
-    return ShardQueue(context, range(SHARDS), SHARDS)
+    return ShardScheduler(context, range(SHARDS), SHARDS)
 
 
 def end_in_time(store: FolderStore) -> None:
@@ -307,17 +307,17 @@ def test_a_worker_whose_node_cannot_set_up_the_environment_is_dropped(
 ) -> None:
     store = FolderStore(tmp_path)
     with RayCompute(None, tiny(resources={"workers": 2})) as compute:
-        queue = queue_on_broken_nodes(compute, tiny_models, store, [1])
-        queue.waiting.clear()  # all wait until worker 1 is dropped
+        scheduler = scheduler_on_broken_nodes(compute, tiny_models, store, [1])
+        scheduler.waiting.clear()  # all wait until worker 1 is dropped
         end_in_time(store)
-        while not queue.workers or queue.workers[1].state != "dropped":
-            queue._scale()
-            for reference in queue._wait_for_results():
-                queue._handle_result(reference)
+        while not scheduler.workers or scheduler.workers[1].state != "dropped":
+            scheduler._scale()
+            for reference in scheduler._wait_for_results():
+                scheduler._handle_result(reference)
             store.require_lock()
-        queue.waiting.extend(range(SHARDS))
-        queue._dispatch(queue.workers[0])
-        assert np.array_equal(gather_shards(queue.run()).codes, local_psi.codes)
+        scheduler.waiting.extend(range(SHARDS))
+        scheduler._dispatch(scheduler.workers[0])
+        assert np.array_equal(gather_shards(scheduler.run()).codes, local_psi.codes)
     (said,) = [line for line in lines.lines if "going on without a worker: worker 1 does not start" in line]
     assert "a node could not set up the job's environment" in said
 
@@ -327,12 +327,12 @@ def test_nodes_none_of_which_can_set_up_the_environment_are_an_error(
 ) -> None:
     store = FolderStore(tmp_path)
     with RayCompute(None, tiny(resources={"workers": 2})) as compute:
-        queue = queue_on_broken_nodes(compute, tiny_models, store, [0, 1])
+        scheduler = scheduler_on_broken_nodes(compute, tiny_models, store, [0, 1])
         end_in_time(store)
         with pytest.raises(
             ComputeError, match=r"^identify: worker \d does not start: a node could not set up"
         ):
-            queue.run()
+            scheduler.run()
 
 
 def test_a_worker_whose_ping_fails_is_pinged_again_later_and_not_at_once(
@@ -340,17 +340,17 @@ def test_a_worker_whose_ping_fails_is_pinged_again_later_and_not_at_once(
 ) -> None:
     crashed = ray.remote(lambda: os._exit(1)).options(max_retries=0).remote()
     with RayCompute(None, tiny(resources={"workers": 1})) as compute:
-        queue = ShardQueue(
+        scheduler = ShardScheduler(
             compute._identify_context(compute.spec, tiny_models, FolderStore(tmp_path), None), [0], 1
         )
-        queue._scale()
-        (worker,) = queue.workers
-        queue.pings.clear()
-        queue._handle_ping(crashed, worker)
-        assert not queue.pings
-        queue.scaled_at = -math.inf
-        queue._scale()
-        assert list(queue.pings.values()) == [worker]
+        scheduler._scale()
+        (worker,) = scheduler.workers
+        scheduler.pings.clear()
+        scheduler._handle_ping(crashed, worker)
+        assert not scheduler.pings
+        scheduler.scaled_at = -math.inf
+        scheduler._scale()
+        assert list(scheduler.pings.values()) == [worker]
         ray.kill(worker.actor)
 
 

@@ -119,11 +119,13 @@ def test_anchored_decoding_without_an_image_for_each_code_is_an_error(tiny_spec,
 def test_draws_at_a_small_tau_are_failures_at_their_own_images_and_at_tau_1_they_have_the_components_moments():
     scenarios = one_component()
     rows = np.arange(40)
-    near = near_failures(scenarios, 0, rows, 1e-8, generator(0, "test"))
+    near = near_failures(scenarios, 0, rows, 1e-8, generator(0, "test"), truncated=False)
     np.testing.assert_allclose(near.codes, scenarios.failures.codes[0], atol=1e-2)
     np.testing.assert_array_equal(near.anchors, scenarios.failures.anchor[0])
     for tau in (0.3, 1.0):
-        wide = near_failures(scenarios, 0, np.resize(rows, 40_000), tau, generator(0, "test"))
+        wide = near_failures(
+            scenarios, 0, np.resize(rows, 40_000), tau, generator(0, "test"), truncated=False
+        )
         np.testing.assert_allclose(wide.codes.mean(axis=0), scenarios.means[0], atol=0.1)
         np.testing.assert_allclose(np.cov(wide.codes.T), scenarios.covariances[0], atol=0.3)
 
@@ -131,7 +133,7 @@ def test_draws_at_a_small_tau_are_failures_at_their_own_images_and_at_tau_1_they
 def test_wide_draws_are_around_their_failures_as_well():
     scenarios, rows = one_component(), np.resize(np.arange(40), 4000)
     wide = near_failures(
-        scenarios, 0, rows, 0.01, generator(0, "test"), factor=100.0
+        scenarios, 0, rows, 0.01, generator(0, "test"), factor=100.0, truncated=False
     )  # noise as wide as the failures
     correlation = np.corrcoef(wide.codes[:, 0], scenarios.failures.codes[0, rows, 0])[0, 1]
     assert correlation == pytest.approx(np.sqrt(0.5), abs=0.05)

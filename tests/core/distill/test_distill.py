@@ -177,12 +177,12 @@ def test_a_track_in_several_parts_of_psi_is_one_track():
     known = replace(failures(codes), source_track=np.array([0, 0, 0, 0, 1, 1]))
     known = with_wrong_sources(known, range(1, 4))  # three images of four
     parts = [count_sources([known.take(rows)]) for rows in (np.arange(3), np.arange(3, 6))]
-    joined, whole = Sources.joined(parts), count_sources([known])
-    assert (joined.support.tolist(), joined.wrong.tolist()) == ([6], [3.0])
-    for counted in (joined, whole):
+    summed, whole = Sources.summed(parts), count_sources([known])
+    assert (summed.support.tolist(), summed.wrong.tolist()) == ([6], [3.0])
+    for counted in (summed, whole):
         tracks, wrong = counted.wrong_tracks()
         assert (tracks.tolist(), wrong.tolist()) == ([2], [1.0])
-    assert Sources.joined([*parts, count_sources([failures(codes)])]).tracks is None
+    assert Sources.summed([*parts, count_sources([failures(codes)])]).tracks is None
 
 
 def test_one_mixture_per_cell_keeps_overlapping_classes_apart():

@@ -17,12 +17,12 @@ from defuse_core.codec import encode
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.distill.components import Cell, distill, fit_mixtures
-from defuse_core.distill.mixture import one_component
+from defuse_core.distill.mixture import one_component_coefficients
 from defuse_core.distill.sharded import (
     CellCodes,
     CellSummary,
     _all_of_cell,
-    _merged,
+    _merged_cells,
     distill_all,
     load_part,
     part_spans,
@@ -228,7 +228,7 @@ def test_sums_over_a_part_are_those_over_its_cells(stored: tuple[Psi, FolderStor
     psi, store = stored
     part = load_part(store, psi.fingerprint, "cell", 2, 5)
     assert isinstance(part, CellCodes) and set(part.rows) == {(0, 1), (1, 2), (5, 6)}
-    center, table = np.ones(4), one_component(4)
+    center, table = np.ones(4), one_component_coefficients(4)
     (sums, _) = part_sums(part, {(1, 2): center}, {(1, 2): table})[(1, 2)]
     codes = part.of((1, 2)).astype(np.float64) - 1
     np.testing.assert_allclose(sums[0, :5], [len(codes), *codes.sum(axis=0)], rtol=1e-12)
@@ -252,7 +252,7 @@ def test_a_part_is_asked_only_for_the_cells_that_it_holds() -> None:
         Held({(0, 1): summary(2, [7]), (5, 6): summary(3, [7, 8])}),
         Held({(0, 0): summary(1, [9]), (0, 1): summary(4, [7, 8, 9])}),
     ]
-    found = _merged(parts)
+    found = _merged_cells(parts)
     assert [*found] == [(0, 0), (0, 1), (5, 6)]
     merged = found[0, 1]
     assert (merged.count, merged.support, merged.total.tolist()) == (6, 4, [2.0, 2.0])

@@ -74,12 +74,17 @@ def test_truncated_codes_fill_the_ellipsoid_of_nine_tenths_and_no_more():
 def test_a_draw_near_a_failure_is_moved_towards_the_mean_and_has_the_noise_of_the_component(taus):
     failures = anchored([False, True])
     rows, scenarios = np.array([1, 0, 1]), component(failures, taus)
-    still = smoothed(scenarios, 0, rows, TAU, np.full((3, 2), 1e-9))
+    still = smoothed(scenarios, 0, rows, TAU, np.full((3, 2), 1e-9), truncated=taus)
     expected = MEAN + np.sqrt(1 - TAU) * (failures.codes[0, rows] - MEAN)
     np.testing.assert_allclose(still.codes, expected, atol=1e-6)
     assert still.anchors.tolist() == [1, 0, 1]
     noise = smoothed(
-        scenarios, 0, np.zeros(50_000, np.int64), TAU, generator(0, "a").normal(size=(50_000, 2))
+        scenarios,
+        0,
+        np.zeros(50_000, np.int64),
+        TAU,
+        generator(0, "a").normal(size=(50_000, 2)),
+        truncated=taus,
     )
     found = np.cov(noise.codes.T)
     np.testing.assert_allclose(found / found[1, 1], COVARIANCE, atol=0.15)
@@ -87,7 +92,7 @@ def test_a_draw_near_a_failure_is_moved_towards_the_mean_and_has_the_noise_of_th
 
 
 def test_with_a_tau_over_one_a_draw_forgets_its_failure():
-    still = smoothed(component(anchored([False])), 0, np.array([0]), 2.0, np.zeros((1, 2)))
+    still = smoothed(component(anchored([False])), 0, np.array([0]), 2.0, np.zeros((1, 2)), truncated=False)
     np.testing.assert_allclose(still.codes[0], MEAN)
 
 

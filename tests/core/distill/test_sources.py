@@ -13,7 +13,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Failures, Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
 from defuse_core.distill.components import Sources, certain_source_error, count_sources
-from defuse_core.distill.draws import component_failures, failure_rows, held_out_half, with_both_halves
+from defuse_core.distill.draws import component_failures, drop_with_few_units, failure_rows, held_out_half
 from defuse_core.intervals import exact_lower
 from defuse_core.seeds import generator
 from tests.sample_components import sample_failures, sample_scenarios
@@ -52,10 +52,10 @@ def test_a_component_without_images_has_no_certain_error():
 def test_mixtures_have_tracks_only_where_each_has_them():
     tracked = count_sources([failures([0, 1], wrong=[0], track=TRACK), failures([5], wrong=[], track=TRACK)])
     plain = count_sources([failures([2, 3, 4], wrong=[3])])
-    together = Sources.of_all([tracked, plain])
+    together = Sources.concatenated([tracked, plain])
     assert (together.support.tolist(), together.wrong.tolist()) == ([2, 1, 3], [1.0, 0.0, 1.0])
     assert together.tracks is None and together.wrong_tracks() is None
-    twice = Sources.of_all([tracked, tracked]).wrong_tracks()
+    twice = Sources.concatenated([tracked, tracked]).wrong_tracks()
     assert twice is not None and twice[0].tolist() == [1, 1, 1, 1]
     mixed = count_sources([failures([0], wrong=[0], track=TRACK), failures([1], wrong=[1])])
     assert mixed.tracks is None
@@ -178,7 +178,7 @@ def test_components_that_cannot_be_divided_are_dropped_and_none_is_tuned_on_what
 ):
     # three pairs of three units are an odd circle
     scenarios = with_tracks([[0, 1], [1, 2], [0, 2], [3], [0, 1, 2, 3]], tracks)
-    kept = with_both_halves(scenarios)
+    kept = drop_with_few_units(scenarios)
     assert len(kept) == 3
     reasons = [dropped.reason for dropped in kept.dropped]
     what = "track" if tracks else "photograph"
@@ -197,8 +197,8 @@ def test_components_that_cannot_be_divided_are_dropped_and_none_is_tuned_on_what
 @pytest.mark.parametrize("tracks", [None, 12])
 def test_a_component_with_fewer_photographs_to_review_than_significance_takes_is_dropped(tracks):
     scenarios = with_tracks([list(range(8)), list(range(2, 12))], tracks)
-    kept = with_both_halves(scenarios, least=5)
-    assert (len(kept), len(with_both_halves(scenarios, least=4))) == (1, 2)
+    kept = drop_with_few_units(scenarios, least=5)
+    assert (len(kept), len(drop_with_few_units(scenarios, least=4))) == (1, 2)
     what = "track" if tracks else "photograph"
     assert [dropped.reason for dropped in kept.dropped] == [
         f"too few photographs or tracks for certainty: 4 {what}s to review, and significance takes 5"
@@ -206,16 +206,16 @@ def test_a_component_with_fewer_photographs_to_review_than_significance_takes_is
 
 
 def test_no_scenario_is_left_where_none_can_be_divided():
-    kept = with_both_halves(with_tracks([[0], [1]], 2))
+    kept = drop_with_few_units(with_tracks([[0], [1]], 2))
     assert (len(kept), len(kept.dropped)) == (0, 2)
     assert len(decode(Scenarios, encode(kept), "scenarios").dropped) == 2
-    again = with_both_halves(dataclasses.replace(with_tracks([[3]], 4), dropped=kept.dropped[:1]))
+    again = drop_with_few_units(dataclasses.replace(with_tracks([[3]], 4), dropped=kept.dropped[:1]))
     assert again.dropped[0] == kept.dropped[0] and len(again.dropped) == 2
 
 
 def test_scenarios_without_photographs_are_kept_as_they_are():
     plain = dataclasses.replace(with_tracks([[0]], 1), failures=None)
-    assert with_both_halves(plain) is plain
+    assert drop_with_few_units(plain) is plain
 
 
 def test_wrong_frames_of_one_track_are_one_piece_of_evidence_for_the_error_of_a_component():

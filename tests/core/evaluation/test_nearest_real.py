@@ -213,7 +213,7 @@ def test_real_images_on_disk_are_read_by_the_processes_of_the_run(
         asked.append(readers)
         return SimpleNamespace(in_use=SimpleNamespace(acquire=lambda blocking: False))
 
-    monkeypatch.setattr("defuse_core.data.file_loader.file_loader", busy)
+    monkeypatch.setattr("defuse_core.data.read_ahead.reader_pool", busy)
     vae = load_vae(tiny_spec, tiny_models.vae)
     before = load_classifier(tiny_spec, tiny_models.classifier, len(tiny_models.classes))
     some = open_splits(tiny_spec.data, tiny_spec.seed).train.take(np.arange(20))

@@ -41,12 +41,12 @@ class HalfSpace:
         self.limit, self.examined = limit, list[Draws]()
         monkeypatch.setattr(sample, "Examiner", lambda *args: self)
 
-    def examine(self, draws: Draws) -> tuple[I64, I64]:
+    def unanimous(self, draws: Draws) -> tuple[I64, I64]:
         self.examined.append(draws)
         seen = np.where(draws.codes[:, 0] > self.limit, LABEL, NONE_OF_THE_ABOVE)
         return np.zeros(len(draws), np.int64), seen
 
-    review = examine
+    by_majority = unanimous
 
 
 def twins(anchored: bool = False, mean: float = 0.0) -> Scenarios:

@@ -70,7 +70,7 @@ def test_images_to_tune_on_to_test_on_and_to_review_are_all_different(gallery, t
 def test_a_label_is_a_class_of_which_every_reference_model_is_sure(tiny_models, scenarios, references):
     spec = recommended(identify={"min_probability": 0.5})
     codes = np.random.default_rng(0).normal(scale=2, size=(200, 4)).astype(np.float32)
-    _, labels = Examiner(spec, tiny_models, references, scenarios).examine(Draws(codes))
+    _, labels = Examiner(spec, tiny_models, references, scenarios).unanimous(Draws(codes))
     models = load_reference_models(spec, spec.review.reference, references, 10)
     seen = model_probabilities(models, decode_codes(load_vae(spec, tiny_models.vae), codes))  # (W, n, C)
     unanimous = (seen >= 0.5).all(axis=0)
@@ -84,17 +84,17 @@ def test_a_label_is_a_class_of_which_every_reference_model_is_sure(tiny_models, 
 def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
     spec = recommended(review={"tau": 1.0})
     examiner = Examiner(spec, tiny_models, references, scenarios)
-    seen = [examiner.examine(Draws(scenarios.means[[j]].astype(np.float32)))[1][0] for j in range(2)]
+    seen = [examiner.unanimous(Draws(scenarios.means[[j]].astype(np.float32)))[1][0] for j in range(2)]
     labels = np.array(seen, np.int64)
     rng = np.random.default_rng(0)
     tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
     drawn = Corrections(np.arange(2), labels, tune, test)
     kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, LocalCompute())
     for row, label in enumerate(labels):
-        agrees = examiner.examine(Draws(drawn.tune[row]))[1] == label
+        agrees = examiner.unanimous(Draws(drawn.tune[row]))[1] == label
         assert kept.kept[row] == pytest.approx(agrees.mean())
         if agrees.any():
-            shown = examiner.examine(Draws(kept.tune[row]))[1]
+            shown = examiner.unanimous(Draws(kept.tune[row]))[1]
             assert (shown == label).mean() > 0.9  # other batches may round otherwise
     np.testing.assert_array_equal(kept.test, drawn.test)
 

@@ -10,7 +10,7 @@ from defuse_core.data import open_splits
 from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.local import LocalCompute
 from defuse_core.models import Vae, load_vae
-from defuse_core.protocols import AT_ONCE, Call, silent
+from defuse_core.protocols import ROWS_PER_TASK, Call, silent
 from defuse_core.review.tighten import TAUS, find_taus, tighten, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import recommended, tiny
@@ -96,13 +96,13 @@ def test_a_dropped_component_is_right_where_just_rho_of_its_draws_are_wrong():
     for wrong, right in ((32, True), (33, False)):
         answers = np.where(np.arange(64) < wrong, 3, 8), np.full(64, 8)
         (found,) = find_taus(spec, one_component(), range(1), lambda draws: answers, silent)  # noqa: B023
-        assert found[0] is None and found[1].right is right
+        assert found.tau is None and found.right is right
 
 
 def test_each_component_that_is_kept_has_its_own_tau():
-    ((_, outcome),) = find_taus(SPEC, one_component(), range(1), ball(100.0), silent)
+    (one,) = find_taus(SPEC, one_component(), range(1), ball(100.0), silent)
     three = one_component().take(np.array([0, 0, 0]))
-    found = with_taus(SPEC, three, [(1.0, outcome), (None, outcome), (0.25, outcome)])
+    found = with_taus(SPEC, three, [one._replace(tau=tau) for tau in (1.0, None, 0.25)])
     assert found.taus.tolist() == [1.0, 0.25] and len(found.dropped) == 1
 
 
@@ -111,8 +111,8 @@ def found_at_any_tau(pure: int, wrong: int, labelled: int = 64, **review) -> flo
     labels = np.where(np.arange(64) < pure, 8, np.where(np.arange(64) < labelled, 1, NONE_OF_THE_ABOVE))
     answers = np.where(np.arange(64) < wrong, 3, np.where(labels == NONE_OF_THE_ABOVE, 8, labels))
     spec = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.5} | review)
-    ((tau, _),) = find_taus(spec, one_component(), range(1), lambda draws: (answers, labels), silent)
-    return tau
+    (found,) = find_taus(spec, one_component(), range(1), lambda draws: (answers, labels), silent)
+    return found.tau
 
 
 def test_requirements_are_on_the_lower_bounds_of_the_shares():
@@ -197,7 +197,7 @@ def test_tasks_that_share_the_components_show_one_figure():
     shown = []
     compute = LocalCompute(lambda what, done, total, unit: shown.append((done, total)))
     calls = [Call(tighten_some, eight, rows) for rows in (range(3), range(3, 8))]
-    assert len([tau for taus in compute.tasks("distill", calls) for tau, _ in taus]) == 8
+    assert sum(map(len, compute.tasks("distill", calls))) == 8
     assert shown == [(done, 8) for done in (0, 1, 2, 3, 3, 4, 5, 6, 7, 8)]
 
 
@@ -232,7 +232,7 @@ def test_each_photograph_is_encoded_once_for_its_component_and_not_for_the_other
     spec = recommended(vae={"decode": "anchored"})
     vae = CountedEncodings(load_vae(spec, tiny_models.vae))
     monkeypatch.setattr("defuse_core.review.sample.load_vae", lambda *asked: vae)
-    components, own = 2 * AT_ONCE, 4
+    components, own = 2 * ROWS_PER_TASK, 4
     pixels = open_splits(spec.data, spec.seed).train.batch(slice(0, components * own))
     source = np.arange(len(pixels))
     failures = ComponentFailures(

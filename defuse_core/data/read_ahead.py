@@ -18,7 +18,7 @@ from defuse_core.files import map_ahead
 
 
 class _Batches(Dataset[Tensor | str]):
-    """What the processes of the loader read: the pixels of some files, or the error of a file that is no image."""
+    """What the processes of the pool read: the pixels of some files, or the error of a file that is no image."""
 
     def __getitem__(self, files: PictureFiles) -> Tensor | str:
         try:
@@ -38,8 +38,8 @@ class _Order:
         return self.batches
 
 
-class FileLoader:
-    """A torch DataLoader whose processes read any files and stay for the next ones."""
+class ReaderPool:
+    """Processes of a torch DataLoader that read any files and stay for the next ones."""
 
     def __init__(self, readers: int) -> None:
         self.in_use = threading.Lock()
@@ -64,9 +64,9 @@ class FileLoader:
 
 
 @functools.cache
-def file_loader(readers: int) -> FileLoader:
-    """Return the loader that all sets of images of this process share."""
-    return FileLoader(readers)
+def reader_pool(readers: int) -> ReaderPool:
+    """Return the pool that all sets of images of this process share."""
+    return ReaderPool(readers)
 
 
 def is_on_disk(images: Images) -> bool:
@@ -82,19 +82,19 @@ def batches_of(images: Images, order: Iterable[slice | I64], readers: int) -> Ge
     """
     if not isinstance(images.pixels, PictureFiles):
         yield from map(images.batch, order)
-    elif readers and (loader := file_loader(readers)).in_use.acquire(blocking=False):
+    elif readers and (pool := reader_pool(readers)).in_use.acquire(blocking=False):
         try:
-            yield from loader.read(map(images.pixels.at, order))
+            yield from pool.read(map(images.pixels.at, order))
         except DataError:
             raise
         except Exception as error:  # of torch, or of the connection to a process that ends
-            file_loader.cache_clear()  # it never reads again
+            reader_pool.cache_clear()  # it never reads again
             why = one_line(f"{type(error).__name__}: {error}")
             raise ComputeError(
                 f"resources.readers: a process that reads images failed ({why}); free memory, or lower "
                 "resources.readers, and run again to continue"
             ) from error
         finally:
-            loader.in_use.release()
+            pool.in_use.release()
     else:
         yield from map_ahead(images.batch, order, ahead=1)

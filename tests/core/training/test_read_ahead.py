@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from defuse_core.config import ResourcesSection
 from defuse_core.data import Images, PictureFiles
-from defuse_core.data.file_loader import batches_of, file_loader
+from defuse_core.data.read_ahead import batches_of, reader_pool
 from defuse_core.errors import ComputeError, DataError
 from defuse_core.local import UNTRACED
 from defuse_core.models import map_images
@@ -61,7 +61,7 @@ def stored(folder: Path, count: int) -> Images:
 @pytest.fixture(autouse=True)
 def no_processes_stay() -> Iterator[None]:
     yield
-    file_loader.cache_clear()
+    reader_pool.cache_clear()
 
 
 def test_processes_that_read_ahead_change_nothing_in_any_epoch_and_name_a_file_that_is_no_image(
@@ -148,4 +148,4 @@ def test_an_error_that_is_kept_does_not_keep_the_processes_from_the_next_images(
 
     with pytest.raises(ValueError, match="2") as kept:
         map_images(fails, stored(tmp_path, 4), batch_size=2, readers=1)
-    assert kept.tb and not file_loader(1).in_use.locked()
+    assert kept.tb and not reader_pool(1).in_use.locked()
