@@ -65,7 +65,12 @@ def newer_flags() -> list[str]:
 
 @pytest.fixture
 def flags_of_a_new_process() -> Iterator[None]:
+    _reset_flags()  # another test may have served in this process, which keeps them set
     yield
+    _reset_flags()
+
+
+def _reset_flags() -> None:
     torch.backends.fp32_precision = cudnn.fp32_precision = "none"
     for flag in F32_FLAGS:
         flag.fp32_precision = "none"
