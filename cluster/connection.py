@@ -39,7 +39,7 @@ from cluster.ray_compat import (
 )
 from defuse_core.config import RunFile, model_sections
 from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
-from defuse_core.files import FULL_DISK
+from defuse_core.files import FULL_DISK, WRONG_PLACE
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0
@@ -55,7 +55,7 @@ MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or G
 FREE_DISK = (
     "free space on the disk of Ray's folder (/tmp/ray, or RAY_TMPDIR): Ray uses it until it is 95 % full"
 )
-UNUSABLE_FOLDER = {errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+UNUSABLE_FOLDER = WRONG_PLACE | {errno.EEXIST, errno.EROFS}
 INSTALL = "install it on every node, or use `defuse submit`, which uploads it"
 # in Ray's texts: the lines about a lost actor before the cause, and the address of a node
 LOST_ACTOR = re.compile(r"^\t(?:class_name|actor_id|pid|name|namespace|ip): .*\n", re.MULTILINE)

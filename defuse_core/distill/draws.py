@@ -90,8 +90,7 @@ def draw_codes(
     """
     if scenarios.failures is not None:
         rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-        tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
-        return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
+        return _at_own_tau(spec, scenarios, component, rows, rng)
     if scenarios.taus is None:
         return Draws(gaussian_codes(scenarios, component, count, tau_of(spec, scenarios, component), rng))
     normal = rng.standard_normal((count, scenarios.means.shape[1]))
@@ -130,8 +129,7 @@ def spread_draws(
     anchor = scenarios.failures.anchor[component, half]
     images = order[np.arange(after, after + count) % len(order)]
     rows = np.array([rng.choice(half[anchor == image]) for image in images], np.int64)
-    tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
-    return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
+    return _at_own_tau(spec, scenarios, component, rows, rng)
 
 
 def _image_order(failures: ComponentFailures, component: int, rng: np.random.Generator) -> I64:
@@ -149,6 +147,14 @@ def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
     """
     half: I64 = np.flatnonzero(failures.anchors.held_out[failures.anchor[component]] == held_out)
     return half
+
+
+def _at_own_tau(
+    spec: RunFile, scenarios: Scenarios, component: int, rows: I64, rng: np.random.Generator
+) -> Draws:
+    """Return draws near the failures `rows` of a component at its tau, truncated where components have one each."""
+    tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
+    return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
 
 
 def near_failures(

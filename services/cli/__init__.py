@@ -19,6 +19,7 @@ import click
 import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
+from defuse_core.files import WRONG_PLACE
 from services import last_words, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import EscapingFormatter, echo_marked
@@ -30,7 +31,7 @@ from services.settings import is_on, set_missing_home, share_cores
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
-WRONG_PATH = {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}
+WRONG_PATH = WRONG_PLACE | {errno.EACCES, errno.EROFS}
 # As wide as the signs themselves, by which the columns of tables are set; no table has ≤ or ≥.
 PLAIN_SIGNS = {
     "−": "-",

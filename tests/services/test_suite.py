@@ -296,12 +296,17 @@ def test_saving_says_where_the_classifier_before_is_over_the_limit(
     assert f"the suite requires {percent(eights['least'])}, since the classifier already reached" in out
 
 
+def wrapped(kind: str, weights: Path, folder: Path) -> list[object]:
+    """Return the options of a class of this file around the network whose `weights` these are."""
+    own = folder / "own.safetensors"
+    save_file({f"net.{name}": tensor for name, tensor in load_file(weights).items()}, own)
+    return ["--classifier", f"tests.services.test_suite:{kind}", "--weights", own]
+
+
 def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
     suite, files, tmp_path, monkeypatch, capsys
 ):
-    weights = {f"net.{name}": tensor for name, tensor in load_file(files / "good.safetensors").items()}
-    save_file(weights, tmp_path / "own.safetensors")
-    other = ["--classifier", "tests.services.test_suite:Of255", "--weights", tmp_path / "own.safetensors"]
+    other = wrapped("Of255", files / "good.safetensors", tmp_path)
     code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *other)
     assert code == 1
     assert "so it may need --set classifier.input_range=0..255" in one_line(err)
@@ -319,9 +324,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
 def test_a_classifier_that_refuses_other_pixels_fails_as_any_other(
     suite, files, tmp_path, monkeypatch, capsys
 ):
-    weights = {f"net.{name}": tensor for name, tensor in load_file(files / "bad.safetensors").items()}
-    save_file(weights, tmp_path / "own.safetensors")
-    guarded = ["--classifier", "tests.services.test_suite:Guarded", "--weights", tmp_path / "own.safetensors"]
+    guarded = wrapped("Guarded", files / "bad.safetensors", tmp_path)
     code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *guarded)
     assert code == 1
     assert "fails 2 of 2 scenarios" in one_line(err) and "input_range" not in err
