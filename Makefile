@@ -7,9 +7,12 @@ STAMP := $(VENV)/.installed
 # Type checkers and editors find an editable install by a path (compat), not by setuptools' hook.
 EDITABLE := --config-settings editable_mode=compat --editable '.[dev]'
 # What commands import is compiled once; pip would compile every file of every package, for minutes.
-COMPILED := cluster.ray_train_tune, label_studio_sdk, matplotlib.pyplot, ray.serve, services.cli, torchvision
-INSTALL_LABEL_STUDIO := 'from services.labeling.local_server import install; \
-	from services.settings import read_environment; install(read_environment().cache)'
+COMPILED := cluster.ray_train_tune, matplotlib.pyplot, ray.serve, services.cli, torchvision
+COMPILE := 'import importlib.util, $(COMPILED); importlib.util.find_spec("label_studio_sdk") and \
+	importlib.import_module("label_studio_sdk")'
+INSTALL_LABEL_STUDIO := 'import sys; from services.labeling.local_server import NEWEST_PYTHON, install; \
+	from services.settings import read_environment; \
+	sys.version_info[:2] <= NEWEST_PYTHON and install(read_environment().cache)'
 # Processes of tests. On two cores four: some tests wait for servers at any time.
 TESTS_AT_ONCE ?= 4
 
@@ -24,11 +27,11 @@ help:
 setup: $(STAMP)
 
 $(STAMP): $(PACKAGES)
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import $(COMPILED)'
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c $(COMPILE)
 	touch $@
 
 $(PACKAGES): pyproject.toml deploy/constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Defuse needs Python 3.11 to 3.13; set PYTHON=python3.x")'
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 15) else "Defuse needs Python 3.11 to 3.14; set PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --quiet --no-compile --constraint deploy/constraints.txt $(EDITABLE)

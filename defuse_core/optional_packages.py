@@ -1,5 +1,6 @@
 """Packages that single features need, and the releases of each that Defuse works with."""
 
+import sys
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
@@ -22,6 +23,8 @@ RELEASES = {
     "timm": ">=1.0.26",
     "transformers": ">=5",
 }
+# what pip can install them with: label-studio-sdk 2.1 needs numpy below 2.3, which is not built for a later Python
+NEWEST_PYTHON = {"label-studio-sdk": (3, 13)}
 # those of another name than their package
 MODULES = {"label-studio-sdk": "label_studio_sdk", "mlflow-skinny": "mlflow"}
 
@@ -33,6 +36,12 @@ def expect_packages(who: str, *names: str, error: type[InputError] = InputError)
     """
     found = {name: _release(name) for name in names}
     wanting = [name for name, release in found.items() if release is None or _is_unfit(name, release)]
+    for name in wanting:
+        if sys.version_info[:2] > NEWEST_PYTHON.get(name, sys.version_info):
+            newest = ".".join(map(str, NEWEST_PYTHON[name]))
+            raise error(
+                f"{who} needs {name}, which has no release for this Python; install Defuse with Python {newest}"
+            )
     if wanting:
         needed = " and ".join(f"{name}{RELEASES[name]} (found {found[name] or 'none'})" for name in wanting)
         remedy = " ".join(f"'{name}{RELEASES[name]}'" for name in wanting)

@@ -27,6 +27,7 @@ from time import monotonic, sleep
 from defuse_core.errors import InputError, ServiceError
 
 VERSIONS = "label-studio>=1.23,<1.24"
+NEWEST_PYTHON = (3, 13)  # it needs numpy below 2.3, which is not built for a later one
 USERNAME = "admin@defuse.local"
 REPORT_EVERY_S = 10
 START_TIMEOUT_S = 300  # the first start migrates an empty database: some 30 s on two idle cores
@@ -161,6 +162,11 @@ def install(cache: Path, report: Callable[[str], None] = _silent) -> Installatio
                 raise InputError(
                     f"Label Studio runs in {installation.env}, which has to be installed again; `defuse label-studio "
                     "down` ends it, then repeat this command"
+                )
+            if sys.version_info[:2] > NEWEST_PYTHON:
+                newest = ".".join(map(str, NEWEST_PYTHON))
+                raise InputError(
+                    f"{VERSIONS} has no release for this Python; install Defuse with Python {newest}"
                 )
             report(f"installing Label Studio in {installation.env}: about 1 GB, a minute")
             _run(sys.executable, "-m", "venv", "--clear", str(installation.env))

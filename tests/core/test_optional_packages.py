@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from defuse_core.errors import ModelError
+from defuse_core.errors import InputError, ModelError
 from defuse_core.optional_packages import expect_packages, import_package
 
 
@@ -27,6 +27,18 @@ def test_a_missing_and_an_old_package_are_named_together_and_a_good_one_is_not(
     assert str(caught.value) == (
         "this test needs timm>=1.0.26 (found 1.0.9) and label-studio-sdk>=2.1,<2.2 (found none); "
         "pip install 'timm>=1.0.26' 'label-studio-sdk>=2.1,<2.2'"
+    )
+
+
+def test_on_a_python_that_is_too_new_for_a_package_no_command_is_named_that_cannot_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    with pytest.raises(InputError) as caught:
+        expect_packages("this test", "label-studio-sdk", "httpx")
+    assert str(caught.value) == (
+        "this test needs label-studio-sdk, which has no release for this Python; install Defuse with Python 3.13"
     )
 
 

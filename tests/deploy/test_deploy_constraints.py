@@ -21,7 +21,7 @@ CHOSEN_BY_THE_USER = {"torch", "torchvision", "defuse"}
 def pins() -> dict[str, Requirement]:
     lines = (DEPLOY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(pin.name): pin for pin in found}
+    return {canonicalize_name(pin.name): pin for pin in found if pin.marker is None or pin.marker.evaluate()}
 
 
 def pinned_version(name: str) -> str:

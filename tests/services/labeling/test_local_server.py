@@ -22,6 +22,7 @@ from services.labeling.local_server import (
     _is_label_studio,
     _run,
     down,
+    install,
     running_server,
     start,
     up,
@@ -193,6 +194,13 @@ def test_a_server_is_recognised_without_the_program_ps(monkeypatch, tmp_path):
             process.stdin.close()
             process.wait()
             assert not _is_label_studio(process.pid)
+
+
+def test_a_python_that_is_too_new_is_named_before_anything_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    with pytest.raises(InputError, match="has no release for this Python; install Defuse with Python 3.13"):
+        install(tmp_path)
+    assert not Installation(tmp_path).env.exists()
 
 
 def test_a_failed_installation_says_what_pip_said():
