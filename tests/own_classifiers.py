@@ -193,13 +193,6 @@ def that_raises_no_exception() -> nn.Module:
     raise NoException("skipped")
 
 
-def that_raises_no_exception_when_called() -> nn.Module:
-    def skipped(logits: Tensor) -> Tensor:
-        raise NoException("skipped")
-
-    return Returning(skipped)
-
-
 def for_two_images_only() -> nn.Module:
     return Returning(lambda logits: logits.reshape(2, 10))
 

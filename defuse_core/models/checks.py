@@ -149,9 +149,7 @@ def _logits_with_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequ
         raise ModelError(
             f"the classifier exits (SystemExit: {error}) when it is trained; remove that"
         ) from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+    except Exception as error:
         where, remedy = "where gradients are computed", "change its forward"
         if classifier.training:
             where, remedy = "in train mode, in which it is fine-tuned", SAME_IN_TRAINING
@@ -172,9 +170,7 @@ def _call(classifier: nn.Module, batch: Tensor, remedy: str = f"check {ANY_SIZE}
         raise ModelError(
             f"the classifier exits (SystemExit: {error}) when it is called; remove that"
         ) from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+    except Exception as error:
         raise CallError(failure_line(classifier, batch, error, remedy)) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"the classifier: expected logits as a tensor, found {type(logits).__name__}")

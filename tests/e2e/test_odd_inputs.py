@@ -41,11 +41,6 @@ REFUSED = [  # what is wrong, section classifier, the line
     ("a factory that exits", own("that_exits"), 'below `if __name__ == "__main__":`'),
     ("a factory that raises no Exception", own("that_raises_no_exception"), "failed (NoException: skipped)"),
     (
-        "a network that raises no Exception",
-        own("that_raises_no_exception_when_called"),
-        "NoException: skipped",
-    ),
-    (
         "the device meta",
         own("on_meta"),
         "a module on the device meta, which has no weights; build it on the CPU",
