@@ -265,8 +265,18 @@ def weights_in(folder: Path) -> list[Path]:
     return list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
 
 
+def is_endless(path: Path) -> bool:
+    """Whether it is a pipe, a device or a socket: reading it may wait, or read on, without end."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or over the digests of config.json and `weights_in` a folder."""
+    """Return the SHA-256 of a file, or over the digests of config.json and `weights_in` a folder.
+
+    Raises OSError.
+    """
+    if is_endless(path):
+        raise OSError(errno.EINVAL, "a pipe, a device or a socket", str(path))
     if path.is_dir():
         inside = "".join(map(digest_of, (path / "config.json", *weights_in(path))))
         return hashlib.sha256(inside.encode()).hexdigest()

@@ -180,6 +180,19 @@ def with_lazy_layers() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 
 
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return Net()
+
+
+class NoException(BaseException):
+    """As pytest's Skipped or asyncio's CancelledError."""
+
+
+def that_raises_no_exception() -> nn.Module:
+    raise NoException("skipped")
+
+
 def for_two_images_only() -> nn.Module:
     return Returning(lambda logits: logits.reshape(2, 10))
 

@@ -207,7 +207,8 @@ def changed_field(recorded: RunFile, given: RunFile) -> str | None:
             continue  # the content of the file counts, not its path
         numerics = field.startswith(("resources.train_", "resources.precision"))
         if before.get(field) != now.get(field) and (not free or numerics):
-            return f"{field}: {before.get(field)!r} in the run, {now.get(field)!r} now"
+            was, is_now = ("null" if tree.get(field) is None else repr(tree[field]) for tree in (before, now))
+            return f"{field}: {was} in the run, {is_now} now"
     return None
 
 

@@ -60,6 +60,10 @@ def import_module(field: str, path: str) -> nn.Module:
             f"{field} {path}: it returned a module with lazy layers (such as torch.nn.LazyLinear) that have no weights "
             "yet; let it call the module once, on images of the size to use, before it returns it"
         )
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            f"{field} {path}: it returned a module on the device meta, which has no weights; build it on the CPU"
+        )
     odd = [
         name
         for name, value in module.state_dict().items()
@@ -97,7 +101,11 @@ def _called(field: str, path: str) -> nn.Module:
             f"{field} {path}: it exits (SystemExit: {error}) when it is imported or called; put what it does as a "
             'program below `if __name__ == "__main__":`'
         ) from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except (
+        BaseException
+    ) as error:  # of a library, which may raise what is no Exception, such as pytest's Skipped
         raise ModelError(
             f"{field} {path}: calling it failed ({type(error).__name__}: {error}); "
             "expected package.module:factory, importable from here and callable without arguments"

@@ -63,7 +63,12 @@ def _read_tree(path: Path) -> Any:
     if path.suffix == ".safetensors":
         try:
             return load_safetensors(data)
-        except (SafetensorError, KeyError) as error:  # the latter for types that torch lacks
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path}: expected a whole safetensors file, found one that is cut off or damaged ({error}); save or "
+                "copy it again"
+            ) from error
+        except KeyError as error:  # a type that torch lacks
             raise _no_state_dict(path) from error
     if program_kind(data) is not None:
         raise ModelError(

@@ -170,7 +170,7 @@ def _run_command() -> None:
     except (click.Abort, KeyboardInterrupt):
         with last_words():
             _fail(stopped_line(), stopped_exit_code())
-    except Exception as error:
+    except BaseException as error:  # of a library or a classifier, which may raise what is no Exception
         unprinted = _unprinted(error)
         if unprinted and was_stopped():  # by a hangup, whose terminal is gone
             _fail(stopped_line(), stopped_exit_code())
@@ -188,7 +188,7 @@ def _run_command() -> None:
         sys.exit(code)
 
 
-def _unprinted(error: Exception) -> str | None:
+def _unprinted(error: BaseException) -> str | None:
     """Return why click or rich, which print, could not write; None for other errors, such as of other files."""
     place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     prints = any(place.is_relative_to(Path(str(library.__file__)).parent) for library in (click, rich))

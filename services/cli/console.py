@@ -23,6 +23,7 @@ log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0
 WIDTH = 80  # columns where the terminal says that it has none
 UNBOUNDED = 1000  # columns, in which every table fits
+CLASS_COLUMNS = ("Label", "Mistaken for")
 FOLDED = 10  # columns that a text needs which is broken anywhere
 
 
@@ -42,10 +43,15 @@ class Terminal(Console):
 
 
 def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Table:
-    """Return an empty table whose first `texts` columns hold text, and the others numbers."""
+    """Return an empty table whose first `texts` columns hold text, and the others numbers.
+
+    Names of classes go on in the next line where they are too long.
+    """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
-        if place < texts:
+        if column in CLASS_COLUMNS:
+            table.add_column(column, overflow="fold")
+        elif place < texts:
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         else:
             table.add_column(column, justify="right", no_wrap=True)
@@ -55,6 +61,14 @@ def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Tabl
 def add_row(table: Table, *cells: str | Text) -> None:
     """Add a row; square brackets in a class name are text, not rich's markup."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+
+
+def keep_names_readable(table: Table) -> None:
+    """Give long names of classes as many columns as their headings have, at least."""
+    for column in table.columns:
+        if column.header in CLASS_COLUMNS:
+            longest = max((len(str(cell)) for cell in column.cells), default=0)
+            column.min_width = min(longest, len(max(CLASS_COLUMNS, key=len)))
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -20,7 +20,15 @@ from defuse_core.report.formatting import (
     spread,
     sweep_text,
 )
-from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
+from services.cli.console import (
+    Terminal,
+    add_row,
+    keep_names_readable,
+    needed_width,
+    new_table,
+    print_fitting,
+    print_table,
+)
 from services.cli.options import broken_lines
 
 if TYPE_CHECKING:
@@ -36,7 +44,6 @@ DROPPED_COMPARED = ("Mistaken for", "A before", "A after", "In B", "B after")
 # left out, in turn, until the table of scenarios fits
 DROPPED = ("Agreement", "Seen", "Purity", "Mistaken for")
 TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lines are hard to read
-FIGURES_WIDTH = 61  # columns of the terminal that the figures in the table of scenarios need
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -147,9 +154,9 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
     for row in rows:
         numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
         shares = (percent(share) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
-        labels = (_cut(name, width) for name in (row.label, row.mistaken_for))
-        cells = dict(zip(COMPARED, (row.state, *labels, *numbers, *shares), strict=True))
+        cells = dict(zip(COMPARED, (row.state, row.label, row.mistaken_for, *numbers, *shares), strict=True))
         add_row(table, *(cells[name] for name in columns))
+    keep_names_readable(table)
     return table
 
 
@@ -165,8 +172,8 @@ def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table
         if row.accepted:
             cells: dict[str, str | Text] = {
                 "": str(row.number),
-                "Label": _cut(row.label or NONE, width),
-                "Mistaken for": _cut(row.mistaken_for or NONE, width),
+                "Label": row.label or NONE,
+                "Mistaken for": row.mistaken_for or NONE,
                 "Seen": "yes" if row.seen_in_training_images else NONE,
                 "Purity": Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else ""),
                 "Agreement": percent(row.agreement, 0),
@@ -174,13 +181,8 @@ def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table
                 "Defuse": percent(row.defuse),
             }
             add_row(table, *(cells[name] for name in columns))
+    keep_names_readable(table)
     return table
-
-
-def _cut(name: str, width: int) -> str:
-    """Return a class name, shortened in the middle so that two of them fit beside the figures."""
-    limit = max(6, (width - FIGURES_WIDTH) // 2)
-    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[limit // 2 - limit :]}"
 
 
 def _agreement_table(report: Report) -> Table:

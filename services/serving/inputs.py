@@ -120,6 +120,10 @@ async def uploaded_files(request: Request, body: bytes, max_images: int) -> list
 
 
 async def _read_part(name: str, part: UploadFile | str) -> bytes:
+    if name == "image" and not isinstance(part, UploadFile):
+        raise RejectedInput(
+            422, "the field image has no file name; send it as a file (with curl: -F image=@FILE)"
+        )
     if name != "image" or not isinstance(part, UploadFile):
         raise RejectedInput(
             422, f"unknown field {name[:40]!r}; send every image as a file in the field image"

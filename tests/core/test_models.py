@@ -173,11 +173,17 @@ def test_a_weight_file_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"https://example.org/weights.pt\n", b"a,b\n1,2\n"])
-@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_a_broken_weight_file_is_named(tmp_path, content, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "expected"),
+    [
+        ("safetensors", "a whole safetensors file, found one that is cut off or damaged"),
+        ("pt", "a state dict"),
+    ],
+)
+def test_a_broken_weight_file_is_named(tmp_path, content, suffix, expected):
     path = tmp_path / f"broken.{suffix}"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=f"broken.{suffix}: expected a state dict"):
+    with pytest.raises(ModelError, match=f"broken.{suffix}: expected {expected}"):
         read_weights(path)
 
 

@@ -281,6 +281,8 @@ def test_weights_are_known_by_what_is_in_their_file(tmp_path):
         Run.start(store, "a", tiny(vae={"weights": second}))
     second.unlink()
     Run.start(store, "a", tiny(vae={"weights": second}))  # who needs them will say that they are gone
+    os.mkfifo(second)
+    Run.start(store, "a", tiny(vae={"weights": second}))  # and that this has no end
 
 
 def test_weights_that_were_mended_before_anything_was_made_are_the_runs(tmp_path):

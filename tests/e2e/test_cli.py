@@ -36,6 +36,10 @@ def command(*args: object) -> list[str]:
         (["data.name=mnist", "data.root=/nowhere"], "/nowhere"),
         (["data.name=npz", "data.root=/nowhere.npz"], "/nowhere.npz"),
         (["classifier.weights=/nowhere.safetensors", "classifier.epochs=0"], "/nowhere.safetensors"),
+        (
+            ["classifier.weights=/dev/zero", "classifier.epochs=0"],
+            "weights, found a pipe, a device",
+        ),
         (["classifier.keep=best_validation", "data.validation_share=0"], "classifier.keep"),
     ],
 )

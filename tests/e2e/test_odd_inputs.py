@@ -39,6 +39,12 @@ REFUSED = [  # what is wrong, section classifier, the line
     ("a factory with arguments", own("with_arguments"), "callable without arguments"),
     ("no module", own("not_a_module"), "expected an nn.Module, found int"),
     ("a factory that exits", own("that_exits"), 'below `if __name__ == "__main__":`'),
+    ("a factory that raises no Exception", own("that_raises_no_exception"), "failed (NoException: skipped)"),
+    (
+        "the device meta",
+        own("on_meta"),
+        "a module on the device meta, which has no weights; build it on the CPU",
+    ),
     ("a network that exits", own("that_exits_when_called"), "the classifier exits (SystemExit: 0)"),
     ("a network that exits late", own("ThatExitsInTraining"), "exits (SystemExit: 0) when it is trained"),
     ("a dict without logits", own("with_odd_dict"), "found a dict with a, b; wrap it"),

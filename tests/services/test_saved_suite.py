@@ -311,6 +311,16 @@ def test_a_suite_whose_description_is_cut_off_is_named(suite, tmp_path):
         load_suite(tmp_path / "suite")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["suite.json", "suite.safetensors"])
+def test_a_pipe_in_place_of_a_file_of_a_suite_is_not_waited_for(name, suite, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    (tmp_path / "suite" / name).unlink()
+    os.mkfifo(tmp_path / "suite" / name)
+    with pytest.raises(InputError, match=f"{name} is a pipe, a device or a socket"):
+        load_suite(tmp_path / "suite")
+
+
 def test_a_suite_of_another_artefact_format_is_saved_again_from_another_run(suite, tmp_path, monkeypatch):
     shutil.copytree(suite, tmp_path / "suite")
     pictures = load_suite(suite).pictures

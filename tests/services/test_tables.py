@@ -105,6 +105,19 @@ def test_a_narrow_terminal_shows_fewer_figures_of_a_scenario_and_its_number(tmp_
         assert f"{100 * row.defuse:.1f} %" in line
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_long_names_of_classes_are_shown_whole_and_go_on_in_the_next_line(tmp_path: Path, width: int):
+    console = terminal(width)
+    report = build_report(a_run(tmp_path), finished_run(*sample_findings(12, 9, classes=LONG)))
+    print_report(report, console)
+    table = text_of(console).split("Failure scenarios")[1].split("Before, Defuse:")[0]
+    accepted = [row for row in report.scenarios.list if row.accepted]
+    assert any(row.label == LONG[0] for row in accepted)
+    words = {word for row in accepted for word in row.label.split() if len(word) <= len("Mistaken for")}
+    assert words <= set(table.split())
+    assert "…" not in table and max(map(len, table.splitlines())) <= width
+
+
 @pytest.mark.parametrize("width", [22, 30, 40])
 def test_a_terminal_too_narrow_for_a_table_shows_all_its_figures_below_each_other(tmp_path: Path, width: int):
     console, run = terminal(width), a_run(tmp_path)
