@@ -90,7 +90,6 @@ class Jobs:
             return self.client.get_job_info(job_id)
 
     def logs(self, job_id: str) -> str:
-        """Return what the job has written so far."""
         with self._errors_translated(job_id):
             return self.client.get_job_logs(job_id)
 

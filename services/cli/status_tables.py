@@ -272,7 +272,6 @@ def _state_text(state: StepState) -> Text:
 
 
 def print_runs(store: Store, console: Console | None = None) -> None:
-    """Print the runs in a store, with the current step of each."""
     console = console or Terminal()
     runs = summarize_runs(store)
     if not runs:
