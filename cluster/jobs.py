@@ -8,14 +8,12 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client
@@ -33,24 +31,6 @@ WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
     "every node"
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One submitted job."""
-
-    id: str
-    run: str  # name of its run; the command where the job is not ours
-    status: str  # PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED
-    started: float | None  # seconds since 1970
-    ended: float | None
-    exit_code: int | None  # of the command; None before its end, and where it never began
-    message: str
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it has ended."""
-        return JobStatus(self.status).is_terminal()
 
 
 class Jobs:
@@ -98,32 +78,31 @@ class Jobs:
             log.warning("job %s %s", job_id, begun)
             raise
 
-    def list(self) -> list[Job]:
+    def list(self) -> list[JobDetails]:
         """Return all submitted jobs, the oldest first."""
         with self._errors_translated():
-            found = [_job(details) for details in self.client.list_jobs() if details.submission_id]
-        return sorted(found, key=lambda job: job.started or 0)
+            found = [job for job in self.client.list_jobs() if job.submission_id]
+        return sorted(found, key=lambda job: job.start_time or 0)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> JobDetails:
         """Return the job. Raises InputError if there is none of that id."""
         with self._errors_translated(job_id):
-            return _job(self.client.get_job_info(job_id))
+            return self.client.get_job_info(job_id)
 
     def logs(self, job_id: str) -> str:
-        """Return what the job has written so far."""
         with self._errors_translated(job_id):
             return self.client.get_job_logs(job_id)
 
     def stop(self, job_id: str) -> bool:
         """Ask the job to end; False if it had ended before. A job that Ray has not started yet is asked again."""
-        while not self.get(job_id).is_over:
+        while not self.get(job_id).status.is_terminal():
             with self._errors_translated(job_id):
                 if self.client.stop_job(job_id):
                     return True
             time.sleep(PAUSE_S)
         return False
 
-    def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
+    def follow(self, job_id: str, show: Callable[[str], None]) -> JobDetails:
         """Show what the job writes until it ends, across lost connections, and return it as it ended.
 
         Asks for the whole log again and again: a websocket, by which Ray sends what is new, passes fewer proxies.
@@ -151,16 +130,16 @@ class Jobs:
                 if len(text) > shown:
                     show(text[shown:])
                     shown = len(text)
-                if job.is_over:
+                if job.status.is_terminal():
                     return job
             time.sleep(PAUSE_S)
 
-    def _log_of(self, job_id: str, job: Job) -> str:
+    def _log_of(self, job_id: str, job: JobDetails) -> str:
         """Return the log of a job; empty, with a warning, where that of an ended one cannot be read."""
         try:
             return self.logs(job_id)
         except (ComputeError, InputError) as error:
-            if not job.is_over:
+            if not job.status.is_terminal():
                 raise
             log.warning("job %s: it has ended, and its log cannot be read (%s)", job_id, error)
             return ""
@@ -206,15 +185,3 @@ class Jobs:
             raise ComputeError(
                 f"{self.shown}: {without_credentials(str(error), self.address).splitlines()[0]}"
             ) from error
-
-
-def _job(details: Any) -> Job:
-    return Job(
-        id=details.submission_id,
-        run=(details.metadata or {}).get(RUN) or details.entrypoint,
-        status=str(details.status.value),
-        started=details.start_time and details.start_time / 1000,
-        ended=details.end_time and details.end_time / 1000,
-        exit_code=details.driver_exit_code,
-        message=details.message or "",
-    )

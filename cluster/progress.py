@@ -45,14 +45,12 @@ class ProgressActor:
         self.shared = ProgressSum(self._record)
 
     def update(self, task: int, update: Update) -> None:
-        """Record how far a task is with an activity."""
         self.shared.update(task, *update)
 
     def _record(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
         self.updates[what] = (what, done, total, unit)
 
     def log(self, level: int, line: str) -> None:
-        """Record a log line."""
         self.lines.append((level, line))
 
     def compare(self, node: str, versions: dict[str, str]) -> None:
@@ -130,7 +128,6 @@ class ProgressReporter:
         self.unsent: dict[str, Update] = {}
 
     def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
-        """Report that `done` of `total` units of `what` are done."""
         self.unsent[what] = (what, done, total, unit)
         if done >= total or time.monotonic() - self.sent_at.get(what, 0.0) >= UPDATE_EVERY_S:
             self._send(what)
@@ -140,7 +137,7 @@ class ProgressReporter:
         self.actor.update.remote(self.task, self.unsent.pop(what))
 
     def flush(self) -> None:
-        """Send the last update of each activity, where it came too soon after another."""
+        """Send the updates that came too soon: of tasks that share a total, none reaches it alone."""
         for what in list(self.unsent):
             self._send(what)
 

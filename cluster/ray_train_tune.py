@@ -236,7 +236,6 @@ class _SweepProgress(tune.Callback):
         result: dict[str, Any],
         **info: Any,
     ) -> None:
-        """Count the finished epochs."""
         # a trial that is started again first reports fewer
         self.epochs[str(trial)] = max(result["epochs"], self.epochs.get(str(trial), 0))
         done = sum(self.epochs.values())

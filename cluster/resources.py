@@ -33,13 +33,10 @@ TASK_RETRIES = 10  # most retries, in one step, of a task whose node is lost
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs."""
-
     cpus: float
     gpus: float
 
     def options(self) -> dict[str, Any]:
-        """Return them as arguments of ray.remote."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
     def __str__(self) -> str:
@@ -48,8 +45,6 @@ class Resources:
 
 @dataclass(frozen=True)
 class WorkerLocation:
-    """The process, node and GPUs of a worker."""
-
     node: str  # its address
     pid: int
     gpus: tuple[str, ...]  # ids granted by Ray
@@ -144,7 +139,6 @@ def on_this_node() -> dict[str, Any]:
 
 
 def wait_for_nodes() -> None:
-    """Wait until a living node has a CPU."""
     wait_for(lambda: any(node.cpus for node in nodes()), "a node with a CPU", [{"CPU": 1}])
 
 
@@ -180,7 +174,6 @@ def worker_resources(section: ResourcesSection) -> Resources:
 
 
 def has_gpus() -> bool:
-    """Return whether a node has GPUs now."""
     return any(node.gpus for node in nodes())
 
 

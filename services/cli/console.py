@@ -28,8 +28,6 @@ FOLDED = 10  # columns that a text needs which is broken anywhere
 
 
 class Terminal(Console):
-    """What a command prints its tables on."""
-
     def __init__(self, *, stderr: bool = False, markup: bool = True) -> None:
         super().__init__(stderr=stderr, markup=markup, emoji=False)  # `:cat:` in a class name is text
         if self.is_dumb_terminal:  # rich takes 80 columns for it, whatever COLUMNS says
@@ -183,7 +181,6 @@ class ProgressDisplay:
             logging.getLogger().handlers = self.handlers
 
     def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
-        """Show that `done` of `total` units of `what` are done."""
         now = time.monotonic()
         if done < self.last.get(what, done + 1):  # new, or the same activity again
             self.begun[what] = (now, done)

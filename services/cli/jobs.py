@@ -32,7 +32,9 @@ from services.cli.options import (
 from services.settings import read_environment, variables
 
 if TYPE_CHECKING:
-    from cluster.jobs import Job, Jobs
+    from ray.job_submission import JobDetails
+
+    from cluster.jobs import Jobs
     from defuse_core.config import RunFile
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
@@ -169,14 +171,18 @@ def stop(job_id: str, address: str | None) -> None:
     click.echo(f"job {job_id} {'is being stopped' if stopped else 'had ended before'}")
 
 
-def _row(job: Job) -> tuple[str, ...]:
-    name, run = escape_control_characters(job.id), escape_control_characters(job.run)  # what others typed
-    if not job.started:
-        return name, job.status, "-", "-", run
-    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+def _row(job: JobDetails) -> tuple[str, ...]:
+    from cluster.jobs import RUN
+
+    submitted = (str(job.submission_id), (job.metadata or {}).get(RUN) or job.entrypoint)
+    name, run = map(escape_control_characters, submitted)  # what others typed
+    if not job.start_time:
+        return name, job.status.value, "-", "-", run
+    begun = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.start_time / 1000))
     # the head's clock may be ahead of this machine's
-    minutes, seconds = divmod(max(0, int((job.ended or time.time()) - job.started)), 60)
-    return name, job.status, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", run
+    took = max(0, int((job.end_time or time.time() * 1000) - job.start_time))
+    minutes, seconds = divmod(took // 1000, 60)
+    return name, job.status.value, begun, f"{minutes // 60}:{minutes % 60:02}:{seconds:02}", run
 
 
 def _jobs_at(address: str | None) -> Jobs:
@@ -219,22 +225,24 @@ def _follow(jobs: Jobs, job_id: str) -> None:
     raise click.exceptions.Exit(_exit_code(job))
 
 
-def _exit_code(job: Job) -> int:
+def _exit_code(job: JobDetails) -> int:
     """Return the run's own exit code; 4 for a job that was stopped, was killed or never began.
 
     A 1 is the interpreter's, such as for a missing dependency, or Ray's: `defuse run` itself never ends with it.
     """
     if job.status == "SUCCEEDED":
         return 0
-    return job.exit_code if job.exit_code in RUN_EXIT_CODES else 4
+    code = job.driver_exit_code
+    return code if code in RUN_EXIT_CODES else 4
 
 
-def _ending(job: Job) -> str:
-    if job.exit_code is None:
-        return f"{job.status.lower()}: {' '.join(job.message.split())}"
-    if job.exit_code in RUN_EXIT_CODES:
-        return f"exit code {job.exit_code}"
-    return f"exit code {job.exit_code}, which is not one of `defuse run`: look at the job's log for what ended it"
+def _ending(job: JobDetails) -> str:
+    code = job.driver_exit_code
+    if code is None:
+        return f"{job.status.value.lower()}: {' '.join((job.message or '').split())}"
+    if code in RUN_EXIT_CODES:
+        return f"exit code {code}"
+    return f"exit code {code}, which is not one of `defuse run`: look at the job's log for what ended it"
 
 
 @contextlib.contextmanager

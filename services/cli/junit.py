@@ -72,7 +72,6 @@ def write_error(path: Path | None, title: str, error: BaseException) -> None:
 
 
 def not_checked(why: str) -> ElementTree.Element:
-    """Return the test case of a check that was not made."""
     case = ElementTree.Element("testcase", name="the suite was checked", classname="defuse")
     ElementTree.SubElement(case, "error", message=escape_control_characters(why))
     return case

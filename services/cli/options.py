@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import logging
@@ -16,7 +15,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -130,48 +129,33 @@ until_option = click.option(
 )
 
 
-# in the context of a command with --json: its stdout, and what _stdout_kept yields
-STDOUT = "services.cli.stdout"
+STDOUT = "services.cli.stdout"  # in the context of a command with --json: its stdout
 
 
 def _reserve_stdout(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
-    """With --json, send all that is printed to stderr, as by a user's classifier; `print_json` alone has stdout."""
+    """With --json, send to stderr what a user's classifier, native libraries and child processes print.
+
+    `print_json` alone has stdout.
+    """
     if value:
-        context.meta[STDOUT] = sys.stdout, context.with_resource(_stdout_kept())
+        stdout = sys.stdout
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a closed one, or one in memory
+            if (stdout.fileno(), sys.stderr.fileno()) == (1, 2):
+                stdout.flush()
+                stdout = context.with_resource(_closing(os.fdopen(os.dup(1), "w")))
+                os.dup2(2, 1)  # for good: C writes its buffers when the process ends
+        context.meta[STDOUT] = stdout
         context.with_resource(contextlib.redirect_stdout(sys.stderr))
     return value
 
 
 @contextlib.contextmanager
-def _stdout_kept() -> Iterator[int | None]:
-    """Send to stderr what child processes and native libraries print; yield another descriptor of stdout.
-
-    Yield None, and change nothing, where stdout or stderr is closed or is not the descriptor that these use.
-    """
-    stdout = sys.stdout
+def _closing(stream: TextIO) -> Iterator[TextIO]:
     try:
-        is_usual = (stdout.fileno(), sys.stderr.fileno()) == (1, 2)
-    except (AttributeError, OSError, ValueError):  # a closed one is None, and one in memory has no descriptor
-        is_usual = False
-    if not is_usual:
-        yield None
-        return
-    stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield kept
+        yield stream
     finally:
         with contextlib.suppress(OSError):  # told where it was printed
-            stdout.flush()
-        _flush_native()
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _flush_native() -> None:
-    """Write out what native libraries have printed: into a pipe, C would do so when the process ends."""
-    ctypes.CDLL(None).fflush(None)
+            stream.close()
 
 
 json_option = click.option(
@@ -181,16 +165,9 @@ json_option = click.option(
 
 def print_json(page: dict[str, Any]) -> None:
     """Print the result of a command that was given --json; nothing where stdout is closed, as by `>&-`."""
-    stdout, kept = click.get_current_context().meta[STDOUT]
-    if stdout is None:  # which click takes for the current stdout, and that is stderr
-        return
-    if kept is not None:
-        stdout.flush()
-        _flush_native()
-        os.dup2(kept, 1)
-    click.echo(json.dumps(page), file=stdout)
-    if kept is not None:  # not after an error, which leaves text for stdout
-        os.dup2(2, 1)
+    stdout = click.get_current_context().meta[STDOUT]
+    if stdout is not None:  # which click takes for the current stdout, and that is stderr
+        click.echo(json.dumps(page), file=stdout)
 
 
 class EscapingFormatter(logging.Formatter):

@@ -146,7 +146,6 @@ def _findings(gallery: Gallery, verdicts: Verdicts) -> Sequence[str]:
 
 
 def print_result(gallery: Gallery, votes: Votes, verdicts: Verdicts, console: Console) -> None:
-    """Print the stored votes of a review and the verdicts that follow from them."""
     console.print(f"{count_of(len(votes.answer), 'vote')} of {votes.answered_by} stored.")
     for number, count in sorted(Counter(votes.annotator.tolist()).items()):
         console.print(f"  {votes.annotators[number]}: {count}", highlight=False)

@@ -360,7 +360,6 @@ def _show(registry: Registry) -> None:
 
 
 def _by(author: str, when: str, why: str) -> str:
-    """Return who made a change, at which minute, and why."""
     at = when.replace("T", " ")[:16]  # of such as 2026-11-28T19:20:26Z
     return f"by {author} on {at} UTC" + (f": {why}" if why else "")
 

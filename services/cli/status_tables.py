@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, JustifyMethod
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,7 @@ from defuse_core.report.formatting import before_after, date_time, duration, siz
 from defuse_core.runs import CONTROL_NAMES, UNFINISHED, Run
 from defuse_core.steps import STEPS
 from defuse_core.store import Store
-from services.cli.console import Terminal, add_row, new_table, print_fitting, print_table
+from services.cli.console import Terminal, add_row, new_table, print_fitting
 from services.cli.tables import print_accuracy, print_text
 from services.labeling.records import STATE_KEY
 
@@ -29,8 +28,7 @@ NAME_WIDTH = 20  # columns of a run's name that the list shows in one line
 RUN_COLUMNS = ("Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time")
 DROPPED_OF_RUNS = ("Last made (UTC)", "Time", "Data", "Test")  # left out, in turn, until the list fits
 STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
-# columns of the terminal from which `defuse status RUN` shows these
-STATUS_WIDTHS = {"Made (UTC)": 66, "Size": 46, "Time": 36}
+DROPPED_OF_STATUS = ("Made (UTC)", "Size", "Time")  # likewise
 ARTEFACTS = {  # step -> what it has stored in the run when it is done, apart from the report
     "train": ("models",),
     "identify": ("psi",),
@@ -209,27 +207,13 @@ def print_status(run: Run, console: Console | None = None) -> None:
     """Print the state, the time and the size of each step of a run, the β-VAE's health, and the result."""
     console = console or Terminal()
     states = step_states(run)
-    columns = [name for name in STATUS_COLUMNS if console.width >= STATUS_WIDTHS.get(name, 0)]
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in columns:
-        justify: JustifyMethod = "right" if name in {"Time", "Size"} else "left"
-        table.add_column(name, justify=justify, no_wrap=name not in {"State", "Made (UTC)"})
-    for state in states:
-        cells: dict[str, str | Text] = {
-            "Step": state.step,
-            "State": _state_text(state),
-            "Made (UTC)": date_time(state.made or ""),
-            "Time": NONE if state.seconds is None else duration(state.seconds),
-            "Size": NONE if state.bytes is None else size(state.bytes),
-        }
-        add_row(table, *(cells[name] for name in columns))
     is_finished = all(state.state == "done" for state in states)
     known = [state.seconds for state in states if state.seconds is not None]
     spent = (
         f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
     )  # the first step has no time until its end
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
-    print_table(console, table)
+    print_fitting(functools.partial(_steps_table, states), STATUS_COLUMNS, DROPPED_OF_STATUS, console)
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
@@ -241,6 +225,19 @@ def print_status(run: Run, console: Console | None = None) -> None:
     if not is_finished and "under way" not in {state.state for state in states}:
         print_text(console, f"The run {UNFINISHED}.", "")
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
+
+
+def _steps_table(states: Sequence[StepState], _: int, columns: Sequence[str]) -> Table:
+    table = new_table(None, columns, texts=2)
+    table.columns[1].no_wrap = False
+    for state in states:
+        made = date_time(state.made or "")
+        took = NONE if state.seconds is None else duration(state.seconds)
+        held = NONE if state.bytes is None else size(state.bytes)
+        row: tuple[str | Text, ...] = (state.step, _state_text(state), made, took, held)
+        cells = dict(zip(STATUS_COLUMNS, row, strict=True))
+        add_row(table, *(cells[name] for name in columns))
+    return table
 
 
 def _print_health(console: Console, run: Run, models: Models) -> None:
@@ -275,7 +272,6 @@ def _state_text(state: StepState) -> Text:
 
 
 def print_runs(store: Store, console: Console | None = None) -> None:
-    """Print the runs in a store, with the current step of each."""
     console = console or Terminal()
     runs = summarize_runs(store)
     if not runs:

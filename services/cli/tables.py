@@ -12,14 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.errors import NONE, count_of, percent
-from defuse_core.report.formatting import (
-    change,
-    interval,
-    is_low,
-    pairs_text,
-    spread,
-    sweep_text,
-)
+from defuse_core.report.formatting import change, interval, is_low, spread, sweep_text
 from services.cli.console import (
     Terminal,
     add_row,
@@ -203,14 +196,12 @@ def _lines(report: Report) -> list[str]:
     lines = [
         f"Ψ: {count_of(psi.codes, 'code')}; {percent(psi.images_with_any)} of {count_of(psi.images, 'image')} "
         f"have a failing draw, {percent(psi.zero_noise_flip_rate)} are wrong without noise.",
-        *_screen(report),
-        f"β-VAE: {_reconstructions(report)}; "
-        f"{vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
+        f"β-VAE: {vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
-        *_verdicts(report),
-        *_left_out(report),
-        *_baseline(report),
     ]
+    if report.evidence is not None and report.evidence.purity.value is not None:
+        judges = count_of(report.evidence.judges.count, "judge")
+        lines.append(f"Purity by {judges}: {percent(report.evidence.purity.value)}.")
     if report.chosen is not None:
         before, plain = report.accuracy.before.test, report.accuracy.plain
         moved = change(before, report.accuracy.defuse.test)
@@ -227,75 +218,3 @@ def _lines(report: Report) -> list[str]:
         lines.append(f"Watch: {report.watch.verdict}")
     lines += [f"Failed: {sweep_text(t.sweep)}, λ = {t.lam:g}: {t.cause}" for t in report.failed_trials]
     return lines
-
-
-def _screen(report: Report) -> list[str]:
-    """Return what screening keeps, as a line; none without a screen."""
-    psi = report.psi
-    if not psi.screened or psi.kept_share is None:
-        return []
-    line = f"Ψ keeps {percent(psi.kept_share)} of {count_of(psi.failing_draws, 'failing draw')}"
-    if report.evidence is not None and report.evidence.screen_recall.value is not None:
-        kept = interval(report.evidence.screen_recall, 0)
-        line += f"; the screen would keep {kept} of the failing test draws (the judges see the class in all of them)"
-    return [f"{line}."]
-
-
-def _left_out(report: Report) -> list[str]:
-    """Return what becomes of left-out scenarios whose confusion is tuned on, and of the others, as a line."""
-    if report.evidence is None:
-        return []
-    known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
-    parts = [
-        f"{each.count} with a {name} confusion {percent(each.before, 0)} before, {percent(each.plain, 0)} plain, "
-        f"{percent(each.defuse, 0)} Defuse ({pairs_text(each.against_plain)})"
-        for name, each in (("known", known), ("new", new))
-        if each.count
-    ]
-    return [f"Left out of the tuning: {'; '.join(parts)}."] if parts else []
-
-
-def _baseline(report: Report) -> list[str]:
-    """Return what tuning on the reviewed failures alone does, as a line; none where it is not compared."""
-    if report.evidence is None or report.evidence.against_baseline.scenarios is None:
-        return []
-    against, own, real = (
-        report.evidence.against_baseline,
-        report.evidence.own_label.baseline,
-        report.evidence.real_failures.baseline,
-    )
-    parts = [f"scenario images {percent(own.value)} (Defuse {pairs_text(against.scenarios)})"]
-    if against.real_failures is not None:
-        parts.append(f"failing test draws {percent(real.value)} (Defuse {pairs_text(against.real_failures)})")
-    return [f"Tuned on the reviewed failures alone, by the judges' labels: {'; '.join(parts)}."]
-
-
-def _verdicts(report: Report) -> list[str]:
-    """Return how far the accepted scenarios can be trusted, as a line; none where neither figure exists."""
-    from defuse_core.report.caveats import worse_judges
-
-    false, agreement = report.scenarios.expected_false_share, report.scenarios.tuning_agreement
-    parts, judged = list[str](), report.scenarios.false_by_judges
-    if false is not None:
-        expected = "of those that the vote accepts are expected to be false, if the labels are right"
-        parts.append(f"{percent(false)} {expected}")
-        if judged is not None and worse_judges(report) is None:
-            decided = ", those that a person decided on included" if report.overrides else ""
-            parts.append(f"the judges see {judged} of {report.scenarios.judged} as false{decided}")
-    if report.evidence is not None and report.evidence.purity.value is not None:
-        parts.append(f"purity by the judges {percent(report.evidence.purity.value)}")
-    if agreement is not None:
-        parts.append(f"the reference models see the label in {percent(agreement)} of the draws to tune on")
-    if unreviewed := report.scenarios.unreviewed_images:
-        verb = "is" if unreviewed == 1 else "are"
-        parts.append(f"{count_of(unreviewed, 'failing draw')} that nobody reviewed {verb} also tuned on")
-    return [f"Scenarios: {'; '.join(parts)}."] if parts else []
-
-
-def _reconstructions(report: Report) -> str:
-    health = report.vae.health
-    if not health.anchored:
-        return f"{percent(report.vae.reconstruction_flips)} of the reconstructions are misclassified"
-    on_average = "" if health.kept_on_average is None else ", on average over the classes,"
-    kept = f"{percent(health.kept)} of the right answers of the {health.judged_by}{on_average}"
-    return f"{kept} outlast the noise (anchored decoding)"

@@ -53,7 +53,6 @@ class LeaseState:
             return cls("another driver")
 
     def dump(self) -> bytes:
-        """Return the content of the object."""
         return json.dumps(asdict(self)).encode()
 
 

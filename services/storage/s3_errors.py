@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,16 +36,7 @@ WRONG_URL = (
 )
 # S3 answers so to an expired token; to a HEAD, whose answer has no body, with the status alone
 EXPIRED = {"400", "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
-DENIED = EXPIRED | {
-    "403",
-    "AccessDenied",
-    "Forbidden",
-    "InvalidAccessKeyId",
-    "InvalidIdentityToken",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "Unauthorized",
-}
+DENIED = EXPIRED | {"AccessDenied", "InvalidIdentityToken", "InvalidToken"}  # beside statuses 401 and 403
 OTHER_REGION = {
     "301",
     "AuthorizationHeaderMalformed",
@@ -78,24 +70,10 @@ OF_ONE_REQUEST = {
     "XAmzContentSHA256Mismatch",
 }
 # answers of a server, or of a proxy before it, that is busy or fails for a while
-PASSING = {
-    "BandwidthLimitExceeded",
-    "IDPCommunicationError",
-    "InternalError",
-    "KMS.ThrottlingException",
-    "PriorRequestNotComplete",
-    "RequestLimitExceeded",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "RequestTimeout",
-    "RequestTimeoutException",
-    "ServiceUnavailable",
-    "SlowDown",
-    "ThrottledException",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequestsException",
-}
+PASSING = re.compile(
+    "Thrott|RequestTimeout|TooManyRequests|(Bandwidth|Request)LimitExceeded|SlowDown|ServiceUnavailable|InternalError|"
+    "PriorRequestNotComplete|IDPCommunicationError"
+)
 TRIED_AGAIN = {429, 500, 502, 503, 504}  # statuses that botocore itself tries again
 PASSING_STATUS = TRIED_AGAIN | {408, 509, *range(520, 525), 530}
 NO_ANSWER = (
@@ -201,7 +179,8 @@ def status_of(error: aws.ClientError) -> int:
 
 
 def _is_denied(error: aws.ClientError) -> bool:
-    return code_of(error) in DENIED or (status_of(error) == 403 and code_of(error) not in REMEDIES)
+    code = code_of(error)
+    return code in DENIED or (status_of(error) in (401, 403) and code not in REMEDIES)
 
 
 def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exception:
@@ -238,7 +217,7 @@ def _general_remedy(error: aws.ClientError, endpoint: str | None) -> tuple[type[
 
 
 def _passes(error: aws.ClientError) -> bool:
-    return code_of(error) in PASSING or status_of(error) in PASSING_STATUS
+    return bool(PASSING.search(code_of(error))) or status_of(error) in PASSING_STATUS
 
 
 def _endpoint_remedy(error: aws.ClientError) -> str | None:

@@ -120,7 +120,7 @@ def test_a_followed_job_is_shown_to_its_end_where_no_websocket_passes(head: Head
     head.ends = True
     shown: list[str] = []
     job = Jobs(head.address).follow("j1", shown.append)
-    assert (job.status, job.exit_code, shown) == ("SUCCEEDED", 0, [LOG[:11], LOG[11:]])
+    assert (job.status, job.driver_exit_code, shown) == ("SUCCEEDED", 0, [LOG[:11], LOG[11:]])
 
 
 def test_an_ended_job_whose_log_cannot_be_read_is_returned_with_a_warning(
@@ -128,7 +128,7 @@ def test_an_ended_job_whose_log_cannot_be_read_is_returned_with_a_warning(
 ) -> None:
     head.is_unreadable, head.exit_code = True, 3
     job = Jobs(head.address).follow("j1", print)
-    assert (job.status, job.exit_code) == ("SUCCEEDED", 3)
+    assert (job.status, job.driver_exit_code) == ("SUCCEEDED", 3)
     assert "job j1: it has ended, and its log cannot be read (" in caplog.text
 
 

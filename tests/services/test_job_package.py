@@ -8,7 +8,6 @@ import shutil
 import sys
 import time
 import zipfile
-from dataclasses import replace
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -19,8 +18,8 @@ from typing import Any
 
 import pytest
 from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobDetails, JobStatus, JobType
 
-from cluster.jobs import Job
 from defuse_core.config import RunFile, load_run_file
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
 from defuse_core.files import source_digest
@@ -352,21 +351,30 @@ def test_a_job_is_the_command_of_its_run_in_the_python_that_is_given(
     assert asked == [f"/opt/venv/bin/python -m {run}"]
 
 
-@pytest.mark.parametrize("started", [None, 1.0])
-def test_what_others_submitted_cannot_act_on_the_terminal(started: float | None) -> None:
-    job = Job("raysubmit\n1", "bash -c '\x1b[2J'", "RUNNING", started, None, None, "")
-    assert not any("\n" in cell or "\x1b" in cell for cell in _row(job))
+def a_job(status: JobStatus, *, name: str = "j1", command: str = "", **details: Any) -> JobDetails:
+    return JobDetails(
+        type=JobType.SUBMISSION, submission_id=name, entrypoint=command, status=status, **details
+    )
+
+
+@pytest.mark.parametrize("started", [None, 1000])
+def test_what_others_submitted_cannot_act_on_the_terminal(started: int | None) -> None:
+    odd = {"name": "raysubmit\n1", "command": "bash -c '\x1b[2J'"}
+    row = _row(a_job(JobStatus.RUNNING, **odd, start_time=started))
+    assert row[-1].startswith("bash -c ")
+    assert not any("\n" in cell or "\x1b" in cell for cell in row)
 
 
 def test_a_job_is_listed_with_its_beginning_and_the_time_that_it_took() -> None:
-    begun = time.mktime((2026, 1, 31, 12, 5, 0, 0, 0, -1))
-    job = Job("j1", "digits", "SUCCEEDED", begun, begun + 3 * 3600 + 61, 0, "")
+    begun = 1000 * int(time.mktime((2026, 1, 31, 12, 5, 0, 0, 0, -1)))
+    ended, run = begun + 1000 * (3 * 3600 + 61), {"defuse_run": "digits"}
+    job = a_job(JobStatus.SUCCEEDED, start_time=begun, end_time=ended, metadata=run)
     assert _row(job) == ("j1", "SUCCEEDED", "2026-01-31 12:05", "3:01:01", "digits")
-    assert _row(replace(job, started=None, ended=None))[2:4] == ("-", "-")
+    assert _row(a_job(JobStatus.PENDING))[2:4] == ("-", "-")
 
 
 def test_a_job_that_began_by_a_clock_ahead_of_this_one_has_taken_no_time() -> None:
-    job = Job("j1", "digits", "RUNNING", time.time() + 40, None, None, "")
+    job = a_job(JobStatus.RUNNING, start_time=int(1000 * time.time()) + 40_000)
     assert _row(job)[3] == "0:00:00"
 
 

@@ -36,7 +36,6 @@ from defuse_core.runs import FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, RECORDED_FI
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from defuse_core.trials import trial_key
-from services.cli.tables import _left_out
 from tests.conftest import tiny
 from tests.sample_components import sample_failures
 from tests.sample_findings import sample_findings
@@ -342,21 +341,6 @@ def test_the_caveat_on_left_out_scenarios_is_of_those_with_a_new_confusion(finis
     assert "better on 9 scenarios, worse on 8" in text
     nothing_new = told(left_out_new_confusion=new.model_copy(update={"count": 0}))
     assert "new confusion" not in nothing_new and "scenarios left out" not in nothing_new
-
-
-def test_the_terminal_has_a_line_on_both_kinds_of_left_out_scenarios(finished) -> None:
-    _, report = finished
-    known, new = report.evidence.left_out_known_confusion, report.evidence.left_out_new_confusion
-    some = known if known.count else new  # which of them there are depends on the processor
-    assert some.count
-    groups = {
-        "left_out_known_confusion": some,
-        "left_out_new_confusion": some.model_copy(update={"count": 0}),
-    }
-    changed = report.evidence.model_copy(update=groups)
-    (line,) = _left_out(report.model_copy(update={"evidence": changed}))
-    assert line.startswith("Left out of the tuning: ") and "with a new confusion" not in line
-    assert _left_out(report.model_copy(update={"evidence": None})) == []
 
 
 def test_the_page_has_plain_training_on_wider_draws_and_where_these_are(finished) -> None:

@@ -20,7 +20,6 @@ from defuse_core.evaluation.evidence import Evidence
 from defuse_core.report import write_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.cli.tables import _reconstructions, _verdicts
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -254,40 +253,31 @@ def test_the_range_of_the_plain_trainings_of_a_scenario_has_the_digits_of_their_
     assert "plain further training 95.7 % (95.7–95.7 %)" in page_with(evidence, tmp_path)
 
 
-@pytest.mark.parametrize(("drawn", "noun", "verb"), [(1, "draw", "is"), (2, "draws", "are")])
-def test_unreviewed_failing_draws_are_counted(tmp_path: Path, drawn: int, noun: str, verb: str):
+@pytest.mark.parametrize(
+    ("drawn", "words"), [(1, "draw</b> that nobody reviewed is"), (2, "draws</b> that nobody reviewed are")]
+)
+def test_unreviewed_failing_draws_are_counted(tmp_path: Path, drawn: int, words: str):
     run, (found, evaluation) = sample_run(tmp_path), sample_findings(2, 1)
     zeros = np.zeros(drawn, np.int64)
     unreviewed = Failures(np.zeros((drawn, 3), np.float32), zeros, zeros, zeros + 1, zeros > 0)
     fixes = replace(found.fixes, unreviewed=unreviewed)
-    report = write_report(run, finished_run(replace(found, fixes=fixes), evaluation))
-    words = f"failing {noun}{{}} that nobody reviewed {verb} "
-    assert f"{drawn} {words.format('</b>')}tuned on" in words_of(run.store.read("report.html"))
-    assert f"{drawn} {words.format('')}also tuned on" in _verdicts(report)[0]
+    write_report(run, finished_run(replace(found, fixes=fixes), evaluation))
+    assert f"{drawn} failing {words} tuned on" in words_of(run.store.read("report.html"))
 
 
 @pytest.mark.parametrize(
-    ("kept_on_average", "page", "line"),
+    ("kept_on_average", "page"),
     [
-        (
-            None,
-            "get 95.0 % of what was right without noise still",
-            "95.0 % of the right answers of the reference models",
-        ),
-        (
-            0.667,
-            "get 66.7 % of what was right without noise, on average over the classes, still",
-            "66.7 % of the right answers of the reference models, on average over the classes,",
-        ),
+        (None, "get 95.0 % of what was right without noise still"),
+        (0.667, "get 66.7 % of what was right without noise, on average over the classes, still"),
     ],
 )
 def test_the_share_that_an_anchored_vae_keeps_is_the_one_that_its_verdict_rests_on(
-    kept_on_average: float | None, page: str, line: str, tmp_path: Path
+    kept_on_average: float | None, page: str, tmp_path: Path
 ):
     (found, evaluation), run = sample_findings(), sample_run(tmp_path)
     measured = {"kept_right": 0.95, "kept_on_average": kept_on_average}
     health = replace(found.models.health, anchored=True, judged_by="reference models", **measured)
     found = replace(found, models=replace(found.models, health=health))
-    report = write_report(run, finished_run(found, evaluation))
+    write_report(run, finished_run(found, evaluation))
     assert page in words_of(run.store.read("report.html"))
-    assert _reconstructions(report) == f"{line} outlast the noise (anchored decoding)"

@@ -193,6 +193,8 @@ def test_the_parts_of_a_large_object_that_cannot_be_completed_are_dropped(store,
         ("400", 400, 4, "refused the credentials .* their rights and expiry"),
         ("403", 403, 2, "for a missing object, too, unless s3:ListBucket is allowed on the whole"),
         ("ExpiredTokenException", 400, 4, "refused the credentials"),
+        ("Unauthorized", 401, 2, "refused the credentials"),
+        ("401", 401, 2, "refused the credentials"),
         ("InvalidIdentityToken", 400, 2, "refused the credentials"),
         ("AllAccessDisabled", 403, 2, r"refused the credentials \(AllAccessDisabled: too many\)"),
         (
