@@ -18,9 +18,9 @@ from __future__ import annotations
 import hmac
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -68,35 +68,6 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-
-
-@dataclass(frozen=True)
-class Element:
-    """One element of a labelling configuration."""
-
-    tag: str
-    attributes: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        attributes = dict(self.attributes)
-        name = attributes.get("name") or attributes.get("value") or ""
-        return f"{self.tag} {name!r}" if name else self.tag
-
-    def is_edit_of(self, other: Element) -> bool:
-        """Whether this can be `other` with some attributes changed."""
-        shared = {
-            name for name in ("name", "value") if (name, dict(self.attributes).get(name)) in other.attributes
-        }
-        return self.tag == other.tag and (bool(shared) or self.tag in ("Header", "View", "Style"))
-
-    def change_to(self, other: Element) -> str:
-        """Return the changed attributes in words."""
-        if self.tag == "Style":
-            return "Style was edited"
-        before, now = dict(self.attributes), dict(other.attributes)
-        names = [name for name in before | now if before.get(name) != now.get(name)]
-        changed = (f"{name} is {now.get(name)!r}, was {before.get(name)!r}" for name in names)
-        return f"{self}: {', '.join(changed)}"
 
 
 @dataclass(frozen=True)
@@ -182,45 +153,35 @@ def interface_edit(pushed: str, found: str) -> InterfaceEdit | None:
     try:
         if _canonical(pushed) == _canonical(found):
             return None
-        before, now = _elements(pushed), _elements(found)
+        before, now = _parts(pushed), _parts(found)
     except ElementTree.ParseError as error:
         return InterfaceEdit(f"not XML: {error}", changes_answers=True)
-    changes = _changes(before, now)
-    if not changes:
+    if before == now:
         return InterfaceEdit("the layout", changes_answers=False)
-    return InterfaceEdit("; ".join(changes[:3]), changes_answers=True)
+    changes = [
+        f"{part:.100} was {how}"
+        for some, others, how in ((before, now, "removed"), (now, before, "added"))
+        for part in list(Counter(some) - Counter(others))[:2]
+    ]
+    return InterfaceEdit("; ".join(changes) or "the order of its parts", changes_answers=True)
 
 
 def _canonical(config: str) -> str:
     return ElementTree.canonicalize(config, strip_text=True)
 
 
-def _elements(config: str) -> list[Element]:
-    """Return all elements that can change the meaning of an answer, in order, without attributes of layout."""
-    found = []
+def _parts(config: str) -> list[str]:
+    """Return all that can change the meaning of an answer, in order: elements, and attributes that are no layout."""
+    found: list[str] = []
     for element in ElementTree.fromstring(config).iter():
         attributes = {name: value for name, value in element.attrib.items() if name not in LAYOUT_ATTRIBUTES}
+        name = attributes.get("name") or attributes.get("value")
         if element.tag == "Style":
             attributes["css"] = " ".join("".join(element.itertext()).split())
         if element.tag not in LAYOUT_TAGS or attributes:
-            found.append(Element(element.tag, tuple(sorted(attributes.items()))))
+            shown = f"{element.tag} {name!r}" if name else element.tag
+            found += [shown, *(f"{shown} {each}={value!r}" for each, value in sorted(attributes.items()))]
     return found
-
-
-def _changes(before: list[Element], now: list[Element]) -> list[str]:
-    """Return each change of an element in words; elements of one tag at one place are the same element."""
-    changes = []
-    for kind, i, j, k, m in SequenceMatcher(None, before, now, autojunk=False).get_opcodes():
-        if kind == "equal":
-            continue
-        gone, added = before[i:j], now[k:m]
-        for old in gone:
-            new = next((element for element in added if element.is_edit_of(old)), None)
-            changes.append(f"{old} was removed" if new is None else old.change_to(new))
-            if new is not None:
-                added.remove(new)
-        changes += [f"{new} was added" for new in added]
-    return changes
 
 
 PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
