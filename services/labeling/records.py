@@ -160,28 +160,8 @@ class ResultRow:
     from_name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class MetaRow:
-    sample_key: str | None = None  # None: a task that Defuse did not import
-
-
-@dataclass(frozen=True, slots=True)
-class QueuedTaskRow:
-    """The next task of an annotator's queue."""
-
-    id: int
-    data: Mapping[str, object]
-    predictions: list[object]
-    meta: MetaRow | None = None
-
-    @property
-    def key(self) -> str | None:
-        return None if self.meta is None else self.meta.sample_key
-
-
 ANNOTATION = TypeAdapter(Annotation)
 RESULT_ROW = TypeAdapter(ResultRow)
-QUEUED_TASK_ROW = TypeAdapter(QueuedTaskRow)
 
 # ---- what a run stores
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from label_studio_live import digits_gallery, invitation_to, review_run, settings_for
+from label_studio_live import digits_gallery, invitation_to, review_run, settings_for, sign_up
 from planted_review import annotation, blank_review, task_of
 from proxy import LOSE, Reply
 
@@ -21,7 +21,6 @@ from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import LabelStudioClient
 from services.labeling.project import ReviewProject
 from services.labeling.records import choice_result, update_state, write_state
-from services.labeling.simulate import AnnotatorAccount
 from services.labeling.tasks import PresentTasks, ReviewTasks
 
 
@@ -160,7 +159,7 @@ def test_a_project_on_another_server_begins_without_the_annotators_and_authors_o
 def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(make_review, server):
     review, email = make_review(), f"left-{secrets.token_hex(4)}@example.org"
     review.annotators.push(review.gallery)
-    with AnnotatorAccount.sign_up(server.address, invitation_to(server), email) as left:
+    with sign_up(server.address, invitation_to(server), email) as left:
         user = left.http.get("/api/current-user/whoami").json()
         token = left.http.headers["Authorization"].removeprefix("Token ")
         administrator = httpx.Client(headers=review.api._sdk._client_wrapper.get_headers(), trust_env=False)
