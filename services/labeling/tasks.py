@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.data.images import data_address
 from defuse_core.review.verdicts import LEAST_ANSWERS, stops_when_sure
@@ -311,28 +311,6 @@ def prelabels_by_task(tasks: ReviewTasks, probabilities: F32) -> dict[int, Prese
         result = choice_result(LABEL, target, tasks.names[answer])
         prelabels[index] = {"model_version": PRELABEL_MODEL, "score": certainty, "result": [result]}
     return prelabels
-
-
-@dataclass(eq=False)
-class PresentTasks:
-    """The tasks that are in the project already, of T."""
-
-    ids: I64  # (T,) ids in Label Studio; 0 for a task that is missing
-    answered: Bool  # (T,)
-
-    @classmethod
-    def none(cls, count: int) -> PresentTasks:
-        return cls(np.zeros(count, np.int64), np.zeros(count, bool))
-
-    def add(self, index: int, task: Task) -> int:
-        """Add a task. Of two equal ones return the id of the one to delete: never one that somebody answered."""
-        first = int(self.ids[index])
-        if first and not task.annotations:
-            return task.id
-        if first and self.answered[index]:
-            return 0  # annotations.py reads two answered ones as one
-        self.ids[index], self.answered[index] = task.id, bool(task.annotations)
-        return first
 
 
 def run_label(run: str) -> str:

@@ -21,7 +21,7 @@ from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import LabelStudioClient
 from services.labeling.project import ReviewProject
 from services.labeling.records import choice_result, update_state, write_state
-from services.labeling.tasks import PresentTasks, ReviewTasks
+from services.labeling.tasks import ReviewTasks
 
 
 def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review, proxy):
@@ -204,8 +204,12 @@ def test_a_title_is_as_long_as_label_studio_accepts(tmp_path):
 
 
 def test_of_copies_an_unanswered_one_is_dropped_and_of_two_answered_ones_none(tmp_path):
-    _, tasks = blank_review(tmp_path, 1)
-    given = annotation(1, 3)
+    run, tasks = blank_review(tmp_path, 1)
+    given, deleted = annotation(1, 3), []
+    client = SimpleNamespace(tasks=lambda *_: iter(found), delete_task=deleted.append)
+    project = ReviewProject(client, run, tasks)
+    project.state = replace(project.state, project=1)
+    pushed = tasks.task(0, secret=project.state.secret)
     for order, dropped in (
         (((1,), (2,)), [2]),
         (((1, given), (2,)), [2]),
@@ -213,10 +217,13 @@ def test_of_copies_an_unanswered_one_is_dropped_and_of_two_answered_ones_none(tm
         (((1, given), (2, given)), []),
         (((1,), (2, given), (3, given), (4,)), [1, 4]),
     ):
-        present = PresentTasks.none(1)
-        found = [present.add(0, task_of(tasks, 0, *notes, number=number)) for number, *notes in order]
-        assert [number for number in found if number] == dropped
-        assert present.ids[0] not in dropped
+        deleted.clear()
+        copies = {number: task_of(tasks, 0, *notes, number=number) for number, *notes in order}
+        found = [
+            replace(copy, data=pushed["data"], digest=pushed["meta"]["digest"]) for copy in copies.values()
+        ]
+        kept = project.drop_duplicates()[0]
+        assert deleted == dropped and kept in copies.keys() - set(dropped)
 
 
 def test_tasks_that_the_server_does_not_list_are_imported_once(tmp_path):
