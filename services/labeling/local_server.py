@@ -261,7 +261,6 @@ def stop(server: LocalServer) -> None:
 
 
 def running_server(cache: Path) -> LocalServer | None:
-    """Return the local server if it runs."""
     server = Installation(cache).read_server()
     return server if server is not None and server.is_healthy() and _is_label_studio(server.pid) else None
 
@@ -310,7 +309,6 @@ def _wait_until_healthy(
 
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll until the condition holds; False if it does not within `timeout_s`."""
     end = monotonic() + timeout_s
     while not condition():
         if monotonic() >= end:

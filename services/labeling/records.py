@@ -31,8 +31,6 @@ class ChoiceValue(TypedDict):
 
 
 class ChoiceResult(TypedDict):
-    """One choice, as the labelling page submits it."""
-
     from_name: str  # the control
     to_name: str  # the object that it labels
     type: Literal["choices"]
@@ -59,8 +57,6 @@ class ImageData(TypedDict):
 
 
 class PageSample(TypedDict):
-    """One image on the page of a scenario."""
-
     image: str  # data: address
     prediction: str  # the classifier's answer, in words
 
@@ -80,8 +76,6 @@ class TaskMeta(TypedDict):
 
 
 class TaskImport(TypedDict):
-    """A task as it is imported."""
-
     data: ImageData | PageData
     meta: TaskMeta
     predictions: NotRequired[list[PreselectedAnswer]]
@@ -130,8 +124,6 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task with all its annotations."""
-
     id: int
     key: str | None  # the sample_key that tasks.py gave it; None for a task that Defuse did not import
     digest: str | None  # of its data when it was imported

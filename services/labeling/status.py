@@ -50,8 +50,6 @@ IMPOSSIBLE = 10**6  # beyond the score of any image: where it cannot have a labe
 
 @dataclass(frozen=True, eq=False)
 class ReviewStatus:
-    """The review at one moment."""
-
     tasks: ReviewTasks
     pulled: PulledAnnotations
     names: Mapping[int, str]  # of annotators, by user id

@@ -224,7 +224,6 @@ class ReviewTasks:
         return len(self.gallery) * self.per_scenario
 
     def subject(self, index: int) -> TaskSubject:
-        """Return the subject of the task with that index."""
         scenario, image = divmod(index, self.per_scenario)
         return TaskSubject(scenario, None if self.whole_pages else image)
 

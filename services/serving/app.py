@@ -126,7 +126,6 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
 
 
 def classifier_deployment(section: ServeSection) -> Any:
-    """Return the deployment with the replicas and resources of the section."""
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": section.cpus_per_replica, "num_gpus": _gpus_per_replica(section)},
         "max_ongoing_requests": section.max_ongoing + section.max_queued + MAX_UPLOADS,

@@ -92,8 +92,6 @@ class UploadLimits:
 
 
 class _Upload:
-    """One body that is arriving."""
-
     def __init__(self, limits: UploadLimits, request: Request) -> None:
         self._limits, self._request = limits, request
         self._body = bytearray()
