@@ -16,18 +16,13 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM,) if ignores_hangup else (signal.SIGTERM, signal.SIGHUP)
 
 
-def ignore_next_hangup(number: int) -> None:
-    """Ignore further hangups if `number` is one: a shell repeats that of its terminal, which would cut off the end."""
-    if number == signal.SIGHUP:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
     """Let SIGTERM, as of a scheduler or Kubernetes, and the hangup of a terminal end the block as Ctrl-C does."""
 
     def stop(number: int, _: object) -> NoReturn:
-        ignore_next_hangup(number)
+        if number == signal.SIGHUP:  # a shell repeats that of its terminal, which would cut off the end
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _received.append(signal.Signals(number))
         raise KeyboardInterrupt
 

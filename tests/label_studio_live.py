@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import itertools
+import secrets
 import shutil
 import sqlite3
 import tempfile
@@ -34,6 +35,7 @@ from services.labeling.local_server import (
     start,
     stop,
 )
+from services.labeling.records import choice_result
 from services.labeling.simulate import AnnotatorAccount
 from services.settings import Environment, read_environment
 from tests.ports import free_port
@@ -117,10 +119,18 @@ def annotator_accounts(count: int = 5) -> tuple[AnnotatorAccount, ...]:
     """Return accounts that signed up through the invitation link. The same ones for all tests."""
     server = live_server()
     invitation = invitation_to(server)
-    return tuple(
-        AnnotatorAccount.sign_up(server.address, invitation, f"person{n}@example.org")
-        for n in range(1, count + 1)
-    )
+    return tuple(sign_up(server.address, invitation, f"person{n}@example.org") for n in range(1, count + 1))
+
+
+def sign_up(address: str, invitation: str, email: str) -> AnnotatorAccount:
+    """Create an account through the invitation link and its form, as people do."""
+    return AnnotatorAccount(address, email, secrets.token_urlsafe(12)).enter(invitation)
+
+
+def change(account: AnnotatorAccount, annotation: int, choice: str) -> None:
+    """Let an annotator give another answer for the image of an annotation."""
+    result = {"result": [choice_result("label", "image", choice)]}
+    account.http.patch(f"/api/annotations/{annotation}/", json=result).raise_for_status()
 
 
 def invitation_to(server: LocalServer) -> str:

@@ -343,22 +343,13 @@ def answer_changes(tasks: ReviewTasks, before: Votes, now: Votes) -> AnswerChang
     """Return how the answers of `now` differ from those of `before`, by task and annotator.
 
     With review.real_names two annotators can have one name, and an account that was renamed or deleted since then has
-    another: they are told apart by pseudonym. Votes of older versions hold the names alone: equal answers to a task
-    under a name that was not there before and under one that is not there any more are then the same ones.
+    another: they are told apart by pseudonym.
     """
-    by_name = PSEUDONYMS not in before.notes
     old, new = (
-        _by_task(tasks, votes, votes.annotators if by_name else votes.notes[PSEUDONYMS])
-        for votes in (before, now)
+        _by_task(tasks, votes, votes.notes.get(PSEUDONYMS, votes.annotators)) for votes in (before, now)
     )
-    changed = sum(new[key] != answers for key, answers in old.items() if key in new)
-    added, deleted, renamed = new.keys() - old.keys(), old.keys() - new.keys(), 0
-    if by_name and tasks.review.real_names:
-        names_before, names_now = {name for _, name in old}, {name for _, name in new}
-        came = Counter(new[key] for key in added if key[1] not in names_before)
-        gone = Counter(old[key] for key in deleted if key[1] not in names_now)
-        renamed = (came & gone).total()
-    return AnswerChanges(len(added) - renamed, changed, len(deleted) - renamed)
+    changed = sum(new[key] != old[key] for key in old.keys() & new.keys())
+    return AnswerChanges(len(new.keys() - old.keys()), changed, len(old.keys() - new.keys()))
 
 
 def _by_task(tasks: ReviewTasks, votes: Votes, annotators: Sequence[str]) -> dict[tuple[int, str], Answers]:

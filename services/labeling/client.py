@@ -98,7 +98,6 @@ class LabelStudioClient:
         return f"{self.public_address}/projects/{project}/data?labeling=1"
 
     def task_url(self, project: int, task: int) -> str:
-        """Return the address of one task."""
         return f"{self.public_address}/projects/{project}/data?task={task}"
 
     def invitation(self) -> str:
@@ -113,7 +112,6 @@ class LabelStudioClient:
             return _project(self._sdk.projects.create(**dataclasses.asdict(settings), request_options=ONCE))
 
     def project(self, number: int) -> Project | None:
-        """Return the project, or None if it does not exist."""
         with translated_errors(self.address):
             try:
                 options = REPEAT | {"additional_query_parameters": {"include": PROJECT_FIELDS}}

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import secrets
-import shlex
 import signal
 import socket
 import sqlite3
@@ -70,22 +69,17 @@ class Installation:
                 "to a folder"
             ) from error
         self.folder = folder or self.env.parent
-        self.program = self.env / "bin" / "label-studio"
+        self.python, self.program = self.env / "bin" / "python", self.env / "bin" / "label-studio"
         self.data = self.folder / "data"
         self.log = self.folder / "server.log"
 
     def is_installed(self) -> bool:
-        """Whether it has these versions, and a program whose Python exists: it can be removed, or the folder moved."""
+        """Whether it has these versions, a program that no power cut has emptied, and its Python, which can be gone."""
         try:
             versions, program = (self.env / ".installed").read_text(), self.program.read_text()
         except FileNotFoundError:
             return False
-        if len(lines := program.splitlines()) < 2:  # an installation that a power cut has damaged
-            return False
-        first, second, *_ = lines
-        # pip writes `exec PYTHON ...` for sh where the path is long or has a space
-        python = shlex.split(second)[1] if first == "#!/bin/sh" else first.removeprefix("#!")
-        return versions == VERSIONS and Path(python).exists()
+        return versions == VERSIONS and bool(program) and self.python.exists()
 
     def read_server(self) -> LocalServer | None:
         """Return the server that was started last, running or not. Raises InputError where its file cannot be read.
@@ -222,6 +216,7 @@ def start(
     with installation.log.open("ab") as log:
         process = subprocess.Popen(
             [
+                installation.python,  # the program names an old path of it where the folder was moved
                 installation.program,
                 "start",
                 "--no-browser",
@@ -272,7 +267,6 @@ def stop(server: LocalServer) -> None:
 
 
 def running_server(cache: Path) -> LocalServer | None:
-    """Return the local server if it runs."""
     server = Installation(cache).read_server()
     return server if server is not None and server.is_healthy() and _is_label_studio(server.pid) else None
 
@@ -321,7 +315,6 @@ def _wait_until_healthy(
 
 
 def _wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll until the condition holds; False if it does not within `timeout_s`."""
     end = monotonic() + timeout_s
     while not condition():
         if monotonic() >= end:

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
+from defuse_core.artifacts import I64
 from defuse_core.errors import InputError, ServiceError, count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable
@@ -32,7 +33,6 @@ from services.labeling.records import (
     update_state,
 )
 from services.labeling.tasks import (
-    PresentTasks,
     ReviewTasks,
     batches,
     interface_edit,
@@ -225,18 +225,18 @@ class ReviewProject:
         for attempt in _attempts():
             with attempt:
                 present = self.drop_duplicates()
-                if missing := [index for index in order if not present.ids[index]]:
+                if missing := [index for index in order if not present[index]]:
                     self._import(missing)
                     present = self.drop_duplicates()
-        if not present.ids.all():  # not tried again here: tasks that the server does not list would multiply
+        if not present.all():  # not tried again here: tasks that the server does not list would multiply
             raise ServiceError(f"project {self.state.project} lacks tasks after an import; run again")
 
-    def drop_duplicates(self) -> PresentTasks:
-        """Return the tasks in the project, after duplicates that nobody answered are deleted.
+    def drop_duplicates(self) -> I64:
+        """Drop duplicates that nobody answered, and return each task's id in Label Studio, (T,), 0 where it is missing.
 
         A repair also deletes edited tasks, and warns how many answers these had.
         """
-        present = PresentTasks.none(len(self.tasks))
+        present, answered = np.zeros(len(self.tasks), np.int64), np.zeros(len(self.tasks), bool)
         # id -> key and answers; deleted later: a deletion while listing would shift the pages
         dropped: dict[int, tuple[str, int]] = {}
         unknown = 0
@@ -248,8 +248,12 @@ class ReviewProject:
                     raise InputError(self._edited(task))
                 answers = sum(not annotation.was_cancelled for annotation in task.annotations)
                 dropped[task.id] = str(task.key), answers
-            elif duplicate := present.add(index, task):
-                dropped[duplicate] = str(task.key), 0
+            elif present[index] and not task.annotations:
+                dropped[task.id] = str(task.key), 0
+            elif not answered[index]:  # annotations.py reads two answered ones as one
+                if first := int(present[index]):
+                    dropped[first] = str(task.key), 0
+                present[index], answered[index] = task.id, bool(task.annotations)
         for number, (key, answers) in dropped.items():
             self.client.delete_task(number)
             level, lost = (

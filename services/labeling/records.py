@@ -20,8 +20,6 @@ from defuse_core.artifacts import Gallery
 from defuse_core.errors import ANOTHER_NAME, InputError
 from defuse_core.store import GONE, Store
 
-# of the stored state; version 4 lacks `most_asked`
-OLDEST_VERSION, VERSION = 4, 5
 STATE_KEY = "labeling.json"
 LOST = f"{STATE_KEY} is missing: {GONE}"
 
@@ -33,8 +31,6 @@ class ChoiceValue(TypedDict):
 
 
 class ChoiceResult(TypedDict):
-    """One choice, as the labelling page submits it."""
-
     from_name: str  # the control
     to_name: str  # the object that it labels
     type: Literal["choices"]
@@ -61,8 +57,6 @@ class ImageData(TypedDict):
 
 
 class PageSample(TypedDict):
-    """One image on the page of a scenario."""
-
     image: str  # data: address
     prediction: str  # the classifier's answer, in words
 
@@ -82,8 +76,6 @@ class TaskMeta(TypedDict):
 
 
 class TaskImport(TypedDict):
-    """A task as it is imported."""
-
     data: ImageData | PageData
     meta: TaskMeta
     predictions: NotRequired[list[PreselectedAnswer]]
@@ -132,8 +124,6 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task with all its annotations."""
-
     id: int
     key: str | None  # the sample_key that tasks.py gave it; None for a task that Defuse did not import
     digest: str | None  # of its data when it was imported
@@ -162,28 +152,8 @@ class ResultRow:
     from_name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class MetaRow:
-    sample_key: str | None = None  # None: a task that Defuse did not import
-
-
-@dataclass(frozen=True, slots=True)
-class QueuedTaskRow:
-    """The next task of an annotator's queue."""
-
-    id: int
-    data: Mapping[str, object]
-    predictions: list[object]
-    meta: MetaRow | None = None
-
-    @property
-    def key(self) -> str | None:
-        return None if self.meta is None else self.meta.sample_key
-
-
 ANNOTATION = TypeAdapter(Annotation)
 RESULT_ROW = TypeAdapter(ResultRow)
-QUEUED_TASK_ROW = TypeAdapter(QueuedTaskRow)
 
 # ---- what a run stores
 
@@ -208,7 +178,7 @@ class ProjectState:
     pushed: bool = False  # every task existed once, so one that is missing was deleted
     people: dict[str, int] = field(default_factory=dict)  # user id -> n of the pseudonym annotator-n
     simulated: bool = False  # reference models answered through the accounts of simulated annotators
-    version: int = VERSION
+    version: Literal[5] = 5
 
     @classmethod
     def new(cls, gallery: str) -> ProjectState:
@@ -236,12 +206,7 @@ class ProjectState:
         return f"annotator-{self.people[str(annotator)]}"
 
 
-@dataclass(frozen=True)
-class StoredVersion:
-    version: int = 1
-
-
-STORED_VERSION, STORED_STATE = TypeAdapter(StoredVersion), TypeAdapter(ProjectState)
+STORED_STATE = TypeAdapter(ProjectState)
 
 
 def read_state(store: Store, gallery: Gallery) -> ProjectState:
@@ -295,22 +260,15 @@ def set_aside(store: Store, state: ProjectState, *keys: str) -> str:
 
 def _stored_state(store: Store) -> ProjectState | None:
     try:
-        data = store.read(STATE_KEY)
-        version = STORED_VERSION.validate_json(data).version
-        if OLDEST_VERSION <= version <= VERSION:
-            return replace(STORED_STATE.validate_json(data), version=VERSION)
+        return STORED_STATE.validate_json(store.read(STATE_KEY))
     except FileNotFoundError:
         return None
     except ValidationError as error:
         raise InputError(
-            f"{store.address}/{STATE_KEY}: expected what Defuse wrote there, found something else; restore it, or "
-            f"delete it to push the images to a new project"
+            f"{store.address}/{STATE_KEY}: expected what this version of Defuse wrote there, found something else; "
+            "finish the review with the version that began it, restore the file, or delete it to push the images to a "
+            "new project"
         ) from error
-    raise InputError(
-        f"{store.address}/{STATE_KEY} has version {version}, this Defuse reads versions {OLDEST_VERSION} and "
-        f"{VERSION}: finish the review with the version that began it, or delete the file to push the images to a new "
-        "project"
-    )
 
 
 def gallery_digest(gallery: Gallery) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hmac
 import logging
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import numpy as np
@@ -27,14 +26,7 @@ from defuse_core.training.reference_models import ReferenceAnnotators
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import translated_errors
 from services.labeling.local_server import LocalServer
-from services.labeling.records import (
-    QUEUED_TASK_ROW,
-    ChoiceResult,
-    QueuedTaskRow,
-    choice_result,
-    read_state,
-    update_state,
-)
+from services.labeling.records import ChoiceResult, choice_result, read_state, update_state
 from services.labeling.tasks import LABEL, ReviewTasks
 
 log = logging.getLogger("defuse")
@@ -54,11 +46,6 @@ class AnnotatorAccount:
     def __exit__(self, *_: object) -> None:
         self.http.close()
 
-    @classmethod
-    def sign_up(cls, address: str, invitation: str, email: str) -> Self:
-        """Create an account through the invitation link and its form, as people do."""
-        return cls(address, email, secrets.token_urlsafe(12)).enter(invitation)
-
     def enter(self, *pages: str) -> Self:
         """Fill in the forms of these pages, one after the other, until one accepts the account."""
         for page in pages:
@@ -76,12 +63,12 @@ class AnnotatorAccount:
         self.http.headers["Authorization"] = f"Token {token}"
         return self
 
-    def next_task(self, project: int) -> QueuedTaskRow | None:
-        """Return the next task of this account's queue, or None if the queue is empty."""
+    def next_task(self, project: int) -> Any:
+        """Return the next task of this account's queue, by the API's names, or None if the queue is empty."""
         reply = self.http.get(f"/api/projects/{project}/next")
         if reply.status_code == 404:
             return None
-        return QUEUED_TASK_ROW.validate_json(self._checked(reply).content)
+        return self._checked(reply).json()
 
     def submit(self, task: int, result: Sequence[ChoiceResult], **fields: object) -> int:
         """Submit an annotation, valid or not, and return its id."""
@@ -93,9 +80,6 @@ class AnnotatorAccount:
         result = [choice_result(LABEL, target, choice)]
         result += [choice_result(f"{LABEL}_{n}", f"image_{n}", name) for n, name in (images or {}).items()]
         return self.submit(task, result)
-
-    def change(self, annotation: int, result: Sequence[ChoiceResult]) -> None:
-        self._checked(self.http.patch(f"/api/annotations/{annotation}/", json={"result": result}))
 
     @staticmethod
     def _checked(reply: httpx.Response) -> httpx.Response:
@@ -180,21 +164,22 @@ def _answer_queue(
     """Answer tasks until the account's queue is empty; return their number."""
     answered = 0
     while (task := account.next_task(project)) is not None:
-        index = tasks.index_of(task.key)
+        number, meta = task["id"], task["meta"] or {}  # none of a task that Defuse did not import
+        index = tasks.index_of(meta.get("sample_key"))
         if index is None:
             raise InputError(
-                f"project {project} also contains tasks that Defuse did not import (task {task.id}), which "
+                f"project {project} also contains tasks that Defuse did not import (task {number}), which "
                 "simulated annotators cannot answer; delete them in Label Studio"
             )
         subject = tasks.subject(index)
         own = answers[subject.scenario]  # (R,)
         if subject.image is not None:
-            account.answer(task.id, "image", tasks.names[own[subject.image]])
+            account.answer(number, "image", tasks.names[own[subject.image]])
         else:
             values, counts = np.unique(own, return_counts=True)
             page = int(values[counts.argmax()])
             exceptions = {int(image): tasks.names[own[image]] for image in np.flatnonzero(own != page)}
-            account.answer(task.id, "page", tasks.names[page], exceptions)
+            account.answer(number, "page", tasks.names[page], exceptions)
         answered += 1
         progress(answered, len(tasks), "tasks")
     return answered

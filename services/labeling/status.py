@@ -1,8 +1,8 @@
 """The status of a review: what is answered, what is missing, which verdicts are final, and what stays in the queue.
 
-A verdict is final when no missing answer can change it or its label. A missing answer may turn out to be any class,
-none-of-the-above, or never come. The rules are those of `defuse_core.review.verdicts`; the tests hold both against
-each other over all completions of small cases.
+A verdict is final when no missing answer can change it or its label, except for a rejection that rests on tied labels.
+A missing answer may turn out to be any class, none-of-the-above, or never come. The rules are those of
+`defuse_core.review.verdicts`; the tests hold both against each other over all completions of small cases.
 
 With review.consensus: crowdlab no further answer is asked for where CROWDLAB is sure of an image's label. Answers to
 other images change how much an annotator counts, so an image that was sure can be asked about again.
@@ -18,7 +18,6 @@ from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
 from defuse_core.config import ReviewSection
@@ -46,14 +45,11 @@ from services.labeling.tasks import ReviewTasks
 
 log = logging.getLogger("defuse")
 
-FORBIDDEN = -(10**9)  # weight of a label that an image cannot end with
-FILL = 10**6  # weight of filling a slot of the class that is to win, over anything else
+IMPOSSIBLE = 10**6  # beyond the score of any image: where it cannot have a label, or cannot lack one
 
 
 @dataclass(frozen=True, eq=False)
 class ReviewStatus:
-    """The review at one moment."""
-
     tasks: ReviewTasks
     pulled: PulledAnnotations
     names: Mapping[int, str]  # of annotators, by user id
@@ -321,8 +317,8 @@ def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> b
     """Return whether the verdict and label of one scenario are the same under every completion of its votes.
 
     counts: (R, C) votes per class so far, none-of-the-above left out. missing: (R,) answers that may still
-    come. predicted: (R,). Exact; takes microseconds, except for scenarios that stay rejected only because
-    every majority is bound to be tied, which take a few assignment problems per class.
+    come. predicted: (R,). One exception, which would take assignment problems: a scenario that would stay rejected
+    only because its labels are bound to be tied is not final.
     """
     least = _ratio_over(rho, len(counts))
     if least is None:
@@ -331,7 +327,11 @@ def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> b
     misclassified = np.arange(counts.shape[1]) != predicted[:, None]  # (R, C)
     # (R, C) its sum over the images is 0 or more where the share of misclassified ones is `least` or more
     score = np.where(misclassified, least.denominator - least.numerator, -least.numerator)
-    return _always_accepted(labels, unlabelled, score) or not _ever_accepted(labels, unlabelled, score)
+    highest = np.where(labels, score, -IMPOSSIBLE).max(axis=1)
+    most = np.maximum(highest, np.where(unlabelled, 0, -IMPOSSIBLE)).sum()
+    if most < 0 or not (labels & misclassified).any():
+        return True  # the share of misclassified ones is too low in every completion
+    return _always_accepted(labels, unlabelled, score)
 
 
 def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
@@ -348,8 +348,8 @@ def reachable_labels(counts: I64, missing: I64) -> tuple[Bool, Bool]:
 
 def _always_accepted(labels: Bool, unlabelled: Bool, score: I64) -> bool:
     """Whether every completion accepts the scenario, and under one label."""
-    lowest = np.minimum(np.where(labels, score, FILL).min(axis=1), np.where(unlabelled, 0, FILL))  # (R,)
-    if lowest.sum() < 0:
+    lowest = np.where(labels, score, IMPOSSIBLE).min(axis=1)
+    if np.minimum(lowest, np.where(unlabelled, 0, IMPOSSIBLE)).sum() < 0:
         return False
     return any(_always_leads(labels, unlabelled, label) for label in np.flatnonzero(labels.any(axis=0)))
 
@@ -360,34 +360,6 @@ def _always_leads(labels: Bool, unlabelled: Bool, label: int) -> bool:
     margin = only.astype(int)[:, None] - labels  # (R, C) an image for another class counts against
     margin[:, label] = 1
     return bool((margin.sum(axis=0) > 0).all())
-
-
-def _ever_accepted(labels: Bool, unlabelled: Bool, score: I64) -> bool:
-    """Whether some completion accepts the scenario, under whichever label."""
-    weights = np.where(labels, score, FORBIDDEN)  # (R, C)
-    free = np.where(unlabelled, 0, FORBIDDEN)
-    if np.maximum(weights.max(axis=1), free).sum() < 0:
-        return False
-    return any(
-        _can_win(weights, free, label, images)
-        for label in np.flatnonzero(labels.any(axis=0))
-        for images in range(1, int(labels[:, label].sum()) + 1)
-    )
-
-
-def _can_win(weights: I64, free: I64, label: int, images: int) -> bool:
-    """Whether `label` can have so many images, others fewer, and the score be 0 or more.
-
-    An assignment of images to slots: `images` of them for the label, one fewer for each other class, and one
-    without a label per image.
-    """
-    slots = [np.repeat(weights[:, [label]] + FILL, images, axis=1)]
-    slots += [np.repeat(np.delete(weights, label, axis=1), images - 1, axis=1)]
-    slots += [np.repeat(free[:, None], len(weights), axis=1)]
-    table = np.concatenate(slots, axis=1)
-    rows, columns = linear_sum_assignment(table, maximize=True)
-    total = int(table[rows, columns].sum())
-    return total - FILL * images >= 0
 
 
 def _ratio_over(rho: float, images: int) -> Fraction | None:

@@ -18,16 +18,16 @@ from __future__ import annotations
 import hmac
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from defuse_core.artifacts import F32, I64, NONE_OF_THE_ABOVE, Bool, Gallery
+from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.data.images import data_address
 from defuse_core.review.verdicts import LEAST_ANSWERS, stops_when_sure
@@ -68,35 +68,6 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-
-
-@dataclass(frozen=True)
-class Element:
-    """One element of a labelling configuration."""
-
-    tag: str
-    attributes: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        attributes = dict(self.attributes)
-        name = attributes.get("name") or attributes.get("value") or ""
-        return f"{self.tag} {name!r}" if name else self.tag
-
-    def is_edit_of(self, other: Element) -> bool:
-        """Whether this can be `other` with some attributes changed."""
-        shared = {
-            name for name in ("name", "value") if (name, dict(self.attributes).get(name)) in other.attributes
-        }
-        return self.tag == other.tag and (bool(shared) or self.tag in ("Header", "View", "Style"))
-
-    def change_to(self, other: Element) -> str:
-        """Return the changed attributes in words."""
-        if self.tag == "Style":
-            return "Style was edited"
-        before, now = dict(self.attributes), dict(other.attributes)
-        names = [name for name in before | now if before.get(name) != now.get(name)]
-        changed = (f"{name} is {now.get(name)!r}, was {before.get(name)!r}" for name in names)
-        return f"{self}: {', '.join(changed)}"
 
 
 @dataclass(frozen=True)
@@ -182,45 +153,35 @@ def interface_edit(pushed: str, found: str) -> InterfaceEdit | None:
     try:
         if _canonical(pushed) == _canonical(found):
             return None
-        before, now = _elements(pushed), _elements(found)
+        before, now = _parts(pushed), _parts(found)
     except ElementTree.ParseError as error:
         return InterfaceEdit(f"not XML: {error}", changes_answers=True)
-    changes = _changes(before, now)
-    if not changes:
+    if before == now:
         return InterfaceEdit("the layout", changes_answers=False)
-    return InterfaceEdit("; ".join(changes[:3]), changes_answers=True)
+    changes = [
+        f"{part:.100} was {how}"
+        for some, others, how in ((before, now, "removed"), (now, before, "added"))
+        for part in list(Counter(some) - Counter(others))[:2]
+    ]
+    return InterfaceEdit("; ".join(changes) or "the order of its parts", changes_answers=True)
 
 
 def _canonical(config: str) -> str:
     return ElementTree.canonicalize(config, strip_text=True)
 
 
-def _elements(config: str) -> list[Element]:
-    """Return all elements that can change the meaning of an answer, in order, without attributes of layout."""
-    found = []
+def _parts(config: str) -> list[str]:
+    """Return all that can change the meaning of an answer, in order: elements, and attributes that are no layout."""
+    found: list[str] = []
     for element in ElementTree.fromstring(config).iter():
         attributes = {name: value for name, value in element.attrib.items() if name not in LAYOUT_ATTRIBUTES}
+        name = attributes.get("name") or attributes.get("value")
         if element.tag == "Style":
             attributes["css"] = " ".join("".join(element.itertext()).split())
         if element.tag not in LAYOUT_TAGS or attributes:
-            found.append(Element(element.tag, tuple(sorted(attributes.items()))))
+            shown = f"{element.tag} {name!r}" if name else element.tag
+            found += [shown, *(f"{shown} {each}={value!r}" for each, value in sorted(attributes.items()))]
     return found
-
-
-def _changes(before: list[Element], now: list[Element]) -> list[str]:
-    """Return each change of an element in words; elements of one tag at one place are the same element."""
-    changes = []
-    for kind, i, j, k, m in SequenceMatcher(None, before, now, autojunk=False).get_opcodes():
-        if kind == "equal":
-            continue
-        gone, added = before[i:j], now[k:m]
-        for old in gone:
-            new = next((element for element in added if element.is_edit_of(old)), None)
-            changes.append(f"{old} was removed" if new is None else old.change_to(new))
-            if new is not None:
-                added.remove(new)
-        changes += [f"{new} was added" for new in added]
-    return changes
 
 
 PRELABEL_MODEL = "reference models"  # the model version of predictions in Label Studio
@@ -263,7 +224,6 @@ class ReviewTasks:
         return len(self.gallery) * self.per_scenario
 
     def subject(self, index: int) -> TaskSubject:
-        """Return the subject of the task with that index."""
         scenario, image = divmod(index, self.per_scenario)
         return TaskSubject(scenario, None if self.whole_pages else image)
 
@@ -350,28 +310,6 @@ def prelabels_by_task(tasks: ReviewTasks, probabilities: F32) -> dict[int, Prese
         result = choice_result(LABEL, target, tasks.names[answer])
         prelabels[index] = {"model_version": PRELABEL_MODEL, "score": certainty, "result": [result]}
     return prelabels
-
-
-@dataclass(eq=False)
-class PresentTasks:
-    """The tasks that are in the project already, of T."""
-
-    ids: I64  # (T,) ids in Label Studio; 0 for a task that is missing
-    answered: Bool  # (T,)
-
-    @classmethod
-    def none(cls, count: int) -> PresentTasks:
-        return cls(np.zeros(count, np.int64), np.zeros(count, bool))
-
-    def add(self, index: int, task: Task) -> int:
-        """Add a task. Of two equal ones return the id of the one to delete: never one that somebody answered."""
-        first = int(self.ids[index])
-        if first and not task.annotations:
-            return task.id
-        if first and self.answered[index]:
-            return 0  # annotations.py reads two answered ones as one
-        self.ids[index], self.answered[index] = task.id, bool(task.annotations)
-        return first
 
 
 def run_label(run: str) -> str:

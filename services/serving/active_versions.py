@@ -100,7 +100,6 @@ class CanaryStatistics:
         self.failed += is_error
 
     def reason_to_end(self, limits: ServeSection) -> str | None:
-        """Return why the version is ended, or None while it is within the limits."""
         is_judged = self.answered >= limits.min_compared and self.seconds >= MIN_SECONDS
         is_over = self.failed > limits.max_errors * self.answered  # a second may have a single request
         if is_judged and is_over and is_above(limits.max_errors, self.errors, self.seconds):
@@ -193,7 +192,6 @@ class ActiveVersions:
 
     @property
     def in_production(self) -> LoadedModel:
-        """The model in production, where there is one."""
         assert self.production is not None
         return self.production
 

@@ -23,7 +23,7 @@ from services.serving.inputs import (
     content_type,
     uploaded_files,
 )
-from services.serving.limits import HEALTH_ROUTES, BearerAuthMiddleware, RequestError, Unavailable
+from services.serving.limits import HEALTH_ROUTES, BearerAuthMiddleware, Unavailable
 from services.serving.model import LoadedModel, PredictionResponse
 from services.serving.monitoring import metrics_page
 from services.serving.registry_state import RegistryState
@@ -321,7 +321,7 @@ def docs_page(schema: dict[str, Any], address: str) -> str:
 
 
 async def _answer(deployment: ClassifierDeployment, request: Request) -> Response:
-    """Return the predictions for the images of a request. Raises RequestError."""
+    """Return the predictions for the images of a request. Raises HTTPException."""
     media_type = content_type(request)
     with contextlib.ExitStack() as held:  # the memory of the body, and a slot
         body = await deployment.uploads.receive(request, held)
@@ -342,11 +342,6 @@ async def _answer(deployment: ClassifierDeployment, request: Request) -> Respons
 
 
 def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
-    async def handle_request_error(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestError)
-        deployment.metrics.count_rejected(error.status)
-        return JSONResponse({"error": error.message}, error.status, error.headers)
-
     async def handle_http_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         deployment.metrics.count_rejected(error.status_code)
@@ -355,14 +350,13 @@ def _add_error_handlers(api: FastAPI, deployment: ClassifierDeployment) -> None:
     async def handle_memory_error(request: Request, error: Exception) -> JSONResponse:
         deployment.failure_log.add("a request was not answered: out of memory", error)
         unavailable = Unavailable("this replica is out of memory")
-        return await handle_request_error(request, unavailable)
+        return await handle_http_error(request, unavailable)
 
     async def handle_internal_error(request: Request, error: Exception) -> JSONResponse:
         """Answer an error that nobody expected; Starlette raises it again afterwards, for the log."""
         text = f"the server failed ({type(error).__name__}); its log has the details"
-        return await handle_request_error(request, RequestError(500, text))
+        return await handle_http_error(request, HTTPException(500, text))
 
-    api.add_exception_handler(RequestError, handle_request_error)
     api.add_exception_handler(HTTPException, handle_http_error)
     api.add_exception_handler(MemoryError, handle_memory_error)
     api.add_exception_handler(Exception, handle_internal_error)

@@ -11,10 +11,9 @@ import logging
 import math
 import signal
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from time import sleep
 from typing import Any
 
 import ray
@@ -32,7 +31,7 @@ from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
 from defuse_core.runs import Run
-from services import ignore_next_hangup, stop_signals
+from services import stop_signals
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.candidate import Candidate, prepare_candidate
@@ -66,7 +65,7 @@ class ClassifierIngress(ClassifierDeployment):
         super().__init__(*args)
         # Serve gives up after a few constructors that raise
         while self.active.is_outage and (require_model or _is_application_answering()):
-            time.sleep(POLL_S)
+            sleep(POLL_S)
             self.active = self.watcher.load_initial()
         if self.active.error is not None and require_model:
             raise ComputeError(self.active.error)
@@ -127,7 +126,6 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
 
 
 def classifier_deployment(section: ServeSection) -> Any:
-    """Return the deployment with the replicas and resources of the section."""
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": section.cpus_per_replica, "num_gpus": _gpus_per_replica(section)},
         "max_ongoing_requests": section.max_ongoing + section.max_queued + MAX_UPLOADS,
@@ -184,12 +182,11 @@ def serve_until_stopped(
     """
     cpus = math.ceil(section.max_replicas * section.cpus_per_replica)  # what all replicas reserve
     with contextlib.ExitStack() as ending, connection(address, cpus):
-        shutdown = ShutdownSignal()
         if address is None:
             require_gpus(section)
         running = running_application(args, host, port, proxy)
         with contextlib.suppress(KeyboardInterrupt), running as url, contextlib.ExitStack() as served:
-            served.callback(shutdown.ignore)
+            served.callback(_ignore_signals)
             # Serve's controller ends during a call, which a thread of Ray prints as a failed task
             served.callback(ending.enter_context, contextlib.redirect_stdout(io.StringIO()))
             show(
@@ -197,7 +194,6 @@ def serve_until_stopped(
             )
             for line in registry_changes(
                 Registry(open_store(args.store)),
-                shutdown,
                 check=LivenessCheck(url, _deployed if proxy is Proxy.CLUSTER else None),
                 has_model=args.run is not None,
             ):
@@ -322,50 +318,22 @@ def _replica_error() -> str | None:
     return next((line for line in reversed(list(lines)) if line), None)
 
 
-class ShutdownSignal:
-    """Ctrl-C, SIGTERM or a hangup: ends `wait`.
-
-    Elsewhere it raises KeyboardInterrupt: at each signal during startup, and at the first one afterwards, so that a
-    look-up in a store that does not answer ends.
-    """
-
-    def __init__(self) -> None:
-        self._received, self._started, self._waiting = threading.Event(), False, False
-        for number in (signal.SIGINT, *stop_signals()):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        ignore_next_hangup(number)
-        interrupts = not (self._waiting or (self._started and self._received.is_set()))
-        self._received.set()
-        if interrupts:
-            raise KeyboardInterrupt
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Return True when a signal arrives, False after `timeout_s`."""
-        self._started = self._waiting = True
-        try:
-            return self._received.wait(timeout_s)
-        finally:
-            self._waiting = False
-
-    def ignore(self) -> None:
-        """Interrupt nothing from now on: the program ends."""
-        self._started = True
-        self._received.set()
+def _ignore_signals() -> None:
+    """Let no further signal cut off the end."""
+    for number in (signal.SIGINT, *stop_signals()):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def registry_changes(
     registry: Registry,
-    shutdown: ShutdownSignal,
     *,
     check: Callable[[], None],
     has_model: bool,  # of a run, which answers until a version is promoted
 ) -> Iterator[str]:
-    """Yield a line for each change of the registry, until a signal arrives. Calls `check` at each poll."""
+    """Yield a line for each change of the registry, for ever. Calls `check` at each poll."""
     known: RegistryState | None = None
     reported = ""  # why the registry could not be read at the last poll
-    while not shutdown.wait(0 if known is None else POLL_S):
+    while True:
         check()
         try:
             if known is None:
@@ -383,7 +351,7 @@ def registry_changes(
             if str(error) != reported:
                 reported = str(error)
                 log.warning("the registry cannot be read: %s", error)
-            shutdown.wait(POLL_S)
+        sleep(POLL_S)
 
 
 @contextlib.contextmanager

@@ -158,7 +158,6 @@ class Candidate:
         )
 
     def failed_checks(self) -> list[str]:
-        """Return one line for each check that failed."""
         return [check.line for check in self.checks if not check.passed]
 
     def scenario_names(self) -> list[str]:

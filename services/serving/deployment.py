@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tenacity
 import torch
+from starlette.exceptions import HTTPException
 
 from defuse_core.artifacts import F32, NO_SCENARIO
 from defuse_core.config import ServeSection
@@ -31,7 +32,7 @@ from services.serving.active_versions import (
     reason_for_clients,
 )
 from services.serving.inputs import InputSpec, decode_body
-from services.serving.limits import RejectedInput, RequestError, RequestSlots, Unavailable, UploadLimits
+from services.serving.limits import RejectedInput, RequestSlots, Unavailable, UploadLimits
 from services.serving.model import (
     Batcher,
     LoadedModel,
@@ -114,16 +115,16 @@ class ClassifierDeployment:
         """Return the pixels, (n, channels, H, W). Small images are decoded here, all others by one thread, which bounds
         their memory.
 
-        Raises RequestError for what is no image of the version, and Unavailable after serve.timeout_s; what the request
-        holds is then released when the thread is done with it, so that a body never waits for the thread without being
-        counted.
+        Raises RejectedInput for what is no image of the version, and Unavailable after serve.timeout_s; what the
+        request holds is then released when the thread is done with it, so that a body never waits for the thread
+        without being counted.
         """
         inline = replace(input_spec, max_pixels=min(input_spec.max_pixels, MAX_INLINE_PIXELS))
         if sum(len(file) for file in files) <= MAX_INLINE_BYTES:
             try:
                 return decode_body(media_type, files, inline)
             except RejectedInput as rejected:
-                if rejected.status != 413 or inline == input_spec:
+                if rejected.status_code != 413 or inline == input_spec:
                     raise
         abandoned = threading.Event()
 
@@ -142,7 +143,7 @@ class ClassifierDeployment:
                 work.add_done_callback(partial(_release, held.pop_all()))
 
     async def predict(self, active: ActiveVersions, pixels: F32, key: bytes) -> PredictionResponse:
-        """Return the answer of the versions for which a request was decoded. Raises RequestError, and MemoryError.
+        """Return the answer of the versions for which a request was decoded. Raises HTTPException, and MemoryError.
 
         `key` selects the requests of a canary.
         """
@@ -164,7 +165,7 @@ class ClassifierDeployment:
         if isinstance(output, Exception):
             if is_out_of_memory(output):
                 raise MemoryError(str(output)) from output
-            raise RequestError(500, "the classifier failed on this input")
+            raise HTTPException(500, "the classifier failed on this input")
         if active.shadow is not None:
             report = partial(self._compare, active, active.shadow, output)
             self._start(self._shadow.run(active.shadow, pixels, report))

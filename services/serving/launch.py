@@ -36,8 +36,6 @@ log = logging.getLogger("defuse")
 
 
 class ServeArgs(BaseModel):
-    """The arguments of the application."""
-
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     store: str = "runs"

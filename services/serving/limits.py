@@ -14,10 +14,11 @@ import hashlib
 import hmac
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar
 
 import uvicorn.config
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -46,19 +47,11 @@ MAX_SMALL_PIECES = 8
 PIECE_INTERVAL_S = 0.5
 
 
-class RequestError(Exception):
-    """A request that is answered with `status`, `message`, and `headers` beside its content type."""
-
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
-
-
-class RejectedInput(RequestError):  # noqa: N818 - the client's error, not a failure of the server
+class RejectedInput(HTTPException):
     """The request itself is at fault: another one can be answered."""
 
 
-class Unavailable(RequestError):  # noqa: N818 - a state of the server
+class Unavailable(HTTPException):
     """The server cannot answer now: the same request can be answered after RETRY_AFTER_S seconds."""
 
     def __init__(self, message: str) -> None:
@@ -77,7 +70,7 @@ class UploadLimits:
         self._budget = self._memory  # bytes that may still be buffered
 
     async def receive(self, request: Request, held: contextlib.ExitStack) -> bytes:
-        """Return the body of a request. Raises RequestError at the first sign that it exceeds a limit.
+        """Return the body of a request. Raises HTTPException at the first sign that it exceeds a limit.
 
         Its memory counts until `held` is closed.
         """
@@ -99,8 +92,6 @@ class UploadLimits:
 
 
 class _Upload:
-    """One body that is arriving."""
-
     def __init__(self, limits: UploadLimits, request: Request) -> None:
         self._limits, self._request = limits, request
         self._body = bytearray()

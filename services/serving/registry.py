@@ -56,8 +56,6 @@ class DamagedVersionError(DamagedError):
 
 
 class Registry:
-    """The registry of one store."""
-
     def __init__(self, store: Store) -> None:
         self.store = store.within("registry")
         self._last_read: tuple[RegistryState, str | None] | None = None  # with the version of its file

@@ -76,7 +76,6 @@ class RegistryState(BaseModel):
     """All versions by number."""
 
     def versions_with(self, digest: str) -> list[int]:
-        """Return the numbers of the versions with this digest."""
         return [number for number, info in self.versions.items() if info.digest == digest]
 
     def digest_of(self, number: int) -> str | int:
@@ -85,7 +84,6 @@ class RegistryState(BaseModel):
 
     @property
     def canary_or_shadow(self) -> int | None:
-        """The canary or shadow."""
         return self.canary or self.shadow
 
     @property
@@ -146,7 +144,6 @@ class PromotionRequest:
 
     @property
     def is_canary_or_shadow(self) -> bool:
-        """Whether the role is that of a canary or shadow."""
         return self.shadow or self.canary is not None
 
     @property

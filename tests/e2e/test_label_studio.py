@@ -19,6 +19,7 @@ from label_studio_live import (
     review_run,
     server_of_process,
     settings_for,
+    sign_up,
     write_into_cache,
 )
 from selenium import webdriver
@@ -178,9 +179,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page(browser: webdriver.Chrome, server: LocalServer) -> Page:
-    person = AnnotatorAccount.sign_up(
-        server.address, invitation_to(server), f"reader-{secrets.token_hex(3)}@example.org"
-    )
+    person = sign_up(server.address, invitation_to(server), f"reader-{secrets.token_hex(3)}@example.org")
     page = Page(browser, server)
     page.log_in(person)
     return page

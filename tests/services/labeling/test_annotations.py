@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from digits_review import TRUTH, answers_of, truth_of
-from label_studio_live import digits_gallery
+from label_studio_live import change, digits_gallery
 from sample_findings import finished_run, sample_findings
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE
@@ -70,7 +70,7 @@ def test_skips_and_drafts_do_not_count_and_a_changed_answer_takes_the_newest(mak
     draft = {"result": [choice_result("label", "image", "8")]}
     accounts[0].http.post(f"/api/tasks/{second}/drafts", json=draft).raise_for_status()
     changed = accounts[0].answer(third, "image", "3")
-    accounts[0].change(changed, [choice_result("label", "image", "8")])
+    change(accounts[0], changed, "8")
     status, _ = review.annotators.status(review.gallery)
     assert (status.given, status.outstanding, len(status.pulled.skips)) == (1, 11, 1)
     assert status.votes.answer.tolist() == [8]
@@ -111,9 +111,9 @@ def test_a_refused_answer_does_not_keep_the_task_from_others(make_review, accoun
     number = review.annotators.push(review.gallery).number
     first = review.tasks()["s000-i00"].id
     accounts[0].submit(first, [])
-    assert accounts[1].next_task(number).id != first
+    assert accounts[1].next_task(number)["id"] != first
     review.annotators.status(review.gallery)
-    assert accounts[2].next_task(number).id == first
+    assert accounts[2].next_task(number)["id"] == first
 
 
 def test_an_answer_that_was_refused_and_is_put_right_frees_its_task(make_review, accounts):
@@ -122,9 +122,9 @@ def test_an_answer_that_was_refused_and_is_put_right_frees_its_task(make_review,
     first = review.tasks()["s000-i00"].id
     annotation = accounts[0].submit(first, [])
     review.annotators.status(review.gallery)
-    accounts[0].change(annotation, [choice_result("label", "image", "8")])
+    change(accounts[0], annotation, "8")
     review.annotators.status(review.gallery)
-    assert accounts[1].next_task(number).id != first
+    assert accounts[1].next_task(number)["id"] != first
 
 
 def test_answers_to_a_copy_of_a_task_are_not_asked_for_again(make_review, accounts):
@@ -222,7 +222,7 @@ def test_a_decided_scenario_leaves_the_queue_and_the_answers_saved_are_told(make
     status, _ = review.annotators.status(review.gallery)
     assert status.decided.tolist() == [True, True, False, False]
     assert status.saved == 4
-    assert accounts[2].next_task(number).key.startswith("s002")
+    assert accounts[2].next_task(number)["meta"]["sample_key"].startswith("s002")
     review.everyone_answers(accounts[2:4], truth_of)
     notes = review.annotators.review(review.gallery).notes
     assert notes["answers_saved"] == 4 and notes["decided_early"] == [2, 3]
@@ -247,9 +247,9 @@ def test_a_changed_answer_opens_a_decided_scenario_again(make_review, accounts):
     ]
     assert review.annotators.status(review.gallery)[0].decided[0]
     for annotation in given[:3]:
-        accounts[0].change(annotation, [choice_result("label", "image", "3")])
+        change(accounts[0], annotation, "3")
     assert not review.annotators.status(review.gallery)[0].decided[0]
-    assert accounts[2].next_task(number).key.startswith("s000")
+    assert accounts[2].next_task(number)["meta"]["sample_key"].startswith("s000")
 
 
 def test_a_decision_above_the_vote_needs_no_answers(make_review):

@@ -8,10 +8,9 @@ from collections import Counter
 import httpx
 import pytest
 from digits_review import answers_of, truth_of
-from label_studio_live import digits_gallery, invitation_to
+from label_studio_live import digits_gallery, invitation_to, sign_up
 
 from defuse_core.errors import LabelsPending
-from services.labeling.simulate import AnnotatorAccount
 
 ONE_SCENARIO = digits_gallery(labels=(8,))
 
@@ -24,7 +23,7 @@ def delete_account(review, server, account):
 
 def temporary_account(server, name):
     email = f"{name}-{secrets.token_hex(4)}@example.org"
-    return AnnotatorAccount.sign_up(server.address, invitation_to(server), email)
+    return sign_up(server.address, invitation_to(server), email)
 
 
 def test_answers_of_a_deleted_account_stay_those_of_one_annotator(make_review, server, accounts):
@@ -102,7 +101,7 @@ def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_ta
     with pytest.raises(LabelsPending, match="1 were skipped or are not readable, see `defuse review status"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
-    assert accounts[0].next_task(number).id == last
+    assert accounts[0].next_task(number)["id"] == last
     accounts[0].answer(last, "image", "8")
     assert review.annotators.status(review.gallery)[0].outstanding == 0
 
@@ -119,7 +118,7 @@ def test_an_answer_that_cannot_be_read_does_not_keep_its_task_from_the_only_anno
     (blocking,) = status.blocking_skips()
     assert blocking.reason == "the choice 'seven' is not one of the classes"
     review.annotators.push(review.gallery, repair=True)
-    assert accounts[0].next_task(number).key == "s000-i02"
+    assert accounts[0].next_task(number)["meta"]["sample_key"] == "s000-i02"
     accounts[0].answer(blocking.task, "image", "8")
     assert review.annotators.status(review.gallery)[0].outstanding == 0
 

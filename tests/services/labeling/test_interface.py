@@ -82,41 +82,72 @@ def test_instructions_hold_an_example_with_the_classes(form):
 @pytest.mark.parametrize(
     "old, new, description",
     [
-        ('<Choice value="7" hotkey="7"/>', "", "Choice '7' was removed"),
-        ("</Choices>", '<Choice value="ten"/></Choices>', "Choice 'ten' was added"),
-        ('value="7"', 'value="7" alias="3"', "Choice '7': alias is '3', was None"),
-        ('hotkey="7"', 'hotkey="x"', "Choice '7': hotkey is 'x', was '7'"),
-        ('"single-radio"', '"multiple"', "Choices 'label': choice is 'multiple', was 'single-radio'"),
-        ('toName="image"', 'toName="other"', "Choices 'label': toName is 'other', was 'image'"),
-        ('value="$image"', 'value="$other"', "Image 'image': value is '$other', was '$image'"),
+        (
+            '<Choice value="7" hotkey="7"/>',
+            "",
+            "Choice '7' was removed; Choice '7' hotkey='7' was removed",
+        ),
+        (
+            "</Choices>",
+            '<Choice value="ten"/></Choices>',
+            "Choice 'ten' was added; Choice 'ten' value='ten' was added",
+        ),
+        ('value="7"', 'value="7" alias="3"', "Choice '7' alias='3' was added"),
+        (
+            'hotkey="7"',
+            'hotkey="x"',
+            "Choice '7' hotkey='7' was removed; Choice '7' hotkey='x' was added",
+        ),
+        (
+            '"single-radio"',
+            '"multiple"',
+            "Choices 'label' choice='single-radio' was removed; Choices 'label' choice='multiple' was added",
+        ),
+        (
+            'toName="image"',
+            'toName="other"',
+            "Choices 'label' toName='image' was removed; Choices 'label' toName='other' was added",
+        ),
+        (
+            'value="$image"',
+            'value="$other"',
+            "Image 'image' value='$image' was removed; Image 'image' value='$other' was added",
+        ),
         (
             "What does this picture show?",
             "What is wrong here?",
-            "Header 'What does this picture show?': value is 'What is wrong here?', was 'What does this picture show?'",
+            "Header 'What does this picture show?' was removed; "
+            "Header 'What does this picture show?' value='What does this picture show?' was removed; "
+            "Header 'What is wrong here?' was added; "
+            "Header 'What is wrong here?' value='What is wrong here?' was added",
         ),
-        ('name="label"', 'name="digit"', "Choices 'label' was removed; Choices 'digit' was added"),
+        (
+            'name="label"',
+            'name="digit"',
+            "Choices 'label' was removed; Choices 'label' choice='single-radio' was removed; "
+            "Choices 'digit' was added; Choices 'digit' choice='single-radio' was added",
+        ),
         (
             '<View className="question">',
             '<View className="question" whenTagName="x">',
-            "View: whenTagName is 'x', was None",
+            "View whenTagName='x' was added",
         ),
         (
             "<Choices ",
             '<Taxonomy name="label" toName="image"/><Choices ',
-            "Taxonomy 'label' was added",
+            "Taxonomy 'label' was added; Taxonomy 'label' name='label' was added",
         ),
-        (
-            ".answers .lsf-choice{",
-            ".answers .lsf-choice:nth-child(7){display:none}.lsf-choice{",
-            "Style was edited",
-        ),
-        ('<Choice value="7"', '<Choice value="7" style="x"', "Choice '7': style is 'x', was None"),
+        ('<Choice value="7"', '<Choice value="7" style="x"', "Choice '7' style='x' was added"),
         (
             '<View className="picture">',
             '<View className="page">',
-            "View: className is 'page', was 'picture'",
+            "View className='picture' was removed; View className='page' was added",
         ),
-        ("</Style>", '</Style><TextArea name="note" toName="image"/>', "TextArea 'note' was added"),
+        (
+            "</Style>",
+            '</Style><TextArea name="note" toName="image"/>',
+            "TextArea 'note' was added; TextArea 'note' name='note' was added",
+        ),
     ],
 )
 def test_every_edit_that_can_change_what_an_answer_means_is_described(old, new, description):
@@ -124,6 +155,20 @@ def test_every_edit_that_can_change_what_an_answer_means_is_described(old, new, 
     assert old in pushed
     edit = interface_edit(pushed, pushed.replace(old, new))
     assert edit is not None and edit.changes_answers and edit.description == description
+
+
+def test_an_edit_of_the_styles_is_described_by_their_beginnings_and_one_of_the_order_as_such():
+    pushed = label_config("image", DIGITS)
+    hidden = pushed.replace(
+        ".answers .lsf-choice{", ".answers .lsf-choice:nth-child(7){display:none}.lsf-choice{"
+    )
+    edit = interface_edit(pushed, hidden)
+    assert hidden != pushed and edit.changes_answers
+    assert re.fullmatch(r"Style css='.{89} was removed; Style css='.{89} was added", edit.description)
+    seven, eight = (f'<Choice value="{name}" hotkey="{name}"/>' for name in "78")
+    swapped = pushed.replace(seven, "SEVEN").replace(eight, seven).replace("SEVEN", eight)
+    edit = interface_edit(pushed, swapped)
+    assert edit.changes_answers and edit.description == "the order of its parts"
 
 
 def test_an_edit_of_the_layout_is_described_as_one_and_spaces_are_no_edit():
@@ -138,8 +183,8 @@ def test_an_edit_of_the_layout_is_described_as_one_and_spaces_are_no_edit():
 def test_a_control_of_another_kind_is_no_edit_of_the_one_in_its_place():
     pushed = label_config("image", ("cat",))
     edit = interface_edit(pushed, pushed.replace("<Choices", "<Taxonomy").replace("</Choices", "</Taxonomy"))
-    assert edit is not None and edit.description.startswith("Choices 'label' was removed; ")
-    assert "Taxonomy 'label' was added" in edit.description
+    assert edit.description.startswith("Choices 'label' was removed; ")
+    assert "; Taxonomy 'label' was added; " in edit.description
 
 
 @pytest.mark.parametrize("attribute", ['zoom="false"', 'showInline="true"', 'size="5"'])
@@ -150,10 +195,13 @@ def test_attributes_that_only_move_things_are_layout(attribute):
     assert edit is not None and not edit.changes_answers
 
 
-def test_of_many_edits_the_first_three_are_described():
+def test_of_many_edits_the_first_ones_are_described():
     pushed = label_config("image", DIGITS)
     edit = interface_edit(pushed, pushed.replace(' hotkey="', ' hotkey="shift+'))
-    assert edit is not None and edit.description.count("hotkey is") == 3
+    assert edit.description == (
+        "Choice '0' hotkey='0' was removed; Choice '1' hotkey='1' was removed; "
+        "Choice '0' hotkey='shift+0' was added; Choice '1' hotkey='shift+1' was added"
+    )
 
 
 def test_no_number_is_chosen_by_the_key_of_another_one():

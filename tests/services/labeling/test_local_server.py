@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -109,10 +110,9 @@ def test_a_cache_that_cannot_be_written_is_named(command, cache, monkeypatch):
 
 def test_a_server_that_does_not_start_leads_to_its_log(cache):
     program = cache / "broken"
-    program.write_text("#!/bin/sh\necho no >&2; exit 1\n")
-    program.chmod(0o755)
+    program.write_text("echo no >&2; exit 1")
     home = Installation(cache)
-    home.program = program
+    home.python, home.program = Path("/bin/sh"), program
     with pytest.raises(ServiceError, match=f"its log is {home.log}"):
         start(home, free_port(), None)
 
@@ -120,10 +120,9 @@ def test_a_server_that_does_not_start_leads_to_its_log(cache):
 def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
     monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
     program = cache / "slow"
-    program.write_text(f"#!/bin/sh\nuntil [ -e {cache}/end ]; do sleep 0.1; done; exit 1\n")
-    program.chmod(0o755)
+    program.write_text(f"until [ -e {cache}/end ]; do sleep 0.1; done; exit 1")
     installation, lines = Installation(cache), []
-    installation.program = program
+    installation.python, installation.program = Path("/bin/sh"), program
 
     def report(line: str) -> None:
         lines.append(line)
@@ -138,10 +137,9 @@ def test_a_slow_start_is_reported_while_it_lasts(cache, monkeypatch):
 def test_an_interrupted_start_leaves_no_server(cache, monkeypatch):
     monkeypatch.setattr("services.labeling.local_server.REPORT_EVERY_S", 1)
     program = cache / "label-studio-program"
-    program.write_text("#!/bin/sh\nsleep 600\n")
-    program.chmod(0o755)
+    program.write_text("sleep 600")
     installation = Installation(cache)
-    installation.program = program
+    installation.python, installation.program = Path("/bin/sh"), program
 
     def interrupt(line: str) -> None:
         assert _is_label_studio(installation.read_server().pid)

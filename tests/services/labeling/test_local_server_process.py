@@ -37,9 +37,8 @@ def program(tmp_path: Path) -> Program:
     def written(script: str) -> Installation:
         installation = Installation(tmp_path)
         installation.folder.mkdir(parents=True)
-        installation.program = tmp_path / "label-studio-program"
-        installation.program.write_text(f"#!/bin/sh\n{script}\n")
-        installation.program.chmod(0o755)
+        installation.python, installation.program = Path("/bin/sh"), tmp_path / "label-studio-program"
+        installation.program.write_text(script)
         return installation
 
     return written

@@ -25,13 +25,15 @@ def test_tasks_hold_their_photographs_and_label_studio_gets_no_access_to_the_sto
     review = make_review(gallery=photographs_gallery(), form=form)
     number = review.annotators.push(review.gallery).number
     task = accounts[0].next_task(number)
-    shown = [task.data["image"]] if form == "image" else [each["image"] for each in task.data["samples"]]
+    shown = (
+        [task["data"]["image"]] if form == "image" else [each["image"] for each in task["data"]["samples"]]
+    )
     for address, image in zip(shown, review.gallery.images[0], strict=False):
         assert address.startswith("data:image/jpeg;base64,") and len(address) < 50_000
         assert np.abs(pixels_at(address) - image.transpose(1, 2, 0)).mean() < 0.03
     storages = accounts[0].http.get("/api/storages/", params={"project": number})
     assert (storages.status_code, storages.json()) == (200, [])
-    seen = json.dumps([accounts[0].http.get(f"/api/projects/{number}/").json(), task.data])
+    seen = json.dumps([accounts[0].http.get(f"/api/projects/{number}/").json(), task["data"]])
     assert review.run.store.address not in seen
 
 

@@ -252,24 +252,6 @@ def status_of_people(tasks, names, *choices) -> ReviewStatus:
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])
-def test_in_votes_without_pseudonyms_a_renamed_or_deleted_account_changes_no_answer(tmp_path, form):
-    _, tasks = blank_review(tmp_path, 4, form=form, real_names=True)
-
-    def votes(names, *choices):
-        return status_of_people(tasks, names, *choices).votes
-
-    stored = votes({1: "Ana", 2: "Ben"}, "83", "88")
-    later = {1: "Ana Ng", 2: "deleted account (annotator-2)"}
-    assert answer_changes(tasks, stored, votes(later, "83", "88")) == AnswerChanges()
-    assert answer_changes(tasks, stored, votes(later, "83", "81")) == AnswerChanges(added=1, deleted=1)
-    assert answer_changes(tasks, stored, votes(later, "83", "8")) == AnswerChanges(deleted=1)
-    # the same answer of another person, who is there before and after, is none of those
-    same = {1: "Ana", 2: "Ben"}
-    before, after = votes(same, "8", "88"), votes(same, "-8", "88")
-    assert answer_changes(tasks, before, after) == AnswerChanges(added=1, deleted=1)
-
-
-@pytest.mark.parametrize("form", ["image", "scenario"])
 def test_who_gave_an_answer_is_known_by_pseudonym_whatever_the_real_names(tmp_path, form):
     _, tasks = blank_review(tmp_path, 4, form=form, real_names=True)
     state = STATE.with_annotators([1, 2, 3])

@@ -390,6 +390,6 @@ def test_a_state_of_another_version_is_an_error_that_says_what_to_do(make_review
     review = make_review()
     review.run.store.write("labeling.json", b'{"mark": "defuse-1", "gallery": "x", "config": "y"}')
     with pytest.raises(
-        InputError, match="has version 1, this Defuse reads versions 4 and 5: finish the review"
+        InputError, match="found something else; finish the review with the version that began"
     ):
         review.annotators.status(review.gallery)

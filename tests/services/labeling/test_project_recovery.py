@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from label_studio_live import digits_gallery, invitation_to, review_run, settings_for
+from label_studio_live import digits_gallery, invitation_to, review_run, settings_for, sign_up
 from planted_review import annotation, blank_review, task_of
 from proxy import LOSE, Reply
 
@@ -21,8 +21,7 @@ from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import LabelStudioClient
 from services.labeling.project import ReviewProject
 from services.labeling.records import choice_result, update_state, write_state
-from services.labeling.simulate import AnnotatorAccount
-from services.labeling.tasks import PresentTasks, ReviewTasks
+from services.labeling.tasks import ReviewTasks
 
 
 def test_a_push_that_ends_with_a_lost_reply_makes_no_second_project(make_review, proxy):
@@ -160,7 +159,7 @@ def test_a_project_on_another_server_begins_without_the_annotators_and_authors_o
 def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(make_review, server):
     review, email = make_review(), f"left-{secrets.token_hex(4)}@example.org"
     review.annotators.push(review.gallery)
-    with AnnotatorAccount.sign_up(server.address, invitation_to(server), email) as left:
+    with sign_up(server.address, invitation_to(server), email) as left:
         user = left.http.get("/api/current-user/whoami").json()
         token = left.http.headers["Authorization"].removeprefix("Token ")
         administrator = httpx.Client(headers=review.api._sdk._client_wrapper.get_headers(), trust_env=False)
@@ -205,8 +204,12 @@ def test_a_title_is_as_long_as_label_studio_accepts(tmp_path):
 
 
 def test_of_copies_an_unanswered_one_is_dropped_and_of_two_answered_ones_none(tmp_path):
-    _, tasks = blank_review(tmp_path, 1)
-    given = annotation(1, 3)
+    run, tasks = blank_review(tmp_path, 1)
+    given, deleted = annotation(1, 3), []
+    client = SimpleNamespace(tasks=lambda *_: iter(found), delete_task=deleted.append)
+    project = ReviewProject(client, run, tasks)
+    project.state = replace(project.state, project=1)
+    pushed = tasks.task(0, secret=project.state.secret)
     for order, dropped in (
         (((1,), (2,)), [2]),
         (((1, given), (2,)), [2]),
@@ -214,10 +217,13 @@ def test_of_copies_an_unanswered_one_is_dropped_and_of_two_answered_ones_none(tm
         (((1, given), (2, given)), []),
         (((1,), (2, given), (3, given), (4,)), [1, 4]),
     ):
-        present = PresentTasks.none(1)
-        found = [present.add(0, task_of(tasks, 0, *notes, number=number)) for number, *notes in order]
-        assert [number for number in found if number] == dropped
-        assert present.ids[0] not in dropped
+        deleted.clear()
+        copies = {number: task_of(tasks, 0, *notes, number=number) for number, *notes in order}
+        found = [
+            replace(copy, data=pushed["data"], digest=pushed["meta"]["digest"]) for copy in copies.values()
+        ]
+        kept = project.drop_duplicates()[0]
+        assert deleted == dropped and kept in copies.keys() - set(dropped)
 
 
 def test_tasks_that_the_server_does_not_list_are_imported_once(tmp_path):

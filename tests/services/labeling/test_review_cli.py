@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from label_studio_live import digits_gallery, review_run, write_into_cache
+from label_studio_live import change, digits_gallery, review_run, write_into_cache
 
 from defuse_core.artifacts import Gallery, Verdicts, Votes
 from defuse_core.errors import InputError, StoreError
@@ -19,7 +19,7 @@ from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import Prelabels, votes_of_models
 from services.cli import defuse
-from services.labeling.records import choice_result, read_state, write_state
+from services.labeling.records import read_state, write_state
 from tests.sample_components import review_section
 
 TRUTH = (8, 3, 0, 1)
@@ -209,7 +209,7 @@ def test_after_the_votes_are_stored_status_says_so_and_reopen_takes_later_answer
     assert "Voting is closed" in cli("review", "status", name).output
     tasks = review.tasks()
     changed = tasks["s000-i00"].annotations[0].id
-    accounts[0].change(changed, [choice_result("label", "image", "3")])
+    change(accounts[0], changed, "3")
     shown = " ".join(cli("review", "status", name).output.split())
     assert "1 changed since then, not counted" in shown and "Label at" not in shown
     found = json.loads(cli("review", "status", name, "--json").stdout)
@@ -268,7 +268,7 @@ def test_a_closed_review_changes_no_queue(cli, make_review, accounts, asked):
     number = review.state.number
     review.api.update_project(number, maximum_annotations=asked)  # as another run of this project may ask
     task = review.tasks()["s000-i00"]
-    accounts[0].change(task.annotations[0].id, [choice_result("label", "image", "3")])  # now it is a tie
+    change(accounts[0], task.annotations[0].id, "3")  # now it is a tie
 
     def queue():
         tasks = {key: (task.overlap, task.labeled) for key, task in review.tasks().items()}

@@ -119,8 +119,8 @@ def test_people_get_the_least_certain_task_first_with_the_models_answer_selected
     review.run.once("review", Prelabels, lambda: Prelabels(probabilities(CONFIDENCE)))
     number = review.annotators.push(review.gallery).number
     task = accounts[0].next_task(number)
-    assert task.key == first
-    (prediction,) = task.predictions
+    assert task["meta"]["sample_key"] == first
+    (prediction,) = task["predictions"]
     assert prediction["model_version"] == "reference models"
     expected = "None of the above" if form == "image" else "3"
     assert prediction["result"][0]["value"]["choices"] == [expected]
@@ -138,7 +138,7 @@ def test_votes_say_when_the_models_answer_was_preselected(make_review, accounts)
 def test_by_default_nothing_is_preselected_and_nothing_is_said(make_review, accounts):
     review = make_review(gallery=digits_gallery(images=1), answers_per_task=1)
     number = review.annotators.push(review.gallery).number
-    assert accounts[0].next_task(number).predictions == []
+    assert accounts[0].next_task(number)["predictions"] == []
     review.everyone_answers(accounts[:1], lambda subject: str(TRUTH[subject.scenario]))
     assert "prelabel" not in review.annotators.review(review.gallery).notes
 

@@ -44,7 +44,7 @@ def test_a_replica_beside_a_damaged_version_starts_answers_503_with_the_reason_a
     replica = new_replica(own_store)
     with pytest.raises(Unavailable, match="in production is damaged or missing: promote its run") as rejected:
         replica.current()
-    assert rejected.value.status == 503 and own_store.address not in rejected.value.message
+    assert rejected.value.status_code == 503 and own_store.address not in rejected.value.detail
     own_store.write(key, whole)
     versions = replica.watcher.load_changes(replica.active)
     assert versions is not None and versions.names() == {"production": "1"}

@@ -59,7 +59,7 @@ def test_one_file_above_the_limit_is_counted_exactly_and_more_are_not_read():
     sent, body = form([("image", "a.png")] * 4)
     with pytest.raises(RejectedInput, match="more than 2 images") as refused:
         asyncio.run(uploaded_files(sent, body, 2))
-    assert refused.value.status == 413
+    assert refused.value.status_code == 413
 
 
 @pytest.mark.parametrize("boundary", ["x", '"x"', "x; charset=utf-8"])
@@ -71,7 +71,7 @@ def test_a_form_that_was_cut_off_is_broken_and_not_one_of_fewer_images(boundary)
     for cut in (3, len("--x--\r\n"), 30, 6003, len(body)):
         with pytest.raises(RejectedInput, match="the multipart body is broken") as refused:
             asyncio.run(uploaded_files(sent, body[:-cut], 3))
-        assert refused.value.status == 400
+        assert refused.value.status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_field_that_is_no_file_or_has_another_name_is_rejected(fields, message
     sent, body = form(fields)
     with pytest.raises(RejectedInput, match=message) as refused:
         asyncio.run(uploaded_files(sent, body, 2))
-    assert refused.value.status == 422
+    assert refused.value.status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_a_charset_that_cannot_decode_the_names_of_a_form_is_rejected(charset, s
     else:
         with pytest.raises(RejectedInput, match="charset") as refused:
             asyncio.run(uploaded_files(request, body, 2))
-        assert refused.value.status == status
+        assert refused.value.status_code == status

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,17 +21,18 @@ from cluster.connection import connection
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services import stopping_on_signals
 from services.cli.serve import serve as serve_command
 from services.serving.app import (
-    ShutdownSignal,
     _require_reachable_replicas,
     _url_host,
     deploy,
     registry_changes,
     running_application,
+    serve_until_stopped,
 )
 from services.serving.candidate import prepare_candidate
-from services.serving.launch import Proxy, ServeArgs
+from services.serving.launch import Proxy, ServeArgs, serve_section
 from services.serving.registry import Registry, promote
 from services.serving.registry_state import PromotionRequest
 from tests.waiting import wait_until
@@ -113,31 +114,38 @@ def test_a_port_in_use_is_an_error_before_anything_starts(planted):
             pass
 
 
-def test_a_signal_interrupts_the_start_and_look_ups_and_ends_the_wait():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("first", STOPS)
+def test_a_signal_ends_the_command_in_order_and_further_ones_do_not_cut_off_the_end(
+    own_store, monkeypatch, first
+):
+    before, ended, shown = {number: signal.getsignal(number) for number in STOPS}, [], []
+
+    @contextlib.contextmanager
+    def running(*_):
+        try:
+            yield "http://127.0.0.1:1"
+        finally:
+            for number in STOPS:
+                signal.raise_signal(number)
+            ended.append(True)
+
+    monkeypatch.setattr("services.serving.app.connection", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("services.serving.app.log_folder", lambda: "logs")
+    monkeypatch.setattr("services.serving.app.running_application", running)
+    monkeypatch.setattr("services.serving.app.LivenessCheck", lambda *_: lambda: signal.raise_signal(first))
+    args = ServeArgs(store=own_store.address)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
-        shutdown = ShutdownSignal()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        later = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-        later.start()
-        shutdown.wait()  # and returns
-        later.join()
-        signal.raise_signal(signal.SIGINT)  # what follows is not interrupted
-        looking_up = ShutdownSignal()
-        assert not looking_up.wait(0.0)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert looking_up.wait()
-        ShutdownSignal()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)  # as the shell of a closed terminal repeats it
+        with stopping_on_signals():
+            serve_until_stopped(args, serve_section(args), "head:6379", "", 1, Proxy.CLUSTER, shown.append)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    assert ended and len(shown) == 1 and "Ctrl-C stops it" in shown[0]
 
 
 def test_on_a_shared_cluster_a_second_application_is_an_error_and_the_first_goes_on(planted, serve_port):
@@ -320,32 +328,42 @@ def test_an_address_of_ipv6_has_brackets(host, address):
     assert _url_host(host) == address
 
 
-class ThirdWait:
-    """Lets a registry change at the second wait, and ends at the third."""
+def lines_until_stopped(registry, monkeypatch, *steps: Callable[[], object], has_model: bool) -> list[str]:
+    """Return the lines of as many polls as there are steps, which happen between them, and of one more."""
+    left, lines = iter(steps), []
 
-    def __init__(self, change: Callable[[], object]) -> None:
-        self.waits, self.change = 0, change
+    def pause(_: float) -> None:
+        step = next(left, None)
+        if step is None:
+            raise KeyboardInterrupt
+        step()
 
-    def wait(self, timeout_s: float | None = None) -> bool:
-        self.waits += 1
-        if self.waits == 2:
-            self.change()
-        return self.waits == 3
+    monkeypatch.setattr("services.serving.app.sleep", pause)
+    with pytest.raises(KeyboardInterrupt):
+        lines.extend(registry_changes(registry, check=lambda: None, has_model=has_model))
+    return lines
 
 
-def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(tmp_path):
+def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(tmp_path, monkeypatch):
     registry = Registry(FolderStore(tmp_path))
-    wait = ThirdWait(lambda: registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {}))
-    (line,) = registry_changes(registry, wait, check=lambda: None, has_model=True)
+
+    def change() -> None:
+        registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {})
+
+    (line,) = lines_until_stopped(registry, monkeypatch, change, has_model=True)
     assert r"eve\x1b[2J: a change (a\nb)" in line
 
 
-def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_until_when(tmp_path):
+def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_until_when(
+    tmp_path, monkeypatch
+):
     registry = Registry(FolderStore(tmp_path))
 
     def lines(has_model: bool, **updates: int) -> list[str]:
-        wait = ThirdWait(lambda: registry.change("a change", "ana", "", lambda state: updates))
-        return list(registry_changes(registry, wait, check=lambda: None, has_model=has_model))
+        def change() -> None:
+            registry.change("a change", "ana", "", lambda state: updates)
+
+        return lines_until_stopped(registry, monkeypatch, change, has_model=has_model)
 
     first, second = lines(has_model=False)
     promotion = f"`defuse promote RUN --store {tmp_path}`"
@@ -356,33 +374,20 @@ def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_u
     assert len(lines(has_model=False)) == 1
 
 
-def test_a_registry_that_went_back_is_one_line_and_a_lost_one_is_one_warning(tmp_path, caplog):
+def test_a_registry_that_went_back_is_one_line_and_a_lost_one_is_one_warning(tmp_path, monkeypatch, caplog):
     registry = Registry(FolderStore(tmp_path))
     for action in ("first", "second"):
         registry.change(action, "ana", "", lambda state: {})
-    steps = iter(
-        [
-            lambda: registry.store.delete("changes/000002.json"),
-            lambda: registry.store.delete("changes/000001.json"),
-            lambda: None,
-            lambda: None,
-            lambda: None,
-            lambda: registry.change("anew", "bo", "", lambda state: {}),
-        ]
+    lines = lines_until_stopped(
+        registry,
+        monkeypatch,
+        lambda: registry.store.delete("changes/000002.json"),
+        lambda: registry.store.delete("changes/000001.json"),
+        lambda: None,
+        lambda: None,
+        lambda: registry.change("anew", "bo", "", lambda state: {}),
+        has_model=True,
     )
-
-    class Waits:
-        """Calls the next step at each wait after the first, and ends after the last one."""
-
-        def wait(self, timeout_s: float | None = None) -> bool:
-            if timeout_s == 0:
-                return False
-            step = next(steps, None)
-            if step is not None:
-                step()
-            return step is None
-
-    lines = list(registry_changes(registry, Waits(), check=lambda: None, has_model=True))
     replaced = "the registry was restored from a backup or made again: the last change was number"
     assert [line for line in lines if replaced in line] == [
         f"{replaced} 2, and is number 1 now",

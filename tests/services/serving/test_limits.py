@@ -92,7 +92,7 @@ def test_an_overloaded_server_is_unavailable_and_rejects_no_input():
     with pytest.raises(Unavailable, match="overloaded: 1 requests in progress") as raised:
         asyncio.run(second_request())
     assert not isinstance(raised.value, RejectedInput)
-    assert (raised.value.status, raised.value.headers) == (503, {"Retry-After": "1"})
+    assert (raised.value.status_code, raised.value.headers) == (503, {"Retry-After": "1"})
 
 
 def test_below_a_route_prefix_too_only_health_routes_are_open_and_the_docs_ask_browsers_for_a_login():

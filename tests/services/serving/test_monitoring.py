@@ -52,16 +52,6 @@ class WithoutReplica(Healthy):
     status = 503
 
 
-class ManyWaits:
-    """Waits ten times, and then ends."""
-
-    waits = 0
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        self.waits += 1
-        return self.waits > 10
-
-
 @contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Yield the address of a server."""
@@ -87,14 +77,12 @@ def test_the_command_ends_with_an_error_where_nothing_answers_and_ray_has_no_nod
     tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(ray, "nodes", lambda: [DEAD])
-    url, shutdown = nobody(), ManyWaits()
+    pauses = iter([None] * 10)  # and then StopIteration
+    monkeypatch.setattr("services.serving.app.sleep", lambda _: next(pauses))
+    url = nobody()
     with pytest.raises(ComputeError, match=f"nothing answers at {url}, and Ray.* has ended") as failure:
-        list(
-            registry_changes(
-                Registry(FolderStore(tmp_path)), shutdown, check=LivenessCheck(url), has_model=True
-            )
-        )
-    assert shutdown.waits == LIVENESS_FAILURES and failure.value.exit_code == 4
+        list(registry_changes(Registry(FolderStore(tmp_path)), check=LivenessCheck(url), has_model=True))
+    assert len(list(pauses)) == 11 - LIVENESS_FAILURES and failure.value.exit_code == 4
     assert [record.getMessage() for record in caplog.records] == [
         f"nothing answers at {url}, and Ray, which would start a replica, has ended (one of its processes died, "
         "as when memory is short)"

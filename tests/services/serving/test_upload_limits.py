@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from defuse_core.config import ServeSection
 from services.serving import limits
-from services.serving.limits import RejectedInput, RequestError, RequestSlots, Unavailable, UploadLimits
+from services.serving.limits import RejectedInput, RequestSlots, Unavailable, UploadLimits
 
 NEVER = None  # the rest of a body that does not arrive
 
@@ -46,7 +47,7 @@ def test_a_body_whose_length_is_too_large_or_no_number_is_rejected_unread(length
     uploads = UploadLimits(ServeSection(max_body_mb=1))
     with pytest.raises(RejectedInput, match="exceeds the limit of 1 MB") as refused:
         received(uploads, request([], content_length=length))
-    assert refused.value.status == 413
+    assert refused.value.status_code == 413
 
 
 def test_a_body_up_to_the_limit_is_received_and_one_above_it_is_not_whatever_its_header_says():
@@ -56,7 +57,7 @@ def test_a_body_up_to_the_limit_is_received_and_one_above_it_is_not_whatever_its
     for chunks in ([MB, b"1"], [b"1", MB], [MB[:600_000], MB[:600_000], b""]):
         with pytest.raises(RejectedInput, match="exceeds the limit of 1 MB") as refused:
             received(uploads, request(chunks, content_length="3"))
-        assert refused.value.status == 413
+        assert refused.value.status_code == 413
 
 
 def test_bodies_that_do_not_fit_into_the_memory_are_tried_again_later():
@@ -87,7 +88,7 @@ def test_a_client_that_disconnects_is_no_end_of_its_body():
     sent = Request({"type": "http", "headers": [], "client": ("192.0.2.1", 1)}, disconnect)
     with pytest.raises(RejectedInput, match="disconnected before the body was complete") as refused:
         received(UploadLimits(ServeSection()), sent)
-    assert refused.value.status == 400
+    assert refused.value.status_code == 400
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_a_body_has_the_whole_time_from_its_beginning_on(deadlines, monkeypatch)
     uploads = UploadLimits(ServeSection(timeout_s=0.5))
     with pytest.raises(RejectedInput, match=r"did not arrive within 0\.5 s") as refused:
         received(uploads, request([b"a", NEVER]))
-    assert refused.value.status == 408 and len(deadlines) == 2
+    assert refused.value.status_code == 408 and len(deadlines) == 2
     assert 0 < deadlines[0] <= 0.2 and deadlines[1] <= 0.301  # of the clock's resolution
     deadlines.clear()
     with pytest.raises(RejectedInput, match=r"did not arrive within 0\.1 s"):
@@ -137,9 +138,9 @@ def test_a_slow_body_is_refused_where_many_are_slow_and_some_of_its_address(slow
         monkeypatch.setattr(limits, name, value)
     uploads = UploadLimits(ServeSection(timeout_s=0.2))
     uploads._slow = Counter(slow)
-    with pytest.raises(RequestError, match=words) as refused:
+    with pytest.raises(HTTPException, match=words) as refused:
         received(uploads, request([b"a", NEVER]))
-    assert refused.value.status == (503 if "too many" in words else 408)
+    assert refused.value.status_code == (503 if "too many" in words else 408)
     assert dict(uploads._slow) == slow  # it gives its place back
 
 
