@@ -178,6 +178,10 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/e2e/test_kill.py": "drivers",
     "tests/core/training/test_read_ahead.py": "drivers",
     "tests/core/training/test_loop.py": "drivers",
+    "tests/core/test_external_classifiers.py": "libraries",  # one process imports transformers, timm and ONNX's
+    "tests/core/test_hugging_face_folders.py": "libraries",
+    "tests/core/test_own_networks.py": "libraries",
+    "tests/services/test_export": "libraries",  # and test_exported_*.py
 }
 FIRST = (
     "label-studio",
@@ -187,6 +191,7 @@ FIRST = (
     "tests/e2e",
     "storage",
     "tests/deploy",
+    "libraries",
     "tests/core",
 )
 ENDED_EARLY = ("serve_port", "ray_session")  # fixtures of the session that end where no later test uses them
