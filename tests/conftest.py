@@ -51,7 +51,7 @@ from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from services.labeling.local_server import NEWEST_PYTHON
-from tests.forked_workers import POSSIBLE, fork_server, forked_workers
+from tests.forked_workers import POSSIBLE, compile_tests, fork_server, forked_workers
 from tests.start_forked_worker import ADDRESS
 
 ROOT = Path(__file__).parents[1]
@@ -183,6 +183,10 @@ TOGETHER = {  # folder or file of tests -> the group that runs in one process; o
     "tests/e2e/test_kill.py": "drivers",
     "tests/core/training/test_read_ahead.py": "drivers",
     "tests/core/training/test_loop.py": "drivers",
+    "tests/core/test_external_classifiers.py": "libraries",  # one process imports transformers, timm and ONNX's
+    "tests/core/test_hugging_face_folders.py": "libraries",
+    "tests/core/test_own_networks.py": "libraries",
+    "tests/services/test_export": "libraries",  # and test_exported_*.py
 }
 FIRST = (
     "label-studio",
@@ -192,6 +196,7 @@ FIRST = (
     "tests/e2e",
     "storage",
     "tests/deploy",
+    "libraries",
     "tests/core",
 )
 ENDED_EARLY = ("serve_port", "ray_session")  # fixtures of the session that end where no later test uses them
@@ -213,6 +218,7 @@ def pytest_configure(config: pytest.Config) -> None:
         stack = contextlib.ExitStack()
         stack.enter_context(fork_server())
         config.add_cleanup(stack.close)
+        compile_tests(config.pluginmanager.rewrite_hook)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     from tests.conftest import MakeOnce
 
 DATABASE = "label_studio.sqlite3"
+# A fifth of the server's work is to look for garbage, and a password takes half a second to hash a million times.
+LESS_WORK = """\
+import gc
+from django.contrib.auth.hashers import PBKDF2PasswordHasher
+gc.set_threshold(50_000)
+PBKDF2PasswordHasher.iterations = 1
+"""
 numbers = itertools.count(1)
 
 
@@ -62,9 +69,9 @@ def live_home() -> Installation:
 
 @functools.cache
 def live_server() -> LocalServer:
-    """Return the running server; it ends with this process. It seldom looks for garbage: a fifth of its work."""
+    """Return the running server; it ends with this process."""
     home = live_home()
-    (home.folder / "sitecustomize.py").write_text("import gc\ngc.set_threshold(50_000)\n")
+    (home.folder / "sitecustomize.py").write_text(LESS_WORK)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             local_server,
