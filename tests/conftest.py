@@ -51,7 +51,7 @@ from defuse_core.train import train
 from defuse_core.training.reference_models import reference_models
 from defuse_core.tuning_data import FineTuningData, load_fine_tuning_data
 from services.labeling.local_server import NEWEST_PYTHON
-from tests.forked_workers import POSSIBLE, compile_tests, fork_server, forked_workers
+from tests.forked_workers import POSSIBLE, fork_server, forked_workers
 from tests.start_forked_worker import ADDRESS
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +218,6 @@ def pytest_configure(config: pytest.Config) -> None:
         stack = contextlib.ExitStack()
         stack.enter_context(fork_server())
         config.add_cleanup(stack.close)
-        compile_tests(config.pluginmanager.rewrite_hook)
 
 
 @pytest.hookimpl(optionalhook=True)

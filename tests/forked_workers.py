@@ -21,10 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -81,16 +78,6 @@ def fork_server() -> Iterator[None]:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv(start_forked_worker.ADDRESS, path)
         yield
-
-
-def compile_tests(hook: Any) -> None:
-    """Have pytest's import hook rewrite and compile each module of tests: once, not in each process of tests."""
-    for path in [] if sys.dont_write_bytecode else sorted(Path(__file__).parent.rglob("test_*.py")):
-        module = ModuleType(path.stem)
-        module.__spec__ = ModuleSpec(path.stem, hook, origin=str(path))
-        vars(module)["__builtins__"] = {}  # such that the module ends at its first import
-        with contextlib.suppress(ImportError):
-            hook.exec_module(module)
 
 
 @contextlib.contextmanager
