@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from defuse_core.artifacts import VaeEpoch
 from defuse_core.config import Arithmetic, RunFile
@@ -33,7 +34,6 @@ from defuse_core.store import Store
 from defuse_core.training import (
     Adam,
     Losses,
-    Optimizer,
     Training,
     format_row,
     minibatches,
