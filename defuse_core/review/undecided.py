@@ -131,7 +131,7 @@ def worse_on_average(by_class: F64 | None, models: Models) -> str | None:
     answer it always are right on about as many images as any. None where they are not worse, or it is not known.
     """
     part = compared_images(models)
-    if by_class is None or part not in models.class_images:
+    if by_class is None or part is None:
         return None
     right, images = models.class_accuracy[part], models.class_images[part]
     best = by_class[np.nanmean(by_class, axis=1).argmax()]
@@ -162,34 +162,25 @@ def compared_images(models: Models) -> str | None:
     return None if part == "validation" and models.validation_from_training else part
 
 
-def guesses(balanced_accuracy: float, classes: int, images: int) -> bool:
-    """Whether a classifier is hardly better than one that does not look at the images, which are of `classes` classes.
-
-    `balanced_accuracy`, on `images` unseen before, is the mean over the classes of the share that is right: at most
-    1/classes for all answers that do not depend on the image, such as the most frequent class. Images of one class
-    tell nothing, and neither do so few that a good classifier may be right on that share of them: False.
-    """
-    if classes < 2:
-        return False
-    chance = 1 / classes
-    possible = wilson(np.array([balanced_accuracy * images]), np.array([images]))[1].item()
-    return (
-        balanced_accuracy < 2 * chance
-        and balanced_accuracy - chance < LEAST_SKILL * (1 - chance)
-        and possible - chance < GOOD_SKILL * (1 - chance)
-    )
-
-
 def only_guesses(right: F64, counts: I64) -> bool:
-    """Whether a classifier `guesses` that is right on shares (C,) of the `counts` (C,) images of each class.
+    """Whether a classifier is hardly better than one that does not look at the images.
 
-    It does not where a good one may be right on so small shares: the only image of a class shows next to nothing.
+    It is right on shares (C,) of the `counts` (C,) images of each class, none of which it was trained on. The mean over
+    the classes is at most 1/classes for all answers that do not depend on the image, such as the most frequent class.
+    Images of one class tell nothing, and neither do so few that a good classifier may be right on such shares of them:
+    False. The only image of a class shows next to nothing.
     """
     classes, images = int((counts > 0).sum()), int(counts.sum())
-    if not classes or not guesses(float(np.nanmean(right)), classes, images):
+    if classes < 2:
         return False
-    chance = 1 / classes
-    return highest_mean(right, counts) - chance < GOOD_SKILL * (1 - chance)
+    chance, mean = 1 / classes, float(np.nanmean(right))
+    possible = wilson(np.array([mean * images]), np.array([images]))[1].item()
+    return (
+        mean < 2 * chance
+        and mean - chance < LEAST_SKILL * (1 - chance)
+        and possible - chance < GOOD_SKILL * (1 - chance)
+        and highest_mean(right, counts) - chance < GOOD_SKILL * (1 - chance)
+    )
 
 
 def why_guessing(models: Models) -> str | None:
@@ -198,13 +189,9 @@ def why_guessing(models: Models) -> str | None:
     if part is None:
         return None
     right = models.class_accuracy[part]
-    classes = int(np.isfinite(right).sum())  # that have images there
-    if part in models.class_images:
-        guessing = only_guesses(right, models.class_images[part])
-    else:
-        guessing = guesses(models.balanced_accuracy[part], classes, models.images[part])
-    if not guessing:
+    if not only_guesses(right, models.class_images[part]):
         return None
+    classes = int(np.isfinite(right).sum())  # that have images there
     of = count_of(models.images[part], f"{part} image")
     return (
         f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of {of}, and on "
