@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Health
-from defuse_core.review.undecided import why_guessing, why_undecided
+from defuse_core.evaluation.undecided import why_undecided
+from defuse_core.review.undecided import why_guessing
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -45,8 +46,7 @@ def test_a_classifier_that_guesses_is_told_first(balanced, classes: int, told):
         class_images=counts,
         classes=names,
     )
-    known = {"models": models, "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=models))
     assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
     assert (told or "") in text
 
@@ -62,8 +62,7 @@ def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
         class_images={"test": np.where(np.isfinite(right), 12, 0)},
         classes=classes,
     )
-    known = {"models": models, "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=models))
     assert text is not None and "on 2.5 % on average over their 40 classes" in text
 
 
