@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from defuse_core.artifacts import Bool, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
 from defuse_core.config import CorrectSection, RunFile
@@ -26,7 +27,6 @@ from defuse_core.seeds import generator, torch_seed
 from defuse_core.training import (
     Adam,
     Losses,
-    Optimizer,
     cycle,
     load_optimizer_state,
     minibatches,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerAction, ProfilerActivity
 
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Sweep, Trial
 from defuse_core.config import RunFile
@@ -85,12 +85,17 @@ class Profile:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        tracer = _Tracer(torch.profiler.profile(activities=activities), progress)
+        profiler = torch.profiler.profile(activities=activities, schedule=_first_reports)
+
+        def traced(what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
+            progress(what, done, total, unit)
+            profiler.step()
+
         try:
-            yield tracer
+            with profiler:
+                yield traced
         finally:
-            tracer.stop()
-            self._save(tracer.profiler, self.store, name, task + 1)
+            self._save(profiler, self.store, name, task + 1)
 
     def first(self, step: str, name: str, items: Iterator[T]) -> Iterator[T]:
         """Yield `items`; the making of the first one is traced where `step` is the one to trace."""
@@ -113,25 +118,11 @@ class Profile:
 UNTRACED = Profile()
 
 
-class _Tracer:
-    """A Progress that ends the trace after some reports."""
-
-    def __init__(self, profiler: torch.profiler.profile, progress: Progress) -> None:
-        self.profiler, self.progress = profiler, progress
-        self.reports, self.running = 0, True
-        profiler.start()
-
-    def __call__(self, what: str, done: int = 0, total: int = 1, unit: str = "") -> None:
-        self.reports += 1
-        if self.reports >= MAX_REPORTS:
-            self.stop()
-        self.progress(what, done, total, unit)
-
-    def stop(self) -> None:
-        """End the trace, once."""
-        if self.running:
-            self.running = False
-            self.profiler.stop()
+def _first_reports(report: int) -> ProfilerAction:
+    """Return what a trace does up to its next report, after so many: it ends with the MAX_REPORTSth."""
+    if report < MAX_REPORTS - 1:
+        return ProfilerAction.RECORD
+    return ProfilerAction.RECORD_AND_SAVE if report < MAX_REPORTS else ProfilerAction.NONE
 
 
 class LocalPartitions:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from defuse_core.artifacts import F64, I64, Bool, ClassifierEpoch, Models
 from defuse_core.config import RunFile
@@ -45,7 +46,7 @@ from defuse_core.protocols import Call, Compute, Progress
 from defuse_core.review.undecided import only_guesses, why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
-from defuse_core.training import Adam, Losses, Optimizer, Training, format_row, minibatches, train_step
+from defuse_core.training import Adam, Losses, Training, format_row, minibatches, train_step
 from defuse_core.training.batches import (
     DeviceImages,
     averaged,

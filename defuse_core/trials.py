@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from defuse_core.artifacts import F64, Models, Sweep, Trial, Weights
 from defuse_core.codec import decode, encode
@@ -42,7 +43,7 @@ from defuse_core.errors import (
 from defuse_core.models import set_weights, to_tensor, weights_of
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import SHARED_STORE, Store
-from defuse_core.training import Adam, Optimizer, load_optimizer_state, optimizer_state, train_step
+from defuse_core.training import Adam, load_optimizer_state, optimizer_state, train_step
 
 log = logging.getLogger("defuse")
 PROBED = 4  # images of which a stack has to give the same logits as its classifiers one by one

@@ -185,6 +185,10 @@ def _models(classes: tuple[str, ...], rng: np.random.Generator) -> Models:
             "validation": np.full(len(classes), 0.985),
             "test": np.full(len(classes), 0.983),
         },
+        class_images={
+            part: np.full(len(classes), images // len(classes))
+            for part, images in (("train", 1000), ("validation", 200), ("test", 500))
+        },
     )
 
 

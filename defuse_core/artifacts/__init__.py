@@ -119,7 +119,7 @@ class Models:
     class_accuracy: dict[str, F64] = field(default_factory=dict)
     # the validation images were held out of those that a classifier may know that the run did not train
     validation_from_training: bool = False
-    class_images: dict[str, I64] = field(default_factory=dict)  # split -> (C,) images of each class
+    class_images: dict[str, I64] = field(kw_only=True)  # split -> (C,) images of each class
 
     @property
     def balanced_accuracy(self) -> dict[str, float]:

@@ -82,19 +82,24 @@ def draw_codes(
     rng: np.random.Generator,
     *,
     held_out: bool = False,
+    factor: float = 1.0,
 ) -> Draws:
     """Return `count` codes of one component: at review.tau, or truncated at the component's own tau.
 
-    With vae.decode: anchored they are draws near failures of the component (`near_failures`), from the half of its
-    images that is held out, or from the other half.
+    With vae.decode: anchored they are draws near failures of the component (`smoothed`), from the half of its images
+    that is held out, or from the other half. `factor` multiplies the covariance of a Gaussian, or of the noise alone
+    near failures, so that a draw stays near its failure; where it is not 1, nothing is truncated.
     """
+    tau, width = tau_of(spec, scenarios, component), scenarios.means.shape[1]
+    truncated = scenarios.taus is not None and factor == 1
     if scenarios.failures is not None:
         rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-        return _at_own_tau(spec, scenarios, component, rows, rng)
-    if scenarios.taus is None:
-        return Draws(gaussian_codes(scenarios, component, count, tau_of(spec, scenarios, component), rng))
-    normal = rng.standard_normal((count, scenarios.means.shape[1]))
-    covariance = scenarios.taus[component] * scenarios.covariances[component]
+        normal = np.sqrt(factor) * rng.standard_normal((count, width))
+        return smoothed(scenarios, component, rows, tau, normal, truncated=truncated)
+    if not truncated:
+        return Draws(gaussian_codes(scenarios, component, count, factor * tau, rng))
+    covariance = tau * scenarios.covariances[component]
+    normal = rng.standard_normal((count, width))
     return Draws(truncated_codes(scenarios.means[component], covariance, normal))
 
 
@@ -129,7 +134,8 @@ def spread_draws(
     anchor = scenarios.failures.anchor[component, half]
     images = order[np.arange(after, after + count) % len(order)]
     rows = np.array([rng.choice(half[anchor == image]) for image in images], np.int64)
-    return _at_own_tau(spec, scenarios, component, rows, rng)
+    normal, tau = rng.standard_normal((count, scenarios.means.shape[1])), tau_of(spec, scenarios, component)
+    return smoothed(scenarios, component, rows, tau, normal, truncated=scenarios.taus is not None)
 
 
 def _image_order(failures: ComponentFailures, component: int, rng: np.random.Generator) -> I64:
@@ -149,38 +155,15 @@ def _half(failures: ComponentFailures, component: int, held_out: bool) -> I64:
     return half
 
 
-def _at_own_tau(
-    spec: RunFile, scenarios: Scenarios, component: int, rows: I64, rng: np.random.Generator
-) -> Draws:
-    """Return draws near the failures `rows` of a component at its tau, truncated where components have one each."""
-    tau, truncated = tau_of(spec, scenarios, component), scenarios.taus is not None
-    return near_failures(scenarios, component, rows, tau, rng, truncated=truncated)
-
-
-def near_failures(
-    scenarios: Scenarios,
-    component: int,
-    rows: I64,
-    tau: float,
-    rng: np.random.Generator,
-    factor: float = 1.0,
-    *,
-    truncated: bool,
+def smoothed(
+    scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64, *, truncated: bool
 ) -> Draws:
     """Return a draw near each failure z in `rows` of one component, anchored at the image of that failure.
 
     The draw is mu_j + sqrt(1 - τ)·(z - mu_j) + N(0, τ·Σ_j), a smoothed bootstrap: at any τ up to 1 its mean and
-    covariance are those of the component, and at small τ it is the failure itself. `truncated`: the noise is as of
-    `truncated_codes`. `factor` multiplies the covariance of the noise alone, so that the draw stays near its failure.
+    covariance are those of the component, and at small τ it is the failure itself. `normal` (n, Z) are standard normal
+    draws, of which the noise is made; `truncated`: as of `truncated_codes`.
     """
-    normal = np.sqrt(factor) * rng.standard_normal((len(rows), scenarios.means.shape[1]))
-    return smoothed(scenarios, component, rows, tau, normal, truncated=truncated)
-
-
-def smoothed(
-    scenarios: Scenarios, component: int, rows: I64, tau: float, normal: F64, *, truncated: bool
-) -> Draws:
-    """Return what `near_failures` does, for (n, Z) standard normal draws."""
     failures, mean = scenarios.failures, scenarios.means[component]
     assert failures is not None
     covariance = tau * scenarios.covariances[component]
@@ -205,24 +188,6 @@ def stacked(draws: Sequence[Draws], count: int, width: int) -> tuple[F32, I64 | 
         codes[row] = drawn.codes
     anchors = [drawn.anchors for drawn in draws if drawn.anchors is not None]
     return codes, np.stack(anchors) if anchors else None
-
-
-def wide_draws(
-    spec: RunFile,
-    scenarios: Scenarios,
-    component: int,
-    count: int,
-    factor: float,
-    rng: np.random.Generator,
-    *,
-    held_out: bool = False,
-) -> Draws:
-    """Return what `draw_codes` does with `factor` times the component's τ as the noise, not truncated."""
-    tau = tau_of(spec, scenarios, component)
-    if scenarios.failures is None:
-        return Draws(gaussian_codes(scenarios, component, count, factor * tau, rng))
-    rows = failure_rows(scenarios.failures, component, count, rng, held_out=held_out)
-    return near_failures(scenarios, component, rows, tau, rng, factor, truncated=False)
 
 
 def component_failures(members: Sequence[Failures], train: Images, seed: int) -> ComponentFailures:

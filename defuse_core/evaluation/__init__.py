@@ -47,7 +47,6 @@ from defuse_core.identify import subsample_psi
 from defuse_core.intervals import MANY_CLASSES, class_accuracy, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict
 from defuse_core.protocols import Progress
-from defuse_core.review.undecided import why_undecided
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.seeds import generator, torch_seed
@@ -172,19 +171,6 @@ def expect_same_answers(spec: RunFile, classifier: nn.Module, gallery: Gallery) 
         raise RunMismatchError(
             f"the classifier answers {changed} of {len(rows)} stored images otherwise than when {OTHER_CODE}"
         )
-
-
-def undecided_of(spec: RunFile, found: Findings) -> str | None:
-    """Return why a finished run could not tell whether its classifier has failure scenarios; None where it could."""
-    return why_undecided(
-        spec,
-        found.gallery,
-        found.verdicts,
-        models=found.models,
-        references=found.references,
-        psi=found.psi,
-        scenarios=found.scenarios,
-    )
 
 
 def _score(

@@ -23,7 +23,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import anchors_of, stacked, wide_draws
+from defuse_core.distill.draws import anchors_of, draw_codes, stacked
 from defuse_core.evaluation import Controls, Findings, fold_of, krippendorff_alpha, units_of
 from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
 from defuse_core.identify import draw_noise, encode_posterior
@@ -284,7 +284,7 @@ class _Judging:
             for number in fixes.scenario.tolist():
                 rng = generator(self.spec.seed, "evidence", "wider", number)
                 draws.append(
-                    wide_draws(self.spec, scenarios, number, WIDER_IMAGES, factor, rng, held_out=True)
+                    draw_codes(self.spec, scenarios, number, WIDER_IMAGES, rng, held_out=True, factor=factor)
                 )
             if not draws:
                 continue

@@ -16,7 +16,8 @@ from defuse_core.data import Images
 from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
-from defuse_core.evaluation import Findings, undecided_of
+from defuse_core.evaluation import Findings
+from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.export.finished import both_classifiers
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import StoredVae, accuracy, encode_images, load_vae
@@ -100,7 +101,7 @@ def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | Non
     """
     _expect_comparable(a, b)
     side_a, side_b = _load(a), _load(b)
-    undecided = [undecided_of(side.run.spec, side.found) for side in (side_a, side_b)]
+    undecided = [why_undecided(side.run.spec, side.found) for side in (side_a, side_b)]
     guessing = [why_guessing(side.found.models) for side in (side_a, side_b)]
     for run, reason, guess in zip((a, b), undecided, guessing, strict=True):
         if reason:

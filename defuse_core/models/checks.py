@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,31 +116,29 @@ def expect_trainable(classifier: nn.Module, images: Images) -> None:
     state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     try:  # its code may switch gradients off in eval mode alone
         with forked_random():  # dropout draws
-            evaluated = _logits_with_gradient(classifier.eval(), batch, parameters)
-            trained = _logits_with_gradient(classifier.train(), batch, parameters)
+            shape, reached = _logits_with_gradient(classifier.eval(), batch, parameters)
+            trained_shape, trained_reached = _logits_with_gradient(classifier.train(), batch, parameters)
     finally:
         classifier.eval().load_state_dict(state)  # statistics of batch normalisation
-    if trained.shape != evaluated.shape:
+    if trained_shape != shape:
         raise ModelError(
-            f"the classifier: expected logits of shape {evaluated.shape} also in train mode, in which it is "
-            f"fine-tuned, found {trained.shape}; {SAME_IN_TRAINING}"
+            f"the classifier: expected logits of shape {shape} also in train mode, in which it is "
+            f"fine-tuned, found {trained_shape}; {SAME_IN_TRAINING}"
         )
-    if not (evaluated.reaches_parameter or trained.reaches_parameter):
+    if not (reached or trained_reached):
         raise ModelError(
             "the classifier: expected a gradient from its logits to the parameters to fine-tune, found none; remove "
             "torch.no_grad, torch.inference_mode, detach and rounding from its forward"
         )
 
 
-class _Logits(NamedTuple):
-    """What is asked of the logits that are computed with gradients."""
+def _logits_with_gradient(
+    classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]
+) -> tuple[tuple[int, ...], bool]:
+    """Return the shape of the logits, and whether a gradient flows from them to any parameter.
 
-    shape: tuple[int, ...]
-    reaches_parameter: bool
-
-
-def _logits_with_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequence[Tensor]) -> _Logits:
-    """Return what is asked of the logits. Raises ModelError where they cannot be computed with gradients."""
+    Raises ModelError where they cannot be computed with gradients.
+    """
     try:
         logits = classifier(batch)
         gradients = gradients_of(logits, parameters)
@@ -157,7 +154,7 @@ def _logits_with_gradient(classifier: nn.Module, batch: Tensor, parameters: Sequ
             f"the classifier cannot be fine-tuned, since its forward or backward pass fails {where}: "
             f"{reason_of(error)}; {remedy}"
         ) from error
-    return _Logits(tuple(logits.shape), any(gradient is not None for gradient in gradients))
+    return tuple(logits.shape), any(gradient is not None for gradient in gradients)
 
 
 def _call(classifier: nn.Module, batch: Tensor, remedy: str = f"check {ANY_SIZE}") -> Tensor:

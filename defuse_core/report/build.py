@@ -24,9 +24,10 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.correct import ChoiceRule
 from defuse_core.distill.components import certain_source_error
-from defuse_core.evaluation import Findings, undecided_of
+from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
+from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.intervals import ROUNDING
 from defuse_core.report.build_evidence import (
     evidence_figures,
@@ -205,7 +206,7 @@ def _scenarios(spec: RunFile, finished: FinishedRun) -> ScenarioSummary:
         tuning_agreement=None if found.fixes.kept is None else _mean(found.fixes.kept),
         unreviewed_images=0 if found.fixes.unreviewed is None else len(found.fixes.unreviewed),
         false_by_judges=None if evidence is None else _false_by_judges(evidence, spec.review.rho),
-        undecided=undecided_of(spec, found),
+        undecided=why_undecided(spec, found),
     )
 
 

@@ -23,7 +23,7 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draws, stacked, wide_draws
+from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draws, stacked
 from defuse_core.models import decoder_of, load_classifier, load_vae, predict
 from defuse_core.protocols import Compute, Progress, map_in_tasks
 from defuse_core.review.verdicts import majority, outcomes, tally
@@ -106,28 +106,28 @@ def sample_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) 
     Those to tune on are drawn at correct.widen times the reviewed τ. With vae.decode: anchored both are anchored at
     other images.
     """
-    section, accepted = spec.correct, verdicts.accepted
+    section, accepted, factor = spec.correct, verdicts.accepted, spec.correct.tuning_factor
     if scenarios.failures is not None:
         return _anchored_corrections(spec, scenarios, verdicts)
     count = section.tune_images + section.test_images
     codes = np.zeros((len(accepted), count, spec.vae.latent_dim), np.float32)
-    for row, component in enumerate(accepted):
-        rng = generator(spec.seed, "corrections", int(component))
-        codes[row] = draw_codes(spec, scenarios, int(component), count, rng).codes
+    for row, component in enumerate(accepted.tolist()):
+        rng = generator(spec.seed, "corrections", component)
+        codes[row] = draw_codes(spec, scenarios, component, count, rng).codes
     tune, test = codes[:, : section.tune_images], codes[:, section.tune_images :]
-    if section.tuning_factor != 1:
-        for row, component in enumerate(accepted):
-            rng = generator(spec.seed, "corrections", int(component), "wide")
-            tune[row] = _draws_to_tune_on(spec, scenarios, int(component), section.tune_images, rng).codes
+    if factor != 1:
+        for row, component in enumerate(accepted.tolist()):
+            rng = generator(spec.seed, "corrections", component, "wide")
+            tune[row] = draw_codes(spec, scenarios, component, section.tune_images, rng, factor=factor).codes
     return Corrections(accepted, verdicts.labels[accepted], tune, test)
 
 
 def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdicts) -> Corrections:
-    section, accepted = spec.correct, verdicts.accepted
+    section, accepted, factor = spec.correct, verdicts.accepted, spec.correct.tuning_factor
     tune, test = list[Draws](), list[Draws]()
     for component in accepted.tolist():
         rng = generator(spec.seed, "corrections", component)
-        tune.append(_draws_to_tune_on(spec, scenarios, component, section.tune_images, rng))
+        tune.append(draw_codes(spec, scenarios, component, section.tune_images, rng, factor=factor))
         test.append(draw_codes(spec, scenarios, component, section.test_images, rng, held_out=True))
     tune_codes, tune_anchor = stacked(tune, section.tune_images, spec.vae.latent_dim)
     test_codes, test_anchor = stacked(test, section.test_images, spec.vae.latent_dim)
@@ -142,16 +142,6 @@ def _anchored_corrections(spec: RunFile, scenarios: Scenarios, verdicts: Verdict
         test_anchor=test_anchor,
         held_out=None if failures is None else failures.held_out_anchors(accepted).source,
     )
-
-
-def _draws_to_tune_on(
-    spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator
-) -> Draws:
-    """Return draws of one component at correct.tuning_factor times its tau."""
-    factor = spec.correct.tuning_factor
-    if factor == 1:
-        return draw_codes(spec, scenarios, component, count, rng)
-    return wide_draws(spec, scenarios, component, count, factor, rng)
 
 
 def with_used_anchors(fixes: Corrections) -> Corrections:
@@ -223,9 +213,9 @@ def _filtered(
             usable = draws.take(agrees)
             count = spec.correct.tune_images
             rng = generator(spec.seed, "corrections", component, "more")
-            for draw, number in ((_draws_to_tune_on, MORE_DRAWS * count), (draw_codes, count)):
+            for factor, number in ((spec.correct.tuning_factor, MORE_DRAWS * count), (1.0, count)):
                 if len(usable) < count:
-                    more = draw(spec, scenarios, component, number, rng)
+                    more = draw_codes(spec, scenarios, component, number, rng, factor=factor)
                     usable = usable.joined(more.take(examiner.unanimous(more)[1] == label))
             repeated = usable.take(np.resize(np.arange(len(usable)), count)) if len(usable) else more
             found.append((repeated, float(agrees.mean())))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from inspect import unwrap
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
+from torch.optim import Optimizer
 
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
@@ -83,53 +83,19 @@ class Losses:
             )
 
 
-class Adam:
-    """`torch.optim.Adam(fused=True)` (Kingma and Ba, 2015), to the bit and with its state, for one group of parameters.
+class Adam(torch.optim.Adam):
+    """torch's Adam (Kingma and Ba, 2015), fused, with the methods below its decorators.
 
-    The base class of torch's optimisers imports torch._dynamo, a second in the process of each trial.
+    These import torch._dynamo, a second in the process of each trial.
     """
 
+    add_param_group = unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = unwrap(torch.optim.Adam.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.Adam.step))
+
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
-        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": lr, "fused": True}]
-        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-
-    def zero_grad(self) -> None:
-        """Set all gradients to None."""
-        for parameter in self.param_groups[0]["params"]:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Change the parameters that have a gradient."""
-        group = self.param_groups[0]
-        used = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for parameter in used:
-            if not self.state[parameter]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        states = [self.state[parameter] for parameter in used]
-        adam(
-            used,
-            [parameter.grad for parameter in used],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=group["lr"],
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
-
-
-Optimizer = torch.optim.Optimizer | Adam
+        # torch refuses an empty list; a β-VAE that is not trained may have no parameters
+        super().__init__(list(parameters) or [torch.zeros(0)], lr=lr, fused=True)
 
 
 def train_step(loss: Tensor, optimizer: Optimizer) -> None:

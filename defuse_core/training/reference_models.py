@@ -247,8 +247,9 @@ def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | Non
     """Return the model under `key`; None where there is none, and where it is damaged or of other images."""
     if not store.exists(key):
         return None
+    data = store.read(key)  # not below: a store that does not answer may hold it
     try:
-        found = decode(TrainedClassifier, store.read(key), f"{store.address}/{key}", "it is trained again")
+        found = decode(TrainedClassifier, data, f"{store.address}/{key}", "it is trained again")
     except StoreError as error:
         log.warning("train: %s", error)
         return None

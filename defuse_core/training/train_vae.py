@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from defuse_core.artifacts import VaeEpoch
-from defuse_core.config import Arithmetic, RunFile
+from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.device import autocast, device
 from defuse_core.models import (
@@ -33,7 +32,6 @@ from defuse_core.store import Store
 from defuse_core.training import (
     Adam,
     Losses,
-    Optimizer,
     Training,
     format_row,
     minibatches,
@@ -71,11 +69,10 @@ def train_vae(spec: RunFile, vae: Vae, splits: Splits, store: Store, progress: P
     trained = vae if head is None else nn.ModuleDict({"vae": vae, "head": to_device(head)})
     optimizer = Adam(trained.parameters(), section.learning_rate)
     training = Training(trained, optimizer, store, "vae", splits.fingerprint())
-    loss = averaged(trained, partial(vae_loss, spec, vae.train(), head))
+    loss_of = averaged(trained, partial(vae_loss, spec, vae.train(), head))
     images = DeviceImages(splits.train, spec.resources.readers)
-    trainer = _VaeTrainer(spec, loss, optimizer, images, progress)
     for epoch in training.epochs(section.epochs):
-        row = trainer.epoch(epoch)
+        row = _vae_epoch(optimizer, loss_of, images, spec, epoch, progress)
         training.history.append(row)
         log.log(
             logging.INFO if epoch + 1 == section.epochs else logging.DEBUG,
@@ -94,70 +91,40 @@ def _class_head(spec: RunFile, classes: int) -> nn.Module:
     return nn.Linear(spec.vae.latent_dim, classes)
 
 
-@dataclass(frozen=True)
-class _VaeTrainer:
-    """What every epoch of the β-VAE's training uses."""
-
-    spec: RunFile
-    loss: Callable[..., VaeLoss]
-    optimizer: Optimizer
-    images: DeviceImages
-    progress: Progress
-
-    def epoch(self, epoch: int) -> VaeEpoch:
-        """Train for one epoch, counted from 0, and return its figures."""
-        spec, section, count = self.spec, self.spec.vae, len(self.images)
-        seed_dropout(spec.seed, "vae", "dropout", epoch)
-        noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
-        batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
-        done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
-        for step, (part, images, labels) in enumerate(
-            worker_minibatches(self.images, batches), start=epoch * len(batches) + 1
-        ):
-            beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
-            set_learning_rate(self.optimizer, section, step, section.epochs * len(batches))
-            drawn = drawn_normal(part, section.latent_dim, noise)
-            terms = self.loss(images, labels, drawn, beta)
-            train_step(part.weighted(terms.total), self.optimizer)
-            losses.add(*(part.weighted(term) for term in terms))
-            done += part.count
-            self.progress("training the β-VAE", done, section.epochs * count, "images")
-        reconstruction, divergence, class_loss = losses.mean()[1]
-        return VaeEpoch(
-            epoch + 1, reconstruction, divergence, beta, class_loss if section.class_weight else None
-        )
-
-
-class VaeTerms(NamedTuple):
-    """The terms of the β-VAE's loss, in nats per image, and the codes that they were computed with."""
-
-    reconstruction: Tensor  # -E log p(x|z), Bernoulli
-    divergence: Tensor  # KL(q(z|x) || p(z))
-    codes: Tensor  # (n, Z) drawn from q(z|x)
-
-
-def vae_terms(vae: Vae, images: Tensor, drawn: Tensor, arithmetic: Arithmetic) -> VaeTerms:
-    """Return the terms of the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers.
-
-    The networks alone are computed in bf16.
-    """
-    with autocast(arithmetic):
-        moments = vae.encode(images)
-    mu, log_variance = (moment.float() for moment in moments)
-    codes = mu + torch.exp(0.5 * log_variance) * drawn
-    with autocast(arithmetic):
-        logits = vae.decode_logits(codes)
-    logits = logits.float()
-    reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
-    return VaeTerms(reconstruction, kl_to_prior(mu, log_variance).sum() / len(images), codes)
+def _vae_epoch(
+    optimizer: Adam,
+    loss_of: Callable[..., VaeLoss],
+    images: DeviceImages,
+    spec: RunFile,
+    epoch: int,
+    progress: Progress,
+) -> VaeEpoch:
+    """Train for one epoch, counted from 0, and return its figures."""
+    section, count = spec.vae, len(images)
+    seed_dropout(spec.seed, "vae", "dropout", epoch)
+    noise = torch.Generator(device()).manual_seed(torch_seed(spec.seed, "vae", "noise", epoch))
+    batches = list(minibatches(count, section.batch_size, generator(spec.seed, "vae", epoch)))
+    done, losses, beta = epoch * count, Losses("the β-VAE"), 0.0
+    for step, (part, batch, labels) in enumerate(
+        worker_minibatches(images, batches), start=epoch * len(batches) + 1
+    ):
+        beta = section.beta * min(1.0, step / max(1, section.kl_warmup_steps))
+        set_learning_rate(optimizer, section, step, section.epochs * len(batches))
+        loss = loss_of(batch, labels, drawn_normal(part, section.latent_dim, noise), beta)
+        train_step(part.weighted(loss.total), optimizer)
+        losses.add(*(part.weighted(term) for term in loss))
+        done += part.count
+        progress("training the β-VAE", done, section.epochs * count, "images")
+    reconstruction, divergence, class_loss = losses.mean()[1]
+    return VaeEpoch(epoch + 1, reconstruction, divergence, beta, class_loss if section.class_weight else None)
 
 
 class VaeLoss(NamedTuple):
     """The β-VAE's loss and what it consists of, in nats per image."""
 
     total: Tensor
-    reconstruction: Tensor
-    divergence: Tensor
+    reconstruction: Tensor  # -E log p(x|z), Bernoulli
+    divergence: Tensor  # KL(q(z|x) || p(z))
     class_loss: Tensor  # cross-entropy of the class head, 0 without one
 
 
@@ -170,11 +137,23 @@ def vae_loss(
     drawn: Tensor,
     beta: float,
 ) -> VaeLoss:
-    """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers; `head` classifies codes."""
-    terms = vae_terms(vae, images, drawn, spec.resources.arithmetic("vae"))
-    total = terms.reconstruction + beta * terms.divergence
+    """Return the loss on (n, channels, H, W) images, with (n, Z) standard normal numbers; `head` classifies codes.
+
+    The networks alone are computed in bf16.
+    """
+    arithmetic = spec.resources.arithmetic("vae")
+    with autocast(arithmetic):
+        moments = vae.encode(images)
+    mu, log_variance = (moment.float() for moment in moments)
+    codes = mu + torch.exp(0.5 * log_variance) * drawn
+    with autocast(arithmetic):
+        logits = vae.decode_logits(codes)
+    logits = logits.float()
+    reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
+    divergence = kl_to_prior(mu, log_variance).sum() / len(images)
+    total = reconstruction + beta * divergence
     class_loss = torch.zeros_like(total)
     if head is not None:
-        class_loss = F.cross_entropy(head(terms.codes), labels)
+        class_loss = F.cross_entropy(head(codes), labels)
         total = total + spec.vae.class_weight * class_loss
-    return VaeLoss(total, terms.reconstruction, terms.divergence, class_loss)
+    return VaeLoss(total, reconstruction, divergence, class_loss)

@@ -21,8 +21,9 @@ from defuse_core.correct import SMALLER_LAMBDAS
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError, StoreError, first_few, percent
-from defuse_core.evaluation import Findings, expect_same_code, undecided_of
+from defuse_core.evaluation import Findings, expect_same_code
 from defuse_core.evaluation.evidence import Evidence
+from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.export import why_not_corrected
 from defuse_core.export.finished import components_digest
 from defuse_core.intervals import ROUNDING
@@ -274,7 +275,7 @@ def _nothing_to_serve(run: Run, found: Findings) -> CheckFailed | NothingCorrect
         return CheckFailed(
             f"run {run.name}: nothing was corrected, since {why_not_corrected(run)}; {SMALLER_LAMBDAS}"
         )
-    undecided = undecided_of(run.spec, found)
+    undecided = why_undecided(run.spec, found)
     if undecided is not None:
         return CheckFailed(
             f"run {run.name}: could not tell whether the classifier has failure scenarios: {undecided}; run it under "

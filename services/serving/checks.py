@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -12,7 +12,6 @@ from defuse_core.artifacts import F64, I64, Bool, Corrections, Models, Sweep, We
 from defuse_core.config import CheckSection, RunFile
 from defuse_core.correct import overflowed
 from defuse_core.data import Images, Splits
-from defuse_core.data.splits import class_counts
 from defuse_core.device import cpu_threads
 from defuse_core.errors import ModelError, first_few, percent
 from defuse_core.evaluation import expect_same_accuracy
@@ -176,7 +175,7 @@ def evaluate_candidate(
         scenario_after=after[1].reshape(len(corrections.labels), -1).mean(axis=1),
         not_finite=not_finite,
         dependence=_dependence(spec, models, split),
-        guessing=why_guessing(replace(models, class_images=class_counts(splits))),
+        guessing=why_guessing(models),
         own_label=own_label_check(corrections, evidence, models),
         by_own_label=own_label_accuracies(evidence, models),
         fingerprint=splits.fingerprint(split) if split == part else "",

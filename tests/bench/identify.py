@@ -60,7 +60,7 @@ def made_up(folder: Path, images: int, draws: int, workers: int = 1) -> tuple[Ru
     classifier, vae = build_classifier(spec, 10), build_vae(spec)
     models = Models(
         weights_of(classifier), weights_of(vae), splits.classes, splits.counts(), splits.fingerprint(),
-        {}, (), (), 0.0, 0.0, np.zeros(spec.vae.latent_dim), FIT,
+        {}, (), (), 0.0, 0.0, np.zeros(spec.vae.latent_dim), FIT, class_images={},
     )  # fmt: skip
     return spec, models
 

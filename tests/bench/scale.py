@@ -215,7 +215,8 @@ def measure(images: int, draws: int, folder: Path) -> Measured:
     cluster.identify.ShardWorker = PretendedWorker  # type: ignore[misc]
     (folder / "memory").mkdir()
     spec, store = run_file(draws), CountedStore(folder / "run")
-    models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), 0.0, 0.0, np.zeros(LATENT), FIT)
+    fit = (0.0, 0.0, np.zeros(LATENT), FIT)
+    models = Models({}, {}, ("a", "b"), {"train": images}, "", {}, (), (), *fit, class_images={})
     watch = RayWatch()
     watch.start()
     started = time.perf_counter()

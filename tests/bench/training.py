@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from defuse_core.models import build_classifier, build_vae, to_device, to_tensor
 from defuse_core.store import FolderStore
 from defuse_core.training import Adam, train_step
 from defuse_core.training.reference_models import build_reference
-from defuse_core.training.train_vae import vae_terms
+from defuse_core.training.train_vae import vae_loss
 from defuse_core.trials import run_stack
 from defuse_core.tuning_data import FineTuningData, ScenarioImages
 from tests.sample_components import FIT
@@ -75,13 +76,13 @@ def classifying(model: nn.Module, spec: RunFile, batch_size: int) -> Step:
 
 def reconstructing(spec: RunFile) -> Step:
     """Return a training step of the β-VAE."""
-    images, _ = made_up(spec, spec.vae.batch_size)
+    images, labels = made_up(spec, spec.vae.batch_size)
     vae, drawn = build_vae(spec), torch.randn(spec.vae.batch_size, spec.vae.latent_dim)
     to_device(vae).train()
+    specs = {each: spec.with_fields("resources", precision=each) for each in get_args(Arithmetic)}
 
     def loss(arithmetic: Arithmetic) -> Tensor:
-        terms = vae_terms(vae, images, drawn.to(images.device), arithmetic)
-        return terms.reconstruction + terms.divergence
+        return vae_loss(specs[arithmetic], vae, None, images, labels, drawn.to(images.device), 1.0).total
 
     return optimized(vae.parameters(), loss)
 
@@ -102,7 +103,8 @@ def stacked(spec: RunFile, count: int, arithmetic: Arithmetic) -> dict[str, floa
     spec = spec.with_fields("correct", lambdas=tuple(np.geomspace(0.1, 10, count).tolist()), epochs=1)
     names = tuple(map(str, range(CLASSES)))
     weights = weights_of(build_classifier(spec, CLASSES))
-    models = Models(weights, {}, names, {}, "", {"train": 0.0}, (), (), 0.0, 0.0, np.zeros(1), FIT)
+    accuracy, fit = {"train": 0.0}, (0.0, 0.0, np.zeros(1), FIT)
+    models = Models(weights, {}, names, {}, "", accuracy, (), (), *fit, class_images={})
     clean, held_out = learnable(spec, TUNED_ON, 1), learnable(spec, CLASSES, 3)
     scenes = ScenarioImages(learnable(spec, TUNED_ON, 2), CLASSES, held_out)
     data = FineTuningData(Splits(clean, None, None, names), scenes, {})

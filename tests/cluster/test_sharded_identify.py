@@ -112,7 +112,7 @@ def spoilt(tmp_path: Path) -> Iterator[tuple[RunFile, Models, str]]:
     splits = open_splits(spec.data, spec.seed)
     models = Models(
         weights_of(build_classifier(spec, 2)), weights_of(build_vae(spec)), splits.classes, splits.counts(),
-        splits.fingerprint(), {}, (), (), 0.0, 0.0, np.zeros(4), FIT,
+        splits.fingerprint(), {}, (), (), 0.0, 0.0, np.zeros(4), FIT, class_images={},
     )  # fmt: skip
     read_at_once = np.linspace(0, 159, 128).astype(int)  # by the fingerprint, when the data set is opened
     row = next(row for row in range(128, 160) if row not in read_at_once)

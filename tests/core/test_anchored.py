@@ -27,8 +27,7 @@ from defuse_core.distill.draws import (
     component_failures,
     draw_codes,
     failure_rows,
-    near_failures,
-    wide_draws,
+    smoothed,
 )
 from defuse_core.errors import VaeHealthError
 from defuse_core.evaluation import Controls
@@ -119,22 +118,21 @@ def test_anchored_decoding_without_an_image_for_each_code_is_an_error(tiny_spec,
 def test_draws_at_a_small_tau_are_failures_at_their_own_images_and_at_tau_1_they_have_the_components_moments():
     scenarios = one_component()
     rows = np.arange(40)
-    near = near_failures(scenarios, 0, rows, 1e-8, generator(0, "test"), truncated=False)
+    normal = generator(0, "test").standard_normal((40_000, 3))
+    near = smoothed(scenarios, 0, rows, 1e-8, normal[:40], truncated=False)
     np.testing.assert_allclose(near.codes, scenarios.failures.codes[0], atol=1e-2)
     np.testing.assert_array_equal(near.anchors, scenarios.failures.anchor[0])
     for tau in (0.3, 1.0):
-        wide = near_failures(
-            scenarios, 0, np.resize(rows, 40_000), tau, generator(0, "test"), truncated=False
-        )
+        wide = smoothed(scenarios, 0, np.resize(rows, 40_000), tau, normal, truncated=False)
         np.testing.assert_allclose(wide.codes.mean(axis=0), scenarios.means[0], atol=0.1)
         np.testing.assert_allclose(np.cov(wide.codes.T), scenarios.covariances[0], atol=0.3)
 
 
 def test_wide_draws_are_around_their_failures_as_well():
-    scenarios, rows = one_component(), np.resize(np.arange(40), 4000)
-    wide = near_failures(
-        scenarios, 0, rows, 0.01, generator(0, "test"), factor=100.0, truncated=False
-    )  # noise as wide as the failures
+    scenarios = one_component()
+    rows = failure_rows(scenarios.failures, 0, 4000, generator(0, "test"), held_out=False)
+    # noise as wide as the failures
+    wide = draw_codes(tiny(review={"tau": 0.01}), scenarios, 0, 4000, generator(0, "test"), factor=100.0)
     correlation = np.corrcoef(wide.codes[:, 0], scenarios.failures.codes[0, rows, 0])[0, 1]
     assert correlation == pytest.approx(np.sqrt(0.5), abs=0.05)
 
@@ -145,8 +143,8 @@ def test_held_out_draws_are_anchored_at_other_images(images):
     shown = set(draw_codes(spec, scenarios, 0, 500, generator(0, "a")).anchors.tolist())
     held_out = set(draw_codes(spec, scenarios, 0, 500, generator(0, "b"), held_out=True).anchors.tolist())
     wide = {
-        kind: set(wide_draws(spec, scenarios, 0, 500, 4.0, generator(0, "c"), held_out=kind).anchors.tolist())
-        for kind in (False, True)
+        kind: set(draw_codes(spec, scenarios, 0, 500, rng, held_out=kind, factor=4.0).anchors.tolist())
+        for kind, rng in ((False, generator(0, "c")), (True, generator(0, "c")))
     }
     assert shown and held_out and not shown & held_out
     assert shown | held_out == set(range(images))

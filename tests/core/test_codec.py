@@ -59,6 +59,7 @@ def test_weights_tuples_and_numbers_survive_a_round_trip():
         0.2,
         np.ones(2),
         FIT,
+        class_images={"test": np.array([3, 4])},
     )
     back = decode(Models, encode(models), "here")
     assert back.classes == ("x", "y")
@@ -66,6 +67,7 @@ def test_weights_tuples_and_numbers_survive_a_round_trip():
     assert back.classifier["a.count"].shape == ()
     assert back.vae == {}
     assert back.classifier_history == (ClassifierEpoch(1, 1.0, None),)
+    assert back.class_images["test"].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize(

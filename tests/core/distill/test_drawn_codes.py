@@ -24,7 +24,6 @@ from defuse_core.distill.draws import (
     spread_draws,
     stacked,
     truncated_codes,
-    wide_draws,
 )
 from defuse_core.seeds import generator
 from tests.conftest import tiny
@@ -103,7 +102,7 @@ def test_draws_are_at_the_images_of_the_half_that_is_asked_for(held_out):
     rng = generator(0, "a")
     for draws in (
         draw_codes(SPEC, scenarios, 0, 60, rng, held_out=held_out),
-        wide_draws(SPEC, scenarios, 0, 60, 4.0, rng, held_out=held_out),
+        draw_codes(SPEC, scenarios, 0, 60, rng, held_out=held_out, factor=4.0),
     ):
         assert set(draws.anchors) == {row for row, half in enumerate(halves) if half is held_out}
 

@@ -10,7 +10,7 @@ import pytest
 from defuse_core.artifacts import Scenarios
 from defuse_core.codec import decode, encode
 from defuse_core.data import Images
-from defuse_core.distill.draws import component_failures, draw_codes, spread_draws, wide_draws
+from defuse_core.distill.draws import component_failures, draw_codes, spread_draws
 from defuse_core.seeds import generator
 from tests.conftest import tiny
 from tests.sample_components import sample_failures, sample_scenarios
@@ -69,7 +69,7 @@ def test_wide_draws_have_a_multiple_of_the_reviewed_covariance_and_are_not_trunc
         (plain, SPEC.review.tau),
         (plain.take(np.array([0]), taus=np.array([0.25])), 0.25),
     ):
-        codes = wide_draws(SPEC, scenarios, 0, 20_000, 4.0, generator(0, "a")).codes
+        codes = draw_codes(SPEC, scenarios, 0, 20_000, generator(0, "a"), factor=4.0).codes
         np.testing.assert_allclose(np.cov(codes.T), 4 * tau * 2 * np.eye(3), atol=0.1 * tau * 8)
         np.testing.assert_allclose(codes.mean(axis=0), 1, atol=0.05)
 
@@ -80,7 +80,7 @@ def test_wide_draws_near_failures_have_wider_noise_and_keep_their_failures(tau):
     failures = replace(scenarios.failures, codes=np.full_like(scenarios.failures.codes, 5))
     scenarios = replace(scenarios, failures=failures, taus=None if tau is None else np.array([tau]))
     used = SPEC.review.tau if tau is None else tau
-    codes = wide_draws(SPEC, scenarios, 0, 20_000, 4.0, generator(0, "a")).codes
+    codes = draw_codes(SPEC, scenarios, 0, 20_000, generator(0, "a"), factor=4.0).codes
     np.testing.assert_allclose(codes.mean(axis=0), 5 * np.sqrt(1 - used), atol=0.05)
     np.testing.assert_allclose(np.cov(codes.T), 4 * used * np.eye(3), atol=0.2 * used)
 

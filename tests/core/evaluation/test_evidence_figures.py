@@ -11,7 +11,7 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Sweep, SweepRo
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
-from defuse_core.distill.draws import wide_draws
+from defuse_core.distill.draws import draw_codes
 from defuse_core.evaluation import Controls, Findings
 from defuse_core.evaluation.describe import find_nearest_real
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
@@ -261,13 +261,13 @@ def test_a_judge_that_returns_nan_gives_no_vote(setting):
 def test_draws_are_of_the_seed_and_wider_ones_of_each_scenario_its_own(setting, monkeypatch):
     drawn, failing = [], []
 
-    def noting(spec, scenarios, number, count, factor, rng, **options):
-        found = wide_draws(spec, scenarios, number, count, factor, rng, **options)
+    def noting(spec, scenarios, number, count, rng, *, factor, **options):
+        found = draw_codes(spec, scenarios, number, count, rng, factor=factor, **options)
         moved = (found.codes - scenarios.means[number]) / np.sqrt(factor)
         drawn.append(tuple(moved[0].round(2).tolist()))
         return found
 
-    monkeypatch.setattr("defuse_core.evaluation.evidence.wide_draws", noting)
+    monkeypatch.setattr("defuse_core.evaluation.evidence.draw_codes", noting)
     splits, controls = open_splits(setting.spec.data, setting.spec.seed), Controls((setting.shifted(2),), ())
     for seed in (0, 1):
         spec = setting.spec.model_copy(update={"seed": seed})

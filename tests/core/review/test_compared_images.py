@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Models, ReferenceSet
-from defuse_core.review.undecided import (
-    are_worse,
-    compared_images,
-    why_undecided,
-    worse_on_average,
-    worse_references,
-)
+from defuse_core.evaluation.undecided import why_undecided
+from defuse_core.review.undecided import are_worse, compared_images, worse_on_average, worse_references
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -44,8 +39,7 @@ def test_reference_models_are_not_worse_on_images_that_the_classifier_alone_has_
     accuracy = {"train": 1.0, "validation": 0.995}
     models = dataclasses.replace(found.models, health=FIT, accuracy=accuracy, validation_from_training=seen)
     references = ReferenceSet(({},), 1000, np.array([0.9]), np.array([np.nan]))
-    known = {"references": references, "psi": found.psi, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, models=models, **known)
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=models, references=references))
     assert (text is None) is seen  # else: the reference models are right on fewer validation images
 
 
@@ -54,8 +48,7 @@ def test_few_images_do_not_show_that_reference_models_are_worse() -> None:
     references = ReferenceSet(({},), 1000, np.array([0.943]), np.array([0.943]))
     for images, told in ((50, False), (200, True)):  # one standard error is 3.3 points, and 1.6
         models = dataclasses.replace(found.models, health=FIT, images={"test": images})
-        known = {"models": models, "references": references, "psi": found.psi, "scenarios": None}
-        text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+        text = why_undecided(sample_spec(), dataclasses.replace(found, models=models, references=references))
         assert (text is not None) is told
 
 

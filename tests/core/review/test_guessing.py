@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Health
-from defuse_core.review.undecided import why_guessing, why_undecided
+from defuse_core.evaluation.undecided import why_undecided
+from defuse_core.review.undecided import why_guessing
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -35,11 +36,17 @@ def test_a_classifier_that_guesses_is_told_first(balanced, classes: int, told):
     names = tuple(map(str, range(classes)))
     accuracy = dict.fromkeys(balanced, 0.97)  # of very unequal classes the largest says nothing
     each = {part: np.full(classes, share) for part, share in balanced.items()}
+    counts = {part: np.full(classes, max(1, n // classes)) for part, n in found.models.images.items()}
     models = dataclasses.replace(
-        found.models, health=poor, accuracy=accuracy, class_accuracy=each, classes=names
+        found.models,
+        health=poor,
+        images={part: int(of_each.sum()) for part, of_each in counts.items()},
+        accuracy=accuracy,
+        class_accuracy=each,
+        class_images=counts,
+        classes=names,
     )
-    known = {"models": models, "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=models))
     assert text is not None and text.startswith("the classifier" if told else "the β-VAE")
     assert (told or "") in text
 
@@ -48,9 +55,14 @@ def test_a_constant_answer_is_a_guess_where_some_classes_have_no_images_too():
     found, _ = sample_findings(4, 0)
     right = np.array([1.0, *[0.0] * 39, *[np.nan] * 60])  # 100 classes, 40 of them with test images
     classes = tuple(map(str, range(100)))
-    models = dataclasses.replace(found.models, health=FIT, class_accuracy={"test": right}, classes=classes)
-    known = {"models": models, "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    models = dataclasses.replace(
+        found.models,
+        health=FIT,
+        class_accuracy={"test": right},
+        class_images={"test": np.where(np.isfinite(right), 12, 0)},
+        classes=classes,
+    )
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=models))
     assert text is not None and "on 2.5 % on average over their 40 classes" in text
 
 
@@ -68,10 +80,21 @@ def test_images_of_which_a_good_classifier_may_get_as_few_right_do_not_tell_a_gu
     right: int, images: int, classes: int, told: str | None
 ):
     share, models = right / images, sample_findings(4, 0)[0].models
-    each = {"validation": np.ones(classes), "test": np.full(classes, share)}
-    accuracy = {"validation": 1.0, "test": share}
-    counts = {"validation": 60, "test": images}
-    text = why_guessing(dataclasses.replace(models, images=counts, accuracy=accuracy, class_accuracy=each))
+    counts = {
+        part: np.bincount(np.arange(count) % classes, minlength=classes)
+        for part, count in (("validation", 60), ("test", images))
+    }
+    known = dataclasses.replace(
+        models,
+        images={"validation": 60, "test": images},
+        accuracy={"validation": 1.0, "test": share},
+        class_accuracy={
+            "validation": np.ones(classes),
+            "test": np.where(counts["test"] > 0, share, np.nan),
+        },
+        class_images=counts,
+    )
+    text = why_guessing(known)
     assert (text is None) is (told is None) and (told or "") in (text or "")
 
 
@@ -79,7 +102,10 @@ def test_images_of_a_single_class_do_not_tell_a_guess():
     found, _ = sample_findings(4, 0)
     right = np.full(len(found.models.classes), np.nan)
     right[1] = 0.98
-    models = dataclasses.replace(found.models, health=FIT, class_accuracy={"test": right})
+    counts = np.where(np.isfinite(right), 500, 0)
+    models = dataclasses.replace(
+        found.models, health=FIT, class_accuracy={"test": right}, class_images={"test": counts}
+    )
     assert why_guessing(models) is None
 
 
@@ -103,6 +129,6 @@ def test_a_class_of_one_or_few_images_makes_no_good_classifier_a_guessing_one(ri
         images={"test": sum(counts)},
         accuracy=accuracy,
         class_accuracy={"test": np.array([*right, np.nan])},
+        class_images=images,
     )
-    assert why_guessing(known) is not None  # without the number of images of each class
-    assert (why_guessing(dataclasses.replace(known, class_images=images)) is not None) is guesses
+    assert (why_guessing(known) is not None) is guesses

@@ -236,6 +236,13 @@ def test_the_state_of_adam_is_that_of_torch_and_continues_to_the_bit(net):
     assert_equal(steps(net, resumed, range(10, 20)), steps(other, oracle, range(10, 20)))
 
 
+def test_without_parameters_there_is_nothing_to_train():
+    optimizer = Adam([], 0.01)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer_state(optimizer) == {}
+
+
 @pytest.mark.parametrize(
     ("epochs", "best"),
     [

@@ -19,7 +19,7 @@ from defuse_core.data.images import PictureFiles
 from defuse_core.device import autocast
 from defuse_core.errors import ModelError
 from defuse_core.identify import Identifier
-from defuse_core.local import LocalCompute, Profile
+from defuse_core.local import MAX_REPORTS, LocalCompute, Profile
 from defuse_core.models import load_classifier, predict, to_tensor
 from defuse_core.protocols import Call, silent
 from defuse_core.runs import Run
@@ -342,3 +342,21 @@ def test_traces_of_one_function_are_numbered_by_task_and_none_is_replaced(tmp_pa
     compute.task("draw", adding, one)
     names = ("adding-2", "adding-3", "adding", "doubling")
     assert store.list("profile/") == [f"profile/draw-{name}.json.gz" for name in names]
+
+
+def reporting(one, reports, *, progress):
+    for done in range(reports):
+        one @ one
+        progress("multiplying", done, reports)
+    return one @ one
+
+
+@pytest.mark.parametrize("reports", [0, MAX_REPORTS - 1, MAX_REPORTS, MAX_REPORTS + 5])
+def test_a_trace_ends_with_the_task_or_after_some_reports_of_progress(tmp_path, reports):
+    store, seen = FolderStore(tmp_path), []
+    compute = LocalCompute(lambda *report: seen.append(report), Profile("draw", store))
+    compute.task("draw", reporting, torch.ones(3, 3), reports)
+    (key,) = store.list("profile/")
+    events = json.loads(gzip.decompress(store.read(key)))["traceEvents"]
+    traced = sum(event.get("name") == "aten::mm" for event in events)
+    assert traced == min(reports + 1, MAX_REPORTS) and len(seen) == reports

@@ -12,7 +12,7 @@ import torch
 from defuse_core.artifacts import Gallery, Models, ReferenceSet
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
-from defuse_core.errors import ModelError, RunMismatchError
+from defuse_core.errors import ModelError, NoAnswerError, RunMismatchError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy
 from defuse_core.protocols import silent
@@ -102,6 +102,18 @@ def test_a_model_that_is_stored_is_not_trained_again_unless_its_images_changed_o
     assert trained and "judges-0.safetensors: expected a TrainedClassifier artefact" in caplog.text
     assert "it is trained again" in caplog.text
     assert store.read(KEY) == data
+
+
+def test_a_store_that_does_not_answer_is_no_reason_to_train_again(tmp_path, monkeypatch):
+    store = FolderStore(tmp_path)
+    train_first_judge(store, SPEC.with_fields("judges", epochs=0))
+
+    def silent_store(key: str) -> bytes:
+        raise NoAnswerError(f"{key}: the bucket does not answer")
+
+    monkeypatch.setattr(store, "read", silent_store)
+    with pytest.raises(NoAnswerError, match=KEY):
+        train_first_judge(store, progress=nothing_to_train)
 
 
 def test_a_training_reports_how_many_images_it_has_seen(tmp_path):

@@ -18,8 +18,8 @@ from defuse_core.artifacts import (
     Override,
     ReferenceSet,
 )
+from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.report.build import build_report
-from defuse_core.review.undecided import why_undecided
 from tests.sample_components import FIT
 
 COUNT = 4
@@ -28,8 +28,7 @@ COUNT = 4
 def undecided(sample, **review) -> str | None:
     found, _ = sample
     spec = sample_spec().with_fields("review", **review)
-    known = {"models": fit(found.models), "references": None, "psi": found.psi, "scenarios": found.scenarios}
-    return why_undecided(spec, found.gallery, found.verdicts, **known)
+    return why_undecided(spec, dataclasses.replace(found, models=fit(found.models)))
 
 
 def fit(models: Models, health: Health = FIT) -> Models:
@@ -328,8 +327,7 @@ def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, ancho
 def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str, anchored: bool, words):
     found, _ = sample_findings(COUNT, 0)
     health = Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 0, 16, verdict, anchored)
-    known = {"models": fit(found.models, health), "references": None, "psi": None, "scenarios": None}
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=fit(found.models, health)))
     assert (text or "").startswith(words or "") and (text is None) is (words is None)
 
 
@@ -337,17 +335,17 @@ def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str
 def test_failures_of_which_the_screen_kept_none_are_undecided(failing: int, words: str):
     found, _ = sample_findings(COUNT, 0)
     psi = dataclasses.replace(found.psi, codes=np.zeros(2, np.int64), failing=failing)
-    known = {"models": fit(found.models), "references": None, "psi": psi, "scenarios": None}
-    assert words in (why_undecided(sample_spec(), found.gallery, found.verdicts, **known) or "")
+    found = dataclasses.replace(found, models=fit(found.models), psi=psi)
+    assert words in (why_undecided(sample_spec(), found) or "")
 
 
 def test_a_smaller_purity_is_proposed_only_where_tau_is_chosen_by_it():
     found, _ = sample_findings(0, 0)
     scenarios = dataclasses.replace(found.scenarios, dropped=(dropped(),))
+    found = dataclasses.replace(found, models=fit(found.models), scenarios=scenarios)
     for tau, proposed in (("auto", True), (0.1, False)):
         spec = sample_spec().with_fields("review", tau=tau)
-        known = {"models": fit(found.models), "references": None, "psi": found.psi, "scenarios": scenarios}
-        text = why_undecided(spec, found.gallery, found.verdicts, **known)
+        text = why_undecided(spec, found)
         assert text is not None and ("smaller review.purity" in text) is proposed
 
 
@@ -361,18 +359,13 @@ def references(*test: float) -> ReferenceSet:
 )
 def test_reference_models_that_are_worse_than_the_classifier_cannot_tell_where_it_fails(test, worse):
     found, _ = sample_findings(COUNT, 0)
-    known = {
-        "models": fit(found.models),
-        "references": references(*test),
-        "psi": found.psi,
-        "scenarios": None,
-    }
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    found = dataclasses.replace(found, models=fit(found.models), references=references(*test))
+    text = why_undecided(sample_spec(), found)
     told = "right on fewer test images (at best 90.0 %) than the classifier (98.3 %), so they may take one for the"
     assert (told in (text or "")) is worse
     unused = sample_spec().with_fields("identify", screen="none")
     unused = unused.with_fields("review", annotators="label-studio", tau=0.25)
-    assert why_undecided(unused, found.gallery, found.verdicts, **known) is None
+    assert why_undecided(unused, found) is None
 
 
 @pytest.mark.parametrize(
@@ -388,19 +381,14 @@ def test_a_beta_vae_is_not_blamed_by_reference_models_that_are_worse_than_the_cl
 ):
     found, _ = sample_findings(COUNT, 0)
     health = Health(1000, 0.5, 0.4, 0.6, 3, 0.6, collapsed, 16, "poor", True, judge)
-    known = {
-        "models": fit(found.models, health),
-        "references": references(0.4),
-        "psi": None,
-        "scenarios": None,
-    }
-    text = why_undecided(sample_spec(), found.gallery, found.verdicts, **known)
+    found = dataclasses.replace(found, models=fit(found.models, health), references=references(0.4))
+    text = why_undecided(sample_spec(), found)
     assert text is not None and text.startswith(blamed)
 
 
 def test_people_who_reject_all_decide_nothing_of_what_worse_reference_models_left_out() -> None:
     found, _ = without_labels(rejected_by_people=COUNT)
-    known = {"models": fit(found.models), "psi": found.psi, "scenarios": None}
     for models, told in ((None, False), (references(0.99), False), (references(0.8), True)):
-        text = why_undecided(sample_spec(), found.gallery, found.verdicts, references=models, **known)
+        known = dataclasses.replace(found, models=fit(found.models), references=models)
+        text = why_undecided(sample_spec(), known)
         assert (text is not None) is told
