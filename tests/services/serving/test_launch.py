@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -346,10 +347,7 @@ def lines_until_stopped(registry, monkeypatch, *steps: Callable[[], object], has
 
 def test_a_change_that_another_program_wrote_cannot_act_on_the_servers_terminal(tmp_path, monkeypatch):
     registry = Registry(FolderStore(tmp_path))
-
-    def change() -> None:
-        registry.change("a change", "eve\x1b[2J", "a\nb", lambda state: {})
-
+    change = partial(registry.change, "a change", "eve\x1b[2J", "a\nb", lambda state: {})
     (line,) = lines_until_stopped(registry, monkeypatch, change, has_model=True)
     assert r"eve\x1b[2J: a change (a\nb)" in line
 
@@ -360,9 +358,7 @@ def test_a_server_without_a_version_in_production_says_that_it_answers_503_and_u
     registry = Registry(FolderStore(tmp_path))
 
     def lines(has_model: bool, **updates: int) -> list[str]:
-        def change() -> None:
-            registry.change("a change", "ana", "", lambda state: updates)
-
+        change = partial(registry.change, "a change", "ana", "", lambda state: updates)
         return lines_until_stopped(registry, monkeypatch, change, has_model=has_model)
 
     first, second = lines(has_model=False)
