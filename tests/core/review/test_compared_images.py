@@ -70,6 +70,10 @@ def test_a_single_image_does_not_show_that_models_are_worse(images: int | None, 
     assert not are_worse([0.0], float("nan"), images)
 
 
+def test_models_are_worse_from_over_two_points_on() -> None:
+    assert are_worse([0.877], 0.9, None) and not are_worse([0.883], 0.9, None)
+
+
 def of_two_classes(right: list[float], images: list[int]) -> Models:
     """A classifier that is right on such shares of the images of healthy and of sick ones."""
     counts, share = np.array(images), np.array(right)
@@ -104,6 +108,7 @@ def test_reference_models_that_never_recognise_a_rare_class_are_worse() -> None:
     ) in (worse_references(sample_spec(), models, references) or "")
     unknown = dataclasses.replace(references, class_accuracy={})  # in a run that does not store them
     assert worse_references(sample_spec(), models, unknown) is None
+    assert worse_references(sample_spec(), dataclasses.replace(models, class_images={}), references) is None
 
 
 @pytest.mark.parametrize(
