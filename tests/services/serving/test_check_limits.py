@@ -64,7 +64,10 @@ def test_images_that_are_right_now_make_up_for_lost_ones_but_not_for_regressions
 def test_scenarios_that_are_no_better_than_before_fail():
     same = dataclasses.replace(report(), scenario_before=np.array([0.9]))
     assert failed(same) == {"improvement"}
-    assert failed(dataclasses.replace(same, scenario_before=np.array([0.89]))) == set()
+    better = dataclasses.replace(same, scenario_before=np.array([0.6]))
+    assert failed(better) == set()
+    (gain,) = [check.found for check in better.checks(ALL_ALLOWED) if check.name == "improvement"]
+    assert gain == pytest.approx(0.3)
 
 
 def evaluated(stored: Run, splits, corrected) -> CandidateReport:
