@@ -182,7 +182,9 @@ def test_a_perfect_order_of_few_is_no_certainty_and_one_kind_alone_has_no_area()
     area, low, high = auroc(np.arange(20.0), np.arange(20) >= 17)
     assert (area, high) == (1.0, 1.0) and low < 0.1
     assert auroc(np.arange(40.0), np.arange(40) >= 20) == pytest.approx([1.0, 1 - 3 / 20, 1.0])
+    assert auroc(-np.arange(40.0), np.arange(40) >= 20) == pytest.approx([0.0, 0.0, 3 / 20])
     assert auroc(np.arange(20.0), np.arange(20) == 9) == pytest.approx([9 / 19, 0.0, 1.0])
+    assert 0 < auroc(np.arange(20.0), np.isin(np.arange(20), [9, 10]))[1] < 0.01
     for kind in (False, True):
         assert np.isnan(auroc(np.arange(5.0), np.full(5, kind))).all()
 

@@ -225,8 +225,9 @@ def test_scenarios_with_too_few_units_are_not_tested_and_cost_the_others_nothing
 def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_least_certainly_better_than():
     found = least_favourable(np.array([[9, 8, 1], [9, 6, 3], [9, 9, 0]]))
     assert found.tolist() == [9, 6, 3]
-    by_chance = np.array([[9, 8, 1], [67, 40, 27]])  # 1 in 51, and 1 in 14
-    assert least_favourable(by_chance).tolist() == [67, 40, 27]
+    one_in_51, one_in_14, certain = [9, 8, 1], [67, 40, 27], [67, 60, 7]  # by chance
+    assert least_favourable(np.array([one_in_51, one_in_14])).tolist() == one_in_14
+    assert least_favourable(np.array([one_in_51, certain])).tolist() == one_in_51
     for order in ([0, 1], [1, 0]):
         assert least_favourable(np.array([[9, 0, 0], [9, 0, 9]])[order]).tolist() == [9, 0, 9]
 
