@@ -144,14 +144,13 @@ class Identifier:
         started = time.perf_counter()
         section = self.spec.identify
         size = blocks_per_shard(len(self.train), section)
-        last = -(-len(self.train) // section.block_images)
         with cpu_threads(1):
-            found = [self._block(block) for block in range(index * size, min((index + 1) * size, last))]
+            found = [self._block(block) for block in range(index * size, (index + 1) * size)]
         merged = _merge(found, time.perf_counter() - started)
         return replace(merged, index=index, fingerprint=self.fingerprint)
 
     def _block(self, block: int) -> Shard:
-        """Algorithm 1 for every image of one block that is perturbed, at once."""
+        """Algorithm 1 for every image of one block that is perturbed, at once; behind the last image there is none."""
         section = self.spec.identify
         start = block * section.block_images
         rows = np.arange(start, min(start + section.block_images, len(self.train)))

@@ -158,10 +158,10 @@ def binomial_tail(hits: I64 | F64 | int, total: I64 | int, share: float | F64) -
 
 
 def hypergeometric_tail(hits: int, drawn: int, marked: int, total: int) -> float:
-    """Return P(X >= hits) for the marked ones among `drawn` of `total` without replacement; 1 where none is drawn."""
+    """Return P(X >= hits) for the marked ones among `drawn` of `total` without replacement."""
     from scipy.stats import hypergeom
 
-    return float(hypergeom.sf(hits - 1, total, marked, drawn)) if drawn else 1.0
+    return float(hypergeom.sf(hits - 1, total, marked, drawn))
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -213,7 +213,7 @@ def least_favourable(pairs: I64) -> I64:
     _, better, worse = np.moveaxis(pairs, -1, 0)
     tails = binomial_tail(better, better + worse, 0.5)
     # the second key tells +0 −0 from +0 −10
-    order = np.lexsort((worse - better, tails), axis=0)
+    order = np.lexsort((worse, tails), axis=0)
     found: I64 = np.take_along_axis(pairs, order[-1:, ..., None], axis=0)[0]
     return found
 
@@ -346,6 +346,4 @@ def _newcombe(area: float, ones: int, zeros: int) -> tuple[float, float]:
         return abs(true - area) - float(special.ndtri(0.975) * np.sqrt(variance / (ones * zeros)))
 
     inside = min(max(area, 1e-9), 1 - 1e-9)  # at 0 and 1 the error is 0
-    low = 0.0 if area == 0.0 else brentq(distance, 0.0, inside)
-    high = 1.0 if area == 1.0 else brentq(distance, inside, 1.0)
-    return float(low), float(high)
+    return float(brentq(distance, 0.0, inside)), float(brentq(distance, inside, 1.0))

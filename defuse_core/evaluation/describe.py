@@ -261,7 +261,7 @@ def _error_nearby(wrong: Bool) -> tuple[float, float, bool]:
         over_least = float(binomial_tail(hits, len(tested), LEAST_REAL_ERROR))
         return min(1.0, 2 * min(over_all, over_least))  # Bonferroni: either of two tests is enough
 
-    testable = of_all > 0 and p_value(min(of_all, len(tested))) < SIGNIFICANT
+    testable = p_value(min(of_all, len(tested))) < SIGNIFICANT
     return float(tested.mean()), p_value(hits), testable
 
 

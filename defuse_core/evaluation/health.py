@@ -277,5 +277,6 @@ def _tile(grid: F32) -> U8:
     """(rows, columns, channels, H, W) in [0, 1] -> (rows * H, columns * W, 3) as uint8."""
     rows, columns, channels, height, width = grid.shape
     pixels = to_levels(grid).transpose(0, 3, 1, 4, 2)
-    tiled: U8 = pixels.reshape(rows * height, columns * width, channels)
-    return np.broadcast_to(tiled, (*tiled.shape[:2], 3)) if channels == 1 else tiled
+    return np.broadcast_to(
+        pixels.reshape(rows * height, columns * width, channels), (rows * height, columns * width, 3)
+    )

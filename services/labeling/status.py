@@ -321,8 +321,6 @@ def verdict_is_final(counts: I64, missing: I64, predicted: I64, rho: float) -> b
     only because its labels are bound to be tied is not final.
     """
     least = _ratio_over(rho, len(counts))
-    if least is None:
-        return True  # no completion accepts it
     labels, unlabelled = reachable_labels(counts, missing)
     misclassified = np.arange(counts.shape[1]) != predicted[:, None]  # (R, C)
     # (R, C) its sum over the images is 0 or more where the share of misclassified ones is `least` or more
@@ -362,10 +360,9 @@ def _always_leads(labels: Bool, unlabelled: Bool, label: int) -> bool:
     return bool((margin.sum(axis=0) > 0).all())
 
 
-def _ratio_over(rho: float, images: int) -> Fraction | None:
-    """Return the least share w/k of at most so many images that is more than rho; None if there is none.
+def _ratio_over(rho: float, images: int) -> Fraction:
+    """Return the least share w/k of at most so many images that is more than rho, which is below 1.
 
     The shares are compared as the floats that decide_verdicts() compares.
     """
-    over = [Fraction(w, k) for k in range(1, images + 1) for w in range(k + 1) if w / k > rho]
-    return min(over, default=None)
+    return min(Fraction(w, k) for k in range(1, images + 1) for w in range(k + 1) if w / k > rho)

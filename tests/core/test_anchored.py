@@ -44,7 +44,7 @@ from defuse_core.review.sample import sample_corrections, with_used_anchors
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.seeds import generator
 from defuse_core.store import FolderStore
-from defuse_core.training.reference_models import ReferenceAnnotators
+from defuse_core.training.reference_models import ReferenceAnnotators, mean_probabilities, sees_class
 from defuse_core.tuning_data import held_out_images, load_fine_tuning_data, tuning_images
 from tests.conftest import fine_tuning_data, recommended, tiny, trained_run
 from tests.sample_components import sample_failures, sample_scenarios
@@ -227,6 +227,16 @@ def test_failures_of_identification_are_failures_of_the_moved_image(tiny_models)
     assert (
         len(failures) and (answers == failures.predicted).mean() > 0.97
     )  # other batches may round otherwise
+
+
+def test_the_screen_of_identification_looks_at_the_moved_image(tiny_models, references):
+    screening = Identifier(SPEC, tiny_models, references)
+    kept, failing = screening.shard(0).failures, Identifier(SPEC, tiny_models).shard(0).failures
+    shown = Decoder(screening.vae, screening.train).decode(failing.codes, failing.source)
+    seen = mean_probabilities(screening.references, shown)
+    expected = failing.take(sees_class(seen, failing.truth, SPEC.identify.min_probability))
+    both = np.intersect1d(kept.codes[:, 0], expected.codes[:, 0])
+    assert 0.97 * len(expected) < len(both) <= len(kept) < 1.03 * len(expected) < len(failing)
 
 
 def test_shards_of_the_other_decoding_are_not_taken(tiny_models):

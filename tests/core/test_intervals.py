@@ -181,7 +181,12 @@ def test_the_interval_of_an_area_among_equal_scores_is_no_point():
 def test_a_perfect_order_of_few_is_no_certainty_and_one_kind_alone_has_no_area():
     area, low, high = auroc(np.arange(20.0), np.arange(20) >= 17)
     assert (area, high) == (1.0, 1.0) and low < 0.1
-    assert np.isnan(auroc(np.arange(5.0), np.zeros(5, np.bool_))).all()
+    assert auroc(np.arange(40.0), np.arange(40) >= 20) == pytest.approx([1.0, 1 - 3 / 20, 1.0])
+    assert auroc(-np.arange(40.0), np.arange(40) >= 20) == pytest.approx([0.0, 0.0, 3 / 20])
+    assert auroc(np.arange(20.0), np.arange(20) == 9) == pytest.approx([9 / 19, 0.0, 1.0])
+    assert 0 < auroc(np.arange(20.0), np.isin(np.arange(20), [9, 10]))[1] < 0.01
+    for kind in (False, True):
+        assert np.isnan(auroc(np.arange(5.0), np.full(5, kind))).all()
 
 
 @pytest.mark.parametrize("groups", [2, 3, 5, 14])
@@ -324,8 +329,10 @@ def test_bounds_allow_for_the_number_of_classes_from_twenty_on():
 
 
 def test_a_class_without_images_has_no_loss():
-    nothing = class_loss(np.ones(2, np.bool_), np.array([True, False]), np.zeros(2, np.int64), None, 2)
-    np.testing.assert_array_equal(nothing, [0.5, np.nan])
+    after, labels = np.array([True, False, False]), np.array([0, 0, 1])
+    np.testing.assert_array_equal(
+        class_loss(np.ones(3, np.bool_), after, labels, None, 3), [0.5, 1.0, np.nan]
+    )
 
 
 def test_class_accuracy_is_the_share_within_each_class():

@@ -175,6 +175,16 @@ def test_clean_accuracy_is_that_on_validation_images_and_on_training_images_wher
     assert chosen(spec, tiny_models, (0.7, 0.9, 1.0)) == 0
     assert chosen(spec, tiny_models, (0.7, None, 1.0)) is None
     assert chosen(spec, tiny_models, (0.9, None, 1.0)) == 0
+    rule = ChoiceRule(
+        spec.correct, {"train": 0.99, "validation": 0.9}
+    )  # each is compared with its own before
+    assert rule.allows(*rows_of(1.0, (0.7, 0.82, 1.0))) and not rule.allows(*rows_of(1.0, (0.82, None, 1.0)))
+
+
+def test_a_lambda_is_given_up_only_where_it_loses_more_than_the_limit():
+    rule = rule_of(tiny(correct={"max_loss": 0.0, "stop_at_loss": 0.1}), 0.9)
+    assert [rule.gives_up(row) for row in rows_of(1.0, (0.9, 0.81, 1.0), (0.9, 0.79, 1.0))] == [False, True]
+    assert not rule_of(tiny(), 0.9).gives_up(*rows_of(1.0, (0.0, 0.0, 1.0)))
 
 
 def test_where_every_epoch_loses_too_much_the_one_that_loses_least_is_shown():
@@ -258,16 +268,17 @@ def test_the_loss_is_that_on_clean_images_and_lambda_times_that_on_images_of_sce
     assert next(fine_tune(tuning, lam, None)).rows[0].loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("where", ["statistics", "moments", None])
-def test_an_epoch_whose_statistics_or_moments_overflow_has_diverged(where):
+@pytest.mark.parametrize("where", ["statistics", "moments", "weights", None])
+def test_an_epoch_that_changes_nothing_or_whose_statistics_or_moments_overflow_has_diverged(where):
     net, moments = nn.BatchNorm1d(2), {"weight/exp_avg": np.ones(2, np.float32)}
     before = {name: array.copy() for name, array in weights_of(net).items()}
     with torch.no_grad():
-        net.weight += 1
+        net.weight += where != "weights"
         if where == "statistics":  # they have no moments
             net.running_mean[0] = torch.inf
     if where == "moments":
         moments["weight/exp_avg"][0] = np.nan
-    diverged = pytest.raises(ModelError, match="λ = 2 diverged: an epoch overflowed")
+    what = "changed no weight" if where == "weights" else "overflowed"
+    diverged = pytest.raises(ModelError, match=f"λ = 2 diverged: an epoch {what}")
     with diverged if where else nullcontext():
         require_progress(before, net, moments, 2.0)

@@ -27,7 +27,7 @@ from defuse_core.distill.components import (
     scenarios_of,
     small_cell,
 )
-from defuse_core.distill.mixture import FittedMixture
+from defuse_core.distill.mixture import FittedMixture, fit_dirichlet_process_mixture
 from defuse_core.identify import save_shard
 from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
@@ -210,7 +210,14 @@ def test_the_images_of_a_small_cell_count_once_for_each_track():
 
 
 @pytest.mark.parametrize("engine", ["torch", "scikit-learn"])
-def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine):
+def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine, monkeypatch):
+    own = list[int]()
+
+    def noting(codes, count, **options):
+        own.append(count)
+        return fit_dirichlet_process_mixture(codes, count, **options)
+
+    monkeypatch.setattr(components, "fit_dirichlet_process_mixture", noting)
     codes = np.random.default_rng(0).standard_normal((100, 2)).astype(np.float32)
     section = DistillSection(engine=engine, max_iterations=1)
     begun = [
@@ -218,6 +225,7 @@ def test_each_seed_and_each_cell_begins_its_fit_in_its_own_way(engine):
         for seed, cell in ((0, WHOLE), (0, WHOLE), (1, WHOLE), (0, (3, 4)), (0, (3, 5)))
     ]
     assert begun[0] == begun[1] and len(set(begun)) == 4
+    assert own == (5 * [4] if engine == "torch" else [])
 
 
 def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):

@@ -36,6 +36,7 @@ def test_an_image_with_many_codes_counts_once():
     counted = count_sources([failures([5, 3, 3, 0, 3], wrong=[3, 5]), failures([1], wrong=[])])
     assert (counted.support.tolist(), counted.wrong.tolist()) == ([3, 1], [2.0, 0.0])
     np.testing.assert_allclose(counted.error(), [2 / 3, 0])
+    assert Sources(np.array([1]), np.ones(1)).error() == [1]
 
 
 def test_a_track_of_which_just_half_of_the_images_are_wrong_is_not_wrong():

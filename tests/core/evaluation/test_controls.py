@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
 from defuse_core.evaluation import (
@@ -19,6 +20,7 @@ from defuse_core.evaluation import (
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.intervals import (
     is_better,
+    is_beyond,
     is_confirmed,
     is_worse,
     least_favourable,
@@ -179,6 +181,11 @@ def test_what_further_plain_trainings_may_reach_is_neither_confirmed_nor_worse()
     assert is_worse(swapped(better), 1 - right, 1 - plain).tolist() == [True, False]
     alone = plain[:1]
     assert not is_confirmed(better, right, alone).any() and not is_worse(better, right, alone).any()
+    three, equal = np.array([[0.1], [0.2], [0.3]]), np.full((3, 2), 0.75)
+    bound = 0.2 + stats.t.ppf(0.95, 2) * 0.1 * np.sqrt(4 / 3)  # of one more observation
+    assert [is_beyond(np.array([bound + by]), three).item() for by in (-1e-6, 1e-6)] == [False, True]
+    assert not is_confirmed(better, equal[0], equal).any()
+    assert not is_worse(swapped(better), equal[0], equal).any()
 
 
 @pytest.mark.parametrize("lottery", [0.3, 1.0, 5.0])
@@ -217,6 +224,9 @@ def test_scenarios_with_too_few_units_are_not_tested_and_cost_the_others_nothing
 def test_the_least_favourable_plain_training_is_the_one_that_the_correction_is_least_certainly_better_than():
     found = least_favourable(np.array([[9, 8, 1], [9, 6, 3], [9, 9, 0]]))
     assert found.tolist() == [9, 6, 3]
+    one_in_51, one_in_14, certain = [9, 8, 1], [67, 40, 27], [67, 60, 7]  # by chance
+    assert least_favourable(np.array([one_in_51, one_in_14])).tolist() == one_in_14
+    assert least_favourable(np.array([one_in_51, certain])).tolist() == one_in_51
     for order in ([0, 1], [1, 0]):
         assert least_favourable(np.array([[9, 0, 0], [9, 0, 9]])[order]).tolist() == [9, 0, 9]
 

@@ -94,6 +94,10 @@ def test_a_vae_that_erases_what_shows_a_rare_class_is_not_fit(counts, kept, verd
     figures = health_figures(found, ("healthy", "sick"))
     assert found.verdict == verdict and told in figures
     assert ("least of sick (fit: at least 90 %)" in figures) is (verdict == "poor")
+    wrong = measure_health(
+        *(np.append(each, n) for each, n in ((labels, 0), (labels, 1), (reconstructed, 1))), ALIVE
+    )
+    assert wrong.verdict == verdict  # an image that the classifier gets wrong changes nothing
 
 
 def test_an_image_that_the_classifier_gets_wrong_says_nothing_of_the_vae():

@@ -326,9 +326,16 @@ def test_a_beta_vae_of_collapsed_dimensions_is_told_as_one(tmp_path: Path, ancho
 )
 def test_a_beta_vae_that_keeps_few_answers_is_told_by_what_it_draws(verdict: str, anchored: bool, words):
     found, _ = sample_findings(COUNT, 0)
-    health = Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 0, 16, verdict, anchored)
+    health = Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 7, 16, verdict, anchored)
     text = why_undecided(sample_spec(), dataclasses.replace(found, models=fit(found.models, health)))
     assert (text or "").startswith(words or "") and (text is None) is (words is None)
+    on_average = dataclasses.replace(health, kept_on_average=0.4, least_kept=1)
+    text = why_undecided(sample_spec(), dataclasses.replace(found, models=fit(found.models, on_average)))
+    if words is not None:
+        words = words.replace(
+            "60 % of the right answers", "40 % of the right answers, on average over the classes,"
+        )
+    assert (text or "").startswith(words or "")
 
 
 @pytest.mark.parametrize(("failing", "words"), [(1, "1 failing draw;"), (1200, "1,200 failing draws;")])
@@ -337,6 +344,8 @@ def test_failures_of_which_the_screen_kept_none_are_undecided(failing: int, word
     psi = dataclasses.replace(found.psi, codes=np.zeros(2, np.int64), failing=failing)
     found = dataclasses.replace(found, models=fit(found.models), psi=psi)
     assert words in (why_undecided(sample_spec(), found) or "")
+    kept = dataclasses.replace(psi, codes=np.array([0, 1]))
+    assert why_undecided(sample_spec(), dataclasses.replace(found, psi=kept)) is None
 
 
 def test_a_smaller_purity_is_proposed_only_where_tau_is_chosen_by_it():
@@ -362,10 +371,12 @@ def test_reference_models_that_are_worse_than_the_classifier_cannot_tell_where_i
     found = dataclasses.replace(found, models=fit(found.models), references=references(*test))
     text = why_undecided(sample_spec(), found)
     told = "right on fewer test images (at best 90.0 %) than the classifier (98.3 %), so they may take one for the"
-    assert (told in (text or "")) is worse
+    assert told in (text or "") if worse else text is None
     unused = sample_spec().with_fields("identify", screen="none")
     unused = unused.with_fields("review", annotators="label-studio", tau=0.25)
     assert why_undecided(unused, found) is None
+    by_tau = unused.with_fields("review", tau="auto")
+    assert why_undecided(by_tau, found) == text
 
 
 @pytest.mark.parametrize(

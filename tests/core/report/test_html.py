@@ -165,6 +165,7 @@ def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
     page = run.store.read("report.html").decode()
     assert "after plain further training<br>against it +0\u00a0−1 tracks, p\u00a0=\u00a01</div>" in page
     assert "<dt>test tracks, Defuse</dt><dd>+0 −1, p\u00a0=\u00a01</dd>" in page
+    assert "<dt>test tracks, Defuse against plain further training</dt>" in page
     alone = dataclasses.replace(
         evidence, own_label=np.where(np.arange(4)[:, None] == 2, np.nan, evidence.own_label)
     )
@@ -172,7 +173,7 @@ def test_test_images_of_one_track_are_counted_as_that_track(tmp_path: Path):
     page = run.store.read("report.html").decode()
     assert (
         "<dt>test tracks, Defuse</dt><dd>+0 −1, p\u00a0=\u00a01</dd>" in page
-        and "test set, Defuse" not in page
+        and "Defuse against plain" not in page
     )
 
 

@@ -63,6 +63,10 @@ def test_a_single_image_does_not_show_that_models_are_worse(images: int | None, 
     assert not are_worse([0.0], float("nan"), images)
 
 
+def test_models_are_worse_from_over_two_points_on() -> None:
+    assert are_worse([0.877], 0.9, None) and not are_worse([0.883], 0.9, None)
+
+
 def of_two_classes(right: list[float], images: list[int]) -> Models:
     """A classifier that is right on such shares of the images of healthy and of sick ones."""
     counts, share = np.array(images), np.array(right)

@@ -9,7 +9,7 @@ import pytest
 
 from defuse_core.artifacts import Health
 from defuse_core.evaluation.undecided import why_undecided
-from defuse_core.review.undecided import why_guessing
+from defuse_core.review.undecided import only_guesses, why_guessing
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -27,6 +27,7 @@ from tests.sample_findings import sample_findings, sample_spec
         ({"test": 0.54}, 2, "of 500 test images, and on 54.0 % on average over their 2 classes"),
         ({"test": 0.56}, 2, None),
         ({"test": 0.05}, 1000, None),
+        ({"test": 0.0025}, 1000, None),  # over twice as often right as by chance
         ({"train": 0.1}, 10, None),
     ],
 )
@@ -132,3 +133,8 @@ def test_a_class_of_one_or_few_images_makes_no_good_classifier_a_guessing_one(ri
         class_images=images,
     )
     assert (why_guessing(known) is not None) is guesses
+
+
+def test_many_images_of_each_class_show_that_a_poor_classifier_does_not_guess():
+    right, counts = np.array([0.7, 0.6]), np.array([1000, 1000])
+    assert not only_guesses(right, counts) and only_guesses(right - 0.15, counts)

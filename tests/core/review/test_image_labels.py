@@ -52,7 +52,9 @@ def test_of_a_tied_image_one_of_its_classes_counts_as_the_majority():
 
 
 def test_no_image_has_the_label_of_a_component_whose_labels_are_tied():
-    assert judge([[[8, 3, NO]]], [[1, 1, 1]]).purity.tolist() == [0.0]
+    found = judge([[[8, 3, NO]]], [[1, 1, 1]])
+    assert found.purity.tolist() == [0.0]
+    assert found.reasons[0].endswith("but labels are tied")
 
 
 def test_a_verdict_holds_the_decisions_that_it_was_made_with():

@@ -130,6 +130,10 @@ def test_requirements_are_on_the_lower_bounds_of_the_shares():
 def test_what_rho_rejects_is_not_found_whatever_share_is_asked_for():
     assert found_at_any_tau(pure=64, wrong=36, failing=0.1, rho=0.5) is None
     assert found_at_any_tau(pure=64, wrong=36, failing=0.1, rho=0.4) == 1
+    spec = tiny(review={"tau": "auto", "purity": 0.9, "failing": 0.1, "rho": 0.5})
+    answers = np.where(np.arange(64) < 36, 3, 8), np.full(64, 8)
+    (found,) = find_taus(spec, one_component(), range(1), lambda draws: answers, silent)
+    assert found.last.reason(spec).endswith("at least 46 % (95 % confidence), and 50 % are required")
 
 
 def test_draws_near_failures_are_examined_within_the_ellipsoid_that_they_are_drawn_from():

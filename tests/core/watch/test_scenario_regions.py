@@ -61,9 +61,10 @@ def test_the_gaussian_of_a_class_counts_twice_z_images_of_all_classes():
     means, covariances = class_gaussians(codes, labels, 3)
     few, many = (np.cov(codes[labels == label].T, bias=True) for label in (0, 1))
     within = (4 * few + 200 * many) / 204
-    np.testing.assert_allclose(covariances[0], (4 * few + 6 * within) / 10, atol=0.01)
-    np.testing.assert_allclose(covariances[1], (200 * many + 6 * within) / 206, atol=0.01)
-    np.testing.assert_allclose(covariances[2], within, atol=0.01)
+    floor = VARIANCE_FLOOR * np.trace(within) / 3 * np.eye(3)
+    np.testing.assert_allclose(covariances[0], (4 * few + 6 * within) / 10 + floor, atol=1e-5)
+    np.testing.assert_allclose(covariances[1], (200 * many + 6 * within) / 206 + floor, atol=1e-5)
+    np.testing.assert_allclose(covariances[2], within + floor, atol=1e-5)
     np.testing.assert_allclose(means[2], codes.mean(axis=0), atol=1e-5)
 
 

@@ -61,10 +61,22 @@ def test_images_that_are_right_now_make_up_for_lost_ones_but_not_for_regressions
     assert failed(better, max_regressions=0.0) == {"regressions"}
 
 
+def test_a_check_has_the_figure_that_it_compares():
+    checks = report("1111011110", "1110011111").checks(ALL_ALLOWED)  # 8 of 10, and 8: one lost, one gained
+    worse = report("1" * 10, "1" * 9 + "0", "0" * 8 + "11").checks(ALL_ALLOWED)
+    found, lost = ({check.name: check for check in each} for each in (checks, worse))
+    assert (found["clean accuracy"].found, found["regressions"].found) == (0.0, 0.1)
+    assert lost["clean accuracy"].found == pytest.approx(0.1) and lost["every class"].found == 0.5
+    assert "class b lost 50.00 points, expected at most" in lost["every class"].line
+
+
 def test_scenarios_that_are_no_better_than_before_fail():
     same = dataclasses.replace(report(), scenario_before=np.array([0.9]))
     assert failed(same) == {"improvement"}
-    assert failed(dataclasses.replace(same, scenario_before=np.array([0.89]))) == set()
+    better = dataclasses.replace(same, scenario_before=np.array([0.6]))
+    assert failed(better) == set()
+    (gain,) = [check.found for check in better.checks(ALL_ALLOWED) if check.name == "improvement"]
+    assert gain == pytest.approx(0.3)
 
 
 def evaluated(stored: Run, splits, corrected) -> CandidateReport:

@@ -147,6 +147,7 @@ def test_the_pages_of_several_nodes_become_one_page_with_one_header_per_metric()
         "# HELP ray_defuse_images_total x\n# TYPE ray_defuse_images_total counter\n"
         'ray_defuse_images_total{n="1"} 1.0\nray_defuse_images_total{n="2"} 1.0\n'
     )
+    assert merge_pages([page % 1 + "other 3"]) == merge_pages([page % 1])  # cut behind a line of others
 
 
 def test_a_page_that_is_cut_within_a_line_is_left_out():
