@@ -12,7 +12,7 @@ from defuse_core.errors import InputError, one_line
 
 # as in the extras of pyproject.toml
 RELEASES = {
-    "cleanlab": ">=2.7",
+    "cleanlab": ">=2.8",
     "httpx": ">=0.27",
     "label-studio-sdk": ">=2.1,<2.2",
     "mlflow-skinny": ">=3.2",
