@@ -270,13 +270,18 @@ def is_endless(path: Path) -> bool:
     return path.exists() and not (path.is_file() or path.is_dir())
 
 
+def expect_an_end(path: Path) -> None:
+    """Raise OSError for a path that `is_endless`."""
+    if is_endless(path):
+        raise OSError(errno.EINVAL, "a pipe, a device or a socket", str(path))
+
+
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of a file, or over the digests of config.json and `weights_in` a folder.
 
     Raises OSError.
     """
-    if is_endless(path):
-        raise OSError(errno.EINVAL, "a pipe, a device or a socket", str(path))
+    expect_an_end(path)
     if path.is_dir():
         inside = "".join(map(digest_of, (path / "config.json", *weights_in(path))))
         return hashlib.sha256(inside.encode()).hexdigest()

@@ -35,7 +35,7 @@ from defuse_core.errors import InputError, StoreError, percent
 from defuse_core.evaluation import Findings
 from defuse_core.export import expect_stated_classes, why_not_corrected
 from defuse_core.export.finished import both_classifiers
-from defuse_core.files import expect_new_folder, filling, is_endless
+from defuse_core.files import expect_an_end, expect_new_folder, filling
 from defuse_core.models import (
     EXTERNAL,
     StoredVae,
@@ -258,11 +258,7 @@ def load_suite(folder: Path) -> Suite:
     """Return the suite in a folder. Raises InputError for anything else."""
     try:
         for name in (DESCRIPTION, TENSORS):
-            if is_endless(folder / name):
-                raise InputError(
-                    f"--suite {folder}: expected a folder written by `defuse suite save`; {name} is a pipe, a device "
-                    "or a socket"
-                )
+            expect_an_end(folder / name)
         description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
         data, where = (folder / TENSORS).read_bytes(), str(folder / TENSORS)
         pictures = decode(SuitePictures, data, where, SAVE_AGAIN, OTHER_DEFUSE)

@@ -238,7 +238,7 @@ def trained_classifier(
     key = f"training/{name}-{number}.safetensors"
     found = _stored(store, key, splits.fingerprint())
     if found is None:
-        found = _train(spec, name, number, splits, progress)
+        found = _fit(spec, name, number, splits, progress)
         store.write(key, encode(found))
     return found
 
@@ -247,7 +247,7 @@ def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | Non
     """Return the model under `key`; None where there is none, and where it is damaged or of other images."""
     if not store.exists(key):
         return None
-    data = store.read(key)  # not below: a store that does not answer may hold it
+    data = store.read(key)  # not in the block: a store that does not answer may hold it
     try:
         found = decode(TrainedClassifier, data, f"{store.address}/{key}", "it is trained again")
     except StoreError as error:
@@ -256,9 +256,7 @@ def _stored(store: Store, key: str, fingerprint: str) -> TrainedClassifier | Non
     return found if found.data_fingerprint == fingerprint else None
 
 
-def _train(
-    spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress
-) -> TrainedClassifier:
+def _fit(spec: RunFile, name: SetName, number: int, splits: Splits, progress: Progress) -> TrainedClassifier:
     """Return model `number` of a set, trained on the set's part of the training images, with its accuracies."""
     train = _training_images(spec, set_section(spec, name), name, splits.train).loaded()
     if number == 0:
