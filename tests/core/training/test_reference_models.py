@@ -14,7 +14,7 @@ from defuse_core.protocols import silent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
-    _train,
+    _fit,
     _training_images,
     _warn_of_missing_classes,
     ask_models,
@@ -73,7 +73,7 @@ def test_models_are_measured_on_all_images_however_they_are_sorted(tiny_spec, mo
     nn.init.zeros_(constant[1].weight)
     constant[1].bias.data = torch.tensor([0.0, 1.0])
     monkeypatch.setattr("defuse_core.training.reference_models.train_reference", lambda *_: constant)
-    found = _train(tiny_spec, "reference", 0, Splits(part, None, part, ("a", "b")), silent)
+    found = _fit(tiny_spec, "reference", 0, Splits(part, None, part, ("a", "b")), silent)
     assert (found.validation, found.test) == (None, 0.5)
     assert {part: shares.tolist() for part, shares in found.class_accuracy.items()} == {"test": [0.0, 1.0]}
 
@@ -83,7 +83,7 @@ def test_the_error_of_a_model_that_returns_nan_for_an_unseen_image_names_its_set
     blank = Images(np.zeros((6, 1, 4, 4), np.uint8), np.arange(6) % 3)
     for name, called in (("judges", "judges"), ("reference", "reference models")):
         with pytest.raises(ModelError, match=f"^{called}: a classifier returns nan for 6 of 6 images"):
-            _train(tiny_spec, name, 0, Splits(blank, None, blank, ("a", "b", "c")), silent)
+            _fit(tiny_spec, name, 0, Splits(blank, None, blank, ("a", "b", "c")), silent)
 
 
 def test_models_come_back_from_the_run_as_they_were_trained(tiny_spec, trained_on_all, gallery):
