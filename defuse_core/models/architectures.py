@@ -103,9 +103,7 @@ def _called(field: str, path: str) -> nn.Module:
         ) from error
     except KeyboardInterrupt:
         raise
-    except (
-        BaseException
-    ) as error:  # of a library, which may raise what is no Exception, such as pytest's Skipped
+    except BaseException as error:  # a library may raise what is no Exception, such as pytest's Skipped
         raise ModelError(
             f"{field} {path}: calling it failed ({type(error).__name__}: {error}); "
             "expected package.module:factory, importable from here and callable without arguments"
