@@ -391,7 +391,7 @@ def test_a_relative_root_in_a_folder_whose_name_is_no_text_is_refused(tmp_path, 
 def test_the_path_of_weights_may_change_but_not_whether_there_are_any():
     here, there = (tiny(vae={"weights": f"/{place}/vae.safetensors"}) for place in ("here", "there"))
     assert changed_field(here, there) is None
-    assert "vae.weights: None in the run" in str(changed_field(tiny(), here))
+    assert "vae.weights: null in the run" in str(changed_field(tiny(), here))
     assert "vae.weights: '/here/vae.safetensors' in the run" in str(changed_field(here, tiny()))
 
 

@@ -69,7 +69,7 @@ def test_a_figure_of_a_readme_is_that_of_the_code(folder: str, words: str, value
         (r"`suite\.json` version (\d+)", suite.VERSION),
         (r"candidates format (\d+)", candidate.FORMAT),
         (r"the registry format (\d+)", registry_state.FORMAT),
-        (r"`labeling\.json` version (\d+)", records.VERSION),
+        (r"`labeling\.json` version (\d+)", records.ProjectState.new("").version),
     ],
 )
 def test_a_format_in_the_changelog_is_that_of_the_code(words: str, value: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import tracemalloc
 import zlib
@@ -94,8 +95,9 @@ def test_an_image_file_gives_its_pixels_between_0_and_1(kind):
     ],
 )
 def test_an_unusable_file_is_rejected_in_one_sentence(files, status, words):
-    with pytest.raises(RejectedInput, match=words) as refused:
+    with pytest.raises(RejectedInput) as refused:
         decode_images(files, GREY)
+    assert re.search(words, refused.value.detail)
     assert refused.value.status_code == status and "\n" not in refused.value.detail
 
 
