@@ -15,6 +15,7 @@ import itertools
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -61,11 +62,26 @@ OWN_FILES = (  # whose folder Defuse reads again: what it is, and files that it 
 )
 
 
+def is_file(path: Path) -> bool:
+    """Whether it is a file. Unlike Path.is_file since Python 3.14, raises OSError where that cannot be seen."""
+    return stat.S_ISREG(_mode(path))
+
+
 def is_folder(path: Path) -> bool:
     """Whether it is a folder, or a link to where this process may not look."""
     with explained(path), contextlib.suppress(PermissionError):
-        return path.is_dir()
+        return stat.S_ISDIR(_mode(path))
     return True
+
+
+def _mode(path: Path) -> int:
+    """Return the mode of a file or folder; 0 where there is none, or a link that leads nowhere."""
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+            return 0
+        raise
 
 
 def locked_at_once(handle: TextIO, how: int = fcntl.LOCK_EX) -> bool:

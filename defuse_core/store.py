@@ -26,6 +26,7 @@ from defuse_core.files import (
     expect_gone,
     explained,
     is_current,
+    is_file,
     is_folder,
     locked_at_once,
     renamed_if_absent,
@@ -143,7 +144,7 @@ class FolderStore:
 
     def exists(self, key: str) -> bool:
         with explained(self.folder / key):
-            return (self.folder / key).is_file()
+            return is_file(self.folder / key)
 
     def version(self, key: str) -> str | None:
         with contextlib.suppress(FileNotFoundError), explained(self.folder / key):
@@ -163,7 +164,7 @@ class FolderStore:
             synced_temporary(target, data) as temporary,
             self._holding(alone=unless is not None),
         ):
-            if unless is None or not target.is_file() or not unless(target.read_bytes()):
+            if unless is None or not is_file(target) or not unless(target.read_bytes()):
                 temporary.replace(target)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -186,7 +187,7 @@ class FolderStore:
         for folder, folders, names in os.walk(self.folder, onerror=expect_gone):
             folders[:] = [name for name in folders if not is_hidden(name)]
             with explained(Path(folder)):
-                files = [path for name in names if (path := Path(folder, name)).is_file()]
+                files = [path for name in names if is_file(path := Path(folder, name))]
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
@@ -307,7 +308,7 @@ class FolderStore:
             return
         with (folder / GATE).open("a+") as gate:  # NFS shares a lock only of readers
             fcntl.flock(gate, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-            found = (folder / LOCK).read_text() if (folder / LOCK).exists() else ""
+            found = (folder / LOCK).read_text() if is_file(folder / LOCK) else ""
             if found != self.holders[folder]:
                 held, now = self.holders[folder] or "a driver", found or "nobody"
                 raise RunBusyError(f"{folder}: {held} held this run; {now} holds it now")
@@ -324,7 +325,7 @@ class FolderStore:
         Raises RunBusyError if the folder is gone, and InputError if the driver locked it on another machine.
         """
         folder = next((folder for folder in self.holders if self.folder.is_relative_to(folder)), None)
-        if folder is None or (folder / LOCK).exists():
+        if folder is None or is_file(folder / LOCK):
             return folder
         if not self.holders[folder] or f" on {platform.node()} " in self.holders[folder]:
             raise RunBusyError(f"{folder}: {GONE}; put it back to continue, or run again to begin anew")

@@ -13,20 +13,20 @@ from defuse_core.optional_packages import expect_packages, import_package
 
 
 def test_a_package_of_the_oldest_release_or_a_newer_one_is_no_error() -> None:
-    expect_packages("this test", "timm", "mlflow-skinny", "label-studio-sdk")
+    expect_packages("this test", "timm", "mlflow-skinny", "onnx")
 
 
 def test_a_missing_and_an_old_package_are_named_together_and_a_good_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "label_studio_sdk", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     releases = {"timm": "1.0.9", "httpx": "0.28.1"}
     monkeypatch.setattr(metadata, "version", releases.__getitem__)
     with pytest.raises(ModelError) as caught:
-        expect_packages("this test", "timm", "httpx", "label-studio-sdk", error=ModelError)
+        expect_packages("this test", "timm", "httpx", "onnx", error=ModelError)
     assert str(caught.value) == (
-        "this test needs timm>=1.0.26 (found 1.0.9) and label-studio-sdk>=2.1,<2.2 (found none); "
-        "pip install 'timm>=1.0.26' 'label-studio-sdk>=2.1,<2.2'"
+        "this test needs timm>=1.0.26 (found 1.0.9) and onnx>=1.17 (found none); "
+        "pip install 'timm>=1.0.26' 'onnx>=1.17'"
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.labeling.local_server import NEWEST_PYTHON
 from tests.command_line import call, npz, one_line
 from tests.conftest import ROOT, TINY
 from tests.no_access import write_all_but_run_file
@@ -144,6 +145,7 @@ def test_the_cluster_is_the_one_that_is_given_and_else_that_of_the_environment(t
     assert asked == ["ours:6379", "given:6379"]
 
 
+@pytest.mark.skipif(sys.version_info[:2] > NEWEST_PYTHON, reason="Label Studio is for older Pythons")
 @pytest.mark.parametrize("options", [(), ("--wait",)])
 def test_a_run_waits_for_people_only_where_that_is_asked_for(options, tmp_path, monkeypatch, capsys):
     asked = []

@@ -221,9 +221,12 @@ def test_a_shadow_goes_on_after_a_report_that_raises():
         raise RuntimeError("no statistics")
 
     async def runs() -> list[PredictionResult]:
-        runner, reported = ShadowRunner(max_seconds=1.0), list[PredictionResult]()
+        runner, reported, go_on = ShadowRunner(max_seconds=1.0), list[PredictionResult](), threading.Event()
+        runner._thread.submit(go_on.wait)
         first = asyncio.create_task(run_failing(runner, fail))
         waiting = asyncio.create_task(run_failing(runner, reported.append))
+        await asyncio.sleep(0)  # both have begun
+        go_on.set()
         await asyncio.wait({first, waiting})
         with pytest.raises(RuntimeError, match="no statistics"):
             await first
