@@ -15,8 +15,8 @@ INSTALL_LABEL_STUDIO := 'import sys; from services.labeling.local_server import 
 	sys.version_info[:2] <= NEWEST_PYTHON and install(read_environment().cache)'
 # Processes of tests. On two cores four: some tests wait for servers at any time.
 TESTS_AT_ONCE ?= 4
-# What else has to be brought before the tests: a command of the shell, run beside the set-up.
-BESIDE ?= true
+# A shell command that installs the browser of the tests where there is none, run beside the set-up.
+INSTALL_BROWSER ?= true
 
 .PHONY: help setup demo test lint bench clean
 
@@ -52,11 +52,11 @@ lint: $(PACKAGES)
 # the set-up and the tests. What failed there is printed last.
 test:
 	mkdir -p $(VENV)
-	{ $(BESIDE); } & brought=$$!; \
+	{ $(INSTALL_BROWSER); } & browser=$$!; \
 	$(PYTHON) -c $(INSTALL_LABEL_STUDIO) > $(VENV)/label-studio.log 2>&1 & installed=$$!; \
-	$(MAKE) --no-print-directory $(PACKAGES) || { kill $$brought $$installed; exit 1; }; \
+	$(MAKE) --no-print-directory $(PACKAGES) || { kill $$browser $$installed; exit 1; }; \
 	$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & linted=$$!; \
-	$(MAKE) --no-print-directory setup && wait $$brought || { kill $$installed $$linted; exit 1; }; \
+	$(MAKE) --no-print-directory setup && wait $$browser || { kill $$installed $$linted; exit 1; }; \
 	$(BIN)/python -m pytest --numprocesses $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder; failed=$$?; \
 	wait $$installed || { failed=1; cat $(VENV)/label-studio.log; }; \
 	wait $$linted || { failed=1; cat $(VENV)/lint.log; }; \

@@ -281,14 +281,15 @@ def weights_in(folder: Path) -> list[Path]:
     return list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
 
 
-def is_endless(path: Path) -> bool:
+def is_special_file(path: Path) -> bool:
     """Whether it is a pipe, a device or a socket: reading it may wait, or read on, without end."""
-    return path.exists() and not (path.is_file() or path.is_dir())
+    mode = _mode(path)
+    return bool(mode) and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def expect_an_end(path: Path) -> None:
-    """Raise OSError for a path that `is_endless`."""
-    if is_endless(path):
+def expect_no_special_file(path: Path) -> None:
+    """Raise OSError for a path that `is_special_file`."""
+    if is_special_file(path):
         raise OSError(errno.EINVAL, "a pipe, a device or a socket", str(path))
 
 
@@ -297,7 +298,7 @@ def digest_of(path: Path) -> str:
 
     Raises OSError.
     """
-    expect_an_end(path)
+    expect_no_special_file(path)
     if path.is_dir():
         inside = "".join(map(digest_of, (path / "config.json", *weights_in(path))))
         return hashlib.sha256(inside.encode()).hexdigest()

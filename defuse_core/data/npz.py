@@ -16,7 +16,7 @@ from defuse_core.data.folder import part_of
 from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
 from defuse_core.data.splits import divided, track_numbers
 from defuse_core.errors import DataError, first_few
-from defuse_core.files import is_endless
+from defuse_core.files import is_special_file
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels", "tracks")} | {"classes"}
@@ -85,7 +85,7 @@ def read_arrays(file: Path, wanted: set[str] = NAMES) -> Arrays:
 
     A named pipe, which would be waited for without end, is not opened.
     """
-    if is_endless(file):
+    if is_special_file(file):
         raise DataError(f"{file}: expected an .npz file, found a pipe, a device or a socket; check data.root")
     try:
         archive = np.load(file, allow_pickle=False)

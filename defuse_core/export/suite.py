@@ -35,7 +35,7 @@ from defuse_core.errors import InputError, StoreError, percent
 from defuse_core.evaluation import Findings
 from defuse_core.export import expect_stated_classes, why_not_corrected
 from defuse_core.export.finished import both_classifiers
-from defuse_core.files import expect_an_end, expect_new_folder, filling
+from defuse_core.files import expect_new_folder, expect_no_special_file, filling
 from defuse_core.models import (
     EXTERNAL,
     StoredVae,
@@ -258,7 +258,7 @@ def load_suite(folder: Path) -> Suite:
     """Return the suite in a folder. Raises InputError for anything else."""
     try:
         for name in (DESCRIPTION, TENSORS):
-            expect_an_end(folder / name)
+            expect_no_special_file(folder / name)
         description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
         data, where = (folder / TENSORS).read_bytes(), str(folder / TENSORS)
         pictures = decode(SuitePictures, data, where, SAVE_AGAIN, OTHER_DEFUSE)

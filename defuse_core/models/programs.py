@@ -30,7 +30,7 @@ from torch.export.passes import move_to_device_pass
 
 from defuse_core.device import device, plain_attention
 from defuse_core.errors import ModelError, count_of, one_line
-from defuse_core.files import is_endless, weights_in
+from defuse_core.files import is_special_file, weights_in
 from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
 from defuse_core.optional_packages import import_package
@@ -79,7 +79,7 @@ class SelfContainedClassifier(nn.Module):
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file of weights. Raises ModelError."""
     try:
-        if is_endless(path):
+        if is_special_file(path):
             raise ModelError(
                 f"{path}: expected a file of weights, found a pipe, a device or a socket; copy its content to a file"
             )

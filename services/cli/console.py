@@ -61,7 +61,7 @@ def add_row(table: Table, *cells: str | Text) -> None:
     table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
-def keep_names_readable(table: Table) -> None:
+def _keep_names_readable(table: Table) -> None:
     """Give long names of classes as many columns as their headings have, at least."""
     for column in table.columns:
         if column.header in CLASS_COLUMNS:
@@ -106,21 +106,22 @@ def needed_width(console: Console, table: Table) -> int:
 
 
 def print_fitting(
-    make: Callable[[int, Sequence[str]], Table],
+    make: Callable[[Sequence[str]], Table],
     columns: Sequence[str],
     dropped: Sequence[str],
     console: Console,
 ) -> None:
-    """Print make(width, columns); a narrow terminal shows fewer columns, rather than parts of each.
+    """Print make(columns); a narrow terminal shows fewer columns, rather than parts of each.
 
     One in which the fewest do not fit shows all of them, below each other.
     """
     for count in range(len(dropped) + 1):
-        table = make(console.width, [name for name in columns if name not in dropped[:count]])
+        table = make([name for name in columns if name not in dropped[:count]])
+        _keep_names_readable(table)
         if needed_width(console, table) <= console.width:
             print_table(console, table)
             return
-    print_table(console, make(UNBOUNDED, columns))
+    print_table(console, make(columns))
 
 
 def _rate(made: int, elapsed: float) -> str:

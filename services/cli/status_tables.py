@@ -227,7 +227,7 @@ def print_status(run: Run, console: Console | None = None) -> None:
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 
-def _steps_table(states: Sequence[StepState], _: int, columns: Sequence[str]) -> Table:
+def _steps_table(states: Sequence[StepState], columns: Sequence[str]) -> Table:
     table = new_table(None, columns, texts=2)
     table.columns[1].no_wrap = False
     for state in states:
@@ -283,7 +283,7 @@ def print_runs(store: Store, console: Console | None = None) -> None:
             print_text(console, run.problem, "red" if run.is_unreadable else "yellow", console.width)
 
 
-def _runs_table(runs: Sequence[RunSummary], _: int, columns: Sequence[str]) -> Table:
+def _runs_table(runs: Sequence[RunSummary], columns: Sequence[str]) -> Table:
     table = new_table(None, columns, texts=sum(name in columns for name in RUN_COLUMNS[:3]))
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     table.columns[0].min_width = min(NAME_WIDTH, max(len(run.run) for run in runs))

@@ -13,15 +13,7 @@ from rich.text import Text
 
 from defuse_core.errors import NONE, count_of, percent
 from defuse_core.report.formatting import change, interval, is_low, spread, sweep_text
-from services.cli.console import (
-    Terminal,
-    add_row,
-    keep_names_readable,
-    needed_width,
-    new_table,
-    print_fitting,
-    print_table,
-)
+from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
 from services.cli.options import broken_lines
 
 if TYPE_CHECKING:
@@ -69,7 +61,7 @@ def print_accuracy(report: Report, console: Console) -> None:
     print_fitting(functools.partial(_accuracy_table, report), ACCURACY_COLUMNS, ("Scenarios",), console)
 
 
-def _accuracy_table(report: Report, _: int, columns: Sequence[str]) -> Table:
+def _accuracy_table(report: Report, columns: Sequence[str]) -> Table:
     table = new_table("Accuracy (Figure 4)", columns)
     table.caption = "Scenario images: held out, by the scenario's label."
     table.caption_justify = "left"
@@ -141,7 +133,7 @@ def _states() -> tuple[str, ...]:
     return get_args(State)
 
 
-def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Sequence[str]) -> Table:
+def _comparison_table(rows: Sequence[ComparedScenario], columns: Sequence[str]) -> Table:
     table = new_table(None, columns, texts=3 if "Mistaken for" in columns else 2)
     table.columns[0].min_width = max(map(len, _states()))
     for row in rows:
@@ -149,11 +141,10 @@ def _comparison_table(rows: Sequence[ComparedScenario], width: int, columns: Seq
         shares = (percent(share) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
         cells = dict(zip(COMPARED, (row.state, row.label, row.mistaken_for, *numbers, *shares), strict=True))
         add_row(table, *(cells[name] for name in columns))
-    keep_names_readable(table)
     return table
 
 
-def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table:
+def _scenario_table(report: Report, columns: Sequence[str]) -> Table:
     table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
     table.caption = "Before, Defuse: on held-out images, by the scenario's label."
@@ -174,7 +165,6 @@ def _scenario_table(report: Report, width: int, columns: Sequence[str]) -> Table
                 "Defuse": percent(row.defuse),
             }
             add_row(table, *(cells[name] for name in columns))
-    keep_names_readable(table)
     return table
 
 
