@@ -72,6 +72,7 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
     from defuse_core.export import export_model
     from defuse_core.export.finished import export_scenarios
     from defuse_core.files import expect_new_file, expect_new_folder
+    from defuse_core.local import local_device
 
     if model is None and folder is None:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
@@ -89,7 +90,8 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
             f"{count_of(done.images, f'{done.source} image')}; logits differ by at most {done.difference:.2g}"
         )
     if folder is not None:
-        count = export_scenarios(opened, folder)
+        with local_device(opened.spec.resources.gpus_per_worker):
+            count = export_scenarios(opened, folder)
         click.echo(
             f"{folder}: {count_of(count, 'picture')}, with labels.csv; its column class_index has the classifier's "
             "class numbers (ImageFolder numbers the folders)"
@@ -326,10 +328,12 @@ def compare(run_a: str, run_b: str, store: str, as_json: bool) -> None:
     defuse compare parts-v1 parts-v2
     """
     from defuse_core.export.compare import compare_runs
+    from defuse_core.local import local_device
     from services.cli.tables import print_comparison
 
     earlier, later = open_run(run_a, store), open_run(run_b, store)
-    rows, undecided, guessing = compare_runs(earlier, later)
+    with local_device(later.spec.resources.gpus_per_worker):
+        rows, undecided, guessing = compare_runs(earlier, later)
     right_from = later.spec.check.min_scenario_accuracy
     if as_json:
         page = {

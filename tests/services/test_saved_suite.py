@@ -44,6 +44,8 @@ from tests.conftest import ROOT, tiny
 from tests.services.serving.synthetic_runs import make_run, swap_classes
 from tests.services.suite_runs import EASY, NET, with_scenarios
 
+SUITE, NEW = "(the suite)", "(a new folder)"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_models: Models) -> Run:
@@ -173,19 +175,37 @@ def test_its_classifiers_are_checked_in_the_f32_of_the_run(loaded: Suite):
 
 
 @pytest.mark.parametrize(("gpus", "kind"), [(0, "cpu"), ("auto", "cuda")])
-def test_a_run_is_checked_on_the_cpu_if_it_has_no_gpus(
-    gpus: object, kind: str, run: Run, suite: Path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("computes", "arguments"),
+    [
+        ("suite.Suite.check", ["check", "first", "--suite", SUITE]),
+        ("suite.save_suite", ["suite", "save", "first", "--out", NEW]),
+        ("finished.export_scenarios", ["export", "first", "--scenarios", NEW]),
+        ("compare.compare_runs", ["compare", "first", "first"]),
+    ],
+)
+def test_a_command_computes_on_the_cpu_if_its_run_has_no_gpus(
+    computes: str,
+    arguments: list[object],
+    gpus: object,
+    kind: str,
+    run: Run,
+    suite: Path,
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
 ):
-    def check(*_: object) -> list[object]:
-        raise InputError(f"checked on {device().type}")
+    def compute(*_: object) -> object:
+        raise InputError(f"computed on {device().type}")
 
     monkeypatch.setattr(run, "spec", run.spec.with_fields("resources", gpus_per_worker=gpus))
     monkeypatch.setattr("services.cli.results.open_run", lambda *_: run)
     monkeypatch.setattr("services.cli.results._classifier_of", lambda *_: None)
     monkeypatch.setattr("defuse_core.device.can_use_gpu", lambda: True)
-    monkeypatch.setattr(Suite, "check", check)
-    code, _, err = call(monkeypatch, capsys, "check", "first", "--suite", suite)
-    assert (code, f"checked on {kind}" in err) == (2, True)
+    monkeypatch.setattr(f"defuse_core.export.{computes}", compute)
+    paths = {SUITE: suite, NEW: tmp_path / "new"}
+    code, _, err = call(monkeypatch, capsys, *[paths.get(given, given) for given in arguments])
+    assert (code, f"computed on {kind}" in err) == (2, True)
 
 
 @pytest.mark.parametrize(("right", "expected"), [(True, 0), (False, 1)])
