@@ -27,7 +27,7 @@ from defuse_core.errors import OTHER_FORMAT_REMEDY, DamagedError
 T = TypeVar("T")
 Arrays = dict[str, npt.NDArray[Any]]
 
-FORMAT = 7  # grows with every change of the stored fields
+FORMAT = 8  # grows with every change of the stored fields
 TENSOR = "tensor"
 FLOAT = "float"  # nan, inf or -inf; in an optional field they become None
 

@@ -48,7 +48,9 @@ from defuse_core.training.reference_models import load_reference_models, mean_pr
 log = logging.getLogger("defuse")
 SHARDS = 512  # most shards of a training set, unless they would be larger than SHARD_DECODINGS
 SHARD_DECODINGS = 2**19  # most decodings of a shard: two minutes of a CPU core, about a second of a GPU
-COUNTS = ("images", "decodings", "images_with_any", "zero_noise_flips", "failing")  # fields of Shard and Psi
+COUNTS = (  # fields of Shard and Psi
+    "images", "decodings", "images_with_any", "zero_noise_flips", "failing", "wrong", "wrong_decoded", "wrong_kept",
+)  # fmt: skip
 SAMPLE_CODES = 50_000  # most codes of Ψ that are looked at where max_codes is null
 SAMPLE_KEY = "psi_sample.safetensors"  # the rows that subsample_psi draws, as a shard
 
@@ -191,6 +193,9 @@ class Identifier:
             zero_noise_flips=int(flips.sum()),
             seconds=0.0,
             failing=int(failed.sum()),
+            wrong=int(wrong.sum()),
+            wrong_decoded=int((wrong & flips).sum()),
+            wrong_kept=int((wrong & kept.any(axis=1)).sum()),
         )
 
     def _screen(self, decoder: Decoder, codes: F32, truth: I64, failed: Bool) -> Bool:

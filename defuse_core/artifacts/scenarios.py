@@ -145,6 +145,9 @@ class Shard:
     zero_noise_flips: int  # images that f gets wrong when mu itself is decoded
     seconds: float
     failing: int = 0  # failing draws before screening; `failures` holds those kept
+    wrong: int = 0  # images that f gets wrong themselves
+    wrong_decoded: int = 0  # of these, those that it gets wrong when mu is decoded as well
+    wrong_kept: int = 0  # of those that f gets wrong, the ones with a code in `failures`
     index: int = SAMPLE_INDEX  # which shard of the training set this is; SAMPLE_INDEX: a sample of all
     fingerprint: str = ""  # of the models, noise and images that it was made with
 
@@ -163,6 +166,9 @@ class Psi:
     zero_noise_flips: int
     worker_seconds: float  # summed over workers
     failing: int = 0  # failing draws before screening; without it and without a cap the same as total
+    wrong: int = 0  # as in Shard, and so are the next two
+    wrong_decoded: int = 0
+    wrong_kept: int = 0
     fingerprint: str = ""  # of every shard
 
     @property

@@ -148,6 +148,9 @@ def _psi(spec: RunFile, psi: Psi) -> PsiFigures:
         failing_draws=psi.failing,
         kept_share=_ratio(psi.total, psi.failing),
         screened=spec.identify.screen == "reference-models",
+        wrong=psi.wrong,
+        wrong_decoded=psi.wrong_decoded,
+        wrong_kept=psi.wrong_kept,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import CorrectSection, DistillSection
 from defuse_core.errors import count_of, first_few, no_lambda_chosen, percent
+from defuse_core.intervals import share_with_bounds
 from defuse_core.report.correction_caveats import (
     costs_a_class,
     no_better_than_baseline,
@@ -153,6 +154,34 @@ def uncompared_models(report: Report) -> str | None:
     )
 
 
+def errors_without_codes(report: Report) -> str | None:
+    """Return that most images that the classifier gets wrong have no code in Ψ, and why; None if that may be chance."""
+    psi = report.psi
+    if not _certainly_below_half(psi.wrong_kept, psi.wrong):
+        return None
+    why = (
+        "On the others the classifier is right in every draw, or the reference models are not sure of the class "
+        "(identify.min_probability)."
+        if psi.screened
+        else "On the others the classifier is right in every draw."
+    )
+    if _certainly_below_half(psi.wrong_decoded, psi.wrong):
+        why = (
+            f"It gets {psi.wrong - psi.wrong_decoded:,} of them right once they are encoded and decoded, so the β-VAE "
+            "does not draw what it fails on, which may be thin strokes or blur; train a sharper one, or try "
+            "vae.decode: anchored."
+        )
+    return (
+        "Scenarios cannot show most of the classifier's errors. "
+        f"Of {count_of(psi.wrong, 'training image')} that it gets wrong, {psi.wrong_kept:,} "
+        f"{'has' if psi.wrong_kept == 1 else 'have'} a failing draw in Ψ, and a scenario can come from no other. {why}"
+    )
+
+
+def _certainly_below_half(part: int, whole: int) -> bool:
+    return whole > 0 and share_with_bounds(part, whole)[2] < 0.5
+
+
 def made_worse(report: Report) -> str | None:
     """Return on which scenarios the classifier was right more often before; None where on none, or judges are worse."""
     rows = [(row.number, row.evidence) for row in report.scenarios.list if row.evidence is not None]
@@ -253,6 +282,7 @@ def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -
     judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
     found = (
         *[_as_sentences(doubt) for doubt in doubts if doubt != report.scenarios.undecided],
+        errors_without_codes(report),
         known_validation_images(report),
         worse_judges(report),
         uncompared_models(report),

@@ -160,6 +160,12 @@ class PsiFigures(FigureModel):
     """Share of these in Ψ, after identify.screen and identify.max_per_image. Null where none fails."""
     screened: bool
     """Whether identify.screen left out draws in which the reference models do not see the class of the image."""
+    wrong: int
+    """Images that the classifier gets wrong themselves, without any noise or decoding."""
+    wrong_decoded: int
+    """Of these, those that it gets wrong when their own code is decoded, too."""
+    wrong_kept: int
+    """Of those that it gets wrong, the ones with a code in Ψ: a scenario can come from no other."""
 
 
 class HealthFigures(FigureModel):

@@ -183,9 +183,14 @@ def _agreement_table(report: Report) -> Table:
 
 def _lines(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
+    of_wrong = (
+        f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"
+        if psi.wrong
+        else ""
+    )
     lines = [
         f"Ψ: {count_of(psi.codes, 'code')}; {percent(psi.images_with_any)} of {count_of(psi.images, 'image')} "
-        f"have a failing draw, {percent(psi.zero_noise_flip_rate)} are wrong without noise.",
+        f"have a failing draw, {percent(psi.zero_noise_flip_rate)} are wrong without noise{of_wrong}.",
         f"β-VAE: {vae.collapsed} of {count_of(len(vae.kl_per_dimension), 'dimension')} collapsed; "
         f"squared error {vae.reconstruction:.4f} per pixel.",
     ]

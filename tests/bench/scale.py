@@ -129,7 +129,17 @@ class PretendedIdentifier:
         answers = (images.labels + 1) % CLASSES
         failures = Failures(codes, rows, images.labels, answers, np.zeros(len(rows), np.bool_))
         draws = len(rows) * section.draws
-        return Shard(failures, len(rows), draws, len(rows), 0, 0.0, draws, index, self.fingerprint)
+        return Shard(
+            failures,
+            images=len(rows),
+            decodings=draws,
+            images_with_any=len(rows),
+            zero_noise_flips=0,
+            seconds=0.0,
+            failing=draws,
+            index=index,
+            fingerprint=self.fingerprint,
+        )
 
 
 class PretendedWorker(ShardWorker):

@@ -196,7 +196,7 @@ def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkey
     monkeypatch.undo()
     with pytest.raises(
         DamagedError,
-        match=r"psi/0: expected artefact format 7, found artefact format 1; use the .* run again",
+        match=r"psi/0: expected artefact format 8, found artefact format 1; use the .* run again",
     ):
         decode(Shard, older, "psi/0")
     with pytest.raises(DamagedError, match="psi/0: .* found artefact format 1; the trial begins again$"):

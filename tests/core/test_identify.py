@@ -260,6 +260,20 @@ def test_flips_at_zero_noise_are_decodings_that_do_not_get_the_label(tiny_models
     assert worker.shard(0).zero_noise_flips == (answers != images.labels).sum() >= 10
 
 
+def test_images_that_the_classifier_gets_wrong_are_counted_and_those_of_them_that_have_codes(
+    tiny_models, references, tmp_path
+):
+    worker = misled(tiny_models, references)
+    shards = [worker.shard(index) for index in range(shard_count(len(worker.train), worker.spec.identify))]
+    images, kept = worker.train, np.unique(np.concatenate([shard.failures.source for shard in shards]))
+    wrong = predict(worker.classifier, images) != images.labels
+    decoded = predict(worker.classifier, decode_codes(worker.vae, encode_images(worker.vae, images)))
+    psi = gather_shards({shard.index: save_shard(FolderStore(tmp_path), shard) for shard in shards})
+    assert psi.wrong == wrong.sum() >= 10
+    assert psi.wrong_decoded == (wrong & (decoded != images.labels)).sum() > 0
+    assert psi.wrong_kept == wrong[kept].sum()
+
+
 def test_draws_around_images_of_another_class_to_the_reference_models_are_screened(tiny_models, references):
     unscreened, screened = (misled(tiny_models, models).shard(0).failures for models in (None, references))
     assert np.isin(np.arange(10), unscreened.source).any()

@@ -158,8 +158,11 @@ def test_a_rejected_component_is_mistaken_for_nothing(tmp_path: Path):
 
 
 def test_counts_of_identification_become_shares(tmp_path: Path):
-    psi = report_of(sample_findings(), tmp_path).psi
+    found, evaluation = sample_findings()
+    counted = dataclasses.replace(found.psi, wrong=9, wrong_decoded=7, wrong_kept=4)
+    psi = report_of((dataclasses.replace(found, psi=counted), evaluation), tmp_path).psi
     assert (psi.codes, psi.images_with_any, psi.zero_noise_flip_rate) == (516, 0.12, 0.07)
+    assert (psi.wrong, psi.wrong_decoded, psi.wrong_kept) == (9, 7, 4)
 
 
 def with_failing_draws(failing: int, **identify: object):

@@ -26,6 +26,7 @@ from defuse_core.report.build import build_report
 from defuse_core.report.caveats import (
     answered_by_models,
     caveats_of,
+    errors_without_codes,
     headline,
     known_validation_images,
     low_purity,
@@ -42,6 +43,36 @@ from defuse_core.report.correction_caveats import (
 )
 from defuse_core.runs import Run
 from tests.conftest import ROOT
+
+
+def with_psi(tmp_path: Path, screened: bool, wrong: int, decoded: int, kept: int):
+    report = report_of(sample_findings(3, 2), tmp_path)
+    counts = {"screened": screened, "wrong": wrong, "wrong_decoded": decoded, "wrong_kept": kept}
+    return report.model_copy(update={"psi": report.psi.model_copy(update=counts)})
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((True, 0, 0, 0), None),
+        ((True, 100, 80, 41), None),  # up to 51 %
+        ((True, 100, 41, 60), None),
+        ((True, 100, 100, 40), "Of 100 training images that it gets wrong, 40 have a failing draw in Ψ, and a scenario "
+         "can come from no other. On the others the classifier is right in every draw, or the reference models are "
+         "not sure of the class (identify.min_probability)."),
+        ((False, 100, 41, 1), "1 has a failing draw in Ψ, and a scenario can come from no other. On the others the "
+         "classifier is right in every draw."),
+        ((True, 100, 40, 40), "no other. It gets 60 of them right once they are encoded and decoded, so the β-VAE "
+         "does not draw what it fails on"),
+    ],
+)  # fmt: skip
+def test_errors_that_no_scenario_can_come_from_are_told_if_they_are_most(
+    counts: tuple[bool, int, int, int], words: str | None, tmp_path: Path
+):
+    report = with_psi(tmp_path, *counts)
+    told = errors_without_codes(report)
+    assert told is None if words is None else told is not None and words in told
+    assert (told in caveats_of(report, SAMPLE_CORRECT, [])) == (told is not None)
 
 
 def test_the_headline_states_the_result_and_its_cost(tmp_path: Path):
