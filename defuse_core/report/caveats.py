@@ -282,7 +282,6 @@ def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -
     judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
     found = (
         *[_as_sentences(doubt) for doubt in doubts if doubt != report.scenarios.undecided],
-        errors_without_codes(report),
         known_validation_images(report),
         worse_judges(report),
         uncompared_models(report),
@@ -294,6 +293,7 @@ def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -
         prelabelled(report),
         not_the_majority(report),
         low_purity(report),
+        errors_without_codes(report),
     )
     return [text for text in found if text]
 
