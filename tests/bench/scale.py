@@ -242,7 +242,7 @@ def measure(images: int, draws: int, folder: Path) -> Measured:
     assert len(subsample_psi(spec, psi, store)) == spec.distill.max_codes
     sampled = time.perf_counter()
     watch.ended.set()
-    listing = (len(f"class-000/{0:010}.jpg") + 10 + 8) * images  # names, offsets and lengths, labels
+    listing = (len(f"class-000/{0:010}.jpg") + 8) * images  # names, which are equally long, and labels
     return Measured(
         images,
         len(psi.codes),

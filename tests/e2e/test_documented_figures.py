@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from cluster import connection, resources
 from defuse_core import codec, identify, training, watch
+from defuse_core.artifacts import Failures
 from defuse_core.config import ServeSection
+from defuse_core.data.images import FilePaths
 from defuse_core.export import suite
 from defuse_core.report import schema
 from defuse_core.training import precision
@@ -19,6 +22,12 @@ from services.storage import lease
 from tests.conftest import ROOT
 
 SERVE = ServeSection()
+LISTED = (
+    FilePaths.pack(["a/long.png", "a/b.png"]).names.itemsize + np.dtype(np.int64).itemsize
+)  # with its label
+BESIDE_CODES = [
+    found for name, found in vars(Failures.none(1)).items() if found is not None and name != "codes"
+]
 FIGURES = [
     ("services/serving", r"`serve\.min_compared` requests \((\d+)\)", SERVE.min_compared),
     ("services/serving", r"`serve\.watch_share` \(([\d.]+) %\)", 100 * SERVE.watch_share),
@@ -48,6 +57,12 @@ FIGURES = [
     ("cluster", r"at most (\d+) s and the current epoch are lost", training.CHECKPOINT_EVERY_S),
     ("cluster", r"A shard is at most 2\^(\d+) decodings", identify.SHARD_DECODINGS.bit_length() - 1),
     ("cluster", r"it becomes a line every (\d+) s", console.LINE_EVERY_S),
+    (
+        "cluster",
+        r"An image takes (\d+) bytes and as many as the longest name has",
+        LISTED - len("a/long.png"),
+    ),
+    ("cluster", r"4 Z \+ (\d+) bytes each", sum(found.dtype.itemsize for found in BESIDE_CODES)),
     ("services", r"\| (\d+) \| what the command printed was read no further", CLOSED_PIPE),
     ("defuse_core", r"largest error of that margin on (\d+) inputs", precision.SAMPLE),
 ]
