@@ -11,6 +11,7 @@ import pytest
 
 from defuse_core.config import ServeSection
 from services.cli import defuse
+from services.serving import monitoring
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "services/serving/README.md").read_text(encoding="utf-8")
@@ -42,3 +43,11 @@ def test_every_setting_is_a_field_of_the_section():
 
 def test_every_file_exists():
     assert all((ROOT / file).exists() for file in re.findall(r"`((?:deploy|tests)/[\w/.-]+)`", TEXT))
+
+
+def test_every_metric_of_a_replica_is_named():
+    source = Path(monitoring.__file__).read_text(encoding="utf-8")
+    kinds = re.findall(r'= (Counter|Gauge)\(\s*"(\w+)"', source)
+    assert len(kinds) == len(re.findall(r"(?:Counter|Gauge)\(", source)) > 0
+    names = {f"ray_{name}_total" if kind == "Counter" else f"ray_{name}" for kind, name in kinds}
+    assert set(re.findall(r"`(ray_defuse_\w+)`", TEXT)) == names
