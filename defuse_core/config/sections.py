@@ -100,7 +100,8 @@ class VaeSection(Section):
     """plain shows a code z as p(z); anchored, for photographs, moves the training image x that z is near to. It shows
     clip(x + p(z) - p(μ(x))): x, moved as its plain decoding moves. Paper: plain."""
     weights: UserPath | None = None
-    """A .safetensors file to start from; with epochs 0 used unchanged. custom: not needed if the factory loads it."""
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 used unchanged. custom: not needed if the
+    factory loads it."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Dimensions of the latent code, Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
@@ -207,7 +208,7 @@ class ClassifierSet(Section):
     import_path: str | None = None
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
-    """A .safetensors (or weights-only .pt) file of a pretrained model, with epochs 0 and count 1."""
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 and count 1 used unchanged."""
     channels: int = Field(32, ge=1)
     """cnn, residual: channels of the first stage; doubled at each further stage."""
     normalize_contrast: bool = False
@@ -270,7 +271,7 @@ class ReviewSection(Section):
     rho: float = Field(0.5, ge=0, lt=1)
     """A component is a failure scenario if more than this share of its labelled images is misclassified. Paper: 0.5."""
     consensus: Literal["majority", "crowdlab"] = "majority"
-    """How an image's label follows from its votes: crowdlab (`pip install cleanlab`) weighs annotators by
+    """How an image's label follows from its votes: crowdlab (extra crowdlab, the package cleanlab) weighs annotators by
     their agreement with each other and with the reference models; for people's votes. Paper: majority."""
     accept: Literal["lower-bound", "share"] = "lower-bound"
     """share compares the share itself with rho; lower-bound requires significantly more, at a false discovery rate of
