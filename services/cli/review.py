@@ -230,7 +230,7 @@ def set_(
 @click.argument("name", metavar="RUN")
 @store_option
 @click.option(
-    "--discard", is_flag=True, help="Delete the votes even if Label Studio has lost some of their answers."
+    "--discard", is_flag=True, help="Delete the votes even if Label Studio has lost answers or is away."
 )
 def reopen(name: str, store: str, discard: bool) -> None:
     """Use answers that people gave after the votes of RUN were stored.
