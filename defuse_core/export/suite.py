@@ -210,8 +210,8 @@ class Suite:
             return ""
         return (
             f"; it is right on {percent(probe.by_range[best], 0)} of the pictures in the input range {best} and on "
-            f"{percent(probe.by_range[given], 0)} in {given}, {ON_AVERAGE}, so it may need --set "
-            f"classifier.input_range={best}"
+            f"{percent(probe.by_range[given], 0)} in {given}, {ON_AVERAGE}: if it was trained on such inputs, add "
+            f"--set classifier.input_range={best}"
         )
 
     def _images(self) -> Images:

@@ -309,7 +309,7 @@ def test_a_failing_classifier_that_expects_other_pixels_is_told_so(
     other = wrapped("Of255", files / "good.safetensors", tmp_path)
     code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *other)
     assert code == 1
-    assert "so it may need --set classifier.input_range=0..255" in one_line(err)
+    assert "if it was trained on such inputs, add --set classifier.input_range=0..255" in one_line(err)
     ranged = ["--set", "classifier.input_range=0..255"]
     code, _, err = call(monkeypatch, capsys, "check", "--suite", suite, *other, *ranged)
     assert code == 0
