@@ -100,8 +100,7 @@ class VaeSection(Section):
     """plain shows a code z as p(z); anchored, for photographs, moves the training image x that z is near to. It shows
     clip(x + p(z) - p(μ(x))): x, moved as its plain decoding moves. Paper: plain."""
     weights: UserPath | None = None
-    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 used unchanged. custom: not needed if the
-    factory loads it."""
+    """A .safetensors (or weights-only .pt) file to start from; with epochs 0 unchanged. A factory may load its own."""
     latent_dim: int = Field(10, ge=1, le=512)
     """Dimensions of the latent code, Z. Paper: 10 for MNIST and SVHN, 15 for signs."""
     encoder_stages: int = Field(3, ge=1, le=8)
