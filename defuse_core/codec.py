@@ -27,7 +27,8 @@ from defuse_core.errors import OTHER_FORMAT_REMEDY, DamagedError
 T = TypeVar("T")
 Arrays = dict[str, npt.NDArray[Any]]
 
-FORMAT = 8  # grows with every change of the stored fields
+FORMAT = 7  # of every kind of artefact but these, whose numbers grow with each change of their stored fields
+FORMATS = {"Psi": 8, "Shard": 8}
 TENSOR = "tensor"
 FLOAT = "float"  # nan, inf or -inf; in an optional field they become None
 
@@ -48,7 +49,8 @@ def _parts(artefact: object) -> tuple[Arrays, str]:
     """Return the arrays of the artefact, and everything else as JSON."""
     arrays: Arrays = {}
     fields = _split(artefact, "", arrays)
-    body = {"format": FORMAT, "kind": type(artefact).__name__, "fields": fields}
+    kind = type(artefact).__name__
+    body = {"format": format_of(kind), "kind": kind, "fields": fields}
     return arrays, json.dumps(body, sort_keys=True)
 
 
@@ -72,26 +74,29 @@ def decode(
         ) from error
     if digest != array_digest(arrays, text):
         raise DamagedError(f"{where}: its bytes changed since they were written; {made_again}")
-    body = json.loads(text)
-    if body.get("format") != FORMAT:
-        _refuse_format(where, f"artefact format {body.get('format', 1)}", another)
-    if body["kind"] != kind.__name__:
-        raise DamagedError(
-            f"{where}: expected a {kind.__name__} artefact, found {body['kind']}; {made_again}"
-        )
+    body, name = json.loads(text), kind.__name__
+    if body["kind"] != name:
+        raise DamagedError(f"{where}: expected a {name} artefact, found {body['kind']}; {made_again}")
+    if body.get("format") != format_of(name):
+        _refuse_format(where, name, f"artefact format {body.get('format', 1)}", another)
     try:
         artefact: T = _adapter(kind).validate_python((_join(body["fields"], arrays),))[0]  # type: ignore[arg-type]
         return artefact
     except KeyError as error:
-        _refuse_format(where, f"a {kind.__name__} without the array {error}", another)
+        _refuse_format(where, name, f"a {name} without the array {error}", another)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:])
-        _refuse_format(where, f"a {kind.__name__} with other fields ({field}: {first['msg']})", another)
+        _refuse_format(where, name, f"a {name} with other fields ({field}: {first['msg']})", another)
 
 
-def _refuse_format(where: str, found: str, remedy: str) -> NoReturn:
-    raise DamagedError(f"{where}: expected artefact format {FORMAT}, found {found}; {remedy}")
+def format_of(kind: str) -> int:
+    """Return the format of a kind of artefact; files of another one are refused."""
+    return FORMATS.get(kind, FORMAT)
+
+
+def _refuse_format(where: str, kind: str, found: str, remedy: str) -> NoReturn:
+    raise DamagedError(f"{where}: expected artefact format {format_of(kind)}, found {found}; {remedy}")
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from defuse_core.artifacts import (
     VaeEpoch,
     Verdicts,
 )
-from defuse_core.codec import FORMAT, array_digest, decode, encode
+from defuse_core.codec import FORMATS, array_digest, decode, encode
 from defuse_core.errors import DamagedError
 from tests.sample_components import FIT, sample_failures, sample_scenarios
 from tests.sample_findings import sample_findings
@@ -149,7 +149,7 @@ def test_an_artefact_with_a_field_too_many_or_an_array_too_few_is_refused():
         decode(Psi, encode(more(**vars(psi))), "here")
     fields = {name: value for name, value in vars(psi).items() if not isinstance(value, np.ndarray)}
     arrays = {name: {"tensor": name} for name in vars(psi).keys() - fields.keys()}
-    body = json.dumps({"format": FORMAT, "kind": "Psi", "fields": fields | arrays})
+    body = json.dumps({"format": FORMATS["Psi"], "kind": "Psi", "fields": fields | arrays})
     data = save({}, metadata={"defuse": json.dumps([array_digest({}, body), body])})
     with pytest.raises(DamagedError, match="here: .* found a Psi without the array 'codes'"):
         decode(Psi, data, "here")
@@ -191,9 +191,11 @@ def test_models_of_a_set_that_were_stored_without_accuracies_by_class_are_read()
 
 
 def test_an_artefact_of_another_format_version_is_refused_with_what_to_do(monkeypatch):
-    monkeypatch.setattr("defuse_core.codec.FORMAT", 1)
+    monkeypatch.setitem(FORMATS, "Shard", 1)
     older = encode(some_shard())
+    other = encode(ReferenceSet(({},), 10, np.ones(1), np.ones(1), {}))
     monkeypatch.undo()
+    decode(ReferenceSet, other, "references")  # the format of one kind refuses no other
     with pytest.raises(
         DamagedError,
         match=r"psi/0: expected artefact format 8, found artefact format 1; use the .* run again",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import MeasuredPrecision, Psi
-from defuse_core.codec import FORMAT, decode, encode
+from defuse_core.codec import FORMATS, decode, encode
 from defuse_core.config import dump_run_file
 from defuse_core.errors import DamagedError, InputError, RunBusyError, RunMismatchError, StoreError
 from defuse_core.files import UNFINISHED
@@ -182,7 +182,8 @@ def test_how_people_are_asked_may_change_until_their_votes_are_stored(tmp_path):
 
 def test_a_run_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(tmp_path, monkeypatch):
     store = FolderStore(tmp_path)
-    monkeypatch.setattr("defuse_core.codec.FORMAT", FORMAT - 1)
+    now = FORMATS["Psi"]
+    monkeypatch.setitem(FORMATS, "Psi", now - 1)
     body = encode(psi())
     monkeypatch.undo()
     run = Run.start(store, "a", tiny())
@@ -190,7 +191,7 @@ def test_a_run_of_an_older_format_is_refused_in_one_line_that_says_what_to_do(tm
     with pytest.raises(DamagedError) as refused:
         Run.start(store, "a", tiny()).once("identify", Psi, psi)
     assert str(refused.value) == (
-        f"{run.store.address}/psi.safetensors: expected artefact format {FORMAT}, found artefact format {FORMAT - 1}; "
+        f"{run.store.address}/psi.safetensors: expected artefact format {now}, found artefact format {now - 1}; "
         "use the version of Defuse that wrote it, or run again under another name (--name, or name= in Python)"
     )
 

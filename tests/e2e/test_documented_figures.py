@@ -80,6 +80,8 @@ def test_a_figure_of_a_readme_is_that_of_the_code(folder: str, words: str, value
     ("words", "value"),
     [
         (r"Artefacts have format (\d+)", codec.FORMAT),
+        (r"Ψ and its shards (\d+)", codec.FORMATS["Psi"]),
+        (r"Ψ and its shards (\d+)", codec.FORMATS["Shard"]),
         (r"`report\.json` version (\d+)", schema.VERSION),
         (r"`suite\.json` version (\d+)", suite.VERSION),
         (r"candidates format (\d+)", candidate.FORMAT),
