@@ -278,7 +278,7 @@ class ReviewSection(Section):
     max_false: float = Field(0.05, gt=0, lt=1)
     """accept lower-bound: false discovery rate over all components; two decisions share it (more_images). Ours."""
     more_images: int = Field(40, ge=0)
-    """accept lower-bound with annotators reference-models: further images drawn if the verdict is in doubt. Ours."""
+    """accept lower-bound, annotators reference-models: images drawn for a verdict in doubt, and for it alone. Ours."""
     reference: ReferenceModels = ReferenceModels()
     """Reference models, for annotators, prelabel, consensus: crowdlab, tau: auto, identify.screen, correct.filter."""
     form: Literal["image", "scenario"] = "image"

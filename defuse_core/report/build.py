@@ -322,6 +322,7 @@ def _votes(found: Findings) -> VoteFigures:
         labelled=labelled,
         misclassified=_ratio(int(is_misclassified(found.gallery.predicted, labels).sum()), labelled),
         ties=found.verdicts.ties,
+        more_images=int(found.verdicts.labelled.sum()) - labelled,
         no_class_chosen=found.verdicts.no_class_chosen,
         not_majority=count_not_majority(labels, votes, len(found.models.classes)),
         notes=votes.notes,

@@ -225,6 +225,9 @@ class VoteFigures(FigureModel):
     """Share of all labelled review images that the classifier gets wrong."""
     ties: int
     """Images without a label because several classes have the most votes."""
+    more_images: int
+    """Further images, labelled by reference models, that were drawn for verdicts in doubt (review.more_images): they
+    count in verdicts alone, in no other figure of the review."""
     no_class_chosen: int
     """Images without a label because every answer is none-of-the-above, or because nobody answered."""
     not_majority: int

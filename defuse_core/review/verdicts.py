@@ -217,6 +217,7 @@ class Shares:
 
     misclassified: F64  # (S,)
     labelled: I64  # (S,)
+    more: I64  # (S,) of the labelled images, those drawn because the verdict was in doubt
     rho: float
     rate: float | None  # of false discoveries; None where the share itself decides
     units: Units | None
@@ -224,12 +225,13 @@ class Shares:
     def found(self, component: int) -> str:
         """Return what was found on one component."""
         share = float(self.misclassified[component])
-        count = int(self.labelled[component])
+        count, more = int(self.labelled[component]), int(self.more[component])
+        in_doubt = f" ({more:,} of them drawn in doubt)" if more else ""
         if self.units is None:
-            return share_misclassified(share, count)
+            return share_misclassified(share, count, in_doubt)
         total = int(self.units.total[component])
         mean = float(self.units.failing[component]) / total
-        text = share_misclassified(share, count, f" of {count_of(total, self.units.name)}")
+        text = share_misclassified(share, count, f"{in_doubt} of {count_of(total, self.units.name)}")
         if abs(mean - share) < ROUNDING:
             return text
         return f"{text}, {percent(mean, 0)} on average over the {self.units.name}s"
@@ -302,7 +304,8 @@ def decide_verdicts(
     units = count_units(gallery, image_labels, more)
     tested: tuple[I64 | F64, I64] = (wrong, total) if units is None else (units.failing, units.total)
     is_high = misclassified > rho if rate is None else significantly_over(*tested, rho, rate)
-    shares = Shares(misclassified, total, rho, rate, units)
+    drawn = np.zeros_like(total) if more is None else more.labelled
+    shares = Shares(misclassified, total, drawn, rho, rate, units)
     # the label that most images of each component have
     voted = majority((image_labels[..., None] == np.arange(len(gallery.classes))).sum(axis=1))
     labels, reasons = _labels_and_reasons(is_high, voted, labelled.any(axis=1), shares, gallery.classes)

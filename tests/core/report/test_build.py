@@ -8,16 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_components import review_section
 from sample_evidence import sample_evidence
 from sample_findings import finished_run, report_of, sample_findings, sample_run, sample_watch, with_verdicts
 
-from defuse_core.artifacts import NONE_OF_THE_ABOVE, FailedTrial, Override, Sweep, SweepRow
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, FailedTrial, MoreImages, Override, Sweep, SweepRow
 from defuse_core.config import parse_run_file
 from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.caveats import worse_judges
 from defuse_core.report.formatting import sweep_text
+from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.watch import METHODS
@@ -163,6 +165,18 @@ def test_counts_of_identification_become_shares(tmp_path: Path):
     psi = report_of((dataclasses.replace(found, psi=counted), evaluation), tmp_path).psi
     assert (psi.codes, psi.images_with_any, psi.zero_noise_flip_rate) == (516, 0.12, 0.07)
     assert (psi.wrong, psi.wrong_decoded, psi.wrong_kept) == (9, 7, 4)
+
+
+def test_images_drawn_in_doubt_are_counted_apart_from_the_reviewed_ones(tmp_path: Path):
+    (found, evaluation), section = sample_findings(2, 2), review_section(max_false=0.05)
+    more = MoreImages(np.array([40, 0]), np.array([38, 0]), np.array([37, 0]))
+    verdicts = decide_verdicts(section, found.gallery, found.votes, more=more)
+    report = report_of((dataclasses.replace(found, verdicts=verdicts), evaluation), tmp_path)
+    plain = report_of((found, evaluation), tmp_path)
+    assert report.votes.more_images == 38
+    assert report.votes.model_copy(update={"more_images": 0}) == plain.votes
+    assert "(38 of them drawn in doubt)" in report.scenarios.list[0].reason
+    assert "drawn in doubt" not in report.scenarios.list[1].reason
 
 
 def with_failing_draws(failing: int, **identify: object):

@@ -128,7 +128,7 @@ def test_where_only_further_images_have_labels_the_reason_says_so():
     verdict = verdicts([[NO, NO]], predicted=[1, 1], max_false=0.05, more=more)
     assert verdict.labels[0] == NO
     assert verdict.reasons[0].endswith(
-        "97 % of 38 labelled images are misclassified, but no reviewed image has a label"
+        "97 % of 38 labelled images (38 of them drawn in doubt) are misclassified, but no reviewed image has a label"
     )
 
 
@@ -269,7 +269,7 @@ def test_more_images_count_by_the_photographs_that_they_add():
     )
     verdict = verdicts(answers, predicted, source=[1, 1, 2, 3], max_false=0.025, more=more)
     assert (verdict.units[0], verdict.failing_units[0]) == (7, pytest.approx(6 + 2 / 3))
-    assert "89 % of 9 labelled images of 7 photographs" in verdict.reasons[0]
+    assert "89 % of 9 labelled images (5 of them drawn in doubt) of 7 photographs" in verdict.reasons[0]
     assert verdict.labels[0] == 8
 
 
