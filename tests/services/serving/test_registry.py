@@ -214,7 +214,7 @@ def test_a_canary_without_another_version_in_production_leaves_no_version(regist
     assert registry.state().sequence == 0 and registry.store.list() == []
     promote(registry, candidates["first"], ANA)
     before = registry.state()
-    with pytest.raises(InputError, match=f"^{option}: this model is already in production, as version 1 of run"):
+    with pytest.raises(InputError, match=f"^{option}: this model is already in production, as version 1"):
         promote(registry, candidates["first"], how)
     assert registry.state() == before
 
