@@ -153,8 +153,6 @@ class _Judging:
 
     def labels(self, images: F32 | Images) -> I64:
         """Return the label that most judges give each image, (n,), or NONE_OF_THE_ABOVE where they are tied."""
-        if not len(images):
-            return np.zeros(0, np.int64)
         answers = answers_of_models(model_probabilities(self.judges, images))  # (W, n)
         votes: I64 = (answers[..., None] == np.arange(self.classes)).sum(axis=0)
         return majority(votes)

@@ -318,7 +318,7 @@ def train_reference(
         return model.eval()
     model.train()
     steps = section.epochs * math.ceil(len(train) / section.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps + 1)
     done, total = 0, section.epochs * len(train)
     what = f"{'judge' if name == 'judges' else 'reference model'} {number + 1} of {section.count}"

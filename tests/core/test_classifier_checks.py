@@ -229,6 +229,12 @@ def test_weights_of_16_bits_are_refused_before_anything_is_trained(dtype):
         initial_classifier(tiny(classifier=own), digits(), 10)
     with pytest.raises(ModelError, match=rf"^review\.reference\.import_path: the model {line}"):
         train_reference(tiny(review={"reference": own}), "reference", digits(), 10, 0, silent)
+    as_it_is = tiny(review={"reference": own | {"epochs": 0, "count": 1}})
+    if dtype == "float16":  # can be stored, and is not trained
+        assert not train_reference(as_it_is, "reference", digits(), 10, 0, silent).training
+    else:
+        with pytest.raises(ModelError, match=line):
+            train_reference(as_it_is, "reference", digits(), 10, 0, silent)
     vae = tiny(vae={"architecture": "custom", "import_path": f"{HERE}:vae_of_{dtype}"})
     with pytest.raises(ModelError, match=f"^the β-VAE {line}"):
         initial_vae(vae, digits())

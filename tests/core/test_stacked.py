@@ -16,7 +16,7 @@ from defuse_core.codec import decode, encode
 from defuse_core.config import RunFile, changed_field
 from defuse_core.correct import FineTuning, fine_tune
 from defuse_core.data import Splits
-from defuse_core.errors import ModelError
+from defuse_core.errors import ModelError, StoreError
 from defuse_core.local import LocalCompute
 from defuse_core.models import (
     build_classifier,
@@ -32,6 +32,7 @@ from defuse_core.training import Adam
 from defuse_core.trials import (
     Stack,
     _trials_after_epoch,
+    is_trial_failure,
     read_trial,
     run_stack,
     run_trial,
@@ -327,6 +328,34 @@ def test_the_trial_of_another_lambda_is_logged_and_begins_again(tmp_path, caplog
     store.write(trial_key(2.0), store.read(trial_key(1.0)))
     assert read_trial(store, 1.0) is not None and read_trial(store, 2.0) is None
     assert "expected the trial of λ = 2, found that of λ = 1; the trial begins again" in caplog.text
+
+
+def test_a_stored_trial_is_replaced_by_one_of_more_epochs_alone_and_where_it_is_damaged(tmp_path):
+    store, kept = FolderStore(tmp_path), list[int]()
+    for number, epochs in enumerate((2, 1, 2, 3)):
+        rows = tuple(SweepRow(1.0, epoch, 0.1) for epoch in range(epochs))
+        write_trial(store, Trial(1.0, rows, {}, {}, {}, number, False))
+        kept.append(trials_in(store, [1.0])[1.0].best_epoch)
+    assert kept == [0, 0, 0, 3]
+    store.write(trial_key(1.0), b"damaged")
+    write_trial(store, Trial(1.0, (), {}, {}, {}, 9, False))
+    assert trials_in(store, [1.0])[1.0].best_epoch == 9
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ModelError("its loss became nan"), True),
+        (ValueError("of the classifier's code"), True),
+        (RuntimeError("shapes differ"), True),
+        (StoreError("damaged"), False),
+        (OSError("no space left"), False),
+        (MemoryError(), False),
+        (RuntimeError("CUDA error: unspecified launch failure"), False),
+    ],
+)
+def test_a_sweep_leaves_out_a_trial_that_failed_itself_and_none_whose_machine_or_store_did(error, expected):
+    assert is_trial_failure(error) is expected
 
 
 def test_an_epoch_of_a_stack_that_changes_nothing_since_the_one_before_has_diverged(tiny_models, data):

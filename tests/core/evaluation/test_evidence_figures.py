@@ -238,6 +238,35 @@ def test_validation_images_that_the_classifier_may_know_compare_nothing(setting,
         assert each.real.error_of_all == pytest.approx(wrong)
 
 
+def test_without_test_images_judges_are_measured_on_validation_images_and_no_failing_draw_is_made(setting):
+    splits = dataclasses.replace(open_splits(setting.spec.data, setting.spec.seed), test=None)
+    controls = Controls((setting.shifted(2),), ())
+    made = _Judging(setting.spec, setting.found, controls, splits, silent).gather()
+    measured = setting.references
+    np.testing.assert_array_equal(made.judges, measured.validation)
+    np.testing.assert_array_equal(made.judges_by_class, measured.class_accuracy["validation"])
+    assert not np.array_equal(measured.validation, measured.test)
+    assert made.real_failure_images == 0 and np.isnan(made.real_failures).all()
+    assert not made.real_failure_pairs.any() and not made.test_pairs.any()
+    assert np.isnan(made.screen_recall).all()
+
+
+def test_real_images_are_those_that_the_classifier_has_not_seen_where_there_are_any(setting):
+    splits = open_splits(setting.spec.data, setting.spec.seed)
+    untested = dataclasses.replace(splits, test=None)
+    unseen = ((splits, splits.validation), (dataclasses.replace(splits, validation=None), splits.test))
+    seen = (dataclasses.replace(untested, validation=None), splits.train)
+    for parts, expected in (*unseen, (untested, splits.validation), seen):
+        judging = _Judging(setting.spec, setting.found, Controls((), ()), parts, silent)
+        assert judging._real_images() is expected
+    judging.found = dataclasses.replace(
+        setting.found, models=dataclasses.replace(setting.models, validation_from_training=True)
+    )
+    for parts, expected in ((splits, splits.test), (untested, splits.validation)):
+        judging.splits = parts
+        assert judging._real_images() is expected
+
+
 def test_test_images_and_failing_draws_of_one_track_are_one_unit(setting, evidence):
     splits = open_splits(setting.spec.data, setting.spec.seed)
     in_tracks = dataclasses.replace(splits.test, tracks=np.arange(len(splits.test)) % 10)

@@ -17,6 +17,7 @@ from defuse_core.training.reference_models import (
     _fit,
     _training_images,
     _warn_of_missing_classes,
+    _with_normalized_contrast,
     ask_models,
     gallery_probabilities,
     judges,
@@ -201,6 +202,16 @@ def test_models_with_normalized_contrast_see_the_same_in_dim_images_and_dark_one
     as_it_is = spec.review.reference.model_copy(update={"normalize_contrast": False})
     seen = model_probabilities(load_reference_models(spec, as_it_is, made, 10), images)[0]
     assert np.abs(seen[:50] - seen[50:100]).max() > 0.3
+
+
+def test_the_noise_of_an_image_with_hardly_any_contrast_stays_small():
+    noise = torch.randn(4, 1, 16, 16)
+    noise = (noise - noise.mean(dim=(1, 2, 3), keepdim=True)) / noise.std(dim=(1, 2, 3), keepdim=True)
+    contrast = torch.tensor([0.98, 0.02, 0.001, 0.0])
+    (found,) = _with_normalized_contrast(nn.Identity(), (0.5 + contrast[:, None, None, None] * noise,))
+    torch.testing.assert_close(found.mean(dim=(1, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    deviation = torch.tensor([0.98, 0.5, 1 / 21, 0.0])
+    torch.testing.assert_close(found.std(dim=(1, 2, 3)), deviation, atol=1e-3, rtol=0)
 
 
 def test_models_are_trained_with_smoothed_labels_and_colour_jitter_where_these_are_asked_for():

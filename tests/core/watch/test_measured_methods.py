@@ -222,6 +222,7 @@ def test_each_part_of_a_watch_is_of_its_own_images():
     for part, given in (("validation", validation), ("test", test)):
         for name in ("wrong", "tracks"):
             np.testing.assert_array_equal(getattr(found, f"{part}_{name}"), getattr(given, name))
+    assert found.means is gaussians[0] and found.covariances is gaussians[1]
 
 
 def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tiny_spec, tiny_models):
@@ -237,6 +238,19 @@ def test_a_watch_measures_the_given_weights_on_validation_and_on_test_images(tin
             (found.test_wrong, splits.test),
         ):
             np.testing.assert_array_equal(wrong, predict(classifier, images) != images.labels)
+
+
+def test_a_watch_needs_validation_images_and_no_test_images(tiny_spec, tiny_models):
+    splits = open_splits(tiny_spec.data, tiny_spec.seed)
+    whole, untested, unknown = (
+        watch_classifier(tiny_spec, tiny_models, {}, dataclasses.replace(splits, **parts))
+        for parts in ({}, {"test": None}, {"validation": None})
+    )
+    assert [len(one.test) for one in untested.methods] == [0, 0, 0] and not len(untested.test_wrong)
+    for one, same in zip(whole.methods, untested.methods, strict=True):
+        np.testing.assert_array_equal(one.validation, same.validation)
+    assert not unknown.methods and "no validation images to calibrate on" in unknown.problem
+    np.testing.assert_array_equal(unknown.test_wrong, whole.test_wrong)
 
 
 def test_the_number_of_cores_changes_no_watch(tiny_models):

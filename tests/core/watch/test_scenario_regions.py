@@ -32,6 +32,17 @@ def test_a_scenario_with_a_single_image_has_a_region(tiny_spec, tiny_models):
     assert regions.recall[0, -1] == 1  # the image it is fitted on
 
 
+def test_of_the_training_images_a_share_of_each_level_is_as_near_to_a_scenario(tiny_spec, tiny_models):
+    vae = load_vae(tiny_spec, tiny_models.vae)
+    ordinary, _ = training_codes(tiny_spec, vae, open_splits(tiny_spec.data, tiny_spec.seed).train)
+    codes = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float32)
+    regions = fit_regions(vae, Corrections(np.arange(2), np.array([3, 5]), codes, codes), ordinary)
+    near = mahalanobis(ordinary, regions.means, regions.covariances)[..., None] <= regions.distances
+    levels = np.broadcast_to(regions.levels, (2, len(regions.levels)))
+    np.testing.assert_allclose(near.mean(axis=0), levels, atol=1.5 / len(ordinary))
+    assert (regions.levels[0], regions.levels[-1]) == (0, 1)
+
+
 def test_a_single_picture_is_inside_itself_alone():
     one = np.ones((1, 3), np.float32)
     assert share_inside(np.concatenate([one, one + 1]), one) == 0.5

@@ -185,15 +185,17 @@ def test_headers_that_stop_after_a_first_request_close_the_connection(monkeypatc
         assert connection.recv(100) == b""
 
 
-def test_an_address_with_too_many_connections_without_headers_gets_no_more(monkeypatch):
+def test_an_address_with_too_many_connections_without_headers_gets_no_more_until_it_closes_some(monkeypatch):
     monkeypatch.setattr("services.serving.limits.MAX_HEADERS_PER_ADDRESS", 3)
     monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 1000.0)  # which would close it too
-    with http_server() as port, contextlib.ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(connected(port))
-        wait_until(lambda: LimitedHttpProtocol._incomplete["127.0.0.1"] == 3)
-        fourth = stack.enter_context(connected(port))
-        assert fourth.recv(100) == b""
+    with http_server() as port:
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(connected(port))
+            wait_until(lambda: LimitedHttpProtocol._incomplete["127.0.0.1"] == 3)
+            fourth = stack.enter_context(connected(port))
+            assert fourth.recv(100) == b""
+        wait_until(lambda: not LimitedHttpProtocol._incomplete)  # those that were closed count no more
 
 
 def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypatch):
@@ -205,6 +207,15 @@ def test_connections_that_change_the_protocol_are_not_counted_for_ever(monkeypat
                 connection.sendall(upgrade)
                 connection.recv(1000)
         wait_until(lambda: not LimitedHttpProtocol._incomplete)
+
+
+def test_a_body_may_arrive_after_the_time_that_headers_have(monkeypatch):
+    monkeypatch.setattr("services.serving.limits.HEADER_TIMEOUT_S", 1.0)
+    with http_server(answer_to_body) as port, connected(port) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\na")
+        time.sleep(1.5)
+        connection.sendall(b"b")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
 def test_an_ordinary_body_in_tcp_segments_is_read_as_it_arrives(monkeypatch):
@@ -224,13 +235,7 @@ def test_an_ordinary_body_in_tcp_segments_is_read_as_it_arrives(monkeypatch):
 
 def test_small_pieces_of_earlier_bodies_of_a_connection_do_not_count(monkeypatch):
     monkeypatch.setattr("services.serving.limits.PIECE_INTERVAL_S", 1000.0)
-
-    async def read_body(scope, receive, send):
-        while (await receive())["more_body"]:
-            pass
-        await answer(send)
-
-    with http_server(read_body) as port, connected(port) as connection:
+    with http_server(answer_to_body) as port, connected(port) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(3):
             connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
@@ -323,6 +328,12 @@ async def answer(send):
 
 
 async def answer_at_once(scope, receive, send):
+    await answer(send)
+
+
+async def answer_to_body(scope, receive, send):
+    while (await receive())["more_body"]:
+        pass
     await answer(send)
 
 

@@ -193,8 +193,9 @@ def test_a_version_whose_canary_ends_during_its_promotion_is_not_promoted(
         ending.setattr(Registry, "add", add_after_its_end)
         with pytest.raises(InputError, match="the canary or shadow of version 2 ended just now"):
             promote(registry, candidates[1], ANA)
-    assert registry.state().production == 1
-    promote(registry, candidates[1], role)
+        assert registry.state().production == 1
+        for _ in range(2):  # the second time it ends during this, and begins again
+            assert promote(registry, candidates[1], role).canary_or_shadow == 2
     assert promote(registry, candidates[1], ANA).production == 2
 
 
@@ -203,3 +204,12 @@ def test_a_canary_that_a_person_ended_needs_no_reason(registry, candidates):
     promote(registry, candidates[1], CANARY)
     registry.end_canary(2, "bo", "enough")
     assert promote(registry, candidates[1], ANA).failed_checks == ()
+
+
+def test_a_version_in_production_that_is_forced_once_more_keeps_what_it_was_forced_over_last(
+    registry, candidates
+):
+    force = dataclasses.replace(ANA, force="a drill")
+    for checks in ((), ("worse",), ("worse", "slower")):
+        forced = promote(registry, failing(candidates[0], *checks), force)
+        assert forced.production == 1 and forced.since.failed_checks == checks

@@ -101,6 +101,7 @@ def test_a_run_that_is_less_accurate_than_production_is_promoted_only_with_a_rea
         assert promote(registry, worse, role).failed_checks == ()
         assert "97.40 % (version 1) to 90.90 %" in caplog.text and "needs --force" in caplog.text
         caplog.clear()
+    assert promote(registry, equal, CANARY).failed_checks == () and not caplog.text
     (forced,) = promote(registry, worse, dataclasses.replace(ANA, force="a drill")).failed_checks
     assert forced.startswith("accuracy in production: 97.40 % (version 1) to 90.90 %")
 
