@@ -66,8 +66,12 @@ def sole_difference(name: str, other: str) -> str | None:
     """Return in what alone two names differ: case, or the Unicode form of letters; None where they differ in more."""
     if name.casefold() == other.casefold():
         return "case"
-    one, two = (unicodedata.normalize("NFC", text).casefold() for text in (name, other))
-    return "the Unicode form of its letters" if one == two else None
+    return "the Unicode form of its letters" if folded(name) == folded(other) else None
+
+
+def folded(name: str) -> str:
+    """Return what is the same of names that differ only in case, or the Unicode form of letters."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def count_of(number: float, noun: str) -> str:

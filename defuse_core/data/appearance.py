@@ -21,7 +21,7 @@ from defuse_core.data.images import (
     evenly_spaced,
     opened_picture,
 )
-from defuse_core.errors import escape_control_characters
+from defuse_core.errors import escape_control_characters, first_few, folded, sole_difference
 from defuse_core.files import OPENED_AHEAD, digest_of, map_ahead
 
 KINDS = {"train": "training", "validation": "validation", "test": "test"}  # part -> kind of image in messages
@@ -46,8 +46,22 @@ def given_parts(splits: Splits) -> dict[str, Images]:
 
 
 def odd_images(splits: Splits) -> list[str]:
-    """Return a line for each oddity of a sample of a part: dark images, equal ones, and what of a file is not read."""
-    return [line for part, images in given_parts(splits).items() for line in _odd_in(images, KINDS[part])]
+    """Return a line for classes that are called almost alike, and for each oddity of a sample of a part.
+
+    Oddities are dark images, equal ones, and what of a file is not read.
+    """
+    odd = [line for part, images in given_parts(splits).items() for line in _odd_in(images, KINDS[part])]
+    return _alike(splits.classes) + odd
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    """Return a line where classes differ only in case, or in the Unicode form of their letters."""
+    first = dict[str, str]()
+    pairs = [(name, other) for name in classes if (other := first.setdefault(folded(name), name)) != name]
+    told = [
+        f"{name!a} differs only in {sole_difference(name, other)} from {other!a}" for name, other in pairs
+    ]
+    return [f"of the classes, {first_few(told)}; merge those that are one class"] if told else []
 
 
 def _odd_in(images: Images, kind: str) -> list[str]:

@@ -18,14 +18,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from defuse_core.artifacts import (
-    F32,
-    I64,
-    U8,
-    Anchors,
-    Models,
-    Weights,
-)
+from defuse_core.artifacts import F32, I64, U8, Anchors, Models, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import ClassifierSection, PrintableText, RunFile, parse_run_file
 from defuse_core.data import Images
@@ -200,18 +193,26 @@ class Suite:
             if here != there
         ]
 
-    def better_range(self, classifier: nn.Module, section: dict[str, Any]) -> str:
-        """Return a clause: what to try where a classifier seems to expect other pixels than it gets; else nothing."""
-        spec = self._run_file(section)
-        probe = probe_classifier(classifier, spec.classifier, self._images(), self.description.classes)
+    def other_use(self, classifier: nn.Module, section: dict[str, Any]) -> str:
+        """Return a clause: what to try where a classifier seems to expect other pixels or classes in another order."""
+        spec, images, classes = self._run_file(section), self._images(), self.description.classes
+        probe = probe_classifier(classifier, spec.classifier, images, classes)
         given = spec.classifier.input_range
         best = far_better_range(probe.by_range, given)
-        if best is None:
+        if best is not None:
+            return (
+                f"; it is right on {percent(probe.by_range[best], 0)} of the pictures in the input range {best} and on "
+                f"{percent(probe.by_range[given], 0)} in {given}, {ON_AVERAGE}: if it was trained on such inputs, add "
+                f"--set classifier.input_range={best}"
+            )
+        answers = np.array(classes)[predict(classifier, images)].reshape(self.pictures.pixels.shape[:2])
+        known = [(scenario.label, scenario.mistaken_for) for scenario in self.description.scenarios]
+        others = float(np.mean([~np.isin(*each) for each in zip(answers, known, strict=True)]))
+        if spec.classifier.class_order is not None or others <= 0.5:
             return ""
         return (
-            f"; it is right on {percent(probe.by_range[best], 0)} of the pictures in the input range {best} and on "
-            f"{percent(probe.by_range[given], 0)} in {given}, {ON_AVERAGE}: if it was trained on such inputs, add "
-            f"--set classifier.input_range={best}"
+            f"; {percent(others, 0)} of its answers are neither the label nor the class that it was mistaken for: if "
+            "it numbers the classes in another order, add --set classifier.class_order=[...]"
         )
 
     def _images(self) -> Images:
@@ -396,5 +397,4 @@ def _sheet(pixels: U8) -> Image.Image:
     rows = [shown[start : start + SHEET] for start in range(0, len(shown), SHEET)]
     blank = np.full_like(shown[0], 255)
     lines = [np.concatenate([*row, *[blank] * (SHEET - len(row))], axis=2) for row in rows]
-    sheet = np.concatenate(lines, axis=1)
-    return to_picture(sheet)
+    return to_picture(np.concatenate(lines, axis=1))

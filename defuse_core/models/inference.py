@@ -305,11 +305,16 @@ def _answer(logits: Tensor) -> Tensor:
 
 def _known(answers: I64) -> I64:
     if nan := int((answers == NOT_A_NUMBER).sum()):
-        raise ModelError(
-            f"a classifier returns nan for {nan} of {len(answers)} images; often it divides by the spread of an "
-            "image, which is 0 where all pixels are equal: add a small number there"
-        )
+        raise ModelError(returns_nan(nan, len(answers)))
     return answers
+
+
+def returns_nan(nan: int, images: int) -> str:
+    """Return, as a line, that a classifier returns nan for so many of these images, with what to do."""
+    return (
+        f"a classifier returns nan for {nan:,} of {images:,} images; often it divides by the spread of an image, which "
+        "is 0 where all pixels are equal: add a small number there"
+    )
 
 
 def predict_probabilities(classifier: nn.Module, images: Images | F32, batch_size: int = BATCH) -> F32:

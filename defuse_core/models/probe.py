@@ -65,6 +65,7 @@ class ClassifierProbe:
     names: tuple[str, ...] | None  # class names of the model's own configuration, in the order of its logits
     answers: int  # different classes among its answers
     like_sigmoid: bool  # whether all logits lie in [0, 1]
+    nan_by_range: dict[str, int]  # input range -> images with a logit that is nan
     as_bgr: float | None = None  # accuracy with the channels reversed, where that explains the errors
 
     @property
@@ -186,6 +187,7 @@ def probe_classifier(
         names=names,
         answers=len(np.unique(answers[needed])),
         like_sigmoid=bool(external and ((logits[needed] >= 0) & (logits[needed] <= 1)).all()),
+        nan_by_range={name: int(np.isnan(found).any(axis=1).sum()) for name, found in logits.items()},
         as_bgr=mean_over_classes(bgr, sample.labels) if is_bgr else None,
     )
 

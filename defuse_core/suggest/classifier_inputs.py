@@ -22,6 +22,7 @@ from defuse_core.models import (
     to_device,
 )
 from defuse_core.models.checks import ANY_SIZE, CallError, ProbabilitiesError
+from defuse_core.models.inference import returns_nan
 from defuse_core.models.probe import (
     FAR_BETTER,
     LIKE_SIGMOID,
@@ -324,14 +325,16 @@ def _built(spec: RunFile, classes: int) -> nn.Module:
 def set_probed(section: dict[str, Any], probe: ClassifierProbe) -> list[str]:
     """Write into section `classifier` what the classifier plainly needs and the section does not say.
 
-    Returns notes of what was written, and of what is better by little, since that may be due to the fault that is
-    sought.
+    Returns notes of what was written, of what is better by little, since that may be due to the fault that is sought,
+    and of nan, which ends a run.
     """
     notes = []
     if "input_range" not in section:
         notes += _set_range(section, probe, "0..1")
     if "class_order" not in section and probe.class_order is not None:
         notes.append(_set_order(section, probe, list(probe.class_order)))
+    if nan := probe.nan_by_range[section.get("input_range", "0..1")]:
+        notes.append(f"a run would end with an error: {returns_nan(nan, probe.images)}")
     return notes
 
 

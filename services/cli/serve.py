@@ -78,6 +78,7 @@ def check(
     Exits 1 if a check fails, if no λ was chosen, or if the run could not tell; 0 if there was nothing to correct.
 
     The limits are those in STORE/RUN/run.yaml. After a change of check.* in your own file give `defuse run` again.
+    A repeated check with the same limits prints what the first one measured, and reads no images.
 
     With --suite, check RUN, or any other classifier, against a suite that `defuse suite save` wrote.
 

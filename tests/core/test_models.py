@@ -355,6 +355,8 @@ def test_a_classifier_that_returns_nan_has_no_answer():
     assert predict(Standardising(), images[:1]).tolist() == [2]
     with pytest.raises(ModelError, match="returns nan for 1 of 2 images"):
         predict(Standardising(), images)
+    with pytest.raises(ModelError, match="returns nan for 1,000 of 1,000 images"):
+        predict(Standardising(), np.zeros((1000, 1, 4, 4), np.float32))
     logits = torch.tensor([[1.0, 2.0, float("nan")], [3.0, 2.0, 1.0], [-float("inf"), 2.0, 1.0]])
     for answer in (answers_from, lambda *asked: answers_as_in_f32(*asked, bound=0.1)):
         with pytest.raises(ModelError, match="returns nan for 1 of"):

@@ -227,6 +227,7 @@ def some_probe() -> ClassifierProbe:
         names=None,
         answers=10,
         like_sigmoid=False,
+        nan_by_range={"0..1": 0, "-1..1": 0},
     )
 
 

@@ -41,6 +41,28 @@ class RolledSigmoid(Rolled):
         return super().forward(images).sigmoid()
 
 
+class Dividing(nn.Module):
+    """Divides by the spread of each image, which is 0 of an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        spread = images.std((1, 2, 3))[:, None]
+        return self.net(images) * spread / spread
+
+
+def test_images_for_which_a_classifier_returns_nan_are_counted(monkeypatch, capsys):
+    torch.save(Dividing().state_dict(), "own.pth")
+    images = digits().pixels[:, 0] * (np.arange(len(digits())) % 60 != 9)[:, None, None]
+    np.savez("digits.npz", train_images=images, train_labels=digits().labels)
+    own = ["--classifier", f"{HERE}:Dividing", "--weights", "own.pth"]
+    code, out, err = call(monkeypatch, capsys, "init", "digits.npz", *own)
+    assert code == 0, err
+    assert "a run would end with an error: a classifier returns nan for 5 of 255 images; often" in out
+
+
 def test_a_classifier_without_gradients_is_refused(monkeypatch, capsys):
     torch.save(trained().state_dict(), "own.pth")
     chosen = ["--classifier", "tests.own_classifiers:with_no_gradient", "--weights", "own.pth"]

@@ -123,6 +123,21 @@ def test_a_run_warns_of_odd_images_and_init_notes_them(tmp_path: Path, caplog: p
     ]
 
 
+def test_classes_that_are_called_almost_alike_are_told_by_run_and_init(tmp_path: Path, caplog):
+    root = write(tmp_path, noise(20, SIZE, SIZE))
+    for name in ("Cat", "f\xfcnf", "fu\u0308nf"):
+        (root / "train" / "cat").rename(root / "train" / name)
+        write(root, noise(20, SIZE, SIZE))
+    data = section("folder", root, channels=1)
+    log_parts(data, open_splits(data, 0))
+    line = (
+        "of the classes, 'cat' differs only in case from 'Cat', 'f\\xfcnf' differs only in the Unicode form of its "
+        "letters from 'fu\\u0308nf'; merge those that are one class"
+    )
+    assert f"images: {line}" in caplog.messages
+    assert line in inspect_data(root).notes
+
+
 def test_test_and_validation_images_are_looked_at_as_training_images_are(tmp_path: Path):
     root = write(tmp_path, noise(20, SIZE, SIZE))
     for part, picture in {"test": noise(SIZE, 3 * SIZE, 3), "validation": noise(3 * SIZE, SIZE, 3)}.items():
