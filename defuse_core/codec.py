@@ -27,8 +27,8 @@ from defuse_core.errors import OTHER_FORMAT_REMEDY, DamagedError
 T = TypeVar("T")
 Arrays = dict[str, npt.NDArray[Any]]
 
-FORMAT = 7  # of every kind of artefact but these, whose numbers grow with each change of their stored fields
-FORMATS = {"Psi": 8, "Shard": 8}
+FORMAT = 7  # of every kind of artefact that is not in FORMATS
+FORMATS = {"Psi": 8, "Shard": 8}  # a kind gets the next number here with each change of its stored fields
 TENSOR = "tensor"
 FLOAT = "float"  # nan, inf or -inf; in an optional field they become None
 

@@ -193,7 +193,7 @@ class Suite:
             if here != there
         ]
 
-    def other_use(self, classifier: nn.Module, section: dict[str, Any]) -> str:
+    def usage_hint(self, classifier: nn.Module, section: dict[str, Any]) -> str:
         """Return a clause: what to try where a classifier seems to expect other pixels or classes in another order."""
         spec, images, classes = self._run_file(section), self._images(), self.description.classes
         probe = probe_classifier(classifier, spec.classifier, images, classes)

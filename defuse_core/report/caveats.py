@@ -159,18 +159,19 @@ def errors_without_codes(report: Report) -> str | None:
     psi = report.psi
     if not _certainly_below_half(psi.wrong_kept, psi.wrong):
         return None
-    why = (
-        "On the others the classifier is right in every draw, or the reference models are not sure of the class "
-        "(identify.min_probability)."
-        if psi.screened
-        else "On the others the classifier is right in every draw."
-    )
     if _certainly_below_half(psi.wrong_decoded, psi.wrong):
         why = (
             f"It gets {psi.wrong - psi.wrong_decoded:,} of them right once they are encoded and decoded, so the β-VAE "
             "does not draw what it fails on, which may be thin strokes or blur; train a sharper one, or try "
             "vae.decode: anchored."
         )
+    elif psi.screened:
+        why = (
+            "On the others the classifier is right in every draw, or the reference models are not sure of the class "
+            "(identify.min_probability)."
+        )
+    else:
+        why = "On the others the classifier is right in every draw."
     return (
         "Scenarios cannot show most of the classifier's errors. "
         f"Of {count_of(psi.wrong, 'training image')} that it gets wrong, {psi.wrong_kept:,} "

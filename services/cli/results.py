@@ -219,7 +219,7 @@ def check_suite(
     if not asked:
         raise nothing_asked
     if failed:
-        hint = loaded.other_use(net, section) if section else ""
+        hint = loaded.usage_hint(net, section) if section else ""
         raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
 
 
