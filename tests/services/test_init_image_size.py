@@ -205,6 +205,8 @@ def test_the_size_that_is_taken_is_the_one_that_all_sizes_together_speak_for(wid
     own = CUSTOM | {"import_path": f"{HERE}:{factory.__name__}", "weights": str(weights)}
     facts = inspect_data(tmp_path / "photos")
     assert fit_image_size(facts, own, None, silent).tree["data"]["image_size"] == size
+    to_train = fit_image_size(facts, own | {"weights": None, "epochs": 5}, None, silent)
+    assert to_train.tree["data"]["image_size"] == 32 and "it is right on" not in " ".join(to_train.notes)
 
 
 def of_few_bright_ones_at_96() -> nn.Module:
