@@ -20,7 +20,14 @@ from defuse_core.errors import DataError
 from defuse_core.models.probe import least_plausible
 from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
-from defuse_core.suggest.classifier_inputs import _best_size, _probe, fit_image_size
+from defuse_core.suggest.classifier_inputs import (
+    _best_size,
+    _new_classifier,
+    _notes,
+    _probe,
+    _vae,
+    fit_image_size,
+)
 from defuse_core.suggest.plan import Speeds, plan_run
 from tests.command_line import call, one_line
 from tests.conftest import tiny
@@ -124,7 +131,7 @@ def suggested(
 def test_a_classifier_that_takes_the_pictures_as_they_are_gets_them_so(side, factory, monkeypatch, capsys):
     code, data, printed = suggested(monkeypatch, capsys, side, side, factory)
     assert (code, data.get("image_size")) == (0, side), printed
-    assert "pixels, but the pictures have" not in printed
+    assert "the classifier gets" not in printed
 
 
 @pytest.mark.parametrize(
@@ -277,6 +284,16 @@ def test_a_size_at_which_one_answer_for_all_images_is_as_often_right_is_taken_on
     assert _best_size(facts, accuracies, least_plausible(0.88)) == chosen
 
 
+def test_the_note_on_the_size_tells_the_accuracies_of_those_that_were_compared():
+    facts = DataFacts("folder", Path(), 32, 32, 32, 1, False, ("a", "b"), {}, ())
+    assert _notes(facts, 32, {32: 1.0}, 51) == []
+    (line,) = _notes(facts, 64, {64: 1.0, 32: 0.5}, 51)
+    right = "it is right on 50 % at 32, 100 % at 64, on average over the classes; if it was trained on another size"
+    assert line.startswith(
+        f"the classifier gets 64x64 pixels, but the pictures have 32x32; of 51 training images {right}"
+    )
+
+
 def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one_and_no_other_is_tried(
     monkeypatch, capsys
 ):
@@ -390,6 +407,26 @@ def test_images_of_an_npz_file_with_an_odd_side_are_refused_with_what_to_do():
         DataError, match=r"even height and width, .* found 75x75 pixels; pad or resize them, best to"
     ):
         inspect_data(Path("x.npz"))
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "classifier", "vae"),
+    [
+        (16, 1, {"stages": 3}, (2, 16, 16)),
+        (28, 1, {"stages": 2}, (2, 16, 16)),
+        (30, 1, {"stages": 1}, (1, 16, 16)),
+        (32, 1, {"stages": 4}, (3, 16, 16)),
+        (32, 3, {"stem": "small"}, (3, 16, 32)),
+        (64, 1, {"stem": "small"}, (4, 32, 32)),
+        (96, 3, {"stem": "imagenet"}, (4, 32, 32)),
+    ],
+)
+def test_size_and_colour_decide_the_networks(size, channels, classifier, vae):
+    facts = DataFacts("npz", Path("x.npz"), size, size, size, channels, False, ("a", "b"), {}, ())
+    suggested, sections = _new_classifier(facts, size), _vae(size, channels)
+    assert suggested.items() >= classifier.items()
+    assert suggested["architecture"] == ("cnn" if "stages" in classifier else "resnet18")
+    assert (sections["encoder_stages"], sections["latent_dim"], sections["channels"]) == vae
 
 
 @pytest.mark.parametrize(("side", "noted"), [(130, True), (66, True), (96, False), (28, False)])

@@ -130,7 +130,7 @@ def judged(report, own=None, left_out=None, real=None):
         for name, counts in (("scenarios", own), ("left_out", left_out), ("real_failures", real))
     }
     share = Share(value=0.84, low=0.7, high=0.9)
-    shares = FourShares(before=share, baseline=share, plain=share, defuse=share, plain_each=())
+    shares = FourShares(before=share, baseline=share, plain=share, defuse=share, plain_each=(0.84,))
     evidence = EvidenceFigures.model_construct(
         own_label=shares,
         real_failures=shares,
@@ -244,6 +244,13 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
     assert (text or "").endswith(
         "By the judges' labels of the held-out images it may be no better than plain further training (λ = 0) on: 1; "
         "is right on at most half of the images of: 3."
+    )
+    harmed = rows[1].model_copy(update={"evidence": rows[1].evidence.model_copy(update={"worse": True})})
+    some_worse = report.scenarios.model_copy(update={"list": [rows[0], harmed, *rows[2:]]})
+    assert unconfirmed(report.model_copy(update={"scenarios": some_worse})) == (
+        "The correction is confirmed on 1 of 3 scenarios, and worse than plain further training on 1. By the judges' "
+        "labels of the held-out images it is worse than plain further training (λ = 0) on: 1; is right on at most half "
+        "of the images of: 3."
     )
     few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[:1] + rows[2:3]
     assert (
