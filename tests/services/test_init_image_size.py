@@ -275,6 +275,7 @@ def test_sizes_are_compared_without_an_order_of_classes_that_explains_the_errors
         (32, {32: 0.55, 64: 0.97, 48: 0.88}, 64),
         (33, {32: 0.88, 64: 0.9}, 64),
         (33, {32: 0.7, 64: 0.88}, 64),
+        (33, {64: 1.0, 32: 0.96}, 32),  # as right as the best but for 4 points
     ],
 )
 def test_a_size_at_which_one_answer_for_all_images_is_as_often_right_is_taken_only_where_all_are_so(
