@@ -275,6 +275,10 @@ def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order(
     written: dict[str, object] = {}
     assert (set_probed(written, probe), written) == ([], {})
     assert probe_notes(probe) == [f"the classifier is {line}"]
+    told = [
+        probe_notes(replace(probe, answers=1, constant=share)) for share in (0.9, 1.0)
+    ]  # 1.0: of one class
+    assert ["one answer; check its weights" in " ".join(lines) for lines in told] == [True, False]
     assert warnings_of(probe, section(), names, 1.0) == [f"it is {line}"]
 
 
