@@ -402,12 +402,20 @@ def test_images_of_an_npz_file_are_not_resized_but_may_have_28_pixels(monkeypatc
     assert call(monkeypatch, capsys, "init", "x.npz", "--minutes", 1)[0] == 0
 
 
-def test_images_of_an_npz_file_with_an_odd_side_are_refused_with_what_to_do():
-    np.savez("x.npz", train_images=np.zeros((60, 75, 75), np.uint8), train_labels=np.arange(60) % 3)
-    with pytest.raises(
-        DataError, match=r"even height and width, .* found 75x75 pixels; pad or resize them, best to"
-    ):
+@pytest.mark.parametrize(("height", "width"), [(75, 75), (75, 76), (76, 75)])
+def test_images_of_an_npz_file_with_an_odd_side_are_refused_with_what_to_do(height, width):
+    np.savez("x.npz", train_images=np.zeros((60, height, width), np.uint8), train_labels=np.arange(60) % 3)
+    line = f"even height and width, .* found {width}x{height} pixels; pad or resize them, best to"
+    with pytest.raises(DataError, match=line):
         inspect_data(Path("x.npz"))
+
+
+def test_an_npz_file_without_training_images_is_refused():
+    np.savez("x.npz", images=np.zeros((60, 28, 28), np.uint8), labels=np.arange(60) % 3)
+    with pytest.raises(
+        DataError, match=r"^mine: expected an .npz file with train_images, found none; save it again$"
+    ):
+        inspect_data(Path("x.npz"), "mine")
 
 
 @pytest.mark.parametrize(
