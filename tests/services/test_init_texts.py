@@ -31,6 +31,7 @@ def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
     assert first.startswith("  validation_share: 0.15 ")
     assert second.startswith(" " * 42 + "# ") and second.endswith("of its own")
     assert not [each.name for each in described.values() if _comment(each, None).endswith("...")]
+    assert _commented("  engine: scikit-learn", "") == ["  engine: scikit-learn"]
 
 
 def test_the_help_of_init_names_the_sizes_that_pictures_get_without_a_classifier():
@@ -67,9 +68,10 @@ def test_the_head_of_a_run_file_tells_what_was_found(tmp_path):
         tree = {"classifier": classifier, "vae": {"epochs": 3}} | tree
         text = write_run_file(Plan(tree, 2.0, facts, Speeds(1, 2, 3, 4), probe, ()))
         assert yaml.safe_load(text) == tree and "\n  epochs: 3 " in text
+        assert ("\n  reference:\n    epochs: 4 " in text) == ("review" in tree)
         return text.partition("\n\n")[0]
 
-    plain = head(facts, None)
+    plain = head(facts, None, review={"reference": {"epochs": 4}})
     assert plain.splitlines()[1:3] == [
         "# Images: 2,000 train, 20 test; 16x20 pixels (median), colour.",
         "# Classes: cat, dog.",
