@@ -180,7 +180,7 @@ def errors_without_codes(report: Report) -> str | None:
 
 
 def _certainly_below_half(part: int, whole: int) -> bool:
-    return whole > 0 and share_with_bounds(part, whole)[2] < 0.5
+    return bool(share_with_bounds(part, whole)[2] < 0.5)  # nan of no image
 
 
 def made_worse(report: Report) -> str | None:

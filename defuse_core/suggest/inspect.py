@@ -190,25 +190,21 @@ def _expect_train(root: Path) -> None:
     if (root / "train").is_dir():
         _expect_folders(root / "train")
         return
-    parts = {
-        entry.name: part
-        for entry in sorted(root.iterdir())
-        if entry.is_dir() and (part := part_of(entry.name))
-    }
+    parts = {folder.name: part for folder in _folders(root) if (part := part_of(folder.name))}
     if "train" in parts.values():
         renames = ", ".join(f"{name}/ to {part}/" for name, part in parts.items() if name != part)
         raise DataError(
             f"{root}: expected train/ with a folder per class, found {', '.join(parts)}; rename {renames}"
         )
     _expect_no_part(root)
-    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name not in parts]
+    folders = [folder for folder in _folders(root) if folder.name not in parts]
     layout = "train/ with a folder of images per class (train/CLASS/*.png)"
     if len(folders) > 1 and all(map(_is_class_folder, folders)):
         raise DataError(
             f"{root}: expected {layout}, found class folders such as {folders[0].name}/; "
             f"move them into train/{_moved(root) if not parts else ''}"
         )
-    if holding := [entry for entry in folders if _has_pictures(entry)]:
+    if holding := [folder for folder in folders if _has_pictures(folder)]:
         raise DataError(
             f"{root}: expected {layout}, found no train/, but images below {holding[0].name}/; "
             "give a folder of this layout"
@@ -224,10 +220,10 @@ def _moved(root: Path) -> str:
 
 def _expect_folders(train: Path) -> None:
     """Raise DataError where train/ holds images in place of class folders, as where it is a class itself."""
-    if any(entry.is_dir() for entry in train.iterdir()) or not _has_pictures(train):
+    if _folders(train) or not _has_pictures(train):
         return
     remedy = "sort them into such folders"
-    others = [folder for folder in sorted(train.parent.iterdir()) if folder != train and folder.is_dir()]
+    others = [folder for folder in _folders(train.parent) if folder != train]
     if others and all(_is_class_folder(folder) and not part_of(folder.name) for folder in others):
         move = f"move all class folders into a new train/{_moved(train.parent)}"
         remedy = f"if train is a class like {others[0].name}, {move}"
@@ -237,7 +233,7 @@ def _expect_folders(train: Path) -> None:
 def _expect_no_part(root: Path) -> None:
     """Raise DataError for a folder that is a part of a data set, such as train/ itself, rather than the data set."""
     name, parent = root.absolute().name, root.absolute().parent
-    if not any(map(_is_class_folder, root.iterdir())):
+    if not any(map(_is_class_folder, _folders(root))):
         return
     remedy = f"give its parent: defuse init {shlex.quote(str(parent))}"
     if part := part_of(name):
@@ -246,10 +242,13 @@ def _expect_no_part(root: Path) -> None:
         raise DataError(f"{root}: this folder of classes is beside train/; {remedy}")
 
 
+def _folders(root: Path) -> list[Path]:
+    """Return the folders in a folder, without hidden ones, such as .git, which no run reads."""
+    return [each for each in sorted(root.iterdir()) if each.is_dir() and not each.name.startswith(".")]
+
+
 def _is_class_folder(folder: Path) -> bool:
     """Whether a folder holds images and nothing else, as no folder of a program or of runs does."""
-    if folder.name.startswith(".") or not folder.is_dir():
-        return False
     try:
         paths = walk_files(folder)
         return all(path.lower().endswith(SUFFIXES) for path in paths) and _has_pictures(folder)

@@ -47,7 +47,7 @@ MOST_TIMES = 2.5  # their share of the time, for these steps
 # images per class on average, where there are so many, that reference models, judges and the correction get at least
 PER_CLASS = 20
 SCORINGS = 18  # times that classifiers score validation and test images, beside once after each fine-tuning
-LAMBDAS = {1: [1.0], 2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
+LAMBDAS = {2: [0.1, 1.0], 3: [0.1, 1.0, 10.0], 4: [0.01, 0.1, 1.0, 10.0]}
 SCALE = 2.0  # identify.scale
 # review.purity and identify.share of photographs: all reference models are sure on 84 % of real signs, so 0.9 rejects
 # most draws; and a model recognises almost any move of a photograph that it was trained on

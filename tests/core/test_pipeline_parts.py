@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from defuse_core.artifacts import Psi
+from defuse_core.artifacts import Psi, ReferenceSet
 from defuse_core.errors import VaeHealthError
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import EVALUATION, _healthy_models, _once_each, rewrite_report
@@ -93,3 +93,18 @@ def test_a_run_ends_with_what_mends_reference_models_that_are_worse_and_call_the
             VaeHealthError, match=f"the β-VAE is blind: the reference models get .*; {remedy}"
         ):
             _healthy_models(run, LocalCompute())
+        run.until = "train"  # which ends here anyway, with the models
+        assert _healthy_models(run, LocalCompute())[0].health.verdict == "blind"
+
+
+def test_a_blind_beta_vae_ends_a_run_before_reference_models_are_trained_unless_it_ends_then_anyway(
+    tmp_path, tiny_models, references
+):
+    blind = replace(tiny_models, health=replace(tiny_models.health, verdict="blind"))
+    run = trained_run(FolderStore(tmp_path), "blind", recommended(), blind)
+    with pytest.raises(VaeHealthError, match="the β-VAE is blind"):
+        _healthy_models(run, LocalCompute())
+    assert not run.store.exists("references.safetensors")
+    run.once("train", ReferenceSet, lambda: references, "references")
+    run.until = "train"
+    assert _healthy_models(run, LocalCompute())[0].health.verdict == "blind"

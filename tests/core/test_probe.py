@@ -150,8 +150,8 @@ def test_another_input_range_is_noted_where_it_is_certainly_better_by_few_points
     by_little, by_much = {}, {}
     (note,) = set_probed(by_little, probe)
     assert not by_little and note.endswith("set classifier.input_range: -1..1 if it was trained on that")
-    set_probed(by_much, replace(with_accuracies(0.73, 0.85), best_is_certain=certain))
-    assert by_much == {"input_range": "-1..1"}
+    (note,) = set_probed(by_much, replace(with_accuracies(0.73, 0.85), best_is_certain=certain))
+    assert by_much == {"input_range": "-1..1"} and "before the classes are reordered" not in note
 
 
 class Contrast(nn.Module):
@@ -275,6 +275,10 @@ def test_a_classifier_of_bgr_images_is_told_so_and_its_classes_keep_their_order(
     written: dict[str, object] = {}
     assert (set_probed(written, probe), written) == ([], {})
     assert probe_notes(probe) == [f"the classifier is {line}"]
+    told = [
+        probe_notes(replace(probe, answers=1, constant=share)) for share in (0.9, 1.0)
+    ]  # 1.0: of one class
+    assert ["one answer; check its weights" in " ".join(lines) for lines in told] == [True, False]
     assert warnings_of(probe, section(), names, 1.0) == [f"it is {line}"]
 
 
@@ -446,7 +450,9 @@ def test_a_swapped_order_of_two_classes_is_found_with_its_range(range_trained_on
     pixels[:, :, 0, 0] = 0
     net = adapt(swapped(range_trained_on), section(), 2)
     written: dict[str, object] = {}
-    set_probed(written, probe_classifier(net, section(), Images(pixels, labels), ["dark", "bright"]))
+    probe = probe_classifier(net, section(), Images(pixels, labels), ["dark", "bright"])
+    told = " ".join(set_probed(written, probe))
+    assert ("before the classes are reordered" in told) == (range_trained_on != "0..1")
     expected = {} if range_trained_on == "0..1" else {"input_range": range_trained_on}
     assert written == {**expected, "class_order": [1, 0]}
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Verdicts
 from defuse_core.codec import encode
+from defuse_core.errors import InputError
 from defuse_core.export.compare import (
     MATCHING_SHARE,
     ComparedScenario,
@@ -56,7 +57,8 @@ def test_the_source_of_a_program_is_none_of_its_weights():
     weights = {"net.a": np.ones(2), "source": np.zeros(3, np.uint8)}
     assert _is_same_classifier(weights, {**weights, "source": np.ones(4, np.uint8)})
     assert not _is_same_classifier(weights, {**weights, "net.a": np.zeros(2)})
-    assert not _is_same_classifier(weights, {**weights, "net.b": np.ones(2)})
+    larger = {**weights, "net.b": np.ones(2)}
+    assert not _is_same_classifier(weights, larger) and not _is_same_classifier(larger, weights)
 
 
 def test_a_scenario_of_the_later_run_alone_is_found_now_where_the_earlier_classifier_fails_too(store):
@@ -114,6 +116,15 @@ def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "compare", "first", "larger", "--store", store.address)
     assert code == 2
     assert "cannot be compared: data.image_size is 16 in one, 32 in the other" in one_line(err)
+    models = Run.open(store, "first").require(Models)
+    renamed = Run.start(store, "renamed", tiny())
+    renamed.store.write(
+        "models.safetensors", encode(dataclasses.replace(models, classes=("none", *models.classes[1:])))
+    )
+    with pytest.raises(
+        InputError, match=r"the list of classes is \('0', .* in one, \('none', .* in the other$"
+    ):
+        compare_runs(Run.open(store, "first"), renamed)
 
 
 @pytest.mark.parametrize("pair", [("begun", "first"), ("first", "begun"), ("begun", "begun")])
@@ -131,6 +142,8 @@ def test_codes_of_one_cloud_lie_inside_it_and_not_inside_another():
     cloud, same = rng.normal(size=(200, 3)), rng.normal(size=(100, 3))
     assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
     assert share_inside((same + 9).astype(np.float32), cloud.astype(np.float32)) == 0
+    cloud[:, 2], same[:, 2] = 1e-6 * cloud[:, 2], 0.01  # a dimension that the β-VAE does not use
+    assert share_inside(same.astype(np.float32), cloud.astype(np.float32)) > 0.97
 
 
 def test_a_scenario_whose_draws_became_narrower_matches_itself_whichever_run_is_first():
@@ -253,3 +266,18 @@ def test_a_scenario_of_the_later_run_matches_one_of_two_equal_ones_of_the_earlie
     found = dataclasses.replace(later.found, fixes=later.found.fixes.take(rows))
     earlier = dataclasses.replace(later, found=found, pictures=[later.pictures[row] for row in rows])
     assert _matches(earlier, later) == {0: 0, 2: 1}
+
+
+def test_scenarios_match_in_the_order_of_their_shares_each_once_from_half_on(store, monkeypatch):
+    side, rows = _load(Run.open(store, "first")), np.array([0, 0, 1])
+    found = dataclasses.replace(side.found, fixes=side.found.fixes.take(rows))
+    both = dataclasses.replace(side, found=found, pictures=[side.pictures[row] for row in rows])
+    # of the pairs (0, 0), (0, 1), (1, 0), (1, 1) and (2, 2), which have the same label
+    shares, alike = iter([(0.5, 0.4), (0.9, 0.0), (0.5, 0.5), (0.8, 0.8), (0.49, 0.49)]), list[bool]()
+
+    def share(_: object, __: object, same_error: bool) -> tuple[float, float]:
+        alike.append(same_error)
+        return next(shares)
+
+    monkeypatch.setattr("defuse_core.export.compare.matching_shares", share)
+    assert _matches(both, both) == {0: 1, 1: 0} and alike == [True] * 5

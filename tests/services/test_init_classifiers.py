@@ -87,6 +87,7 @@ def test_order_and_range_are_fitted_only_to_a_classifier_that_the_run_does_not_t
     assert ("number the classes differently" in out) == with_weights
     assert ("training images with inputs in " in out + Path("digits.yaml").read_text()) == with_weights
     assert ("the run trains it" in out) != with_weights
+    assert ("which the classifier probably has seen; separate validation images" in out) == with_weights
 
 
 def test_the_sigmoid_of_a_classifier_that_the_run_trains_is_noted(monkeypatch, capsys):

@@ -20,7 +20,14 @@ from defuse_core.errors import DataError
 from defuse_core.models.probe import least_plausible
 from defuse_core.protocols import silent
 from defuse_core.suggest import DataFacts, inspect_data
-from defuse_core.suggest.classifier_inputs import _best_size, _probe, fit_image_size
+from defuse_core.suggest.classifier_inputs import (
+    _best_size,
+    _new_classifier,
+    _notes,
+    _probe,
+    _vae,
+    fit_image_size,
+)
 from defuse_core.suggest.plan import Speeds, plan_run
 from tests.command_line import call, one_line
 from tests.conftest import tiny
@@ -124,7 +131,7 @@ def suggested(
 def test_a_classifier_that_takes_the_pictures_as_they_are_gets_them_so(side, factory, monkeypatch, capsys):
     code, data, printed = suggested(monkeypatch, capsys, side, side, factory)
     assert (code, data.get("image_size")) == (0, side), printed
-    assert "pixels, but the pictures have" not in printed
+    assert "the classifier gets" not in printed
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,8 @@ def test_the_size_that_is_taken_is_the_one_that_all_sizes_together_speak_for(wid
     own = CUSTOM | {"import_path": f"{HERE}:{factory.__name__}", "weights": str(weights)}
     facts = inspect_data(tmp_path / "photos")
     assert fit_image_size(facts, own, None, silent).tree["data"]["image_size"] == size
+    to_train = fit_image_size(facts, own | {"weights": None, "epochs": 5}, None, silent)
+    assert to_train.tree["data"]["image_size"] == 32 and "it is right on" not in " ".join(to_train.notes)
 
 
 def of_few_bright_ones_at_96() -> nn.Module:
@@ -266,6 +275,7 @@ def test_sizes_are_compared_without_an_order_of_classes_that_explains_the_errors
         (32, {32: 0.55, 64: 0.97, 48: 0.88}, 64),
         (33, {32: 0.88, 64: 0.9}, 64),
         (33, {32: 0.7, 64: 0.88}, 64),
+        (33, {64: 1.0, 32: 0.96}, 32),  # as right as the best but for 4 points
     ],
 )
 def test_a_size_at_which_one_answer_for_all_images_is_as_often_right_is_taken_only_where_all_are_so(
@@ -273,6 +283,16 @@ def test_a_size_at_which_one_answer_for_all_images_is_as_often_right_is_taken_on
 ):
     facts = DataFacts("folder", Path(), side, side, 32, 1, False, ("bad", "ok"), {}, ())
     assert _best_size(facts, accuracies, least_plausible(0.88)) == chosen
+
+
+def test_the_note_on_the_size_tells_the_accuracies_of_those_that_were_compared():
+    facts = DataFacts("folder", Path(), 32, 32, 32, 1, False, ("a", "b"), {}, ())
+    assert _notes(facts, 32, {32: 1.0}, 51) == []
+    (line,) = _notes(facts, 64, {64: 1.0, 32: 0.5}, 51)
+    right = "it is right on 50 % at 32, 100 % at 64, on average over the classes; if it was trained on another size"
+    assert line.startswith(
+        f"the classifier gets 64x64 pixels, but the pictures have 32x32; of 51 training images {right}"
+    )
 
 
 def test_a_classifier_that_is_right_at_any_size_gets_the_suggested_one_and_no_other_is_tried(
@@ -382,12 +402,40 @@ def test_images_of_an_npz_file_are_not_resized_but_may_have_28_pixels(monkeypatc
     assert call(monkeypatch, capsys, "init", "x.npz", "--minutes", 1)[0] == 0
 
 
-def test_images_of_an_npz_file_with_an_odd_side_are_refused_with_what_to_do():
-    np.savez("x.npz", train_images=np.zeros((60, 75, 75), np.uint8), train_labels=np.arange(60) % 3)
-    with pytest.raises(
-        DataError, match=r"even height and width, .* found 75x75 pixels; pad or resize them, best to"
-    ):
+@pytest.mark.parametrize(("height", "width"), [(75, 75), (75, 76), (76, 75)])
+def test_images_of_an_npz_file_with_an_odd_side_are_refused_with_what_to_do(height, width):
+    np.savez("x.npz", train_images=np.zeros((60, height, width), np.uint8), train_labels=np.arange(60) % 3)
+    line = f"even height and width, .* found {width}x{height} pixels; pad or resize them, best to"
+    with pytest.raises(DataError, match=line):
         inspect_data(Path("x.npz"))
+
+
+def test_an_npz_file_without_training_images_is_refused():
+    np.savez("x.npz", images=np.zeros((60, 28, 28), np.uint8), labels=np.arange(60) % 3)
+    with pytest.raises(
+        DataError, match=r"^mine: expected an .npz file with train_images, found none; save it again$"
+    ):
+        inspect_data(Path("x.npz"), "mine")
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "classifier", "vae"),
+    [
+        (16, 1, {"stages": 3}, (2, 16, 16)),
+        (28, 1, {"stages": 2}, (2, 16, 16)),
+        (30, 1, {"stages": 1}, (1, 16, 16)),
+        (32, 1, {"stages": 4}, (3, 16, 16)),
+        (32, 3, {"stem": "small"}, (3, 16, 32)),
+        (64, 1, {"stem": "small"}, (4, 32, 32)),
+        (96, 3, {"stem": "imagenet"}, (4, 32, 32)),
+    ],
+)
+def test_size_and_colour_decide_the_networks(size, channels, classifier, vae):
+    facts = DataFacts("npz", Path("x.npz"), size, size, size, channels, False, ("a", "b"), {}, ())
+    suggested, sections = _new_classifier(facts, size), _vae(size, channels)
+    assert suggested.items() >= classifier.items()
+    assert suggested["architecture"] == ("cnn" if "stages" in classifier else "resnet18")
+    assert (sections["encoder_stages"], sections["latent_dim"], sections["channels"]) == vae
 
 
 @pytest.mark.parametrize(("side", "noted"), [(130, True), (66, True), (96, False), (28, False)])

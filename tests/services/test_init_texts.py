@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import yaml
 
 from defuse_core.config import RunFile
 from defuse_core.config.loading import describe_fields
+from defuse_core.models.probe import ClassifierProbe
 from defuse_core.suggest import _comment, _commented, write_run_file
 from defuse_core.suggest.inspect import DataFacts, _suggested_size
 from defuse_core.suggest.plan import Plan, Speeds
 from services.cli.run import init
 from tests.command_line import call, one_line
+from tests.core.test_probe import some_probe
 
 
 def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
@@ -28,6 +31,7 @@ def test_a_long_comment_goes_on_in_a_second_line_to_the_end_of_its_sentence():
     assert first.startswith("  validation_share: 0.15 ")
     assert second.startswith(" " * 42 + "# ") and second.endswith("of its own")
     assert not [each.name for each in described.values() if _comment(each, None).endswith("...")]
+    assert _commented("  engine: scikit-learn", "") == ["  engine: scikit-learn"]
 
 
 def test_the_help_of_init_names_the_sizes_that_pictures_get_without_a_classifier():
@@ -52,6 +56,40 @@ def test_the_name_of_a_file_adds_no_line_to_a_run_file(tmp_path):
     text = write_run_file(Plan({"vae": {"epochs": 3}}, 1.0, facts, Speeds(1, 1, 1, 1), None, facts.notes))
     assert "# Note: such as x\\ncheck: {max_loss: 1}\\n#\\x1b[2J.png." in text.splitlines()
     assert yaml.safe_load(text) == {"vae": {"epochs": 3}}
+
+
+def test_the_head_of_a_run_file_tells_what_was_found(tmp_path):
+    facts = DataFacts("npz", tmp_path, 20, 16, 16, 3, False, ("cat", "dog"), {"train": 2000, "test": 20}, ())
+    probe = replace(some_probe(), images=204, by_range={"0..1": 0.5, "-1..1": 0.9}, class_order=(1, 0))
+    probe = replace(probe, reordered=0.97)
+    classifier = {"epochs": 0, "input_range": "-1..1"}
+
+    def head(facts: DataFacts, probe: ClassifierProbe | None, **tree: dict[str, object]) -> str:
+        tree = {"classifier": classifier, "vae": {"epochs": 3}} | tree
+        text = write_run_file(Plan(tree, 2.0, facts, Speeds(1, 2, 3, 4), probe, ()))
+        assert yaml.safe_load(text) == tree and "\n  epochs: 3 " in text
+        assert ("\n  reference:\n    epochs: 4 " in text) == ("review" in tree)
+        return text.partition("\n\n")[0]
+
+    plain = head(facts, None, review={"reference": {"epochs": 4}})
+    assert plain.splitlines()[1:3] == [
+        "# Images: 2,000 train, 20 test; 16x20 pixels (median), colour.",
+        "# Classes: cat, dog.",
+    ]
+    assert len(plain.splitlines()) == 4 and "grey." in head(replace(facts, channels=1), None)
+    readers = head(facts, None, resources={"readers": 1}).splitlines()
+    assert len(readers) == 5 and readers[-1].startswith("# Not all images fit into memory: ")
+    moved = head(facts, None, vae={"epochs": 3, "decode": "anchored"}).splitlines()
+    assert len(moved) == 7 and moved[4].startswith("# vae.decode is anchored, since ")
+    right = (
+        "# Classifier: right on 90.0 % of 204 training images with inputs in -1..1 (used), 50.0 % in 0..1, on"
+    )
+    assert right in head(facts, probe) and right in head(facts, replace(probe, class_order=None))
+    ordered = head(facts, probe, classifier=classifier | {"class_order": [1, 0]})
+    assert (
+        "right on 97.0 % of training images with inputs in -1..1 and the classes reordered (used); not reordered: "
+        "90.0 % in -1..1, 50.0 % in 0..1, on average over the classes."
+    ) in ordered
 
 
 def test_fields_are_as_wide_as_the_terminal(monkeypatch, capsys):

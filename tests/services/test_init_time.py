@@ -14,10 +14,33 @@ from defuse_core.config import DistillSection, parse_run_file
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import read_picture, to_picture
 from defuse_core.distill.components import components_of
+from defuse_core.protocols import silent
 from defuse_core.suggest import inspect_data, plan_run
-from defuse_core.suggest.plan import Speeds, _correct, _set_sizes
+from defuse_core.suggest.plan import Speeds, _correct, _measured, _rate, _set_sizes
 from tests.command_line import call
-from tests.own_classifiers import digits
+from tests.conftest import tiny
+from tests.own_classifiers import digits, plain
+
+
+def test_a_speed_is_that_of_the_batches_after_the_first_which_takes_longer(monkeypatch):
+    clock, durations = [100.0], iter([3.0, *[0.125] * 4])
+
+    def work() -> None:
+        clock[0] += next(durations)
+
+    monkeypatch.setattr("defuse_core.suggest.plan.time.monotonic", lambda: clock[0])
+    assert _rate(work) == 64 / 0.125
+
+
+def test_speeds_are_measured_with_whole_steps_that_change_no_weight(monkeypatch):
+    """Also with fewer images than a batch has."""
+    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: (work(), 1.0)[1])
+    net = plain()
+    before = [weight.detach().clone() for weight in net.parameters()]
+    speeds = _measured(tiny(), net, digits().take(slice(0, 5)), 4, silent)
+    assert speeds == Speeds(1.0, 1.0, 1.0, 1.0)
+    for weight, unchanged in zip(net.parameters(), before, strict=True):
+        assert weight.grad.any() and (weight == unchanged).all()
 
 
 @pytest.mark.parametrize("seconds", [60, 200, 600])
@@ -28,6 +51,40 @@ def test_the_time_to_correct_holds_the_sweeps_and_the_trainings_that_evidence_co
     visits = trainings * (2 * section["epochs"] + 1) * section.get("train_images", 20_000)
     assert visits == pytest.approx(seconds * 3000, rel=0.25)
     assert visits <= seconds * 3000
+
+
+@pytest.mark.parametrize(
+    ("speed", "epochs", "warmup", "draws", "reference", "correct", "note"),
+    [
+        # the least of all: 7 visits of 10,000 images, and 8 * 4 + 9 * 7 of 500, in 51 s of each minute
+        (1.0, (3, 2), 19, 2, (4, 500), (2, 500), "takes about 2,304 minutes here; give fewer images"),
+        (
+            320.0,
+            (3, 4),
+            39,
+            2,
+            (4, 1020),
+            (2, 777),
+            "only 4 epochs for the β-VAE fit in 10 minutes; give fewer",
+        ),
+        # 15 %, 25 %, 10 %, 20 % (half of all images for each of eight models) and 30 % of 510 s
+        (4e3, (30, 51), 497, 20, (10, None), (2, 9714), "are trained on 15 images of the rarest class"),
+        (1e9, (40, 100), 500, 50, (20, None), (4, None), "are trained on 15 images of the rarest class"),
+    ],
+)
+def test_the_time_is_divided_among_the_steps_within_what_each_needs_and_can_use(
+    speed, epochs, warmup, draws, reference, correct, note
+):
+    labels = np.repeat([0, 1], [9970, 30])
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
+    tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
+    _, notes = _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 10, own=False)
+    assert (tree["classifier"]["epochs"], tree["vae"]["epochs"]) == epochs
+    assert (tree["vae"]["kl_warmup_steps"], tree["identify"]["draws"]) == (warmup, draws)
+    of_models, tuned = tree["review"]["reference"], tree["correct"]
+    assert (of_models["epochs"], of_models.get("train_images")) == reference
+    assert (len(tuned["lambdas"]), tuned.get("train_images")) == correct
+    assert note in " ".join(notes) and ("minutes here" in " ".join(notes)) == (speed == 1.0)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +119,7 @@ def test_a_class_without_a_training_image_is_not_the_rarest_wherever_it_stands(c
 
 
 def sized(
-    classes: int, each: int, tracks: int | None = None, size: int = 32, **vae: object
+    classes: int, each: int | list[int], tracks: int | None = None, size: int = 32, **vae: object
 ) -> tuple[dict, list[str]]:
     """Return the plan for so many images of each class, and its notes; `tracks` images show one object."""
     labels = np.repeat(np.arange(classes), each)
@@ -94,6 +151,10 @@ def test_classes_of_too_few_photographs_for_any_scenario_are_told(each, tracks, 
         assert line.endswith(f"significance takes 6; add {what}, or set review.accept: share")
         tree["review"]["accept"] = "share"
         assert parse_run_file(tree, "it").review.least_units == 1
+        (line,) = (
+            line for line in sized(50, [each] + [400] * 49, tracks, decode=decode)[1] if "for a sce" in line
+        )
+        assert line.startswith(f"1 of 50 classes have too few {what} for a scenario: {told} are perturbed")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +262,7 @@ def test_validation_images_that_stay_on_disk_are_read_by_processes_and_planned_f
         (200, 1e5, 16, 60),
         (640, 1e5, 32, 50),
         (10_000, 1e5, 128, 20),
+        (10_000, 4e4, 128, 10),
         (1560, 6e3, 32, 12),  # 4.9 epochs would be their share of the time
         (1560, 1e3, 32, 8),
         (10_000, 1e3, 128, 4),

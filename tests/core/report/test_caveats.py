@@ -97,7 +97,8 @@ def test_the_headline_counts_scenarios_alike_whether_or_not_they_were_corrected(
     tmp_path: Path, components: int, accepted: int, text: str
 ):
     report = report_of(sample_findings(components, accepted), tmp_path)
-    assert report.headline.startswith(f"{text} Accuracy on ")
+    them = "its" if accepted == 1 else "their"
+    assert report.headline.startswith(f"{text} Accuracy on {them} held-out images, ")
     assert headline(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT).startswith(
         f"{text} Nothing was corrected:"
     )
@@ -329,13 +330,17 @@ def test_a_class_that_fails_in_cells_of_too_few_codes_alone_is_told(tmp_path: Pa
         (False, True, False, "Test images may show"),
         (True, True, True, None),
         (False, False, False, None),
+        (True, True, None, None),
     ],
 )
 def test_images_without_tracks_beside_others_with_tracks_are_told(
-    of_scenarios: bool, of_validation: bool, of_test: bool, told: str | None, tmp_path: Path
+    of_scenarios: bool, of_validation: bool, of_test: bool | None, told: str | None, tmp_path: Path
 ):
+    """With `of_test` None there are no test images."""
     found, evaluation = sample_findings()
     watch, count = sample_watch(), len(found.scenarios)
+    if of_test is None:
+        watch = dataclasses.replace(watch, test_wrong=watch.test_wrong[:0])
     watch = dataclasses.replace(
         watch,
         validation_tracks=np.arange(len(watch.validation_wrong)) // 4 if of_validation else None,
@@ -357,6 +362,7 @@ def test_without_judges_it_is_told_that_nothing_independent_was_measured(tmp_pat
     alone = report_of(sample_findings(), tmp_path)
     text = nobody_judged(alone) or ""
     assert text.startswith("Nobody judged the correction.") and text in alone.caveats
+    assert unconfirmed(alone) is None
     assert nobody_judged(alone.model_copy(update={"chosen": None})) is None
     assert (
         nobody_judged(
@@ -377,6 +383,8 @@ def test_a_low_purity_by_the_judges_is_told_where_the_reviewers_see_none(
     assert text is None or text.startswith(
         "Purity by the judges is 50 %. Of the held-out images of the failure"
     )
+    worse = dataclasses.replace(evidence, judges=np.full(3, 0.4))
+    assert low_purity(build_report(sample_run(tmp_path), finished_run(*sample, worse))) is None
 
 
 def known_validation(report):
@@ -453,10 +461,7 @@ def test_a_baseline_that_does_as_much_as_the_correction_is_told(tmp_path: Path):
 
     assert told(0.7, 0.9) is None  # better on all six
     equal = told(0.9, 0.9) or ""
-    assert (
-        equal.startswith("Tuning on the ")
-        and " reviewed failures alone may do as much for the scenarios." in equal
-    )
+    assert equal.startswith("Tuning on the 60 reviewed failures alone may do as much for the scenarios.")
     assert "90.0 % after the correction, 90.0 % after tuning on the reviewed failures alone." in equal
     assert "alone does more for the scenarios." in (told(0.9, 0.6) or "")
     assert (told(0.9, 0.9, 2) or "").startswith("There are too few scenarios to tell whether tuning on")

@@ -130,7 +130,7 @@ def judged(report, own=None, left_out=None, real=None):
         for name, counts in (("scenarios", own), ("left_out", left_out), ("real_failures", real))
     }
     share = Share(value=0.84, low=0.7, high=0.9)
-    shares = FourShares(before=share, baseline=share, plain=share, defuse=share, plain_each=())
+    shares = FourShares(before=share, baseline=share, plain=share, defuse=share, plain_each=(0.84,))
     evidence = EvidenceFigures.model_construct(
         own_label=shares,
         real_failures=shares,
@@ -215,11 +215,11 @@ def test_the_caveats_count_draws_of_one_track_as_that_track(tmp_path: Path):
 
 def test_the_caveat_compares_with_the_strongest_of_several_plain_trainings(tmp_path: Path):
     report = judged(report_of(sample_findings(12, 12), tmp_path), own=(5, 0))
-    own = report.evidence.own_label.model_copy(update={"plain_each": (0.8, 0.84, 0.88)})
+    own = report.evidence.own_label.model_copy(update={"plain_each": (0.8, 0.88)})
     evidence = report.evidence.model_copy(update={"own_label": own})
     assert (no_better_than_plain_training(report.model_copy(update={"evidence": evidence})) or "").endswith(
-        "Scenarios: 84.0 % after the correction, 84.0 % after plain further training, the mean of 3. "
-        "Compared with the strongest of the 3 plain trainings: better on 5 scenarios, worse on 0, p = 0.062."
+        "Scenarios: 84.0 % after the correction, 84.0 % after plain further training, the mean of 2. "
+        "Compared with the strongest of the 2 plain trainings: better on 5 scenarios, worse on 0, p = 0.062."
     )
 
 
@@ -244,6 +244,13 @@ def test_only_scenarios_that_fail_a_test_that_they_could_pass_are_called_unconfi
     assert (text or "").endswith(
         "By the judges' labels of the held-out images it may be no better than plain further training (λ = 0) on: 1; "
         "is right on at most half of the images of: 3."
+    )
+    harmed = rows[1].model_copy(update={"evidence": rows[1].evidence.model_copy(update={"worse": True})})
+    some_worse = report.scenarios.model_copy(update={"list": [rows[0], harmed, *rows[2:]]})
+    assert unconfirmed(report.model_copy(update={"scenarios": some_worse})) == (
+        "The correction is confirmed on 1 of 3 scenarios, and worse than plain further training on 1. By the judges' "
+        "labels of the held-out images it is worse than plain further training (λ = 0) on: 1; is right on at most half "
+        "of the images of: 3."
     )
     few = [row.model_copy(update={"evidence": None}) for row in rows[1:2]] + rows[:1] + rows[2:3]
     assert (
@@ -286,8 +293,8 @@ def test_scenarios_of_which_too_few_photographs_were_judged_are_counted(tmp_path
 
 @pytest.mark.usefixtures("no_figures")
 def test_the_silence_of_the_judges_and_of_plain_training_are_told_apart(tmp_path: Path):
-    def told(own: list[float], name: str) -> tuple[str, str]:
-        evidence = sample_evidence(np.array([own] * 2))
+    def told(own: list[float], name: str, other: list[float] | None = None) -> tuple[str, str]:
+        evidence = sample_evidence(np.array([own, other or own]))
         run = sample_run(tmp_path / name)
         text = unconfirmed(write_report(run, finished_run(*sample_findings(2, 2), evidence))) or ""
         return text, " ".join(run.store.read("report.html").decode().split())
@@ -295,6 +302,8 @@ def test_the_silence_of_the_judges_and_of_plain_training_are_told_apart(tmp_path
     text, page = told([0.05, 0.6, np.nan, 0.98], "plain")
     assert text.startswith("No plain training finished. ") and text.endswith("(λ = 0); see Exceptions.")
     assert " · no plain training finished</span>" in page and "too few to confirm" not in page
+    one_silent = told([0.05, 0.6, np.nan, 0.98], "plain, and judges of one", [np.nan] * 4)[0]
+    assert one_silent.startswith("No plain training finished. ")
     text, page = told([np.nan] * 4, "judges")
     assert text.startswith("On 2 scenarios the judges agree on too few independent images to tell whether")
     assert " · judges agree on 0 independent images, too few to confirm</span>" in page

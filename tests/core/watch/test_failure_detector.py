@@ -55,6 +55,8 @@ def test_failing_answers_get_higher_probabilities_and_the_probabilities_are_cali
         assert part.auroc.low < part.auroc.value < part.auroc.high
     best = confused.best()
     assert best.detector.temperature == pytest.approx(2, rel=0.1)
+    given = np.where(confused.validation_wrong, best.validation, 1 - best.validation)
+    assert best.losses(confused.validation_wrong) == pytest.approx(-np.log(given))
     assert best.test.mean() == pytest.approx(confused.test_wrong.mean(), abs=0.02)
 
 

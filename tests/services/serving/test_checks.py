@@ -319,6 +319,14 @@ def test_every_class_means_those_with_images_and_the_others_are_named():
     report = replace(report_on([1, 1, 2], [True, False, False]), classes=tuple(f"c{n}" for n in range(200)))
     many = next(check for check in report.checks(CheckSection()) if check.name == "every class")
     assert many.line.endswith("no test image shows them: c0, c3, c4, c5, c6 and 193 more")
+    twenty = replace(report, classes=tuple(f"c{n}" for n in range(20)))
+    told = {
+        len(each.classes): [check.line for check in each.checks(CheckSection())] for each in (report, twenty)
+    }
+    assert {count: "points for certain, " in " ".join(lines) for count, lines in told.items()} == {
+        200: True,
+        20: False,
+    }
     # not that of a class without images
     kept = every_class([1, 2], [True, True])
     assert kept.passed and "class dog lost 0.00 points" in kept.line
