@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import urllib3.exceptions
 from botocore import exceptions as aws
 
 from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError, one_line, without_credentials
@@ -153,6 +154,26 @@ def translated_errors(
         raise _without_file(error, where) from error
     except (EOFError, RuntimeError, ValueError) as error:
         raise _of_no_request(error, where, endpoint) from error
+
+
+class _BrokenBody:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def read(self) -> bytes:
+        raise aws.ResponseStreamingError(error=self.error) from self.error
+
+
+def answer_with_body(get: Callable[..., dict[str, Any]], **at: str) -> dict[str, Any]:
+    """Return get(**at), the answer that holds an object.
+
+    An error in its place whose text breaks off or stalls, such as a busy server's, is returned as an object of which
+    that is true: botocore raises what it does not translate then, and does not try again.
+    """
+    try:
+        return get(**at)
+    except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError) as error:
+        return {"Body": _BrokenBody(error)}
 
 
 def _reason(error: Exception | str, endpoint: str | None, limit: int = 200) -> str:
