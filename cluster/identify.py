@@ -31,6 +31,7 @@ from tenacity import RetryCallState, retry, retry_if_exception_type, stop_after_
 
 from cluster.connection import MORE_MEMORY, as_defuse_error, explained_line
 from cluster.progress import ProgressListener, add_to_counter, reporting
+from cluster.ray_compat import count_restarts
 from cluster.resources import CapacityMonitor, Resources, WorkerLocation, claim_devices
 from defuse_core.artifacts import Models, Psi, ReferenceSet, Shard
 from defuse_core.config import RunFile
@@ -44,8 +45,13 @@ from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done
+MAX_STARTS = 10  # most times that the process of a worker is started again before it answers
 MAX_LOSSES = 4  # most losses of one shard with its worker; one more is an error
 SAVE_ATTEMPTS = 6  # attempts within 15 s
+CHECK_NODE = (
+    "free memory and disk space on its node, then run again to continue; Ray's logs are in session_latest/logs of its "
+    "folder there (/tmp/ray, or RAY_TMPDIR)"
+)
 ERROR_ARRIVES_S = 1.0  # time for the error of a failed GPU to reach the driver before its process ends
 POLL_EVERY_S = 1.0
 SCALE_EVERY_S = 3.0
@@ -142,6 +148,7 @@ class Worker:
     # pinged, until it answers; silent: that failed, and it is pinged again with the next _scale; dropped: cannot start
     state: Literal["pinged", "ready", "silent", "dropped"] = "pinged"
     shards: list[int] = field(default_factory=list)  # in flight
+    restarts: int = 0  # of its process, until it last answered
 
 
 @dataclass(eq=False)
@@ -208,7 +215,10 @@ class ShardScheduler:
                 ray.kill(worker.actor)
 
     def _scale(self) -> None:
-        """Start as many workers as are wanted, on nodes that have joined, too; ping silent ones again."""
+        """Start as many workers as are wanted, on nodes that have joined, too; ping silent ones again.
+
+        Those whose process ends again and again before it answers are dropped.
+        """
         now = time.monotonic()
         if now - self.scaled_at < SCALE_EVERY_S:
             return
@@ -220,6 +230,16 @@ class ShardScheduler:
         for worker in self.workers:
             if worker.state == "silent":
                 self._ping(worker)
+            elif worker.state == "pinged":
+                self._expect_start(worker)
+
+    def _expect_start(self, worker: Worker) -> None:
+        """Drop a worker that Ray would start again without end, such as on a node whose disk is full."""
+        if count_restarts(worker.actor) - worker.restarts <= MAX_STARTS:
+            return
+        self.pings = {reference: each for reference, each in self.pings.items() if each is not worker}
+        ray.kill(worker.actor)
+        self._drop(worker, f"its process ended {MAX_STARTS + 1} times before it answered; {CHECK_NODE}")
 
     def _wait_for_results(self) -> list[Any]:
         """Return the references whose results have arrived, after POLL_EVERY_S at most."""
@@ -247,17 +267,18 @@ class ShardScheduler:
         """The worker is ready, or is pinged again later, or cannot start, such as on a node that lacks something."""
         try:
             worker.location, worker.state = ray.get(reference), "ready"
+            worker.restarts = count_restarts(worker.actor)
             log.info("identify: worker %d is %s", worker.number, worker.location)
         except RayTaskError as error:
             raise as_defuse_error(error, "identify") from error
         except (ActorDiedError, ActorUnschedulableError, RuntimeEnvSetupError) as error:
-            self._drop(worker, error)
+            self._drop(worker, explained_line(error), error)
         except RayError:
             worker.state = "silent"
 
-    def _drop(self, worker: Worker, error: RayError) -> None:
+    def _drop(self, worker: Worker, reason: str, error: RayError | None = None) -> None:
         """Go on without a worker that cannot start. Raises ComputeError where no other is left."""
-        worker.state, why = "dropped", f"worker {worker.number} does not start: {explained_line(error)}"
+        worker.state, why = "dropped", f"worker {worker.number} does not start: {reason}"
         if all(each.state == "dropped" for each in self.workers):
             raise ComputeError(f"identify: {why}") from error
         log.warning("identify: going on without a worker: %s", why)

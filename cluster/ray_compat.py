@@ -345,6 +345,13 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path())
 
 
+def count_restarts(actor: Any) -> int:
+    """Return how often Ray has started the process of an actor again."""
+    from ray._private import state
+
+    return int(state.actors(actor._actor_id.hex()).get("NumRestarts", 0))
+
+
 def keep_idle_workers(cpus: int) -> None:
     """Let a Ray of `cpus` CPUs that this process starts keep the idle workers of finished tasks, 8 more than CPUs.
 

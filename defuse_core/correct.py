@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from defuse_core.artifacts import Bool, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import ComputeError, DefuseError, ModelError, no_lambda_chosen
+from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError, no_lambda_chosen
 from defuse_core.intervals import ROUNDING, certain_class_loss
 from defuse_core.models import is_as_finite, load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
@@ -56,8 +56,15 @@ class FineTuning:
         return ChoiceRule(self.spec.correct, self.models.accuracy)
 
     def classifier(self, weights: Weights) -> nn.Module:
-        """Return the classifier with these weights, in eval mode."""
-        return load_classifier(self.spec, weights, len(self.models.classes))
+        """Return the classifier with these weights, in eval mode.
+
+        Raises InputError where this machine cannot make it, such as without one of its packages: the steps before did,
+        so that no λ is at fault, and none may be left out for it.
+        """
+        try:
+            return load_classifier(self.spec, weights, len(self.models.classes))
+        except ModelError as error:
+            raise InputError(f"correct: {error}") from error
 
     def new_trial(self, lam: float) -> Trial:
         """Return the trial of λ before its first epoch."""

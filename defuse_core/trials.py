@@ -215,8 +215,8 @@ def _has_epochs(lam: float, epochs: int, data: bytes) -> bool:
 
 def is_trial_failure(error: BaseException) -> bool:
     """Return whether the sweep leaves out a trial with this error: not if images, store or machines failed."""
-    machines = isinstance(error, DefuseError | OSError) or is_out_of_memory(error) or is_device_failure(error)
-    return isinstance(error, ModelError) or not machines
+    known = isinstance(error, DefuseError | OSError | ImportError)  # of a package that one machine lacks
+    return isinstance(error, ModelError) or not (known or is_out_of_memory(error) or is_device_failure(error))
 
 
 class Stack:

@@ -25,7 +25,15 @@ from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
-from services.storage.s3_errors import BROKEN, WRONG_URL, OutageTimer, code_of, status_of, translated_errors
+from services.storage.s3_errors import (
+    BROKEN,
+    WRONG_URL,
+    OutageTimer,
+    answer_with_body,
+    code_of,
+    status_of,
+    translated_errors,
+)
 
 LARGE_BYTES = 64 * 2**20  # smallest object that is sent in parts
 PART_BYTES, PARTS_AT_ONCE = 16 * 2**20, 4
@@ -139,7 +147,7 @@ class S3Store:
                 stop=tenacity.stop_after_attempt(READ_ATTEMPTS),
                 reraise=True,
             ):
-                answer = self._client.get_object(**self._at(key))  # whose retries are the client's
+                answer = answer_with_body(self._client.get_object, **self._at(key))  # the client retries
                 with attempt:
                     data: bytes = answer["Body"].read()
         return str(answer["ETag"]), data

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import urllib3.exceptions
 from botocore import exceptions as aws
 
 from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError, one_line, without_credentials
@@ -74,8 +75,7 @@ PASSING = re.compile(
     "Thrott|RequestTimeout|TooManyRequests|(Bandwidth|Request)LimitExceeded|SlowDown|ServiceUnavailable|InternalError|"
     "PriorRequestNotComplete|IDPCommunicationError"
 )
-TRIED_AGAIN = {429, 500, 502, 503, 504}  # statuses that botocore itself tries again
-PASSING_STATUS = TRIED_AGAIN | {408, 509, *range(520, 525), 530}
+PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509, *range(520, 525), 530}
 NO_ANSWER = (
     aws.HTTPClientError,
     aws.EndpointConnectionError,
@@ -153,6 +153,26 @@ def translated_errors(
         raise _without_file(error, where) from error
     except (EOFError, RuntimeError, ValueError) as error:
         raise _of_no_request(error, where, endpoint) from error
+
+
+class _BrokenBody:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def read(self) -> bytes:
+        raise aws.ResponseStreamingError(error=self.error) from self.error
+
+
+def answer_with_body(get: Callable[..., dict[str, Any]], **at: str) -> dict[str, Any]:
+    """Return get(**at), the answer that holds an object.
+
+    An error in its place whose text breaks off or stalls, such as a busy server's, is returned as an object of which
+    that is true: botocore raises what it does not translate then, and does not try again.
+    """
+    try:
+        return get(**at)
+    except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError) as error:
+        return {"Body": _BrokenBody(error)}
 
 
 def _reason(error: Exception | str, endpoint: str | None, limit: int = 200) -> str:
@@ -315,7 +335,8 @@ class OutageTimer:
             raise caught_exception
         if not isinstance(caught_exception, NO_ANSWER):
             self._report_end()
-            return self._pause_s(response, attempts)
+            status = 0 if response is None else response[0].status_code
+            return self._pause_s(attempts) if status in PASSING_STATUS else None
         context, now = request_dict["context"], time.monotonic()
         # a slow line takes the rest of the time to send the body
         waited_s = min(now - context["defuse_begun"], self.timeout_s)
@@ -325,11 +346,15 @@ class OutageTimer:
             raise caught_exception
         if now - context["defuse_silent_since"] >= WARN_S:
             self._report()
-        return None
+        return self._pause_s(attempts)
 
-    def _pause_s(self, response: Any, attempts: int) -> float | None:
-        status = 0 if response is None else response[0].status_code
-        if status not in PASSING_STATUS - TRIED_AGAIN or attempts >= self.attempts:
+    def _pause_s(self, attempts: int) -> float | None:
+        """Return the pause before the next attempt, None after the last.
+
+        botocore itself would end a request early: all of a client share a quota of some 35 repeated attempts, to which
+        answers without an error alone give back.
+        """
+        if attempts >= self.attempts:
             return None
         return random.uniform(0, min(PAUSE_S * 2**attempts, MAX_PAUSE_S))
 

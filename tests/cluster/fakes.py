@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 
+from cluster.identify import ShardWorker
 from defuse_core.artifacts import I64, Models
 from defuse_core.config import RunFile
 from defuse_core.errors import RunBusyError, StoreError
@@ -46,6 +47,24 @@ class Tally:
 
     def __int__(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
+
+
+class DyingWorker(ShardWorker):
+    """Its process ends whenever it starts."""
+
+    def __init__(self, *given: object) -> None:
+        os._exit(1)
+
+
+class ImpatientStore(FolderStore):
+    """Ends what goes on for ever."""
+
+    def __init__(self, folder: Path, within_s: float) -> None:
+        super().__init__(folder)
+        self.end = time.monotonic() + within_s
+
+    def require_lock(self) -> None:
+        assert time.monotonic() < self.end, "it does not end"
 
 
 class StumblingStore(FolderStore):

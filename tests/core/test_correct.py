@@ -10,7 +10,7 @@ from torch.nn import functional
 from defuse_core.artifacts import Corrections, Gallery, Models, SweepRow, Trial, Verdicts
 from defuse_core.codec import encode
 from defuse_core.correct import ChoiceRule, FineTuning, collect_sweep, fine_tune
-from defuse_core.errors import ComputeError, DataError, ModelError, RunFileError
+from defuse_core.errors import ComputeError, DataError, InputError, ModelError, RunFileError
 from defuse_core.local import LocalCompute
 from defuse_core.models import accuracy, load_classifier, predict, weights_of
 from defuse_core.protocols import SweepRequest
@@ -20,7 +20,10 @@ from defuse_core.training.batches import random_affine
 from defuse_core.trials import (
     collect_stored,
     finished_trials,
+    is_trial_failure,
+    run_stack,
     run_trial,
+    stacks_of,
     trial_key,
     without_weights,
     write_trial,
@@ -86,6 +89,21 @@ def test_images_that_are_gone_stop_the_sweep_and_leave_no_lambda_out(
     monkeypatch.setattr("defuse_core.trials.run_trial", gone)
     with pytest.raises(DataError, match=r"a\.png"):
         LocalCompute().sweeps(tiny_models, [SweepRequest(tiny_spec, fixes, None, FolderStore(tmp_path))])
+
+
+@pytest.mark.parametrize("stack", [1, 3])
+def test_a_classifier_that_cannot_be_made_here_stops_the_sweep_and_leaves_no_lambda_out(
+    stack, tiny_models, data, tmp_path, monkeypatch
+):
+    def missing(*asked):
+        raise ModelError("classifier.import_path my_nets:build: cannot import my_nets; set PYTHONPATH")
+
+    monkeypatch.setattr("defuse_core.correct.load_classifier", missing)
+    spec = tiny(correct={"stack": stack})
+    made = run_stack(FineTuning(spec, tiny_models, data), stacks_of(spec.correct)[0], FolderStore(tmp_path))
+    with pytest.raises(InputError, match=r"^correct: classifier\.import_path .* set PYTHONPATH$") as raised:
+        next(made)
+    assert not is_trial_failure(raised.value)
 
 
 NO_MEMORY = r"λ = 0\.001: out of memory .* run again to continue, or lower correct\.batch_size or stack"

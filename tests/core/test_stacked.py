@@ -350,6 +350,7 @@ def test_a_stored_trial_is_replaced_by_one_of_more_epochs_alone_and_where_it_is_
         (RuntimeError("shapes differ"), True),
         (StoreError("damaged"), False),
         (OSError("no space left"), False),
+        (ModuleNotFoundError("No module named 'einops'"), False),
         (MemoryError(), False),
         (RuntimeError("CUDA error: unspecified launch failure"), False),
     ],

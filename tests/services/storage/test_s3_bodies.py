@@ -1,4 +1,7 @@
-"""Objects whose body breaks off or stalls on its way, after the answer has begun: botocore does not read them again."""
+"""Objects, and errors in place of one, whose body breaks off or stalls on its way, after the answer has begun.
+
+botocore does not ask for them again.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from defuse_core.errors import StoreError
+from defuse_core.errors import NoAnswerError
 from services.storage import s3
 from services.storage.lease import LeaseInBucket
 
@@ -21,11 +24,12 @@ class _Stuttering(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     stalls = False
     halves = 2  # answers that are cut
+    status = 200  # of these
     given_up = threading.Event()  # the client reads no more
 
     def do_GET(self) -> None:
         cls = type(self)
-        self.send_response(200)
+        self.send_response(cls.status if cls.halves else 200)
         self.send_header("ETag", '"1"')
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
@@ -47,7 +51,7 @@ def stuttering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     monkeypatch.setattr(s3, "READ_TIMEOUT_S", 1.0)
     s3._forget_clients()
-    _Stuttering.stalls, _Stuttering.halves = request.param == "stalls", 2
+    _Stuttering.stalls, _Stuttering.halves, _Stuttering.status = request.param == "stalls", 2, 200
     _Stuttering.given_up.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), _Stuttering) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -61,12 +65,19 @@ def test_an_object_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -
     assert stuttering.read("models.safetensors") == CONTENT
 
 
+@pytest.mark.parametrize("status", [500, 503])
+def test_an_error_whose_text_breaks_off_is_asked_for_again(stuttering: s3.S3Store, status: int) -> None:
+    _Stuttering.status = status
+    assert stuttering.read("models.safetensors") == CONTENT
+
+
 def test_a_lease_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -> None:
     assert LeaseInBucket(stuttering).read() == ('"1"', CONTENT)
 
 
-def test_an_object_whose_body_always_breaks_off_is_one_line(stuttering: s3.S3Store) -> None:
-    _Stuttering.halves = 100
-    with pytest.raises(StoreError, match=r"s3://bucket/run/a: "):
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_body_that_always_breaks_off_is_one_line(stuttering: s3.S3Store, status: int) -> None:
+    _Stuttering.halves, _Stuttering.status = 100, status
+    with pytest.raises(NoAnswerError, match=r"s3://bucket/run/a: "):
         stuttering.read("a")
     assert _Stuttering.halves <= 100 - s3.READ_ATTEMPTS  # the client itself asks again where headers are late

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -23,7 +24,7 @@ QUIET_S = 0.1  # the read timeout of a test
 def hasty(aws: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.MonkeyPatch:
     """A hundredth of all times, and hardly a pause between attempts."""
     caplog.set_level(logging.INFO, "defuse")
-    for name, seconds in (("SILENCE_S", 0.5), ("WARN_S", 0.05), ("_silent", set())):
+    for name, seconds in (("SILENCE_S", 0.5), ("WARN_S", 0.05), ("MAX_PAUSE_S", 0.02), ("_silent", set())):
         aws.setattr(s3_errors, name, seconds)
     aws.setattr(s3, "READ_TIMEOUT_S", QUIET_S)
     aws.setattr(s3, "SEND_TIMEOUT_S", 3 * QUIET_S)
@@ -154,6 +155,27 @@ def test_an_error_of_a_server_that_is_busy_is_tried_again(failing, hasty, status
     hasty.setattr(FailsAtFirst, "status", status)
     assert failing.read("key") == b"bytes"
     assert FailsAtFirst.asked == 2
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_request_has_all_its_attempts_whatever_others_before_it_needed(failing, hasty, status):
+    hasty.setattr(FailsAtFirst, "status", status)
+    hasty.setattr(FailsAtFirst, "failures", s3.PATIENCE - 1)
+    for _ in range(12):
+        hasty.setattr(FailsAtFirst, "asked", 0)
+        assert failing.read("key") == b"bytes"
+
+
+def test_requests_at_the_same_time_have_all_their_attempts_each(hasty):
+    store, attempts = (
+        s3.S3Store("bucket", "away/", f"http://127.0.0.1:{free_port()}", "us-east-1"),
+        list[int](),
+    )
+    store._client.meta.events.register("request-created.s3", lambda **_: attempts.append(1))
+    with ThreadPoolExecutor(8) as pool:
+        for read in [pool.submit(store.read, str(number)) for number in range(8)]:
+            assert isinstance(read.exception(), NoAnswerError)
+    assert len(attempts) == 8 * s3.PATIENCE
 
 
 @pytest.mark.parametrize("status", [503, 520])
