@@ -59,7 +59,20 @@ def without_credentials(text: str, address: str | None = None) -> str:
 def first_few(names: Sequence[str], most: int = 5) -> str:
     """Return the first names in one line, with the number of the others."""
     shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def class_difference(first: Sequence[str], second: Sequence[str], one: str, other: str) -> str:
+    """Return how two lists of classes, of `one` and of `other`, differ: in names, or where first in their order."""
+    shared = {*first} & {*second}
+    left = [[name for name in names if name not in shared] for names in (first, second)]
+    if any(left):
+        pairs = zip(left, (one, other), strict=True)
+        return "; ".join(f"{first_few(names)} only in {where}" for names, where in pairs if names)
+    for number, (name, found) in enumerate(zip(first, second, strict=False)):
+        if name != found:
+            return f"class {number} is {name} in {one}, {found} in {other}"
+    return f"{len(first):,} classes in {one}, {len(second):,} in {other}"
 
 
 def sole_difference(name: str, other: str) -> str | None:

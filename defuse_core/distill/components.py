@@ -74,10 +74,10 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
             state += f" (its bound changed by {changed:.3g} nats, tolerance {spec.distill.tolerance:g})"
     weights = scenarios.all_weights
     log.info(
-        "kept %d of %d components with weight over %g (lighter ones hold %.0f %% of the codes), from %s codes; the fit "
+        "kept %s of %s components with weight over %g (lighter ones hold %.0f %% of the codes), from %s codes; the fit "
         "%s after %d iterations",
-        len(scenarios),
-        len(weights),
+        f"{len(scenarios):,}",
+        f"{len(weights):,}",
         spec.distill.min_weight,
         100 * weights[weights <= spec.distill.min_weight].sum(),
         f"{scenarios.codes_used:,}",
@@ -87,8 +87,8 @@ def log_scenarios(spec: RunFile, scenarios: Scenarios) -> None:
     if scenarios.dropped:
         share = 100 * sum(one.weight for one in scenarios.dropped)
         log.info(
-            "dropped %d components or cells with too few codes or images, which hold %.0f %% of the codes",
-            len(scenarios.dropped),
+            "dropped %s components or cells with too few codes or images, which hold %.0f %% of the codes",
+            f"{len(scenarios.dropped):,}",
             share,
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import logging
 import warnings
@@ -22,7 +21,15 @@ from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import computing_on
-from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError, no_lambda_chosen, one_line
+from defuse_core.errors import (
+    DataError,
+    InputError,
+    ModelError,
+    RunMismatchError,
+    class_difference,
+    no_lambda_chosen,
+    one_line,
+)
 from defuse_core.evaluation import expect_same_code
 from defuse_core.files import expect_writable, replace_file, writing
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
@@ -190,12 +197,16 @@ def expect_stated_classes(
         names = listed
     if names is None or names == classes:
         return
-    pairs = enumerate(itertools.zip_longest(classes, names))
-    number, (expected, found) = next(each for each in pairs if each[1][0] != each[1][1])
+    wanted = f"{section.weights}: expected the classes of {whose}, in their order"
+    if len(names) != len(classes):
+        differ = class_difference(names, classes, "the file", whose)
+        raise InputError(
+            f"{wanted}; {differ}; a classifier of other classes needs the suite of a run of its own"
+        )
+    number, found = next(each for each in enumerate(names) if each[1] != classes[each[0]])
     raise InputError(
-        f"{section.weights}: expected the classes of {whose}, in their order; its class {number} is {found}, expected "
-        f"{expected}; if its outputs are in another order, or its names are wrong, set classifier.class_order to the "
-        "index of each class's output"
+        f"{wanted}; its class {number} is {found}, expected {classes[number]}; if its outputs are in another order, or "
+        "its names are wrong, set classifier.class_order to the index of each class's output"
     )
 
 
@@ -315,7 +326,7 @@ def _sample_images(run: Run, models: Models) -> tuple[F32, str]:
             parts.append(splits.parts()[name].batch(slice(0, missing)))
             names.append(name)
             missing -= len(parts[-1])
-    return np.concatenate(parts), " and ".join(names)
+    return np.concatenate(parts), " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _compared(path: Path, classifier: nn.Module, answer: Answer, images: F32, source: str) -> ExportedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,7 +14,7 @@ from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
-from defuse_core.errors import InputError
+from defuse_core.errors import InputError, class_difference
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.export.finished import both_classifiers
@@ -158,16 +157,15 @@ def _load(run: Run) -> _Side:
 
 def _expect_comparable(a: Run, b: Run) -> None:
     """Raise InputError where the runs have other classes, or images of another shape, or no models yet."""
+    told = f"runs {a.name} and {b.name} cannot be compared"
     for field in ("image_size", "channels"):
-        _expect_same(a, b, f"data.{field}", [getattr(run.spec.data, field) for run in (a, b)])
-    _expect_same(a, b, "the list of classes", [run.require(Models).classes for run in (a, b)])
-
-
-def _expect_same(a: Run, b: Run, name: str, values: Sequence[object]) -> None:
-    first, second = values
+        one, other = (getattr(run.spec.data, field) for run in (a, b))
+        if one != other:
+            raise InputError(f"{told}: data.{field} is {one} in one, {other} in the other")
+    first, second = (run.require(Models).classes for run in (a, b))
     if first != second:
         raise InputError(
-            f"runs {a.name} and {b.name} cannot be compared: {name} is {first} in one, {second} in the other"
+            f"{told}, since their classes differ: {class_difference(first, second, a.name, b.name)}"
         )
 
 

@@ -165,8 +165,8 @@ def _few_images(splits: Splits) -> list[str]:
     if not few:
         return []
     return [
-        f"{len(few)} of {len(counts)} classes have fewer than {FEW} training images, too few to rely on what is found "
-        f"there; add images: {first_few(few)}"
+        f"{len(few):,} of {len(counts):,} classes have fewer than {FEW} training images, too few to rely on what is "
+        f"found there; add images: {first_few(few)}"
     ]
 
 

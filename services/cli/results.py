@@ -13,8 +13,8 @@ import click
 from defuse_core.errors import (
     CheckFailed,
     InputError,
+    class_difference,
     count_of,
-    first_few,
     percent,
 )
 from services.cli.junit import failure_in_junit, not_checked, write_junit
@@ -258,15 +258,16 @@ def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
     found = Findings.load(run)
     data, asked = run.spec.data, loaded.description
     for what, got, expected in (
-        ("classes", found.models.classes, asked.classes),
-        ("data.image_size", (str(data.image_size),), (str(asked.image_size),)),
-        ("data.channels", (str(data.channels),), (str(asked.channels),)),
+        ("data.image_size", data.image_size, asked.image_size),
+        ("data.channels", data.channels, asked.channels),
     ):
         if got != expected:
             raise InputError(
-                f"run {run.name}: expected the {what} of the suite (run {asked.run}), {first_few(expected)}, "
-                f"found {first_few(got)}"
+                f"run {run.name}: expected the {what} of the suite (run {asked.run}), {expected}, found {got}"
             )
+    if found.models.classes != asked.classes:
+        differ = class_difference(found.models.classes, asked.classes, f"run {run.name}", "the suite")
+        raise InputError(f"run {run.name}: expected the classes of the suite (run {asked.run}); {differ}")
     if not found.sweep.has_correction:
         line = f"run {run.name} corrected nothing: the classifier that it debugged is checked"
         echo_marked("note:", line, len("note: "), err=True)

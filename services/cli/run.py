@@ -123,7 +123,7 @@ def _print_plan(plan: Plan, path: Path, asked: float) -> None:
     facts, vae, data = plan.facts, plan.tree["vae"], plan.tree["data"]
     counts = ", ".join(f"{count:,} {part}" for part, count in facts.counts.items())
     show = partial(echo_marked, width=len("classifier  "))
-    show("images", f"{counts}; {len(facts.classes)} classes; {facts.width}x{facts.height} pixels")
+    show("images", f"{counts}; {len(facts.classes):,} classes; {facts.width}x{facts.height} pixels")
     some = data.get("train_images", facts.counts["train"])
     fewer = f"; {some:,} of the training images" if some < facts.counts["train"] else ""
     show(

@@ -127,6 +127,26 @@ def test_runs_on_other_images_cannot_be_compared(store, monkeypatch, capsys):
         compare_runs(Run.open(store, "first"), renamed)
 
 
+def test_runs_of_other_classes_cannot_be_compared_and_of_many_only_those_are_named_that_differ(
+    store, monkeypatch, capsys
+):
+    first = Run.open(store, "first")
+    many = tuple(f"class {number}" for number in range(1000))
+    for name, classes in (("many", many), ("more", (*many, "new")), ("turned", many[::-1])):
+        models = dataclasses.replace(first.require(Models), classes=classes)
+        Run.start(store, name, first.spec).store.write("models.safetensors", encode(models))
+    for pair, told in (
+        (("many", "more"), "new only in more"),
+        (("more", "many"), "new only in more"),
+        (("many", "turned"), "class 0 is class 0 in many, class 999 in turned"),
+        (("first", "many"), "0, 1, 2, 3, 4 and 5 more only in first; class 0, class 1, class 2, class 3, class 4 and "
+                            "995 more only in many"),
+    ):  # fmt: skip
+        code, _, err = call(monkeypatch, capsys, "compare", *pair, "--store", store.address)
+        line = f"runs {' and '.join(pair)} cannot be compared, since their classes differ: {told}"
+        assert code == 2 and one_line(err).endswith(line)
+
+
 @pytest.mark.parametrize("pair", [("begun", "first"), ("first", "begun"), ("begun", "begun")])
 def test_a_run_that_is_not_finished_is_named_on_either_side(pair, store, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "compare", *pair, "--store", store.address)

@@ -46,7 +46,7 @@ def images_of(run: Run) -> torch.Tensor:
 def test_the_weights_have_plain_names_and_are_the_runs_own(store, tmp_path):
     done = export_model(opened(store), tmp_path / "model.safetensors")
     assert (done.same_answers, done.difference) == (done.images, 0.0)
-    assert (done.images, done.source) == (1000, "test and validation and train")
+    assert (done.images, done.source) == (1000, "test, validation and train")
     sweep = opened(store).load(Sweep)
     for name, array in load_file(tmp_path / "model.safetensors").items():
         np.testing.assert_array_equal(array, sweep.weights[name])

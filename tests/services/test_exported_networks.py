@@ -115,6 +115,11 @@ def test_a_suite_refuses_an_exported_file_that_names_its_classes_in_another_orde
     assert one_line(err).endswith("set classifier.class_order to the index of each class's output")
     ordered = "classifier.class_order=[0,1,2,3,4,5,6,7,8,9]"
     assert call(monkeypatch, capsys, *words, "--set", ordered)[0] in (0, 1)
+    monkeypatch.setattr(export, "_facts", lambda *_: {"classes": json.dumps([*"01234567"])})
+    export_model(run, path)
+    code, _, err = call(monkeypatch, capsys, *words)
+    assert code == 2 and "; 8, 9 only in the suite (run digits); a classifier of" in one_line(err)
+    assert "None" not in err
 
 
 @pytest.mark.parametrize(

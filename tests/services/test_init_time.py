@@ -16,6 +16,7 @@ from defuse_core.data.images import read_picture, to_picture
 from defuse_core.distill.components import components_of
 from defuse_core.protocols import silent
 from defuse_core.suggest import inspect_data, plan_run
+from defuse_core.suggest.inspect import _few_images
 from defuse_core.suggest.plan import Speeds, _correct, _measured, _rate, _set_sizes
 from tests.command_line import call
 from tests.conftest import tiny
@@ -103,6 +104,22 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     assert tree["correct"]["train_images"] == correct
     line = "the reference models and judges are trained on 15 images of the rarest class, too few"
     assert any(note.startswith(line) for note in notes) == few
+
+
+def test_many_classes_with_few_images_are_counted_with_separators():
+    images = Images(np.zeros((2000, 1, 8, 8), np.uint8), np.arange(2000))
+    (line,) = _few_images(Splits(images, None, None, tuple(map(str, range(2000)))))
+    assert line.startswith("2,000 of 2,000 classes have fewer") and line.endswith("4 (1) and 1,995 more")
+
+
+@pytest.mark.parametrize(("each", "told"), [(1, "1 image"), (3, "3 images")])
+def test_the_images_of_the_rarest_class_are_counted_in_the_singular_where_it_has_one(each, told):
+    labels = np.repeat(np.arange(2), (each, 60))
+    images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
+    tree = {"data": {"name": "digits", "image_size": 8}, "classifier": {}, "vae": {}}
+    splits = Splits(images, None, None, ("a", "b"))
+    _, notes = _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)
+    assert notes[0].startswith(f"the reference models and judges are trained on {told} of the rarest class")
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,10 @@ def test_what_was_kept_and_dropped_and_how_the_fit_ended_is_told(cells, caplog):
     kept = (
         "kept 2 of 6 components with weight over 0.1 (lighter ones hold 18 % of the codes), from 1,000 codes;"
     )
+    with caplog.at_level("INFO", "defuse"):
+        log_scenarios(spec, replace(found, dropped=found.dropped * 1200))
+    assert caplog.records.pop().getMessage().startswith("dropped 2,400 components or cells")
+    caplog.records.pop()
     assert [record.getMessage() for record in caplog.records] == [
         f"{kept} the fit had NOT converged (its bound changed by 0.5 nats, tolerance 0.001) after 40 iterations",
         "dropped 2 components or cells with too few codes or images, which hold 30 % of the codes",
