@@ -10,6 +10,7 @@ from defuse_core.errors import count_of, first_few, no_lambda_chosen, percent
 from defuse_core.intervals import share_with_bounds
 from defuse_core.report.correction_caveats import (
     costs_a_class,
+    fine_tuning_costs_too_much,
     no_better_than_baseline,
     no_better_than_plain_training,
     unconfirmed,
@@ -286,6 +287,7 @@ def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -
         known_validation_images(report),
         worse_judges(report),
         uncompared_models(report),
+        fine_tuning_costs_too_much(report, correct),
         made_worse(report),
         costs_a_class(report, correct),
         *([] if worse_judges(report) else [caveat(report) for caveat in judged]),

@@ -6,13 +6,28 @@ from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
 from defuse_core.errors import before_punctuation, count_of, percent
-from defuse_core.intervals import MIN_CONFIRMED, SIGNIFICANT
+from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs, ScenarioEvidence
 from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
 LISTED_CLASSES = 5  # most classes that a caveat names
+
+
+def fine_tuning_costs_too_much(report: Report, correct: CorrectSection) -> str | None:
+    """Return that a smaller λ helps as little, where none was chosen, and λ = 0 costs more than it may, too."""
+    plain, before = report.accuracy.plain, report.accuracy.before.validation
+    if report.chosen is not None or plain is None or plain.validation is None or before is None:
+        return None
+    if before - plain.validation <= correct.max_loss + ROUNDING:
+        return None
+    return (
+        "Smaller λ will not help: fine-tuning itself costs too much clean accuracy. Plain further training (λ = 0) "
+        f"takes validation accuracy from {percent(before)} to {percent(plain.validation)} on average, and "
+        f"correct.max_loss allows a loss of {percent(correct.max_loss, None)}. Lower correct.learning_rate (now "
+        f"{correct.learning_rate:g}) under another --name."
+    )
 
 
 def costs_a_class(report: Report, correct: CorrectSection) -> str | None:

@@ -13,8 +13,10 @@ from sample_findings import SAMPLE_CORRECT, finished_run, report_of, sample_find
 from defuse_core.intervals import mcnemar
 from defuse_core.report import write_report
 from defuse_core.report.build import build_report
+from defuse_core.report.caveats import caveats_of
 from defuse_core.report.correction_caveats import (
     costs_a_class,
+    fine_tuning_costs_too_much,
     no_better_than_plain_training,
     unconfirmed,
 )
@@ -42,6 +44,40 @@ def test_classes_that_lose_more_than_check_allows_are_named(tmp_path: Path):
     assert "images: עז\N{LEFT-TO-RIGHT MARK} (90.0 %" in hebrew
     assert costs_a_class(report.model_copy(update={"chosen": None}), SAMPLE_CORRECT) is None
     assert costs_a_class(report_of((found, evaluation), tmp_path), SAMPLE_CORRECT) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "chosen", "max_loss", "told"),
+    [
+        (0.993, None, 0.01, True),
+        (0.993, "kept", 0.01, False),  # a λ was chosen
+        (0.992, None, 0.01, False),  # exactly what is allowed
+        (None, None, 0.01, False),
+    ],
+)
+def test_where_no_lambda_is_chosen_a_report_says_if_fine_tuning_itself_costs_too_much(
+    tmp_path: Path, before: float | None, chosen: str | None, max_loss: float, told: bool
+):
+    judged = sample_evidence(np.array([[0.1, 0.9, 0.9, 1.0], [0.5, 0.9, 0.9, 1.0]]))
+    report = build_report(sample_run(tmp_path), finished_run(*sample_findings(), judged))
+    accuracy = report.accuracy
+    assert accuracy.plain.validation == pytest.approx(0.982)  # mean of two
+    accuracy = accuracy.model_copy(
+        update={
+            "before": accuracy.before.model_copy(update={"validation": before}),
+            "plain": accuracy.plain.model_copy(update={"validation": 0.982}),
+        }
+    )
+    report = report.model_copy(update={"accuracy": accuracy, **({} if chosen else {"chosen": None})})
+    correct = SAMPLE_CORRECT.model_copy(update={"max_loss": max_loss, "learning_rate": 0.0003})
+    text = fine_tuning_costs_too_much(report, correct)
+    assert (text is not None) is told
+    if text is not None:
+        assert text in caveats_of(report, correct, ())
+        assert "from 99.3 % to 98.2 % on average" in text and "a loss of 1 %. Lower" in text
+        assert "(now 0.0003)" in text
+    without = report.model_copy(update={"accuracy": accuracy.model_copy(update={"plain": None})})
+    assert fine_tuning_costs_too_much(without, correct) is None
 
 
 def test_where_losses_are_known_to_be_certain_those_are_compared(tmp_path: Path):
