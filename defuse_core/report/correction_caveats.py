@@ -16,7 +16,7 @@ LISTED_CLASSES = 5  # most classes that a caveat names
 
 
 def fine_tuning_costs_too_much(report: Report, correct: CorrectSection) -> str | None:
-    """Return that a smaller λ helps as little, where none was chosen, and λ = 0 costs more than it may, too."""
+    """Return that smaller λ will not help: none was chosen, and λ = 0 costs more than max_loss, too. Else None."""
     plain, before = report.accuracy.plain, report.accuracy.before.validation
     if report.chosen is not None or plain is None or plain.validation is None or before is None:
         return None
@@ -26,7 +26,7 @@ def fine_tuning_costs_too_much(report: Report, correct: CorrectSection) -> str |
         "Smaller λ will not help: fine-tuning itself costs too much clean accuracy. Plain further training (λ = 0) "
         f"takes validation accuracy from {percent(before)} to {percent(plain.validation)} on average, and "
         f"correct.max_loss allows a loss of {percent(correct.max_loss, None)}. Lower correct.learning_rate (now "
-        f"{correct.learning_rate:g}) under another --name."
+        f"{correct.learning_rate:g}), or raise correct.epochs with schedule one_cycle, under another --name."
     )
 
 
