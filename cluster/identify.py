@@ -45,16 +45,16 @@ from defuse_core.store import SHARED_STORE, Store
 
 log = logging.getLogger("defuse")
 IN_FLIGHT = 2  # shards per worker: the next one waits at the worker when the last is done
-MAX_STARTS = 10  # most times that the process of a worker is started again before it answers
+MAX_RESTARTS = 10  # most times that the process of a worker is started again before it answers
 MAX_LOSSES = 4  # most losses of one shard with its worker; one more is an error
 SAVE_ATTEMPTS = 6  # attempts within 15 s
+ERROR_ARRIVES_S = 1.0  # time for the error of a failed GPU to reach the driver before its process ends
+POLL_EVERY_S = 1.0
+SCALE_EVERY_S = 3.0
 CHECK_NODE = (
     "free memory and disk space on its node, then run again to continue; Ray's logs are in session_latest/logs of its "
     "folder there (/tmp/ray, or RAY_TMPDIR)"
 )
-ERROR_ARRIVES_S = 1.0  # time for the error of a failed GPU to reach the driver before its process ends
-POLL_EVERY_S = 1.0
-SCALE_EVERY_S = 3.0
 
 
 def _warn_not_stored(state: RetryCallState) -> None:
@@ -231,15 +231,15 @@ class ShardScheduler:
             if worker.state == "silent":
                 self._ping(worker)
             elif worker.state == "pinged":
-                self._expect_start(worker)
+                self._drop_if_it_never_answers(worker)
 
-    def _expect_start(self, worker: Worker) -> None:
+    def _drop_if_it_never_answers(self, worker: Worker) -> None:
         """Drop a worker that Ray would start again without end, such as on a node whose disk is full."""
-        if count_restarts(worker.actor) - worker.restarts <= MAX_STARTS:
+        if count_restarts(worker.actor) - worker.restarts <= MAX_RESTARTS:
             return
         self.pings = {reference: each for reference, each in self.pings.items() if each is not worker}
         ray.kill(worker.actor)
-        self._drop(worker, f"its process ended {MAX_STARTS + 1} times before it answered; {CHECK_NODE}")
+        self._drop(worker, f"its process ended {MAX_RESTARTS + 1} times before it answered; {CHECK_NODE}")
 
     def _wait_for_results(self) -> list[Any]:
         """Return the references whose results have arrived, after POLL_EVERY_S at most."""

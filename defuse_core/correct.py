@@ -41,7 +41,7 @@ from defuse_core.tuning_data import FineTuningData
 log = logging.getLogger("defuse")
 EQUAL_TUNE = 0.01  # gain in accuracy on tuned images that is no reason to lose clean accuracy
 SMALLER_LAMBDAS = "add smaller values to correct.lambdas; the run then tunes those alone"
-LESS_LOSS = (
+NO_LAMBDA_REMEDY = (
     "add smaller values to correct.lambdas (the run then tunes those alone), unless its report says that λ = 0 costs "
     "too much as well"
 )
@@ -347,7 +347,7 @@ def collect_sweep(
             no_lambda_chosen(len(ordered), len(failed)),
             spec.correct.max_loss,
             spec.correct.class_loss_allowed,
-            "" if comparison else f"; {LESS_LOSS}",
+            "" if comparison else f"; {NO_LAMBDA_REMEDY}",
         )
         return Sweep(rows, None, {}, failed)
     return Sweep(rows, chosen, picked.best, failed)

@@ -62,6 +62,11 @@ def first_few(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return all names in one line: a, b and c."""
+    return " and ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
+
+
 def class_difference(first: Sequence[str], second: Sequence[str], one: str, other: str) -> str:
     """Return how two lists of classes, of `one` and of `other`, differ: in names, or where first in their order."""
     shared = {*first} & {*second}

@@ -27,6 +27,7 @@ from defuse_core.errors import (
     ModelError,
     RunMismatchError,
     class_difference,
+    listed,
     no_lambda_chosen,
     one_line,
 )
@@ -203,9 +204,10 @@ def expect_stated_classes(
         raise InputError(
             f"{wanted}; {differ}; a classifier of other classes needs the suite of a run of its own"
         )
-    number, found = next(each for each in enumerate(names) if each[1] != classes[each[0]])
+    pairs = enumerate(zip(classes, names, strict=True))
+    number, (expected, found) = next(each for each in pairs if each[1][0] != each[1][1])
     raise InputError(
-        f"{wanted}; its class {number} is {found}, expected {classes[number]}; if its outputs are in another order, or "
+        f"{wanted}; its class {number} is {found}, expected {expected}; if its outputs are in another order, or "
         "its names are wrong, set classifier.class_order to the index of each class's output"
     )
 
@@ -326,7 +328,7 @@ def _sample_images(run: Run, models: Models) -> tuple[F32, str]:
             parts.append(splits.parts()[name].batch(slice(0, missing)))
             names.append(name)
             missing -= len(parts[-1])
-    return np.concatenate(parts), " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return np.concatenate(parts), listed(names)
 
 
 def _compared(path: Path, classifier: nn.Module, answer: Answer, images: F32, source: str) -> ExportedModel:

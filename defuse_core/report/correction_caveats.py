@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import before_punctuation, count_of, percent
+from defuse_core.errors import before_punctuation, count_of, listed, percent
 from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs, ScenarioEvidence
 from defuse_core.report.formatting import numbers_text
@@ -192,13 +192,13 @@ def _no_better(other: _Other, compared: list[_Compared]) -> str | None:
     worse = [each.name for each in compared if each.pairs.worse_than_each]
     untold = [each.name for each in compared if each.too_few and not each.pairs.worse_than_each]
     equal = [each.name for each in compared if each.name not in (*worse, *untold)]
-    claims = [f"does more for {_listed(worse)}"] if worse else []
+    claims = [f"does more for {listed(worse)}"] if worse else []
     if equal:
-        claims.append(f"may do as much for {_listed(equal)}")
+        claims.append(f"may do as much for {listed(equal)}")
     name = f"{other.name[0].upper()}{other.name[1:]}"
     sentences = [f"{name} {', and '.join(claims)}."] if claims else []
     if untold:
-        few = _listed([name.removeprefix("the ") for name in untold])
+        few = listed([name.removeprefix("the ") for name in untold])
         sentences.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
     if not sentences:
         return None
@@ -228,10 +228,6 @@ def _against_plain(evidence: EvidenceFigures, accepted: int) -> list[_Compared]:
         for name, possible, after, plain, pairs in rows
         if pairs is not None
     ]
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join((", ".join(names[:-1]), names[-1]) if len(names) > 1 else names)
 
 
 def may_be_equal(pairs: Pairs) -> bool:

@@ -217,11 +217,11 @@ def _set_sizes(
     tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
     tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
     notes = []
-    each = float(f"{_images_of_each_model(tree, others) / count * rarest:.3g}")
+    each = _images_of_each_model(tree, others) / count * rarest
     if each < PER_CLASS:
         notes.append(
-            f"the reference models and judges are trained on {count_of(each, 'image')} of the rarest class, too few to "
-            "rely on their answers; add images"
+            f"the reference models and judges are trained on {count_of(float(f'{each:.3g}'), 'image')} of the rarest "
+            "class, too few to rely on their answers; add images"
         )
     if len(splits.classes) > MOST_CLASSES:
         notes.append(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from defuse_core.artifacts import F64, I64, Bool, Weights
 from defuse_core.codec import artefact_digest, decode, encode
 from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_file
-from defuse_core.correct import LESS_LOSS
+from defuse_core.correct import NO_LAMBDA_REMEDY
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.errors import CheckFailed, InputError, StoreError, first_few, percent
@@ -273,7 +273,7 @@ def _nothing_to_serve(run: Run, found: Findings) -> CheckFailed | NothingCorrect
     accepted = len(found.verdicts.accepted)
     if accepted:
         return CheckFailed(
-            f"run {run.name}: nothing was corrected, since {why_not_corrected(run)}; {LESS_LOSS}"
+            f"run {run.name}: nothing was corrected, since {why_not_corrected(run)}; {NO_LAMBDA_REMEDY}"
         )
     undecided = why_undecided(run.spec, found)
     if undecided is not None:

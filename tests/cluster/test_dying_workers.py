@@ -21,7 +21,7 @@ def test_workers_whose_process_ends_whenever_it_starts_are_dropped_and_none_left
     tiny_models: Models, tmp_path: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.identify.ShardWorker", DyingWorker)
-    monkeypatch.setattr("cluster.identify.MAX_STARTS", 1)
+    monkeypatch.setattr("cluster.identify.MAX_RESTARTS", 1)
     monkeypatch.setattr("cluster.identify.SCALE_EVERY_S", 0.2)
     died = r"worker \d does not start: its process ended 2 times before it answered; free memory and disk"
     with (

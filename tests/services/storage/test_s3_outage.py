@@ -167,10 +167,8 @@ def test_a_request_has_all_its_attempts_whatever_others_before_it_needed(failing
 
 
 def test_requests_at_the_same_time_have_all_their_attempts_each(hasty):
-    store, attempts = (
-        s3.S3Store("bucket", "away/", f"http://127.0.0.1:{free_port()}", "us-east-1"),
-        list[int](),
-    )
+    store = s3.S3Store("bucket", "away/", f"http://127.0.0.1:{free_port()}", "us-east-1")
+    attempts = list[int]()
     store._client.meta.events.register("request-created.s3", lambda **_: attempts.append(1))
     with ThreadPoolExecutor(8) as pool:
         for read in [pool.submit(store.read, str(number)) for number in range(8)]:
