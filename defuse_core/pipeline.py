@@ -47,6 +47,7 @@ from defuse_core.report import Report, draw_report, store_report, write_report
 from defuse_core.report.build import FinishedRun
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.sample import (
+    Examiner,
     filter_corrections,
     sample_corrections,
     sample_gallery,
@@ -255,7 +256,7 @@ def _scenarios(
     else:
         scenarios = compute.task("distill", distill, run.spec, psi, run.store, models.data_fingerprint)
     if run.spec.review.tau == "auto" and references is not None:
-        scenarios = tighten(run.spec, models, references, scenarios, compute)
+        scenarios = tighten(Examiner(run.spec, models, references, scenarios), compute)
     # after the taus: a component on which the classifier is right is dropped as "right", not as "uncertain"
     scenarios = drop_with_few_units(scenarios, run.spec.review.least_units)
     if (lack := not_reviewed(scenarios)) is not None:
@@ -299,11 +300,9 @@ def _verdicts(
     unsure = doubtful(first, review.rho)
     if not review.decides_twice or not unsure.any():
         return first
-    references = reference_models(run, compute)
+    examiner = Examiner(run.spec, models, reference_models(run, compute), scenarios)
     more = run.once(
-        "review",
-        MoreImages,
-        lambda: compute.task("review", sample_more_images, run.spec, models, references, scenarios, unsure),
+        "review", MoreImages, lambda: compute.task("review", sample_more_images, examiner, unsure)
     )
     return decide(read_overrides(run.store), more=more)  # people may have decided in the meantime
 
@@ -322,11 +321,11 @@ def _corrections(
     fixes = sample_corrections(spec, scenarios, verdicts)
     if spec.correct.filter == "none" or references is None:
         return with_used_anchors(fixes)
-    fixes = with_used_anchors(filter_corrections(spec, models, references, scenarios, fixes, compute))
+    examiner = Examiner(spec, models, references, scenarios)
+    fixes = with_used_anchors(filter_corrections(examiner, fixes, compute))
     if spec.identify.screen == "none" or not spec.correct.unreviewed or not len(fixes.labels):
         return fixes
-    chosen = choose_unreviewed(run, compute, models, references, psi, scenarios, verdicts)
-    return replace(fixes, unreviewed=chosen)
+    return replace(fixes, unreviewed=choose_unreviewed(examiner, psi, run.store, verdicts, compute))
 
 
 def rewrite_report(run: Run) -> Report:

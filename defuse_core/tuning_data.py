@@ -18,7 +18,6 @@ from defuse_core.artifacts import (
     Gallery,
     Models,
     Psi,
-    ReferenceSet,
     Scenarios,
     Verdicts,
 )
@@ -28,15 +27,14 @@ from defuse_core.data.splits import stratified_order, track_mates
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_region
 from defuse_core.identify import subsample_psi
-from defuse_core.models import Decodings, StoredVae, images_of, load_classifier, predict
+from defuse_core.models import Decodings, StoredVae, images_of, load_classifier
 from defuse_core.models.decoding import fits_in_memory
 from defuse_core.protocols import Compute, Progress, SweepRequest, map_in_tasks, silent
+from defuse_core.review.sample import Examiner
 from defuse_core.review.verdicts import is_misclassified
-from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.store import Store
 from defuse_core.training.precision import right_by_part
-from defuse_core.training.reference_models import load_reference_models, model_probabilities, unanimous_labels
 
 REPEATS = 4  # times that an image of an unreviewed failure is in D_f at most
 EXAMINED = 2  # times as many unreviewed codes are examined as are wanted, since not all are clear
@@ -191,27 +189,22 @@ def _decoded(vae: StoredVae, fixes: Corrections, codes: F32, anchor: I64 | None)
 
 
 def choose_unreviewed(
-    run: Run,
-    compute: Compute,
-    models: Models,
-    references: ReferenceSet,
-    psi: Psi,
-    scenarios: Scenarios,
-    verdicts: Verdicts,
+    examiner: Examiner, psi: Psi, store: Store, verdicts: Verdicts, compute: Compute
 ) -> Failures:
     """Return codes of Ψ to tune on beside the scenarios, in random order: as many as images of these, or fewer.
 
     Each is tuned on under the class of its source image. So every reference model is sure of it in the decoding, which
     the classifier gets wrong; and neither reviewers nor held-out images speak against it (`allowed`).
     """
-    spec = run.spec
+    spec = examiner.spec
     wanted = len(verdicts.accepted) * spec.correct.tune_images
-    found = compute.task("correct", _draw_allowed, spec, psi, run.store, scenarios, verdicts)
+    found = compute.task("correct", _draw_allowed, spec, psi, store, examiner.scenarios, verdicts)
     found = found.take(np.arange(min(len(found), EXAMINED * wanted)))
     # the folders of the training images are listed once, not by each task
-    images = compute.task("correct", _decodings_of, spec, models, found)
-    of_all = spec, models, references, images
-    clear = map_in_tasks(compute, "correct", len(found), _are_clear, *of_all, rows_per_task=CODES_AT_ONCE)
+    images = compute.task("correct", _decodings_of, spec, examiner.models, found)
+    clear = map_in_tasks(
+        compute, "correct", len(found), _are_clear, examiner, images, rows_per_task=CODES_AT_ONCE
+    )
     return found.take(np.flatnonzero(np.array(clear, np.bool_))[:wanted])
 
 
@@ -270,22 +263,11 @@ def _source_images(spec: RunFile, models: Models, source: I64) -> tuple[Images |
     return reopen_splits(spec, models.data_fingerprint).train.take(used), rows
 
 
-def _are_clear(
-    spec: RunFile,
-    models: Models,
-    references: ReferenceSet,
-    found: Images,
-    rows: range,
-    *,
-    progress: Progress,
-) -> list[bool]:
+def _are_clear(examiner: Examiner, found: Images, rows: range, *, progress: Progress) -> list[bool]:
     """Return for each of `rows` whether every reference model is sure of the source's class, and f answers another."""
     progress("examining failures to tune on")
-    failures, classes = found.take(slice(rows.start, rows.stop)), len(models.classes)
+    failures = found.take(slice(rows.start, rows.stop))
     with cpu_threads(1):
-        images = failures.batch()
-        answers = predict(load_classifier(spec, models.classifier, classes), images)
-        loaded = load_reference_models(spec, spec.review.reference, references, classes)
-        labels = unanimous_labels(model_probabilities(loaded, images), spec.identify.min_probability)
+        answers, labels = examiner.unanimous_on(failures.batch())
     clear: list[bool] = ((labels == failures.labels) & (answers != failures.labels)).tolist()
     return clear

@@ -5,9 +5,11 @@ classifier and the reference models answer on such draws.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from torch import nn
 
 from defuse_core.artifacts import (
     F32,
@@ -24,7 +26,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draws, stacked
-from defuse_core.models import decoder_of, load_classifier, load_vae, predict
+from defuse_core.models import Decoder, decoder_of, load_classifier, load_vae, predict
 from defuse_core.protocols import Compute, Progress, map_in_tasks
 from defuse_core.review.verdicts import majority, outcomes, tally
 from defuse_core.seeds import generator
@@ -67,25 +69,17 @@ def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progr
     )
 
 
-def sample_more_images(
-    spec: RunFile,
-    models: Models,
-    references: ReferenceSet,
-    scenarios: Scenarios,
-    doubtful: Bool,
-    *,
-    progress: Progress,
-) -> MoreImages:
+def sample_more_images(examiner: Examiner, doubtful: Bool, *, progress: Progress) -> MoreImages:
     """Return review.more_images further draws of each doubtful component, (S,), as the reference models label them.
 
     Their label is the majority of the models' votes, also where review.consensus is crowdlab. With vae.decode: anchored
     they are at other images than those of the gallery, as long as there are any.
     """
+    spec, scenarios = examiner.spec, examiner.scenarios
     count, images = spec.review.more_images, anchors_of(scenarios)
     drawn = np.zeros(len(scenarios), np.int64)
     unit, outcome = np.full((2, len(scenarios), count), -1, np.int64)
     with cpu_threads(1):
-        examiner = Examiner(spec, models, references, scenarios)
         components = np.flatnonzero(doubtful).tolist()
         for done, component in enumerate(components):
             progress("drawing more images", done, len(components), "components")
@@ -159,23 +153,14 @@ def with_used_anchors(fixes: Corrections) -> Corrections:
     )
 
 
-def filter_corrections(
-    spec: RunFile,
-    models: Models,
-    references: ReferenceSet,
-    scenarios: Scenarios,
-    fixes: Corrections,
-    compute: Compute,
-) -> Corrections:
+def filter_corrections(examiner: Examiner, fixes: Corrections, compute: Compute) -> Corrections:
     """Return D_f with only those codes to tune on in which the reference models see the scenario's label.
 
     Where fewer than tune_images remain, MORE_DRAWS times as many are drawn, then some as wide as the reviewed ones, and
     what remains of all is repeated. A scenario whose label the reference models see in no draw keeps the last ones: its
     label is the annotators'. The codes to test on are not filtered.
     """
-    filtered = map_in_tasks(
-        compute, "correct", len(fixes.labels), _filtered, spec, models, references, scenarios, fixes
-    )
+    filtered = map_in_tasks(compute, "correct", len(fixes.labels), _filtered, examiner, fixes)
     kept = np.array([share for _, share in filtered])
     for component, share in zip(fixes.scenario, kept, strict=True):
         if share < FEW_AGREE:
@@ -192,19 +177,11 @@ def filter_corrections(
 
 
 def _filtered(
-    spec: RunFile,
-    models: Models,
-    references: ReferenceSet,
-    scenarios: Scenarios,
-    fixes: Corrections,
-    rows: range,
-    *,
-    progress: Progress,
+    examiner: Examiner, fixes: Corrections, rows: range, *, progress: Progress
 ) -> list[tuple[Draws, float]]:
     """Return the draws to tune on of some accepted scenarios, and the share of the first ones that is usable."""
-    found = []
+    spec, found = examiner.spec, []
     with cpu_threads(1):
-        examiner = Examiner(spec, models, references, scenarios)
         progress("filtering images to tune on", 0, len(fixes.labels), "scenarios")
         for done, row in enumerate(rows, 1):
             component, label = int(fixes.scenario[row]), fixes.labels[row]
@@ -215,7 +192,7 @@ def _filtered(
             rng = generator(spec.seed, "corrections", component, "more")
             for factor, number in ((spec.correct.tuning_factor, MORE_DRAWS * count), (1.0, count)):
                 if len(usable) < count:
-                    more = draw_codes(spec, scenarios, component, number, rng, factor=factor)
+                    more = draw_codes(spec, examiner.scenarios, component, number, rng, factor=factor)
                     usable = usable.joined(more.take(examiner.unanimous(more)[1] == label))
             repeated = usable.take(np.resize(np.arange(len(usable)), count)) if len(usable) else more
             found.append((repeated, float(agrees.mean())))
@@ -223,36 +200,56 @@ def _filtered(
     return found
 
 
+@dataclass(frozen=True, eq=False)
 class Examiner:
-    """What the classifier and the reference models answer on decoded codes."""
+    """What the classifier and the reference models answer on draws of `scenarios`, and on other images.
 
-    def __init__(self, spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios) -> None:
-        self.classes = len(models.classes)
-        self.decoder = decoder_of(load_vae(spec, models.vae), anchors_of(scenarios))
-        self.classifier = load_classifier(spec, models.classifier, self.classes)
-        self.references = load_reference_models(spec, spec.review.reference, references, self.classes)
-        self.min_probability = spec.identify.min_probability
-        self.min_confidence = spec.review.reference.min_confidence
+    Each process that asks loads the networks once; only their weights travel between processes.
+    """
+
+    spec: RunFile
+    models: Models
+    references: ReferenceSet
+    scenarios: Scenarios
 
     def unanimous(self, draws: Draws) -> tuple[I64, I64]:
-        """Return for n draws the classifier's answers and the labels that the reference models see, each (n,).
+        """Return what `unanimous_on` does of the images of n draws."""
+        return self.unanimous_on(self._decoder.decode(draws.codes, draws.anchors))
+
+    def unanimous_on(self, images: F32) -> tuple[I64, I64]:
+        """Return for n images the classifier's answers and the labels that the reference models see, each (n,).
 
         A label is a class of which every reference model is sure, to identify.min_probability at least; an image
         without such a class has none. Where only their mean is sure, independent models often see another class.
         """
-        predicted, probabilities = self._answers(draws)
-        return predicted, unanimous_labels(probabilities, self.min_probability)
+        predicted, probabilities = self._answers(images)
+        return predicted, unanimous_labels(probabilities, self.spec.identify.min_probability)
 
     def by_majority(self, draws: Draws) -> tuple[I64, I64]:
         """Return for n draws the classifier's answers and the labels that a review gives them, each (n,).
 
         A label is the majority of the reference models' votes, as it is for the images of the gallery.
         """
-        predicted, probabilities = self._answers(draws)
-        votes = votes_of_models(probabilities[:, None], self.min_confidence)
-        return predicted, majority(tally(votes, (1, len(predicted)), self.classes))[0]
+        predicted, probabilities = self._answers(self._decoder.decode(draws.codes, draws.anchors))
+        votes = votes_of_models(probabilities[:, None], self.spec.review.reference.min_confidence)
+        return predicted, majority(tally(votes, (1, len(predicted)), len(self.models.classes)))[0]
 
-    def _answers(self, draws: Draws) -> tuple[I64, F32]:
+    def _answers(self, images: F32) -> tuple[I64, F32]:
         """Return the classifier's answers, (n,), and the reference models' probabilities, (W, n, C)."""
-        images = self.decoder.decode(draws.codes, draws.anchors)
-        return predict(self.classifier, images), model_probabilities(self.references, images)
+        return predict(self._classifier, images), model_probabilities(self._reference_models, images)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return decoder_of(load_vae(self.spec, self.models.vae), anchors_of(self.scenarios))
+
+    @cached_property
+    def _classifier(self) -> nn.Module:
+        return load_classifier(self.spec, self.models.classifier, len(self.models.classes))
+
+    @cached_property
+    def _reference_models(self) -> list[nn.Module]:
+        section, classes = self.spec.review.reference, len(self.models.classes)
+        return load_reference_models(self.spec, section, self.references, classes)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("spec", "models", "references", "scenarios")}

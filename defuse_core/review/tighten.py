@@ -9,14 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from defuse_core.artifacts import (
-    F64,
-    I64,
-    NONE_OF_THE_ABOVE,
-    Models,
-    ReferenceSet,
-    Scenarios,
-)
+from defuse_core.artifacts import F64, I64, NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
@@ -33,28 +26,15 @@ TAUS = tuple(2.0**-step for step in range(7))  # the widest first
 DRAWS = 64  # per component and tau
 
 
-def tighten(
-    spec: RunFile, models: Models, references: ReferenceSet, scenarios: Scenarios, compute: Compute
-) -> Scenarios:
-    """Return the components with a tau each; those that fail the requirements at every tau are dropped."""
-    found = map_in_tasks(
-        compute, "distill", len(scenarios), _search_taus, spec, models, references, scenarios
-    )
-    return with_taus(spec, scenarios, found)
+def tighten(examiner: Examiner, compute: Compute) -> Scenarios:
+    """Return the examiner's components with a tau each; those that fail the requirements at every tau are dropped."""
+    found = map_in_tasks(compute, "distill", len(examiner.scenarios), _search_taus, examiner)
+    return with_taus(examiner.spec, examiner.scenarios, found)
 
 
-def _search_taus(
-    spec: RunFile,
-    models: Models,
-    references: ReferenceSet,
-    scenarios: Scenarios,
-    components: range,
-    *,
-    progress: Progress,
-) -> list[FoundTau]:
+def _search_taus(examiner: Examiner, components: range, *, progress: Progress) -> list[FoundTau]:
     with cpu_threads(1):
-        examiner = Examiner(spec, models, references, scenarios)
-        return find_taus(spec, scenarios, components, examiner.unanimous, progress)
+        return find_taus(examiner.spec, examiner.scenarios, components, examiner.unanimous, progress)
 
 
 def find_taus(

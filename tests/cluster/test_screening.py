@@ -13,7 +13,7 @@ from defuse_core.codec import encode
 from defuse_core.distill.components import distill
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import silent
-from defuse_core.review.sample import sample_gallery
+from defuse_core.review.sample import Examiner, sample_gallery
 from defuse_core.review.tighten import tighten
 from defuse_core.store import FolderStore
 from tests.cluster.checks import assert_same_psi
@@ -32,12 +32,12 @@ def test_screening_and_tightening_on_workers_keep_the_same_codes_and_components(
     with RayCompute(None, spec) as compute:
         psi = compute.identify(spec, tiny_models, there, references)
         found = compute.task("distill", distill, spec, psi, there, tiny_models.data_fingerprint)
-        found = tighten(spec, tiny_models, references, found, compute)
+        found = tighten(Examiner(spec, tiny_models, references, found), compute)
         gallery = compute.task("draw", sample_gallery, spec, tiny_models, found)
     assert 0 < psi.total < psi.failing == local.failing
     assert_same_psi(len(psi.codes), there, here)
     expected = distill(spec, local, here, tiny_models.data_fingerprint, progress=silent)
-    expected = tighten(spec, tiny_models, references, expected, LocalCompute())
+    expected = tighten(Examiner(spec, tiny_models, references, expected), LocalCompute())
     assert found.taus is not None
     assert len(found) > 0
     np.testing.assert_array_equal(found.taus, expected.taus)

@@ -26,6 +26,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict
 from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import map_in_tasks, silent
+from defuse_core.review.sample import Examiner
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import (
@@ -126,10 +127,22 @@ def nowhere(run: Run) -> tuple[Scenarios, Verdicts]:
     return far, verdicts
 
 
+def chosen_of(
+    run: Run,
+    psi: Psi,
+    models: Models,
+    references: ReferenceSet,
+    scenarios: Scenarios,
+    verdicts: Verdicts,
+) -> Failures:
+    examiner = Examiner(run.spec, models, references, scenarios)
+    return choose_unreviewed(examiner, psi, run.store, verdicts, LocalCompute())
+
+
 def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi, tiny_models, references):
     run, psi = run_with_psi
-    arguments = run, LocalCompute(), tiny_models, references, psi, *nowhere(run)
-    chosen, again = choose_unreviewed(*arguments), choose_unreviewed(*arguments)
+    arguments = run, psi, tiny_models, references, *nowhere(run)
+    chosen, again = chosen_of(*arguments), chosen_of(*arguments)
     assert 0 < len(chosen) <= 60  # tune_images of one accepted scenario
     np.testing.assert_array_equal(chosen.codes, again.codes)
     images = decode_codes(load_vae(run.spec, tiny_models.vae), chosen.codes)
@@ -141,7 +154,7 @@ def test_they_are_clear_to_every_reference_model_and_drawn_by_seed(run_with_psi,
     if len(chosen) > 5:
         assert chosen.source.tolist() != sorted(chosen.source.tolist())  # a part of them is a sample, too
     run.spec = run.spec.model_copy(update={"seed": 1})
-    assert not np.array_equal(choose_unreviewed(*arguments).codes, chosen.codes)
+    assert not np.array_equal(chosen_of(*arguments).codes, chosen.codes)
 
 
 def test_all_that_are_clear_are_tuned_on_where_they_are_fewer_than_images_of_scenarios(
@@ -149,7 +162,7 @@ def test_all_that_are_clear_are_tuned_on_where_they_are_fewer_than_images_of_sce
 ):
     run, psi = run_with_psi
     run.spec = run.spec.with_fields("correct", tune_images=10_000)
-    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    chosen = chosen_of(run, psi, tiny_models, references, *nowhere(run))
     failures = subsample_psi(run.spec, psi, run.store)
     images = decode_codes(load_vae(run.spec, tiny_models.vae), failures.codes)
     models = load_reference_models(run.spec, run.spec.review.reference, references, 10)
@@ -171,11 +184,11 @@ def test_twice_as_many_are_examined_as_are_wanted(run_with_psi, tiny_models, ref
         return map_in_tasks(compute, step, count, *rest, **options)
 
     monkeypatch.setattr("defuse_core.tuning_data.map_in_tasks", noting)
-    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    chosen = chosen_of(run, psi, tiny_models, references, *nowhere(run))
     assert examined == [2 * 20] and len(chosen) <= 20
     monkeypatch.setattr("defuse_core.tuning_data.EXAMINED", 100)  # more of them are clear than are wanted
     run.spec = run.spec.with_fields("correct", tune_images=5)
-    assert len(choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))) == 5
+    assert len(chosen_of(run, psi, tiny_models, references, *nowhere(run))) == 5
 
 
 def test_none_is_tuned_on_that_is_in_the_region_of_a_rejected_component(
@@ -187,7 +200,7 @@ def test_none_is_tuned_on_that_is_in_the_region_of_a_rejected_component(
     means = np.stack([np.median(failures.codes, axis=0), scenarios.means[1]])
     near = replace(scenarios, means=means, covariances=0.2 * scenarios.covariances)
     assert 0 < allowed(failures, near, verdicts).mean() < 0.95
-    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, near, verdicts)
+    chosen = chosen_of(run, psi, tiny_models, references, near, verdicts)
     assert len(chosen) and allowed(chosen, near, verdicts).all()
 
 
@@ -226,7 +239,7 @@ def test_with_anchored_decoding_the_training_images_are_listed_once_for_all_that
     monkeypatch.setattr("defuse_core.tuning_data._draw_allowed", lambda *_, **__: failures)
     monkeypatch.setattr("defuse_core.tuning_data.CODES_AT_ONCE", 4)
     psi = Psi(np.array([len(failures)]), 0, 0, 0, 0.0, 0.0, fingerprint="")
-    chosen = choose_unreviewed(run, LocalCompute(), tiny_models, references, psi, *nowhere(run))
+    chosen = chosen_of(run, psi, tiny_models, references, *nowhere(run))
     assert len(opened) == 1 and len(failures) > 4 and 0 < len(chosen) <= 20
     images = decode_failures(spec, tiny_models, chosen)
     models = load_reference_models(spec, spec.review.reference, references, 10)

@@ -20,6 +20,7 @@ from defuse_core.local import LocalCompute
 from defuse_core.protocols import silent
 from defuse_core.review import sample
 from defuse_core.review.sample import (
+    Examiner,
     filter_corrections,
     sample_corrections,
     sample_gallery,
@@ -42,11 +43,11 @@ def test_further_images_have_the_majoritys_label_as_those_of_the_gallery(tiny_mo
     reference = TINY["review"]["reference"] | {"min_confidence": 0.0}
     spec = recommended(review={"tau": 0.1, "reference": reference})
     doubtful = np.array([True, False])
-    more = sample_more_images(spec, tiny_models, models, scenarios, doubtful, progress=silent)
+    more = sample_more_images(Examiner(spec, tiny_models, models, scenarios), doubtful, progress=silent)
     assert more.drawn.tolist() == more.labelled.tolist() == [spec.review.more_images, 0]
     reference = TINY["review"]["reference"] | {"min_confidence": 0.9999}
     sure = recommended(review={"tau": 0.1, "reference": reference})
-    unsure = sample_more_images(sure, tiny_models, models, scenarios, doubtful, progress=silent)
+    unsure = sample_more_images(Examiner(sure, tiny_models, models, scenarios), doubtful, progress=silent)
     assert unsure.labelled[0] < unsure.drawn[0]
 
 
@@ -62,12 +63,16 @@ def anchored_component(track: I64 | None = None) -> Scenarios:
 def test_further_images_know_the_training_images_or_tracks_that_they_show(tiny_models, references):
     scenarios = anchored_component()
     spec = recommended(review={"tau": 0.1, "more_images": 20})
-    more = sample_more_images(spec, tiny_models, references, scenarios, np.array([True]), progress=silent)
+    more = sample_more_images(
+        Examiner(spec, tiny_models, references, scenarios), np.array([True]), progress=silent
+    )
     assert set(more.unit[0].tolist()) == {100, 102, 104}
     assert (more.outcome[0] >= 0).sum() == more.labelled[0]
     assert (more.outcome[0] == 1).sum() == more.misclassified[0]
     of_tracks = anchored_component(track=np.repeat([7, 8], 3))
-    more = sample_more_images(spec, tiny_models, references, of_tracks, np.array([True]), progress=silent)
+    more = sample_more_images(
+        Examiner(spec, tiny_models, references, of_tracks), np.array([True]), progress=silent
+    )
     assert set(more.unit[0].tolist()) == {7, 8}
 
 
@@ -87,9 +92,8 @@ def test_further_draws_are_none_of_those_that_were_reviewed(tiny_models, referen
     monkeypatch.setattr(sample, "spread_draws", kept)
     spec, scenarios = recommended(review={"tau": 0.1, "more_images": 3}), two_components()
     gallery = sample_gallery(spec, tiny_models, scenarios, progress=silent)
-    more = sample_more_images(
-        spec, tiny_models, references, scenarios, np.array([True, True]), progress=silent
-    )
+    examiner = Examiner(spec, tiny_models, references, scenarios)
+    more = sample_more_images(examiner, np.array([True, True]), progress=silent)
     assert more.unit is None and more.outcome is None  # decoded plainly
     np.testing.assert_array_equal(np.stack([one.codes for one in draws[:2]]), gallery.codes)
     assert not np.isclose(gallery.codes[0], gallery.codes[1] - 1).any()  # each has a seed of its own
@@ -101,7 +105,9 @@ def test_further_draws_are_at_other_training_images_than_the_gallery(tiny_models
     scenarios = anchored_component()
     spec = recommended(review={"tau": 0.1, "images": 2, "more_images": 1})
     gallery = sample_gallery(spec, tiny_models, scenarios, progress=silent)
-    more = sample_more_images(spec, tiny_models, references, scenarios, np.array([True]), progress=silent)
+    more = sample_more_images(
+        Examiner(spec, tiny_models, references, scenarios), np.array([True]), progress=silent
+    )
     shown = [*gallery.source[0].tolist(), *more.unit[0].tolist()]
     assert sorted(shown) == [100, 102, 104] and gallery.track is None
     of_tracks = anchored_component(track=10 + np.arange(6))
@@ -129,7 +135,8 @@ def test_a_scenario_whose_label_nobody_sees_is_named_and_tuned_on_draws_as_wide_
     spec = recommended(identify={"min_probability": 1.0}, review={"tau": 0.01}, correct={"widen": 100.0})
     far = np.random.default_rng(0).normal(scale=9, size=(1, 24, 4)).astype(np.float32)
     drawn = Corrections(np.array([1]), np.array([3]), far, far)
-    kept = filter_corrections(spec, tiny_models, references, two_components(), drawn, LocalCompute())
+    examiner = Examiner(spec, tiny_models, references, two_components())
+    kept = filter_corrections(examiner, drawn, LocalCompute())
     assert kept.kept.tolist() == [0.0]
     assert "the label of scenario 1 in 0 % of the images" in caplog.text
     assert np.abs(kept.tune - 1).max() < 6 * np.sqrt(0.01)  # around its mean, at tau alone

@@ -20,7 +20,6 @@ from defuse_core.config import RunFile
 from defuse_core.distill.draws import Draws
 from defuse_core.local import LocalCompute
 from defuse_core.protocols import silent
-from defuse_core.review import sample
 from defuse_core.review.sample import (
     filter_corrections,
     sample_corrections,
@@ -37,9 +36,8 @@ LABEL, TAU = 3, 0.1
 class HalfSpace:
     """Reference models that see LABEL where the first number of a code is over `limit`, and no class elsewhere."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
-        self.limit, self.examined = limit, list[Draws]()
-        monkeypatch.setattr(sample, "Examiner", lambda *args: self)
+    def __init__(self, spec: RunFile, scenarios: Scenarios, limit: float) -> None:
+        self.spec, self.scenarios, self.limit, self.examined = spec, scenarios, limit, list[Draws]()
 
     def unanimous(self, draws: Draws) -> tuple[I64, I64]:
         self.examined.append(draws)
@@ -76,26 +74,24 @@ def spec_of(images: int = 12, widen: float = 1.0, **changes) -> RunFile:
     return recommended(review={"tau": TAU, "more_images": 7}, correct=correct, **changes)
 
 
-def filtered(spec: RunFile, scenarios: Scenarios, fixes: Corrections) -> Corrections:
-    return filter_corrections(spec, None, None, scenarios, fixes, LocalCompute())  # type: ignore[arg-type]
+def filtered(models: HalfSpace, fixes: Corrections) -> Corrections:
+    return filter_corrections(models, fixes, LocalCompute())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("widen", [1.0, 4.0])
-def test_no_draw_of_a_run_is_that_of_another_component_purpose_or_seed(
-    tiny_models, monkeypatch, anchored, widen
-):
+def test_no_draw_of_a_run_is_that_of_another_component_purpose_or_seed(tiny_models, anchored, widen):
     scenarios, unit = twins(anchored), list[np.ndarray]()
     for seed in (0, 1):
         spec = spec_of(widen=widen).model_copy(update={"seed": seed})
         gallery = sample_gallery(spec, tiny_models, scenarios, progress=silent)
-        nobody = HalfSpace(monkeypatch, np.inf)
-        sample_more_images(spec, tiny_models, None, scenarios, np.array([True] * 2), progress=silent)
+        nobody = HalfSpace(spec, scenarios, np.inf)
+        sample_more_images(nobody, np.array([True] * 2), progress=silent)  # type: ignore[arg-type]
         fixes = sample_corrections(spec, scenarios, accepted())
         more = [draws.codes for draws in nobody.examined]
         nobody.examined.clear()
         assert (fixes.tune.shape, fixes.test.shape) == ((2, 12, 4), (2, 9, 4))
-        filtered(spec, scenarios, fixes)
+        filtered(nobody, fixes)
         wide = [
             draws.codes for draws in nobody.examined
         ]  # first, three times as many, and as reviewed; of both
@@ -115,14 +111,12 @@ def test_no_draw_of_a_run_is_that_of_another_component_purpose_or_seed(
     ],
 )
 def test_further_draws_are_taken_only_while_too_few_show_the_label_and_those_that_do_are_repeated_in_turn(
-    monkeypatch, limit, asked
+    limit, asked
 ):
     spec, scenarios = spec_of(widen=4.0), twins()
-    models, fixes = (
-        HalfSpace(monkeypatch, limit),
-        sample_corrections(spec_of(widen=4.0), scenarios, accepted(1)),
-    )
-    kept = filtered(spec, scenarios, fixes)
+    models = HalfSpace(spec, scenarios, limit)
+    fixes = sample_corrections(spec, scenarios, accepted(1))
+    kept = filtered(models, fixes)
     assert [len(draws) for draws in models.examined] == asked
     np.testing.assert_array_equal(models.examined[0].codes, fixes.tune[0])
     codes = np.concatenate([draws.codes for draws in models.examined])
@@ -131,41 +125,41 @@ def test_further_draws_are_taken_only_while_too_few_show_the_label_and_those_tha
     assert kept.kept[0] == (fixes.tune[0, :, 0] > limit).mean()
 
 
-def test_further_draws_are_as_wide_as_the_first_and_then_as_the_reviewed_ones(monkeypatch):
+def test_further_draws_are_as_wide_as_the_first_and_then_as_the_reviewed_ones():
     spec, scenarios = spec_of(images=2000, widen=16.0), twins()
-    models = HalfSpace(monkeypatch, np.inf)
-    filtered(spec, scenarios, sample_corrections(spec, scenarios, accepted(1)))
+    models = HalfSpace(spec, scenarios, np.inf)
+    filtered(models, sample_corrections(spec, scenarios, accepted(1)))
     variances = [draws.codes.var() for draws in models.examined]
     assert variances == pytest.approx([16 * TAU, 16 * TAU, TAU], rel=0.05)
 
 
-def test_further_draws_are_of_the_scenarios_own_component_and_label(monkeypatch):
+def test_further_draws_are_of_the_scenarios_own_component_and_label():
     scenarios = twins(mean=0.0)
     scenarios.means[1] = 9.0
-    models = HalfSpace(monkeypatch, 9.0)  # half of the draws of the second component, none of the first
-    fixes = sample_corrections(spec_of(), scenarios, accepted())
+    spec = spec_of()
+    models = HalfSpace(spec, scenarios, 9.0)  # half of the draws of the second component, none of the first
+    fixes = sample_corrections(spec, scenarios, accepted())
     second = Corrections(fixes.scenario[1:], fixes.labels[1:], fixes.tune[1:], fixes.test[1:])
-    kept = filtered(spec_of(), scenarios, second)
+    kept = filtered(models, second)
     assert kept.tune[0, :, 0].min() > 9.0 and len(models.examined) == 2
     other = Corrections(fixes.scenario[1:], fixes.labels[1:] + 1, fixes.tune[1:], fixes.test[1:])
-    assert filtered(spec_of(), scenarios, other).kept.tolist() == [0.0]
+    assert filtered(models, other).kept.tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("agreeing", "told"), [(0, True), (1, True), (2, False), (20, False)])
-def test_a_label_that_less_than_a_tenth_of_the_images_show_is_in_doubt(monkeypatch, caplog, agreeing, told):
-    HalfSpace(monkeypatch, 50.0)
+def test_a_label_that_less_than_a_tenth_of_the_images_show_is_in_doubt(caplog, agreeing, told):
+    models = HalfSpace(spec_of(images=20), twins(), 50.0)
     codes = np.zeros((1, 20, 4), np.float32)
     codes[0, :agreeing, 0] = 99.0
     fixes = Corrections(np.array([1]), np.array([LABEL]), codes, codes)
-    assert filtered(spec_of(images=20), twins(), fixes).kept.tolist() == [agreeing / 20]
+    assert filtered(models, fixes).kept.tolist() == [agreeing / 20]
     assert ("the label of scenario 1" in caplog.text) is told
 
 
-def test_images_to_tune_on_stay_at_the_images_that_they_were_drawn_at(monkeypatch):
+def test_images_to_tune_on_stay_at_the_images_that_they_were_drawn_at():
     spec, scenarios = spec_of(), twins(anchored=True)
-    HalfSpace(monkeypatch, 0.0)
     fixes = sample_corrections(spec, scenarios, accepted())
-    kept = filtered(spec, scenarios, fixes)
+    kept = filtered(HalfSpace(spec, scenarios, 0.0), fixes)
     assert (kept.tune.shape[1], kept.test.shape[1]) == (12, 9)
     assert scenarios.failures is not None and kept.tune_anchor is not None
     for codes, anchors in zip(kept.tune, kept.tune_anchor, strict=True):
@@ -174,10 +168,9 @@ def test_images_to_tune_on_stay_at_the_images_that_they_were_drawn_at(monkeypatc
     assert not (kept.tune_anchor % 2).any()
 
 
-def test_filtering_no_scenario_keeps_none_and_no_image(monkeypatch):
-    HalfSpace(monkeypatch, 0.0)
+def test_filtering_no_scenario_keeps_none_and_no_image():
     scenarios = twins(anchored=True)
-    kept = filtered(spec_of(), scenarios, with_no_draws(scenarios))
+    kept = filtered(HalfSpace(spec_of(), scenarios, 0.0), with_no_draws(scenarios))
     assert kept.kept.tolist() == []
     found = with_used_anchors(kept)
     assert found.anchors is not None and len(found.anchors.source) == 0
@@ -196,9 +189,8 @@ def with_no_draws(scenarios: Scenarios) -> Corrections:
     )
 
 
-def test_each_scenario_is_filtered_by_its_own_label(monkeypatch):
-    HalfSpace(monkeypatch, 0.0)
+def test_each_scenario_is_filtered_by_its_own_label():
     fixes = sample_corrections(spec_of(), twins(), accepted())
     fixes = replace(fixes, labels=np.array([LABEL + 1, LABEL]))
-    kept = filtered(spec_of(), twins(), fixes).kept
+    kept = filtered(HalfSpace(spec_of(), twins(), 0.0), fixes).kept
     assert kept.tolist() == [0.0, (fixes.tune[1, :, 0] > 0).mean()] and kept[1] > 0

@@ -89,7 +89,7 @@ def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_mod
     rng = np.random.default_rng(0)
     tune, test = rng.normal(size=(2, 2, 24, 4)).astype(np.float32)
     drawn = Corrections(np.arange(2), labels, tune, test)
-    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, LocalCompute())
+    kept = filter_corrections(examiner, drawn, LocalCompute())
     for row, label in enumerate(labels):
         agrees = examiner.unanimous(Draws(drawn.tune[row]))[1] == label
         assert kept.kept[row] == pytest.approx(agrees.mean())
@@ -118,6 +118,7 @@ def test_a_label_that_no_reference_model_sees_is_the_annotators_and_keeps_images
     spec = recommended(identify={"min_probability": 1.0}, review={"tau": 1.0})
     tune = np.random.default_rng(0).normal(size=(1, 24, 4)).astype(np.float32)
     drawn = Corrections(np.array([0]), np.array([3]), tune, tune)
-    kept = filter_corrections(spec, tiny_models, references, scenarios, drawn, LocalCompute())
+    examiner = Examiner(spec, tiny_models, references, scenarios)
+    kept = filter_corrections(examiner, drawn, LocalCompute())
     assert kept.kept.tolist() == [0.0]
     assert (distances_from(scenarios, 0, kept.tune[0]) ** 2).mean() < 2 * kept.tune.shape[2]

@@ -11,6 +11,7 @@ from defuse_core.distill.draws import Draws, draw_codes, truncated_codes
 from defuse_core.local import LocalCompute
 from defuse_core.models import Vae, load_vae
 from defuse_core.protocols import ROWS_PER_TASK, Call, silent
+from defuse_core.review.sample import Examiner
 from defuse_core.review.tighten import TAUS, find_taus, tighten, with_taus
 from defuse_core.seeds import generator
 from tests.conftest import recommended, tiny
@@ -247,5 +248,5 @@ def test_each_photograph_is_encoded_once_for_its_component_and_not_for_the_other
     one, means = np.ones(components) / components, np.zeros((components, 4))
     covariances = np.broadcast_to(np.eye(4), (components, 4, 4)).copy()
     scenarios = sample_scenarios(one, means, covariances, one, 100, True, 1, 0.0, failures=failures)
-    tighten(spec, tiny_models, references, scenarios, LocalCompute())
+    tighten(Examiner(spec, tiny_models, references, scenarios), LocalCompute())
     assert vae.images == components * own // 2  # the other half is held out
