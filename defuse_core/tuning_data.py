@@ -145,7 +145,7 @@ def _tuned_on(models: Models, vae: StoredVae, fixes: Corrections) -> Images:
     if fixes.unreviewed is None:
         return tuning_images(vae, fixes)
     codes = fixes.tune.reshape(-1, fixes.tune.shape[-1])
-    failures = fixes.unreviewed.take(np.arange(min(len(fixes.unreviewed), len(codes))))
+    failures = fixes.unreviewed.take(slice(len(codes)))
     rows = np.resize(np.arange(len(failures)), min(len(codes), REPEATS * len(failures)))
     labels = np.concatenate([np.repeat(fixes.labels, fixes.tune.shape[1]), failures.truth[rows]])
     if fits_in_memory((len(labels), *Decodings(vae, codes).shape[1:])):
@@ -199,7 +199,7 @@ def choose_unreviewed(
     spec = examiner.spec
     wanted = len(verdicts.accepted) * spec.correct.tune_images
     found = compute.task("correct", _draw_allowed, spec, psi, store, examiner.scenarios, verdicts)
-    found = found.take(np.arange(min(len(found), EXAMINED * wanted)))
+    found = found.take(slice(EXAMINED * wanted))
     # the folders of the training images are listed once, not by each task
     images = compute.task("correct", _decodings_of, spec, examiner.models, found)
     clear = map_in_tasks(

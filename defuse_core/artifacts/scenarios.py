@@ -112,7 +112,7 @@ class Failures:
         """(F,) as Anchors.unit, of the source images."""
         return self.source if self.source_track is None else self.source_track
 
-    def take(self, rows: I64 | Bool) -> Failures:
+    def take(self, rows: slice | I64 | Bool) -> Failures:
         """Return the failures of `rows`."""
         return replace(self, **rows_of(self, rows))
 

@@ -183,9 +183,7 @@ def anchors_of(scenarios: Scenarios) -> Anchors | None:
 
 def stacked(draws: Sequence[Draws], count: int, width: int) -> tuple[F32, I64 | None]:
     """Return the codes (n, count, Z) and the anchors (n, count), if they have any, of n components."""
-    codes = np.zeros((len(draws), count, width), np.float32)
-    for row, drawn in enumerate(draws):
-        codes[row] = drawn.codes
+    codes = np.array([drawn.codes for drawn in draws], np.float32).reshape(len(draws), count, width)
     anchors = [drawn.anchors for drawn in draws if drawn.anchors is not None]
     return codes, np.stack(anchors) if anchors else None
 

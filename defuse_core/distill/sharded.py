@@ -75,9 +75,7 @@ class CellSummary:
 
     count: int
     support: int  # distinct training images; those of different shards are different
-    units: (
-        I64  # tracks of these images, or the images where there are no tracks; no more than make a scenario
-    )
+    units: I64  # tracks of these images, or these images without tracks; no more than make a scenario
     total: F64  # (Z,) sum of the codes
 
 
@@ -167,9 +165,8 @@ def _merged_cells(parts: Sequence[dict[Cell, CellSummary]]) -> dict[Cell, CellSu
         cell: CellSummary(
             sum(each.count for each in found),
             sum(each.support for each in found),
-            np.unique(
-                np.concatenate([each.units for each in found])
-            ),  # `enough` or more where a part has these
+            # `enough` or more where a part has these
+            np.unique(np.concatenate([each.units for each in found])),
             np.sum([each.total for each in found], axis=0),
         )
         for cell, found in sorted(of.items())
@@ -259,10 +256,7 @@ def part_support(part: CellCodes, fits: dict[Cell, FittedMixture]) -> dict[Cell,
     counts = {}
     for cell, fit in fits.items():
         if cell in part.rows:
-            rows = part.rows[cell]
-            counts[cell] = count_sources(
-                failures_by_component(fit, part.failures.take(np.arange(rows.start, rows.stop)))
-            )
+            counts[cell] = count_sources(failures_by_component(fit, part.failures.take(part.rows[cell])))
     return counts
 
 

@@ -186,21 +186,18 @@ def _score(
         return np.full(3, np.nan), np.full(classes, np.nan), np.full(scenarios, np.nan), none
     classifier = load_classifier(spec, weights, classes)
     parts, readers = (splits.validation, splits.test, held_out), spec.resources.readers
-    right = [_right(classifier, images, readers) for images in parts]
+    right = [
+        np.zeros(0, np.bool_)
+        if images is None
+        else predict(classifier, images, readers=readers) == images.labels
+        for images in parts
+    ]
     overall = [float(hits.mean()) if len(hits) else math.nan for hits in right]
     per_class: F64 = np.full(classes, np.nan)
     if splits.test is not None:
         per_class = class_accuracy(right[1], splits.test.labels, classes)
     scenario = right[2].reshape(scenarios, -1).mean(axis=1) if scenarios else np.zeros(0)
     return np.array(overall), per_class, scenario, right[1]
-
-
-def _right(classifier: nn.Module, images: Images | None, readers: int) -> Bool:
-    """Return which images the classifier gets right; nothing for no images."""
-    if images is None or not len(images):
-        return np.zeros(0, np.bool_)
-    right: Bool = predict(classifier, images, readers=readers) == images.labels
-    return right
 
 
 def latent_map(spec: RunFile, found: Findings, train: Images, store: Store) -> tuple[F32, I64, I64]:

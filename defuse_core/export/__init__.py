@@ -166,11 +166,11 @@ class ClassifierForExport(nn.Module):
 def plain_weights(classifier: nn.Module) -> Weights:
     """Return the state dict under the names of the network itself, such as torchvision's for a ResNet-18."""
     wrapped = isinstance(classifier, ResNet18 | SelfContainedClassifier)
-    state = {
-        name: tensor for name, tensor in classifier.state_dict().items() if name != SOURCE or not wrapped
+    return {
+        name.removeprefix("net.") if wrapped else name: tensor.cpu().contiguous().numpy()
+        for name, tensor in classifier.state_dict().items()
+        if name != SOURCE or not wrapped
     }
-    names = {name: name.removeprefix("net.") if wrapped else name for name in state}
-    return {names[name]: tensor.cpu().contiguous().numpy() for name, tensor in state.items()}
 
 
 def _facts(run: Run, models: Models) -> dict[str, str]:

@@ -32,6 +32,7 @@ from defuse_core.files import expect_new_folder, expect_no_special_file, filling
 from defuse_core.models import (
     EXTERNAL,
     StoredVae,
+    accuracy,
     build_classifier,
     check_outputs,
     expect_own_weights,
@@ -386,7 +387,7 @@ def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -
 def _accuracies(classifier: nn.Module, pictures: SuitePictures) -> list[float]:
     """Return the classifier's accuracy on the pictures of each scenario."""
     return [
-        float((predict(classifier, Images(pixels, np.full(len(pixels), label, np.int64))) == label).mean())
+        accuracy(classifier, Images(pixels, np.full(len(pixels), label, np.int64)))
         for pixels, label in zip(pictures.pixels, pictures.labels, strict=True)
     ]
 

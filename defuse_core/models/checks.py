@@ -56,7 +56,7 @@ def check_outputs(
     Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says. `remedy` is
     what to do where it takes no images of this shape.
     """
-    batch = to_tensor(images.take(evenly_spaced(len(images), BATCH)).batch(slice(0, BATCH)))
+    batch = to_tensor(images.batch(evenly_spaced(len(images), BATCH)))
     first = batch[:2].clone()
     use_default_layout_if_needed(classifier.eval(), first.clone())
     with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too
@@ -112,7 +112,7 @@ def expect_trainable(classifier: nn.Module, images: Images) -> None:
         raise ModelError(
             f"the classifier: expected parameters to fine-tune, found none that requires a gradient; {remedy}"
         )
-    batch = to_tensor(images.take(evenly_spaced(len(images), 2)).batch(slice(0, 2)))
+    batch = to_tensor(images.batch(evenly_spaced(len(images), 2)))
     state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     try:  # its code may switch gradients off in eval mode alone
         with forked_random():  # dropout draws
