@@ -26,9 +26,9 @@ NUMBERS = {int: "an integer", float: "a number"}
 
 def fewest_units(rho: float, max_false: float) -> int:
     """Return the fewest units that can show a share over rho at a false discovery rate: all of them failing."""
-    return (
-        1 if rho == 0 else math.ceil(math.log(max_false) / math.log(rho) - 1e-9)
-    )  # rho^2 is slightly over 0.2^2
+    if rho == 0:
+        return 1
+    return math.ceil(math.log(max_false) / math.log(rho) - 1e-9)  # 0.2^2 is slightly over 0.04 in floats
 
 
 def expect_printable(text: str) -> str:

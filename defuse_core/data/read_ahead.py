@@ -69,11 +69,6 @@ def reader_pool(readers: int) -> ReaderPool:
     return ReaderPool(readers)
 
 
-def is_on_disk(images: Images) -> bool:
-    """Whether the images are files that are read whenever they are used."""
-    return isinstance(images.pixels, PictureFiles)
-
-
 def batches_of(images: Images, order: Iterable[slice | I64], readers: int) -> Generator[F32, None, None]:
     """Yield `images.batch(rows)` for all rows of `order`.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -150,7 +151,7 @@ def set_weights(module: nn.Module, weights: Weights, where: str) -> None:
     module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
 
 
-def is_as_finite(array: np.ndarray, before: np.ndarray) -> bool:  # type: ignore[type-arg]
+def is_as_finite(array: npt.NDArray[Any], before: npt.NDArray[Any]) -> bool:
     """Whether NaN and infinity in an array are only those that it had before, such as -inf in a mask."""
     odd = ~np.isfinite(array)
     return np.array_equal(array[odd], before[odd], equal_nan=True)
@@ -223,7 +224,7 @@ def load_for_inference(module: nn.Module, spec: RunFile, weights: Weights, where
     return module
 
 
-def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> np.ndarray:  # type: ignore[type-arg]
+def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int) -> npt.NDArray[Any]:
     """Return function(rows) for consecutive rows of at most batch_size, concatenated.
 
     Raises ModelError where the function returns more or fewer rows than it was given.
@@ -234,7 +235,7 @@ def map_batches(function: Callable[[slice], Tensor], count: int, batch_size: int
 
 def map_images(
     function: Callable[[Tensor], Tensor], images: Images, batch_size: int = BATCH, readers: int = 0
-) -> np.ndarray:  # type: ignore[type-arg]
+) -> npt.NDArray[Any]:
     """Return function(batch) for consecutive batches of the images, on this process's device, as map_batches does.
 
     Image files are read ahead, as batches_of says.
@@ -249,7 +250,7 @@ def _consecutive(count: int, batch_size: int) -> list[slice]:
     return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def _concatenated(results: Iterator[Tensor], order: list[slice]) -> np.ndarray:  # type: ignore[type-arg]
+def _concatenated(results: Iterator[Tensor], order: list[slice]) -> npt.NDArray[Any]:
     parts = []
     with torch.no_grad():  # inference mode marks what a network keeps, which then fails in its fine-tuning
         for found, rows in zip(results, order, strict=True):
@@ -331,11 +332,11 @@ def predict_logits(classifier: nn.Module, images: Images | F32) -> F32:
     return found
 
 
-def accuracy(classifier: nn.Module, images: Images, readers: int = 0) -> float:
+def accuracy(classifier: nn.Module, images: Images) -> float:
     """Return the share of images that the classifier gets right; nan for no images."""
     if not len(images):
         return math.nan
-    return float((predict(classifier, images, readers=readers) == images.labels).mean())
+    return float((predict(classifier, images) == images.labels).mean())
 
 
 def encode_images(vae: Vae, images: Images | F32, readers: int = 0) -> F32:

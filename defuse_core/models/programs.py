@@ -40,9 +40,7 @@ OTHER_WAY = (
     "(classifier.architecture: custom, import_path, weights)"
 )
 TRUST = "DEFUSE_TRUST_TORCHSCRIPT"  # 1: load files of TorchScript
-LARGEST_BATCH = (
-    512  # images that a classifier gets at once where nothing is set: two times correct.batch_size
-)
+LARGEST_BATCH = 512  # images that a classifier gets at once by default: two times correct.batch_size
 SOURCE = "source"  # key in a state dict: the bytes that its network is built from
 
 

@@ -66,10 +66,10 @@ def range_text(low: float, high: float, digits: int = 1) -> str:
     return f"{100 * low:.{digits}f}–{100 * high:.{digits}f}"
 
 
-def spread_of(values: Sequence[float | None], digits: int = 1) -> str:
+def spread_of(values: Sequence[float | None]) -> str:
     """Return the lowest and highest of several shares, in percent: 69.0–89.1 %; empty for fewer than two."""
     known = [value for value in values if value is not None]
-    return f"{range_text(min(known), max(known), digits)} %" if len(known) > 1 else ""
+    return f"{range_text(min(known), max(known))} %" if len(known) > 1 else ""
 
 
 def score(share: Share) -> str:

@@ -23,9 +23,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from defuse_core.artifacts import F64, I64
-from defuse_core.data import Images
-from defuse_core.data.read_ahead import batches_of, is_on_disk
+from defuse_core.artifacts import F32, F64, I64, Bool
+from defuse_core.data import Images, PictureFiles
+from defuse_core.data.read_ahead import batches_of
 from defuse_core.device import device
 from defuse_core.errors import ComputeError
 from defuse_core.models import to_tensor
@@ -79,7 +79,7 @@ class DeviceImages:
 
         Image files are read ahead.
         """
-        if not is_on_disk(self.images):
+        if not isinstance(self.images.pixels, PictureFiles):
             for rows in order:
                 yield rows, self.batch(rows), self.labels(rows)
             return
@@ -271,5 +271,5 @@ def _sums_of_neighbours(images: Tensor) -> Tensor:
     return sums
 
 
-def _column(values: np.ndarray, like: Tensor) -> Tensor:  # type: ignore[type-arg]
+def _column(values: F32 | Bool, like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device).view(-1, 1, 1, 1)

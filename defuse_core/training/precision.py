@@ -39,7 +39,6 @@ from defuse_core.training.reference_models import build_reference
 log = logging.getLogger("defuse")
 SAMPLE = 512  # inputs on which the error of bf16 is measured
 SAFETY = 2.0  # factor on the largest error that was seen
-BATCH = 256  # images of predict_as_in_f32 at once
 WORTHWHILE = 2048  # inputs from which on measuring the error pays
 
 
@@ -107,12 +106,12 @@ def right_by_part(
 def predict_as_in_f32(classifier: nn.Module, images: Images, arithmetic: Arithmetic, readers: int = 0) -> I64:
     """Return the classifier's answer to each image, (N,): that of f32, in either arithmetic."""
     if arithmetic == "f32" or len(images) < WORTHWHILE:
-        return predict(classifier, images, BATCH, readers)
+        return predict(classifier, images, readers=readers)
     bound = margin_bound(logits_of(classifier, images), len(images))
     with autocast("bf16"):
-        table = map_images(lambda batch: _with_margins(classifier(batch)), images, BATCH, readers)
+        table = map_images(lambda batch: _with_margins(classifier(batch)), images, readers=readers)
     found, doubtful = _in_doubt(table, bound)
-    found[doubtful] = predict(classifier, images.take(doubtful), BATCH, readers)
+    found[doubtful] = predict(classifier, images.take(doubtful), readers=readers)
     return found
 
 
