@@ -69,7 +69,7 @@ def is_file(path: Path) -> bool:
 
 def is_folder(path: Path) -> bool:
     """Whether it is a folder, or a link to where this process may not look."""
-    with explained(path), contextlib.suppress(PermissionError):
+    with store_errors(path), contextlib.suppress(PermissionError):
         return stat.S_ISDIR(_mode(path))
     return True
 
@@ -95,14 +95,14 @@ def locked_at_once(handle: TextIO, how: int = fcntl.LOCK_EX) -> bool:
 
 def is_current(handle: TextIO, path: Path) -> bool:
     """Whether the open file is the one at `path`, which can be deleted or replaced meanwhile."""
-    with contextlib.suppress(FileNotFoundError), explained(path):
+    with contextlib.suppress(FileNotFoundError), store_errors(path):
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     return False
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into one line; a missing file stays a FileNotFoundError."""
+def store_errors(path: Path) -> Iterator[None]:
+    """Raise errors of the file system as StoreError, in one line; a missing file stays a FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def explained(path: Path) -> Iterator[None]:
 def expect_gone(error: OSError) -> None:
     """Raise the error of a folder that cannot be listed, which must not count as empty; one that is gone is."""
     if not isinstance(error, FileNotFoundError):
-        with explained(Path(error.filename)):
+        with store_errors(Path(error.filename)):
             raise error
 
 

@@ -24,12 +24,12 @@ from defuse_core.files import (
     NO_HARD_LINKS,
     UNFINISHED,
     expect_gone,
-    explained,
     is_current,
     is_file,
     is_folder,
     locked_at_once,
     renamed_if_absent,
+    store_errors,
     synced_temporary,
 )
 
@@ -143,24 +143,24 @@ class FolderStore:
         return below
 
     def exists(self, key: str) -> bool:
-        with explained(self.folder / key):
+        with store_errors(self.folder / key):
             return is_file(self.folder / key)
 
     def version(self, key: str) -> str | None:
-        with contextlib.suppress(FileNotFoundError), explained(self.folder / key):
+        with contextlib.suppress(FileNotFoundError), store_errors(self.folder / key):
             found = (self.folder / key).stat()
             return f"{found.st_ino} {found.st_size} {found.st_ctime_ns}"
         return None
 
     def read(self, key: str) -> bytes:
-        with explained(self.folder / key):
+        with store_errors(self.folder / key):
             return (self.folder / key).read_bytes()
 
     def write(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None = None) -> None:
         target = self.folder / key
         self._expect_folder()
         with (
-            explained(target),
+            store_errors(target),
             synced_temporary(target, data) as temporary,
             self._holding(alone=unless is not None),
         ):
@@ -170,7 +170,7 @@ class FolderStore:
     def create(self, key: str, data: bytes) -> bool:
         target = self.folder / key
         self._expect_folder()
-        with explained(target), synced_temporary(target, data) as temporary, self._holding():
+        with store_errors(target), synced_temporary(target, data) as temporary, self._holding():
             try:
                 os.link(temporary, target)
             except FileExistsError:
@@ -186,19 +186,19 @@ class FolderStore:
         # unlike rglob, os.walk passes over a folder that another process deletes meanwhile
         for folder, folders, names in os.walk(self.folder, onerror=expect_gone):
             folders[:] = [name for name in folders if not is_hidden(name)]
-            with explained(Path(folder)):
+            with store_errors(Path(folder)):
                 files = [path for name in names if is_file(path := Path(folder, name))]
             keys += [path.relative_to(self.folder).as_posix() for path in files]
         return sorted(key for key in keys if key.startswith(prefix) and not is_hidden(key))
 
     def folders(self) -> Sequence[str]:
-        with contextlib.suppress(FileNotFoundError), explained(self.folder):
+        with contextlib.suppress(FileNotFoundError), store_errors(self.folder):
             found = filter(is_folder, self.folder.iterdir())
             return sorted(path.name for path in found if not is_hidden(path.name))
         return []
 
     def delete(self, key: str) -> None:
-        with explained(self.folder / key), self._holding():
+        with store_errors(self.folder / key), self._holding():
             (self.folder / key).unlink(missing_ok=True)
 
     def delete_all(self) -> None:
@@ -208,7 +208,7 @@ class FolderStore:
         end the folder is renamed before it goes, so that a driver that begins the run again loses no file.
         """
         doomed = self.folder.with_name(f".{self.folder.name}.{secrets.token_hex(3)}{DELETED}")
-        with explained(self.folder), self._holding(alone=True):
+        with store_errors(self.folder), self._holding(alone=True):
             files = [self.folder / key for key in self.list() if key != "run.yaml"]
             for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
                 file.unlink(missing_ok=True)
@@ -227,7 +227,7 @@ class FolderStore:
     def lock(self) -> Iterator[None]:
         """Hold the folder through the operating system, which releases it by itself when the driver dies."""
         with self._taken() as handle:
-            with explained(self.folder):
+            with store_errors(self.folder):
                 self._name_holder(
                     handle, f"process {os.getpid()} on {platform.node()} ({secrets.token_hex(3)})"
                 )
@@ -241,19 +241,19 @@ class FolderStore:
         self._remove_deleted()  # NFS keeps a deleted file until it is closed
 
     def require_lock(self) -> None:
-        with explained(self.folder), self._holding():
+        with store_errors(self.folder), self._holding():
             pass
 
     def is_locked(self) -> bool:
         lock = self.folder / LOCK
-        with contextlib.suppress(FileNotFoundError), explained(self.folder), lock.open() as handle:
+        with contextlib.suppress(FileNotFoundError), store_errors(self.folder), lock.open() as handle:
             return bool(handle.read()) and not locked_at_once(handle, fcntl.LOCK_SH)
         return False
 
     def _taken(self) -> TextIO:
         """Return the open lock file of the folder, locked; again where `delete_all` removes both meanwhile."""
         while True:
-            with explained(self.folder):
+            with store_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 handle = (self.folder / LOCK).open("a+")
             with contextlib.ExitStack() as opened:
@@ -344,7 +344,7 @@ def folder_store(folder: Path) -> FolderStore:
     """Return the store in a folder, which need not exist. Raises InputError where a file is in its place, or a link
     that leads nowhere.
     """
-    with explained(folder):
+    with store_errors(folder):
         blocked = any(at.is_file() for at in (folder, *folder.parents))
         broken = next((at for at in (folder, *folder.parents) if at.is_symlink() and not at.exists()), None)
     if blocked:

@@ -176,7 +176,7 @@ def held_out_images(vae: StoredVae, fixes: Corrections) -> Images:
     return _decoded(vae, fixes, fixes.test, fixes.test_anchor)
 
 
-def of_each(images: Images, scenarios: int) -> list[Images]:
+def by_scenario(images: Images, scenarios: int) -> list[Images]:
     """Return the images of each scenario, from those of as many, of which each has equally many."""
     size = len(images) // max(1, scenarios)
     return [images.take(slice(row * size, (row + 1) * size)) for row in range(scenarios)]

@@ -29,7 +29,7 @@ from defuse_core.intervals import SIGNIFICANT, binomial_tail, discoveries, hyper
 from defuse_core.models import Vae, decoder_at, encode_images, load_vae, predict
 from defuse_core.review.verdicts import most_common_error
 from defuse_core.seeds import generator
-from defuse_core.tuning_data import of_each
+from defuse_core.tuning_data import by_scenario
 
 COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
 ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
@@ -129,7 +129,7 @@ def describe_scenarios(spec: RunFile, found: Findings, held_out: Images, splits:
         return ()
     vae = load_vae(spec, found.models.vae)
     others = {label: _measured_class(spec, vae, splits, label) for label in set(fixes.labels.tolist())}
-    per_scenario = of_each(held_out, len(fixes.labels))
+    per_scenario = by_scenario(held_out, len(fixes.labels))
     image_labels = found.verdicts.image_labels
     names = []
     for number, label, images in zip(fixes.scenario, fixes.labels, per_scenario, strict=True):

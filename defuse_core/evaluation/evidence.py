@@ -39,7 +39,7 @@ from defuse_core.intervals import (
 )
 from defuse_core.models import Decodings, StoredVae, decoder_at, images_of, load_classifier, predict
 from defuse_core.protocols import Progress
-from defuse_core.review.undecided import compared_images
+from defuse_core.review.undecided import compared_part
 from defuse_core.review.verdicts import majority
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (
@@ -180,7 +180,7 @@ class _Judging:
         scenarios, near = found.scenarios, self._real_images()
         real = find_nearest_real(self.vae.loaded, self.before, scenarios, fixes, near, self.readers)
         has_test, rho = self.splits.test is not None, self.spec.review.rho
-        compared = compared_images(found.models)
+        compared = compared_part(found.models)
         if compared is None:  # no error on images that the classifier was trained on shows nothing
             real = replace(real, testable=real.testable & real.seen)
         pairs, pairs_with_before = self._pairs(right, plain)

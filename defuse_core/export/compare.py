@@ -24,7 +24,7 @@ from defuse_core.models.programs import SOURCE
 from defuse_core.review.undecided import why_guessing
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
-from defuse_core.tuning_data import held_out_images, of_each
+from defuse_core.tuning_data import by_scenario, held_out_images
 from defuse_core.watch.scenario_regions import mahalanobis
 
 log = logging.getLogger("defuse")
@@ -152,7 +152,7 @@ def _load(run: Run) -> _Side:
     found = Findings.load(run)
     fixes = found.fixes
     images = held_out_images(StoredVae(run.spec, found.models.vae), fixes)
-    return _Side(run, found, of_each(images, len(fixes.labels)), *both_classifiers(run.spec, found))
+    return _Side(run, found, by_scenario(images, len(fixes.labels)), *both_classifiers(run.spec, found))
 
 
 def _expect_comparable(a: Run, b: Run) -> None:

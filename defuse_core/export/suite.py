@@ -45,7 +45,7 @@ from defuse_core.models.adapters import plain_section
 from defuse_core.models.probe import ON_AVERAGE, far_better_range
 from defuse_core.review.verdicts import most_common_errors, scenario_name
 from defuse_core.runs import Run, utc_now
-from defuse_core.tuning_data import held_out_images, of_each
+from defuse_core.tuning_data import by_scenario, held_out_images
 
 VERSION: Final = 3  # version of suite.json; grows with every change of the suite
 DESCRIPTION, TENSORS, PICTURES = "suite.json", "suite.safetensors", "pictures"
@@ -345,7 +345,7 @@ def _suite_of(run: Run) -> Suite:
         )
     spec, classes = run.spec, models.classes
     images = held_out_images(StoredVae(spec, models.vae), fixes)
-    pixels = np.stack([to_levels(each.batch()) for each in of_each(images, len(fixes.labels))])
+    pixels = np.stack([to_levels(each.batch()) for each in by_scenario(images, len(fixes.labels))])
     pictures = SuitePictures(
         pixels, fixes.labels, fixes.test, models.vae, fixes.scenario, fixes.anchors, fixes.test_anchor
     )

@@ -59,10 +59,10 @@ def are_worse(models: Sequence[float | None], classifier: float | None, images: 
 def worse_on_average(by_class: F64 | None, models: Models) -> str | None:
     """Return, in words, that the best of some models is right on clearly fewer images on average over the classes.
 
-    `by_class` (W, C) are their accuracies on `compared_images`. Where nearly all images are of one class, models that
-    answer it always are right on about as many images as any. None where they are not worse, or it is not known.
+    `by_class` (W, C) are their accuracies on images of `compared_part`. Where nearly all images are of one class,
+    models that always answer it are right on about as many as any. None where they are not worse, or it is not known.
     """
-    part = compared_images(models)
+    part = compared_part(models)
     if by_class is None or part is None:
         return None
     right, images = models.class_accuracy[part], models.class_images[part]
@@ -80,17 +80,17 @@ def worse_on_average(by_class: F64 | None, models: Models) -> str | None:
     )
 
 
-def unseen_images(accuracy: Mapping[str, float]) -> str | None:
-    """Return the images that show best what a classifier knows: test, validation, or None."""
+def unseen_part(accuracy: Mapping[str, float]) -> str | None:
+    """Return the part whose images show best what a classifier knows: test, validation, or None."""
     return next((part for part in ("test", "validation") if part in accuracy), None)
 
 
-def compared_images(models: Models) -> str | None:
-    """Return the images that the classifier and other models are compared on, which none was trained on, or None.
+def compared_part(models: Models) -> str | None:
+    """Return the part that the classifier and other models are compared on, which none was trained on, or None.
 
     Validation images that may be of the classifier's own training (validation_from_training) are none.
     """
-    part = unseen_images(models.accuracy)
+    part = unseen_part(models.accuracy)
     return None if part == "validation" and models.validation_from_training else part
 
 
@@ -117,7 +117,7 @@ def only_guesses(right: F64, counts: I64) -> bool:
 
 def why_guessing(models: Models) -> str | None:
     """Return that the classifier is hardly better than guessing, and what to look at; None where it is better."""
-    part = unseen_images(models.balanced_accuracy)
+    part = unseen_part(models.balanced_accuracy)
     if part is None:
         return None
     right = models.class_accuracy[part]
@@ -137,7 +137,7 @@ def worse_references(spec: RunFile, models: Models, references: ReferenceSet | N
     None where they do not, or where nothing depends on what they tell.
     """
     used = "reference-models" in (spec.identify.screen, spec.review.annotators) or spec.review.tau == "auto"
-    part = compared_images(models)
+    part = compared_part(models)
     if references is None or part is None or not used:
         return None
     if on_average := worse_on_average(references.class_accuracy.get(part), models):

@@ -18,7 +18,7 @@ from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
 from defuse_core.intervals import MANY_CLASSES, ROUNDING, class_loss
 from defuse_core.models import StoredVae, load_classifier, predict
-from defuse_core.review.undecided import are_worse, compared_images, why_guessing, worse_on_average
+from defuse_core.review.undecided import are_worse, compared_part, why_guessing, worse_on_average
 from defuse_core.tuning_data import held_out_images
 
 log = logging.getLogger("defuse")
@@ -161,7 +161,7 @@ def evaluate_candidate(
             _right(spec, w, len(models.classes), (clean, scenario)) for w in (models.classifier, corrected)
         )
     expect_same_accuracy(models, split, float(before[0].mean()))
-    part = compared_images(models)
+    part = compared_part(models)
     if evidence is not None and (worse := worse_on_average(evidence.judges_by_class, models)) is not None:
         log.warning("own label is not checked, since the best judge is %s", worse)
     return CandidateReport(
@@ -191,7 +191,7 @@ def own_label_accuracies(evidence: Evidence | None, models: Models) -> F64 | Non
     """
     if evidence is None or worse_on_average(evidence.judges_by_class, models):
         return None
-    part = compared_images(models)
+    part = compared_part(models)
     images = None if part is None else models.images[part]
     if are_worse(evidence.judges.tolist(), evidence.before_test, images):
         return None

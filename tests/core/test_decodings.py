@@ -24,7 +24,7 @@ from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
-from defuse_core.tuning_data import decode_scenario_images, held_out_images, of_each
+from defuse_core.tuning_data import by_scenario, decode_scenario_images, held_out_images
 from tests.conftest import fine_tuning_data, recommended, tiny, trained_run
 from tests.sample_components import sample_failures
 
@@ -202,7 +202,9 @@ def test_evaluation_evidence_and_suite_of_images_that_do_not_fit_in_memory_are_t
         return shown
 
     request.getfixturevalue("monkeypatch").setattr(Decodings, "__getitem__", noting)
-    assert all(isinstance(each.pixels, Decodings) for each in of_each(held_out_images(vae, found.fixes), 2))
+    assert all(
+        isinstance(each.pixels, Decodings) for each in by_scenario(held_out_images(vae, found.fixes), 2)
+    )
     on_demand = results()
     assert max(at_once) <= BATCH < len(found.fixes.labels) * spec.correct.test_images
     for one, other in zip(in_memory[:2], on_demand[:2], strict=True):

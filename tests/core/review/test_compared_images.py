@@ -9,7 +9,7 @@ import pytest
 
 from defuse_core.artifacts import Models, ReferenceSet
 from defuse_core.evaluation.undecided import why_undecided
-from defuse_core.review.undecided import are_worse, compared_images, worse_on_average, worse_references
+from defuse_core.review.undecided import are_worse, compared_part, worse_on_average, worse_references
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
@@ -28,8 +28,7 @@ def test_images_that_the_classifier_may_know_compare_nothing(parts, known: bool,
     models = sample_findings(1, 0)[0].models
     accuracy = dict.fromkeys(parts, 0.9)
     assert (
-        compared_images(dataclasses.replace(models, accuracy=accuracy, validation_from_training=known))
-        == part
+        compared_part(dataclasses.replace(models, accuracy=accuracy, validation_from_training=known)) == part
     )
 
 
