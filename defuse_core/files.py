@@ -117,7 +117,7 @@ def store_errors(path: Path) -> Iterator[None]:
 
 
 def expect_gone(error: OSError) -> None:
-    """Raise the error of a folder that cannot be listed, which must not count as empty; one that is gone is."""
+    """Raise the error of a folder that cannot be listed, unless it is gone: only such a folder counts as empty."""
     if not isinstance(error, FileNotFoundError):
         with store_errors(Path(error.filename)):
             raise error

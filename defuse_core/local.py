@@ -42,9 +42,8 @@ from defuse_core.tuning_data import load_fine_tuning_data
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")
-# Of progress, one per training step, after which a trace ends: a longer one opens in no viewer.
-MAX_REPORTS = 30
-# Of each step, what takes less memory with a smaller value.
+MAX_REPORTS = 30  # of progress, one per training step, after which a trace ends: viewers refuse longer ones
+# step -> fields of the run file with which it takes less memory if they are smaller
 BATCH_FIELDS = {
     "train": "the batch_size of classifier, vae, review.reference or judges",
     "identify": "identify.batch_size",
@@ -119,7 +118,7 @@ UNTRACED = Profile()
 
 
 def _first_reports(report: int) -> ProfilerAction:
-    """Return what a trace does up to its next report, after so many: it ends with the MAX_REPORTSth."""
+    """Return what a trace does after so many reports, up to the next one: it ends with report MAX_REPORTS."""
     if report < MAX_REPORTS - 1:
         return ProfilerAction.RECORD
     return ProfilerAction.RECORD_AND_SAVE if report < MAX_REPORTS else ProfilerAction.NONE

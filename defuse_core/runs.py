@@ -265,10 +265,10 @@ class Run:
         data, origin = encode(artefact), _manifest_fields(artefact)
         del artefact  # which can have gigabytes
         readable = decode(kind, data, key)  # else no later command could read it
-        # the manifest first, so that no artefact is ever without its entry
-        # without what artefacts that `make` made took, which have entries of their own
+        # without the time of artefacts that `make` made, which have entries of their own
         seconds = time.monotonic() - started - (self.made_s - before_s)
         self.made_s += seconds
+        # first, so that no artefact is ever without its entry
         self._note(step, key, seconds, data, origin)
         self.store.write(f"{key}.safetensors", data)
         if (total := time.monotonic() - started) >= SHOWN_S:

@@ -243,7 +243,8 @@ def _with_validation(row: ClassifierEpoch, right: Bool, labels: I64, classes: in
 def _is_better(row: ClassifierEpoch, history: Sequence[ClassifierEpoch]) -> bool:
     """Whether an epoch has a higher validation accuracy than those before.
 
-    Any is better than one that only guesses: where nearly all images are of one class, that can have the highest.
+    One that only guesses is worse than any other: its accuracy can be the highest where nearly all images are of one
+    class.
     """
     kept = [(not each.guesses, each.validation or 0.0) for each in history]
     return row.validation is not None and (not row.guesses, row.validation) > max(kept, default=(False, -1.0))

@@ -68,9 +68,9 @@ def run_stack(
 ) -> Iterator[tuple[float, Trial | ModelError]]:
     """Yield λ and its trial after each of its epochs, once `store` holds it, or the error of a λ that diverged.
 
-    Those with equally many stored epochs are trained together until one leaves: it is done, or it diverged, and then it
-    repeats its last epoch alone, so that the others have no influence on that. The rest goes on as a smaller stack.
-    An error of the classifier's own code is raised once every other λ has had its turn.
+    λ with equally many stored epochs are trained together until one is done or diverges. One that diverges repeats that
+    epoch alone, so that the others have no influence on it; the rest continues as a smaller stack. An error of the
+    classifier's own code is raised after the trials of all other λ.
     """
     alone = lams if len(lams) == 1 else (yield from _run_stacked(tuning, lams, store))
     failure: Exception | None = None

@@ -137,10 +137,9 @@ def decode_scenario_images(
 
 
 def _tuned_on(models: Models, vae: StoredVae, fixes: Corrections) -> Images:
-    """Return the images of the scenarios, and as many of failures under the class of their source image.
+    """Return the images of the scenarios, and as many of unreviewed failures under the class of their source image.
 
-    These are the first failures, or all again and again. They are fewer where each would be there more than REPEATS
-    times.
+    Where there are fewer failures they are repeated, each at most REPEATS times.
     """
     if fixes.unreviewed is None:
         return tuning_images(vae, fixes)
@@ -177,7 +176,7 @@ def held_out_images(vae: StoredVae, fixes: Corrections) -> Images:
 
 
 def by_scenario(images: Images, scenarios: int) -> list[Images]:
-    """Return the images of each scenario, from those of as many, of which each has equally many."""
+    """Return the images of each scenario, from those of all, one scenario after the other with equally many each."""
     size = len(images) // max(1, scenarios)
     return [images.take(slice(row * size, (row + 1) * size)) for row in range(scenarios)]
 

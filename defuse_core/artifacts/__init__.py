@@ -11,8 +11,7 @@ Axis letters, used in every shape comment of the project:
 Those of identify, distill and review are in scenarios.py, beside the array types. Those of training and of correct are
 here: the models, the codes to tune on, the sweep over λ, and what the models are worth after it. Stored as well, but
 defined where they are made: Evidence (evaluation), FailureWatch (watch), Prelabels and TrainedClassifier
-(training/reference_models), MeasuredPrecision (training), SuitePictures (export), Candidate and SampledInput
-(services/serving).
+(training/reference_models), SuitePictures (export), Candidate and SampledInput (services/serving).
 """
 
 from __future__ import annotations
@@ -123,8 +122,7 @@ class Models:
 
     @property
     def balanced_accuracy(self) -> dict[str, float]:
-        """Mean of each part's class accuracies, of classes with images there: at most 1 over their number where the
-        answers do not depend on the image."""
+        """Mean of each part's class accuracies, of classes with images there; 1/classes where answers are constant."""
         return {part: float(np.nanmean(each)) for part, each in self.class_accuracy.items()}
 
 

@@ -346,7 +346,7 @@ class MoreImages:
     misclassified: I64  # (S,) of those, the images that f gets wrong
     # (S, review.more_images) as Gallery.unit; None where decoded plainly
     unit: I64 | None = None
-    # as `unit`, with it: 1 misclassified, 0 right, -1 without a label or not drawn
+    # in the shape of `unit`, and None with it: 1 misclassified, 0 right, -1 without a label or not drawn
     outcome: I64 | None = None
 
     def __post_init__(self) -> None:

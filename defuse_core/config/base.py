@@ -62,9 +62,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _a_number(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse true and text where a number is meant, which pydantic takes for 1, and for the number in the text.
+        """Refuse true and text where a number is expected: pydantic converts both.
 
-        Text is taken for a float: YAML reads 1e-3 as text.
+        A float may be text, since YAML reads 1e-3 as text.
         """
         kinds = _leaves(cls.model_fields[str(info.field_name)].annotation)
         numbers = [kind for kind in kinds if kind in NUMBERS or isinstance(kind, int | float)]

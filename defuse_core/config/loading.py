@@ -26,9 +26,9 @@ from defuse_core.errors import InputError, RunFileError
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key that is written twice is an error: the second one would replace the first without a word.
+    """YAML in which a key that is written twice is an error: the second one would silently replace the first.
 
-    010 and 1:30 are text, which no field of numbers but a float's takes; YAML 1.1 has them for 8 and 90, 1.2 does not.
+    010 and 1:30 stay text, as in YAML 1.2, and only fields of floats accept text; YAML 1.1 reads them as 8 and 90.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -308,7 +308,7 @@ def describe_fields(section: str | None = None) -> list[FieldDescription]:
 
 
 def _beside(name: str) -> str:
-    """Return what there is where a section or field was looked for that does not exist."""
+    """Return, as a clause, the fields beside one that does not exist."""
     parts, at = [field.name.split(".") for field in _fields(RunFile, "")], name.split(".")[:-1]
     while not (beside := {names[len(at)]: None for names in parts if names[:-1][: len(at)] == at}):
         at.pop()

@@ -197,8 +197,8 @@ class Sources:
     def certain_error(self) -> F64:
         """Return the lower 95 % bound of the error on the images of each component, (k,); 0 without any.
 
-        Where images have tracks it is that of the error on tracks. The bound is Clopper and Pearson's, since there may
-        be one or two of either.
+        Where images have tracks it is that of the error on tracks. The bound is Clopper and Pearson's, which holds for
+        one or two of either.
         """
         total, wrong = self.wrong_tracks() or (self.support, self.wrong)
         return exact_lower(wrong.astype(np.int64), total)

@@ -122,10 +122,9 @@ def failure_rows(
 def spread_draws(
     spec: RunFile, scenarios: Scenarios, component: int, count: int, rng: np.random.Generator, after: int = 0
 ) -> Draws:
-    """Return what `draw_codes` does, for review: no image is drawn at a second time before all others were.
+    """Return what `draw_codes` does, for review: an image is used as an anchor again only after all others were.
 
-    The order of the images, in which those of different tracks take turns, follows from the seed alone; the draws are
-    at those behind the first `after`.
+    The order of the images, in which tracks take turns, follows from the seed alone; the first `after` are skipped.
     """
     if scenarios.failures is None:
         return draw_codes(spec, scenarios, component, count, rng)
@@ -329,7 +328,7 @@ def in_any_region(scenarios: Scenarios, components: I64, codes: F32) -> Bool:
 
 def distances_from(scenarios: Scenarios, component: int, codes: F32) -> F64:
     """Return the Mahalanobis distances of (n, Z) codes from the mean of one component, (n,)."""
-    from scipy.spatial.distance import cdist  # late: `defuse status` imports this module, too
+    from scipy.spatial.distance import cdist  # late: its import takes 0.2 s, in every worker
 
     inverse = np.linalg.inv(scenarios.covariances[component])
     mean = scenarios.means[component][None]

@@ -104,10 +104,8 @@ def _stroke_width(figure: F64) -> float:
 def deviation_words(images: F32, others: F64) -> str:
     """Return what sets `images` apart from others that are measured, (n, 9), the largest deviation first.
 
-    Empty where nothing does.
-
-    With fewer than FEWEST_IMAGES to compare with nothing is named. A measurement that deviates as it has to with one
-    already named, by SAME, is not named again.
+    Empty where nothing does, or with fewer than FEWEST_IMAGES to compare with. A measurement that only follows one
+    already named, with which it is correlated (SAME), is not named.
     """
     if not len(images) or len(others) < FEWEST_IMAGES:
         return ""
@@ -178,8 +176,8 @@ class NearestReal:
     images: U8  # (A, E, channels, H, W)
     labels: I64  # (A, E)
     predicted: I64  # (A, E)
-    # (A,) on the nearest, as many as are tested; of tracks, where images have any; nan where no image has the label:
-    # images mean nothing
+    # (A,) on the nearest ones that are tested, or on their tracks; nan where no image has the label, and then `images`
+    # mean nothing
     error: F64
     error_of_all: float  # on all real images
     # (A,) whether `error` is significantly larger than `error_of_label`, or than LEAST_REAL_ERROR, among all scenarios
@@ -245,10 +243,9 @@ def _outcomes(wrong: Bool, tracks: I64 | None) -> Bool:
 def _error_nearby(wrong: Bool) -> tuple[float, float, bool]:
     """Return the error on the nearest of n images or tracks, its p-value, and whether any error could be significant.
 
-    Of a class without any error none could: it has no real failure that could be near.
-
-    `wrong` (n,) is in order of distance. Against the error of all n the test is hypergeometric, since the nearest are a
-    part of all. It says nothing where a class fails as a whole, so that an error over LEAST_REAL_ERROR is enough, too.
+    `wrong` (n,) is in order of distance. In a class without errors none could be. The test against the error of all n
+    is hypergeometric, since the nearest are a part of all. It cannot detect a class that fails as a whole, so an error
+    over LEAST_REAL_ERROR is enough, too.
     """
     count = len(wrong)
     tested = wrong[: max(1, min(NEAREST_TESTED, count // 4))]

@@ -133,8 +133,8 @@ def health_after_training(
 ) -> Health:
     """Return the β-VAE's health by the classifier's answers, of which `answers` (n,) are those on reconstructions.
 
-    An anchored one is measured on perturbed images, and never blind for their answers: that the classifier fails on
-    them is what is looked for. Reference models decide on that later (`measure_perturbed`).
+    An anchored one is measured on perturbed images, and not called blind for the answers to them: failures there are
+    what is searched for. Reference models decide on that later (`measure_perturbed`).
     """
     if spec.vae.decode == "plain":
         return measure_health(images.labels, predict(classifier, images), answers, kl)

@@ -77,10 +77,10 @@ class _Side:
 
 @ieee_f32()
 def compare_runs(a: Run, b: Run) -> tuple[list[ComparedScenario], list[str | None], list[str | None]]:
-    """Return the accepted scenarios of run A, then those of B that match none of A's; why A and B could not tell.
+    """Return the accepted scenarios of run A, and then those of B that match none of A's, with doubts about both runs.
 
-    The reason is None for a run that could tell whether its classifier has failure scenarios. Last, that a classifier
-    that A or B debugged is hardly better than guessing; None where it is better.
+    The doubts are, for A and B each: why the run could not tell whether its classifier has failure scenarios, and that
+    its classifier is hardly better than guessing; None where there is no such doubt.
 
     A classifier is right on a scenario if it reaches check.min_scenario_accuracy of B on its pictures, by its label.
     Original is the classifier that a run debugged, corrected the one after its correction.

@@ -99,8 +99,8 @@ def only_guesses(right: F64, counts: I64) -> bool:
 
     It is right on shares (C,) of the `counts` (C,) images of each class, none of which it was trained on. The mean over
     the classes is at most 1/classes for all answers that do not depend on the image, such as the most frequent class.
-    Images of one class tell nothing, and neither do so few that a good classifier may be right on such shares of them:
-    False. The only image of a class shows next to nothing.
+    False for images of a single class, and for so few that a good classifier could be right on such shares by chance:
+    the only image of a class shows next to nothing.
     """
     classes, images = int((counts > 0).sum()), int(counts.sum())
     if classes < 2:

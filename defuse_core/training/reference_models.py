@@ -180,8 +180,8 @@ def gallery_probabilities(
 def training_calls(run: Run) -> list[Call[TrainedClassifier]]:
     """Return the trainings that are yet to be made: of reference models, if the method needs them, and of judges.
 
-    They depend on no other model, so they fill the workers beside the classifier's and the β-VAE's. They take turns:
-    where a judge takes longer, the last ones are not all long.
+    They depend on no other model, so they fill the workers beside the classifier's and the β-VAE's. Both kinds
+    alternate, so that the last trainings are not all of the longer kind.
     """
     wanted: dict[SetName, bool] = {
         "reference": references_take_part(run.spec) and run.load(ReferenceSet, "references") is None,

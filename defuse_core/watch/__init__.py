@@ -153,7 +153,7 @@ class FailureWatch:
 
 
 def _standard_error(values: F64, tracks: I64 | None) -> float:
-    """Return that of the mean of (n,) values, of which those of one track are no independent ones."""
+    """Return the standard error of the mean of (n,) values; those of one track are not independent."""
     deviation = values - values.mean()
     if tracks is not None:
         deviation = np.bincount(np.unique(tracks, return_inverse=True)[1], deviation)
