@@ -189,20 +189,20 @@ def _hard_statistics(rows: _Rows, labels: I64, components: int) -> Statistics:
 def _expect(rows: _Rows, coefficients: F64) -> Statistics:
     """The E step: return the sums over all rows under the responsibilities that the (P, K) coefficients give."""
     tensor = torch.from_numpy(coefficients).to(rows.centred.device)
-    sums, log_evidence = tensor.new_zeros(tensor.T.shape), tensor.new_zeros(())
-    for block in rows.blocks():
-        log_evidence += _add_block(block, tensor, sums)
-    return soft_statistics(sums, log_evidence, tensor)
+    return soft_statistics(*_sums(rows.blocks(), tensor), tensor)
 
 
-def _add_block(block: Tensor, coefficients: Tensor, sums: Tensor) -> Tensor:
-    """Add the sums over a block of rows to the (K, P) `sums`; return its log evidence."""
-    log_joint = block @ coefficients  # (n, K)
-    largest = log_joint.amax(dim=1, keepdim=True)
-    share = log_joint.sub_(largest).exp_()
-    total = share.sum(dim=1, keepdim=True)
-    sums += share.div_(total).T @ block
-    return (largest + total.log()).sum()
+def _sums(blocks: Iterator[Tensor], coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over blocks of rows, (K, P), under the (P, K) coefficients, and the log evidence of the rows."""
+    sums, log_evidence = coefficients.new_zeros(coefficients.T.shape), coefficients.new_zeros(())
+    for block in blocks:
+        log_joint = block @ coefficients  # (n, K)
+        largest = log_joint.amax(dim=1, keepdim=True)
+        share = log_joint.sub_(largest).exp_()
+        total = share.sum(dim=1, keepdim=True)
+        sums += share.div_(total).T @ block
+        log_evidence += (largest + total.log()).sum()
+    return sums, log_evidence
 
 
 def soft_statistics(sums: Tensor, log_evidence: Tensor, coefficients: Tensor) -> Statistics:
@@ -225,11 +225,9 @@ def partial_sums(codes: F32, center: F64, coefficients: F64) -> PartialSums:
     Holds one block of rows in float64 at a time. Partial sums added up in one order give the same bits wherever they
     are made.
     """
-    tensor = torch.from_numpy(coefficients)
-    sums, log_evidence = tensor.new_zeros(tensor.T.shape), tensor.new_zeros(())
-    for start in range(0, len(codes), BLOCK_ROWS):
-        rows = torch.from_numpy(codes[start : start + BLOCK_ROWS].astype(np.float64) - center)
-        log_evidence += _add_block(_monomials(rows), tensor, sums)
+    parts = (codes[start : start + BLOCK_ROWS] for start in range(0, len(codes), BLOCK_ROWS))
+    blocks = (_monomials(torch.from_numpy(part.astype(np.float64) - center)) for part in parts)
+    sums, log_evidence = _sums(blocks, torch.from_numpy(coefficients))
     return PartialSums(sums.numpy(), float(log_evidence))
 
 
