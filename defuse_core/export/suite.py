@@ -222,12 +222,9 @@ class Suite:
         return Images(pixels, np.repeat(self.pictures.labels, self.pictures.pixels.shape[1]))
 
     def _run_file(self, section: dict[str, Any]) -> RunFile:
-        data = {
-            "name": "digits",
-            "image_size": self.description.image_size,
-            "channels": self.description.channels,
-        }
-        tree = {"data": data, "vae": self.description.vae, "classifier": section}
+        about = self.description
+        data = {"name": "digits", "image_size": about.image_size, "channels": about.channels}
+        tree = {"data": data, "vae": about.vae, "classifier": section}
         return parse_run_file(tree, "the classifier to check")
 
 
