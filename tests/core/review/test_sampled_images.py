@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,17 @@ def test_a_label_is_a_class_of_which_every_reference_model_is_sure(tiny_models, 
     )
     assert ((seen.mean(axis=0).max(axis=1) >= 0.5) & (labels == NONE_OF_THE_ABOVE)).any()
     assert (labels != NONE_OF_THE_ABOVE).any()
+
+
+def test_an_examiner_travels_without_the_networks_that_it_has_loaded(tiny_models, scenarios, references):
+    examiner, draws = (
+        Examiner(recommended(), tiny_models, references, scenarios),
+        Draws(np.zeros((3, 4), "f")),
+    )
+    found = examiner.unanimous(draws)
+    again = pickle.loads(pickle.dumps(examiner))
+    assert vars(again).keys() == {"spec", "models", "references", "scenarios"} < vars(examiner).keys()
+    np.testing.assert_array_equal(again.unanimous(draws), found)
 
 
 def test_images_to_tune_on_show_the_scenarios_label_to_reference_models(tiny_models, scenarios, references):
