@@ -46,8 +46,8 @@ T = TypeVar("T")
 MAX_REPORTS = 30
 # Of each step, what takes less memory with a smaller value.
 BATCH_FIELDS = {
-    "train": "the batch_size of classifier, vae, review.reference or judges",
-    "identify": "identify.batch_size",
+    "train": "batch_size, channels or hidden of classifier, vae, review.reference or judges",
+    "identify": "identify.batch_size or block_images",
     "correct": "correct.batch_size or stack",
     "report": "judges.batch_size or correct.batch_size",
 }
