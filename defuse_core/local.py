@@ -45,8 +45,8 @@ T = TypeVar("T")
 MAX_REPORTS = 30  # of progress, one per training step, after which a trace ends: viewers refuse longer ones
 # step -> fields of the run file with which it takes less memory if they are smaller
 BATCH_FIELDS = {
-    "train": "the batch_size of classifier, vae, review.reference or judges",
-    "identify": "identify.batch_size",
+    "train": "batch_size, channels or hidden of classifier, vae, review.reference or judges",
+    "identify": "identify.batch_size or block_images",
     "correct": "correct.batch_size or stack",
     "report": "judges.batch_size or correct.batch_size",
 }

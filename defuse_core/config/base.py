@@ -7,7 +7,7 @@ import re
 import typing
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,7 +21,17 @@ from pydantic import (
 
 from defuse_core.errors import has_control_characters
 
+Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 NUMBERS = {int: "an integer", float: "a number"}
+LARGEST = 2**31 - 1  # of integers, for fields without a smaller bound: no library is asked for more
+QUOTED = 120  # most letters of a value that a message quotes
+
+
+def quoted(value: object) -> str:
+    """Return a value as a message quotes it: a long one without its middle."""
+    # Python writes no number of 5,000 digits
+    text = hex(value) if isinstance(value, int) and value.bit_length() > QUOTED else repr(value)
+    return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]}...{text[-QUOTED // 2 :]}"
 
 
 def fewest_units(rho: float, max_false: float) -> int:
@@ -75,8 +85,16 @@ class Section(BaseModel):
             if isinstance(each, bool) or is_text:
                 words = [NUMBERS.get(number, str(number)) for number in numbers]
                 words += [kind for kind in kinds if isinstance(kind, str)]
-                found = str(each).lower() if isinstance(each, bool) else repr(each)
+                found = str(each).lower() if isinstance(each, bool) else quoted(each)
                 raise ValueError(f"expected {' or '.join(words)}, found {found}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _not_huge(cls, value: object) -> object:
+        for each in value if isinstance(value, tuple) else [value]:
+            if isinstance(each, int) and abs(each) > LARGEST:
+                raise ValueError(f"expected at most {LARGEST}, found {quoted(each)}")
         return value
 
     @field_validator("*")
@@ -96,7 +114,9 @@ def _leaves(kind: Any) -> list[Any]:
 
 
 def _whole_above_one(gpus: float) -> float:
-    """Refuse 1.5 GPUs: Ray splits one GPU, not several."""
+    """Refuse 1.5 GPUs, since Ray splits one GPU, not several; and less than a hundredth of one."""
+    if 0 < gpus < 0.01:
+        raise ValueError(f"{gpus:g} GPUs: expected 0, or at least 0.01")
     if gpus > 1 and not gpus.is_integer():
         raise ValueError(f"{gpus:g} GPUs: expected a fraction of one, or a whole number")
     return gpus
@@ -124,4 +144,4 @@ def _with_home(path: Path) -> Path:
 
 
 UserPath = Annotated[Path, BeforeValidator(_given), AfterValidator(_with_home)]
-GpuShare = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+GpuShare = Annotated[float, Field(ge=0, le=1024), AfterValidator(_whole_above_one)]

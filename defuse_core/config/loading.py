@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.error import MarkedYAMLError
 
+from defuse_core.config.base import LARGEST, quoted
 from defuse_core.config.run_file import RunFile
 from defuse_core.errors import InputError, RunFileError
 
@@ -161,12 +162,13 @@ def _message(detail: ErrorDetails) -> str:
         "too_short": f"expected a list of at least {detail.get('ctx', {}).get('min_length')}",
         "tuple_type": "expected a list",
         "model_type": "expected a section with fields",
+        "int_parsing_size": f"expected an integer of at most {LARGEST}",
     }.get(detail["type"], detail["msg"].replace("Input should be ", "expected "))
 
 
 def _found(value: object) -> str:
     """Return a value of a run file as a message shows it."""
-    return _shown(value) if value is None or isinstance(value, bool) else repr(value)
+    return _shown(value) if value is None or isinstance(value, bool) else quoted(value)
 
 
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:

@@ -24,6 +24,8 @@ from defuse_core.config.sections import (
 from defuse_core.errors import RunFileError, has_control_characters
 
 Arithmetic = Literal["f32", "bf16"]
+MOST_CHANNELS = 16_384  # of the last stage of the convolutional β-VAE
+MOST_DECODINGS = 2**24  # of a block, whose noise is in memory: 16 million take 3 GB with 10 latent dimensions
 
 
 class PrecisionSection(Section):
@@ -46,21 +48,21 @@ class ResourcesSection(Section):
     """Machines. Only train_threads, train_workers and precision change results; the other fields may differ when a run
     is resumed."""
 
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = "auto"
     """Identification workers and parallel λ trials; auto is one per GPU, or per cpus_per_worker CPUs where
     there is no GPU."""
     gpus_per_worker: GpuShare | Literal["auto"] = "auto"
     """GPUs per worker, which computes on one at most; fractions are allowed; auto is 1 where the cluster has any GPU,
     else 0. With 0, `--on local` computes on the CPU, too; otherwise on the machine's GPU."""
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(1.0, ge=0.01, le=1024)
     """CPUs per worker."""
-    train_threads: int = Field(2, ge=1)
+    train_threads: int = Field(2, ge=1, le=256)
     """CPU threads of a training task; with 1, models are trained side by side on the CPUs of one machine. Another
     number changes rounding errors, so a resumed run must keep it."""
-    readers: int = Field(0, ge=0)
+    readers: int = Field(0, ge=0, le=64)
     """Processes (of a torch DataLoader) that read ahead images which are not kept in memory, in each worker that trains
     or scores classifiers; 0: one thread."""
-    train_workers: int = Field(1, ge=1)
+    train_workers: int = Field(1, ge=1, le=1024)
     """Workers of one training of the classifier or the β-VAE (Ray Train; one GPU or train_threads CPUs each). They
     share each minibatch, so the result is that of one worker up to rounding and the masks of dropout. A resumed run
     must keep it."""
@@ -113,13 +115,13 @@ class ServeSection(Section):
     """auto uses the GPU of the replica if torch supports it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward passes; bfloat16 through torch's autocast."""
-    min_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(1, ge=1, le=1000)
     """Replicas at least, at any load."""
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1, le=1000)
     """Replicas at most; the number scales with the load."""
     gpus_per_replica: GpuShare | Literal["auto"] = "auto"
     """GPUs, or a fraction of one, per replica; auto is 1 where the cluster has any GPU and device allows it, else 0."""
-    cpus_per_replica: float = Field(1.0, gt=0)
+    cpus_per_replica: float = Field(1.0, ge=0.01, le=1024)
     """CPUs reserved per replica, and its number of threads."""
     max_ongoing: int = Field(64, ge=1)
     """Requests that a replica works on at once."""
@@ -134,7 +136,7 @@ class ServeSection(Section):
     """Images in one request at most."""
     max_pixels: int = Field(16_000_000, ge=1)
     """Width times height of all pictures of a request together, read from their headers before they are decoded."""
-    timeout_s: float = Field(10.0, gt=0)
+    timeout_s: float = Field(10.0, gt=0, le=3600)
     """Seconds for a request's body to arrive (408 after), for its pictures to be decoded, and for its answer (503 after
     each)."""
     resize: bool = False
@@ -158,7 +160,7 @@ class ServeSection(Section):
     """A canary or shadow is ended once it agrees with production significantly less often, outside the scenarios."""
     min_compared: int = Field(50, ge=1)
     """Requests that a canary or shadow answers before it is judged."""
-    max_canary_s: float = Field(1.0, gt=0)
+    max_canary_s: float = Field(1.0, gt=0, le=3600)
     """Most seconds that a canary may take after production has answered, and most processor time of a shadow, for a
     request. A later answer counts as a failure, and is not used."""
 
@@ -194,6 +196,7 @@ class RunFile(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         self._expect_stages_that_fit()
+        self._expect_blocks_that_fit()
         for name, field, architecture in (
             ("classifier", "import_path", "custom"),
             ("classifier", "timm_model", "timm"),
@@ -244,6 +247,22 @@ class RunFile(Section):
             raise ValueError(
                 f"vae.hidden = {vae.hidden} must be a multiple of {side}x{side}, the pixels that the decoder "
                 f"starts from (data.image_size {size} halved vae.decoder_stages = {vae.decoder_stages} times)"
+            )
+
+        last = vae.channels << (vae.encoder_stages - 1)
+        if vae.architecture == "convolutional" and last > MOST_CHANNELS:
+            raise ValueError(
+                f"vae.channels = {vae.channels} are {last} after vae.encoder_stages = {vae.encoder_stages}, "
+                f"which double them; expected at most {MOST_CHANNELS}"
+            )
+
+    def _expect_blocks_that_fit(self) -> None:
+        size, draws = self.identify.block_images, self.identify.draws
+        if size * draws > MOST_DECODINGS:
+            raise ValueError(
+                f"identify.draws = {draws} of each of identify.block_images = {size} are in memory at once; "
+                f"expected at most {MOST_DECODINGS:,} together: "
+                f"set identify.block_images: {max(1, MOST_DECODINGS // draws)}"
             )
 
 

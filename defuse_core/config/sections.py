@@ -9,9 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from defuse_core.config.base import PatternOfOneGroup, Section, UserPath, fewest_units
+from defuse_core.config.base import PatternOfOneGroup, Schedule, Section, UserPath, fewest_units
 
-Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 WITHOUT_ROOT = frozenset({"digits", "mnist-5000"})  # data sets whose images packages bring
 
 
@@ -71,13 +70,13 @@ class ClassifierSection(Section):
     convolution without pooling, for about 32 pixels. Paper: imagenet."""
     stages: int = Field(4, ge=1, le=8)
     """cnn: number of 4x4 stride-2 convolutions. Paper: 4."""
-    channels: int = Field(64, ge=1)
+    channels: int = Field(64, ge=1, le=4096)
     """cnn: channels of each convolution. Paper: 64."""
-    hidden: int = Field(256, ge=1)
+    hidden: int = Field(256, ge=1, le=16_384)
     """cnn: width of the two fully connected layers. Paper: 256."""
     optimizer: Literal["adadelta", "adam"] = "adadelta"
     """The optimiser that trains the classifier. Paper: adadelta for MNIST, adam otherwise."""
-    learning_rate: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1.0, gt=0, le=1000)
     """The optimiser's step size. Paper: 1 for MNIST, 0.001 otherwise."""
     epochs: int = Field(5, ge=0)
     """Passes over the training images; 0 uses `weights` unchanged. Paper: 5 for MNIST, 20 for signs, 10 for SVHN."""
@@ -107,21 +106,21 @@ class VaeSection(Section):
     """4x4 stride-2 convolutions of the encoder (convolutional: and of the decoder). Paper: 3; 4 for signs."""
     decoder_stages: int = Field(4, ge=1, le=8)
     """paper: 4x4 stride-2 transpose convolutions of the decoder, from image_size / 2^stages. Paper: 4; 5 for signs."""
-    channels: int = Field(32, ge=1)
+    channels: int = Field(32, ge=1, le=4096)
     """Channels of each convolution (convolutional: of the first, doubled at each stage). Paper: 32 (MNIST) or 64."""
-    hidden: int = Field(256, ge=1)
+    hidden: int = Field(256, ge=1, le=65_536)
     """Width of the fully connected layers. Paper: 256."""
-    beta: float = Field(0.4, ge=0)
+    beta: float = Field(0.4, ge=0, le=1_000_000)
     """Weight of the KL term. Paper: 4 and 0.4 for MNIST (0.4 here), 4 otherwise."""
     epochs: int = Field(800, ge=0)
     """Passes over the images; 0 uses `weights` (or a custom module) unchanged. Paper: 800; 400 for SVHN."""
     batch_size: int = Field(2048, ge=2)
     """Images per step. Paper: 2048."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1000)
     """Adam's step size. Paper: 0.001."""
     schedule: Schedule = "constant"
     """Of the learning rate. one_cycle: it grows for a tenth of the steps, then a half cosine to 0. Paper: constant."""
-    class_weight: float = Field(0.0, ge=0)
+    class_weight: float = Field(0.0, ge=0, le=1_000_000)
     """Weight of the cross-entropy of a linear classifier of the codes, trained with the β-VAE on the images' labels and
     then dropped: reconstructions keep their class more often. Paper: 0."""
     kl_warmup_steps: int = Field(500, ge=0)
@@ -137,17 +136,17 @@ class IdentifySection(Section):
     share: float = Field(1.0, gt=0, le=1)
     """Share of the training images that are perturbed. Under 1, reference models and judges are trained on the others,
     since a model recognises almost any version of an image that it was trained on. Tracks are kept whole. Paper: 1."""
-    draws: int = Field(500, ge=1)
+    draws: int = Field(500, ge=1, le=1_000_000)
     """Perturbed decodings tried per training image, Q. Paper: 500 for MNIST, 100 otherwise."""
     noise: Literal["posterior", "beta"] = "posterior"
     """posterior is Gaussian of mean 0 with the encoder's standard deviation σ(x); beta is Beta(a, b). Paper: beta."""
-    a: float = Field(50.0, gt=0)
+    a: float = Field(50.0, gt=0, le=1_000_000)
     """noise beta: Beta(a, b) per latent dimension. Paper: 50 for MNIST, 75 otherwise."""
-    b: float = Field(50.0, gt=0)
+    b: float = Field(50.0, gt=0, le=1_000_000)
     """See a."""
     center: bool = False
     """noise beta: subtract the mean a/(a+b). Paper: false, so every draw is shifted by about +0.5."""
-    scale: float = Field(1.0, gt=0)
+    scale: float = Field(1.0, gt=0, le=1000)
     """Factor on the noise. Paper: 1."""
     screen: Literal["reference-models", "none"] = "reference-models"
     """reference-models keeps a failing draw only if the reference models (review.reference) still recognise the class
@@ -171,7 +170,7 @@ class DistillSection(Section):
     max_codes: Annotated[int, Field(ge=2)] | None = 50_000
     """Ψ is sampled down to so many codes, without replacement. null fits all of Ψ, on all workers, from the fit to a
     sample of 50,000; with engine torch. Paper: 50,000."""
-    max_components: int = Field(100, ge=1)
+    max_components: int = Field(100, ge=1, le=10_000)
     """K, the components that by: all fits. A cell gets K times its share of the codes, at least one and at most one per
     2 min_weight of all codes: by cell, a K over 1 / (2 min_weight) changes nothing. Paper: 100."""
     min_weight: float = Field(0.01, ge=0, lt=1)
@@ -199,7 +198,7 @@ class DistillSection(Section):
 class ClassifierSet(Section):
     """A set of independently seeded classifiers, trained with augmentation or pretrained."""
 
-    count: int = Field(5, ge=1)
+    count: int = Field(5, ge=1, le=100)
     """Models in the set."""
     architecture: Literal["cnn", "residual", "resnet18", "custom"] = "cnn"
     """cnn is wider than the paper's, with batch normalisation and dropout; residual is a small pre-activation
@@ -208,7 +207,7 @@ class ClassifierSet(Section):
     """custom: `package.module:factory`; called without arguments it returns an nn.Module from images to logits."""
     weights: UserPath | None = None
     """A .safetensors (or weights-only .pt) file to start from; with epochs 0 and count 1 used unchanged."""
-    channels: int = Field(32, ge=1)
+    channels: int = Field(32, ge=1, le=4096)
     """cnn, residual: channels of the first stage; doubled at each further stage."""
     normalize_contrast: bool = False
     """Give the models each image with mean 0 and standard deviation 1, for images of very different light."""
@@ -242,7 +241,7 @@ class ReferenceModels(ClassifierSet):
 class JudgesSection(ClassifierSet):
     """Models that play no part in the method and evaluate its result. Ours."""
 
-    count: int = Field(3, ge=0)
+    count: int = Field(3, ge=0, le=100)
     """Judges. 0 evaluates without any."""
     architecture: Literal["cnn", "residual", "resnet18", "custom"] = "residual"
     """As in review.reference; best a different one."""
@@ -256,9 +255,9 @@ class ReviewSection(Section):
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
     """reference-models answer instead of people; label-studio asks people. Paper: people (Ground Truth workers)."""
-    images: int = Field(10, ge=1)
+    images: int = Field(10, ge=1, le=1000)
     """R, images drawn per component. Paper: 10."""
-    tau: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    tau: Annotated[float, Field(ge=1e-6, le=100)] | Literal["auto"] = "auto"
     """τ multiplies the covariance a component is drawn with. auto finds for each component the largest τ up to 1 at
     which it is pure and misclassified, and draws within its ellipsoid. Paper: 0.5 for MNIST, 0.01 otherwise."""
     purity: float = Field(0.9, gt=0, le=0.95)
@@ -275,15 +274,15 @@ class ReviewSection(Section):
     accept: Literal["lower-bound", "share"] = "lower-bound"
     """share compares the share itself with rho; lower-bound requires significantly more, at a false discovery rate of
     max_false (Benjamini and Hochberg); pictures anchored at one image, or track, count once. Paper: share."""
-    max_false: float = Field(0.05, gt=0, lt=1)
+    max_false: float = Field(0.05, ge=1e-9, lt=1)
     """accept lower-bound: false discovery rate over all components; two decisions share it (more_images). Ours."""
-    more_images: int = Field(40, ge=0)
+    more_images: int = Field(40, ge=0, le=10_000)
     """accept lower-bound, annotators reference-models: images drawn for a verdict in doubt, and for it alone. Ours."""
     reference: ReferenceModels = ReferenceModels()
     """Reference models, for annotators, prelabel, consensus: crowdlab, tau: auto, identify.screen, correct.filter."""
     form: Literal["image", "scenario"] = "image"
     """Label Studio: one image per task (the paper's Figure 14), or one page per scenario (its authors, for signs)."""
-    answers_per_task: int = Field(5, ge=1)
+    answers_per_task: int = Field(5, ge=1, le=1000)
     """Label Studio: people asked per task (its overlap); it can change until the votes are stored. Paper: 5."""
     stop_early: bool = True
     """Label Studio: stop asking where no answer is needed: with consensus majority and accept share on a scenario
@@ -323,9 +322,10 @@ class ReviewSection(Section):
             raise ValueError("tau: auto measures shares up to 0.95, so rho must be at most that; or set a τ")
         needed, more = self.least_units, self.more_images if self.decides_twice else 0
         if self.images + more < needed:
+            remedy = f"set images: {needed - more}" if needed - more <= 1000 else "lower rho"
             raise ValueError(
                 f"accept: lower-bound accepts nothing with rho = {self.rho:g} and so few images: it takes {needed} "
-                f"misclassified ones; set images: {needed - more}, or accept: share"
+                f"misclassified ones; {remedy}, or accept: share"
             )
         return self
 
@@ -341,17 +341,17 @@ class CorrectSection(Section):
     """Passes over the training images, for each λ. Paper: 3 for MNIST, 5 otherwise."""
     batch_size: int = Field(256, ge=2)
     """Training images per step, D, and as many images of scenarios, D_f. Paper: 256; 2048 for SVHN."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, le=1000)
     """Adam's step size. Paper: 0.001."""
     schedule: Schedule = "one_cycle"
     """one_cycle: as vae.schedule, over all epochs; the last epoch is the one to choose. Paper: constant."""
     augment: bool = True
     """Rotate, slant, scale and shift every image of D and D_f a little, newly drawn in each step. Paper: false."""
-    tune_images: int = Field(256, ge=1)
+    tune_images: int = Field(256, ge=1, le=100_000)
     """Images per scenario to tune on. Paper: 256."""
-    test_images: int = Field(256, ge=1)
+    test_images: int = Field(256, ge=1, le=100_000)
     """Other images per scenario, to test on. Paper: 256."""
-    widen: float = Field(16.0, ge=1)
+    widen: float = Field(16.0, ge=1, le=1000)
     """filter reference-models: images to tune on are drawn at so many times the reviewed τ (at 16 times, that is 4
     times as far out), so the surroundings of a scenario are corrected as well. Paper: 1."""
     unreviewed: bool = True
@@ -393,8 +393,8 @@ class CorrectSection(Section):
                 "stop_at_loss goes with choose_by: tune or schedule: constant, since a λ that is given up within a "
                 "cycle has no result to choose"
             )
-        if len(set(self.lambdas)) != len(self.lambdas) or min(self.lambdas) < 0:
-            raise ValueError("lambdas must be distinct and not negative")
+        if len(set(self.lambdas)) != len(self.lambdas) or min(self.lambdas) < 0 or max(self.lambdas) > 1e6:
+            raise ValueError("lambdas must be distinct, not negative and at most 1000000")
         if self.choose_by == "last" and len(self.lambdas) > 1:
             raise ValueError("choose_by last needs a single λ in lambdas")
         return self

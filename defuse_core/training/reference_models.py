@@ -288,7 +288,7 @@ def _training_images(spec: RunFile, section: ClassifierSet, name: SetName, train
     if spec.identify.share < 1:
         train = train.take(np.flatnonzero(~is_perturbed(train, spec.identify.share, spec.seed)))
     part = train
-    if spec.judges.count and spec.judges.share:
+    if len(train) > 1 and spec.judges.count and spec.judges.share:
         for_judges, others = split_tracks(train, spec.judges.share, generator(spec.seed, "judges", "split"))
         part = train.take(for_judges if name == "judges" else others)
     if len(part) < 2 and section.epochs:

@@ -126,10 +126,10 @@ class CandidateReport:
         loss = class_loss(self.right_before, self.right_after, self.labels, self.tracks, count)
         measured, worst = np.isfinite(loss), int(np.nanargmax(loss))
         certain = " for certain" if count > MANY_CLASSES else ""
-        line = (
-            f"every class: class {self.classes[worst]} lost {100 * max(0.0, loss[worst]):.2f} points{certain}, "
-            f"expected at most {100 * most:.2f} points"
-        )
+        lost = f"class {self.classes[worst]} lost {100 * loss[worst]:.2f} points{certain}"
+        if loss[worst] <= 0:
+            lost = f"no class lost accuracy{certain}"
+        line = f"every class: {lost}, expected at most {100 * most:.2f} points"
         if not measured.all():
             unknown = [self.classes[number] for number in np.flatnonzero(~measured)]
             line += f"; not measured, since no {self.split} image shows them: {first_few(unknown)}"

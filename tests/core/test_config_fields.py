@@ -32,13 +32,13 @@ def described() -> dict[str, FieldDescription]:
         ("data.download", "true or false", "false"),
         ("classifier.import_path", "text | null", "null"),
         ("classifier.class_order", "list of integers | null", "null"),
-        ("classifier.learning_rate", "number > 0", "1"),
-        ("review.tau", "number > 0 | auto", "auto"),
+        ("classifier.learning_rate", "number > 0, ≤ 1000", "1"),
+        ("review.tau", "number ≥ 1e-06, ≤ 100 | auto", "auto"),
         ("review.reference.min_confidence", "number ≥ 0, ≤ 1", "0.5"),
         ("correct.lambdas", "list of numbers, at least one", "[0.01, 0.1, 1, 10]"),
         ("correct.augment", "true or false", "true"),
         ("correct.stop_at_loss", "number > 0, ≤ 1 | null", "null"),
-        ("resources.gpus_per_worker", "number ≥ 0 | auto", "auto"),
+        ("resources.gpus_per_worker", "number ≥ 0, ≤ 1024 | auto", "auto"),
         (
             "resources.precision",
             "auto | f32 | bf16 | {classifier, vae, reference, judges, answers}",
@@ -105,7 +105,11 @@ def test_a_name_below_a_field_is_answered_with_what_its_section_has(described):
             "in '/.+_'",
         ),
         ({"data": {"track_pattern": "/(.+)_"}}, "data.track_pattern goes with data.name: folder", "with it"),
-        ({"correct": {"lambdas": [1, 1]}}, "correct: ", "lambdas must be distinct and not negative"),
+        (
+            {"correct": {"lambdas": [1, 1]}},
+            "correct: ",
+            "lambdas must be distinct, not negative and at most 1000000",
+        ),
         ({"correct": {"lambdas": [1, "x"]}}, "correct.lambdas.1: ", ", found 'x'"),
         ({"resources": {"precision": {"vae": "f64"}}}, "resources.precision.vae: ", "'bf16', found 'f64'"),
     ],
@@ -115,6 +119,129 @@ def test_the_first_problem_is_told_with_the_field_what_was_found_and_how_many_mo
         tiny_with(fields)
     text = str(refused.value)
     assert text.startswith(f"here: {begin}") and text.endswith(end) and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("field", "most"),
+    [
+        ("classifier.channels", 4096),
+        ("classifier.hidden", 16_384),
+        ("classifier.learning_rate", 1000),
+        ("vae.channels", 4096),
+        ("vae.hidden", 65_536),
+        ("vae.beta", 1_000_000),
+        ("vae.class_weight", 1_000_000),
+        ("vae.learning_rate", 1000),
+        ("identify.draws", 1_000_000),
+        ("identify.scale", 1000),
+        ("identify.a", 1_000_000),
+        ("identify.b", 1_000_000),
+        ("distill.max_components", 10_000),
+        ("review.tau", 100),
+        ("review.images", 1000),
+        ("review.more_images", 10_000),
+        ("review.answers_per_task", 1000),
+        ("review.reference.count", 100),
+        ("review.reference.channels", 4096),
+        ("judges.count", 100),
+        ("judges.channels", 4096),
+        ("correct.learning_rate", 1000),
+        ("correct.tune_images", 100_000),
+        ("correct.test_images", 100_000),
+        ("correct.widen", 1000),
+        ("resources.workers", 10_000),
+        ("resources.cpus_per_worker", 1024),
+        ("resources.gpus_per_worker", 1024),
+        ("resources.train_threads", 256),
+        ("resources.train_workers", 1024),
+        ("resources.readers", 64),
+        ("serve.max_replicas", 1000),
+        ("serve.cpus_per_replica", 1024),
+        ("serve.gpus_per_replica", 1024),
+        ("serve.timeout_s", 3600),
+        ("serve.max_canary_s", 3600),
+    ],
+)
+def test_a_number_that_no_run_can_use_is_refused_before_anything_is_computed(field, most):
+    sections = {"identify": {"block_images": 1}}
+
+    def given(value: float) -> RunFile:
+        section, _, rest = field.partition(".")
+        inner, _, last = rest.rpartition(".")
+        fields = {last: value} if not inner else {inner: {**TINY[section].get(inner, {}), last: value}}
+        return tiny_with(sections | {section: {**sections.get(section, {}), **fields}})
+
+    assert given(most).seed == 0
+    for value in (most + 1, 1e300, 10**30):
+        with pytest.raises(RunFileError, match=f"here: {field}: expected .*(less than or equal to|at most) "):
+            given(value)
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**30, 1e300, pytest.param(16**5000, id="long")])
+def test_an_integer_that_libraries_do_not_hold_is_refused(value):
+    for field in ("epochs", "batch_size"):
+        with pytest.raises(
+            RunFileError, match=f"here: vae.{field}: expected .*at most 2147483647"
+        ) as refused:
+            tiny_with({"vae": {field: value}})
+        assert len(str(refused.value)) < 300
+    assert tiny_with({"vae": {"epochs": 2**31 - 1}}).vae.epochs == 2**31 - 1
+
+
+def test_a_long_value_is_quoted_without_its_middle():
+    for fields in (
+        {"vae": {"epochs": "9" * 3000}},
+        {"data": {"name": "9" * 3000}},
+        {"data": {"validation_share": 9**9999}},
+    ):
+        with pytest.raises(RunFileError) as refused:
+            tiny_with(fields)
+        assert "..." in str(refused.value) and len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"identify": {"draws": 100_000, "block_images": 256}},
+            "identify.draws = 100000 of each of identify.block_images = 256 are in memory at once; expected at most "
+            "16,777,216 together: set identify.block_images: 167",
+        ),
+        (
+            {
+                "data": {"image_size": 256},
+                "classifier": {"stages": 4},
+                "vae": {"architecture": "convolutional", "channels": 512, "encoder_stages": 8},
+            },
+            "vae.channels = 512 are 65536 after vae.encoder_stages = 8, which double them; expected at most 16384",
+        ),
+        (
+            {"resources": {"gpus_per_worker": 5e-324}},
+            "resources.gpus_per_worker: .* expected 0, or at least 0.01",
+        ),
+        (
+            {"resources": {"cpus_per_worker": 5e-324}},
+            "resources.cpus_per_worker: expected greater than or equal",
+        ),
+        (
+            {"serve": {"gpus_per_replica": 0.001}},
+            "serve.gpus_per_replica: 0.001 GPUs: expected 0, or at least",
+        ),
+        (
+            {"review": {"accept": "lower-bound", "max_false": 5e-324}},
+            "review.max_false: expected greater than or",
+        ),
+        ({"correct": {"lambdas": [1, 1e38]}}, "lambdas must be distinct, not negative and at most 1000000"),
+        (
+            {"review": {"accept": "lower-bound", "rho": 0.9999}},
+            "it takes 36887 misclassified ones; lower rho, or accept: share$",
+        ),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused_with_what_to_set(fields, message):
+    with pytest.raises(RunFileError, match=f"here: .*{message}") as refused:
+        tiny_with(fields)
+    assert "\n" not in str(refused.value)
 
 
 def tiny_with(fields: dict[str, dict[str, object]]) -> RunFile:

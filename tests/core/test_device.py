@@ -203,8 +203,12 @@ CONTINUE = r"free memory and run again to continue \(on the CPU with resources\.
 @pytest.mark.parametrize(
     ("step", "fail", "told"),
     [
-        ("train", fail_for_memory, rf"{CONTINUE}, or lower the batch_size of classifier, vae, .* under"),
-        ("identify", fail_for_memory, rf"{CONTINUE}, or lower identify\.batch_size under"),
+        (
+            "train",
+            fail_for_memory,
+            rf"{CONTINUE}, or lower batch_size, channels or hidden of classifier, vae, .* under",
+        ),
+        ("identify", fail_for_memory, rf"{CONTINUE}, or lower identify\.batch_size or block_images under"),
         ("draw", fail_for_memory, rf"{CONTINUE}$"),
         (
             "train",

@@ -157,6 +157,14 @@ def test_a_share_that_leaves_a_set_fewer_than_two_images_is_refused_in_one_line(
         made_in_a_run(train, spec)
 
 
+def test_a_share_of_perturbed_images_that_leaves_a_set_none_is_refused_in_one_line():
+    spec = recommended(identify={"share": 0.9999999})
+    with pytest.raises(
+        DataError, match=r"^judges.share: 0.3 of 0 training images leaves none .*lower identify.share"
+    ):
+        made_in_a_run(reference_models, spec)
+
+
 def test_classes_that_a_set_learns_nothing_of_are_named(tiny_spec, caplog):
     labels = np.array([3, *[5] * 9])
     splits = Splits(Images(np.zeros((10, 1, 4, 4), np.uint8), labels), None, None, tuple("0123456789"))

@@ -323,13 +323,16 @@ def test_every_class_means_those_with_images_and_the_others_are_named():
     told = {
         len(each.classes): [check.line for check in each.checks(CheckSection())] for each in (report, twenty)
     }
-    assert {count: "points for certain, " in " ".join(lines) for count, lines in told.items()} == {
+    assert {count: "lost accuracy for certain, " in " ".join(lines) for count, lines in told.items()} == {
         200: True,
         20: False,
     }
     # not that of a class without images
     kept = every_class([1, 2], [True, True])
-    assert kept.passed and "class dog lost 0.00 points" in kept.line
+    assert kept.passed and kept.line.startswith("every class: no class lost accuracy, expected at most ")
+    unhurt = replace(report, right_after=np.ones(3, np.bool_))
+    (line,) = (check.line for check in unhurt.checks(CheckSection()) if check.name == "every class")
+    assert line.startswith("every class: no class lost accuracy for certain, expected at most ")
 
 
 def test_with_many_classes_every_class_means_that_none_lost_more_for_certain():
@@ -346,7 +349,7 @@ def test_with_many_classes_every_class_means_that_none_lost_more_for_certain():
         return next(check for check in found.checks(CheckSection()) if check.name == "every class")
 
     assert every_class(found).passed
-    assert "points for certain, expected at most 5.00 points" in every_class(found).line
+    assert "no class lost accuracy for certain, expected at most 5.00 points" in every_class(found).line
     one_lost = replace(found, right_before=right | (labels == 7), right_after=after & (labels != 7))
     assert not every_class(one_lost).passed and "class 7 lost " in every_class(one_lost).line
     tracks = np.where(labels == 7, 0, np.arange(len(labels)))
