@@ -204,7 +204,7 @@ def _filtered(
 class Examiner:
     """What the classifier and the reference models answer on draws of `scenarios`, and on other images.
 
-    Each process that asks loads the networks once; only their weights travel between processes.
+    It loads the networks when it is first asked; only their weights travel between processes.
     """
 
     spec: RunFile

@@ -122,7 +122,7 @@ def plan_run(
             elif found.like_sigmoid:  # all else of it is random, and the run trains it
                 notes.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
-        progress("measuring speeds", 0, 5, "speeds")
+        progress("measuring speeds")
         speeds = _measured(spec, classifier, sample, channels, progress)
     largest = max(splits.parts().values(), key=lambda images: images.stays_on_disk * len(images))
     readers, read = plan_reading(largest, max(speeds.vae, speeds.classifier, speeds.reference))
@@ -159,8 +159,8 @@ def _measured(
     }
     rates = {}
     for done, (name, work) in enumerate(works.items(), start=1):
-        progress("measuring speeds", done, 5, "speeds")
         rates[name] = _rate(work)
+        progress("measuring speeds", done, len(works), "speeds")
     return Speeds(**rates)
 
 

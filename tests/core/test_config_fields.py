@@ -32,7 +32,7 @@ def described() -> dict[str, FieldDescription]:
         ("data.download", "true or false", "false"),
         ("classifier.import_path", "text | null", "null"),
         ("classifier.class_order", "list of integers | null", "null"),
-        ("classifier.learning_rate", "number > 0, ≤ 1000", "1"),
+        ("classifier.learning_rate", "number ≥ 1e-09, ≤ 1000", "1"),
         ("review.tau", "number ≥ 1e-06, ≤ 100 | auto", "auto"),
         ("review.reference.min_confidence", "number ≥ 0, ≤ 1", "0.5"),
         ("correct.lambdas", "list of numbers, at least one", "[0.01, 0.1, 1, 10]"),
@@ -175,6 +175,13 @@ def test_a_number_that_no_run_can_use_is_refused_before_anything_is_computed(fie
     for value in (most + 1, 1e300, 10**30):
         with pytest.raises(RunFileError, match=f"here: {field}: expected .*(less than or equal to|at most) "):
             given(value)
+
+
+@pytest.mark.parametrize("section", ["classifier", "vae", "correct"])
+def test_a_learning_rate_that_changes_no_weight_is_refused(section):
+    for value in (0, 5e-324, 1e-12):
+        with pytest.raises(RunFileError, match=f"here: {section}.learning_rate: expected .*0.000000001, found "):
+            tiny_with({section: {"learning_rate": value}})
 
 
 @pytest.mark.parametrize("value", [2**31, 2**63, 10**30, 1e300, pytest.param(16**5000, id="long")])
