@@ -180,7 +180,9 @@ def test_a_number_that_no_run_can_use_is_refused_before_anything_is_computed(fie
 @pytest.mark.parametrize("section", ["classifier", "vae", "correct"])
 def test_a_learning_rate_that_changes_no_weight_is_refused(section):
     for value in (0, 5e-324, 1e-12):
-        with pytest.raises(RunFileError, match=f"here: {section}.learning_rate: expected .*0.000000001, found "):
+        with pytest.raises(
+            RunFileError, match=f"here: {section}.learning_rate: expected .*0.000000001, found "
+        ):
             tiny_with({section: {"learning_rate": value}})
 
 
