@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +31,7 @@ from defuse_core.artifacts import Bool, Models, Trial
 from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
 from defuse_core.errors import ComputeError, DefuseError, ModelError
+from defuse_core.files import temporary_folder
 from defuse_core.local import Profile
 from defuse_core.protocols import Progress, SweepRequest, silent
 from defuse_core.store import Store
@@ -99,7 +99,7 @@ def run_trials(sweep: SweepContext, finished: Sequence[Mapping[float, Trial]]) -
     store or the machines failed: the same command continues it.
     """
     trials = sweep.unfinished(finished)
-    with quiet_tune(), tempfile.TemporaryDirectory(prefix="defuse-tune-") as folder:
+    with quiet_tune(), temporary_folder("defuse-tune-") as folder:
         results = fit(_tuner(sweep, trials, folder))
     failures: list[dict[float, DefuseError]] = [{} for _ in sweep.requests]
     for result in (results[index] for index in range(len(results))):
@@ -257,7 +257,7 @@ def run_together(
     the function.
     """
     config = {"function": function, "args": args, "progress_actor": progress_actor}
-    with tempfile.TemporaryDirectory(prefix="defuse-train-") as folder:
+    with temporary_folder("defuse-train-") as folder:
         try:
             with kept_working_dir():
                 result = _trainer(config, workers, resources, folder).fit()

@@ -229,7 +229,7 @@ def expect_new_folder(option: str, folder: Path) -> None:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Yield whether this process alone holds the folder inside, until it is killed at the latest."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a pipe would be waited for
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,9 +243,23 @@ def _held(folder: Path) -> Iterator[bool]:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove what a command that was killed was writing."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), _held(folder) as is_abandoned:
+    # gone, no folder, or in a common folder another person's
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError),
+        _held(folder) as is_abandoned,
+    ):
         if is_abandoned:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """Yield a new folder in that for temporary files; remove it at the end, and those that killed processes left."""
+    # an empty one may be another process's that is about to hold it
+    for path in {inside.parent for inside in Path(tempfile.gettempdir()).glob(f"{prefix}*/*")}:
+        _remove_abandoned(path)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, _held(Path(folder)):
+        yield folder
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from defuse_core.artifacts import Models, Sweep
 from defuse_core.config import flat_fields
 from defuse_core.errors import InputError, LabelsPending, RunMismatchError, one_line, without_credentials
 from defuse_core.evaluation.health import STRIP_KEY
+from defuse_core.files import temporary_folder
 from defuse_core.optional_packages import expect_packages
 from defuse_core.runs import RECORDED_FIELDS, ReachedStep, Run
 from services.settings import Environment, fits_a_header
@@ -220,7 +220,7 @@ def _send_files(run: Run, client: MlflowClient, run_id: str) -> None:
     """Send the report's files and the corrected classifier, if there is one."""
     from defuse_core.export import export_model
 
-    with tempfile.TemporaryDirectory(prefix="defuse-mlflow-") as folder:
+    with temporary_folder("defuse-mlflow-") as folder:
         for name in FILES:
             if run.store.exists(name):
                 Path(folder, name).write_bytes(run.store.read(name))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError, escape_control_characters
-from defuse_core.files import FULL_DISK
+from defuse_core.files import FULL_DISK, temporary_folder
 from services import stopped_exit_code
 from services.cli.options import (
     GivenPath,
@@ -118,7 +118,7 @@ def submit(
     if track is not None:
         command += ["--track", track]
     jobs = _jobs_at(address)
-    with tempfile.TemporaryDirectory(prefix="defuse-job-") as folder:
+    with temporary_folder("defuse-job-") as folder:
         build_working_dir(spec, Path(folder))
         with _full_disk_named():  # Ray packs the folder in another one
             job_id = jobs.submit(shlex.join(command), Path(folder), run, passed_on)

@@ -293,6 +293,23 @@ def train_part_dying_once(
     train_part(spec, store, part, progress=progress if is_first_worker() else deadly)
 
 
+def train_part_ending_its_task(
+    spec: RunFile, store: Store, part: Any, task: Path, *, progress: Progress
+) -> None:
+    """Train with others; the process of the task that started them, noted in `task`, is killed once they have begun."""
+    if is_first_worker():
+        os.kill(int(task.read_text()), signal.SIGKILL)
+    train_part(spec, store, part, progress=progress)
+
+
+def run_together_noted(function: Any, args: tuple[Any, ...], *others: Any, progress: Progress) -> None:
+    """`run_together`, whose process is noted in the file that is the last of `args`."""
+    from cluster.ray_train_tune import run_together  # imports pandas and more
+
+    args[-1].write_text(str(os.getpid()))
+    run_together(function, args, *others, progress=progress)
+
+
 def train_part_noting(spec: RunFile, store: Store, part: Any, notes: Path, *, progress: Progress) -> None:
     """Train with others; each worker writes down its working directory and the GPUs that it sees."""
     note_place(notes, progress=silent)

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
+from ray._raylet import PlacementGroupID
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.compute import RayCompute
 from cluster.ray_train_tune import _cause, _trainer, _worker
@@ -24,7 +26,14 @@ from defuse_core.protocols import Progress, silent
 from defuse_core.store import FolderStore
 from defuse_core.train import train_part
 from tests.cluster.checks import Lines, noted
-from tests.cluster.fakes import note_working_dir, train_part_dying_once, train_part_noting
+from tests.cluster.fakes import (
+    ImpatientStore,
+    note_working_dir,
+    run_together_noted,
+    train_part_dying_once,
+    train_part_ending_its_task,
+    train_part_noting,
+)
 from tests.conftest import tiny
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -63,6 +72,23 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     train_part(start, FolderStore(tmp_path / "start"), "vae", progress=silent)
     moved = checkpoint(FolderStore(tmp_path / "start"), "vae").weights
     assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
+
+
+def test_where_the_process_that_starts_the_workers_dies_the_step_ends_in_place_of_waiting_for_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, task, store = together(), tmp_path / "task", ImpatientStore(tmp_path / "store", within_s=60)
+    monkeypatch.setattr("cluster.ray_train_tune.run_together", run_together_noted)
+    try:
+        with (
+            RayCompute(None, spec, require_lock=store.require_lock) as compute,
+            pytest.raises(ComputeError, match=r"^train: .*worker died unexpectedly"),
+        ):
+            compute.run_distributed("train", train_part_ending_its_task, spec, store, "vae", task)
+    finally:  # the tests that follow are of the same driver
+        for name, group in placement_group_table().items():
+            if group["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
 
 
 @pytest.fixture(scope="module")
