@@ -255,8 +255,9 @@ def _remove_abandoned(folder: Path) -> None:
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
     """Yield a new folder in that for temporary files; remove it at the end, and those that killed processes left."""
-    # an empty one may be another process's that is about to hold it
-    for path in {inside.parent for inside in Path(tempfile.gettempdir()).glob(f"{prefix}*/*")}:
+    # of no other length, which a person may have named; an empty one may be another process's that is about to hold it
+    names = prefix + "[a-z0-9_]" * 8
+    for path in {inside.parent for inside in Path(tempfile.gettempdir()).glob(f"{names}/*")}:
         _remove_abandoned(path)
     with tempfile.TemporaryDirectory(prefix=prefix) as folder, _held(Path(folder)):
         yield folder

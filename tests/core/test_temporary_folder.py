@@ -29,10 +29,11 @@ def own_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_that_a_killed_process_left_is_removed_by_the_next_one_and_no_other(tmp_path: Path) -> None:
-    (tmp_path / "defuse-tune-new").mkdir()  # of a process that is about to hold it
-    (tmp_path / "defuse-job-other").mkdir()
-    (tmp_path / "defuse-job-other" / "run.yaml").touch()
-    (tmp_path / "defuse-tune-file").touch()
+    (tmp_path / "defuse-tune-new_0000").mkdir()  # of a process that is about to hold it
+    for name in ("defuse-job-ofothers", "defuse-tune-notes", "defuse-tune-Of_ A-man"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").touch()
+    (tmp_path / "defuse-tune-fileonly").touch()
     kept = set(tmp_path.iterdir())
     with subprocess.Popen(
         [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
