@@ -106,8 +106,8 @@ def choice_names(classes: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the choices: the C class names, made distinct, then none-of-the-above."""
     names: list[str] = []
     for index, name in enumerate(classes):
-        # a $ would be replaced with a field of the task
-        shown = " ".join(name.replace("$", "＄").split()) or f"class {index}"
+        # a $ would be replaced with a field of the task, {{idx}} with the number of a picture
+        shown = " ".join(name.replace("$", "＄").replace("{{", "｛｛").split()) or f"class {index}"
         while shown in (*names, NONE):
             shown = f"{shown} (class {index})"
         names.append(shown)

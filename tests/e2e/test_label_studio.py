@@ -8,6 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,26 @@ def test_pictures_grow_with_the_window(
     page.browser.set_window_size(1280, 860)
     small, large = {"image": (380, 650), "scenario": (150, 220)}[form]
     assert small <= widths[0] < widths[1] and widths[1] >= large
+
+
+def test_the_picture_stays_beside_the_names_of_many_classes_and_a_long_name_stays_on_the_page(
+    page: Page, server: LocalServer, tmp_path: Path
+) -> None:
+    gallery = replace(digits_gallery(images=1, size=32), classes=(*map(str, range(150)), "x" * 200))
+    run = review_run(tmp_path, gallery, answers_per_task=1)
+    page.browser.set_window_size(*WINDOWS[0])
+    page.open(LabelStudioAnnotators(run, settings_for(server)).push(gallery).number)
+    page.wait(page.picture_is_painted)
+    last, long = page.browser.find_elements(By.CSS_SELECTOR, ".answers .lsf-choice")[:-3:-1]
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", last)
+    page.keep("many-classes")
+    script = (
+        "const {top, right} = arguments[0].getBoundingClientRect(); return [top, right, window.innerWidth]"
+    )
+    picture = page.browser.execute_script(script, page.find(".picture"))
+    name = page.browser.execute_script(script, long)
+    page.browser.set_window_size(1280, 860)
+    assert picture[0] >= 0 and name[1] <= name[2]
 
 
 @pytest.mark.parametrize("form", ["image", "scenario"])

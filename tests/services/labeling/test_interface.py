@@ -67,6 +67,14 @@ def test_classes_that_look_alike_or_like_none_of_the_above_are_told_apart():
     assert sorted(answers_by_name(names).values()) == [-1, 0, 1, 2, 3, 4]
 
 
+def test_no_name_has_what_label_studio_replaces_with_the_number_of_a_picture():
+    names = ("{{idx}}", "0", "a {{idx}}", "{b}")
+    config = ElementTree.fromstring(label_config("scenario", names))
+    shown = {choice.get("value") for choice in config.iter("Choice")}
+    assert shown == set(choice_names(names)) == set(answers_by_name(names))
+    assert "{b}" in shown and len(shown) == 5 and not any("{{idx}}" in name for name in shown)
+
+
 def test_a_name_that_was_made_distinct_is_no_other_class_of_that_name():
     names = ("a", "a (class 2)", "a", "b", "b", "b (class 4)")
     assert len(set(choice_names(names))) == 7
