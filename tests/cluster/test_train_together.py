@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
-from ray._raylet import PlacementGroupID
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.compute import RayCompute
 from cluster.ray_train_tune import _cause, _trainer, _worker
@@ -34,7 +34,8 @@ from tests.cluster.fakes import (
     train_part_ending_its_task,
     train_part_noting,
 )
-from tests.conftest import tiny
+from tests.conftest import ROOT, tiny
+from tests.forked_workers import forked_workers
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 TOLERANCE = 2e-4  # difference of weights around 0.1, after three epochs
@@ -74,21 +75,30 @@ def test_two_workers_train_the_vae_of_one_although_one_of_them_is_killed(
     assert max(np.abs(moved[name] - one.weights[name]).max() for name in moved) > 20 * TOLERANCE
 
 
-def test_where_the_process_that_starts_the_workers_dies_the_step_ends_in_place_of_waiting_for_their_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, task, store = together(), tmp_path / "task", ImpatientStore(tmp_path / "store", within_s=60)
-    monkeypatch.setattr("cluster.ray_train_tune.run_together", run_together_noted)
-    try:
+def lose_the_process_that_starts_the_workers(folder: Path) -> None:
+    """Train on a Ray of its own, in which the lost workers keep their places until the end."""
+    spec, store = together(), ImpatientStore(folder / "store", within_s=60)
+    with pytest.MonkeyPatch.context() as patch, forked_workers():
+        patch.setattr("cluster.ray_train_tune.run_together", run_together_noted)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         with (
             RayCompute(None, spec, require_lock=store.require_lock) as compute,
             pytest.raises(ComputeError, match=r"^train: .*worker died unexpectedly"),
         ):
-            compute.run_distributed("train", train_part_ending_its_task, spec, store, "vae", task)
-    finally:  # the tests that follow are of the same driver
-        for name, group in placement_group_table().items():
-            if group["state"] != "REMOVED":
-                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
+            compute.run_distributed("train", train_part_ending_its_task, spec, store, "vae", folder / "task")
+        ray.shutdown()
+
+
+def test_where_the_process_that_starts_the_workers_dies_the_step_ends_in_place_of_waiting_for_their_places(
+    tmp_path: Path,
+) -> None:
+    call = f"lose_the_process_that_starts_the_workers(Path({str(tmp_path)!r}))"
+    program = f"from tests.cluster.test_train_together import *; {call}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "task").exists()
 
 
 @pytest.fixture(scope="module")
