@@ -146,8 +146,13 @@ def write_trial(store: Store, trial: Trial) -> None:
 
 def finished_trials(spec: RunFile, store: Store) -> dict[float, Trial]:
     """Return the trials in `store` that are done, by λ, without their weights."""
-    found = (read_trial(store, lam) for lam in spec.correct.lambdas)
-    return {trial.lam: without_weights(trial) for trial in found if trial is not None and trial.done}
+    found = (_finished(store, lam) for lam in spec.correct.lambdas)
+    return {trial.lam: trial for trial in found if trial is not None}
+
+
+def _finished(store: Store, lam: float) -> Trial | None:
+    trial = read_trial(store, lam)  # no other one is in memory meanwhile
+    return without_weights(trial) if trial is not None and trial.done else None
 
 
 def without_weights(trial: Trial) -> Trial:
