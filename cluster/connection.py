@@ -263,11 +263,15 @@ def as_defuse_error(error: BaseException, where: str) -> DefuseError:
 
 @contextlib.contextmanager
 def ray_errors(where: str) -> Iterator[None]:
-    """Raise errors of Ray, also of what its store does not take, as those of the tree."""
+    """Raise errors of Ray, also of what its store does not take, and of its full disk, as those of the tree."""
     try:
         yield
     except RayError as error:
         raise as_defuse_error(error, where) from error
+    except OSError as error:  # of Tune's files, in this process
+        if error.errno not in FULL_DISK:
+            raise
+        raise ComputeError(f"{where}: {error}; {FREE_DISK}") from error
 
 
 def explained_line(error: BaseException) -> str:
@@ -278,6 +282,8 @@ def explained_line(error: BaseException) -> str:
     if isinstance(cause, OutOfDiskError | ObjectStoreFullError):
         remedy = FREE_DISK if isinstance(cause, OutOfDiskError) else MORE_MEMORY
         return f"{_line(cause, 0)}{_node(error)}; {remedy}"
+    if isinstance(cause, RayActorError):  # also in a task that waited for the actor
+        return _of_actor(cause)
     if isinstance(error, RayTaskError):
         return _of_task(error, cause)
     if isinstance(cause, RayError):
@@ -290,8 +296,6 @@ def _of_ray(cause: RayError) -> str:
         return f"a node could not set up the job's environment: {_line(cause, -1)}"
     if isinstance(cause, OutOfMemoryError):
         return f"{_line(cause, 0)}; {MORE_MEMORY}"
-    if isinstance(cause, RayActorError):
-        return _of_actor(cause)
     return _line(cause, 0)
 
 

@@ -45,6 +45,9 @@ log = logging.getLogger("defuse")
 
 ATTEMPTS = 4
 PAUSE_S = 1.0
+MANY_CLASSES = (
+    200  # a page has a list of them below each picture: with 300, 13 s of a browser's processor time
+)
 PAGE = ("label_config", "expert_instruction", "show_instruction")  # settings of the labelling page
 
 
@@ -210,6 +213,11 @@ class ReviewProject:
                 self.client.address,
                 self.run.name,
             )
+        if self.tasks.whole_pages and (classes := len(self.tasks.gallery.classes)) >= MANY_CLASSES:
+            log.warning(
+                "review: with %d classes a page of review.form: scenario takes a browser many seconds; a run of another "
+                "name with form: image shows one picture at a time", classes
+            )  # fmt: skip
         for attempt in _attempts():
             with attempt:
                 again = attempt.retry_state.attempt_number > 1

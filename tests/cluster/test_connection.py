@@ -28,6 +28,7 @@ from cluster.connection import (
     explained_line,
     nothing_left_of_a_failed_start,
     prepare_embedded_ray,
+    ray_errors,
 )
 from defuse_core.errors import ComputeError, DataError, InputError
 from tests.ports import free_port
@@ -288,6 +289,10 @@ def test_a_worker_that_died_is_explained_by_its_node_and_the_cause() -> None:
     assert explained_line(ActorDiedError()) == (
         "its worker process died (The actor died unexpectedly before finishing this task.)"
     )
+    waiting = RayTaskError(
+        "train", "ray.exceptions.ActorDiedError", ActorDiedError(), "ray::train", 4, "10.0.0.8"
+    )
+    assert explained_line(waiting) == explained_line(ActorDiedError())
 
 
 def test_a_node_without_the_code_is_named_for_tasks_and_workers() -> None:
@@ -328,3 +333,18 @@ def test_a_full_disk_or_store_of_ray_is_named_with_its_node_and_what_to_do() -> 
     assert explained_line(ObjectStoreFullError("Failed to put object 12")).startswith(
         "Failed to put object 12; use nodes with more memory"
     )
+
+
+def test_a_full_disk_below_the_files_of_this_process_is_an_error_of_the_machine_and_other_errors_stay() -> (
+    None
+):
+    full = OSError(errno.ENOSPC, "No space left on device", "/tmp/ray/state.json")
+    with (
+        pytest.raises(
+            ComputeError, match=r"^correct: .*No space left on device: '/tmp/ray/state.json'; free space"
+        ),
+        ray_errors("correct"),
+    ):
+        raise full
+    with pytest.raises(FileNotFoundError), ray_errors("correct"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "net.py")

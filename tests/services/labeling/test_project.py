@@ -44,6 +44,19 @@ def test_a_scenario_becomes_one_page_with_the_classifiers_answer_beside_each_ima
     assert np.abs(picture(page["samples"][1]["image"]) - review.gallery.images[0, 1, 0]).max() < 1 / 254
 
 
+@pytest.mark.parametrize(
+    ("form", "classes", "warned"), [("scenario", 200, 1), ("scenario", 199, 0), ("image", 200, 0)]
+)
+def test_a_page_whose_many_classes_make_a_browser_slow_is_warned_of_before_anybody_answers(
+    make_review, caplog, form, classes, warned
+):
+    gallery = replace(digits_gallery((8,)), classes=tuple(map(str, range(classes))))
+    make_review(gallery, form=form).annotators.push(gallery)
+    assert (
+        caplog.text.count(f"review: with {classes} classes a page of review.form: scenario takes") == warned
+    )
+
+
 def test_pushing_again_changes_nothing(make_review):
     review = make_review()
     first, before = review.annotators.push(review.gallery), review.tasks()
