@@ -214,10 +214,8 @@ class ReviewProject:
                 self.run.name,
             )
         if self.tasks.whole_pages and (classes := len(self.tasks.gallery.classes)) >= MANY_CLASSES:
-            log.warning(
-                "review: with %d classes a page of review.form: scenario takes a browser many seconds; a run of another "
-                "name with form: image shows one picture at a time", classes
-            )  # fmt: skip
+            slow = "takes a browser many seconds; a run of another name with form: image shows one picture at a time"
+            log.warning("review: with %d classes a page of review.form: scenario %s", classes, slow)
         for attempt in _attempts():
             with attempt:
                 again = attempt.retry_state.attempt_number > 1
