@@ -117,8 +117,8 @@ class RayCompute(Compute):
         expect_training_room(resources, workers, wait=self.had_room)  # a node may have been lost since
         self.had_room = True
         given = function, args, workers, resources, listener.actor
-        # here, so that no error of a worker names the node of this task instead; once, since the workers of a lost one
-        # keep their places until this driver ends, and those of its retry would wait for them without end
+        # on this node, so that no error of a worker names the node of this task instead; without retries: Ray keeps the
+        # placement group of a lost task until this driver ends, and that of a retry would wait for it without end
         options = {"num_gpus": 0, "max_retries": 0, **on_this_node()}
         done, _ = self._start(step, run_together, *given, **options)
         self._wait(step, [done])

@@ -243,7 +243,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove what a command that was killed was writing."""
-    # gone, no folder, or in a common folder another person's
+    # it is gone, no folder, or another person's
     with (
         contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError),
         _held(folder) as is_abandoned,
@@ -254,8 +254,11 @@ def _remove_abandoned(folder: Path) -> None:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
-    """Yield a new folder in that for temporary files; remove it at the end, and those that killed processes left."""
-    # of no other length, which a person may have named; an empty one may be another process's that is about to hold it
+    """Yield a new temporary folder, which is removed at the end. Remove those of its prefix that killed processes left.
+
+    Only names as tempfile makes them are removed, since a person may have given others. An empty folder is left:
+    another process may be about to hold it.
+    """
     names = prefix + "[a-z0-9_]" * 8
     for path in {inside.parent for inside in Path(tempfile.gettempdir()).glob(f"{names}/*")}:
         _remove_abandoned(path)

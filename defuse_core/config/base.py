@@ -23,15 +23,21 @@ from defuse_core.errors import has_control_characters
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 NUMBERS = {int: "an integer", float: "a number"}
-LARGEST = 2**31 - 1  # of integers, for fields without a smaller bound: no library is asked for more
-QUOTED = 120  # most letters of a value that a message quotes
+LARGEST_INTEGER = 2**31 - 1  # of fields without a smaller bound: libraries hold no larger one
+MOST_IMAGES = 1000  # of review.images
+MOST_LETTERS = 120  # of a value in a message
 
 
-def quoted(value: object) -> str:
-    """Return a value as a message quotes it: a long one without its middle."""
+def value_text(value: object) -> str:
+    """Return a value as a message shows it: null and true as in the run file, a long one without its middle."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     # Python writes no number of 5,000 digits
-    text = hex(value) if isinstance(value, int) and value.bit_length() > QUOTED else repr(value)
-    return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]}...{text[-QUOTED // 2 :]}"
+    text = hex(value) if isinstance(value, int) and value.bit_length() > MOST_LETTERS else repr(value)
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]}...{text[-half:]}"
 
 
 def fewest_units(rho: float, max_false: float) -> int:
@@ -85,16 +91,15 @@ class Section(BaseModel):
             if isinstance(each, bool) or is_text:
                 words = [NUMBERS.get(number, str(number)) for number in numbers]
                 words += [kind for kind in kinds if isinstance(kind, str)]
-                found = str(each).lower() if isinstance(each, bool) else quoted(each)
-                raise ValueError(f"expected {' or '.join(words)}, found {found}")
+                raise ValueError(f"expected {' or '.join(words)}, found {value_text(each)}")
         return value
 
     @field_validator("*")
     @classmethod
     def _not_huge(cls, value: object) -> object:
         for each in value if isinstance(value, tuple) else [value]:
-            if isinstance(each, int) and abs(each) > LARGEST:
-                raise ValueError(f"expected at most {LARGEST}, found {quoted(each)}")
+            if isinstance(each, int) and abs(each) > LARGEST_INTEGER:
+                raise ValueError(f"expected at most {LARGEST_INTEGER}, found {value_text(each)}")
         return value
 
     @field_validator("*")

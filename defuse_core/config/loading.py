@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.error import MarkedYAMLError
 
-from defuse_core.config.base import LARGEST, quoted
+from defuse_core.config.base import LARGEST_INTEGER, value_text
 from defuse_core.config.run_file import RunFile
 from defuse_core.errors import InputError, RunFileError
 
@@ -132,7 +132,7 @@ def _first_of(details: list[ErrorDetails], section: type[BaseModel]) -> str:
     message = _message(first).removeprefix("Value error, ")
     for other in others:  # the field has a union of types
         message += " or " + _message(other).removeprefix("expected ")
-    found = "" if first["type"] in {"missing", "value_error"} else f", found {_found(first['input'])}"
+    found = "" if first["type"] in {"missing", "value_error"} else f", found {value_text(first['input'])}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{field + ': ' if field else ''}{message}{found}{more}"
 
@@ -162,13 +162,8 @@ def _message(detail: ErrorDetails) -> str:
         "too_short": f"expected a list of at least {detail.get('ctx', {}).get('min_length')}",
         "tuple_type": "expected a list",
         "model_type": "expected a section with fields",
-        "int_parsing_size": f"expected an integer of at most {LARGEST}",
+        "int_parsing_size": f"expected an integer of at most {LARGEST_INTEGER}",
     }.get(detail["type"], detail["msg"].replace("Input should be ", "expected "))
-
-
-def _found(value: object) -> str:
-    """Return a value of a run file as a message shows it."""
-    return _shown(value) if value is None or isinstance(value, bool) else quoted(value)
 
 
 def _field_at(place: tuple[int | str, ...], section: type[BaseModel]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from defuse_core.config.base import PatternOfOneGroup, Schedule, Section, UserPath, fewest_units
+from defuse_core.config.base import MOST_IMAGES, PatternOfOneGroup, Schedule, Section, UserPath, fewest_units
 
 WITHOUT_ROOT = frozenset({"digits", "mnist-5000"})  # data sets whose images packages bring
 
@@ -255,7 +255,7 @@ class ReviewSection(Section):
 
     annotators: Literal["reference-models", "label-studio"] = "reference-models"
     """reference-models answer instead of people; label-studio asks people. Paper: people (Ground Truth workers)."""
-    images: int = Field(10, ge=1, le=1000)
+    images: int = Field(10, ge=1, le=MOST_IMAGES)
     """R, images drawn per component. Paper: 10."""
     tau: Annotated[float, Field(ge=1e-6, le=100)] | Literal["auto"] = "auto"
     """τ multiplies the covariance a component is drawn with. auto finds for each component the largest τ up to 1 at
@@ -322,7 +322,7 @@ class ReviewSection(Section):
             raise ValueError("tau: auto measures shares up to 0.95, so rho must be at most that; or set a τ")
         needed, more = self.least_units, self.more_images if self.decides_twice else 0
         if self.images + more < needed:
-            remedy = f"set images: {needed - more}" if needed - more <= 1000 else "lower rho"
+            remedy = f"set images: {needed - more}" if needed - more <= MOST_IMAGES else "lower rho"
             raise ValueError(
                 f"accept: lower-bound accepts nothing with rho = {self.rho:g} and so few images: it takes {needed} "
                 f"misclassified ones; {remedy}, or accept: share"
