@@ -26,8 +26,9 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.data.splits import is_perturbed
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import DamagedError, StoreError, count_of
+from defuse_core.errors import DamagedError, StoreError
 from defuse_core.files import map_ahead
+from defuse_core.formatting import count_of
 from defuse_core.models import (
     Decoder,
     Vae,

@@ -21,8 +21,8 @@ from defuse_core.data.images import (
     evenly_spaced,
     opened_picture,
 )
-from defuse_core.errors import escape_control_characters, first_few, folded, sole_difference
 from defuse_core.files import OPENED_AHEAD, digest_of, map_ahead
+from defuse_core.formatting import escape_control_characters, first_few, folded, sole_difference
 
 KINDS = {"train": "training", "validation": "validation", "test": "test"}  # part -> kind of image in messages
 DARK = 1 / 8  # share of the range; 12 bits in a file of 16 bits end at 1/16

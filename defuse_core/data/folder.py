@@ -23,7 +23,8 @@ from defuse_core.data.images import (
     expect_class_names,
 )
 from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
-from defuse_core.errors import DataError, count_of, escape_control_characters, first_few, sole_difference
+from defuse_core.errors import DataError
+from defuse_core.formatting import count_of, escape_control_characters, first_few, sole_difference
 
 log = logging.getLogger("defuse")
 

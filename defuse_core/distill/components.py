@@ -31,7 +31,7 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from defuse_core.identify import subsample_psi
 from defuse_core.intervals import exact_lower
 from defuse_core.protocols import Progress

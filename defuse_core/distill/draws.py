@@ -16,7 +16,7 @@ from scipy import special
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, Cause, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from defuse_core.intervals import chi2_quantile
 from defuse_core.seeds import generator
 

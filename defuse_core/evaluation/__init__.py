@@ -41,8 +41,9 @@ from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import in_any_region
 from defuse_core.distill.mixture import responsibilities
-from defuse_core.errors import ANOTHER_NAME, RunMismatchError, percent
+from defuse_core.errors import ANOTHER_NAME, RunMismatchError
 from defuse_core.evaluation.health import with_measured_health
+from defuse_core.formatting import percent
 from defuse_core.identify import subsample_psi
 from defuse_core.intervals import MANY_CLASSES, class_accuracy, class_loss
 from defuse_core.models import StoredVae, encode_images, load_classifier, load_vae, predict

@@ -10,8 +10,8 @@ from defuse_core.artifacts import NONE_OF_THE_ABOVE, Bool, Gallery, Psi, Scenari
 from defuse_core.config import ReviewSection, RunFile
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.components import MOST_SMALL_CELLS
-from defuse_core.errors import count_of, percent
 from defuse_core.evaluation import Findings
+from defuse_core.formatting import count_of, percent
 from defuse_core.intervals import binomial_tail, discoveries
 from defuse_core.review.undecided import BETTER_REFERENCES, doubts_about_models, not_reviewed
 from defuse_core.review.verdicts import tested_counts

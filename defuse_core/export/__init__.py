@@ -19,20 +19,13 @@ from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection, RunFile
+from defuse_core.correct import no_lambda_chosen
 from defuse_core.data import reopen_splits
 from defuse_core.device import computing_on
-from defuse_core.errors import (
-    DataError,
-    InputError,
-    ModelError,
-    RunMismatchError,
-    class_difference,
-    listed,
-    no_lambda_chosen,
-    one_line,
-)
+from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError
 from defuse_core.evaluation import expect_same_code
 from defuse_core.files import expect_writable, replace_file, writing
+from defuse_core.formatting import class_difference, listed, one_line
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import (
     CODE_ELSEWHERE,

@@ -14,10 +14,11 @@ from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
-from defuse_core.errors import InputError, class_difference
+from defuse_core.errors import InputError
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.export.finished import both_classifiers
+from defuse_core.formatting import class_difference
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import StoredVae, accuracy, encode_images, load_vae
 from defuse_core.models.programs import SOURCE

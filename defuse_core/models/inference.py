@@ -24,7 +24,8 @@ from defuse_core.artifacts import F32, I64, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.data.read_ahead import batches_of
-from defuse_core.errors import ModelError, first_few
+from defuse_core.errors import ModelError
+from defuse_core.formatting import first_few
 from defuse_core.models.adapters import TWO_OF_ONE_LOGIT_BY_HOOK
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.layout import to_device, to_tensor

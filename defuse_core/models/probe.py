@@ -20,7 +20,7 @@ from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device, is_device_failure, is_out_of_memory
-from defuse_core.errors import first_few, one_line, percent
+from defuse_core.formatting import first_few, one_line, percent
 from defuse_core.intervals import class_accuracy
 from defuse_core.models.adapters import (
     EXTERNAL,

@@ -12,9 +12,9 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.errors import with_bounds
 from defuse_core.evaluation import Findings, has_known_confusion
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
+from defuse_core.formatting import with_bounds
 from defuse_core.intervals import (
     SIGNIFICANT,
     auroc,

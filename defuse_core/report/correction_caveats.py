@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import before_punctuation, count_of, listed, percent
+from defuse_core.formatting import before_punctuation, count_of, listed, numbers_text, percent
 from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs, ScenarioEvidence
-from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"

@@ -9,7 +9,7 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Health, Models, ReferenceSet, Scenarios
 from defuse_core.config import RunFile
-from defuse_core.errors import count_of, percent
+from defuse_core.formatting import count_of, percent
 from defuse_core.intervals import SIGNIFICANT, certain_loss, certain_mean_loss, highest_mean, wilson
 
 # in accuracy on real images: models that are so much worse are often wrong where the classifier is right

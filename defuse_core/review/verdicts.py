@@ -25,7 +25,8 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection
 from defuse_core.config.base import fewest_units
-from defuse_core.errors import RunFileError, before_punctuation, count_of, percent
+from defuse_core.errors import RunFileError
+from defuse_core.formatting import before_punctuation, count_of, percent
 from defuse_core.intervals import ROUNDING, probability_not_over, significantly_over, wilson
 from defuse_core.optional_packages import expect_packages
 

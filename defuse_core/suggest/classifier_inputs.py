@@ -12,7 +12,8 @@ from torch import nn
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import PictureFiles
-from defuse_core.errors import InputError, ModelError, percent
+from defuse_core.errors import InputError, ModelError
+from defuse_core.formatting import percent
 from defuse_core.models import (
     build_classifier,
     check_outputs,

@@ -31,7 +31,7 @@ from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.read_ahead import batches_of
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.errors import first_few, with_bounds
+from defuse_core.formatting import first_few, with_bounds
 from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
 from defuse_core.protocols import Progress

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import textwrap
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import InputError, count_of
+from defuse_core.errors import InputError
+from defuse_core.formatting import count_of
 from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
 from services.cli.options import (
@@ -256,7 +256,7 @@ def run(
         started = Run.start(opened, name, spec, until, check=expect_may_go_on)
         traces = started.store.list("profile/") if profile is not None else []
         traced = Profile(profile, started.store)
-        computing: AbstractContextManager[Compute]
+        computing: contextlib.AbstractContextManager[Compute]
         if where == "ray":
             from cluster.compute import on_ray
 
