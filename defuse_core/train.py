@@ -29,7 +29,8 @@ from defuse_core.evaluation.health import (
     reconstruction_errors,
     reconstruction_strip,
 )
-from defuse_core.intervals import class_accuracy
+from defuse_core.evaluation.undecided import why_guessing
+from defuse_core.intervals import class_accuracy, only_guesses
 from defuse_core.models import (
     EXTERNAL,
     build_classifier,
@@ -43,7 +44,6 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.protocols import Call, Compute, Progress
-from defuse_core.review.undecided import only_guesses, why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Training, format_row, minibatches, train_step

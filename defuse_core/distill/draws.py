@@ -180,6 +180,17 @@ def anchors_of(scenarios: Scenarios) -> Anchors | None:
     return None if scenarios.failures is None else scenarios.failures.anchors
 
 
+def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
+    """Return a number for each of `count` pictures, (count,); those with the same one are no independent evidence.
+
+    It is that of the track that a picture is anchored at, of the image where images have no tracks, and its own with
+    plain decoding. `anchor` holds indices into `anchors`.
+    """
+    if anchors is None or anchor is None:
+        return np.arange(count)
+    return anchors.unit[anchor.reshape(-1)]
+
+
 def stacked(draws: Sequence[Draws], count: int, width: int) -> tuple[F32, I64 | None]:
     """Return the codes (n, count, Z) and the anchors (n, count), if they have any, of n components."""
     codes = np.array([drawn.codes for drawn in draws], np.float32).reshape(len(draws), count, width)

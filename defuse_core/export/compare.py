@@ -16,13 +16,12 @@ from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
 from defuse_core.errors import InputError
 from defuse_core.evaluation import Findings
-from defuse_core.evaluation.undecided import why_undecided
+from defuse_core.evaluation.undecided import why_guessing, why_undecided
 from defuse_core.export.finished import both_classifiers
 from defuse_core.formatting import class_difference
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import StoredVae, accuracy, encode_images, load_vae
 from defuse_core.models.programs import SOURCE
-from defuse_core.review.undecided import why_guessing
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.tuning_data import by_scenario, held_out_images

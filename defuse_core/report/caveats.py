@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import CorrectSection, DistillSection
 from defuse_core.correct import no_lambda_chosen
+from defuse_core.evaluation.undecided import are_worse
 from defuse_core.formatting import count_of, first_few, percent
 from defuse_core.intervals import share_with_bounds
 from defuse_core.report.correction_caveats import (
@@ -17,7 +18,6 @@ from defuse_core.report.correction_caveats import (
     unconfirmed,
 )
 from defuse_core.report.schema import Report, is_low
-from defuse_core.review.undecided import are_worse
 from defuse_core.watch import FailureWatch
 
 

@@ -9,14 +9,8 @@ import pytest
 from scipy import stats
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
-from defuse_core.evaluation import (
-    Controls,
-    Findings,
-    control_spec,
-    fold_of,
-    has_known_confusion,
-    without_fold,
-)
+from defuse_core.evaluation import Findings
+from defuse_core.evaluation.controls import Controls, control_spec, fold_of, has_known_confusion, without_fold
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.formatting import numbers_text, spread_of
 from defuse_core.intervals import (
