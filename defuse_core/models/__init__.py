@@ -16,7 +16,6 @@ from defuse_core.models.decoding import (
     StoredVae,
     decode_codes,
     decoder_at,
-    decoder_of,
     images_of,
 )
 from defuse_core.models.inference import (
