@@ -22,13 +22,7 @@ from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device, is_device_failure, is_out_of_memory
 from defuse_core.formatting import first_few, one_line, percent
 from defuse_core.intervals import class_accuracy
-from defuse_core.models.adapters import (
-    EXTERNAL,
-    INPUT_RANGES,
-    as_logits,
-    classifier_failure,
-    raw_output,
-)
+from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, classifier_failure, raw_output
 from defuse_core.models.inference import map_batches
 from defuse_core.models.layout import to_tensor
 from defuse_core.models.programs import class_names_of, copy_for_inference, load_program

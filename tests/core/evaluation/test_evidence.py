@@ -17,12 +17,7 @@ from scipy.stats import binomtest
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
 from defuse_core.distill.draws import units_of
 from defuse_core.evaluation.controls import Controls, control_spec, folds
-from defuse_core.evaluation.evidence import (
-    Evidence,
-    _at_fault,
-    _known_share,
-    gather_evidence,
-)
+from defuse_core.evaluation.evidence import Evidence, _at_fault, _known_share, gather_evidence
 from defuse_core.intervals import is_better, is_testable, pairs_of
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_finished, run_defuse
