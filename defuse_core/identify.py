@@ -43,7 +43,7 @@ from defuse_core.models import (
 from defuse_core.protocols import Progress, silent
 from defuse_core.seeds import generator
 from defuse_core.store import Store
-from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound
+from defuse_core.training.precision import MEASURED_INPUTS, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities, sees_class
 
 log = logging.getLogger("defuse")
@@ -238,7 +238,7 @@ class Identifier:
 
         These are the same for every worker.
         """
-        images = self.train.take(evenly_spaced(len(self.train), SAMPLE))
+        images = self.train.take(evenly_spaced(len(self.train), MEASURED_INPUTS))
         mu, sigma = encode_posterior(self.vae, images, self.spec.identify.batch_size)
         section = self.spec.identify.model_copy(update={"draws": 1})
         codes = mu + draw_noise(section, sigma, generator(self.spec.seed, "identify", "margin"))[:, 0]

@@ -58,10 +58,10 @@ def _alike(classes: Sequence[str]) -> list[str]:
     """Return a line where classes differ only in case, or in the Unicode form of their letters."""
     first = dict[str, str]()
     pairs = [(name, other) for name in classes if (other := first.setdefault(folded(name), name)) != name]
-    told = [
+    lines = [
         f"{name!a} differs only in {sole_difference(name, other)} from {other!a}" for name, other in pairs
     ]
-    return [f"of the classes, {first_few(told)}; merge those that are one class"] if told else []
+    return [f"of the classes, {first_few(lines)}; merge those that are one class"] if lines else []
 
 
 def _odd_in(images: Images, kind: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2."""
+"""What a run found, and the figures of §4 that need a model or a fit: accuracies, and the t-SNE of Figure 2."""
 
 from __future__ import annotations
 

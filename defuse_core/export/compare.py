@@ -157,15 +157,15 @@ def _load(run: Run) -> _Side:
 
 def _expect_comparable(a: Run, b: Run) -> None:
     """Raise InputError where the runs have other classes, or images of another shape, or no models yet."""
-    told = f"runs {a.name} and {b.name} cannot be compared"
+    failed = f"runs {a.name} and {b.name} cannot be compared"
     for field in ("image_size", "channels"):
         one, other = (getattr(run.spec.data, field) for run in (a, b))
         if one != other:
-            raise InputError(f"{told}: data.{field} is {one} in one, {other} in the other")
+            raise InputError(f"{failed}: data.{field} is {one} in one, {other} in the other")
     first, second = (run.require(Models).classes for run in (a, b))
     if first != second:
         raise InputError(
-            f"{told}, since their classes differ: {class_difference(first, second, a.name, b.name)}"
+            f"{failed}, since their classes differ: {class_difference(first, second, a.name, b.name)}"
         )
 
 

@@ -235,8 +235,8 @@ def unreviewed_classes(scenarios: Scenarios, classes: Sequence[str], distill: Di
     """Return which classes fail in cells (class, answer) of too little weight alone, "; " and what to do; or None."""
     heavy = {one.source for one in scenarios.dropped if one.weight > distill.min_weight}
     failing = {one.source for one in scenarios.dropped if one.cause == "few codes"}
-    told = {*scenarios.cells[:, 0].tolist(), *heavy, NONE_OF_THE_ABOVE}
-    names = [classes[label] for label in sorted(failing - told)]
+    reviewed = {*scenarios.cells[:, 0].tolist(), *heavy, NONE_OF_THE_ABOVE}
+    names = [classes[label] for label in sorted(failing - reviewed)]
     if not names:
         return None
     return (

@@ -157,8 +157,8 @@ def _seen_in_real_images(report: Report) -> str:
     if not rows:
         return ""
     known = [in_training or found.seen_in_real_data for in_training, found in rows]
-    untold = f", {known.count(None)} where these cannot tell" if None in known else ""
-    return f"{known.count(True)} also seen in real images{untold}"
+    unknown = f", {known.count(None)} where these cannot tell" if None in known else ""
+    return f"{known.count(True)} also seen in real images{unknown}"
 
 
 def _class_images(report: Report) -> str:
