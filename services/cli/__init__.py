@@ -20,7 +20,7 @@ import rich
 
 from defuse_core.errors import DefuseError, InputError, escape_control_characters
 from defuse_core.files import WRONG_PLACE
-from services import last_words, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
+from services import ignoring_signals, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import EscapingFormatter, echo_marked
 from services.cli.results import compare, export, suite
@@ -168,7 +168,7 @@ def _run_command() -> None:
             error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        with last_words():
+        with ignoring_signals():
             _fail(stopped_line(), stopped_exit_code())
     except BaseException as error:  # of a library or a classifier, which may raise what is no Exception
         unprinted = _unprinted(error)
