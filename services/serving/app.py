@@ -354,5 +354,5 @@ def _translate_errors(context: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
-    except (RayError, RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
+    except (RayError, RuntimeError, OSError, ValueError) as error:
         raise ComputeError(f"{context}: {explained_line(error)}") from error

@@ -10,7 +10,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -27,6 +26,7 @@ from defuse_core.store import is_hidden
 from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
 from services.storage.s3_errors import (
     BROKEN,
+    CONFLICT,
     WRONG_URL,
     OutageTimer,
     answer_with_body,
@@ -191,7 +191,7 @@ class S3Store:
             try:
                 return self._put(key, data, **condition)
             except aws.ClientError as error:
-                if status_of(error) in {409, 412} or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
+                if status_of(error) in CONFLICT or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
                     return None
                 if status_of(error) != 501:
                     raise
@@ -230,7 +230,7 @@ class S3Store:
             try:
                 self._client.delete_object(**self._at(key), IfMatch=version)
             except aws.ClientError as error:
-                if status_of(error) in {409, 412}:
+                if status_of(error) in CONFLICT:
                     return False
                 if status_of(error) != 501:
                     raise
@@ -302,7 +302,7 @@ class S3Store:
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
-    def _errors(self, key: str = "") -> AbstractContextManager[None]:
+    def _errors(self, key: str = "") -> contextlib.AbstractContextManager[None]:
         return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint, _forget_clients)
 
     def _fence(self) -> tuple[str, LeaseState] | None:
