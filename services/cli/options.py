@@ -1,8 +1,9 @@
-"""Options that several commands share: names of runs, stores, and a classifier of one's own."""
+"""What several commands share: options and the meaning of their values, checks of a run, and printing."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib.util
 import json
 import logging
@@ -163,11 +164,11 @@ json_option = click.option(
 )
 
 
-def print_json(page: dict[str, Any]) -> None:
+def print_json(result: dict[str, Any]) -> None:
     """Print the result of a command that was given --json; nothing where stdout is closed, as by `>&-`."""
     stdout = click.get_current_context().meta[STDOUT]
     if stdout is not None:  # which click takes for the current stdout, and that is stderr
-        click.echo(json.dumps(page), file=stdout)
+        click.echo(json.dumps(result), file=stdout)
 
 
 class EscapingFormatter(logging.Formatter):
@@ -217,6 +218,14 @@ def run_name(name: str | None, runfile: Path) -> str:
         return checked_name(runfile.stem)
     except InputError as error:
         raise InputError(f"{error}; this one is the run file's, so choose one with --name") from error
+
+
+def local_user(option: str) -> str:
+    """Return the name of this machine's user. Raises InputError, naming `option`, if it has none, as in containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InputError(f"{option}: this machine has no name for its user; give yours") from error
 
 
 def open_run(name: str, store: str) -> Run:

@@ -181,7 +181,7 @@ def check_suite(
 
     if junit is not None:
         expect_no_own_folder("--junit", junit)
-    name = _checked_name(classifier, weights, run)
+    name = _classifier_name(classifier, weights, run)
     with failure_in_junit(junit, f"defuse: {name}"):
         from defuse_core.export.suite import load_suite
         from defuse_core.local import local_device
@@ -209,7 +209,7 @@ def check_suite(
     title = f"defuse {loaded.description.run}: {name}"
     unwritable = None if junit is None else write_junit(junit, title, cases)
     if as_json:
-        print_json(_page(_checked_name(classifier, None, run), section, suite, results))
+        print_json(_suite_json(_classifier_name(classifier, None, run), section, suite, results))
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
@@ -223,8 +223,8 @@ def check_suite(
         raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
 
 
-def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
-    """Return what is checked, with the names of its files, wherever these are."""
+def _classifier_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
+    """Return the classifier that is checked, with the names of its files, wherever these are."""
     shown = f"run {run or 'not given'}" if classifier is None else Path(classifier).name or classifier
     return shown if weights is None else f"{shown} with {weights.name}"
 
@@ -274,7 +274,7 @@ def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
     return to_device(both_classifiers(run.spec, found)[1], data)
 
 
-def _page(
+def _suite_json(
     name: str, section: dict[str, Any] | None, suite: Path, results: list[SuiteResult]
 ) -> dict[str, Any]:
     from defuse_core.files import digest_of

@@ -32,7 +32,7 @@ TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lin
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
+    """Print the report: its headline and caveats, its tables, and a line for each other figure."""
     console = console or Terminal()
     print_text(console, report.headline, "bold")
     for caveat in report.caveats:
@@ -46,7 +46,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
     if report.agreement.all.images:
         print_table(console, _agreement_table(report))
-    for line in _lines(report):
+    for line in _other_figures(report):
         print_text(console, line, "dim")
 
 
@@ -181,7 +181,7 @@ def _agreement_table(report: Report) -> Table:
     return table
 
 
-def _lines(report: Report) -> list[str]:
+def _other_figures(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
     of_wrong = (
         f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"
