@@ -35,7 +35,7 @@ class ChangeInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    change: int  # its number, or that of the last promotion of the version, which was in production
+    change: int  # its number, or that of the last promotion of the version while it was in production
     by: str
     when: str
     why: str
@@ -50,30 +50,21 @@ class RegistryState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[6]
-    """FORMAT."""
-    sequence: int = 0
-    """The number of changes so far."""
-    production: int | None = None
-    """The version that answers."""
-    since: ChangeInfo | None = None
-    """The change that put this version into production."""
-    previous: tuple[int, ...] = ()
-    """Versions in production before it, oldest first: the targets of rollback."""
-    canary: int | None = None
-    """A version that answers a share of the requests."""
-    share: float = 0.0
-    """That share, 0 to 1."""
-    shadow: int | None = None
-    """A version that receives a copy of the requests and whose answers are only compared."""
-    action: str = ""
+    format: Literal[6]  # FORMAT
+    sequence: int = 0  # number of changes so far
+    production: int | None = None  # the version that answers
+    since: ChangeInfo | None = None  # the change that put this version into production
+    previous: tuple[int, ...] = ()  # versions in production before it, oldest first: the targets of rollback
+    canary: int | None = None  # a version that answers a share of the requests
+    share: float = 0.0  # that share, 0 to 1
+    shadow: int | None = None  # a version that receives a copy of the requests, to compare its answers
+    action: str = ""  # what the last change did, and its author, time and reason
     by: str = ""
     when: str = ""
     why: str = ""
+    # what spoke against this promotion, which was forced if there is any; None for another change
     failed_checks: tuple[str, ...] | None = None
-    """What spoke against this promotion, which was forced if there is any; None for another change."""
-    versions: dict[int, VersionInfo] = {}
-    """All versions by number."""
+    versions: dict[int, VersionInfo] = {}  # all versions by number
 
     def versions_with(self, digest: str) -> list[int]:
         return [number for number, info in self.versions.items() if info.digest == digest]
