@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -32,7 +33,7 @@ from services.settings import is_on, set_missing_home, share_cores
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
 WRONG_PATH = WRONG_PLACE | {errno.EACCES, errno.EROFS}
-# As wide as the signs themselves, by which the columns of tables are set; no table has ≤ or ≥.
+# as wide as the signs themselves, since these set the columns of tables; but for ≤ and ≥, which no table has
 PLAIN_SIGNS = {
     "−": "-",
     "–": "-",
@@ -99,7 +100,7 @@ def defuse() -> None:
     """
 
 
-for command in (command for commands in GROUPS.values() for command in commands):
+for command in chain.from_iterable(GROUPS.values()):
     defuse.add_command(command)
 
 

@@ -155,7 +155,7 @@ def _closing(stream: TextIO) -> Iterator[TextIO]:
     try:
         yield stream
     finally:
-        with contextlib.suppress(OSError):  # told where it was printed
+        with contextlib.suppress(OSError):  # raised by print_json already
             stream.close()
 
 
@@ -237,7 +237,7 @@ def open_run(name: str, store: str) -> Run:
 
 
 def is_left_behind(run: Store) -> bool:
-    """Whether nothing is there but what commands have stored that went on while the run was deleted from a bucket.
+    """Whether all that is there was stored by commands that still ran when the run was deleted from a bucket.
 
     In a folder that is deleted they store nothing.
     """

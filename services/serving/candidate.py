@@ -113,7 +113,7 @@ class Candidate:
         return data.channels, data.image_size, tuple(self.classes)
 
     def interface_error(self, current: Candidate) -> str | None:
-        """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
+        """Return, as a line, why clients of `current`, which is in production, could not use it; None if they can."""
         if self.interface != current.interface:
             pairs = itertools.zip_longest(current.classes, self.classes)
             differ = next((number for number, (one, other) in enumerate(pairs) if one != other), 0)

@@ -153,8 +153,8 @@ sed -i -E \\
 exec {python} -IS -c '{end_with_parent}' {haproxy} "$@"
 """
 
-# Without it, an HAProxy whose parent is killed keeps the port for ever. The parent is the thread of Ray's proxy that
-# starts it and all that take over from it; it lives as long as its process.
+# Without it, an HAProxy whose parent is killed keeps the port for ever. The kernel takes the thread that started it for
+# the parent: one thread of Ray's proxy starts each HAProxy, and lives as long as the proxy's process.
 END_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -181,9 +181,10 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
 
 @contextlib.contextmanager
 def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
-    """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients.
+    """Set the variables of the proxy for Ray processes that start in the block; they stay set. `port` is the clients'.
 
-    Raises InputError where HAProxy is not installed, or there is no folder for its sockets or HAPROXY_PROGRAM.
+    Deletes HAProxy's files at the end. Raises InputError where HAProxy is not installed, or there is no folder for its
+    sockets or HAPROXY_PROGRAM.
     """
     with contextlib.ExitStack() as stack:
         if proxy is not Proxy.CLUSTER:

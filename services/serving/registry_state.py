@@ -27,7 +27,7 @@ class VersionInfo(BaseModel):
     forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
     watch: WatchFigures  # how well its failing inputs are found
-    components_digest: str  # of the run, which tells it from others of its name
+    components_digest: str  # distinguishes the run from others of its name
 
 
 class ChangeInfo(BaseModel):
@@ -139,7 +139,7 @@ class PromotionRequest:
 
     @property
     def role(self) -> str:
-        """The role, as the action of a change tells it."""
+        """The role, in the words of a change's action."""
         if self.shadow:
             return "as shadow"
         return "to production" if self.canary is None else f"as canary for {percent(self.canary, None)}"
