@@ -181,10 +181,10 @@ class Candidate:
         }
 
 
-def with_fields(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
-    """Return the section with `changes`. Raises InputError naming the first invalid field."""
+def with_settings(section: ServeSection, settings: Mapping[str, Any]) -> ServeSection:
+    """Return the section with `settings`. Raises InputError naming the first invalid field."""
     try:
-        return ServeSection.model_validate(section.model_dump() | dict(changes))
+        return ServeSection.model_validate(section.model_dump() | dict(settings))
     except ValidationError as error:
         raise InputError(f"serve.{first_problem(error, ServeSection)}") from error
 
