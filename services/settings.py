@@ -1,4 +1,4 @@
-"""The one place that reads the environment, and sets what this process and its workers need of it."""
+"""The environment variables that commands and servers read, and what is set before torch and Ray are imported."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Environment:
     serve_token: str | None = field(repr=False)  # an empty one is kept, to be refused
     forwarded_for: bool  # a proxy on this machine adds X-Forwarded-For
     mlflow_uri: str | None = field(repr=False)  # may hold a password
+    mlflow_token: str | None = field(repr=False)
     mlflow_experiment: str | None
     cache: Path  # of the local Label Studio; `~` is expanded where it is used
 
@@ -57,6 +58,7 @@ def read_environment() -> Environment:
         serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
         forwarded_for=is_on("DEFUSE_FORWARDED_FOR"),
         mlflow_uri=get("MLFLOW_TRACKING_URI") or None,
+        mlflow_token=get("MLFLOW_TRACKING_TOKEN") or None,
         mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse"),
     )

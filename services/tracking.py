@@ -66,8 +66,7 @@ def expect_mlflow(environment: Environment) -> None:
     expect_packages("--track mlflow", "mlflow-skinny")
     if environment.mlflow_uri is None:
         raise InputError("--track mlflow: set MLFLOW_TRACKING_URI to the address of your MLflow server")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if token and not fits_a_header(token):
+    if environment.mlflow_token and not fits_a_header(environment.mlflow_token):
         raise InputError(
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
