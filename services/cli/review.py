@@ -98,7 +98,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     from services.cli.console import Terminal
 
     opened, gallery = _open(name, store)
-    console = Terminal(markup=False)  # what annotators typed is no markup
+    console = Terminal()
     console.quiet = as_json
     votes, verdicts = opened.load(Votes), opened.load(Verdicts)
     if votes is None or verdicts is None:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from defuse_core.errors import NONE, count_of, percent
 from defuse_core.report.formatting import change, interval, is_low, spread, sweep_text
-from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
+from services.cli.console import Terminal, needed_width, new_table, print_fitting, print_table
 from services.cli.options import broken_lines
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _accuracy_table(report: Report, columns: Sequence[str]) -> Table:
         number = str(corrected) if name == "Defuse" else NONE
         shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
         cells = dict(zip(ACCURACY_COLUMNS, (name, number, *shares), strict=True))
-        add_row(table, *(cells[column] for column in columns))
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 
@@ -102,7 +102,7 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     if number := evidence.real_failure_images:
         rows.append((count_of(number, "failing test draw"), real.before, real.plain, real.defuse))
     for name, *shares in rows:
-        add_row(table, name, *(text(share, 0) for share in shares))
+        table.add_row(name, *(text(share, 0) for share in shares))
     return table
 
 
@@ -140,7 +140,7 @@ def _comparison_table(rows: Sequence[ComparedScenario], columns: Sequence[str]) 
         numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
         shares = (percent(share) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
         cells = dict(zip(COMPARED, (row.state, row.label, row.mistaken_for, *numbers, *shares), strict=True))
-        add_row(table, *(cells[name] for name in columns))
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
@@ -164,7 +164,7 @@ def _scenario_table(report: Report, columns: Sequence[str]) -> Table:
                 "Before": percent(row.before),
                 "Defuse": percent(row.defuse),
             }
-            add_row(table, *(cells[name] for name in columns))
+            table.add_row(*(cells[name] for name in columns))
     return table
 
 
@@ -177,7 +177,7 @@ def _agreement_table(report: Report) -> Table:
         ("All", agreement.all),
     )
     for name, mean in parts:
-        add_row(table, name, f"{mean.images:,}", spread(mean))
+        table.add_row(name, f"{mean.images:,}", spread(mean))
     return table
 
 
