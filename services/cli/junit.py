@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import click
 
 from defuse_core.errors import InputError, escape_control_characters
-from services.cli.options import echo_marked
+from services.cli.options import echo_note
 
 OPTION = "--junit"
 
@@ -68,7 +68,7 @@ def write_error(path: Path | None, title: str, error: BaseException) -> None:
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     case = not_checked(text or type(error).__name__)
     if path is not None and (unwritable := write_junit(path, title, [case])):
-        echo_marked("note:", str(unwritable), len("note: "), err=True)
+        echo_note(str(unwritable))
 
 
 def not_checked(why: str) -> ElementTree.Element:

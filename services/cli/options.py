@@ -187,6 +187,10 @@ def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = Fa
     click.echo(f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines), err=err)
 
 
+def echo_note(text: str) -> None:
+    echo_marked("note:", text, len("note: "), err=True)
+
+
 def broken_lines(text: str, width: int) -> list[str]:
     """Return the text in lines of `width` columns, broken between words, but in no number with its percent sign.
 

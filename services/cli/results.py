@@ -22,6 +22,7 @@ from services.cli.options import (
     GivenPath,
     classifier_fields,
     echo_marked,
+    echo_note,
     json_option,
     open_run,
     print_json,
@@ -213,7 +214,7 @@ def check_suite(
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
-        echo_marked("note:", line, len("note: "), err=True)
+        echo_note(line)
     if unwritable is not None:
         raise unwritable
     if not asked:
@@ -269,8 +270,7 @@ def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
         differ = class_difference(found.models.classes, asked.classes, f"run {run.name}", "the suite")
         raise InputError(f"run {run.name}: expected the classes of the suite (run {asked.run}); {differ}")
     if not found.sweep.has_correction:
-        line = f"run {run.name} corrected nothing: the classifier that it debugged is checked"
-        echo_marked("note:", line, len("note: "), err=True)
+        echo_note(f"run {run.name} corrected nothing: the classifier that it debugged is checked")
     return to_device(both_classifiers(run.spec, found)[1], data)
 
 
