@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-# Ray would turn an exception that names its signal into a KeyboardInterrupt
+# not in the exception: Ray would replace one that names its signal by a plain KeyboardInterrupt
 _received: list[signal.Signals] = []
 
 
@@ -21,7 +21,7 @@ def stopping_on_signals() -> Iterator[None]:
     """Let SIGTERM, as of a scheduler or Kubernetes, and the hangup of a terminal end the block as Ctrl-C does."""
 
     def stop(number: int, _: object) -> NoReturn:
-        if number == signal.SIGHUP:  # a shell repeats that of its terminal, which would cut off the end
+        if number == signal.SIGHUP:  # a shell repeats it, and the second would cut off the end
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         _received.append(signal.Signals(number))
         raise KeyboardInterrupt
@@ -35,20 +35,23 @@ def stopping_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def last_words() -> Iterator[None]:
-    """Ignore further signals in the block, which says that one came; after it they end the process without a word."""
+def ignore_signals() -> tuple[signal.Signals, ...]:
+    """Let no further signal cut off the end of a command, and return those that would have."""
     numbers = (signal.SIGINT, *stop_signals())
-    _react(numbers, signal.SIG_IGN)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    return numbers
+
+
+@contextlib.contextmanager
+def ignoring_signals() -> Iterator[None]:
+    """Ignore signals in the block, at a command's end; after it they end the process at once, without a message."""
+    numbers = ignore_signals()
     try:
         yield
     finally:
-        _react(numbers, signal.SIG_DFL)
-
-
-def _react(numbers: tuple[signal.Signals, ...], how: signal.Handlers) -> None:
-    for number in numbers:
-        signal.signal(number, how)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def was_stopped() -> bool:
@@ -73,6 +76,6 @@ def main() -> None:
 
         run_command()
     except KeyboardInterrupt:
-        with last_words():
+        with ignoring_signals():
             print(f"defuse: {stopped_line()}", file=sys.stderr)
         sys.exit(stopped_exit_code())

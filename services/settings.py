@@ -1,4 +1,4 @@
-"""The one place that reads the environment, and sets what this process and its workers need of it."""
+"""The environment variables that commands and servers read, and what is set before torch and Ray are imported."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from defuse_core.errors import InputError
 
 @dataclass(frozen=True)
 class Environment:
-    """The environment variables that Defuse reads. Secrets are kept out of `repr`, so that no log shows them."""
+    """What `read_environment` finds. Secrets are kept out of `repr`, so that no log shows them."""
 
-    ray_address: str | None  # RAY_ADDRESS
-    ray_dashboard: str | None  # RAY_API_SERVER_ADDRESS
-    label_studio_url: str | None  # LABEL_STUDIO_URL
-    label_studio_api_key: str | None = field(repr=False)  # LABEL_STUDIO_API_KEY
-    serve_token: str | None = field(repr=False)  # DEFUSE_SERVE_TOKEN; an empty one is kept, to be refused
-    forwarded_for: bool = False  # DEFUSE_FORWARDED_FOR: a proxy on this machine adds X-Forwarded-For
-    # DEFUSE_CACHE, else below XDG_CACHE_HOME: the local Label Studio; `~` is expanded where it is used
-    cache: Path = Path("~/.cache/defuse")
-    # LABEL_STUDIO_HOST: the address that annotators open, if it is another.
-    label_studio_host: str | None = None
-    mlflow_uri: str | None = field(default=None, repr=False)  # MLFLOW_TRACKING_URI, which may hold a password
-    mlflow_experiment: str | None = None  # MLFLOW_EXPERIMENT_NAME
+    ray_address: str | None
+    ray_dashboard: str | None
+    label_studio_url: str | None
+    label_studio_api_key: str | None = field(repr=False)
+    label_studio_host: str | None  # the address that annotators open, if it is another
+    serve_token: str | None = field(repr=False)  # an empty one is kept, to be refused
+    forwarded_for: bool  # a proxy on this machine adds X-Forwarded-For
+    mlflow_uri: str | None = field(repr=False)  # may hold a password
+    mlflow_token: str | None = field(repr=False)
+    mlflow_experiment: str | None
+    cache: Path  # of the local Label Studio; `~` is expanded where it is used
 
 
 def share_cores() -> None:
@@ -55,10 +54,11 @@ def read_environment() -> Environment:
         ray_dashboard=get("RAY_API_SERVER_ADDRESS") or None,
         label_studio_url=get("LABEL_STUDIO_URL") or None,
         label_studio_api_key=get("LABEL_STUDIO_API_KEY") or None,
+        label_studio_host=get("LABEL_STUDIO_HOST") or None,
         serve_token=_without_newline(get("DEFUSE_SERVE_TOKEN")),
         forwarded_for=is_on("DEFUSE_FORWARDED_FOR"),
-        label_studio_host=get("LABEL_STUDIO_HOST") or None,
         mlflow_uri=get("MLFLOW_TRACKING_URI") or None,
+        mlflow_token=get("MLFLOW_TRACKING_TOKEN") or None,
         mlflow_experiment=get("MLFLOW_EXPERIMENT_NAME") or None,
         cache=Path(get("DEFUSE_CACHE") or Path(get("XDG_CACHE_HOME") or "~/.cache") / "defuse"),
     )

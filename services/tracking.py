@@ -67,8 +67,7 @@ def expect_mlflow(environment: Environment) -> None:
     expect_packages("--track mlflow", "mlflow-skinny")
     if environment.mlflow_uri is None:
         raise InputError("--track mlflow: set MLFLOW_TRACKING_URI to the address of your MLflow server")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if token and not fits_a_header(token):
+    if environment.mlflow_token and not fits_a_header(environment.mlflow_token):
         raise InputError(
             "--track mlflow: MLFLOW_TRACKING_TOKEN holds a line break or another sign that no HTTP header can hold; "
             "set it to the token alone"
@@ -109,7 +108,7 @@ def tracking(run: Run, environment: Environment) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Set the variables of `defaults` that are not set while the block runs."""
+    """Set the variables of `defaults` that have no value, for the block alone."""
     missing = {name: value for name, value in defaults.items() if name not in os.environ}
     os.environ.update(missing)
     try:
@@ -175,7 +174,7 @@ def _send(run: Run, environment: Environment, status: str) -> None:
 def _known_run(
     run: Run, client: MlflowClient, params: dict[str, str], made: dict[str, str]
 ) -> dict[str, Any] | None:
-    """Return what mlflow.json holds; None unless its MLflow run exists and all that it has is of this run as it is."""
+    """Return what mlflow.json holds; None if its MLflow run is gone, or has settings or figures of an earlier state."""
     from mlflow.exceptions import MlflowException
 
     if not run.store.exists(KEY):

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -21,7 +22,7 @@ import rich
 from defuse_core.errors import DefuseError, InputError
 from defuse_core.files import WRONG_PLACE
 from defuse_core.formatting import escape_control_characters
-from services import last_words, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
+from services import ignoring_signals, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import EscapingFormatter, echo_marked
 from services.cli.results import compare, export, suite
@@ -33,7 +34,7 @@ from services.settings import is_on, set_missing_home, share_cores
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what a shell says of a program that wrote to a closed pipe
 UNPRINTED = {errno.EIO: "the terminal is gone", errno.ENOSPC: "no space left there"}
 WRONG_PATH = WRONG_PLACE | {errno.EACCES, errno.EROFS}
-# As wide as the signs themselves, by which the columns of tables are set; no table has ≤ or ≥.
+# as wide as the signs themselves, since these set the columns of tables; but for ≤ and ≥, which no table has
 PLAIN_SIGNS = {
     "−": "-",
     "–": "-",
@@ -100,7 +101,7 @@ def defuse() -> None:
     """
 
 
-for command in (command for commands in GROUPS.values() for command in commands):
+for command in chain.from_iterable(GROUPS.values()):
     defuse.add_command(command)
 
 
@@ -169,7 +170,7 @@ def _run_command() -> None:
             error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        with last_words():
+        with ignoring_signals():
             _fail(stopped_line(), stopped_exit_code())
     except BaseException as error:  # of a library or a classifier, which may raise what is no Exception
         unprinted = _unprinted(error)

@@ -29,8 +29,8 @@ FOLDED = 10  # columns that a text needs which is broken anywhere
 
 
 class Terminal(Console):
-    def __init__(self, *, stderr: bool = False, markup: bool = True) -> None:
-        super().__init__(stderr=stderr, markup=markup, emoji=False)  # `:cat:` in a class name is text
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)  # `[b]` and `:cat:` in a name are text
         if self.is_dumb_terminal:  # rich takes 80 columns for it, whatever COLUMNS says
             self.size = shutil.get_terminal_size()
         if self.width < 1:  # COLUMNS=0, as in some editors and containers
@@ -55,11 +55,6 @@ def new_table(title: str | None, columns: Sequence[str], texts: int = 1) -> Tabl
         else:
             table.add_column(column, justify="right", no_wrap=True)
     return table
-
-
-def add_row(table: Table, *cells: str | Text) -> None:
-    """Add a row; square brackets in a class name are text, not rich's markup."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
 def _keep_names_readable(table: Table) -> None:

@@ -13,7 +13,7 @@ import click
 
 from defuse_core.errors import InputError
 from defuse_core.formatting import escape_control_characters
-from services.cli.options import echo_marked
+from services.cli.options import echo_note
 
 OPTION = "--junit"
 
@@ -51,7 +51,7 @@ def named_file(words: list[str]) -> Path | None:
 
 @contextlib.contextmanager
 def failure_in_junit(path: Path | None, title: str) -> Iterator[None]:
-    """Write what keeps a check from being made to the file; until it ends, this is that it has not ended.
+    """Write to the file why a check could not be made; while the block runs, that the check has not ended.
 
     So a process that is killed, or that native code of a classifier ends, leaves no earlier result either.
     """
@@ -69,7 +69,7 @@ def write_error(path: Path | None, title: str, error: BaseException) -> None:
     text = error.format_message() if isinstance(error, click.ClickException) else str(error)
     case = not_checked(text or type(error).__name__)
     if path is not None and (unwritable := write_junit(path, title, [case])):
-        echo_marked("note:", str(unwritable), len("note: "), err=True)
+        echo_note(str(unwritable))
 
 
 def not_checked(why: str) -> ElementTree.Element:
@@ -97,12 +97,9 @@ def write_junit(path: Path, title: str, cases: list[ElementTree.Element]) -> Inp
         replace_file(OPTION, path, ElementTree.tostring(page, encoding="utf-8", xml_declaration=True))
     except InputError as error:
         if isinstance(error.__cause__, OSError):  # not in a folder of Defuse's, where nothing is touched
+            target = Path(os.path.realpath(path))
             with contextlib.suppress(OSError):
-                _delete_file(Path(os.path.realpath(path)))
+                if target.is_file():  # neither a folder nor a pipe
+                    target.unlink()
         return error
     return None
-
-
-def _delete_file(path: Path) -> None:
-    if path.is_file():  # neither a folder nor a pipe
-        path.unlink()

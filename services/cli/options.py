@@ -1,8 +1,9 @@
-"""Options that several commands share: names of runs, stores, and a classifier of one's own."""
+"""What several commands share: options and the meaning of their values, checks of a run, and printing."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib.util
 import json
 import logging
@@ -148,7 +149,7 @@ def _closing(stream: TextIO) -> Iterator[TextIO]:
     try:
         yield stream
     finally:
-        with contextlib.suppress(OSError):  # told where it was printed
+        with contextlib.suppress(OSError):  # raised by print_json already
             stream.close()
 
 
@@ -157,11 +158,11 @@ json_option = click.option(
 )
 
 
-def print_json(page: dict[str, Any]) -> None:
+def print_json(result: dict[str, Any]) -> None:
     """Print the result of a command that was given --json; nothing where stdout is closed, as by `>&-`."""
     stdout = click.get_current_context().meta[STDOUT]
     if stdout is not None:  # which click takes for the current stdout, and that is stderr
-        click.echo(json.dumps(page), file=stdout)
+        click.echo(json.dumps(result), file=stdout)
 
 
 class EscapingFormatter(logging.Formatter):
@@ -178,6 +179,10 @@ def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = Fa
     if stream is not None and stream.isatty() and len(text) > columns:
         lines = broken_lines(text, max(24, columns))
     click.echo(f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines), err=err)
+
+
+def echo_note(text: str) -> None:
+    echo_marked("note:", text, len("note: "), err=True)
 
 
 def broken_lines(text: str, width: int) -> list[str]:
@@ -211,6 +216,14 @@ def run_name(name: str | None, runfile: Path) -> str:
         raise InputError(f"{error}; this one is the run file's, so choose one with --name") from error
 
 
+def local_user(option: str) -> str:
+    """Return the name of this machine's user. Raises InputError, naming `option`, if it has none, as in containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:
+        raise InputError(f"{option}: this machine has no name for its user; give yours") from error
+
+
 def open_run(name: str, store: str) -> Run:
     """Return the run called `name` in the store at the address `store`. Raises InputError where there is none."""
     from defuse_core.runs import Run
@@ -220,7 +233,7 @@ def open_run(name: str, store: str) -> Run:
 
 
 def is_left_behind(run: Store) -> bool:
-    """Whether nothing is there but what commands have stored that went on while the run was deleted from a bucket.
+    """Whether all that is there was stored by commands that still ran when the run was deleted from a bucket.
 
     In a folder that is deleted they store nothing.
     """

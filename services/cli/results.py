@@ -17,6 +17,7 @@ from services.cli.options import (
     GivenPath,
     classifier_fields,
     echo_marked,
+    echo_note,
     json_option,
     open_run,
     print_json,
@@ -176,7 +177,7 @@ def check_suite(
 
     if junit is not None:
         expect_no_own_folder("--junit", junit)
-    name = _checked_name(classifier, weights, run)
+    name = _classifier_name(classifier, weights, run)
     with failure_in_junit(junit, f"defuse: {name}"):
         from defuse_core.export.suite import load_suite
         from defuse_core.local import local_device
@@ -204,11 +205,11 @@ def check_suite(
     title = f"defuse {loaded.description.run}: {name}"
     unwritable = None if junit is None else write_junit(junit, title, cases)
     if as_json:
-        print_json(_page(_checked_name(classifier, None, run), section, suite, results))
+        print_json(_suite_json(_classifier_name(classifier, None, run), section, suite, results))
     else:
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
-        echo_marked("note:", line, len("note: "), err=True)
+        echo_note(line)
     if unwritable is not None:
         raise unwritable
     if not asked:
@@ -218,8 +219,8 @@ def check_suite(
         raise CheckFailed(f"suite {suite}: {name} fails {failed} of {asked} scenarios{hint}")
 
 
-def _checked_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
-    """Return what is checked, with the names of its files, wherever these are."""
+def _classifier_name(classifier: str | None, weights: Path | None, run: str | None) -> str:
+    """Return the classifier that is checked, with the names of its files, wherever these are."""
     shown = f"run {run or 'not given'}" if classifier is None else Path(classifier).name or classifier
     return shown if weights is None else f"{shown} with {weights.name}"
 
@@ -264,12 +265,11 @@ def _classifier_of(loaded: Suite, run: Run) -> nn.Module:
         differ = class_difference(found.models.classes, asked.classes, f"run {run.name}", "the suite")
         raise InputError(f"run {run.name}: expected the classes of the suite (run {asked.run}); {differ}")
     if not found.sweep.has_correction:
-        line = f"run {run.name} corrected nothing: the classifier that it debugged is checked"
-        echo_marked("note:", line, len("note: "), err=True)
+        echo_note(f"run {run.name} corrected nothing: the classifier that it debugged is checked")
     return to_device(both_classifiers(run.spec, found)[1], data)
 
 
-def _page(
+def _suite_json(
     name: str, section: dict[str, Any] | None, suite: Path, results: list[SuiteResult]
 ) -> dict[str, Any]:
     from defuse_core.files import digest_of

@@ -17,6 +17,7 @@ from services.cli.options import (
     expect_repeatable,
     given,
     json_option,
+    local_user,
     print_json,
     store_option,
 )
@@ -98,7 +99,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     from services.cli.console import Terminal
 
     opened, gallery = _open(name, store)
-    console = Terminal(markup=False)  # what annotators typed is no markup
+    console = Terminal()
     console.quiet = as_json
     votes, verdicts = opened.load(Votes), opened.load(Verdicts)
     if votes is None or verdicts is None:
@@ -261,16 +262,6 @@ def _expect_no_answer_lost(run: Run, gallery: Gallery, votes: Votes) -> None:
         raise (ServiceError if outage else InputError)(
             f"the votes of {run.name} may be the only copy of answers, which --discard gives up: {reason}"
         )
-
-
-def local_user(option: str) -> str:
-    """Return the name of this machine's user. Raises InputError, naming `option`, if it has none, as in containers."""
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError) as error:
-        raise InputError(f"{option}: this machine has no name for its user; give yours") from error
 
 
 @click.group(name="label-studio")

@@ -24,6 +24,7 @@ from services.cli.options import (
     address_option,
     classifier_fields,
     echo_marked,
+    echo_note,
     expect_not_promoted,
     given,
     is_left_behind,
@@ -374,8 +375,8 @@ def delete(run: str, store: str, yes: bool) -> None:
 def _note_untraced(run: Run, profile: str | None, traces: list[str]) -> None:
     """Say that --profile had no effect, where the run has no more traces than before."""
     if profile is not None and run.store.list("profile/") == traces:
-        note = "nothing was traced, since nothing was left to compute in this step; to trace it, run it under another"
-        echo_marked("note:", f"--profile {profile}: {note} --name", len("note: "), err=True)
+        nothing = "nothing was traced, since nothing was left to compute in this step"
+        echo_note(f"--profile {profile}: {nothing}; to trace it, run it under another --name")
 
 
 def _annotators(run: Run, compute: Compute, wait: bool) -> Annotators:

@@ -21,13 +21,13 @@ from services.cli.options import (
     given,
     given_fields,
     json_option,
+    local_user,
     open_run,
     print_json,
     section_overrides,
     store_option,
 )
 from services.cli.results import check_suite, expect_no_suite_options
-from services.cli.review import local_user
 from services.settings import read_environment, serve_token
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def promote(
     if run is None:
         if any((canary, shadow, force, by, why)):
             raise click.UsageError("--canary, --shadow, --force, --by and --why need RUN")
-        _show(registry)
+        _print_versions(registry)
         return
     if canary and shadow:
         raise click.UsageError("--canary and --shadow exclude each other")
@@ -336,7 +336,7 @@ def _no_registry(registry: Registry) -> str:
     )
 
 
-def _show(registry: Registry) -> None:
+def _print_versions(registry: Registry) -> None:
     state = registry.state()
     if not state.sequence:
         click.echo(_no_registry(registry))

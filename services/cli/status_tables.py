@@ -17,7 +17,7 @@ from defuse_core.formatting import NONE, before_after, count_of, date_time, dura
 from defuse_core.runs import CONTROL_NAMES, UNFINISHED, Run
 from defuse_core.steps import STEPS
 from defuse_core.store import Store
-from services.cli.console import Terminal, add_row, new_table, print_fitting
+from services.cli.console import Terminal, new_table, print_fitting
 from services.cli.tables import print_accuracy, print_text
 from services.labeling.records import STATE_KEY
 
@@ -236,7 +236,7 @@ def _steps_table(states: Sequence[StepState], columns: Sequence[str]) -> Table:
         held = NONE if state.bytes is None else size(state.bytes)
         row: tuple[str | Text, ...] = (state.step, _state_text(state), made, took, held)
         cells = dict(zip(STATUS_COLUMNS, row, strict=True))
-        add_row(table, *(cells[name] for name in columns))
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
@@ -289,7 +289,7 @@ def _runs_table(runs: Sequence[RunSummary], columns: Sequence[str]) -> Table:
     table.columns[0].min_width = min(NAME_WIDTH, max(len(run.run) for run in runs))
     for run in runs:
         cells = dict(zip(RUN_COLUMNS, _run_row(run), strict=True))
-        add_row(table, *(cells[name] for name in columns))
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 

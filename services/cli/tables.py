@@ -14,7 +14,7 @@ from rich.text import Text
 from defuse_core.formatting import NONE, change, count_of, percent
 from defuse_core.report.evidence_schema import EvidenceFigures, Share
 from defuse_core.report.schema import is_low
-from services.cli.console import Terminal, add_row, needed_width, new_table, print_fitting, print_table
+from services.cli.console import Terminal, needed_width, new_table, print_fitting, print_table
 from services.cli.options import broken_lines
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ TEXT_WIDTH = 100  # columns of a paragraph, also in a wider terminal: longer lin
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the report: Figure 4, the scenarios, Figure 6, and one line each on Ψ and the β-VAE."""
+    """Print the report: its headline and caveats, its tables, and a line for each other figure."""
     console = console or Terminal()
     print_text(console, report.headline, "bold")
     for caveat in report.caveats:
@@ -46,7 +46,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
     if report.agreement.all.images:
         print_table(console, _agreement_table(report))
-    for line in _lines(report):
+    for line in _other_figures(report):
         print_text(console, line, "dim")
 
 
@@ -75,7 +75,7 @@ def _accuracy_table(report: Report, columns: Sequence[str]) -> Table:
         number = str(corrected) if name == "Defuse" else NONE
         shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
         cells = dict(zip(ACCURACY_COLUMNS, (name, number, *shares), strict=True))
-        add_row(table, *(cells[column] for column in columns))
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 
@@ -102,7 +102,7 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     if number := evidence.real_failure_images:
         rows.append((count_of(number, "failing test draw"), real.before, real.plain, real.defuse))
     for name, *shares in rows:
-        add_row(table, name, *(text(share, 0) for share in shares))
+        table.add_row(name, *(text(share, 0) for share in shares))
     return table
 
 
@@ -140,7 +140,7 @@ def _comparison_table(rows: Sequence[ComparedScenario], columns: Sequence[str]) 
         numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
         shares = (percent(share) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
         cells = dict(zip(COMPARED, (row.state, row.label, row.mistaken_for, *numbers, *shares), strict=True))
-        add_row(table, *(cells[name] for name in columns))
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
@@ -164,7 +164,7 @@ def _scenario_table(report: Report, columns: Sequence[str]) -> Table:
                 "Before": percent(row.before),
                 "Defuse": percent(row.defuse),
             }
-            add_row(table, *(cells[name] for name in columns))
+            table.add_row(*(cells[name] for name in columns))
     return table
 
 
@@ -177,11 +177,11 @@ def _agreement_table(report: Report) -> Table:
         ("All", agreement.all),
     )
     for name, mean in parts:
-        add_row(table, name, f"{mean.images:,}", mean.text())
+        table.add_row(name, f"{mean.images:,}", mean.text())
     return table
 
 
-def _lines(report: Report) -> list[str]:
+def _other_figures(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
     of_wrong = (
         f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"

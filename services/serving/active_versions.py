@@ -22,11 +22,11 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import DefuseError, NoAnswerError, StoreError
 from defuse_core.formatting import count_of, percent
 from defuse_core.store import Store
-from services.serving.candidate import VERSION_FIELDS, Candidate, with_fields
+from services.serving.candidate import VERSION_FIELDS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device
 from services.serving.registry import AUTHOR, POLL_S, PROMOTE_AGAIN, DamagedVersionError, Registry
 from services.serving.registry_state import EMPTY, RegistryState, registry_command
-from services.storage import is_store_outage
+from services.storage import is_store_failure
 
 log = logging.getLogger("defuse")
 MAX_PAUSE_S = 60.0  # longest pause before a failed load is tried again, where nothing changed
@@ -219,10 +219,10 @@ class RegistryWatcher:
     """Loads the versions that the registry names, while the loaded ones go on answering."""
 
     def __init__(
-        self, store: Store, initial: InitialModel, section: ServeSection, overrides: Mapping[str, Any]
+        self, store: Store, initial: InitialModel, section: ServeSection, settings: Mapping[str, Any]
     ) -> None:
-        """`overrides` are fields of section `serve` that take precedence over every version's run file."""
-        self.store, self.initial, self.section, self.overrides = store, initial, section, overrides
+        """`settings` are fields of section `serve` that take precedence over every version's run file."""
+        self.store, self.initial, self.section, self.settings = store, initial, section, settings
         self.registry = Registry(store)
         self._failed: _FailedLoad | None = None
         self._reported = ""  # the last error of `load_initial`
@@ -270,7 +270,7 @@ class RegistryWatcher:
         try:
             production = self._load_production(state, current)
         except Exception as error:
-            if not is_store_outage(error):
+            if not is_store_failure(error):
                 self._failed = self._failed_load(state, error)
             if not _is_canary_ended(current, state):
                 raise
@@ -339,7 +339,7 @@ class RegistryWatcher:
                 return self._load_version(number, state, current)
             except Exception as error:  # for example out of GPU memory
                 log.error("version %d cannot be loaded: %s", number, error)
-                if is_store_outage(error):
+                if is_store_failure(error):
                     return None
                 self._unfit = state, str(error)
         try:
@@ -369,7 +369,7 @@ class RegistryWatcher:
         return self._load_warm(candidate, state.production if is_version else None)
 
     def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
-        own = with_fields(candidate.run_file().serve, self.overrides)
+        own = with_settings(candidate.run_file().serve, self.settings)
         section = self.section.model_copy(update={field: getattr(own, field) for field in VERSION_FIELDS})
         model = LoadedModel(candidate, section, number)
         model.warm_up(self.section.batch_size)

@@ -144,17 +144,14 @@ def _scenario_infos(model: LoadedModel, share: float) -> list[ScenarioInfo]:
     ]
 
 
-_ERROR_CONTENT: Any = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-_BUSY: Any = {
-    "description": "Overloaded, or no version in production; Retry-After gives the seconds to wait",
-    "content": {**_ERROR_CONTENT, "text/plain": {"schema": {"type": "string"}}},
-}
-
-
 def _error_responses(descriptions: dict[int, str]) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": ErrorResponse, "description": text} for code, text in descriptions.items()}
 
 
+_BUSY = _error_responses(
+    {503: "Overloaded, or no version in production; Retry-After gives the seconds to wait"}
+)
+_BUSY[503]["content"] = {"text/plain": {"schema": {"type": "string"}}}  # an answer of Serve's
 _UNAUTHORIZED = _error_responses({401: "The bearer token is missing or wrong"})
 _REJECTED = _error_responses(
     {
@@ -262,17 +259,16 @@ def build_api(deployment: ClassifierDeployment) -> FastAPI:
 
     # This route answers, without the cost of FastAPI's validation of arguments; the one below describes it.
     api.router.routes.insert(0, Route("/v1/predict", predict, methods=["POST"]))
-    busy: dict[int | str, dict[str, Any]] = {503: _BUSY}
     api.post(
         "/v1/predict",
         response_model=PredictionResponse,
         openapi_extra=_PREDICT_SCHEMA,
-        responses={**_UNAUTHORIZED, **_REJECTED, **busy},
+        responses={**_UNAUTHORIZED, **_REJECTED, **_BUSY},
         summary="Classify one image or several",
     )(predict)
-    api.get("/v1/model", responses={**_UNAUTHORIZED, **busy}, summary="The model in production")(model)
+    api.get("/v1/model", responses={**_UNAUTHORIZED, **_BUSY}, summary="The model in production")(model)
     api.get("/healthz", summary="Liveness: this process answers")(healthz)
-    api.get("/readyz", responses=busy, summary="Readiness: a version is loaded and warm")(readyz)
+    api.get("/readyz", responses=_BUSY, summary="Readiness: a version is loaded and warm")(readyz)
     for path, answer in zip(HEALTH_ROUTES, (healthz, readyz), strict=True):  # as load balancers ask
         api.head(path, include_in_schema=False)(answer)
     api.get(

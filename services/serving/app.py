@@ -9,7 +9,6 @@ import contextlib
 import io
 import logging
 import math
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,7 +31,7 @@ from defuse_core.config import ServeSection
 from defuse_core.errors import ComputeError, InputError, StoreError
 from defuse_core.formatting import escape_control_characters
 from defuse_core.runs import Run
-from services import stop_signals
+from services import ignore_signals
 from services.serving.active_versions import InitialModel
 from services.serving.api import build_api
 from services.serving.candidate import Candidate, prepare_candidate
@@ -187,7 +186,7 @@ def serve_until_stopped(
             require_gpus(section)
         running = running_application(args, host, port, proxy)
         with contextlib.suppress(KeyboardInterrupt), running as url, contextlib.ExitStack() as served:
-            served.callback(_ignore_signals)
+            served.callback(ignore_signals)
             # Serve's controller ends during a call, which a thread of Ray prints as a failed task
             served.callback(ending.enter_context, contextlib.redirect_stdout(io.StringIO()))
             show(
@@ -319,12 +318,6 @@ def _replica_error() -> str | None:
     return next((line for line in reversed(list(lines)) if line), None)
 
 
-def _ignore_signals() -> None:
-    """Let no further signal cut off the end."""
-    for number in (signal.SIGINT, *stop_signals()):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def registry_changes(
     registry: Registry,
     *,
@@ -362,5 +355,5 @@ def _translate_errors(context: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise InputError(f"{context}: {error.errors()[0]['msg']}") from error
-    except (RayError, RuntimeError, ConnectionError, OSError, TimeoutError, ValueError) as error:
+    except (RayError, RuntimeError, OSError, ValueError) as error:
         raise ComputeError(f"{context}: {explained_line(error)}") from error

@@ -114,7 +114,7 @@ class Candidate:
         return data.channels, data.image_size, tuple(self.classes)
 
     def interface_error(self, current: Candidate) -> str | None:
-        """Return, as a line, that clients of `current`, which is in production, rely on another interface, or None."""
+        """Return, as a line, why clients of `current`, which is in production, could not use it; None if they can."""
         if self.interface != current.interface:
             pairs = itertools.zip_longest(current.classes, self.classes)
             differ = next((number for number, (one, other) in enumerate(pairs) if one != other), 0)
@@ -182,10 +182,10 @@ class Candidate:
         }
 
 
-def with_fields(section: ServeSection, changes: Mapping[str, Any]) -> ServeSection:
-    """Return the section with `changes`. Raises InputError naming the first invalid field."""
+def with_settings(section: ServeSection, settings: Mapping[str, Any]) -> ServeSection:
+    """Return the section with `settings`. Raises InputError naming the first invalid field."""
     try:
-        return ServeSection.model_validate(section.model_dump() | dict(changes))
+        return ServeSection.model_validate(section.model_dump() | dict(settings))
     except ValidationError as error:
         raise InputError(f"serve.{first_problem(error, ServeSection)}") from error
 

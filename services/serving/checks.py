@@ -34,7 +34,7 @@ class Check:
     name: str
     passed: bool
     line: str  # what was checked, the value found and the limit
-    # the accuracy, gain, loss or share that the line tells, as a fraction of 1; a loss below 0 is a gain
+    # the accuracy, gain, loss or share in the line, as a fraction of 1; a loss below 0 is a gain
     found: float | None = None
     limit: float | None = None  # what the line compares it with; None where no single figure decides
 

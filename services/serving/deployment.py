@@ -47,7 +47,7 @@ from services.serving.registry import AUTHOR, POLL_S
 from services.serving.registry_state import NO_VERSION
 from services.serving.traffic import Reservoir, SampledInput
 from services.settings import serve_token
-from services.storage import is_store_outage, open_store
+from services.storage import is_store_failure, open_store
 
 log = logging.getLogger("defuse")
 FAILURES_BEFORE_CHECK = 20  # requests in a row that production fails on
@@ -66,7 +66,7 @@ class ClassifierDeployment:
         store: str,
         initial: InitialModel,
         section: ServeSection,
-        overrides: Mapping[str, Any],
+        settings: Mapping[str, Any],
         require_token: bool,
     ) -> None:
         torch.set_num_threads(max(1, round(section.cpus_per_replica)))
@@ -77,7 +77,7 @@ class ClassifierDeployment:
         if require_token and not self.token:
             raise InputError("DEFUSE_SERVE_TOKEN is required, and not set in the environment of this replica")
         opened = when_store_answers(partial(open_store, store))
-        self.watcher = RegistryWatcher(opened, initial, section, overrides)
+        self.watcher = RegistryWatcher(opened, initial, section, settings)
         self.active = when_store_answers(self.watcher.load_initial)
         self.metrics, self.failure_log = ServingMetrics(), FailureLog()
         self.reservoir = Reservoir(opened, section.reservoir) if section.reservoir else None
@@ -283,7 +283,7 @@ class ClassifierDeployment:
         assert model.number is not None  # only versions become canaries
         log.error("version %s is rolled back: %s", model.name, reason)
         retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(is_store_outage),
+            retry=tenacity.retry_if_exception(is_store_failure),
             wait=tenacity.wait_fixed(POLL_S),
             before_sleep=lambda retry: log.error(
                 "version %s: its end is not stored in the registry yet: %s",
@@ -344,7 +344,7 @@ class ClassifierDeployment:
             log.error("the registry's version cannot be loaded, the current one stays active: %s", error)
             return
         log.error("the registry's version cannot be loaded: %s", error)
-        if not is_store_outage(error):  # a registry that cannot be read has perhaps no version in production
+        if not is_store_failure(error):  # a registry that cannot be read has perhaps no version in production
             self._activate(replace(self.active, error=reason_for_clients(error)))
 
     def _activate(self, versions: ActiveVersions) -> None:

@@ -145,8 +145,12 @@ def decode_images(files: list[bytes], input_spec: InputSpec) -> F32:
     pixels = np.empty((len(files), *input_spec.shape), np.float32)
     budget = input_spec.max_pixels  # pixels that may still be decoded for this request
     for row, data in enumerate(files):
-        prefix = f"image {row + 1}: " if len(files) > 1 else ""
-        pixels[row], decoded = _decode_image(data, input_spec, prefix, budget)
+        try:
+            pixels[row], decoded = _decode_image(data, input_spec, budget)
+        except RejectedInput as rejected:
+            if len(files) > 1:
+                rejected.detail = f"image {row + 1}: {rejected.detail}"
+            raise
         budget -= decoded
     return pixels
 
@@ -155,64 +159,60 @@ def _too_many_images(count: int, input_spec: InputSpec) -> RejectedInput:
     return RejectedInput(413, f"the request holds {count} images, the limit is {input_spec.max_images}")
 
 
-def _decode_image(data: bytes, input_spec: InputSpec, prefix: str, budget: int) -> tuple[F32, int]:
+def _decode_image(data: bytes, input_spec: InputSpec, budget: int) -> tuple[F32, int]:
     """Return the pixels, and how many pixels the file holds. Raises RejectedInput."""
     if not data:
-        raise RejectedInput(422, f"{prefix}the image is empty")
+        raise RejectedInput(422, "the image is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings concern metadata; broken pixels raise errors
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                _check_size(image, input_spec, prefix, budget)
-                _check_scans(data, prefix)
-                _check_mode(image, input_spec, prefix)
+                _check_size(image, input_spec, budget)
+                _check_scans(data)
+                _check_mode(image, input_spec)
                 return _fit(image, input_spec), image.width * image.height
     except (RejectedInput, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise RejectedInput(413, f"{prefix}the image is too large to decode") from None
+        raise RejectedInput(413, "the image is too large to decode") from None
     except UnidentifiedImageError:
         raise RejectedInput(
-            400, f"{prefix}expected an image in PNG, JPEG, BMP or WebP format, found other bytes"
+            400, "expected an image in PNG, JPEG, BMP or WebP format, found other bytes"
         ) from None
     except Exception:  # decoders raise a dozen kinds of errors on broken files
-        raise RejectedInput(400, f"{prefix}this image file is broken") from None
+        raise RejectedInput(400, "this image file is broken") from None
 
 
-def _check_size(image: Image.Image, input_spec: InputSpec, prefix: str, budget: int) -> None:
+def _check_size(image: Image.Image, input_spec: InputSpec, budget: int) -> None:
     """Check the size in the header; no pixel is decoded yet."""
     width, height = image.size
     if width * height > input_spec.max_pixels:
         raise RejectedInput(
-            413, f"{prefix}the image has {width}x{height} pixels, the limit is {input_spec.max_pixels}"
+            413, f"the image has {width}x{height} pixels, the limit is {input_spec.max_pixels}"
         )
     if width * height > budget:
         raise RejectedInput(
-            413, f"{prefix}the images of this request have more than {input_spec.max_pixels} pixels together"
+            413, f"the images of this request have more than {input_spec.max_pixels} pixels together"
         )
     if not input_spec.resize and image.size not in input_spec.sizes:
-        raise RejectedInput(
-            422, f"{prefix}the image has {width}x{height} pixels, expected {input_spec}; {REMEDY}"
-        )
+        raise RejectedInput(422, f"the image has {width}x{height} pixels, expected {input_spec}; {REMEDY}")
 
 
-def _check_mode(image: Image.Image, input_spec: InputSpec, prefix: str) -> None:
+def _check_mode(image: Image.Image, input_spec: InputSpec) -> None:
     """Check that no colour is lost."""
     if input_spec.resize:
         return
     if "transparency" in image.info:
         raise RejectedInput(
-            422, f"{prefix}the image has transparency (tRNS), expected {input_spec} without; {REMEDY}"
+            422, f"the image has transparency (tRNS), expected {input_spec} without; {REMEDY}"
         )
     if not keeps_colours(image, input_spec.channels):
-        raise RejectedInput(
-            422, f"{prefix}the image has colour mode {image.mode}, expected {input_spec}; {REMEDY}"
-        )
+        raise RejectedInput(422, f"the image has colour mode {image.mode}, expected {input_spec}; {REMEDY}")
 
 
-def _check_scans(data: bytes, prefix: str) -> None:
+def _check_scans(data: bytes) -> None:
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_JPEG_SCANS:  # starts of scans
-        raise RejectedInput(422, f"{prefix}the JPEG image has more than {MAX_JPEG_SCANS} scans")
+        raise RejectedInput(422, f"the JPEG image has more than {MAX_JPEG_SCANS} scans")
 
 
 def _fit(image: Image.Image, input_spec: InputSpec) -> F32:

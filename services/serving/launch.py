@@ -28,7 +28,7 @@ from defuse_core.errors import DamagedError, InputError
 from defuse_core.export.finished import stored_components
 from defuse_core.runs import Run
 from defuse_core.store import Store
-from services.serving.candidate import VERSION_FIELDS, with_fields
+from services.serving.candidate import VERSION_FIELDS, with_settings
 from services.serving.registry import DamagedVersionError, Registry
 from services.storage import open_store
 
@@ -66,7 +66,7 @@ def serve_section(args: ServeArgs) -> ServeSection:
         raise InputError("--pin needs a RUN to keep")
     store = open_store(args.store)
     section = _section_of_production(store) if args.run is None else Run.open(store, args.run).spec.serve
-    return with_fields(section, args.settings)
+    return with_settings(section, args.settings)
 
 
 def _section_of_production(store: Store) -> ServeSection:
@@ -89,7 +89,7 @@ def _section_of_production(store: Store) -> ServeSection:
         return ServeSection()
 
 
-def warn_of_production(registry: Registry, section: ServeSection, overrides: Mapping[str, Any]) -> None:
+def warn_of_production(registry: Registry, section: ServeSection, settings: Mapping[str, Any]) -> None:
     """Warn where the version in production is damaged, or has not the fields of a version that its run has now."""
     number = registry.state().production
     if number is None:
@@ -99,7 +99,7 @@ def warn_of_production(registry: Registry, section: ServeSection, overrides: Map
     except DamagedVersionError as error:
         log.warning("%s; requests are answered 503 until then", error)
         return
-    own = with_fields(candidate.run_file().serve, overrides)
+    own = with_settings(candidate.run_file().serve, settings)
     for field in VERSION_FIELDS:
         promoted, now = getattr(own, field), getattr(section, field)
         if promoted != now:
@@ -153,8 +153,8 @@ sed -i -E \\
 exec {python} -IS -c '{end_with_parent}' {haproxy} "$@"
 """
 
-# Without it, an HAProxy whose parent is killed keeps the port for ever. The parent is the thread of Ray's proxy that
-# starts it and all that take over from it; it lives as long as its process.
+# Without it, an HAProxy whose parent is killed keeps the port for ever. The kernel takes the thread that started it for
+# the parent: one thread of Ray's proxy starts each HAProxy, and lives as long as the proxy's process.
 END_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -181,9 +181,10 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
 
 @contextlib.contextmanager
 def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
-    """Set the environment of the proxy for Ray processes that start in the block. `port` is the one of the clients.
+    """Set the variables of the proxy for Ray processes that start in the block; they stay set. `port` is the clients'.
 
-    Raises InputError where HAProxy is not installed, or there is no folder for its sockets or HAPROXY_PROGRAM.
+    Deletes HAProxy's files at the end. Raises InputError where HAProxy is not installed, or there is no folder for its
+    sockets or HAPROXY_PROGRAM.
     """
     with contextlib.ExitStack() as stack:
         if proxy is not Proxy.CLUSTER:

@@ -248,14 +248,14 @@ class Registry:
         return self.change(f"ended version {number}", by, why, updates)
 
     def why_ended(self, digest: str) -> list[str]:
-        """Return, as a line, why a replica ended the canary or shadow of this digest, if it just did, or may have."""
+        """Return one line, why a replica just ended the canary or shadow of this digest, or may have; else none."""
         state = self.state()
         if state.by != AUTHOR:
             return []
         ended = f"{AUTHOR} {state.action}: {state.why}"
         try:
             before = self._read(state.sequence - 1)
-        except GoneError:  # another file, which need not be there
+        except GoneError:  # of the change before, whose file nothing else needs
             return []
         except DamagedError as error:
             return [f"{ended}; whether that was this model is unknown: {error}"]
@@ -287,7 +287,7 @@ class Registry:
             if ended is None:
                 raise InputError(ENDED.format(canary_or_shadow, registry_command("promote", self.store)))
             return ended
-        # another file, which need not be there for `production`
+        # `production` works also where the file of the change before is gone
         before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
         if not production and before.canary_or_shadow not in (None, current.production):
             raise InputError(

@@ -28,7 +28,7 @@ class VersionInfo(BaseModel):
     forced: bool  # added although checks failed
     annotators: str  # who labelled its scenarios: people, or reference models
     watch: WatchFigures  # how well its failing inputs are found
-    components_digest: str  # of the run, which tells it from others of its name
+    components_digest: str  # distinguishes the run from others of its name
 
 
 class ChangeInfo(BaseModel):
@@ -36,7 +36,7 @@ class ChangeInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    change: int  # its number, or that of the last promotion of the version, which was in production
+    change: int  # its number, or that of the last promotion of the version while it was in production
     by: str
     when: str
     why: str
@@ -51,30 +51,21 @@ class RegistryState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal[6]
-    """FORMAT."""
-    sequence: int = 0
-    """The number of changes so far."""
-    production: int | None = None
-    """The version that answers."""
-    since: ChangeInfo | None = None
-    """The change that put this version into production."""
-    previous: tuple[int, ...] = ()
-    """Versions in production before it, oldest first: the targets of rollback."""
-    canary: int | None = None
-    """A version that answers a share of the requests."""
-    share: float = 0.0
-    """That share, 0 to 1."""
-    shadow: int | None = None
-    """A version that receives a copy of the requests and whose answers are only compared."""
-    action: str = ""
+    format: Literal[6]  # FORMAT
+    sequence: int = 0  # number of changes so far
+    production: int | None = None  # the version that answers
+    since: ChangeInfo | None = None  # the change that put this version into production
+    previous: tuple[int, ...] = ()  # versions in production before it, oldest first: the targets of rollback
+    canary: int | None = None  # a version that answers a share of the requests
+    share: float = 0.0  # that share, 0 to 1
+    shadow: int | None = None  # a version that receives a copy of the requests, to compare its answers
+    action: str = ""  # what the last change did, and its author, time and reason
     by: str = ""
     when: str = ""
     why: str = ""
+    # what spoke against this promotion, which was forced if there is any; None for another change
     failed_checks: tuple[str, ...] | None = None
-    """What spoke against this promotion, which was forced if there is any; None for another change."""
-    versions: dict[int, VersionInfo] = {}
-    """All versions by number."""
+    versions: dict[int, VersionInfo] = {}  # all versions by number
 
     def versions_with(self, digest: str) -> list[int]:
         return [number for number, info in self.versions.items() if info.digest == digest]
@@ -149,7 +140,7 @@ class PromotionRequest:
 
     @property
     def role(self) -> str:
-        """The role, as the action of a change tells it."""
+        """The role, in the words of a change's action."""
         if self.shadow:
             return "as shadow"
         return "to production" if self.canary is None else f"as canary for {percent(self.canary, None)}"

@@ -3,12 +3,12 @@
     traffic/<run>/<components>/003/0007.safetensors     one SampledInput, in slot 7 of scenario 3
     traffic/<run>/<components>/none/0002.safetensors    flagged, and inside no scenario
 
-<components> tells the components of a run from those of another run of the same name, as after one was deleted. Every
-replica samples the inputs that it receives into the same slots. So the store holds at most `serve.reservoir` inputs per
-scenario, for any number of replicas and restarts. Within a scenario, inputs are drawn without replacement with weights
-that are their failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received since its
-start; without failure probabilities the sample is uniform. Replicas with little and much traffic write with equal
-weight. The slot of a write that failed takes the next input. A replica does not notice that its files were deleted.
+<components> distinguishes a run from another of the same name, as after one was deleted. Every replica samples the
+inputs that it receives into the same slots. So the store holds at most `serve.reservoir` inputs per scenario, for any
+number of replicas and restarts. Within a scenario, inputs are drawn without replacement with weights that are their
+failure probabilities (Efraimidis and Spirakis, 2006), from those that one replica received since its start; without
+failure probabilities the sample is uniform. Replicas with little and much traffic write with equal weight. The slot of
+a write that failed takes the next input. A replica does not notice that its files were deleted.
 
 People review the inputs that were in a failure scenario of their run in reviews of their own:
 

@@ -43,6 +43,6 @@ def store_folder(address: str) -> Path:
     return folder
 
 
-def is_store_outage(error: BaseException) -> bool:
-    """Whether the store does not answer now, and may at the next attempt; a damaged file stays damaged."""
+def is_store_failure(error: BaseException) -> bool:
+    """Whether the store itself failed, also by its settings, and may recover; a damaged file in it stays damaged."""
     return isinstance(error, StoreError) and not isinstance(error, DamagedError)

@@ -42,7 +42,7 @@ class LeaseState:
     token: str = ""  # of one taking of the lease; empty where the object cannot be read
     generation: int = 0  # grows with every taking, so that the order is known
     beats: int = 0
-    # Its holder ended; the object stays until the run is deleted, so that generations go on.
+    # its holder ended; the object stays until the run is deleted, so that `generation` goes on
     released: bool = False
 
     @classmethod
@@ -57,8 +57,8 @@ class LeaseState:
         return json.dumps(asdict(self)).encode()
 
 
-class LeaseInBucket:
-    """The object in a bucket that the lease is, with conditional writes."""
+class LeaseObject:
+    """The object in a bucket that holds a lease, with conditional writes."""
 
     def __init__(self, store: S3Store) -> None:
         self.store = store
@@ -112,13 +112,12 @@ class LeaseInBucket:
 class Lease:
     """A lease that this process holds."""
 
-    def __init__(self, found: LeaseInBucket, holder: str) -> None:
-        self.object = found
+    def __init__(self, stored: LeaseObject, holder: str) -> None:
+        self.object = stored
         self.state = LeaseState(holder, secrets.token_hex(8))
         self.version: str | None = None
         self.lost = False
-        # At the end, with the run that was deleted, in place of a mark that it was released.
-        self.remove = False
+        self.remove = False  # whether `release` deletes the object, as the run was deleted
         self.ended = threading.Event()
 
     def require(self) -> None:
@@ -237,12 +236,12 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(found: LeaseInBucket, beating: LeaseInBucket) -> Iterator[Lease]:
+def hold(stored: LeaseObject, beating: LeaseObject) -> Iterator[Lease]:
     """Hold the lease inside the block. Raises RunBusyError, naming the holder, if another driver has it.
 
     `beating` is the same object for the heartbeat; it waits for no answer as long as LEASE_S.
     """
-    lease = Lease(found, f"process {os.getpid()} on {platform.node()}")
+    lease = Lease(stored, f"process {os.getpid()} on {platform.node()}")
     lease.take()
     lease.object = beating
     keeper = threading.Thread(target=lease.keep, name="defuse-lease", daemon=True)
@@ -252,5 +251,5 @@ def hold(found: LeaseInBucket, beating: LeaseInBucket) -> Iterator[Lease]:
     finally:
         lease.ended.set()
         keeper.join()
-        lease.object = found  # which tries longer
+        lease.object = stored  # which tries longer
         lease.release()

@@ -10,7 +10,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -24,9 +23,10 @@ from defuse_core.errors import InputError, StoreError
 from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
-from services.storage.lease import KEY, Lease, LeaseInBucket, LeaseState, hold
+from services.storage.lease import KEY, Lease, LeaseObject, LeaseState, hold
 from services.storage.s3_errors import (
     BROKEN,
+    CONFLICT,
     WRONG_URL,
     OutageTimer,
     answer_with_body,
@@ -191,7 +191,7 @@ class S3Store:
             try:
                 return self._put(key, data, **condition)
             except aws.ClientError as error:
-                if status_of(error) in {409, 412} or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
+                if status_of(error) in CONFLICT or code_of(error) in {"NoSuchKey", "NoSuchUpload"}:
                     return None
                 if status_of(error) != 501:
                     raise
@@ -230,7 +230,7 @@ class S3Store:
             try:
                 self._client.delete_object(**self._at(key), IfMatch=version)
             except aws.ClientError as error:
-                if status_of(error) in {409, 412}:
+                if status_of(error) in CONFLICT:
                     return False
                 if status_of(error) != 501:
                     raise
@@ -275,7 +275,7 @@ class S3Store:
         """
         beating = S3Store(self.bucket, self.prefix, self.endpoint, self.region)
         beating.attempts, beating.timeout_s = HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S
-        with hold(LeaseInBucket(self), LeaseInBucket(beating)) as lease:
+        with hold(LeaseObject(self), LeaseObject(beating)) as lease:
             self.leases[self.prefix], self.fences[self.prefix] = lease, lease.state
             try:
                 self._abort_uploads()  # of earlier drivers and their workers: what they write now is refused
@@ -289,7 +289,7 @@ class S3Store:
                 lease.require()
 
     def is_locked(self) -> bool:
-        return LeaseInBucket(self).is_held()
+        return LeaseObject(self).is_held()
 
     @property
     def _client(self) -> Any:
@@ -302,7 +302,7 @@ class S3Store:
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + key}
 
-    def _errors(self, key: str = "") -> AbstractContextManager[None]:
+    def _errors(self, key: str = "") -> contextlib.AbstractContextManager[None]:
         return translated_errors(f"{self.address}/{key}".rstrip("/"), self.endpoint, _forget_clients)
 
     def _fence(self) -> tuple[str, LeaseState] | None:
@@ -312,7 +312,7 @@ class S3Store:
     def _require_fence(self) -> None:
         """Raise RunBusyError where another driver than the one for whom this store writes holds the run."""
         if (fence := self._fence()) is not None:
-            LeaseInBucket(S3Store(self.bucket, fence[0], self.endpoint, self.region)).require(fence[1])
+            LeaseObject(S3Store(self.bucket, fence[0], self.endpoint, self.region)).require(fence[1])
 
     def _replace(self, key: str, data: bytes, unless: Callable[[bytes], bool] | None) -> bool:
         """Put `data` if nobody else writes `key` meanwhile; True if it is stored, or is not wanted."""

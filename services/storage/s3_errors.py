@@ -58,31 +58,16 @@ REMEDIES = {  # errors that are no refusal of the credentials, although the stat
     "XMinioAdminBucketQuotaExceeded": (StoreError, "free space there, then run again to continue"),
     "XMinioStorageFull": (StoreError, "free space there, then run again to continue"),
 }
-# of requests that another program got in between, or that arrived altered: the next ones may be taken
-OF_ONE_REQUEST = {
-    "409",
-    "412",
-    "BadDigest",
-    "ConditionalRequestConflict",
-    "IncompleteBody",
-    "InvalidPart",
-    "NoSuchUpload",
-    "OperationAborted",
-    "PreconditionFailed",
-    "XAmzContentSHA256Mismatch",
-}
+CONFLICT = {409, 412}  # statuses where another program wrote first
+# codes of a request that arrived altered: the next one may be accepted
+OF_ONE_REQUEST = {"BadDigest", "IncompleteBody", "InvalidPart", "NoSuchUpload", "XAmzContentSHA256Mismatch"}
 # answers of a server, or of a proxy before it, that is busy or fails for a while
 PASSING = re.compile(
     "Thrott|RequestTimeout|TooManyRequests|(Bandwidth|Request)LimitExceeded|SlowDown|ServiceUnavailable|InternalError|"
     "PriorRequestNotComplete|IDPCommunicationError"
 )
 PASSING_STATUS = {408, 429, 500, 502, 503, 504, 509, *range(520, 525), 530}
-NO_ANSWER = (
-    aws.HTTPClientError,
-    aws.EndpointConnectionError,
-    aws.ConnectionError,
-    aws.ResponseStreamingError,
-)
+NO_ANSWER = (aws.HTTPClientError, aws.ConnectionError)
 UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")  # OpenSSL's words
 UNREADABLE = (
     "No such file",
@@ -167,8 +152,8 @@ class _BrokenBody:
 def answer_with_body(get: Callable[..., dict[str, Any]], **at: str) -> dict[str, Any]:
     """Return get(**at), the answer that holds an object.
 
-    An error in its place whose text breaks off or stalls, such as a busy server's, is returned as an object of which
-    that is true: botocore raises what it does not translate then, and does not try again.
+    botocore neither translates nor repeats the request where the server sends an error instead, as when it is busy, and
+    the text of that breaks off or stalls. An answer is returned then whose body cannot be read, as of such an object.
     """
     try:
         return get(**at)
@@ -228,9 +213,8 @@ def _translated(error: aws.ClientError, where: str, endpoint: str | None) -> Exc
 
 
 def _general_remedy(error: aws.ClientError, endpoint: str | None) -> tuple[type[StoreError], str]:
-    code = code_of(error)
-    passes = _passes(error)
-    if 400 <= status_of(error) < 500 and code not in OF_ONE_REQUEST and not passes:
+    code, status, passes = code_of(error), status_of(error), _passes(error)
+    if 400 <= status < 500 and status not in CONFLICT and code not in OF_ONE_REQUEST and not passes:
         return StoreSettingsError, "correct that: check --store, the bucket's settings and AWS_ENDPOINT_URL"
     # such as of a proxy, or of a page that botocore cannot read
     remedy = CHECK_NETWORK + _proxy_hint(endpoint) if code.isdecimal() else "run again to continue"
@@ -352,8 +336,8 @@ class OutageTimer:
     def _pause_s(self, attempts: int) -> float | None:
         """Return the pause before the next attempt, None after the last.
 
-        botocore itself would end a request early: all of a client share a quota of some 35 repeated attempts, to which
-        answers without an error alone give back.
+        botocore itself would end a request early: all requests of a client share a quota of some 35 further attempts,
+        which only answers without an error refill.
         """
         if attempts >= self.attempts:
             return None

@@ -19,6 +19,7 @@ FIELDS = {  # field of each variable that is text
     "LABEL_STUDIO_HOST": "label_studio_host",
     "DEFUSE_SERVE_TOKEN": "serve_token",
     "MLFLOW_TRACKING_URI": "mlflow_uri",
+    "MLFLOW_TRACKING_TOKEN": "mlflow_token",
     "MLFLOW_EXPERIMENT_NAME": "mlflow_experiment",
 }
 SWITCHES = {

@@ -20,6 +20,7 @@ from defuse_core.formatting import percent
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
+from services.cli.console import Terminal
 from services.cli.status_tables import ARTEFACTS, StepState, print_runs, print_status, step_states
 from services.cli.tables import print_report
 from services.labeling.records import STATE_KEY
@@ -31,7 +32,9 @@ ALL = tuple(name for names in ARTEFACTS.values() for name in names)
 
 
 def terminal(width: int = 80) -> Console:
-    return Console(width=width, file=io.StringIO())
+    console = Terminal()
+    console.width, console.file = width, io.StringIO()
+    return console
 
 
 def text_of(console: Console) -> str:

@@ -17,7 +17,7 @@ from services.serving.api import ModelInfo
 from services.serving.candidate import prepare_candidate
 from services.serving.registry import DamagedVersionError, Registry, promote
 from services.serving.registry_state import PromotionRequest
-from services.storage import is_store_outage
+from services.storage import is_store_failure
 
 ANA = PromotionRequest(by="ana", why="")
 
@@ -317,6 +317,6 @@ def test_a_damaged_version_leaves_a_server_of_a_run_with_that_run(own_store):
     assert answering(replica(own_store, initial)) == {"production": "first"}
 
 
-def test_only_a_store_that_does_not_answer_is_asked_again():
+def test_only_a_failure_of_the_store_itself_is_waited_for():
     kinds = (StoreError, DamagedError, DamagedVersionError, InputError)
-    assert [is_store_outage(kind("why")) for kind in kinds] == [True, False, False, False]
+    assert [is_store_failure(kind("why")) for kind in kinds] == [True, False, False, False]

@@ -29,7 +29,7 @@ from services.serving.candidate import (
     _key,
     prepare_candidate,
     require_corrected,
-    with_fields,
+    with_settings,
 )
 from services.serving.checks import Check
 from services.serving.registry import Registry, promote
@@ -171,11 +171,11 @@ def test_only_checks_that_failed_are_told():
 
 
 def test_a_setting_that_is_none_is_an_error_that_names_the_field():
-    assert with_fields(ServeSection(timeout_s=3.0), {"max_images": 5}) == ServeSection(
+    assert with_settings(ServeSection(timeout_s=3.0), {"max_images": 5}) == ServeSection(
         timeout_s=3.0, max_images=5
     )
     with pytest.raises(InputError, match=r"^serve\.timeout_s: expected greater than 0, found -1"):
-        with_fields(ServeSection(), {"timeout_s": -1})
+        with_settings(ServeSection(), {"timeout_s": -1})
 
 
 def finished(folder: Path, dropped: tuple[DroppedComponent, ...] = ()) -> Run:

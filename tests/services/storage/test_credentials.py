@@ -14,7 +14,7 @@ from buckets import KEYS
 
 from defuse_core.errors import StoreError
 from services.storage import open_store, s3
-from services.storage.lease import Lease, LeaseInBucket
+from services.storage.lease import Lease, LeaseObject
 from services.storage.s3_errors import translated_errors
 
 OLD_KEYS = (
@@ -39,7 +39,7 @@ def store(aws: pytest.MonkeyPatch) -> s3.S3Store:
         lambda store: store.write("a", b"1"),
         lambda store: store.delete("a"),
         lambda store: store.is_locked(),
-        lambda store: Lease(LeaseInBucket(store), "ana").beat(),
+        lambda store: Lease(LeaseObject(store), "ana").beat(),
     ],
     ids=["exists", "read", "write", "delete", "is_locked", "heartbeat"],
 )

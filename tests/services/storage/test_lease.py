@@ -15,7 +15,7 @@ from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.runs import Run
 from defuse_core.store import Store
 from services.storage import lease, s3
-from services.storage.lease import LeaseInBucket
+from services.storage.lease import LeaseObject
 from tests.conftest import tiny
 from tests.waiting import wait_until
 
@@ -205,7 +205,7 @@ def test_a_lease_is_released_by_the_client_that_waits_longer_than_the_heartbeats
         release(self)
 
     monkeypatch.setattr(lease.Lease, "release", noted)
-    found, beating = LeaseInBucket(bucket), LeaseInBucket(bucket)
+    found, beating = LeaseObject(bucket), LeaseObject(bucket)
     with lease.hold(found, beating) as held:
         assert held.object is beating
     assert len(released) == 1 and released[0] is found

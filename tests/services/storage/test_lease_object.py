@@ -14,12 +14,12 @@ from buckets import THIEF, steal
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import Store
 from services.storage import lease, s3
-from services.storage.lease import Lease, LeaseInBucket, LeaseState, hold
+from services.storage.lease import Lease, LeaseObject, LeaseState, hold
 from tests.waiting import WAIT_S, wait_until
 
 
 class ObjectInMemory:
-    """A LeaseInBucket without a bucket. `before` has what happens before a call; each happens once."""
+    """A LeaseObject without a bucket. `before` has what happens before a call; each happens once."""
 
     address = "memory"
 
@@ -185,10 +185,10 @@ def test_a_lease_that_a_server_replaces_in_two_steps_is_there(
         return fetch(store, key)
 
     monkeypatch.setattr(s3.S3Store, "read_with_version", fetch_between)
-    seen = LeaseInBucket(bucket).read()
+    seen = LeaseObject(bucket).read()
     assert seen is not None and seen[1] == THIEF
     bucket.delete(lease.KEY)
-    assert LeaseInBucket(bucket).read() is None
+    assert LeaseObject(bucket).read() is None
 
 
 def test_a_heartbeat_outlives_an_error_of_any_kind(monkeypatch):
@@ -207,14 +207,14 @@ def test_a_heartbeat_outlives_an_error_of_any_kind(monkeypatch):
 @pytest.mark.parametrize("heeded", ["IfNoneMatch", "IfMatch"])
 def test_a_server_that_heeds_one_condition_of_two_does_not_heed_conditions(heeded, bucket, monkeypatch):
     bucket.write(lease.KEY, THIEF)
-    assert LeaseInBucket(bucket).is_conditional(THIEF)
+    assert LeaseObject(bucket).is_conditional(THIEF)
     put = s3.S3Store._put
 
     def heed_one(store: s3.S3Store, key: str, data: bytes, **condition: str) -> str | None:
         return put(store, key, data, **{name: value for name, value in condition.items() if name == heeded})
 
     monkeypatch.setattr(s3.S3Store, "_put", heed_one)
-    assert not LeaseInBucket(bucket).is_conditional(THIEF)
+    assert not LeaseObject(bucket).is_conditional(THIEF)
 
 
 def test_a_value_is_kept_where_the_writer_says_so_also_without_a_lock(store: Store) -> None:
@@ -250,7 +250,7 @@ def test_no_heartbeat_is_under_way_once_the_lease_is_released():
 def test_a_lease_that_changes_between_the_look_and_the_write_is_not_replaced(
     held: bool, bucket: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = LeaseInBucket(bucket)  # type: ignore[arg-type]
+    found = LeaseObject(bucket)  # type: ignore[arg-type]
     version, read = found.write_if(b"{}", None) if held else None, found.read
     monkeypatch.setattr(found, "read", lambda: (read(), steal(bucket))[0])
     assert found.write_if(b'{"beats": 1}', version) is None

@@ -13,7 +13,7 @@ import pytest
 
 from defuse_core.errors import NoAnswerError
 from services.storage import s3
-from services.storage.lease import LeaseInBucket
+from services.storage.lease import LeaseObject
 
 CONTENT = b"0123456789" * 10
 
@@ -72,7 +72,7 @@ def test_an_error_whose_text_breaks_off_is_asked_for_again(stuttering: s3.S3Stor
 
 
 def test_a_lease_whose_body_breaks_off_is_read_again(stuttering: s3.S3Store) -> None:
-    assert LeaseInBucket(stuttering).read() == ('"1"', CONTENT)
+    assert LeaseObject(stuttering).read() == ('"1"', CONTENT)
 
 
 @pytest.mark.parametrize("status", [200, 500])
