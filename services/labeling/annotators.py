@@ -212,7 +212,7 @@ class LabelStudioAnnotators:
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
             + (
-                f"{skips} were skipped or are not readable, see `{self.run.command('review status')}`; "
+                f"{skips} skipped or not readable, see `{self.run.command('review status')}`; "
                 if skips
                 else ""
             )
