@@ -38,8 +38,9 @@ from cluster.ray_compat import (
     without_unused_processes,
 )
 from defuse_core.config import RunFile, model_sections
-from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError, without_credentials
+from defuse_core.errors import ComputeError, DefuseError, InputError, RunFileError
 from defuse_core.files import FULL_DISK, WRONG_PLACE
+from defuse_core.formatting import without_credentials
 
 log = logging.getLogger("defuse")
 CONNECT_WITHIN_S = 20.0

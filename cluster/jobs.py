@@ -17,7 +17,8 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import job_client
-from defuse_core.errors import ComputeError, InputError, one_line, without_credentials
+from defuse_core.errors import ComputeError, InputError
+from defuse_core.formatting import one_line, without_credentials
 
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name

@@ -20,7 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.connection import ray_errors
 from cluster.ray_compat import embedded_ray_has_ended, log_folder
 from defuse_core.config import ResourcesSection
-from defuse_core.errors import ComputeError, RunFileError, count_of
+from defuse_core.errors import ComputeError, RunFileError
+from defuse_core.formatting import count_of
 
 log = logging.getLogger("defuse")
 T = TypeVar("T")

@@ -36,7 +36,8 @@ from defuse_core.config import (
 from defuse_core.data import Images, open_splits
 from defuse_core.data.npz import Arrays, column, expect_grey_or_rgb, image_shape, splits_of
 from defuse_core.device import torch_defaults
-from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError, one_line
+from defuse_core.errors import DataError, InputError, ModelError, RunFileError, RunMismatchError
+from defuse_core.formatting import first_few, one_line
 from defuse_core.local import local_compute, local_device
 from defuse_core.models import expect_storable, is_same_program, program_of
 from defuse_core.pipeline import expect_may_go_on, run_defuse
@@ -317,10 +318,9 @@ class _Given:
             log.warning("%s: %s; choose another name", self.store.address, reason)
         if left_out := [name for name in known if name not in given]:
             log.warning(
-                "%s: settings from earlier calls still apply although this call omits them: %s%s",
+                "%s: settings from earlier calls still apply although this call omits them: %s",
                 self.store.address,
-                ", ".join(left_out[:3]),
-                f" and {len(left_out) - 3} more" if len(left_out) > 3 else "",
+                first_few(left_out, most=3),
             )
         kept = {**known, **given, "minutes": planned}
         self.store.write(GIVEN, json.dumps(kept, default=str, indent=1).encode())

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from defuse_core.artifacts import Bool, FailedTrial, Models, Sweep, SweepRow, Trial, Weights
 from defuse_core.config import CorrectSection, RunFile
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError, no_lambda_chosen
+from defuse_core.errors import ComputeError, DefuseError, InputError, ModelError
 from defuse_core.intervals import ROUNDING, certain_class_loss
 from defuse_core.models import is_as_finite, load_classifier, weights_of
 from defuse_core.seeds import generator, torch_seed
@@ -273,6 +273,14 @@ class ChoiceRule:
         enough = max(_tune(_best_row(trial)) for trial in allowed) - EQUAL_TUNE - ROUNDING
         as_good = [trial for trial in allowed if _tune(_best_row(trial)) >= enough]
         return max(as_good, key=lambda trial: (_clean(_best_row(trial)), _tune(_best_row(trial))))
+
+
+def no_lambda_chosen(tuned: int, failed: int) -> str:
+    """Return why no λ is chosen, as a clause: `failed` of them failed, and the `tuned` others cost too much."""
+    costs = "more clean accuracy than correct.max_loss and max_class_loss allow"
+    if not failed:
+        return f"every λ costs {costs}"
+    return f"{failed} of {tuned + failed} λ failed, and {tuned} cost{'s' if tuned == 1 else ''} {costs}"
 
 
 def _best_row(trial: Trial) -> SweepRow:

@@ -26,8 +26,9 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.data.splits import is_perturbed
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import DamagedError, StoreError, count_of
+from defuse_core.errors import DamagedError, StoreError
 from defuse_core.files import map_ahead
+from defuse_core.formatting import count_of
 from defuse_core.models import (
     Decoder,
     Vae,
@@ -42,7 +43,7 @@ from defuse_core.models import (
 from defuse_core.protocols import Progress, silent
 from defuse_core.seeds import generator
 from defuse_core.store import Store
-from defuse_core.training.precision import SAMPLE, answers_as_in_f32, margin_bound
+from defuse_core.training.precision import MEASURED_INPUTS, answers_as_in_f32, margin_bound
 from defuse_core.training.reference_models import load_reference_models, mean_probabilities, sees_class
 
 log = logging.getLogger("defuse")
@@ -237,7 +238,7 @@ class Identifier:
 
         These are the same for every worker.
         """
-        images = self.train.take(evenly_spaced(len(self.train), SAMPLE))
+        images = self.train.take(evenly_spaced(len(self.train), MEASURED_INPUTS))
         mu, sigma = encode_posterior(self.vae, images, self.spec.identify.batch_size)
         section = self.spec.identify.model_copy(update={"draws": 1})
         codes = mu + draw_noise(section, sigma, generator(self.spec.seed, "identify", "margin"))[:, 0]

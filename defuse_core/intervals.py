@@ -13,6 +13,8 @@ from defuse_core.artifacts import F64, I64, Bool
 SIGNIFICANT = 0.05  # p-value below which a test counts
 MIN_CONFIRMED = 0.5  # a confirmed correction is right on over this share of a scenario's held-out images
 MANY_CLASSES = 20  # over so many, bounds of single classes allow for their number
+LEAST_SKILL = 0.1  # skill below which a classifier guesses: 0 is as right as guessing, 1 is always right
+GOOD_SKILL = 0.5  # skill of a good one: images so few that it may be one do not show that it guesses
 ROUNDING = 1e-9  # 0.963 - 0.958 is slightly more than 0.005 in floating point
 
 
@@ -101,6 +103,27 @@ def highest_mean(shares: F64, units: I64, confidence: float = 0.95) -> float:
     share, counts = shares[units > 0], units[units > 0]
     high = wilson(share * counts, counts, confidence)[1]
     return float(share.mean() + np.linalg.norm(high - share) / len(share))
+
+
+def only_guesses(right: F64, counts: I64) -> bool:
+    """Whether a classifier is hardly better than one that does not look at the images.
+
+    It is right on shares (C,) of the `counts` (C,) images of each class, none of which it was trained on. The mean over
+    the classes is at most 1/classes for all answers that do not depend on the image, such as the most frequent class.
+    False for images of a single class, and for so few that a good classifier could be right on such shares by chance:
+    the only image of a class shows next to nothing.
+    """
+    classes, images = int((counts > 0).sum()), int(counts.sum())
+    if classes < 2:
+        return False
+    chance, mean = 1 / classes, float(np.nanmean(right))
+    possible = wilson(np.array([mean * images]), np.array([images]))[1].item()
+    return (
+        mean < 2 * chance
+        and mean - chance < LEAST_SKILL * (1 - chance)
+        and possible - chance < GOOD_SKILL * (1 - chance)
+        and highest_mean(right, counts) - chance < GOOD_SKILL * (1 - chance)
+    )
 
 
 def certain_class_loss(before: Bool, after: Bool, labels: I64, units: I64 | None, classes: int) -> F64:

@@ -25,7 +25,8 @@ from defuse_core.config import RunFile
 from defuse_core.correct import FineTuning
 from defuse_core.data.read_ahead import reader_pool
 from defuse_core.device import computing_on, device, is_device_failure, is_out_of_memory, release_memory
-from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError, one_line
+from defuse_core.errors import ANOTHER_NAME, ComputeError, DefuseError, ModelError
+from defuse_core.formatting import one_line
 from defuse_core.identify import Identifier, finished_shards, gather_shards, save_shard, shard_count
 from defuse_core.protocols import Call, Compute, Progress, ProgressSum, SweepRequest, numbered, silent
 from defuse_core.store import Store

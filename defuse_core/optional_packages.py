@@ -8,7 +8,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from defuse_core.errors import InputError, one_line
+from defuse_core.errors import InputError
+from defuse_core.formatting import one_line
 
 # as in the extras of pyproject.toml
 RELEASES = {

@@ -28,17 +28,11 @@ from defuse_core.distill.components import distill
 from defuse_core.distill.draws import drop_with_few_units
 from defuse_core.distill.sharded import distill_all
 from defuse_core.errors import DamagedError, DataError, StoreError
-from defuse_core.evaluation import (
-    Controls,
-    Findings,
-    control_spec,
-    evaluate,
-    expect_same_code,
-    folds,
-    without_fold,
-)
+from defuse_core.evaluation import Findings, evaluate, expect_same_code
+from defuse_core.evaluation.controls import Controls, control_spec, folds, without_fold
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed
+from defuse_core.evaluation.undecided import not_reviewed, worse_references
 from defuse_core.export.finished import expect_no_version_of, registered_versions
 from defuse_core.identify import SAMPLE_CODES
 from defuse_core.models.adapters import CODE_ELSEWHERE
@@ -55,7 +49,6 @@ from defuse_core.review.sample import (
     with_used_anchors,
 )
 from defuse_core.review.tighten import tighten
-from defuse_core.review.undecided import not_reviewed, worse_references
 from defuse_core.review.verdicts import crowdlab_consensus, decide_verdicts, doubtful, expect_cleanlab
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.train import train_side_by_side

@@ -16,9 +16,10 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.npz import rows_in_file
 from defuse_core.device import torch_defaults
 from defuse_core.distill.draws import distances_from
-from defuse_core.errors import DefuseError, InputError, ModelError, count_of
+from defuse_core.errors import DefuseError, InputError, ModelError
 from defuse_core.evaluation.health import with_measured_health
 from defuse_core.export import corrected_classifier, plain_weights
+from defuse_core.formatting import count_of
 from defuse_core.local import local_device
 from defuse_core.models import (
     copy_for_inference,

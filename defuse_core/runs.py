@@ -34,9 +34,9 @@ from defuse_core.errors import (
     RunFileError,
     RunMismatchError,
     StoreError,
-    first_few,
 )
 from defuse_core.files import digest_of, source_digest
+from defuse_core.formatting import first_few
 from defuse_core.steps import STEPS
 from defuse_core.store import GONE, Store, command_text
 

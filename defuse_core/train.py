@@ -29,7 +29,8 @@ from defuse_core.evaluation.health import (
     reconstruction_errors,
     reconstruction_strip,
 )
-from defuse_core.intervals import class_accuracy
+from defuse_core.evaluation.undecided import why_guessing
+from defuse_core.intervals import class_accuracy, only_guesses
 from defuse_core.models import (
     EXTERNAL,
     build_classifier,
@@ -43,7 +44,6 @@ from defuse_core.models import (
     weights_of,
 )
 from defuse_core.protocols import Call, Compute, Progress
-from defuse_core.review.undecided import only_guesses, why_guessing
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.store import Store
 from defuse_core.training import Adam, Losses, Training, format_row, minibatches, train_step
@@ -71,7 +71,7 @@ def train(spec: RunFile, store: Store, *, progress: Progress) -> Models:
         log_parts(spec.data, on_disk)
     vae = initial_vae(spec, on_disk.train)  # first: one that does not fit fails before anything is trained
     splits = on_disk.loaded()  # every part: an unreadable image fails now, not after the training
-    _expect_whole_files(splits, store, "classifier", "vae")
+    _expect_whole_before_training(splits, store, "classifier", "vae")
     with cpu_threads(spec.resources.train_threads):
         classifier, classifier_history = train_classifier(spec, splits, store, progress)
         accuracies, class_accuracies = _accuracies(spec, classifier, splits)
@@ -146,13 +146,13 @@ def train_part(
             if spec.classifier.weights is not None or spec.classifier.architecture in EXTERNAL:
                 initial_classifier(spec, on_disk.train, len(on_disk.classes))
             splits = on_disk.loaded("train")
-            _expect_whole_files(splits, store, part)
+            _expect_whole_before_training(splits, store, part)
             train_vae(spec, vae, splits, store, progress)
             return
         log_parts(spec.data, on_disk)
         splits = on_disk.loaded()
         if not _trains_both(spec):  # else it is done beside the β-VAE
-            _expect_whole_files(splits, store, part)
+            _expect_whole_before_training(splits, store, part)
         train_classifier(spec, splits, store, progress)
 
 
@@ -163,7 +163,7 @@ def _open_parts(spec: RunFile) -> Splits:
     return on_disk
 
 
-def _expect_whole_files(splits: Splits, store: Store, *parts: str) -> None:
+def _expect_whole_before_training(splits: Splits, store: Store, *parts: str) -> None:
     """Raise DataError for files that cannot be read later, unless the training of one of `parts` goes on.
 
     Each worker takes its share.

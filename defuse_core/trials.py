@@ -31,15 +31,8 @@ from defuse_core.correct import (
     require_progress,
 )
 from defuse_core.device import autocast, cpu_threads, device, is_device_failure, is_out_of_memory
-from defuse_core.errors import (
-    ANOTHER_NAME,
-    DamagedError,
-    DefuseError,
-    InputError,
-    ModelError,
-    StoreError,
-    one_line,
-)
+from defuse_core.errors import ANOTHER_NAME, DamagedError, DefuseError, InputError, ModelError, StoreError
+from defuse_core.formatting import one_line
 from defuse_core.models import set_weights, to_tensor, weights_of
 from defuse_core.protocols import SweepRequest
 from defuse_core.store import SHARED_STORE, Store

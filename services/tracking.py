@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from defuse_core.artifacts import Models, Sweep
 from defuse_core.config import flat_fields
-from defuse_core.errors import InputError, LabelsPending, RunMismatchError, one_line, without_credentials
+from defuse_core.errors import InputError, LabelsPending, RunMismatchError
 from defuse_core.evaluation.health import STRIP_KEY
 from defuse_core.files import temporary_folder
+from defuse_core.formatting import one_line, without_credentials
 from defuse_core.optional_packages import expect_packages
 from defuse_core.runs import RECORDED_FIELDS, ReachedStep, Run
 from services.settings import Environment, fits_a_header

@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from defuse_core.errors import has_control_characters
+from defuse_core.formatting import has_control_characters
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 NUMBERS = {int: "an integer", float: "a number"}

@@ -21,7 +21,8 @@ from defuse_core.config.sections import (
     ReviewSection,
     VaeSection,
 )
-from defuse_core.errors import RunFileError, has_control_characters
+from defuse_core.errors import RunFileError
+from defuse_core.formatting import has_control_characters
 
 Arithmetic = Literal["f32", "bf16"]
 MOST_CHANNELS = 16_384  # of the last stage of the convolutional β-VAE

@@ -104,10 +104,10 @@ def expect_whole_files(splits: Splits, share: slice = slice(None)) -> None:
     """
     for images in (splits.validation, splits.test):
         if images is not None and isinstance(images.pixels, PictureFiles):
-            _expect_whole(images.pixels.at(share))
+            _read_unless_whole(images.pixels.at(share))
 
 
-def _expect_whole(files: PictureFiles) -> None:
+def _read_unless_whole(files: PictureFiles) -> None:
     _, channels, size, _ = files.shape
     whole = map_ahead(_has_both_ends, files.paths, OPENED_AHEAD)
     for _ in read_each(files.paths, lambda path: next(whole) or read_picture(path, channels, size)):

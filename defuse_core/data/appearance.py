@@ -21,8 +21,8 @@ from defuse_core.data.images import (
     evenly_spaced,
     opened_picture,
 )
-from defuse_core.errors import escape_control_characters, first_few, folded, sole_difference
 from defuse_core.files import OPENED_AHEAD, digest_of, map_ahead
+from defuse_core.formatting import escape_control_characters, first_few, folded, sole_difference
 
 KINDS = {"train": "training", "validation": "validation", "test": "test"}  # part -> kind of image in messages
 DARK = 1 / 8  # share of the range; 12 bits in a file of 16 bits end at 1/16
@@ -58,10 +58,10 @@ def _alike(classes: Sequence[str]) -> list[str]:
     """Return a line where classes differ only in case, or in the Unicode form of their letters."""
     first = dict[str, str]()
     pairs = [(name, other) for name in classes if (other := first.setdefault(folded(name), name)) != name]
-    told = [
+    lines = [
         f"{name!a} differs only in {sole_difference(name, other)} from {other!a}" for name, other in pairs
     ]
-    return [f"of the classes, {first_few(told)}; merge those that are one class"] if told else []
+    return [f"of the classes, {first_few(lines)}; merge those that are one class"] if lines else []
 
 
 def _odd_in(images: Images, kind: str) -> list[str]:

@@ -14,16 +14,10 @@ import numpy as np
 from defuse_core.artifacts import I64
 from defuse_core.config import DataSection
 from defuse_core.data.appearance import odd_images, shared_images
-from defuse_core.data.images import (
-    FilePaths,
-    Images,
-    PictureFiles,
-    Splits,
-    data_root,
-    expect_class_names,
-)
+from defuse_core.data.images import FilePaths, Images, PictureFiles, Splits, data_root, expect_class_names
 from defuse_core.data.splits import CHECK_TRACKS, divided, track_numbers
-from defuse_core.errors import DataError, count_of, escape_control_characters, first_few, sole_difference
+from defuse_core.errors import DataError
+from defuse_core.formatting import count_of, escape_control_characters, first_few, sole_difference
 
 log = logging.getLogger("defuse")
 

@@ -22,7 +22,8 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from defuse_core.artifacts import F32, I64, U8
 from defuse_core.config import DataSection
-from defuse_core.errors import DataError, first_few, has_control_characters
+from defuse_core.errors import DataError
+from defuse_core.formatting import first_few, has_control_characters
 
 Read = TypeVar("Read")
 
@@ -368,11 +369,10 @@ def expect_labels(labels: I64, classes: int, where: str | Path) -> None:
 
 def expect_class_names(names: Iterable[str], where: str | Path) -> None:
     """Raise DataError for a name that would change the terminal, the page or the log line that shows it."""
-    for name in names:
-        if has_control_characters(name):
-            raise DataError(
-                f"{where}: expected names of classes without control characters, found {name!a}; rename the class"
-            )
+    for name in filter(has_control_characters, names):
+        raise DataError(
+            f"{where}: expected names of classes without control characters, found {name!a}; rename the class"
+        )
 
 
 def data_root(data: DataSection) -> Path:

@@ -15,8 +15,9 @@ from defuse_core.config import DataSection
 from defuse_core.data.folder import part_of
 from defuse_core.data.images import Images, Splits, data_root, expect_class_names, expect_labels
 from defuse_core.data.splits import divided, track_numbers
-from defuse_core.errors import DataError, first_few
+from defuse_core.errors import DataError
 from defuse_core.files import is_special_file
+from defuse_core.formatting import first_few
 
 PARTS = ("train", "validation", "test")
 NAMES = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels", "tracks")} | {"classes"}

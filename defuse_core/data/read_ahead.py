@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from defuse_core.artifacts import F32, I64
 from defuse_core.data.images import Images, PictureFiles
-from defuse_core.errors import ComputeError, DataError, one_line
+from defuse_core.errors import ComputeError, DataError
 from defuse_core.files import map_ahead
+from defuse_core.formatting import one_line
 
 
 class _Batches(Dataset[Tensor | str]):

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import DataSection
 from defuse_core.data.images import Images, Splits
-from defuse_core.errors import DataError, count_of
+from defuse_core.errors import DataError
+from defuse_core.formatting import count_of
 from defuse_core.seeds import generator
 
 CHECK_TRACKS = "check the tracks (data.track_pattern, or the array train_tracks)"

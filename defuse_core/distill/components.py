@@ -31,7 +31,7 @@ from defuse_core.distill.mixture import (
     responsibilities,
     sample_covariance,
 )
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from defuse_core.identify import subsample_psi
 from defuse_core.intervals import exact_lower
 from defuse_core.protocols import Progress
@@ -41,7 +41,7 @@ from defuse_core.store import Store
 log = logging.getLogger("defuse")
 Cell = tuple[int, int]  # class of the source images and answer of f; WHOLE for a single mixture
 WHOLE = (NONE_OF_THE_ABOVE, NONE_OF_THE_ABOVE)  # the cell of a single mixture over all codes
-FEW_IMAGES = 5  # fewest images, or tracks, of a scenario, whatever the run file says
+LEAST_UNITS = 5  # fewest images, or tracks, of a scenario, whatever the run file says
 # cells too small for a component are listed up to so many: the header of an artefact has at most 100 MB
 MOST_SMALL_CELLS = 10_000
 
@@ -134,7 +134,7 @@ def small_cell(
     reason = f"the cell's {codes} codes are too few for a weight over {section.min_weight:g}"
     if codes < 2:
         reason = "a single code is no cluster"
-    enough = units >= max(section.min_support, FEW_IMAGES)
+    enough = units >= max(section.min_support, LEAST_UNITS)
     return DroppedComponent(weight, *cell, support, "few codes" if enough else "few images", reason)
 
 

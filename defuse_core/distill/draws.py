@@ -16,7 +16,7 @@ from scipy import special
 from defuse_core.artifacts import F32, F64, I64, Anchors, Bool, Cause, ComponentFailures, Failures, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.data import Images
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from defuse_core.intervals import chi2_quantile
 from defuse_core.seeds import generator
 
@@ -178,6 +178,17 @@ def smoothed(
 def anchors_of(scenarios: Scenarios) -> Anchors | None:
     """Return the images that draws of the components are decoded at; None where they are decoded plainly."""
     return None if scenarios.failures is None else scenarios.failures.anchors
+
+
+def units_of(anchors: Anchors | None, anchor: I64 | None, count: int) -> I64:
+    """Return a number for each of `count` pictures, (count,); those with the same one are no independent evidence.
+
+    It is that of the track that a picture is anchored at, of the image where images have no tracks, and its own with
+    plain decoding. `anchor` holds indices into `anchors`.
+    """
+    if anchors is None or anchor is None:
+        return np.arange(count)
+    return anchors.unit[anchor.reshape(-1)]
 
 
 def stacked(draws: Sequence[Draws], count: int, width: int) -> tuple[F32, I64 | None]:

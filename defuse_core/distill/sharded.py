@@ -19,7 +19,7 @@ from defuse_core.config import DistillSection, RunFile
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
 from defuse_core.distill.components import (
-    FEW_IMAGES,
+    LEAST_UNITS,
     WHOLE,
     Cell,
     FittedCell,
@@ -85,7 +85,7 @@ def distill_all(spec: RunFile, psi: Psi, store: Store, data_fingerprint: str, co
     parts = compute.partitions(
         "distill", load_part, [(store, psi.fingerprint, spec.distill.by, *span) for span in spans]
     )
-    cells = _merged_cells(parts.map(summarise, max(spec.distill.min_support, FEW_IMAGES)))
+    cells = _merged_cells(parts.map(summarise, max(spec.distill.min_support, LEAST_UNITS)))
     kept = {
         cell: summary
         for cell, summary in cells.items()

@@ -31,7 +31,7 @@ from defuse_core.review.verdicts import most_common_error
 from defuse_core.seeds import generator
 from defuse_core.tuning_data import by_scenario
 
-COMPARED_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
+CLASS_IMAGES = 200  # real images of its class, at most, whose decodings a scenario is compared with
 ENOUGH_IMAGES = 50  # training images are compared with where fewer of its validation images exist
 # Of pictures over LARGE pixels, each of which takes long, so many of a scenario and of its class are measured. With as
 # many to compare with, LEAST_STANDARD_ERRORS asks for no more than LEAST_DEVIATION.
@@ -155,7 +155,7 @@ def _measured_class(spec: RunFile, vae: Vae, splits: Splits, label: int) -> F64:
     if len(rows) < FEWEST_IMAGES:
         return np.zeros((0, len(MEASUREMENTS)))
     rng = generator(spec.seed, "describe", label)
-    real = _to_measure(real.take(rows[random_rows(len(rows), COMPARED_IMAGES, rng)]))
+    real = _to_measure(real.take(rows[random_rows(len(rows), CLASS_IMAGES, rng)]))
     return measure(decoder_at(spec, vae, real).decode(encode_images(vae, real), np.arange(len(real))))
 
 

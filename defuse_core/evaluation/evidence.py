@@ -23,9 +23,11 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.distill.draws import anchors_of, draw_codes, stacked
-from defuse_core.evaluation import Controls, Findings, fold_of, krippendorff_alpha, units_of
+from defuse_core.distill.draws import anchors_of, draw_codes, stacked, units_of
+from defuse_core.evaluation import Findings
+from defuse_core.evaluation.controls import Controls, fold_of
 from defuse_core.evaluation.describe import NearestReal, describe_scenarios, find_nearest_real
+from defuse_core.evaluation.undecided import compared_part
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import (
     is_better,
@@ -39,8 +41,7 @@ from defuse_core.intervals import (
 )
 from defuse_core.models import Decodings, StoredVae, decoder_at, images_of, load_classifier, predict
 from defuse_core.protocols import Progress
-from defuse_core.review.undecided import compared_part
-from defuse_core.review.verdicts import majority
+from defuse_core.review.verdicts import krippendorff_alpha, majority
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import (
     answers_of_models,

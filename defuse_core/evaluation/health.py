@@ -28,7 +28,9 @@ from defuse_core.data import Images, reopen_splits
 from defuse_core.data.images import evenly_spaced, to_levels
 from defuse_core.data.splits import is_perturbed
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ANOTHER_NAME, VaeHealthError, count_of, percent
+from defuse_core.errors import ANOTHER_NAME, VaeHealthError
+from defuse_core.evaluation.undecided import CHECK_CLASSIFIER, why_guessing
+from defuse_core.formatting import count_of, percent
 from defuse_core.identify import draw_noise, encode_posterior
 from defuse_core.intervals import class_accuracy, highest_mean, wilson
 from defuse_core.models import (
@@ -43,7 +45,6 @@ from defuse_core.models import (
     to_tensor,
 )
 from defuse_core.protocols import Progress
-from defuse_core.review.undecided import CHECK_CLASSIFIER, why_guessing
 from defuse_core.runs import Run
 from defuse_core.seeds import generator
 from defuse_core.training.reference_models import answers_of_models, load_reference_models, mean_probabilities

@@ -19,20 +19,13 @@ from torch import Tensor, nn
 
 from defuse_core.artifacts import F32, Gallery, Models, Sweep, Verdicts, Weights
 from defuse_core.config import ClassifierSection, RunFile
+from defuse_core.correct import no_lambda_chosen
 from defuse_core.data import reopen_splits
 from defuse_core.device import computing_on
-from defuse_core.errors import (
-    DataError,
-    InputError,
-    ModelError,
-    RunMismatchError,
-    class_difference,
-    listed,
-    no_lambda_chosen,
-    one_line,
-)
+from defuse_core.errors import DataError, InputError, ModelError, RunMismatchError
 from defuse_core.evaluation import expect_same_code
 from defuse_core.files import expect_writable, replace_file, writing
+from defuse_core.formatting import class_difference, listed, one_line
 from defuse_core.models import ResNet18, SelfContainedClassifier, load_classifier
 from defuse_core.models.adapters import (
     CODE_ELSEWHERE,
@@ -43,14 +36,13 @@ from defuse_core.models.adapters import (
     raw_output,
     scaled,
 )
+from defuse_core.models.probe import COMPARED_AT_ONCE, COMPARED_IMAGES
 from defuse_core.models.programs import SOURCE, class_names_of
 from defuse_core.optional_packages import import_package
 from defuse_core.protocols import silent
 from defuse_core.runs import UNFINISHED, Run
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
-COMPARED_IMAGES = 1000
-BATCH = 100
 FACTS = "defuse.json"
 TOLERANCE = 1e-3  # share of the largest logit: other kernels add in another order
 
@@ -334,8 +326,8 @@ def _sample_images(run: Run, models: Models) -> tuple[F32, str]:
 def _compared(path: Path, classifier: nn.Module, answer: Answer, images: F32, source: str) -> ExportedModel:
     own = _answers_of(classifier)
     pairs = [
-        (own(images[start : start + BATCH]), answer(images[start : start + BATCH]))
-        for start in range(0, len(images), BATCH)
+        (own(images[start : start + COMPARED_AT_ONCE]), answer(images[start : start + COMPARED_AT_ONCE]))
+        for start in range(0, len(images), COMPARED_AT_ONCE)
     ]
     expected, found = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
     difference = float(np.abs(expected - found).max())

@@ -14,14 +14,14 @@ from defuse_core.artifacts import F32, I64, Models, Weights
 from defuse_core.data import Images
 from defuse_core.device import ieee_f32
 from defuse_core.distill.mixture import sample_covariance
-from defuse_core.errors import InputError, class_difference
+from defuse_core.errors import InputError
 from defuse_core.evaluation import Findings
-from defuse_core.evaluation.undecided import why_undecided
+from defuse_core.evaluation.undecided import why_guessing, why_undecided
 from defuse_core.export.finished import both_classifiers
+from defuse_core.formatting import class_difference
 from defuse_core.intervals import chi2_quantile
 from defuse_core.models import StoredVae, accuracy, encode_images, load_vae
 from defuse_core.models.programs import SOURCE
-from defuse_core.review.undecided import why_guessing
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import Run
 from defuse_core.tuning_data import by_scenario, held_out_images
@@ -157,15 +157,15 @@ def _load(run: Run) -> _Side:
 
 def _expect_comparable(a: Run, b: Run) -> None:
     """Raise InputError where the runs have other classes, or images of another shape, or no models yet."""
-    told = f"runs {a.name} and {b.name} cannot be compared"
+    failed = f"runs {a.name} and {b.name} cannot be compared"
     for field in ("image_size", "channels"):
         one, other = (getattr(run.spec.data, field) for run in (a, b))
         if one != other:
-            raise InputError(f"{told}: data.{field} is {one} in one, {other} in the other")
+            raise InputError(f"{failed}: data.{field} is {one} in one, {other} in the other")
     first, second = (run.require(Models).classes for run in (a, b))
     if first != second:
         raise InputError(
-            f"{told}, since their classes differ: {class_difference(first, second, a.name, b.name)}"
+            f"{failed}, since their classes differ: {class_difference(first, second, a.name, b.name)}"
         )
 
 

@@ -15,14 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from defuse_core.artifacts import (
-    I64,
-    NONE_OF_THE_ABOVE,
-    U8,
-    Corrections,
-    Gallery,
-    Verdicts,
-)
+from defuse_core.artifacts import I64, NONE_OF_THE_ABOVE, U8, Corrections, Gallery, Verdicts
 from defuse_core.codec import array_digest, decode
 from defuse_core.config import RunFile
 from defuse_core.data import Images, reopen_splits

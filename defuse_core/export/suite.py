@@ -24,11 +24,12 @@ from defuse_core.config import ClassifierSection, PrintableText, RunFile, parse_
 from defuse_core.data import Images
 from defuse_core.data.images import to_levels, to_picture
 from defuse_core.device import ieee_f32
-from defuse_core.errors import InputError, StoreError, percent
+from defuse_core.errors import InputError, StoreError
 from defuse_core.evaluation import Findings
 from defuse_core.export import expect_stated_classes, why_not_corrected
 from defuse_core.export.finished import both_classifiers
 from defuse_core.files import expect_new_folder, expect_no_special_file, filling
+from defuse_core.formatting import percent
 from defuse_core.models import (
     EXTERNAL,
     StoredVae,

@@ -10,15 +10,7 @@ from defuse_core.models.architectures import (
     import_module,
 )
 from defuse_core.models.checks import check_outputs, expect_trainable
-from defuse_core.models.decoding import (
-    Decoder,
-    Decodings,
-    StoredVae,
-    decode_codes,
-    decoder_at,
-    decoder_of,
-    images_of,
-)
+from defuse_core.models.decoding import Decoder, Decodings, StoredVae, decode_codes, decoder_at, images_of
 from defuse_core.models.inference import (
     accuracy,
     answers_from,

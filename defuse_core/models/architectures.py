@@ -16,14 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from defuse_core.artifacts import Weights
 from defuse_core.config import RunFile
-from defuse_core.errors import ModelError, one_line
+from defuse_core.errors import ModelError
+from defuse_core.formatting import one_line
 from defuse_core.models.adapters import EXTERNAL, IMAGENET_MEAN, IMAGENET_SD, adapt, reorder
-from defuse_core.models.programs import (
-    load_program,
-    open_transformers,
-    read_file,
-    transformers_from,
-)
+from defuse_core.models.programs import load_program, open_transformers, read_file, transformers_from
 from defuse_core.optional_packages import import_package
 
 

@@ -28,7 +28,7 @@ from defuse_core.models.layout import to_tensor, use_default_layout_if_needed
 from defuse_core.models.vae import gradients_of
 
 log = logging.getLogger("defuse")
-BATCH = 8  # images of the check of outputs
+CHECKED_IMAGES = 8  # in one batch, whose outputs are checked
 SAME_IN_TRAINING = (
     "let its forward take images alone and return the logits in train mode as in eval mode, or give the network by "
     "torch.export.save, which keeps it in eval mode"
@@ -56,7 +56,7 @@ def check_outputs(
     Of an architecture that is not Defuse's own, also: that the outputs are what classifier.outputs says. `remedy` is
     what to do where it takes no images of this shape.
     """
-    batch = to_tensor(images.batch(evenly_spaced(len(images), BATCH)))
+    batch = to_tensor(images.batch(evenly_spaced(len(images), CHECKED_IMAGES)))
     first = batch[:2].clone()
     use_default_layout_if_needed(classifier.eval(), first.clone())
     with torch.no_grad():  # what the classifier keeps from its first call has to take part in training, too

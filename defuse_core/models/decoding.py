@@ -33,12 +33,17 @@ class Decoder:
     code that is mu(x) itself gives x.
     """
 
-    def __init__(self, vae: Vae, images: Images | None = None, batch_size: int = BATCH) -> None:
-        """Decode plainly, or anchored at `images` (M of them), which are encoded and decoded once."""
+    def __init__(self, vae: Vae, images: Images | Anchors | None = None, batch_size: int = BATCH) -> None:
+        """Decode plainly, or anchored at `images` (M of them), which are encoded and decoded once.
+
+        An artefact has the images of all components: encoded are those that a batch of codes is anchored at.
+        """
         self.vae, self.batch_size = vae, batch_size
         self.residuals: F32 | _ResidualsOnDemand | None = None
-        if images is not None:
+        if isinstance(images, Images):
             self.residuals = _residuals(vae, images, batch_size)
+        elif (stored := images_of(images)) is not None:
+            self.residuals = _ResidualsOnDemand(vae, stored, batch_size)
 
     def decode(self, codes: F32, anchors: I64 | None = None) -> F32:
         """Return the images of (..., Z) codes, one after the other: (n, channels, H, W) in [0, 1].
@@ -99,17 +104,6 @@ class _ResidualsOnDemand:
 def decoder_at(spec: RunFile, vae: Vae, images: Images, batch_size: int = BATCH) -> Decoder:
     """Return the decoder of codes near `images`, as vae.decode says; plain decoding does not read them."""
     return Decoder(vae, images if spec.vae.decode == "anchored" else None, batch_size)
-
-
-def decoder_of(vae: Vae, anchors: Anchors | None) -> Decoder:
-    """Return the decoder of an artefact's codes: anchored at its images, or plain where it has none.
-
-    An artefact has the images of all components: encoded are those that a batch of codes is anchored at.
-    """
-    decoder, images = Decoder(vae), images_of(anchors)
-    if images is not None:
-        decoder.residuals = _ResidualsOnDemand(vae, images, decoder.batch_size)
-    return decoder
 
 
 def images_of(anchors: Anchors | None) -> Images | None:

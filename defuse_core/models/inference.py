@@ -24,7 +24,8 @@ from defuse_core.artifacts import F32, I64, Weights
 from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.data.read_ahead import batches_of
-from defuse_core.errors import ModelError, first_few
+from defuse_core.errors import ModelError
+from defuse_core.formatting import first_few
 from defuse_core.models.adapters import TWO_OF_ONE_LOGIT_BY_HOOK
 from defuse_core.models.architectures import ResNet18, build_classifier
 from defuse_core.models.layout import to_device, to_tensor
@@ -32,8 +33,7 @@ from defuse_core.models.programs import SelfContainedClassifier, program_kind, r
 from defuse_core.models.vae import Vae, build_vae
 
 log = logging.getLogger("defuse")
-# Keys of training checkpoints, in order of preference.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # in order of preference
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning modules
 EXPANDED = 10_000_000  # numbers of a state dict that are not in its file, since a tensor was expanded
 NOT_A_NUMBER = -1  # predicted class where a logit is nan
@@ -106,7 +106,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _wrapper(tree: Mapping[str, Any]) -> str | None:
-    return next((key for key in WRAPPERS if isinstance(tree.get(key), Mapping)), None)
+    return next((key for key in CHECKPOINT_KEYS if isinstance(tree.get(key), Mapping)), None)
 
 
 def _no_state_dict(path: Path) -> ModelError:

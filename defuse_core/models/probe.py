@@ -20,15 +20,9 @@ from defuse_core.config import ClassifierSection, RunFile
 from defuse_core.data import Images, Splits
 from defuse_core.data.images import evenly_spaced
 from defuse_core.device import device, is_device_failure, is_out_of_memory
-from defuse_core.errors import first_few, one_line, percent
+from defuse_core.formatting import first_few, one_line, percent
 from defuse_core.intervals import class_accuracy
-from defuse_core.models.adapters import (
-    EXTERNAL,
-    INPUT_RANGES,
-    as_logits,
-    classifier_failure,
-    raw_output,
-)
+from defuse_core.models.adapters import EXTERNAL, INPUT_RANGES, as_logits, classifier_failure, raw_output
 from defuse_core.models.inference import map_batches
 from defuse_core.models.layout import to_tensor
 from defuse_core.models.programs import class_names_of, copy_for_inference, load_program
@@ -88,6 +82,14 @@ class ClassifierProbe:
             f"reads them, on {rgb} in the order RGB, {ON_AVERAGE}; if it was trained on BGR, let its forward begin "
             "with images = images.flip(1)"
         ]
+
+    def in_best_range(self, given: str) -> str:
+        """Return how often it is right in `best_range` and in the given one, to follow "the classifier is"."""
+        best = self.best_range(given)
+        return (
+            f"right on {percent(self.by_range[best])} of {self.images} training images with pixels in the range "
+            f"{best}, on {percent(self.by_range[given])} with {given}, {ON_AVERAGE}"
+        )
 
     def best_range(self, given: str) -> str:
         """Return the needed input range, or one that is clearly better where neither order nor BGR explains that."""
@@ -339,14 +341,10 @@ def warnings_of(
     probe: ClassifierProbe, section: ClassifierSection, classes: Sequence[str], accuracy: float
 ) -> list[str]:
     """Return one line for each thing that looks wrong with the classifier, with what to set."""
-    lines = []
-    best = probe.best_range(section.input_range)
-    if best != section.input_range:
-        lines.append(
-            f"it is right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the "
-            f"range {best}, on {percent(probe.by_range[section.input_range])} with {section.input_range}, "
-            f"{ON_AVERAGE}; set classifier.input_range: {best} if it was trained on that"
-        )
+    lines, given = [], section.input_range
+    if (best := probe.best_range(given)) != given:
+        text = f"it is {probe.in_best_range(given)}; set classifier.input_range: {best} if it was trained on that"
+        lines.append(text)
     lines += [f"it is {line}" for line in probe.bgr_lines()]
     if probe.class_order is not None:
         order = f"set classifier.class_order: [{', '.join(map(str, probe.class_order))}]"

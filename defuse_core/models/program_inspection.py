@@ -33,7 +33,7 @@ FILES_OF_PROGRAM = re.compile(
 OF_ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 # Operators that call a graph of the program, and the place of the graph among their inputs.
 AUTOCAST = "torch.ops.higher_order.wrap_with_autocast"
-WRAPPERS = {"torch.ops.higher_order.wrap_with_set_grad_enabled": 1, AUTOCAST: 4}
+CALLS_A_GRAPH = {"torch.ops.higher_order.wrap_with_set_grad_enabled": 1, AUTOCAST: 4}
 ARITHMETIC = re.compile(
     r"torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|not_)",
@@ -209,7 +209,7 @@ def _expect_graphs_where_they_are_called(program: Any, where: str) -> None:
     wrappers = called = 0
     for node in _nodes(program):
         target, inputs = node["target"], node["inputs"]
-        place = WRAPPERS.get(target)
+        place = CALLS_A_GRAPH.get(target)
         if place is not None:
             graph = inputs[place]["arg"].get("as_graph")
             wrappers += 1
@@ -281,7 +281,7 @@ def _is_harmless_operator(target: str) -> bool:
     """Whether a name is that of arithmetic, or of an operator of aten that a classifier may use."""
     of_aten = OF_ATEN.fullmatch(target)
     if of_aten is None:
-        return target in WRAPPERS or bool(ARITHMETIC.fullmatch(target))
+        return target in CALLS_A_GRAPH or bool(ARITHMETIC.fullmatch(target))
     return is_harmless_operator(of_aten[1], "" if of_aten[2] == "default" else of_aten[2])
 
 

@@ -29,8 +29,9 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 from defuse_core.device import device, plain_attention
-from defuse_core.errors import ModelError, count_of, one_line
+from defuse_core.errors import ModelError
 from defuse_core.files import is_special_file, weights_in
+from defuse_core.formatting import count_of, one_line
 from defuse_core.models.adapters import classifier_failure, find_logits
 from defuse_core.models.program_inspection import PLAIN, expect_harmless_program
 from defuse_core.optional_packages import import_package

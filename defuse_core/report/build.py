@@ -27,7 +27,7 @@ from defuse_core.distill.components import certain_source_error
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import LEAST_REAL_ERROR
 from defuse_core.evaluation.evidence import BEFORE, PLAIN, Evidence
-from defuse_core.evaluation.undecided import why_undecided
+from defuse_core.evaluation.undecided import doubts_about_models, not_reviewed, why_undecided
 from defuse_core.intervals import ROUNDING
 from defuse_core.report.build_evidence import (
     evidence_figures,
@@ -60,7 +60,6 @@ from defuse_core.report.schema import (
     VaeFigures,
     VoteFigures,
 )
-from defuse_core.review.undecided import doubts_about_models, not_reviewed
 from defuse_core.review.verdicts import count_not_majority, is_misclassified, most_common_error
 from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.watch import FailureWatch

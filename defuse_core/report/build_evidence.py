@@ -12,9 +12,11 @@ import numpy as np
 
 from defuse_core.artifacts import F64, I64, Bool
 from defuse_core.config import ServeSection
-from defuse_core.errors import with_bounds
-from defuse_core.evaluation import Findings, has_known_confusion
+from defuse_core.evaluation import Findings
+from defuse_core.evaluation.controls import has_known_confusion
 from defuse_core.evaluation.evidence import BEFORE, CLASSIFIERS, DEFUSE, IN_EACH, PLAIN, WIDER, Evidence
+from defuse_core.evaluation.undecided import are_worse, worse_on_average
+from defuse_core.formatting import with_bounds
 from defuse_core.intervals import (
     SIGNIFICANT,
     auroc,
@@ -41,7 +43,6 @@ from defuse_core.report.evidence_schema import (
     WatchFigures,
     WiderDraws,
 )
-from defuse_core.review.undecided import are_worse, worse_on_average
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.watch import MIN_ANSWERS, FailureWatch
 

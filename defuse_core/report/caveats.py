@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import CorrectSection, DistillSection
-from defuse_core.errors import count_of, first_few, no_lambda_chosen, percent
+from defuse_core.correct import no_lambda_chosen
+from defuse_core.evaluation.undecided import are_worse
+from defuse_core.formatting import count_of, first_few, percent
 from defuse_core.intervals import share_with_bounds
 from defuse_core.report.correction_caveats import (
     costs_a_class,
@@ -15,9 +17,7 @@ from defuse_core.report.correction_caveats import (
     no_better_than_plain_training,
     unconfirmed,
 )
-from defuse_core.report.formatting import is_low
-from defuse_core.report.schema import Report
-from defuse_core.review.undecided import are_worse
+from defuse_core.report.schema import Report, is_low
 from defuse_core.watch import FailureWatch
 
 
@@ -235,8 +235,8 @@ def unreviewed_classes(scenarios: Scenarios, classes: Sequence[str], distill: Di
     """Return which classes fail in cells (class, answer) of too little weight alone, "; " and what to do; or None."""
     heavy = {one.source for one in scenarios.dropped if one.weight > distill.min_weight}
     failing = {one.source for one in scenarios.dropped if one.cause == "few codes"}
-    told = {*scenarios.cells[:, 0].tolist(), *heavy, NONE_OF_THE_ABOVE}
-    names = [classes[label] for label in sorted(failing - told)]
+    reviewed = {*scenarios.cells[:, 0].tolist(), *heavy, NONE_OF_THE_ABOVE}
+    names = [classes[label] for label in sorted(failing - reviewed)]
     if not names:
         return None
     return (

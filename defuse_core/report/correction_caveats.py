@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from defuse_core.config import CorrectSection
-from defuse_core.errors import before_punctuation, count_of, listed, percent
+from defuse_core.formatting import before_punctuation, count_of, listed, numbers_text, percent
 from defuse_core.intervals import MIN_CONFIRMED, ROUNDING, SIGNIFICANT
 from defuse_core.report.evidence_schema import EvidenceFigures, Pairs, ScenarioEvidence
-from defuse_core.report.formatting import numbers_text
 from defuse_core.report.schema import Report
 
 TEST_DRAWS = "failing draws from test images"
@@ -76,14 +75,14 @@ def unconfirmed(report: Report) -> str | None:
     tested = [(number, found) for number, found in judged if found.confirmed is not None]
     few = sum(found.confirmed is None and found.independent_images is not None for _, found in judged)
     agree = "the judges agree on too few independent images to tell"
-    untold = f"On {count_of(few, 'scenario')} {agree}" if few else ""
+    untested = f"On {count_of(few, 'scenario')} {agree}" if few else ""
     if few and not tested and any(has_no_plain(found) for _, found in judged):
         return (
             "No plain training finished. So nothing tells whether the correction does more than plain further training "
             "(λ = 0); see Exceptions."
         )
     if few and not tested:
-        return f"{untold} whether the correction does more than plain further training (λ = 0)."
+        return f"{untested} whether the correction does more than plain further training (λ = 0)."
     rows = [number for number, found in tested if not found.confirmed]
     if not rows and not few:
         return None
@@ -105,7 +104,7 @@ def unconfirmed(report: Report) -> str | None:
     if worse:
         title += f", and worse than plain further training on {len(worse)}"
     by_judges = f"By the judges' labels of the held-out images it {'; '.join(claims)}"
-    return " ".join(f"{text}." for text in (title, by_judges if claims else "", untold) if text)
+    return " ".join(f"{text}." for text in (title, by_judges if claims else "", untested) if text)
 
 
 def has_no_plain(found: ScenarioEvidence) -> bool:
@@ -190,15 +189,15 @@ def _no_better(other: _Other, compared: list[_Compared]) -> str | None:
     """Return on what the other fine-tuning does as much or more; None where it does less on all."""
     compared = [each for each in compared if may_be_equal(each.pairs)]
     worse = [each.name for each in compared if each.pairs.worse_than_each]
-    untold = [each.name for each in compared if each.too_few and not each.pairs.worse_than_each]
-    equal = [each.name for each in compared if each.name not in (*worse, *untold)]
+    too_few = [each.name for each in compared if each.too_few and not each.pairs.worse_than_each]
+    equal = [each.name for each in compared if each.name not in (*worse, *too_few)]
     claims = [f"does more for {listed(worse)}"] if worse else []
     if equal:
         claims.append(f"may do as much for {listed(equal)}")
     name = f"{other.name[0].upper()}{other.name[1:]}"
     sentences = [f"{name} {', and '.join(claims)}."] if claims else []
-    if untold:
-        few = listed([name.removeprefix("the ") for name in untold])
+    if too_few:
+        few = listed([name.removeprefix("the ") for name in too_few])
         sentences.append(f"There are too few {few} to tell whether {other.name} does as much for them.")
     if not sentences:
         return None

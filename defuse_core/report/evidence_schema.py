@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from defuse_core.formatting import NONE, digits_of, percent, range_text, with_bounds
+
 
 class FigureModel(BaseModel):
     model_config = ConfigDict(
@@ -22,6 +24,27 @@ class Share(FigureModel):
     value: float | None
     low: float | None
     high: float | None
+
+    def text(self, digits: int = 1) -> str:
+        """Return the share with its interval: 98.5 % (97.2–99.1); alone where it is no measurement."""
+        value, ends = self.parts(digits)
+        return f"{value} ({ends})" if ends else value
+
+    def parts(self, digits: int = 1) -> tuple[str, str]:
+        """Return the share and the ends of its interval, which are empty where it is no measurement.
+
+        All three have the digits that keep each of them from being rounded to 0 or 100 %.
+        """
+        if self.value is None or self.low is None or self.high is None:
+            return percent(self.value, digits), ""
+        digits = digits_of(digits, self.value, self.low, self.high)
+        return percent(self.value, digits), range_text(self.low, self.high, digits)
+
+    def as_decimal(self) -> str:
+        """Return it with its interval, not as a percentage: 0.970 (0.951–0.982)."""
+        if self.value is None or self.low is None or self.high is None:
+            return NONE
+        return with_bounds(self.value, self.low, self.high, 3)
 
 
 class FourShares(FigureModel):

@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from defuse_core.artifacts import F64, I64, Evaluation
 from defuse_core.evaluation import ACCEPTED, FAILURE, TRAINING, Findings
 from defuse_core.evaluation.health import COLLAPSED_BELOW
-from defuse_core.report.formatting import lam_text
+from defuse_core.formatting import lam_text
 from defuse_core.report.schema import Report, TradeOff
 
 INK, MUTED, LINE, PAPER = "#1c2330", "#667084", "#dfe3ea", "#ffffff"

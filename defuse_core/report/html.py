@@ -15,18 +15,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from defuse_core import formatting
 from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Evaluation
 from defuse_core.config import RunFile, dump_run_file
 from defuse_core.data.images import data_address
-from defuse_core.errors import count_of, decimal, percent
 from defuse_core.evaluation import Findings
 from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import AT_FAULT_PURITY
 from defuse_core.intervals import SIGNIFICANT
-from defuse_core.report import formatting
 from defuse_core.report.build import FinishedRun
 from defuse_core.report.correction_caveats import class_parts, has_no_plain, may_be_equal
-from defuse_core.report.schema import ClassAccuracy, Report, Scenario
+from defuse_core.report.evidence_schema import Pairs
+from defuse_core.report.schema import ClassAccuracy, Report, Scenario, is_low
 
 PIXEL_ART = 64  # images of at most so many pixels a side are enlarged without smoothing
 LARGE = 64  # images of at least so many pixels a side are shown larger, five a row
@@ -34,6 +34,7 @@ IMAGE_BYTES = 100_000_000  # most bytes of a page's images; where they take more
 THUMBNAIL = 112  # pixels a side that a thumbnail has at most
 SHOWN_REAL = 100  # scenarios whose nearest real images are shown beside thumbnails
 SHOWN_CLASSES = 12
+SHORT = 3  # class names with at most so many letters fit on an image; other classes are shown by number
 SHOWN_ANSWERS = 50
 PARTS = ("train", "validation", "test")
 DECIDED_EARLY = "decided_early"  # note of the annotators with numbers of scenarios
@@ -88,7 +89,7 @@ def render_page(report: Report, spec: RunFile, finished: FinishedRun, pictures: 
         rejected=[card for card in cards if not card.row.accepted],
         as_thumbnails=as_thumbnails,
         limits={"megabytes": IMAGE_BYTES // 10**6, "side": THUMBNAIL, "real": SHOWN_REAL},
-        class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
+        class_numbers=() if _names_are_short(classes) else tuple(enumerate(classes)),
         classes=sorted(report.per_class, key=lambda row: (-abs(_change(row)), row.name)),
         shown_classes=SHOWN_CLASSES,
         notes={
@@ -132,16 +133,21 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["percent"] = percent
+    made.filters["percent"] = formatting.percent
     made.globals.update(
         inspect.getmembers(formatting, inspect.isfunction),
-        count_of=count_of,
-        decimal=decimal,
         has_no_plain=has_no_plain,
+        is_low=is_low,
         may_be_equal=may_be_equal,
+        pairs_text=_pairs_text,
         SIGNIFICANT=SIGNIFICANT,
     )
     return made
+
+
+def _pairs_text(pairs: Pairs | None) -> str:
+    """Return on how many pairs the correction is better and worse: +54 −82, p = 0.02."""
+    return formatting.NONE if pairs is None else f"+{pairs.better} −{pairs.worse}, p = {pairs.p_value:.2g}"
 
 
 def _seen_in_real_images(report: Report) -> str:
@@ -151,8 +157,8 @@ def _seen_in_real_images(report: Report) -> str:
     if not rows:
         return ""
     known = [in_training or found.seen_in_real_data for in_training, found in rows]
-    untold = f", {known.count(None)} where these cannot tell" if None in known else ""
-    return f"{known.count(True)} also seen in real images{untold}"
+    unknown = f", {known.count(None)} where these cannot tell" if None in known else ""
+    return f"{known.count(True)} also seen in real images{unknown}"
 
 
 def _class_images(report: Report) -> str:
@@ -160,6 +166,16 @@ def _class_images(report: Report) -> str:
     parts = class_parts(report)
     images = f"{' or on '.join(parts)} images" if parts else ""
     return f"{images} alone" if parts == ["validation"] else images
+
+
+def _names_are_short(classes: tuple[str, ...]) -> bool:
+    """Whether class names fit on an image."""
+    return max(map(len, classes)) <= SHORT
+
+
+def _answer_text(classes: tuple[str, ...], answer: int) -> str:
+    """Return what an image shows for an answer: the class name, or the class number where names are long."""
+    return classes[answer] if _names_are_short(classes) else str(answer)
 
 
 def _change(row: ClassAccuracy) -> float:
@@ -188,7 +204,7 @@ def _real_tiles(classes: tuple[str, ...], real: NearestReal, column: int) -> tup
     for pixels, label, answer in zip(
         real.images[column], real.labels[column], real.predicted[column], strict=True
     ):
-        badge = Badge(formatting.answer_text(classes, answer), "right" if answer == label else "wrong")
+        badge = Badge(_answer_text(classes, answer), "right" if answer == label else "wrong")
         description = f"real image of {classes[label]}; classifier before: {classes[answer]}"
         tiles.append(_image_tile(pixels.astype(np.float32) / 255, description, badge))
     return tuple({tile.address: tile for tile in tiles}.values())
@@ -204,7 +220,7 @@ def _reviewed_tile(row: Scenario, place: int, found: Findings, evaluation: Evalu
 
     def badge(answer: int) -> Badge:
         kind = "" if unlabelled else "right" if answer == label else "wrong"
-        return Badge(formatting.answer_text(classes, answer), kind)
+        return Badge(_answer_text(classes, answer), kind)
 
     corrected = found.sweep.has_correction
     differs = row.label is not None and not unlabelled and classes[label] != row.label
@@ -214,7 +230,7 @@ def _reviewed_tile(row: Scenario, place: int, found: Findings, evaluation: Evalu
         + (f", after: {classes[after]}" if corrected else ""),
         badge(before),
         badge(after) if corrected else None,
-        formatting.answer_text(classes, label) if differs else None,
+        _answer_text(classes, label) if differs else None,
     )
 
 
@@ -275,7 +291,7 @@ def render_scenarios(cards: Sequence[ScenarioCard], classes: tuple[str, ...]) ->
         "scenarios",
         accepted=[card for card in cards if card.row.accepted],
         others=[card for card in cards if not card.row.accepted],
-        class_numbers=() if formatting.names_are_short(classes) else tuple(enumerate(classes)),
+        class_numbers=() if _names_are_short(classes) else tuple(enumerate(classes)),
         corrected=any(tile.after for card in cards for tile in card.tiles),
     )
 

@@ -7,8 +7,18 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from defuse_core.errors import OTHER_FORMAT_REMEDY, InputError
+from defuse_core.formatting import NONE, digits_of
 from defuse_core.report.evidence_schema import EvidenceFigures, FigureModel, ScenarioEvidence, WatchFigures
 
+# Below this the images of the scenarios show several classes, and accuracy by the scenario's label means little.
+LOW_PURITY = 0.8
+FINE_TUNINGS = {  # fine-tunings that only evidence needs
+    "plain": "plain further training 1",
+    "plain_1": "plain further training 2",
+    "plain_2": "plain further training 3",
+    "left_out_0": "without half 1 of the scenarios",
+    "left_out_1": "without half 2 of the scenarios",
+}
 VERSION: Final = 13  # version of report.json; grows when a field is renamed, removed or changed in meaning
 
 
@@ -117,6 +127,14 @@ class Mean(FigureModel):
     standard_error: float | None
     """Over images; over scenarios with review.form scenario, where one answer is for all images of a scenario."""
     images: int
+
+    def text(self) -> str:
+        """Return the mean with its standard error: 91.2 ± 2.3 %."""
+        if self.mean is None:
+            return NONE
+        digits = digits_of(1, self.mean)
+        error = "" if self.standard_error is None else f" ± {100 * self.standard_error:.{digits}f}"
+        return f"{100 * self.mean:.{digits}f}{error} %"
 
 
 class Agreement(FigureModel):
@@ -252,6 +270,11 @@ class SweepFailure(FigureModel):
     lam: float
     cause: str
 
+    @property
+    def fine_tuning(self) -> str:
+        """What is fine-tuned in the sweep, in words where only evidence needs it."""
+        return FINE_TUNINGS.get(self.sweep, self.sweep)
+
 
 class Decision(FigureModel):
     """A decision of a person on one scenario."""
@@ -330,6 +353,11 @@ class Report(FigureModel):
     """On the test images; empty where there are none."""
     failed_trials: tuple[SweepFailure, ...]
     provenance: Provenance
+
+
+def is_low(purity: float | None) -> bool:
+    """Whether the images of a scenario are mixed."""
+    return purity is not None and purity < LOW_PURITY
 
 
 def parse_report(text: str | bytes, where: str) -> Report:

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import Gallery, Override, Verdicts
-from defuse_core.errors import DamagedError, InputError, first_few
+from defuse_core.errors import DamagedError, InputError
+from defuse_core.formatting import first_few
 from defuse_core.runs import CONTINUES, FROM_VERDICTS, Run, utc_now
 from defuse_core.store import Store
 

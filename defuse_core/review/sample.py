@@ -26,7 +26,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, anchors_of, draw_codes, spread_draws, stacked
-from defuse_core.models import Decoder, decoder_of, load_classifier, load_vae, predict
+from defuse_core.models import Decoder, load_classifier, load_vae, predict
 from defuse_core.protocols import Compute, Progress, map_in_tasks
 from defuse_core.review.verdicts import majority, outcomes, tally
 from defuse_core.seeds import generator
@@ -55,7 +55,7 @@ def sample_gallery(spec: RunFile, models: Models, scenarios: Scenarios, *, progr
             for component in range(len(scenarios))
         ]
         codes, anchors = stacked(draws, review.images, spec.vae.latent_dim)  # (S, R, Z), (S, R)
-        decoder = decoder_of(load_vae(spec, models.vae), images)
+        decoder = Decoder(load_vae(spec, models.vae), images)
         flat = decoder.decode(codes, anchors)
         predicted = predict(load_classifier(spec, models.classifier, len(models.classes)), flat)
     shape = codes.shape[:2]
@@ -240,7 +240,7 @@ class Examiner:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return decoder_of(load_vae(self.spec, self.models.vae), anchors_of(self.scenarios))
+        return Decoder(load_vae(self.spec, self.models.vae), anchors_of(self.scenarios))
 
     @cached_property
     def _classifier(self) -> nn.Module:

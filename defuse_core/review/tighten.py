@@ -13,7 +13,7 @@ from defuse_core.artifacts import F64, I64, NONE_OF_THE_ABOVE, Scenarios
 from defuse_core.config import RunFile
 from defuse_core.device import cpu_threads
 from defuse_core.distill.draws import Draws, failure_rows, smoothed, truncated_codes
-from defuse_core.errors import percent
+from defuse_core.formatting import percent
 from defuse_core.intervals import wilson_lower
 from defuse_core.protocols import Compute, Progress, map_in_tasks
 from defuse_core.review.sample import Examiner

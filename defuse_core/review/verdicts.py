@@ -25,7 +25,8 @@ from defuse_core.artifacts import (
 )
 from defuse_core.config import ReviewSection
 from defuse_core.config.base import fewest_units
-from defuse_core.errors import RunFileError, before_punctuation, count_of, percent
+from defuse_core.errors import RunFileError
+from defuse_core.formatting import before_punctuation, count_of, percent
 from defuse_core.intervals import ROUNDING, probability_not_over, significantly_over, wilson
 from defuse_core.optional_packages import expect_packages
 
@@ -356,6 +357,26 @@ def _agreement(counts: I64) -> F64:
     with np.errstate(invalid="ignore", divide="ignore"):
         shares: F64 = counts.max(axis=-1) / votes
     return np.where(votes > 1, shares, np.nan)
+
+
+def krippendorff_alpha(votes: Votes, images: int) -> float:
+    """Return Krippendorff's α of the reviewers' answers (nominal); nan where fewer than two answered any image.
+
+    Not by the package of that name, whose memory grows with the images and with the square of the answers.
+    """
+    answers, value = np.unique(votes.answer, return_inverse=True)
+    units = votes.scenario * images + votes.image
+    table = np.full((units.max(initial=-1) + 1, len(votes.annotators)), -1)
+    table[units, votes.annotator] = value
+    pairs: F64 = np.zeros((len(answers), len(answers)))  # of answers to one image: the coincidence matrix
+    for row in table:
+        given, count = np.unique(row[row >= 0], return_counts=True)
+        if count.sum() > 1:
+            pairs[np.ix_(given, given)] += (np.outer(count, count) - np.diag(count)) / (count.sum() - 1)
+    total, differ = pairs.sum(axis=0), ~np.eye(len(answers), dtype=np.bool_)
+    by_chance = (np.outer(total, total) - np.diag(total)) / (total.sum() - 1)
+    with np.errstate(invalid="ignore"):  # nan where images with several answers have all the same one
+        return float(1 - (pairs * differ).sum() / (by_chance * differ).sum())
 
 
 def _apply(overrides: Sequence[Override], labels: I64, reasons: list[str], classes: tuple[str, ...]) -> None:

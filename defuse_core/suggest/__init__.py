@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from defuse_core.config.loading import FieldDescription, describe_fields
-from defuse_core.errors import count_of, escape_control_characters, first_few, percent
+from defuse_core.formatting import count_of, escape_control_characters, first_few, percent
 from defuse_core.models.probe import ON_AVERAGE
 from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE
 from defuse_core.suggest.inspect import DataFacts, inspect_data, quoted

@@ -12,7 +12,8 @@ from torch import nn
 from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import PictureFiles
-from defuse_core.errors import InputError, ModelError, percent
+from defuse_core.errors import InputError, ModelError
+from defuse_core.formatting import percent
 from defuse_core.models import (
     build_classifier,
     check_outputs,
@@ -342,10 +343,7 @@ def _set_range(section: dict[str, Any], probe: ClassifierProbe, given: str) -> l
     best = probe.best_range(given)
     if best == given:
         return []
-    right = (
-        f"right on {percent(probe.by_range[best])} of {probe.images} training images with pixels in the range {best}, "
-        f"on {percent(probe.by_range[given])} with {given}, {ON_AVERAGE}"
-    )
+    right = probe.in_best_range(given)
     if probe.range_to_set(given) == given:
         return [f"the classifier is {right}; set classifier.input_range: {best} if it was trained on that"]
     section["input_range"] = best

@@ -31,7 +31,8 @@ from defuse_core.data.images import (
 )
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
 from defuse_core.device import usable_cpus
-from defuse_core.errors import DataError, first_few
+from defuse_core.errors import DataError
+from defuse_core.formatting import first_few
 
 SIZES = (16, 32, 64, 128)  # heights and widths that the β-VAE's stages halve to 4
 LARGEST_SUGGESTED = 64  # unless the classifier asks for more: costs grow with the square

@@ -17,7 +17,7 @@ from defuse_core.config import DistillSection, ReviewSection, RunFile, VaeSectio
 from defuse_core.data import Images, Splits, open_splits
 from defuse_core.data.images import MAX_LOADED
 from defuse_core.device import cpu_threads, device
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from defuse_core.models import (
     ReferenceCnn,
     build_vae,

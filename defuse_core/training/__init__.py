@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from defuse_core.artifacts import I64, Checkpoint, ClassifierEpoch, VaeEpoch, Weights
 from defuse_core.codec import decode, encode
 from defuse_core.config import CorrectSection, VaeSection
-from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError, percent
+from defuse_core.errors import ANOTHER_NAME, ModelError, RunMismatchError, StoreError
+from defuse_core.formatting import percent
 from defuse_core.models import set_weights, weights_of
 from defuse_core.store import SHARED_STORE, Store
 from defuse_core.training.batches import is_first_worker, mean_over_workers, require_same_on_all_workers

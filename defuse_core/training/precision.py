@@ -37,7 +37,7 @@ from defuse_core.seeds import torch_seed
 from defuse_core.training.reference_models import build_reference
 
 log = logging.getLogger("defuse")
-SAMPLE = 512  # inputs on which the error of bf16 is measured
+MEASURED_INPUTS = 512  # inputs on which the error of bf16 is measured
 SAFETY = 2.0  # factor on the largest error that was seen
 WORTHWHILE = 2048  # inputs from which on measuring the error pays
 
@@ -45,9 +45,9 @@ WORTHWHILE = 2048  # inputs from which on measuring the error pays
 def margin_bound(logits: Callable[[I64], Tensor], count: int) -> float:
     """Return the margin between the two largest logits below which an answer in bf16 may differ from that in f32.
 
-    It is SAFETY times the largest error of that margin on at most SAMPLE of the `count` inputs, evenly spaced.
+    It is SAFETY times the largest error of that margin on at most MEASURED_INPUTS of the `count` inputs, evenly spaced.
     """
-    rows = evenly_spaced(count, SAMPLE)
+    rows = evenly_spaced(count, MEASURED_INPUTS)
     with torch.no_grad():  # as in map_batches
         exact = logits(rows).float()
         with autocast("bf16"):

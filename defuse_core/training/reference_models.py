@@ -36,7 +36,8 @@ from defuse_core.config import ClassifierSection, ClassifierSet, RunFile
 from defuse_core.data import Images, Splits, open_splits, reopen_splits
 from defuse_core.data.splits import is_perturbed, split_tracks, stratified_order
 from defuse_core.device import autocast, cpu_threads
-from defuse_core.errors import DataError, ModelError, StoreError, count_of, first_few
+from defuse_core.errors import DataError, ModelError, StoreError
+from defuse_core.formatting import count_of, first_few
 from defuse_core.intervals import class_accuracy
 from defuse_core.models import (
     ReferenceCnn,

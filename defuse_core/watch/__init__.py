@@ -31,9 +31,10 @@ from defuse_core.data import Images, Splits, reopen_splits
 from defuse_core.data.read_ahead import batches_of
 from defuse_core.data.splits import random_rows
 from defuse_core.device import cpu_threads
-from defuse_core.errors import first_few, with_bounds
+from defuse_core.formatting import first_few, with_bounds
 from defuse_core.intervals import ROUNDING, auroc
 from defuse_core.models import Vae, encode_images, load_classifier, load_vae, predict_logits
+from defuse_core.models.inference import BATCH
 from defuse_core.protocols import Progress
 from defuse_core.seeds import generator, torch_seed
 from defuse_core.watch.scenario_regions import class_gaussians, own_distances, training_codes
@@ -44,7 +45,6 @@ METHODS = (*LOGITS_ONLY, "softmax-and-distance")  # the simplest first
 FOLDS = 5
 MIN_ANSWERS = 10  # wrong ones, and right ones, that a detector can be fitted on
 CHANCE = 0.6  # lower bound of the AUROC that a detector must exceed
-BATCH = 256
 # of the validation images and of the test images that a detector is fitted or measured on
 MOST_IMAGES = 50_000
 # answers whose scores are computed at once, and that a temperature is fitted on: each needs some copies of the logits

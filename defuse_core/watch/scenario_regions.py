@@ -25,7 +25,7 @@ from defuse_core.config import RunFile
 from defuse_core.data import Images
 from defuse_core.data.splits import random_rows
 from defuse_core.distill.mixture import sample_covariance
-from defuse_core.models import Decoder, Vae, decoder_of, encode_images
+from defuse_core.models import Decoder, Vae, encode_images
 from defuse_core.seeds import generator
 
 # Dense at small shares.
@@ -77,7 +77,7 @@ class ScenarioRegions:
 
 def fit_regions(vae: Vae, corrections: Corrections, ordinary: F32) -> ScenarioRegions:
     """Return the regions of A scenarios, calibrated on the codes `ordinary` (n, Z) of training images."""
-    decoder = decoder_of(vae, corrections.anchors)
+    decoder = Decoder(vae, corrections.anchors)
     means, covariances = _fit_gaussians(
         decoder, corrections, VARIANCE_FLOOR * float(ordinary.var(axis=0).mean())
     )

@@ -19,8 +19,9 @@ from typing import Any, NoReturn, TextIO
 import click
 import rich
 
-from defuse_core.errors import DefuseError, InputError, escape_control_characters
+from defuse_core.errors import DefuseError, InputError
 from defuse_core.files import WRONG_PLACE
+from defuse_core.formatting import escape_control_characters
 from services import ignoring_signals, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
 from services.cli.options import EscapingFormatter, echo_marked

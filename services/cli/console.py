@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from defuse_core.formatting import duration
 from services.cli.options import EscapingFormatter
 
 log = logging.getLogger("defuse")
@@ -188,8 +189,6 @@ class ProgressDisplay:
         if self.is_live:
             self._bar(what, done, total, unit, rate)
         elif now - self.last_line >= LINE_EVERY_S and done:
-            from defuse_core.report.formatting import duration  # late: pydantic takes a while
-
             self.last_line = now
             is_known = elapsed > 1 and made and done < total
             left = f"{duration(elapsed / made * (total - done))} left" if is_known else ""

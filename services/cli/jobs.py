@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError, escape_control_characters
+from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
 from defuse_core.files import FULL_DISK, temporary_folder
+from defuse_core.formatting import escape_control_characters
 from services import stopped_exit_code
 from services.cli.options import (
     GivenPath,

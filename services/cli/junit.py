@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import click
 
-from defuse_core.errors import InputError, escape_control_characters
+from defuse_core.errors import InputError
+from defuse_core.formatting import escape_control_characters
 from services.cli.options import echo_note
 
 OPTION = "--junit"

@@ -20,14 +20,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from defuse_core.errors import (
-    InputError,
-    ModelError,
-    RunFileError,
-    RunMismatchError,
-    escape_control_characters,
-    has_control_characters,
-)
+from defuse_core.errors import InputError, ModelError, RunFileError, RunMismatchError
+from defuse_core.formatting import escape_control_characters, has_control_characters, unbroken
 from defuse_core.steps import STEPS
 from defuse_core.store import RESERVED, FolderStore, checked_name
 
@@ -196,8 +190,6 @@ def broken_lines(text: str, width: int) -> list[str]:
 
     A command in backticks is not broken either, and may exceed the width: a shell would run its first line.
     """
-    from defuse_core.report.formatting import unbroken
-
     whole = re.sub("`[^`]+`", lambda command: command[0].replace(" ", "\u00a0"), unbroken(text))
     lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\u00a0", " ") for line in lines]

@@ -10,13 +10,8 @@ from xml.etree import ElementTree
 
 import click
 
-from defuse_core.errors import (
-    CheckFailed,
-    InputError,
-    class_difference,
-    count_of,
-    percent,
-)
+from defuse_core.errors import CheckFailed, InputError
+from defuse_core.formatting import class_difference, count_of, percent
 from services.cli.junit import failure_in_junit, not_checked, write_junit
 from services.cli.options import (
     GivenPath,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError, count_of
+from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError
+from defuse_core.formatting import count_of
 from defuse_core.store import checked_name
 from services.cli.options import (
     COPY_IT,
@@ -340,8 +341,7 @@ def simulate(name: str, store: str) -> None:
     opened, gallery = _open(name, store)
     _expect_people(opened)
     environment = replace(read_environment(), label_studio_url=None)  # never a server where people work
-    server = running_server(environment.cache)
-    if server is None:
+    if (server := running_server(environment.cache)) is None:
         raise InputError("the local Label Studio is not running; `defuse label-studio up` starts it")
     annotators = LabelStudioAnnotators(opened, environment)
     with ProgressDisplay() as display, local_compute(opened.spec, display) as compute:

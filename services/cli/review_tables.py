@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from defuse_core.errors import count_of, percent
+from defuse_core.formatting import count_of, percent
 from services.cli.console import print_table
 
 if TYPE_CHECKING:

@@ -9,14 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from defuse_core.errors import (
-    NONE,
-    CheckFailed,
-    InputError,
-    decimal,
-    escape_control_characters,
-    percent,
-)
+from defuse_core.errors import CheckFailed, InputError
+from defuse_core.formatting import NONE, decimal, escape_control_characters, percent
 from defuse_core.store import checked_name
 from services.cli.junit import JunitCommand, failure_in_junit
 from services.cli.options import (
@@ -381,20 +375,18 @@ def _watch_in_short(info: VersionInfo) -> str:
 
 
 def _print_watch(figures: WatchFigures) -> None:
-    from defuse_core.report.formatting import interval, score
-
     click.echo(figures.verdict)
     for name, found in (("validation", figures.validation), ("test", figures.test)):
         if found is not None:
             precision = NONE if found.average_precision is None else decimal(found.average_precision, 2)
-            line = f"  {name}: {found.errors} of {found.images:,} answers are wrong; AUROC {score(found.auroc)}, "
+            line = f"  {name}: {found.errors} of {found.images:,} answers are wrong; AUROC {found.auroc.as_decimal()}, "
             line += f"average precision {precision}"
             if figures.threshold is not None:
                 line += f"; at failure probability {figures.threshold:.3f} "
                 if found.errors and found.recall.value is None:
                     line += "no precision and recall, since that threshold was chosen on these images"
                 else:
-                    line += f"precision {interval(found.precision)}, recall {interval(found.recall)}"
+                    line += f"precision {found.precision.text()}, recall {found.recall.text()}"
                 if found.calibration_error is not None:
                     line += f"; calibration error {found.calibration_error:.4f}"
             click.echo(line)

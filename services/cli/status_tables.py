@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.artifacts import Models
-from defuse_core.errors import NONE, DefuseError, InputError, RunFileError, StoreError, count_of
-from defuse_core.report.formatting import before_after, date_time, duration, size
+from defuse_core.errors import DefuseError, InputError, RunFileError, StoreError
+from defuse_core.formatting import NONE, before_after, count_of, date_time, duration, size
 from defuse_core.runs import CONTROL_NAMES, UNFINISHED, Run
 from defuse_core.steps import STEPS
 from defuse_core.store import Store

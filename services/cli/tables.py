@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from defuse_core.errors import NONE, count_of, percent
-from defuse_core.report.formatting import change, interval, is_low, spread, sweep_text
+from defuse_core.formatting import NONE, change, count_of, percent
+from defuse_core.report.evidence_schema import EvidenceFigures, Share
+from defuse_core.report.schema import is_low
 from services.cli.console import Terminal, needed_width, new_table, print_fitting, print_table
 from services.cli.options import broken_lines
 
 if TYPE_CHECKING:
     from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
-    from defuse_core.report.evidence_schema import EvidenceFigures, Share
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
 ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "Scenario images")
@@ -81,7 +81,7 @@ def _accuracy_table(report: Report, columns: Sequence[str]) -> Table:
 
 def _print_evidence(evidence: EvidenceFigures, console: Console) -> None:
     """Print the accuracies that independent models confirm, each with its 95 % interval if that fits."""
-    whole, short = (_evidence_table(evidence, text) for text in (interval, _without_interval))
+    whole, short = (_evidence_table(evidence, text) for text in (Share.text, _without_interval))
     fitting = [table for table in (whole, short) if needed_width(console, table) <= console.width]
     print_table(console, next(iter(fitting), whole))
 
@@ -177,7 +177,7 @@ def _agreement_table(report: Report) -> Table:
         ("All", agreement.all),
     )
     for name, mean in parts:
-        table.add_row(name, f"{mean.images:,}", spread(mean))
+        table.add_row(name, f"{mean.images:,}", mean.text())
     return table
 
 
@@ -211,5 +211,5 @@ def _other_figures(report: Report) -> list[str]:
         lines.append(f"The mixture did NOT converge in {count_of(mixture.iterations, 'iteration')}{rest}.")
     if report.watch is not None:
         lines.append(f"Watch: {report.watch.verdict}")
-    lines += [f"Failed: {sweep_text(t.sweep)}, λ = {t.lam:g}: {t.cause}" for t in report.failed_trials]
+    lines += [f"Failed: {t.fine_tuning}, λ = {t.lam:g}: {t.cause}" for t in report.failed_trials]
     return lines

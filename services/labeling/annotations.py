@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from defuse_core.artifacts import I64, Votes
-from defuse_core.errors import InputError, count_of
+from defuse_core.errors import InputError
+from defuse_core.formatting import count_of
 from defuse_core.store import Store
 from services.labeling.records import RESULT_ROW, Annotation, Task
 from services.labeling.tasks import LABEL, ReviewTasks, TaskSubject, answers_by_name

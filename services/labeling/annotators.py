@@ -18,8 +18,8 @@ from defuse_core.errors import (
     ServiceError,
     StoreError,
     StoreSettingsError,
-    count_of,
 )
+from defuse_core.formatting import count_of
 from defuse_core.review.overrides import read_overrides
 from defuse_core.review.verdicts import stops_when_sure
 from defuse_core.runs import Run

@@ -17,7 +17,8 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from defuse_core.errors import DefuseError, InputError, ServiceError, escape_control_characters
+from defuse_core.errors import DefuseError, InputError, ServiceError
+from defuse_core.formatting import escape_control_characters
 from defuse_core.optional_packages import expect_packages
 from services.labeling.records import ANNOTATION, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, proxy_for

@@ -17,7 +17,8 @@ import numpy as np
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from defuse_core.artifacts import I64
-from defuse_core.errors import InputError, ServiceError, count_of
+from defuse_core.errors import InputError, ServiceError
+from defuse_core.formatting import count_of
 from defuse_core.runs import Run
 from services.labeling.annotations import AUTHORS_KEY, delete_skips, delete_unreadable
 from services.labeling.client import LabelStudioClient, RejectedRequestError

@@ -21,7 +21,7 @@ import numpy as np
 
 from defuse_core.artifacts import F32, I64, Bool, Override, Verdicts, Votes
 from defuse_core.config import ReviewSection
-from defuse_core.errors import first_few
+from defuse_core.formatting import first_few
 from defuse_core.review.verdicts import (
     Consensus,
     count_not_majority,

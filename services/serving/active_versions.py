@@ -19,7 +19,8 @@ from scipy import special
 from defuse_core.artifacts import F32, Bool
 from defuse_core.codec import decode
 from defuse_core.config import ServeSection
-from defuse_core.errors import DefuseError, NoAnswerError, StoreError, count_of, percent
+from defuse_core.errors import DefuseError, NoAnswerError, StoreError
+from defuse_core.formatting import count_of, percent
 from defuse_core.store import Store
 from services.serving.candidate import VERSION_FIELDS, Candidate, with_settings
 from services.serving.model import LoadedModel, ModelOutput, PredictionResult, select_device

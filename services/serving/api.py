@@ -16,13 +16,7 @@ from starlette.routing import Route
 
 from defuse_core.report.evidence_schema import WatchFigures
 from services.serving.deployment import ClassifierDeployment
-from services.serving.inputs import (
-    FORM_TYPE,
-    IMAGE_TYPES,
-    JSON_TYPE,
-    content_type,
-    uploaded_files,
-)
+from services.serving.inputs import FORM_TYPE, IMAGE_TYPES, JSON_TYPE, content_type, uploaded_files
 from services.serving.limits import HEALTH_ROUTES, BearerAuthMiddleware, Unavailable
 from services.serving.model import LoadedModel, PredictionResponse
 from services.serving.monitoring import metrics_page

@@ -28,7 +28,8 @@ from cluster.connection import connection, explained_line
 from cluster.ray_compat import deployment_version, log_folder, serve_address, shut_down_serve, uses_haproxy
 from cluster.resources import hide_other_gpus
 from defuse_core.config import ServeSection
-from defuse_core.errors import ComputeError, InputError, StoreError, escape_control_characters
+from defuse_core.errors import ComputeError, InputError, StoreError
+from defuse_core.formatting import escape_control_characters
 from defuse_core.runs import Run
 from services import ignore_signals
 from services.serving.active_versions import InitialModel

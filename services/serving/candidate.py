@@ -20,12 +20,13 @@ from defuse_core.config import RunFile, ServeSection, first_problem, parse_run_f
 from defuse_core.correct import NO_LAMBDA_REMEDY
 from defuse_core.data import reopen_splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import CheckFailed, InputError, StoreError, first_few, percent
+from defuse_core.errors import CheckFailed, InputError, StoreError
 from defuse_core.evaluation import Findings, expect_same_code
 from defuse_core.evaluation.evidence import Evidence
 from defuse_core.evaluation.undecided import why_undecided
 from defuse_core.export import why_not_corrected
 from defuse_core.export.finished import components_digest
+from defuse_core.formatting import first_few, percent
 from defuse_core.intervals import ROUNDING
 from defuse_core.local import local_device
 from defuse_core.models import load_vae

@@ -13,12 +13,13 @@ from defuse_core.config import CheckSection, RunFile
 from defuse_core.correct import overflowed
 from defuse_core.data import Images, Splits
 from defuse_core.device import cpu_threads
-from defuse_core.errors import ModelError, first_few, percent
+from defuse_core.errors import ModelError
 from defuse_core.evaluation import expect_same_accuracy
 from defuse_core.evaluation.evidence import BEFORE, DEFUSE, Evidence
+from defuse_core.evaluation.undecided import are_worse, compared_part, why_guessing, worse_on_average
+from defuse_core.formatting import first_few, percent
 from defuse_core.intervals import MANY_CLASSES, ROUNDING, class_loss
 from defuse_core.models import StoredVae, load_classifier, predict
-from defuse_core.review.undecided import are_worse, compared_part, why_guessing, worse_on_average
 from defuse_core.tuning_data import held_out_images
 
 log = logging.getLogger("defuse")

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from defuse_core.artifacts import F32
 from defuse_core.config import RunFile, ServeSection
 from defuse_core.data.images import fit_picture, keeps_colours
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from services.serving.limits import RejectedInput
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")

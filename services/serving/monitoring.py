@@ -22,7 +22,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.metrics import Counter, Gauge
 
-from defuse_core.errors import ComputeError, count_of, escape_control_characters, one_line
+from defuse_core.errors import ComputeError
+from defuse_core.formatting import count_of, escape_control_characters, one_line
 from defuse_core.report.evidence_schema import WatchFigures
 
 log = logging.getLogger("defuse")

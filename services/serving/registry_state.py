@@ -7,7 +7,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from defuse_core.errors import DamagedError, InputError, StoreError, percent
+from defuse_core.errors import DamagedError, InputError, StoreError
+from defuse_core.formatting import percent
 from defuse_core.report.evidence_schema import WatchFigures
 from defuse_core.store import Store, command_text
 

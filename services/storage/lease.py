@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from defuse_core.errors import RunBusyError, StoreError, one_line, without_credentials
+from defuse_core.errors import RunBusyError, StoreError
+from defuse_core.formatting import one_line, without_credentials
 
 if TYPE_CHECKING:
     from services.storage.s3 import S3Store

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 import urllib3.exceptions
 from botocore import exceptions as aws
 
-from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError, one_line, without_credentials
+from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError
+from defuse_core.formatting import one_line, without_credentials
 from services.settings import proxy_for
 
 log = logging.getLogger("defuse")

@@ -30,7 +30,7 @@ from defuse_core.distill.draws import (
     smoothed,
 )
 from defuse_core.errors import VaeHealthError
-from defuse_core.evaluation import Controls
+from defuse_core.evaluation.controls import Controls
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
 from defuse_core.evaluation.health import expect_healthy, measure_perturbed, with_measured_health
 from defuse_core.export.suite import save_suite

@@ -14,7 +14,8 @@ from defuse_core.artifacts import Anchors, Corrections, Models, ReferenceSet
 from defuse_core.correct import FineTuning, fine_tune
 from defuse_core.data import Images, open_splits
 from defuse_core.device import autocast
-from defuse_core.evaluation import Controls, evaluate
+from defuse_core.evaluation import evaluate
+from defuse_core.evaluation.controls import Controls
 from defuse_core.evaluation.evidence import gather_evidence
 from defuse_core.export.suite import save_suite
 from defuse_core.local import LocalCompute

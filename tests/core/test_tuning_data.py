@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
     Verdicts,
 )
 from defuse_core.data import Images, open_splits
-from defuse_core.errors import count_of
+from defuse_core.formatting import count_of
 from defuse_core.identify import Identifier, save_shard, subsample_psi
 from defuse_core.local import LocalCompute
 from defuse_core.models import decode_codes, encode_images, load_classifier, load_vae, predict

@@ -64,7 +64,7 @@ FIGURES = [
     ),
     ("cluster", r"4 Z \+ (\d+) bytes each", sum(found.dtype.itemsize for found in BESIDE_CODES)),
     ("services", r"\| (\d+) \| what the command printed was read no further", CLOSED_PIPE),
-    ("defuse_core", r"largest error of that margin on (\d+) inputs", precision.SAMPLE),
+    ("defuse_core", r"largest error of that margin on (\d+) inputs", precision.MEASURED_INPUTS),
 ]
 
 

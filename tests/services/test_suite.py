@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from defuse_core.artifacts import Models, Weights
 from defuse_core.data import open_splits
-from defuse_core.errors import InputError, percent
+from defuse_core.errors import InputError
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
+from defuse_core.formatting import percent
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.cli.options import section_overrides

@@ -16,7 +16,7 @@ from sample_findings import finished_run, report_of, sample_findings, sample_spe
 
 from defuse_core.artifacts import Checkpoint, Health, VaeEpoch
 from defuse_core.codec import encode
-from defuse_core.errors import percent
+from defuse_core.formatting import percent
 from defuse_core.report.build import build_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore

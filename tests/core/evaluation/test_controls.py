@@ -9,15 +9,10 @@ import pytest
 from scipy import stats
 
 from defuse_core.artifacts import Corrections, Failures, Sweep
-from defuse_core.evaluation import (
-    Controls,
-    Findings,
-    control_spec,
-    fold_of,
-    has_known_confusion,
-    without_fold,
-)
+from defuse_core.evaluation import Findings
+from defuse_core.evaluation.controls import Controls, control_spec, fold_of, has_known_confusion, without_fold
 from defuse_core.evaluation.evidence import Evidence, gather_evidence
+from defuse_core.formatting import numbers_text, spread_of
 from defuse_core.intervals import (
     is_better,
     is_beyond,
@@ -32,7 +27,6 @@ from defuse_core.pipeline import load_finished, run_defuse
 from defuse_core.protocols import silent
 from defuse_core.report.build_evidence import _pairs, evidence_figures
 from defuse_core.report.correction_caveats import no_better_than_plain_training, unconfirmed
-from defuse_core.report.formatting import numbers_text, spread_of
 from defuse_core.review.verdicts import most_common_errors
 from defuse_core.runs import FROM_SWEEP, FROM_VERDICTS, PLAIN_NAMES, RECORDED_FIELDS, Run
 from defuse_core.store import FolderStore

@@ -238,7 +238,7 @@ def test_a_scenario_is_named_by_its_confusion_and_by_what_sets_it_apart_from_its
 def test_a_scenario_is_compared_with_its_class_where_many_images_are_sorted_by_class(
     tiny_spec, two_scenarios, monkeypatch
 ):
-    monkeypatch.setattr("defuse_core.evaluation.describe.COMPARED_IMAGES", 100)
+    monkeypatch.setattr("defuse_core.evaluation.describe.CLASS_IMAGES", 100)
     splits = open_splits(tiny_spec.data, tiny_spec.seed)
     train = splits.train.take(np.argsort(splits.train.labels, kind="stable"))
     assert 8 not in train.labels[:100]
@@ -247,7 +247,7 @@ def test_a_scenario_is_compared_with_its_class_where_many_images_are_sorted_by_c
 
 
 def test_the_images_of_a_class_that_are_compared_with_are_drawn_by_seed(tiny_spec, tiny_models, monkeypatch):
-    monkeypatch.setattr("defuse_core.evaluation.describe.COMPARED_IMAGES", 12)
+    monkeypatch.setattr("defuse_core.evaluation.describe.CLASS_IMAGES", 12)
     splits = dataclasses.replace(open_splits(tiny_spec.data, tiny_spec.seed), validation=None)
     vae = load_vae(tiny_spec, tiny_models.vae)
     specs = tiny_spec, tiny_spec, tiny_spec.model_copy(update={"seed": 1})
@@ -275,7 +275,7 @@ def test_each_measurement_has_a_word_for_either_end() -> None:
 @pytest.mark.parametrize(("large", "counts"), [(15, [4, 4, 4, 4]), (16, [12, 12, 6, 6])])
 def test_few_of_large_pictures_are_measured(large, counts, tiny_spec, two_scenarios, monkeypatch):
     measured = []
-    for name, value in {"LARGE": large, "MEASURED_IF_LARGE": 4, "COMPARED_IMAGES": 12}.items():
+    for name, value in {"LARGE": large, "MEASURED_IF_LARGE": 4, "CLASS_IMAGES": 12}.items():
         monkeypatch.setattr(f"defuse_core.evaluation.describe.{name}", value)
     monkeypatch.setattr("defuse_core.evaluation.describe.FEWEST_IMAGES", 2)
     monkeypatch.setattr(

@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 from sample_findings import sample_findings
 
-from defuse_core.artifacts import (
-    NONE_OF_THE_ABOVE,
-    Corrections,
-    Models,
-    Psi,
-    Scenarios,
-    Shard,
-    Sweep,
-)
+from defuse_core.artifacts import NONE_OF_THE_ABOVE, Corrections, Models, Psi, Scenarios, Shard, Sweep
 from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows

@@ -15,19 +15,9 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from defuse_core.artifacts import Anchors, Corrections, Sweep, Votes
-from defuse_core.evaluation import (
-    Controls,
-    control_spec,
-    folds,
-    krippendorff_alpha,
-    units_of,
-)
-from defuse_core.evaluation.evidence import (
-    Evidence,
-    _at_fault,
-    _known_share,
-    gather_evidence,
-)
+from defuse_core.distill.draws import units_of
+from defuse_core.evaluation.controls import Controls, control_spec, folds
+from defuse_core.evaluation.evidence import Evidence, _at_fault, _known_share, gather_evidence
 from defuse_core.intervals import is_better, is_testable, pairs_of
 from defuse_core.local import LocalCompute
 from defuse_core.pipeline import load_finished, run_defuse
@@ -35,6 +25,7 @@ from defuse_core.protocols import silent
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build_evidence import evidence_figures
 from defuse_core.report.html import ScenarioCard, render_page, render_scenarios, scenario_card
+from defuse_core.review.verdicts import krippendorff_alpha
 from defuse_core.runs import PLAIN_NAMES, Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators

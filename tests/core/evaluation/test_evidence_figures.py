@@ -12,7 +12,8 @@ from defuse_core.config import RunFile
 from defuse_core.data import open_splits
 from defuse_core.data.splits import random_rows
 from defuse_core.distill.draws import draw_codes
-from defuse_core.evaluation import Controls, Findings
+from defuse_core.evaluation import Findings
+from defuse_core.evaluation.controls import Controls
 from defuse_core.evaluation.describe import find_nearest_real
 from defuse_core.evaluation.evidence import FRESH_IMAGES, Evidence, _Judging, gather_evidence
 from defuse_core.identify import draw_noise, encode_posterior

@@ -18,7 +18,7 @@ from defuse_core.errors import InputError
 from defuse_core.report import parse_report, write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.caveats import worse_judges
-from defuse_core.report.formatting import sweep_text
+from defuse_core.report.schema import FINE_TUNINGS, SweepFailure
 from defuse_core.review.verdicts import decide_verdicts
 from defuse_core.runs import CONTROL_NAMES, Run
 from defuse_core.store import FolderStore
@@ -357,9 +357,9 @@ def test_a_failed_control_of_the_evidence_is_told_with_its_cause(tmp_path: Path)
 
 
 def test_each_fine_tuning_that_only_evidence_needs_has_a_text():
-    assert {name for name in CONTROL_NAMES if sweep_text(name) != name} == {*CONTROL_NAMES}
-    assert sweep_text("plain_1") == "plain further training 2"
-    assert sweep_text("baseline") == "baseline"
+    assert {*FINE_TUNINGS} == {*CONTROL_NAMES}
+    assert SweepFailure(sweep="plain_1", lam=0.0, cause="").fine_tuning == "plain further training 2"
+    assert SweepFailure(sweep="baseline", lam=1.0, cause="").fine_tuning == "baseline"
 
 
 def test_judges_that_never_recognise_a_rare_class_are_worse_although_they_are_right_as_often(tmp_path: Path):

@@ -15,8 +15,8 @@ from sample_evidence import sample_evidence
 from sample_findings import finished_run, report_of, sample_findings, sample_run, sample_spec, sample_watch
 
 from defuse_core.artifacts import Failures
-from defuse_core.errors import decimal
 from defuse_core.evaluation.evidence import Evidence
+from defuse_core.formatting import decimal
 from defuse_core.report import write_report
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore

@@ -376,7 +376,7 @@ def test_a_region_is_fitted_on_tuning_images_and_measured_on_held_out_ones_each_
     monkeypatch,
 ):
     decoder, rng = DecodesNothing(), np.random.default_rng(0)
-    monkeypatch.setattr(scenario_regions, "decoder_of", lambda *args: decoder)
+    monkeypatch.setattr(scenario_regions, "Decoder", lambda *args: decoder)
     monkeypatch.setattr(scenario_regions, "encode_images", lambda vae, images: images)
     tune = (rng.standard_normal((2, 40, 2)) + np.array([[[20, 0]], [[0, 30]]])).astype(np.float32)
     test = tune.copy()

@@ -6,31 +6,35 @@ import re
 
 import pytest
 
-from defuse_core.errors import count_of, decimal, percent
-from defuse_core.report.evidence_schema import Share
-from defuse_core.report.formatting import (
+from defuse_core.formatting import (
     change,
+    class_difference,
+    count_of,
     date_time,
+    decimal,
     duration,
-    interval,
+    first_few,
     lam_text,
     numbers_text,
-    score,
+    percent,
     size,
     text_of,
     unbroken,
 )
+from defuse_core.report.evidence_schema import Share
 from tests.conftest import ROOT
+
+MANY = tuple(f"c{number}" for number in range(2000))
 
 
 def test_a_score_that_is_not_perfect_is_not_rounded_to_one():
-    assert score(Share(value=0.9997, low=0.9991, high=1.0)) == "0.9997 (0.999–1.000)"
+    assert Share(value=0.9997, low=0.9991, high=1.0).as_decimal() == "0.9997 (0.999–1.000)"
     assert [decimal(value, 2) for value in (0.997, 0.97, 1.0, -0.05)] == ["0.997", "0.97", "1.00", "-0.05"]
 
 
 def test_a_share_by_definition_has_no_interval():
-    assert interval(Share(value=0.0, low=None, high=None), 0) == "0 %"
-    assert interval(Share(value=None, low=None, high=None)) == "–"
+    assert Share(value=0.0, low=None, high=None).text(0) == "0 %"
+    assert Share(value=None, low=None, high=None).text() == "–"
 
 
 def test_no_share_between_0_and_1_is_rounded_to_either():
@@ -38,11 +42,11 @@ def test_no_share_between_0_and_1_is_rounded_to_either():
     assert [percent(share, 0) for share in (0.0, 0.004, 0.07, 0.998, 2559 / 2560, 1.0)] == shown
     assert [percent(share) for share in (0.001, 0.999, 0.5**11)] == ["0.1 %", "99.9 %", "0.05 %"]
     assert [percent(share, 2) for share in (1e-9, 1 - 1e-9)] == ["under 0.0001 %", "100.00 %"]
-    assert interval(Share(value=0.9996, low=0.998, high=1.0), 0) == "99.96 % (99.80–100.00)"
-    assert interval(Share(value=0.9989, low=0.9973, high=1.0), 0) == "99.9 % (99.7–100.0)"
-    assert interval(Share(value=1.0, low=0.92, high=1.0), 0) == "100 % (92–100)"
-    assert interval(Share(value=0.9998, low=0.9996, high=0.99999)) == "99.980 % (99.960–99.999)"
-    assert interval(Share(value=0.0, low=0.0, high=0.004), 0) == "0.0 % (0.0–0.4)"
+    assert Share(value=0.9996, low=0.998, high=1.0).text(0) == "99.96 % (99.80–100.00)"
+    assert Share(value=0.9989, low=0.9973, high=1.0).text(0) == "99.9 % (99.7–100.0)"
+    assert Share(value=1.0, low=0.92, high=1.0).text(0) == "100 % (92–100)"
+    assert Share(value=0.9998, low=0.9996, high=0.99999).text() == "99.980 % (99.960–99.999)"
+    assert Share(value=0.0, low=0.0, high=0.004).text(0) == "0.0 % (0.0–0.4)"
 
 
 def test_a_percentage_has_a_space_and_as_many_digits_as_asked_for():
@@ -105,3 +109,22 @@ def test_plurals_are_made_in_one_place():
     ]
     assert len(sources) > 100
     assert [path.name for path in sources if made.search(path.read_text("utf-8"))] == []
+
+
+def test_of_many_names_five_are_shown_and_the_others_counted():
+    assert first_few(MANY) == "c0, c1, c2, c3, c4 and 1,995 more"
+    assert first_few(MANY[:5]) == "c0, c1, c2, c3, c4"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        (MANY, MANY[:-1], "c1999 only in A"),
+        (MANY[1:], MANY, "c0 only in B"),
+        (("a", "b"), ("a", "c"), "b only in A; c only in B"),
+        (MANY, (*MANY[:-2], "c1999", "c1998"), "class 1998 is c1998 in A, c1999 in B"),
+        (("a", "b"), ("a", "b", "b"), "2 classes in A, 3 in B"),
+    ],
+)
+def test_only_the_classes_that_differ_are_named(first, second, told):
+    assert class_difference(first, second, "A", "B") == told

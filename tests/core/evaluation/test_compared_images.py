@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Models, ReferenceSet
-from defuse_core.evaluation.undecided import why_undecided
-from defuse_core.review.undecided import are_worse, compared_part, worse_on_average, worse_references
+from defuse_core.evaluation.undecided import (
+    are_worse,
+    compared_part,
+    why_undecided,
+    worse_on_average,
+    worse_references,
+)
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Health
-from defuse_core.evaluation.undecided import why_undecided
-from defuse_core.review.undecided import only_guesses, why_guessing
+from defuse_core.evaluation.undecided import why_guessing, why_undecided
+from defuse_core.intervals import only_guesses
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
 
