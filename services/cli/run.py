@@ -364,8 +364,7 @@ def delete(run: str, store: str, yes: bool) -> None:
         keys = found.list()
         if not yes and not _confirmed(f"delete {count_of(len(keys), 'file')} in {found.address}?"):
             raise InputError("nothing was deleted; to delete without being asked, give --yes")
-        # it may have been promoted since, while the prompt waited
-        expect_not_promoted(opened, run, "keep it")
+        expect_not_promoted(opened, run, "keep it")  # it may have been promoted while the prompt waited
         # before the run: a deletion that is cut off here can be repeated
         sampled = delete_traffic(opened, run)
         found.delete_all()

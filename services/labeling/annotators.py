@@ -29,7 +29,7 @@ from services.labeling.annotations import PulledAnnotations, read_annotations, r
 from services.labeling.client import LabelStudioClient, PageError
 from services.labeling.local_server import running_server
 from services.labeling.project import ReviewProject
-from services.labeling.records import ProjectState, read_state, update_state
+from services.labeling.records import STATE_KEY, ProjectState, read_state, update_state
 from services.labeling.status import ReviewStatus, review_status, update_queue
 from services.labeling.tasks import ReviewTasks, prelabels_by_task
 from services.settings import Environment
@@ -76,7 +76,8 @@ class LabelStudioAnnotators:
     ) -> None:
         self.run, self.environment, self.compute, self.wait = run, environment, compute, wait
         if STEPS.index(run.until) >= STEPS.index("review") and not run.store.exists("votes.safetensors"):
-            self.client.check_access()  # now, not after an hour of training
+            # now, not after an hour of training
+            self.client.check_access(to_create=not run.store.exists(STATE_KEY))
 
     @cached_property
     def client(self) -> LabelStudioClient:
@@ -211,7 +212,7 @@ class LabelStudioAnnotators:
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
             f"{decided} of {len(status.decided)} scenarios are decided; "
             + (
-                f"{skips} were skipped or are not readable, see `{self.run.command('review status')}`; "
+                f"{skips} skipped or not readable, see `{self.run.command('review status')}`; "
                 if skips
                 else ""
             )

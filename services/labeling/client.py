@@ -84,9 +84,16 @@ class LabelStudioClient:
             tokens._base_url = f"{self.address}/"
             self._sdk._client_wrapper.httpx_client.httpx_client.auth = RenewedToken(tokens)
 
-    def check_access(self) -> None:
-        """Request the account of the token: the cheapest request that needs the right address and a valid token."""
-        self.organization()
+    def check_access(self, *, to_create: bool = False) -> None:
+        """Request the account of the token: the cheapest request that needs the right address and a valid token.
+
+        With `to_create`, raises InputError for an account of no organisation: nothing can be added to its projects.
+        """
+        if self.organization() is None and to_create:
+            raise InputError(
+                f"the account of LABEL_STUDIO_API_KEY works in no organisation of {self.address}: it was removed from "
+                "its own; use a token of an administrator"
+            )
 
     def organization(self) -> int | None:
         """Return the id of the organisation that the token's account works in, the only one whose projects it sees."""
@@ -344,6 +351,10 @@ def _unreachable(address: str) -> ServiceError:
 
 def _status_error(address: str, error: ApiError) -> DefuseError:
     status, body = error.status_code or 0, error.body
+    if 200 <= status < 300 and isinstance(body, str) and body.lstrip().startswith(("{", "[")):
+        return ServiceError(
+            f"Label Studio at {address} sent only part of a reply; run again, nothing is lost"
+        )
     if status < 500 and status != 429 and (300 <= status < 400 or not is_json(body)):
         return _page_error(address, status, (error.headers or {}).get("location", ""))
     if status in TOKEN_PROBLEMS:

@@ -205,6 +205,7 @@ class ReviewProject:
 
     def create(self) -> Project:
         """Create the project, which find() has not found, unless an attempt whose reply was lost did."""
+        self.client.check_access(to_create=True)
         if others := self.client.find_projects(run_label(self.run.name)):
             log.warning(
                 "found project %s at %s, of a replaced or deleted run called %s, or of one in another store: ask whose "

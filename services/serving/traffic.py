@@ -184,11 +184,20 @@ def open_traffic_review(store: Store, run: Run, overrides: Sequence[str]) -> Run
 
 
 def set_in_traffic_review(store: Store, review: Run, overrides: Sequence[str]) -> Run:
-    """Return the review with other values of OWN_FIELDS, which are free until its votes are stored."""
+    """Return the review with other values of OWN_FIELDS, which are free until its votes are stored.
+
+    Raises InputError after that.
+    """
     if not overrides:
         return review
+    spec = _overridden(review.spec, overrides)
     with review.store.lock():
-        return Run.start(store, review.name, _overridden(review.spec, overrides))
+        if spec != review.spec and review.store.exists("votes.safetensors"):
+            raise InputError(
+                f"the votes of {review.name} are stored, so --set changes nothing in it any more; "
+                f"`{review.command('review reopen')}` opens it again"
+            )
+        return Run.start(store, review.name, spec)
 
 
 def _overridden(spec: RunFile, overrides: Sequence[str]) -> RunFile:

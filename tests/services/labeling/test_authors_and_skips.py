@@ -98,7 +98,7 @@ def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_ta
     status, _ = review.annotators.status(review.gallery)
     assert [(skip.task, status.name_of(skip)) for skip in status.blocking_skips()] == [(last, "annotator-1")]
     assert accounts[0].next_task(number) is None
-    with pytest.raises(LabelsPending, match="1 were skipped or are not readable, see `defuse review status"):
+    with pytest.raises(LabelsPending, match="1 skipped or not readable, see `defuse review status"):
         review.annotators.review(review.gallery)
     review.annotators.push(review.gallery, repair=True)
     assert accounts[0].next_task(number)["id"] == last

@@ -55,6 +55,7 @@ def _no_pauses(monkeypatch):
         (Reply(502, PAGE, "text/html"), ServiceError, "failed (502)"),
         (Reply(200, PAGE, "text/html"), InputError, "web page (200)"),
         (Reply(200, '["nothing like a user"]'), ServiceError, "check LABEL_STUDIO_URL"),
+        (Reply(200, '{"id": 1, "active_org'), ServiceError, "sent only part of a reply; run again"),
         (Reply(302, ""), InputError, "redirects"),
     ],
 )

@@ -19,6 +19,7 @@ from defuse_core.store import FolderStore
 from services.labeling.annotations import AUTHORS_KEY, read_authors
 from services.labeling.annotators import LabelStudioAnnotators
 from services.labeling.client import LabelStudioClient
+from services.labeling.local_server import LocalServer
 from services.labeling.project import ReviewProject
 from services.labeling.records import choice_result, update_state, write_state
 from services.labeling.tasks import ReviewTasks
@@ -156,20 +157,43 @@ def test_a_project_on_another_server_begins_without_the_annotators_and_authors_o
     assert second.address == proxy.address and second.people == {} and read_authors(store) == {}
 
 
-def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(make_review, server):
-    review, email = make_review(), f"left-{secrets.token_hex(4)}@example.org"
-    review.annotators.push(review.gallery)
-    with sign_up(server.address, invitation_to(server), email) as left:
+@pytest.fixture
+def removed_token(server: LocalServer) -> str:
+    """The token of an account that was removed from its organisation."""
+    with sign_up(server.address, invitation_to(server), f"left-{secrets.token_hex(4)}@example.org") as left:
         user = left.http.get("/api/current-user/whoami").json()
-        token = left.http.headers["Authorization"].removeprefix("Token ")
-        administrator = httpx.Client(headers=review.api._sdk._client_wrapper.get_headers(), trust_env=False)
+        token = str(left.http.headers["Authorization"].removeprefix("Token "))
         membership = f"/api/organizations/{user['active_organization']}/memberships/{user['id']}/"
-        assert administrator.delete(f"{server.address}{membership}").status_code == 204
-    theirs = LabelStudioAnnotators(review.run, replace(settings_for(server), label_studio_api_key=token))
+        administrator = {"Authorization": f"Token {server.token}"}
+        removal = httpx.delete(f"{server.address}{membership}", headers=administrator, trust_env=False)
+        assert removal.status_code == 204
+    return token
+
+
+def test_a_project_is_not_taken_for_deleted_by_an_administrator_who_was_removed(
+    make_review, server, removed_token
+):
+    review = make_review()
+    review.annotators.push(review.gallery)
+    environment = replace(settings_for(server), label_studio_api_key=removed_token)
+    theirs = LabelStudioAnnotators(review.run, environment)
     for repair in (False, True):
         with pytest.raises(InputError, match=r"is in organisation 1 of http.*API_KEY works in none; use a"):
             theirs.push(review.gallery, repair=repair)
     assert len(review.tasks()) == 12
+
+
+def test_an_administrator_who_was_removed_gets_no_project_to_which_nothing_can_be_added(
+    make_review, server, removed_token
+):
+    review = make_review()
+    environment = replace(settings_for(server), label_studio_api_key=removed_token)
+    for _ in ("before anything is computed", "where a push was interrupted before it had a project"):
+        with pytest.raises(
+            InputError, match="works in no organisation of http.*: it was removed from its own"
+        ):
+            LabelStudioAnnotators(review.run, environment).push(review.gallery)
+        write_state(review.run.store, review.state)
 
 
 @pytest.mark.parametrize("repair", [False, True])

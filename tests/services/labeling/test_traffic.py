@@ -16,6 +16,7 @@ from label_studio_live import digits_gallery, review_run
 from defuse_core.artifacts import F32, NO_SCENARIO, Gallery, Verdicts, Votes
 from defuse_core.errors import InputError, RunFileError
 from defuse_core.export.finished import components_digest
+from defuse_core.review.overrides import reopen_vote
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import votes_of_models
@@ -26,6 +27,7 @@ from services.serving.traffic import (
     Reservoir,
     SampledInput,
     open_traffic_review,
+    set_in_traffic_review,
     traffic_reviews,
 )
 from tests.ports import free_port
@@ -227,6 +229,22 @@ def test_a_review_of_traffic_can_set_what_is_free_until_its_votes_and_nothing_el
         open_traffic_review(store, served, ["review.answers_per_task=0"])
     refused = cli("push", served.name, "--set", "review.answers_per_task=2")
     assert refused.exit_code == 2 and "give it to `defuse run`" in refused.output
+
+
+def test_what_a_review_of_traffic_cannot_set_once_its_votes_are_stored_names_the_command_that_opens_it_again(
+    served, tmp_path
+):
+    store = FolderStore(tmp_path)
+    review = open_traffic_review(store, served, ())
+    review.once("review", Votes, lambda: votes_of_models(np.full((1, 1, 3, 10), 0.1, np.float32), 0.0))
+    with pytest.raises(
+        InputError, match=r"votes of run\d+/traffic-1 are stored.*`defuse review reopen run\d+/tr"
+    ):
+        set_in_traffic_review(store, review, ["review.answers_per_task=2"])
+    assert set_in_traffic_review(store, review, ["review.answers_per_task=1"]).spec == review.spec
+    reopen_vote(review)
+    changed = set_in_traffic_review(store, review, ["review.answers_per_task=2"])
+    assert changed.spec.review.answers_per_task == 2
 
 
 def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path, caplog):
