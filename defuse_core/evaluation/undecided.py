@@ -20,7 +20,7 @@ from defuse_core.artifacts import (
     Scenarios,
     Verdicts,
 )
-from defuse_core.config import ReviewSection, RunFile
+from defuse_core.config import ReviewSection, RunFile, VaeSection
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.components import MOST_SMALL_CELLS
 from defuse_core.formatting import count_of, percent
@@ -196,7 +196,7 @@ def doubts_about_models(spec: RunFile, models: Models, references: ReferenceSet 
     Each is a clause, "; " and what to do.
     """
     worse = worse_references(spec, models, references)
-    causes = (why_guessing(models), _unfit_vae(models.health, worse), worse)
+    causes = (why_guessing(models), _unfit_vae(spec.vae, models.health, worse), worse)
     return [cause for cause in causes if cause is not None]
 
 
@@ -302,7 +302,7 @@ def worse_references(spec: RunFile, models: Models, references: ReferenceSet | N
     )
 
 
-def _unfit_vae(health: Health, worse: str | None) -> str | None:
+def _unfit_vae(section: VaeSection, health: Health, worse: str | None) -> str | None:
     """Return why the β-VAE is not fit; None where it is, or where only reference models say so that are `worse`."""
     collapsed = 2 * health.collapsed >= health.dimensions
     told_by_worse = worse is not None and health.judged_by != "classifier"
@@ -318,8 +318,10 @@ def _unfit_vae(health: Health, worse: str | None) -> str | None:
         remedy = "compare reconstructions.png, and lower identify.scale"
     else:
         why, shown = f"{kept} reconstructions", "may show failures of its own"
-        remedy = (
-            "compare reconstructions.png, and train it longer, or with a smaller vae.beta or vae.architecture: "
-            "convolutional"
+        another = (
+            "vae.architecture: convolutional"
+            if section.architecture == "paper"
+            else "a larger vae.latent_dim"
         )
+        remedy = f"compare reconstructions.png, and train it longer, or with a smaller vae.beta or {another}"
     return f"the β-VAE is {health.verdict} ({why}), so its pictures {shown}; {remedy}"

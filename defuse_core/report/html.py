@@ -24,6 +24,7 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import AT_FAULT_PURITY
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.build import FinishedRun
+from defuse_core.report.caveats import seen_in_real_images
 from defuse_core.report.correction_caveats import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.evidence_schema import Pairs
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario, is_low
@@ -105,7 +106,7 @@ def render_page(report: Report, spec: RunFile, finished: FinishedRun, pictures: 
         ),
         large_images=spec.data.image_size >= LARGE,
         max_per_image=spec.identify.max_per_image,
-        seen=_seen_in_real_images(report),
+        seen=seen_in_real_images(report),
         class_images=_class_images(report),
         rho=spec.review.rho,
         at_fault_purity=AT_FAULT_PURITY,
@@ -148,17 +149,6 @@ def environment() -> Environment:
 def _pairs_text(pairs: Pairs | None) -> str:
     """Return on how many pairs the correction is better and worse: +54 −82, p = 0.02."""
     return formatting.NONE if pairs is None else f"+{pairs.better} −{pairs.worse}, p = {pairs.p_value:.2g}"
-
-
-def _seen_in_real_images(report: Report) -> str:
-    """Return how many accepted scenarios real images show, the nearest ones or the sources, and of how many they cannot
-    tell, as a clause; empty without judges."""
-    rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
-    if not rows:
-        return ""
-    known = [in_training or found.seen_in_real_data for in_training, found in rows]
-    unknown = f", {known.count(None)} where these cannot tell" if None in known else ""
-    return f"{known.count(True)} also seen in real images{unknown}"
 
 
 def _class_images(report: Report) -> str:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import click
 
 from defuse_core.errors import CheckFailed, InputError
-from defuse_core.formatting import class_difference, count_of, percent
+from defuse_core.formatting import class_difference, count_of, first_few, percent
 from services.cli.junit import failure_in_junit, not_checked, write_junit
 from services.cli.options import (
     GivenPath,
@@ -210,6 +210,8 @@ def check_suite(
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
         echo_note(line)
+    if worse := _worse_than_corrected(loaded, results):
+        echo_note(worse)
     if unwritable is not None:
         raise unwritable
     if not asked:
@@ -236,6 +238,26 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
         verdict = ("ok" if result.passed else "FAILED") if result.is_asked else "–"
         before, after = percent(scenario.before), percent(scenario.after)
         echo_marked(verdict, f"{scenario.name}: {_measured(result)} ({run}: {before} before, {after} after)")
+
+
+def _worse_than_corrected(loaded: Suite, results: list[SuiteResult]) -> str | None:
+    """Return where a classifier passes, but is significantly worse than the run's corrected one; None where nowhere."""
+    import numpy as np
+
+    from defuse_core.intervals import SIGNIFICANT, certain_loss
+
+    passed = [result for result in results if result.is_asked and result.passed]
+    after = np.array([result.scenario.after for result in passed])
+    now = np.array([result.accuracy for result in passed])
+    pictures = np.array([result.scenario.pictures for result in passed])
+    lost = certain_loss(after, now, pictures, level=SIGNIFICANT / max(1, len(results))) > 0
+    names = [each.scenario.name for each, worse in zip(passed, lost, strict=True) if worse]
+    if not names:
+        return None
+    return (
+        f"passed, but significantly worse than the corrected classifier of run {loaded.description.run} on "
+        f"{first_few(names)}; to let the check fail there, raise `least` in suite.json"
+    )
 
 
 def _measured(result: SuiteResult) -> str:

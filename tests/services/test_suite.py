@@ -16,6 +16,7 @@ from junitparser import Failure, JUnitXml
 from safetensors.torch import load_file, save_file
 
 from defuse_core.artifacts import Models, Weights
+from defuse_core.codec import encode
 from defuse_core.data import open_splits
 from defuse_core.errors import InputError
 from defuse_core.export.suite import SuitePictures, load_suite, save_suite
@@ -178,6 +179,26 @@ def test_a_threshold_may_be_edited(suite, files, tmp_path, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "check", *options)
     assert code == 1
     assert (out.count("–      "), out.count("FAILED ")) == (1, 1)
+
+
+def test_a_classifier_that_passes_far_below_the_corrected_one_is_told_where(
+    suite, files, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(suite, tmp_path / "suite")
+    options = ["check", "--suite", tmp_path / "suite", "--classifier", NET]
+    options += ["--weights", files / "good.safetensors"]
+    _, _, err = call(monkeypatch, capsys, *options)
+    assert "significantly worse" not in err
+    pictures = load_suite(suite).pictures
+    pictures.pixels[0, :9] = pictures.pixels[1, :9]  # of another class: 15 of 24 are right
+    (tmp_path / "suite/suite.safetensors").write_bytes(encode(pictures))
+    code, out, err = call(monkeypatch, capsys, *options)
+    assert (code, out.count("ok     ")) == (0, 2)
+    assert "3 read as 8 (scenario 0): 62.5 % by its label" in out
+    assert one_line(err).startswith(
+        "note: passed, but significantly worse than the corrected classifier of run first on 3 read as 8 (scenario 0); "
+        "to let the check fail there, raise `least` in suite.json"
+    )
 
 
 def saved(store: FolderStore, name: str, folder: Path, monkeypatch, capsys) -> tuple[dict, str]:

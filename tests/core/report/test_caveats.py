@@ -20,7 +20,8 @@ from sample_findings import (
 )
 
 from defuse_core.artifacts import DroppedComponent, FailedTrial, Health, ReferenceSet, Sweep
-from defuse_core.config import DistillSection
+from defuse_core.config import DistillSection, RunFile
+from defuse_core.evaluation.undecided import doubts_about_models
 from defuse_core.report import caveats, write_report
 from defuse_core.report.build import build_report
 from defuse_core.report.caveats import (
@@ -59,7 +60,7 @@ def with_psi(tmp_path: Path, screened: bool, wrong: int, decoded: int, kept: int
         ((True, 100, 41, 60), None),
         ((True, 100, 100, 40), "Of 100 training images that it gets wrong, 40 have a failing draw in Ψ, and a scenario "
          "can come from no other. On the others the classifier is right in every draw, or the reference models are "
-         "not sure of the class (identify.min_probability)."),
+         "not sure of the class (identify.min_probability), as where the image's label is wrong."),
         ((False, 100, 41, 1), "1 has a failing draw in Ψ, and a scenario can come from no other. On the others the "
          "classifier is right in every draw."),
         ((True, 100, 40, 40), "no other. It gets 60 of them right once they are encoded and decoded, so the β-VAE "
@@ -131,8 +132,19 @@ def test_a_beta_vae_that_is_not_fit_gives_a_warning_and_never_the_answer_that_no
     assert "β-VAE" not in " ".join(undecided.caveats)
     assert decided.caveats[0].startswith(
         f"The β-VAE is {verdict} (41 % of the right answers are kept on reconstructions), so its pictures may show "
-        "failures of its own. Compare reconstructions.png, and train it longer"
+        "failures of its own. Compare reconstructions.png, and train it longer, or with a smaller vae.beta or "
+        "vae.architecture: convolutional"
     )
+
+
+def test_no_architecture_is_advised_that_the_beta_vae_has_already(tiny_spec: RunFile):
+    models = with_health(sample_findings(4, 0), "poor")[0].models
+    convolutional = tiny_spec.vae.model_copy(update={"architecture": "convolutional"})
+    advised = [
+        doubts_about_models(tiny_spec.model_copy(update={"vae": vae}), models, None)[0].split(" or ")[-1]
+        for vae in (tiny_spec.vae, convolutional)
+    ]
+    assert advised == ["vae.architecture: convolutional", "a larger vae.latent_dim"]
 
 
 def test_a_screen_that_keeps_no_failing_draw_could_not_tell(tmp_path: Path):
