@@ -371,9 +371,13 @@ def limit_memory_retries() -> None:
 def wait_for_absent_head() -> None:
     """Let this process wait for the head of its cluster, such as while another machine takes its place.
 
-    By default Ray's C++ part ends the process after a minute, with exit code 1 and whatever the process does.
+    By default Ray's C++ part ends the process after a minute, with exit code 1 and whatever the process does. It has
+    read its variables where it was imported, and reads them again too late for the client that ray.nodes asks with.
     """
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_AWAY_S))
+    Config.initialize("")
 
 
 def job_client(address: str, timeout_s: float) -> JobSubmissionClient:

@@ -169,6 +169,13 @@ def test_ray_waits_so_long_for_the_head_of_a_cluster_as_it_was_asked_to(tmp_path
     assert "Failed to connect to GCS within 3 seconds" in said
 
 
+def test_a_driver_that_asks_for_nodes_waits_as_long_for_their_head(tmp_path: Path) -> None:
+    """By default the client that ray.nodes asks with has read the limit before this process raised it."""
+    _, said = run_program(tmp_path / "log", programs.outlast_the_usual_wait_for_a_head)
+    assert "Failed to connect to GCS" not in said
+    assert said.endswith("outlasted\n")
+
+
 def test_a_step_ends_soon_after_the_embedded_ray(tmp_path: Path) -> None:
     program = partial(programs.sleep_in_ray_that_ends, tiny(), tmp_path / "pid")
     _, said = run_program(tmp_path / "log", program)
