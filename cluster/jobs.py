@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.connection import OTHER_TOKEN
-from cluster.ray_compat import job_client
+from cluster.ray_job_client import job_client
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.formatting import one_line, without_credentials
 

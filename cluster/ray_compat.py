@@ -1,8 +1,12 @@
-"""Every private or undocumented part of Ray that Defuse relies on. tests/cluster/test_ray_compat.py checks each."""
+"""Every private or undocumented part of Ray that Defuse relies on, with cluster/ray_job_client.py.
+
+tests/cluster/test_ray_compat.py checks each.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -19,8 +23,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import requests
-    from ray.job_submission import JobSubmissionClient
     from ray.tune import ResultGrid, Tuner
     from ray.tune.trainable import Trainable
 
@@ -38,8 +40,6 @@ SERVE_SHUTDOWN_S = 30.0  # time for the requests in progress
 MAX_TEMPORARY_FOLDER = 39
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 UNUSED_PROCESSES = ("start_api_server", "start_monitor", "start_log_monitor")  # methods of Ray's Node
-DASHBOARD = "ray.dashboard.modules"
-JOB_LOGGERS = (f"{DASHBOARD}.dashboard_sdk", f"{DASHBOARD}.job.sdk", "ray._private.runtime_env.packaging")
 
 # variables of authentication that the Ray of this process brought into its environment
 _added: set[str] = set()
@@ -329,12 +329,28 @@ def reuse_addresses() -> None:
     vars(http_util)["socket"] = SimpleNamespace(**vars(socket) | {"socket": ReusingSocket})
 
 
-def embedded_ray_has_ended() -> bool:
-    """Return whether the GCS or the raylet of the Ray that this program started has ended; False beside a cluster."""
+def embedded_ray_has_ended(*kinds: str) -> bool:
+    """Return whether the GCS or the raylet of the Ray that this program started has ended; False beside a cluster.
+
+    With `kinds`, such as gcs_server, whether one of these processes has.
+    """
     from ray._private import worker
 
     node: Any = worker._global_node
-    return node is not None and any(kind in ("gcs_server", "raylet") for kind, _ in node.dead_processes())
+    asked = kinds or ("gcs_server", "raylet")
+    return node is not None and any(kind in asked for kind, _ in node.dead_processes())
+
+
+def own_node_has_ended() -> bool:
+    """Return whether the raylet of this process's node has ended; a driver that waits for its head outlives it."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    if node is None:
+        return False
+    with socket.socket(socket.AF_UNIX) as test:
+        test.setblocking(False)  # else it waits for a raylet that is paused
+        return test.connect_ex(str(node.raylet_socket_name)) in (errno.ECONNREFUSED, errno.ENOENT)
 
 
 def log_folder() -> str:
@@ -371,29 +387,10 @@ def limit_memory_retries() -> None:
 def wait_for_absent_head() -> None:
     """Let this process wait for the head of its cluster, such as while another machine takes its place.
 
-    By default Ray's C++ part ends the process after a minute, with exit code 1 and whatever the process does.
+    By default Ray's C++ part ends the process after a minute, with exit code 1 and whatever the process does. It has
+    read its variables where it was imported, and reads them again too late for the client that ray.nodes asks with.
     """
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(HEAD_AWAY_S))
-
-
-def job_client(address: str, timeout_s: float) -> JobSubmissionClient:
-    """Return Ray's client of jobs, which waits `timeout_s` for each answer; by default it waits without limit.
-
-    It still does so for an upload, which may take any time, and for a submission, which may have begun a job. It logs
-    nothing, does not use RAY_ADDRESS in place of `address`, and raises TooManyRedirects where one turns POST into GET.
-    """
-    os.environ["RAY_API_SERVER_ADDRESS"] = address
-    for name in JOB_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    import requests
-    from ray.job_submission import JobSubmissionClient
-
-    class TimedClient(JobSubmissionClient):
-        def _do_request(self, method: str, endpoint: str, **content: Any) -> requests.Response:
-            is_timed = method == "GET" or endpoint.endswith("/stop")
-            answer = super()._do_request(method, endpoint, timeout=timeout_s if is_timed else None, **content)
-            if any(step.status_code in (301, 302, 303) for step in answer.history):
-                raise requests.TooManyRedirects(f"redirects to {answer.url.partition(endpoint)[0]}")
-            return answer
-
-    return TimedClient(address)
+    Config.initialize("")

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.connection import ray_errors
-from cluster.ray_compat import embedded_ray_has_ended, log_folder
+from cluster.ray_compat import embedded_ray_has_ended, log_folder, own_node_has_ended
 from defuse_core.config import ResourcesSection
 from defuse_core.errors import ComputeError, RunFileError
 from defuse_core.formatting import count_of
@@ -28,7 +28,9 @@ T = TypeVar("T")
 CHECK_EVERY_S = 3.0
 WARN_AFTER_S = 30.0  # wait for other work, or for the head, before a warning
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
-LOOK_EVERY_S = 1.0  # interval of looks for these nodes
+LOOK_EVERY_S = (
+    1.0  # interval of looks for these nodes, and for the node of this process while its head is away
+)
 TASK_RETRIES = 10  # most retries, in one step, of a task whose node is lost
 
 
@@ -129,8 +131,19 @@ def _living_nodes() -> list[dict[str, Any]]:
         if answer.done():  # Ray's own error
             raise
         log.warning("waiting for the head of the cluster, which does not answer")
-        found = answer.result()
+        found = _from_head(answer)
     return [node for node in found if node["Alive"]]
+
+
+def _from_head(answer: Future[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the head's answer. Raises ComputeError where this node ends meanwhile: no later head knows it."""
+    while not wait([answer], LOOK_EVERY_S).done:
+        if own_node_has_ended():
+            raise ComputeError(
+                "the node of this machine has ended, since the head of the cluster was away for too long; start the "
+                "cluster, and run again to continue"
+            )
+    return answer.result()
 
 
 def on_this_node() -> dict[str, Any]:

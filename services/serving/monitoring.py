@@ -22,6 +22,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.metrics import Counter, Gauge
 
+from cluster.ray_compat import embedded_ray_has_ended
 from defuse_core.errors import ComputeError
 from defuse_core.formatting import count_of, escape_control_characters, one_line
 from defuse_core.report.evidence_schema import WatchFigures
@@ -34,6 +35,7 @@ SCRAPE_TIMEOUT_S = 5.0
 SCRAPE_THREADS = ThreadPoolExecutor(8, "metrics")
 LOG_AGAIN_S = 60.0  # interval at which a failure that repeats is logged
 MAX_LINE, MAX_ERROR = 2000, 600  # characters of a line of the log, and of an error that may repeat
+RAY_ENDED = "Ray, which would start a replica, has ended (one of its processes died, as when memory is short)"
 ANSWER_S = 5.0  # time limit for the answer of /healthz
 LIVENESS_FAILURES = 3  # in a row, after which the server ends
 # ignores HTTP_PROXY: nodes are near
@@ -214,7 +216,12 @@ class LivenessCheck:
         self._url, self._deployed, self._failures = url, deployed, 0
 
     def __call__(self) -> None:
-        """Ask once. Raises ComputeError at the LIVENESS_FAILURES-th failure in a row."""
+        """Ask once. Raises ComputeError at the LIVENESS_FAILURES-th failure in a row, and where the head has ended.
+
+        Replicas answer without it for a minute; then Ray's C++ part ends them, and this process with exit code 1.
+        """
+        if embedded_ray_has_ended("gcs_server"):
+            raise ComputeError(f"{RAY_ENDED}; start the command again")
         reason = None if _answers(self._url) else self._reason()
         if reason is None:
             self._failures = 0
@@ -228,7 +235,7 @@ class LivenessCheck:
     def _reason(self) -> str | None:
         """Return why no replica will be started; None where Serve can start one."""
         if not any(node["Alive"] for node in ray.nodes()):  # type: ignore[no-untyped-call]
-            return "Ray, which would start a replica, has ended (one of its processes died, as when memory is short)"
+            return RAY_ENDED
         if self._deployed is not None and self._deployed() is None:
             return "the application was deleted from the cluster, as by `serve shutdown`"
         return None

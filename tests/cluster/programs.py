@@ -67,6 +67,28 @@ def go_on_without_head() -> None:
     time.sleep(50)  # less than Ray's default
 
 
+def outlast_the_usual_wait_for_a_head() -> None:
+    """Ask for the nodes of a cluster that has lost its head, for longer than Ray waits by default: 3 s here."""
+    waits = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    import ray
+    from ray._raylet import Config  # type: ignore[attr-defined]
+    from ray.cluster_utils import Cluster
+
+    from cluster import connection
+
+    os.environ[waits] = "300"  # of the cluster's processes
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    os.environ[waits] = "3"
+    Config.initialize("")
+    del os.environ[waits]
+    connection.connect(cluster.address)
+    os.kill(cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+    threading.Thread(target=ray.nodes, daemon=True).start()
+    time.sleep(12)
+    print("outlasted", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)  # the end of Ray would wait for the head
+
+
 def interrupt_a_start() -> None:
     """Send this process SIGINT when the embedded Ray begins to connect, and print what is left."""
     import psutil

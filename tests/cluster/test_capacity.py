@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,16 @@ def test_a_head_that_does_not_answer_is_waited_for_with_a_warning(
     monkeypatch.setattr(ray, "nodes", once_warned)
     assert nodes() == [Resources(2, 0)]
     assert caplog.messages == ["waiting for the head of the cluster, which does not answer"]
+
+
+def test_a_head_is_waited_for_as_long_as_this_node_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = itertools.count()
+    monkeypatch.setattr(resources, "WARN_AFTER_S", 0.01)
+    monkeypatch.setattr(resources, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(resources, "own_node_has_ended", lambda: next(asked) > 2)
+    monkeypatch.setattr(ray, "nodes", threading.Event().wait)
+    with pytest.raises(ComputeError, match="^the node of this machine has ended, since the head"):
+        nodes()
 
 
 def test_what_ray_raises_for_its_nodes_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,13 +34,14 @@ from cluster.ray_compat import (
     cancel_all,
     embedded_ray_has_ended,
     is_unauthenticated,
-    job_client,
     log_folder,
     named_trainable,
+    own_node_has_ended,
     quiet_tune,
     signals_wait_for_start,
     uses_haproxy,
 )
+from cluster.ray_job_client import JOB_LOGGERS, job_client
 from defuse_core.device import usable_cpus
 from tests.cluster import programs
 from tests.conftest import tiny
@@ -169,6 +171,13 @@ def test_ray_waits_so_long_for_the_head_of_a_cluster_as_it_was_asked_to(tmp_path
     assert "Failed to connect to GCS within 3 seconds" in said
 
 
+def test_a_driver_that_asks_for_nodes_waits_as_long_for_their_head(tmp_path: Path) -> None:
+    """By default the client that ray.nodes asks with has read the limit before this process raised it."""
+    _, said = run_program(tmp_path / "log", programs.outlast_the_usual_wait_for_a_head)
+    assert "Failed to connect to GCS" not in said
+    assert said.endswith("outlasted\n")
+
+
 def test_a_step_ends_soon_after_the_embedded_ray(tmp_path: Path) -> None:
     program = partial(programs.sleep_in_ray_that_ends, tiny(), tmp_path / "pid")
     _, said = run_program(tmp_path / "log", program)
@@ -189,7 +198,7 @@ def test_a_trainable_is_shown_under_its_name() -> None:
     assert (trainable.__name__, trainable.__qualname__) == ("correct", "correct")
 
 
-@pytest.mark.parametrize("name", ray_compat.JOB_LOGGERS)
+@pytest.mark.parametrize("name", JOB_LOGGERS)
 def test_the_client_of_jobs_logs_through_a_logger_that_is_silenced(name: str) -> None:
     module = importlib.import_module(name)
     found = getattr(module, "logger", None) or module.default_logger
@@ -376,6 +385,20 @@ def test_a_ray_that_runs_has_not_ended_and_one_of_whose_processes_is_gone_has(mo
     assert not embedded_ray_has_ended()
     monkeypatch.setitem(worker._global_node.all_processes, "gcs_server", [info])
     assert embedded_ray_has_ended()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_node_has_ended_whose_raylet_no_more_listens(monkeypatch, tmp_path: Path) -> None:
+    assert not any(own_node_has_ended() for _ in range(3))
+    assert ray.get(return_now.remote()) == 1  # its raylet goes on
+    left = tmp_path / "raylet"
+    monkeypatch.setattr(worker._global_node, "_raylet_socket_name", str(left))
+    assert own_node_has_ended()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(left))
+        listening.listen()
+        assert not own_node_has_ended()
+    assert own_node_has_ended()
 
 
 def test_the_folder_of_the_logs_has_those_of_rays_processes(ray_session: None) -> None:
