@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -16,7 +18,6 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.connection import OTHER_TOKEN
-from cluster.ray_job_client import job_client
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.formatting import one_line, without_credentials
 
@@ -32,6 +33,8 @@ WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
     "every node"
 )
+DASHBOARD = "ray.dashboard.modules"
+JOB_LOGGERS = (f"{DASHBOARD}.dashboard_sdk", f"{DASHBOARD}.job.sdk", "ray._private.runtime_env.packaging")
 
 
 class Jobs:
@@ -186,3 +189,24 @@ class Jobs:
             raise ComputeError(
                 f"{self.shown}: {without_credentials(str(error), self.address).splitlines()[0]}"
             ) from error
+
+
+def job_client(address: str, timeout_s: float) -> JobSubmissionClient:
+    """Return Ray's client of jobs, which waits `timeout_s` for each answer; by default it waits without limit.
+
+    It still does so for an upload, which may take any time, and for a submission, which may have begun a job. It logs
+    nothing, does not use RAY_ADDRESS in place of `address`, and raises TooManyRedirects where one turns POST into GET.
+    """
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    for name in JOB_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    class TimedClient(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **content: Any) -> requests.Response:
+            is_timed = method == "GET" or endpoint.endswith("/stop")
+            answer = super()._do_request(method, endpoint, timeout=timeout_s if is_timed else None, **content)
+            if any(step.status_code in (301, 302, 303) for step in answer.history):
+                raise requests.TooManyRedirects(f"redirects to {answer.url.partition(endpoint)[0]}")
+            return answer
+
+    return TimedClient(address)

@@ -1,6 +1,6 @@
-"""Every private or undocumented part of Ray that Defuse relies on, with cluster/ray_job_client.py.
+"""Every private or undocumented part of Ray that Defuse relies on, but for `job_client` in cluster/jobs.py.
 
-tests/cluster/test_ray_compat.py checks each.
+tests/cluster/test_ray_compat.py checks each, and that one.
 """
 
 from __future__ import annotations

@@ -28,9 +28,8 @@ T = TypeVar("T")
 CHECK_EVERY_S = 3.0
 WARN_AFTER_S = 30.0  # wait for other work, or for the head, before a warning
 NODES_JOIN_WITHIN_S = 600.0  # generous for a cloud that starts machines
-LOOK_EVERY_S = (
-    1.0  # interval of looks for these nodes, and for the node of this process while its head is away
-)
+# interval of looks for these nodes, and for the node of this process while its head is away
+LOOK_EVERY_S = 1.0
 TASK_RETRIES = 10  # most retries, in one step, of a task whose node is lost
 
 

@@ -29,6 +29,7 @@ from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
+from cluster.jobs import JOB_LOGGERS, job_client
 from cluster.ray_compat import (
     RESOLVED_AFTER_S,
     cancel_all,
@@ -41,7 +42,6 @@ from cluster.ray_compat import (
     signals_wait_for_start,
     uses_haproxy,
 )
-from cluster.ray_job_client import JOB_LOGGERS, job_client
 from defuse_core.device import usable_cpus
 from tests.cluster import programs
 from tests.conftest import tiny
