@@ -160,7 +160,12 @@ def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> objec
 
 def as_logits(returned: Any, outputs: str, order: Sequence[int] | Tensor | None) -> Tensor:
     """Return logits (n, C), in the order of the data set's classes, of whatever a classifier returned."""
-    logits = find_logits(returned)[0].float()  # which autocast in a network leaves in bfloat16
+    logits = find_logits(returned)[0]
+    if logits.is_complex():
+        raise ModelError(
+            "the classifier: expected logits of real numbers, found complex ones; return their .real"
+        )
+    logits = logits.float()  # which autocast in a network leaves in bfloat16
     if outputs == "probabilities":
         logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
     return logits if order is None else logits[:, order if isinstance(order, Tensor) else list(order)]
@@ -211,8 +216,11 @@ def failure_line(classifier: nn.Module, images: Tensor, error: Exception, otherw
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's message in one line; of TorchScript's, which quotes the code twice, the last line alone."""
-    text = str(error).strip()
+    """Return an error's message in one line, its type where it has none; of TorchScript's the last line alone.
+
+    That one quotes the code twice.
+    """
+    text = str(error).strip() or type(error).__name__
     if "TorchScript interpreter" in text or "Traceback of TorchScript" in text:
         text = text.splitlines()[-1]
     return one_line(text, 300)

@@ -101,8 +101,8 @@ def _expect_body_is_read(request: Request) -> None:
     if protocol and "upgrade" in {each.strip().lower() for each in connection.split(",")}:
         raise RejectedInput(
             400,
-            f"the body of a request with the header Upgrade: {protocol[:20]} is not read; send it as plain HTTP/1.1 (with "
-            "curl: --http1.1)",
+            f"the body of a request with the header Upgrade: {protocol[:20]} is not read; send it as plain HTTP/1.1 "
+            "(with curl: --http1.1)",
             {"Connection": "close"},  # the rest of the body would be taken for the next request
         )
 
