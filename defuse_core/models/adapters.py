@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from defuse_core.config import ClassifierSection
+from defuse_core.config.base import value_text
 from defuse_core.errors import ModelError, count_of, one_line
 
 EXTERNAL = ("custom", "program", "transformers", "timm")  # architectures whose code is not Defuse's
@@ -110,8 +111,9 @@ def _is_of(hook: object, function: object) -> TypeGuard[partial[object]]:
 
 def _expect_order(order: tuple[int, ...], classes: int) -> None:
     if sorted(order) != list(range(classes)):
+        found = value_text(list(order))
         raise ModelError(
-            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {list(order)}"
+            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {found}"
         )
 
 

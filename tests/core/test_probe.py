@@ -419,6 +419,9 @@ def test_a_class_without_images_keeps_its_own_answer():
 def test_a_class_order_that_is_no_permutation_is_refused():
     with pytest.raises(ModelError, match="expected each of the logits 0 to 9 once, found"):
         adapt(trained(), section(class_order=(0, 0)), 10)
+    with pytest.raises(ModelError) as refused:
+        adapt(trained(), section(class_order=range(100_000)), 10)
+    assert len(str(refused.value)) < 250
 
 
 @pytest.mark.parametrize("ends", ["sigmoid", "logits"])
