@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from cluster.connection import OTHER_TOKEN
+from cluster.ray_compat import JOB_LOGGERS
 from defuse_core.errors import ComputeError, InputError
 from defuse_core.formatting import one_line, without_credentials
 
@@ -33,8 +34,6 @@ WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
     "every node"
 )
-DASHBOARD = "ray.dashboard.modules"
-JOB_LOGGERS = (f"{DASHBOARD}.dashboard_sdk", f"{DASHBOARD}.job.sdk", "ray._private.runtime_env.packaging")
 
 
 class Jobs:

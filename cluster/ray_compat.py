@@ -1,6 +1,6 @@
-"""Every private or undocumented part of Ray that Defuse relies on, but for `job_client` in cluster/jobs.py.
+"""Every private or undocumented part of Ray that Defuse relies on, but for `_do_request` in cluster/jobs.py.
 
-tests/cluster/test_ray_compat.py checks each, and that one.
+tests/cluster/test_ray_compat.py checks each.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ SERVE_SHUTDOWN_S = 30.0  # time for the requests in progress
 MAX_TEMPORARY_FOLDER = 39
 TUNE_LOGGERS = ("ray.tune", "ray.train", "ray._private")
 UNUSED_PROCESSES = ("start_api_server", "start_monitor", "start_log_monitor")  # methods of Ray's Node
+DASHBOARD = "ray.dashboard.modules"
+JOB_LOGGERS = (f"{DASHBOARD}.dashboard_sdk", f"{DASHBOARD}.job.sdk", "ray._private.runtime_env.packaging")
 
 # variables of authentication that the Ray of this process brought into its environment
 _added: set[str] = set()

@@ -36,6 +36,11 @@ def value_text(value: object) -> str:
         return str(value).lower()
     # Python writes no number of 5,000 digits
     text = hex(value) if isinstance(value, int) and value.bit_length() > MOST_LETTERS else repr(value)
+    return without_middle(text)
+
+
+def without_middle(text: str) -> str:
+    """Return a text as a message shows it: whole, or without its middle where it is long."""
     half = MOST_LETTERS // 2
     return text if len(text) <= MOST_LETTERS else f"{text[:half]}...{text[-half:]}"
 

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.error import MarkedYAMLError
 
-from defuse_core.config.base import LARGEST_INTEGER, value_text
+from defuse_core.config.base import LARGEST_INTEGER, value_text, without_middle
 from defuse_core.config.run_file import RunFile
 from defuse_core.errors import InputError, RunFileError
 
@@ -228,10 +228,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
     Raises RunFileError for no value, which YAML takes for null, and for one that YAML would cut at a `#`.
     """
+    shown = without_middle(override)
     path, equals, text = override.partition("=")
     *sections, field = path.strip().split(".")
     if not equals or not all((*sections, field)):
-        raise RunFileError(f"--set {override}: expected section.field=value")
+        raise RunFileError(f"--set {shown}: expected section.field=value")
     if not text.strip():
         takes_null = any(each.name == path.strip() and "null" in each.values for each in describe_fields())
         unset = (
@@ -239,24 +240,26 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             if takes_null
             else "leave --set out to keep what is set"
         )
-        raise RunFileError(f"--set {override}: expected a value, found none; is the variable set? {unset}")
+        raise RunFileError(f"--set {shown}: expected a value, found none; is the variable set? {unset}")
     for section in sections:
         below = tree.get(section, {})
         if not isinstance(below, dict):
-            raise RunFileError(f"--set {override}: {section} is not a section")
+            raise RunFileError(f"--set {shown}: {section} is not a section")
         tree[section] = dict(below)  # another section can be a YAML alias of this one
         tree = tree[section]
     quoted = "'" + text.strip().replace("'", "''") + "'"
-    remedy = f"put the value in quotes of its own: --set {shlex.quote(f'{path}={quoted}')}"
+    remedy = "put the value in quotes of its own"
+    if shown == override:
+        remedy += f": --set {shlex.quote(f'{path}={quoted}')}"
     try:
         value, comment = parse_yaml(text), _comment_in(text)
     except (yaml.YAMLError, ValueError) as error:
         reason = getattr(error, "problem", None) or error
         raise RunFileError(
-            f"--set {override}: the value is not YAML ({reason}); if it is text, {remedy}"
+            f"--set {shown}: the value is not YAML ({reason}); if it is text, {remedy}"
         ) from error
     if comment:
-        raise RunFileError(f"--set {override}: YAML takes {comment!r} for a comment; {remedy}")
+        raise RunFileError(f"--set {shown}: YAML takes {value_text(comment)} for a comment; {remedy}")
     tree[field] = value
 
 

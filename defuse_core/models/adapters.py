@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from defuse_core.config import ClassifierSection
+from defuse_core.config.base import value_text
 from defuse_core.errors import ModelError
 from defuse_core.formatting import count_of, one_line
 
@@ -111,8 +112,9 @@ def _is_of(hook: object, function: object) -> TypeGuard[partial[object]]:
 
 def _expect_order(order: tuple[int, ...], classes: int) -> None:
     if sorted(order) != list(range(classes)):
+        found = value_text(list(order))
         raise ModelError(
-            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {list(order)}"
+            f"classifier.class_order: expected each of the logits 0 to {classes - 1} once, found {found}"
         )
 
 
@@ -161,7 +163,12 @@ def raw_output(classifier: nn.Module, images: Tensor, input_range: str) -> objec
 
 def as_logits(returned: Any, outputs: str, order: Sequence[int] | Tensor | None) -> Tensor:
     """Return logits (n, C), in the order of the data set's classes, of whatever a classifier returned."""
-    logits = find_logits(returned)[0].float()  # which autocast in a network leaves in bfloat16
+    logits = find_logits(returned)[0]
+    if logits.is_complex():
+        raise ModelError(
+            "the classifier: expected logits of real numbers, found complex ones; return their .real"
+        )
+    logits = logits.float()  # which autocast in a network leaves in bfloat16
     if outputs == "probabilities":
         logits = logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
     return logits if order is None else logits[:, order if isinstance(order, Tensor) else list(order)]
@@ -212,8 +219,11 @@ def failure_line(classifier: nn.Module, images: Tensor, error: Exception, otherw
 
 
 def reason_of(error: Exception) -> str:
-    """Return an error's message in one line; of TorchScript's, which quotes the code twice, the last line alone."""
-    text = str(error).strip()
+    """Return an error's message in one line, its type where it has none; of TorchScript's the last line alone.
+
+    That one quotes the code twice.
+    """
+    text = str(error).strip() or type(error).__name__
     if "TorchScript interpreter" in text or "Traceback of TorchScript" in text:
         text = text.splitlines()[-1]
     return one_line(text, 300)

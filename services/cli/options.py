@@ -86,7 +86,7 @@ def number(context: click.Context, parameter: click.Parameter, value: float) -> 
 class GivenPath(click.Path):
     """The type of a path, with ~ expanded, which shells leave after `--to=`.
 
-    Raises BadParameter for an empty one, which Path takes for the current folder.
+    Raises BadParameter for an empty one, which Path takes for the current folder, and for an address such as s3://.
     """
 
     def __init__(self) -> None:
@@ -97,6 +97,8 @@ class GivenPath(click.Path):
             self.fail(EMPTY, param, ctx)
         if ctx is not None:
             _expect_no_option(ctx, param, str(value))
+        if re.match("[A-Za-z][A-Za-z0-9+.-]*://", str(value)):  # Path would make a folder s3: of it
+            self.fail(f"{value}: expected a path of this machine, found an address", param, ctx)
         try:
             return Path(str(super().convert(value, param, ctx))).expanduser()
         except RuntimeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,8 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
         raise click.UsageError("give --to FILE, --scenarios FOLDER, or both")
     if force and model is None:
         raise click.UsageError("--force replaces the file of --to; choose a new folder for --scenarios")
+    if model is not None and folder is not None:
+        _expect_apart(model, folder)
     opened = open_run(run, store)
     if folder is not None:
         expect_new_folder("--scenarios", folder)  # before the model is written
@@ -91,6 +94,15 @@ def export(run: str, store: str, model: Path | None, folder: Path | None, force:
         click.echo(
             f"{folder}: {count_of(count, 'picture')}, with labels.csv; its column class_index has the classifier's "
             "class numbers (ImageFolder numbers the folders)"
+        )
+
+
+def _expect_apart(model: Path, folder: Path) -> None:
+    """Raise UsageError where the file would keep the folder from being new, or the folder the file."""
+    file, pictures = (Path(os.path.realpath(path)) for path in (model, folder))
+    if pictures in (file, *file.parents) or file in pictures.parents:
+        raise click.UsageError(
+            f"--to {model} and --scenarios {folder}: one is inside the other; choose another place for one of them"
         )
 
 

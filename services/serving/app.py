@@ -129,7 +129,7 @@ def classifier_deployment(section: ServeSection) -> Any:
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": section.cpus_per_replica, "num_gpus": _gpus_per_replica(section)},
         "max_ongoing_requests": section.max_ongoing + section.max_queued + MAX_UPLOADS,
-        "max_queued_requests": section.max_queued,
+        "max_queued_requests": max(1, section.max_queued),  # Serve refuses 0; RequestSlots holds the limit
         "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * section.timeout_s),
         "health_check_period_s": 2.0,

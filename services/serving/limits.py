@@ -74,6 +74,7 @@ class UploadLimits:
 
         Its memory counts until `held` is closed.
         """
+        _expect_body_is_read(request)
         content_length = request.headers.get("content-length", "0")
         if not content_length.isdecimal() or int(content_length) > self._max_bytes:
             raise self._too_large()
@@ -89,6 +90,21 @@ class UploadLimits:
 
     def _too_large(self) -> RejectedInput:
         return RejectedInput(413, f"the body exceeds the limit of {self._max_bytes / 1e6:g} MB")
+
+
+def _expect_body_is_read(request: Request) -> None:
+    """Raise RejectedInput where the HTTP server took what follows the headers for another protocol.
+
+    That is so for each request that offers to change it, as `curl --http2` and Java's HttpClient do.
+    """
+    protocol, connection = request.headers.get("upgrade"), ",".join(request.headers.getlist("connection"))
+    if protocol and "upgrade" in {each.strip().lower() for each in connection.split(",")}:
+        raise RejectedInput(
+            400,
+            f"the body of a request with the header Upgrade: {protocol[:20]} is not read; send it as plain HTTP/1.1 "
+            "(with curl: --http1.1)",
+            {"Connection": "close"},  # the rest of the body would be taken for the next request
+        )
 
 
 class _Upload:

@@ -29,8 +29,9 @@ from ray.tune.execution import class_cache
 from ray.tune.experimental.output import get_air_verbosity
 
 from cluster import ray_compat
-from cluster.jobs import JOB_LOGGERS, job_client
+from cluster.jobs import job_client
 from cluster.ray_compat import (
+    JOB_LOGGERS,
     RESOLVED_AFTER_S,
     cancel_all,
     embedded_ray_has_ended,

@@ -91,6 +91,11 @@ def test_the_remedy_is_the_callers_where_no_cause_is_found():
     assert line == "the classifier fails on images of shape (2, 3, 8, 8): my own words; look at it"
 
 
+def test_an_error_without_words_is_named_by_its_type():
+    line = failure_line(net(), torch.zeros(2, 3, 8, 8), MemoryError(), "look at it")
+    assert line.endswith(" (2, 3, 8, 8): MemoryError; look at it")
+
+
 @pytest.mark.usefixtures("trusted_torchscript")
 def test_a_frozen_script_is_told_to_be_saved_without_freezing(tmp_path: Path):
     torch.jit.freeze(torch.jit.script(trained().eval())).save(tmp_path / "net.pt")

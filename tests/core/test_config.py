@@ -238,6 +238,10 @@ def test_every_field_has_a_description():
             r"if it is text, put the value in quotes of its own: --set 'data\.track_p",
         ),
         ("seed=[", "--set seed=\\[: the value is not YAML"),
+        (
+            f"seed={'9' * 5000}",
+            "--set seed=9{55}[.]{3}9{60}: the value is not YAML .* in quotes of its own$",
+        ),
         ("data.root=2023-02-30", "--set data.root=2023-02-30: the value is not YAML"),
         ("data.root=/data/parts #2", "--set data.root=/data/parts #2: YAML takes '#2' for a comment"),
         ("data.root=#2", "YAML takes '#2' for a comment; put the value in quotes of its own"),

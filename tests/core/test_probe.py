@@ -352,6 +352,11 @@ def test_logits_are_found_wherever_classifiers_put_them():
         find_logits({"a": logits, "b": logits})
 
 
+def test_complex_logits_are_refused():
+    with pytest.raises(ModelError, match="of real numbers, found complex ones; return their .real$"):
+        as_logits(torch.ones(2, 3) * 1j, "logits", None)
+
+
 def test_the_best_order_is_a_one_to_one_assignment():
     assert fitting_order(np.array([1, 1, 2, 0]), np.array([0, 0, 1, 2]), 3).tolist() == [1, 2, 0]
 
@@ -414,6 +419,9 @@ def test_a_class_without_images_keeps_its_own_answer():
 def test_a_class_order_that_is_no_permutation_is_refused():
     with pytest.raises(ModelError, match="expected each of the logits 0 to 9 once, found"):
         adapt(trained(), section(class_order=(0, 0)), 10)
+    with pytest.raises(ModelError) as refused:
+        adapt(trained(), section(class_order=range(100_000)), 10)
+    assert len(str(refused.value)) < 250
 
 
 @pytest.mark.parametrize("ends", ["sigmoid", "logits"])

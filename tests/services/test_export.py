@@ -350,6 +350,16 @@ def test_a_file_that_exists_is_replaced_with_force_alone(store, tmp_path, monkey
         (["--to", f"{'n' * 255}.pt2"], "n.pt2: cannot be written (File name too long); choose another place"),
         (["--to", "made.safetensors"], "--to made.safetensors: cannot be written (Is a directory); choose"),
         (["--to", "made.pt2"], "--to made.pt2: cannot be written (Is a directory)"),
+        (
+            ["--to", "new/a.pt2", "--scenarios", "new"],
+            "--to new/a.pt2 and --scenarios new: one is inside the",
+        ),
+        (["--to", "a.pt2", "--scenarios", "./a.pt2/new"], "one is inside the other; choose another place"),
+        (
+            ["--to", "s3://bucket/model.pt2"],
+            "s3://bucket/model.pt2: expected a path of this machine, found an",
+        ),
+        (["--scenarios", "s3://bucket/new"], "s3://bucket/new: expected a path of this machine, found an"),
         (["--scenarios", "file/new"], "--scenarios file/new: cannot be written (Not a directory); choose"),
     ],
 )
@@ -360,7 +370,8 @@ def test_an_export_that_cannot_be_is_refused(options, line, store, tmp_path, mon
         (tmp_path / name).mkdir()
     code, _, err = call(monkeypatch, capsys, "export", "digits", "--store", store.address, *options)
     assert code == 2
-    assert line in err
+    assert line in " ".join(err.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "made.safetensors", "made.pt2"}
 
 
 def test_a_run_without_a_correction_has_nothing_to_export(store, tmp_path, monkeypatch, capsys):

@@ -83,7 +83,7 @@ def planted_annotators(run, tasks, found, projects):
         address="http://labels", organization=lambda: 1, project=projects.get, create_project=create,
         find_projects=lambda text: [each for each in projects.values() if text in each.settings.description],
         tasks=lambda *_: found(read_state(run.store, tasks.gallery).secret), labeling_url=str,
-        set_overlap=lambda *_: None, update_project=lambda *_, **fields: None,
+        set_overlap=lambda *_: None, update_project=lambda *_, **fields: None, check_access=lambda to_create: None,
     )  # fmt: skip
     return annotators
 

@@ -299,3 +299,7 @@ def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
     scaling = asked._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 16)
     assert asked.ray_actor_options["num_gpus"] == 0.25 and asked.max_queued_requests == 7
+
+
+def test_a_server_where_no_request_waits_can_be_started():
+    assert classifier_deployment(ServeSection(max_queued=0)).max_queued_requests == 1

@@ -50,6 +50,16 @@ def test_a_body_whose_length_is_too_large_or_no_number_is_rejected_unread(length
     assert refused.value.status_code == 413
 
 
+@pytest.mark.parametrize("connection", ["Upgrade, HTTP2-Settings", "keep-alive,upgrade"])
+def test_a_request_that_offers_another_protocol_is_told_that_its_body_is_not_read(connection):
+    uploads = UploadLimits(ServeSection())
+    with pytest.raises(RejectedInput, match="Upgrade: h2c is not read; send it as plain HTTP/1.1") as refused:
+        received(uploads, request([b""], connection=connection, upgrade="h2c", content_length="2"))
+    assert (refused.value.status_code, refused.value.headers) == (400, {"Connection": "close"})
+    assert received(uploads, request([b"ab"], upgrade="h2c")) == b"ab"  # which is no offer
+    assert received(uploads, request([b"ab"], connection="keep-alive")) == b"ab"
+
+
 def test_a_body_up_to_the_limit_is_received_and_one_above_it_is_not_whatever_its_header_says():
     uploads = UploadLimits(ServeSection(max_body_mb=1))
     assert received(uploads, request([MB], content_length="1000000")) == MB
