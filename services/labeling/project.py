@@ -1,8 +1,7 @@
 """The Label Studio project of a run: created once and filled with each task once, wherever a push is interrupted.
 
 A write may have taken effect although its reply was lost. So the project bears a mark that is stored in the run before
-the project exists, and tasks bear keys: a push lists them, imports the missing ones, lists again, and drops duplicates
-that nobody has answered.
+the project exists, and tasks bear keys: a push lists them, imports the missing ones and drops unanswered duplicates.
 """
 
 from __future__ import annotations
