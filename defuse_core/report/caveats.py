@@ -34,12 +34,24 @@ def headline(report: Report, correct: CorrectSection) -> str:
             none = "The only candidate scenario is not"
         return f"{none} a failure scenario, so the classifier was left as it is."
     verb = "is a failure scenario" if accepted == 1 else "are failure scenarios"
-    seen = seen_in_real_images(report)
+    seen = _seen_in_real_images(report)
     result = f"{accepted} of {count_of(components, 'candidate scenario')} {verb}{seen and f' ({seen})'}."
     if report.chosen is None:
         failed = sum(trial.sweep == "defuse" for trial in report.failed_trials)
         return f"{result} Nothing was corrected: {no_lambda_chosen(len(report.tradeoff), failed)}."
     return f"{result} {_effect(report, correct)}"
+
+
+def _seen_in_real_images(report: Report) -> str:
+    """Return how many accepted scenarios real images show, the nearest ones or the sources, and of how many they cannot
+    tell, as a clause; empty without judges."""
+    rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
+    if not rows:
+        return ""
+    known = [in_training or found.seen_in_real_data for in_training, found in rows]
+    unknown = f", {known.count(None)} where these cannot tell" if None in known else ""
+    shown = f"{known.count(True)} also" if True in known else "none"
+    return f"{shown} seen in real images{unknown}"
 
 
 def _effect(report: Report, correct: CorrectSection) -> str:
@@ -67,17 +79,6 @@ def _effect(report: Report, correct: CorrectSection) -> str:
         notes.append("not independent: λ was chosen on these images")
     noted = f" ({'; '.join(notes)})" if notes else ""
     return f"{text}. {part.capitalize()} set: {percent(was, 2)} before, {percent(now, 2)} after{noted}."
-
-
-def seen_in_real_images(report: Report) -> str:
-    """Return how many accepted scenarios real images show, the nearest ones or the sources, and of how many they cannot
-    tell, as a clause; empty without judges."""
-    rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
-    if not rows:
-        return ""
-    known = [in_training or found.seen_in_real_data for in_training, found in rows]
-    unknown = f", {known.count(None)} where these cannot tell" if None in known else ""
-    return f"{known.count(True)} also seen in real images{unknown}"
 
 
 def nobody_judged(report: Report) -> str | None:

@@ -24,7 +24,6 @@ from defuse_core.evaluation.describe import NearestReal
 from defuse_core.evaluation.evidence import AT_FAULT_PURITY
 from defuse_core.intervals import SIGNIFICANT
 from defuse_core.report.build import FinishedRun
-from defuse_core.report.caveats import seen_in_real_images
 from defuse_core.report.correction_caveats import class_parts, has_no_plain, may_be_equal
 from defuse_core.report.evidence_schema import Pairs
 from defuse_core.report.schema import ClassAccuracy, Report, Scenario, is_low
@@ -106,7 +105,6 @@ def render_page(report: Report, spec: RunFile, finished: FinishedRun, pictures: 
         ),
         large_images=spec.data.image_size >= LARGE,
         max_per_image=spec.identify.max_per_image,
-        seen=seen_in_real_images(report),
         class_images=_class_images(report),
         rho=spec.review.rho,
         at_fault_purity=AT_FAULT_PURITY,

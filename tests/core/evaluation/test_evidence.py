@@ -294,7 +294,8 @@ def test_the_page_says_where_too_few_real_errors_tell_whether_a_scenario_is_real
     assert {row.evidence.seen_in_real_data for row in accepted} == {None}
     page = " ".join(other.store.read("report.html").decode().split())
     generated = sum(not row.seen_in_training_images for row in accepted)
-    told = f"({len(accepted) - generated} also seen in real images"
+    seen = len(accepted) - generated
+    told = f"({f'{seen} also' if seen else 'none'} seen in real images"
     told += f", {generated} where these cannot tell)." if generated else ")."
     assert f" failure scenarios {told} Accuracy" in report.headline
     assert page.count("real images cannot tell") == generated and "not seen in real images" not in page

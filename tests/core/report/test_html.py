@@ -210,7 +210,8 @@ def test_a_card_does_not_say_that_failures_are_not_in_real_data_where_nothing_sh
     page = run.store.read("report.html").decode()
     assert page.count(f"<span>{words}: error 10\u00a0% on the nearest real images") == 2
     untold = "" if testable else ", 2 where these cannot tell"
-    assert f"candidate scenarios; {2 * seen} also seen in real images{untold}</div>" in page
+    shown = "2 also" if seen else "none"
+    assert f" failure scenarios ({shown} seen in real images{untold}).</h1>" in page
 
 
 def test_the_page_names_no_chosen_correction_where_every_lambda_costs_too_much(tmp_path: Path):
