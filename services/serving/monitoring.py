@@ -214,6 +214,7 @@ class LivenessCheck:
     def __init__(self, url: str, deployed: Callable[[], object] | None = None) -> None:
         """`deployed` returns None where a cluster that others use, too, has the application no more."""
         self._url, self._deployed, self._failures = url, deployed, 0
+        self._warned = False  # of a raylet that has ended
 
     def __call__(self) -> None:
         """Ask once. Raises ComputeError at the LIVENESS_FAILURES-th failure in a row, and where the head has ended.
@@ -222,6 +223,11 @@ class LivenessCheck:
         """
         if embedded_ray_has_ended("gcs_server"):
             raise ComputeError(f"{RAY_ENDED}; start the command again")
+        if not self._warned and embedded_ray_has_ended("raylet"):
+            self._warned = True
+            log.warning(
+                "%s; the replicas still answer, but none is replaced: start the command again", RAY_ENDED
+            )
         reason = None if _answers(self._url) else self._reason()
         if reason is None:
             self._failures = 0

@@ -106,12 +106,16 @@ def test_requests_without_the_token_and_to_unknown_routes_are_counted_as_rejecte
     assert counted == [(1, {"status": str(status)}) for status in (401, 404, 405, 503)]
 
 
-def test_the_command_ends_at_once_with_its_head_though_a_replica_still_answers(monkeypatch):
+def test_the_command_ends_at_once_with_its_head_though_a_replica_still_answers(monkeypatch, caplog):
     monkeypatch.setattr("services.serving.monitoring._answers", lambda _: True)
     dead = {"raylet"}  # without it, too, a replica goes on
     node = SimpleNamespace(dead_processes=lambda: [(kind, None) for kind in dead])
     monkeypatch.setattr("ray._private.worker._global_node", node)
     ask(LivenessCheck("http://127.0.0.1:1"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Ray, which would start a replica, has ended (one of its processes died, as when memory is short); the "
+        "replicas still answer, but none is replaced: start the command again"
+    ]
     dead.add("gcs_server")
     with pytest.raises(
         ComputeError, match="^Ray, which would start a replica, has ended .*; start the command"
