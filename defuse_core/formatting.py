@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 NONE = "–"  # shown in place of a number that does not exist
 MOST_DIGITS, SMALLEST = 4, 1e-6  # of a percentage, and the fraction that so many digits still show
+MOST_LETTERS = 120  # of a value in a message
 POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: control characters, broken bytes, line separators
 
@@ -137,6 +138,23 @@ def text_of(value: object) -> str:
     if value is None:
         return NONE
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def value_text(value: object) -> str:
+    """Return a value as a message shows it: null and true as in the run file, a long one without its middle."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # Python writes no number of 5,000 digits
+    text = hex(value) if isinstance(value, int) and value.bit_length() > MOST_LETTERS else repr(value)
+    return without_middle(text)
+
+
+def without_middle(text: str) -> str:
+    """Return a text as a message shows it: whole, or without its middle where it is long."""
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]}...{text[-half:]}"
 
 
 def listed(names: Sequence[str]) -> str:

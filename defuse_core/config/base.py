@@ -19,30 +19,12 @@ from pydantic import (
     field_validator,
 )
 
-from defuse_core.formatting import has_control_characters
+from defuse_core.formatting import has_control_characters, value_text
 
 Schedule = Literal["constant", "one_cycle"]  # of a learning rate
 NUMBERS = {int: "an integer", float: "a number"}
 LARGEST_INTEGER = 2**31 - 1  # of fields without a smaller bound: libraries hold no larger one
 MOST_IMAGES = 1000  # of review.images
-MOST_LETTERS = 120  # of a value in a message
-
-
-def value_text(value: object) -> str:
-    """Return a value as a message shows it: null and true as in the run file, a long one without its middle."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    # Python writes no number of 5,000 digits
-    text = hex(value) if isinstance(value, int) and value.bit_length() > MOST_LETTERS else repr(value)
-    return without_middle(text)
-
-
-def without_middle(text: str) -> str:
-    """Return a text as a message shows it: whole, or without its middle where it is long."""
-    half = MOST_LETTERS // 2
-    return text if len(text) <= MOST_LETTERS else f"{text[:half]}...{text[-half:]}"
 
 
 def fewest_units(rho: float, max_false: float) -> int:

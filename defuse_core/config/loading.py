@@ -21,9 +21,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from yaml.error import MarkedYAMLError
 
-from defuse_core.config.base import LARGEST_INTEGER, value_text, without_middle
+from defuse_core.config.base import LARGEST_INTEGER
 from defuse_core.config.run_file import RunFile
 from defuse_core.errors import InputError, RunFileError
+from defuse_core.formatting import value_text, without_middle
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

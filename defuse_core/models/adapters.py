@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from defuse_core.config import ClassifierSection
-from defuse_core.config.base import value_text
 from defuse_core.errors import ModelError
-from defuse_core.formatting import count_of, one_line
+from defuse_core.formatting import count_of, one_line, value_text
 
 EXTERNAL = ("custom", "program", "transformers", "timm")  # architectures whose code is not Defuse's
 CODE_ELSEWHERE = {*EXTERNAL} - {"program"}  # those whose code is not stored either

@@ -43,8 +43,10 @@ def headline(report: Report, correct: CorrectSection) -> str:
 
 
 def _seen_in_real_images(report: Report) -> str:
-    """Return how many accepted scenarios real images show, the nearest ones or the sources, and of how many they cannot
-    tell, as a clause; empty without judges."""
+    """Return, as a clause, how many accepted scenarios real images show, and of how many these cannot tell.
+
+    They are the nearest ones to a scenario, and its source images. Empty without judges.
+    """
     rows = [(row.seen_in_training_images, row.evidence) for row in report.scenarios.list if row.evidence]
     if not rows:
         return ""
