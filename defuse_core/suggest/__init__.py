@@ -1,7 +1,8 @@
 """A run file suggested for a folder of images, a classifier and a time: what `defuse init` writes.
 
-What was found is in inspect.py, the size of the images and what a classifier expects in classifier_inputs.py, the plan
-in plan.py. Here is the text of the file: YAML, with a comment beside every field.
+What was found is in inspect.py, the size of the images and what a classifier expects in classifier_inputs.py, the
+speeds of this machine in speeds.py, the plan in plan.py. Here is the text of the file: YAML, with a comment beside
+every field.
 """
 
 from __future__ import annotations

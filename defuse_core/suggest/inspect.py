@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import shlex
-import shutil
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +14,7 @@ from pydantic import ValidationError
 
 from defuse_core.artifacts import F32
 from defuse_core.config import DataSection, first_problem
-from defuse_core.data import Images, Splits, open_splits, overlooked
+from defuse_core.data import Splits, open_splits, overlooked
 from defuse_core.data.appearance import given_parts, odd_images, shared_images
 from defuse_core.data.folder import SUFFIXES, folder_classes, part_of, walk_files
 from defuse_core.data.images import (
@@ -30,7 +26,6 @@ from defuse_core.data.images import (
     read_each,
 )
 from defuse_core.data.npz import image_shape, read_arrays, unread_arrays
-from defuse_core.device import usable_cpus
 from defuse_core.errors import DataError
 from defuse_core.formatting import first_few
 
@@ -46,8 +41,6 @@ COLOUR = 6
 STRONG_COLOUR, DETAIL, MARK = 64, 256, 4
 # Share of pixels of one brightness from which a picture is a drawing rather than a photograph.
 PLAIN_GROUND = 0.5
-READ_FILES = 64  # files whose reading is timed
-IMAGES_AHEAD = 2 * 256  # most images that a process of resources.readers reads ahead: two batches
 
 Form = tuple[int, int, frozenset[int]]  # height, width, and the numbers of channels that keep its colours
 
@@ -331,25 +324,3 @@ def _suggested_size(side: int) -> int:
     """Return the size that pictures whose shorter side has `side` pixels are resized to."""
     fitting = [size for size in SIZES if size <= LARGEST_SUGGESTED and size >= 0.8 * side]
     return fitting[0] if fitting else LARGEST_SUGGESTED
-
-
-def plan_reading(images: Images, needed: float) -> tuple[int, float]:
-    """Return the resources.readers of these images, and how many images per second they read.
-
-    0 and inf of images that are kept in memory. `needed` images per second are used at most.
-    """
-    if not images.stays_on_disk:
-        return 0, math.inf
-    some = images.take(evenly_spaced(len(images), READ_FILES))
-    started = time.monotonic()
-    some.batch()
-    rate = len(some) / (time.monotonic() - started)
-    readers = min(math.ceil(needed / rate), usable_cpus() - 1, _room_for_readers(images))
-    return readers, rate * max(1, readers)
-
-
-def _room_for_readers(images: Images) -> int:
-    """Return for how many processes' batches half of the shared memory suffices: of a container it may be 64 MiB."""
-    shared = Path("/dev/shm")
-    free = shutil.disk_usage(shared).free if shared.exists() else sys.maxsize
-    return free // (2 * 4 * IMAGES_AHEAD * math.prod(images.pixels.shape[1:]))

@@ -1,41 +1,27 @@
-"""How the time of a run is divided among its steps, from speeds measured in a few seconds."""
+"""How the time of a run is divided among its steps."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
 
-from defuse_core.config import DistillSection, ReviewSection, RunFile, VaeSection, parse_run_file
-from defuse_core.data import Images, Splits, open_splits
+from defuse_core.config import DistillSection, ReviewSection, VaeSection, parse_run_file
+from defuse_core.data import Splits, open_splits
 from defuse_core.data.images import MAX_LOADED
-from defuse_core.device import cpu_threads, device
+from defuse_core.device import cpu_threads
 from defuse_core.formatting import count_of
-from defuse_core.models import (
-    ReferenceCnn,
-    build_vae,
-    decode_codes,
-    predict,
-    probe_classifier,
-    to_device,
-    to_tensor,
-)
+from defuse_core.models import probe_classifier
 from defuse_core.models.adapters import with_stated_range
 from defuse_core.models.probe import LIKE_SIGMOID, ClassifierProbe
 from defuse_core.protocols import Progress, silent
 from defuse_core.runs import CONTROL_NAMES
 from defuse_core.suggest.classifier_inputs import VALIDATION_SHARE, fit_image_size, probe_notes, set_probed
-from defuse_core.suggest.inspect import DataFacts, plan_reading
+from defuse_core.suggest.inspect import DataFacts
+from defuse_core.suggest.speeds import TRIAL_BATCH, Speeds, measure_speeds, plan_reading
 
-TRIAL_S = 0.5  # each speed is measured for so long
-TRIAL_BATCH = 64
 THREADS = 2  # resources.train_threads
 RESERVE = 0.85  # share of the time that is planned, without reading images, the mixture and the report
 SHARES = {"classifier": 0.15, "vae": 0.25, "identify": 0.1, "references": 0.2, "correct": 0.3}
@@ -59,23 +45,8 @@ WITH_LESS = (
     "fewer images (--train-images), smaller ones (--image-size) or more --minutes (in Python data.train_images, "
     "minutes=)"
 )
+MODELS = "the reference models and judges"
 TOO_LONG = 1.5  # times longer or shorter than asked for, from which a plan gets a note
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """Images per second of each kind of work, on this machine."""
-
-    vae: float  # training the β-VAE
-    decode: float  # decoding a code and classifying the decoding
-    classifier: float  # training the classifier
-    reference: float  # training one reference model
-    read: float = math.inf  # reading image files that stay on disk
-
-    def up_to(self, read: float) -> Speeds:
-        """Return the speeds where so many training images per second are read; a decoding needs few of them."""
-        vae, classifier, reference = (min(read, own) for own in (self.vae, self.classifier, self.reference))
-        return replace(self, vae=vae, classifier=classifier, reference=reference)
 
 
 @dataclass(frozen=True)
@@ -123,17 +94,22 @@ def plan_run(
                 notes.append(f"the classifier: {LIKE_SIGMOID}")
         channels = FEW_CHANNELS if len(splits.train) < FEW_IMAGES else spec.review.reference.channels
         progress("measuring speeds")
-        speeds = _measured(spec, classifier, sample, channels, progress)
+        speeds = measure_speeds(spec, classifier, sample, channels, progress)
     largest = max(splits.parts().values(), key=lambda images: images.stays_on_disk * len(images))
     readers, read = plan_reading(largest, max(speeds.vae, speeds.classifier, speeds.reference))
     speeds = replace(speeds.up_to(read) if splits.train.stays_on_disk else speeds, read=read)
-    if own is not None and own.get("weights") and "validation" not in facts.counts:
+    if own is not None and not own.get("weights"):
+        notes.append(
+            "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
+            "--weights to use it as it is"
+        )
+    elif own is not None and "validation" not in facts.counts:
         notes.append(
             f"validation images are {100 * VALIDATION_SHARE:g} % of the training images, which the classifier probably "
             "has seen; separate validation images (a folder `validation`, or validation= in Python) would show the "
             "cost of a correction more reliably"
         )
-    needed, more = _set_sizes(tree, splits, speeds, minutes, own=own is not None)
+    needed, more = TimeBudget(tree, splits, speeds, minutes, own=own is not None).divide()
     if facts.are_converted(spec.data.image_size, spec.data.channels):
         tree["serve"] = {"resize": True}
     if readers:
@@ -142,123 +118,149 @@ def plan_run(
     return Plan(tree, needed, facts, speeds, probe, (*notes, *more, *probe_notes(probe)))
 
 
-def _measured(
-    spec: RunFile, classifier: nn.Module, sample: Images, channels: int, progress: Progress
-) -> Speeds:
-    """Measure each kind of work for a moment, with reference models of so many channels."""
-    to_device(vae := build_vae(spec))
-    reference = to_device(ReferenceCnn(spec.data.image_size, spec.data.channels, channels, 100))
-    batch = to_tensor(sample.batch(np.arange(TRIAL_BATCH) % len(sample)))
-    labels = torch.zeros(TRIAL_BATCH, dtype=torch.long, device=device())
-    codes = np.zeros((TRIAL_BATCH, spec.vae.latent_dim), np.float32)
-    works: dict[str, Callable[[], object]] = {
-        "vae": _step(vae, lambda: vae.decode(vae.encode(batch)[0]).sum()),
-        "decode": lambda: predict(classifier.eval(), decode_codes(vae, codes)),
-        "classifier": _step(classifier, lambda: F.cross_entropy(classifier.train()(batch), labels)),
-        "reference": _step(reference, lambda: F.cross_entropy(reference(batch), labels)),
-    }
-    rates = {}
-    for done, (name, work) in enumerate(works.items(), start=1):
-        rates[name] = _rate(work)
-        progress("measuring speeds", done, len(works), "speeds")
-    return Speeds(**rates)
+class TimeBudget:
+    """The time of a run, and how it is divided: epochs, draws, λ and samples of each step, in the run file's tree."""
 
+    def __init__(
+        self, tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, *, own: bool
+    ) -> None:
+        self.tree, self.splits, self.speeds, self.minutes, self.own = tree, splits, speeds, minutes, own
+        self.count = len(splits.train)
+        # images of the rarest class that has any
+        self.rarest = int(np.unique(splits.train.labels, return_counts=True)[1].min())
+        self.anchored = tree["vae"].get("decode") == "anchored"
+        self.perturbed = max(1, round((ANCHORED_SHARE if self.anchored else 1.0) * self.count))
+        # images from which reference models and judges learn
+        self.others = self.count - self.perturbed or self.count
 
-def _step(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Return one training step with a learning rate of 0, which changes no weight."""
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    def divide(self) -> tuple[float, list[str]]:
+        """Set the sizes of all steps. Returns the minutes that these take, and what a person should know."""
+        self._set_sizes()
+        planned, notes_on_time = self._planned()
+        return planned, [*self._notes_on_models(), *self._notes_on_review(), *notes_on_time]
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    def _set_sizes(self) -> None:
+        tree, count, speeds = self.tree, self.count, self.speeds
+        shares = {**SHARES, "classifier": 0.0, "vae": 0.4} if self.own else SHARES
+        seconds = {step: 60 * self.minutes * RESERVE * share for step, share in shares.items()}
+        if self.own:
+            trained: dict[str, Any] = {"epochs": 5, "optimizer": "adam", "learning_rate": 0.001}
+            tree["classifier"] |= {"epochs": 0} if tree["classifier"].get("weights") else trained
+        else:
+            epochs = _clamp(seconds["classifier"] * speeds.classifier / count, 3, 40)
+            trained = {"epochs": epochs, "batch_size": _batch(count, 128), "keep": "best_validation"}
+            tree["classifier"] |= trained
+        epochs, batch = _clamp(seconds["vae"] * speeds.vae / count, 2, 100), _batch(count, 256)
+        steps = epochs * max(1, count // batch)
+        tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
+        draws = _clamp(seconds["identify"] * speeds.decode / self.perturbed, 2, 50)
+        share = {"share": ANCHORED_SHARE} if self.anchored else {}
+        tree["identify"] = {**share, "draws": draws, "scale": SCALE}
+        tree["distill"] = _distill(tree, len(self.splits.classes), self.rarest / count)
+        least = max(500, PER_CLASS * len(self.splits.classes))
+        reference = _reference(self.others, seconds["references"], speeds, least)
+        purity = {"purity": ANCHORED_PURITY} if self.anchored else {}
+        tree["review"] = {"annotators": "reference-models", **purity, "reference": reference}
+        tree["judges"] = {"share": 0.0, **reference} if self.others < FEW_IMAGES else dict(reference)
+        tree["correct"] = _correct(count, seconds["correct"], speeds, least)
 
-    return step
+    def _notes_on_models(self) -> list[str]:
+        """Return why the reference models and judges may know too little of some classes."""
+        notes, classes = list[str](), len(self.splits.classes)
+        each = self._images_of_each_model / self.count * self.rarest
+        if each < PER_CLASS:
+            notes.append(
+                f"{MODELS} are trained on {count_of(float(f'{each:.3g}'), 'image')} of the rarest class, too few to "
+                "rely on their answers; add images"
+            )
+        if classes > MOST_CLASSES:
+            notes.append(
+                f"{MODELS}, small networks that begin with random weights, learn few of {classes:,} classes; use "
+                "pretrained ones: review.reference.architecture: custom, import_path, count: 1 and epochs: 0, and the "
+                "same of judges"
+            )
+        return notes
 
+    def _notes_on_review(self) -> list[str]:
+        """Return how many scenarios of many classes there may be, and which have too few photographs for one."""
+        tree, splits = self.tree, self.splits
+        notes, review = list[str](), ReviewSection.model_validate(tree["review"])
+        if least_weight := len(splits.classes) > EQUAL_CLASSES and tree["distill"]["min_weight"]:
+            notes.append(
+                f"up to {int(1 / least_weight):,} candidate scenarios may be found, each with {review.images} pictures "
+                "to review; raise distill.min_weight for fewer"
+            )
+        if not self.anchored:
+            return notes
+        _, first = np.unique(splits.train.unit, return_index=True)
+        units = np.bincount(splits.train.labels[first], minlength=len(splits.classes))
+        perturbed = np.ceil(ANCHORED_SHARE * units)
+        few = np.ceil(perturbed / 2) < review.least_units
+        if few.any():
+            what = "photographs" if splits.train.tracks is None else "tracks"
+            notes.append(
+                f"{few.sum()} of {len(few)} classes have too few {what} for a scenario: at most "
+                f"{int(perturbed[few].max())} of one are perturbed (identify.share), half of these are reviewed, and "
+                f"significance takes {review.least_units}; add {what}, or set review.accept: share"
+            )
+        return notes
 
-def _rate(work: Callable[[], object]) -> float:
-    """Return images per second of work on batches of TRIAL_BATCH; the first batch does not count."""
-    work()
-    started, batches = time.monotonic(), 0
-    while time.monotonic() - started < TRIAL_S:
-        work()
-        batches += 1
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    return batches * TRIAL_BATCH / (time.monotonic() - started)
+    @property
+    def _images_of_each_model(self) -> int:
+        """How many images each reference model and judge is trained on."""
+        judges = self.tree["judges"]
+        shared = self.others if judges.get("share") == 0 else self.others // 2
+        return min(int(judges.get("train_images", self.others)), shared)
 
+    def _planned(self) -> tuple[float, list[str]]:
+        """Return the minutes of the run: as asked for, unless it needs more, or cannot use as many; and notes."""
+        notes, minutes = list[str](), count_of(self.minutes, "minute")
+        trained, enough = self.tree["review"]["reference"]["epochs"], _enough_epochs(self.others)[1]
+        if self.others < FEW_IMAGES and 2 * trained <= enough:
+            notes.append(
+                f"{MODELS} are trained for {trained} epochs, and need about {enough} on so few images to be as "
+                f"accurate as the classifier; give more than {minutes} (--minutes, or minutes= in Python)"
+            )
+        scored = self._seconds_scored() / (60 * RESERVE)
+        planned = self._seconds_computed() / (60 * RESERVE) + scored
+        if planned > TOO_LONG * self.minutes:
+            side = self.tree["data"]["image_size"]
+            mostly = f", {scored:,.0f} of them for validation and test images" if scored > planned / 2 else ""
+            notes.append(
+                f"{minutes} cannot be enough: a run of {self.count:,} images of {side}x{side} pixels takes about "
+                f"{planned:,.0f} minutes here{mostly}; give {WITH_LESS}"
+            )
+            return round(planned), notes
+        if (epochs := self.tree["vae"]["epochs"]) < FEW_EPOCHS:
+            notes.append(f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {minutes}; give {WITH_LESS}")
+        if TOO_LONG * planned < self.minutes:  # every step has its most epochs, draws and λ
+            return max(1, round(planned)), notes
+        return self.minutes, notes
 
-def _set_sizes(
-    tree: dict[str, Any], splits: Splits, speeds: Speeds, minutes: float, own: bool
-) -> tuple[float, list[str]]:
-    """Divide the time: epochs, draws, λ and samples of every step. Returns the minutes that it takes, and notes."""
-    count, seconds = len(splits.train), 60 * minutes * RESERVE
-    shares = {**SHARES, "classifier": 0.0, "vae": 0.4} if own else SHARES
-    if own:
-        trained = {"epochs": 5, "optimizer": "adam", "learning_rate": 0.001}
-        tree["classifier"] |= {"epochs": 0} if tree["classifier"].get("weights") else trained
-    else:
-        epochs = _clamp(seconds * shares["classifier"] * speeds.classifier / count, 3, 40)
-        tree["classifier"] |= {"epochs": epochs, "batch_size": _batch(count, 128), "keep": "best_validation"}
-    epochs, batch = _clamp(seconds * shares["vae"] * speeds.vae / count, 2, 100), _batch(count, 256)
-    steps = epochs * max(1, count // batch)
-    tree["vae"] |= {"epochs": epochs, "batch_size": batch, "kl_warmup_steps": min(500, steps // 4)}
-    anchored = tree["vae"].get("decode") == "anchored"
-    tree["identify"] = {"share": ANCHORED_SHARE} if anchored else {}
-    perturbed, others = _perturbed_and_others(tree, count)
-    draws = _clamp(seconds * shares["identify"] * speeds.decode / perturbed, 2, 50)
-    tree["identify"] |= {"draws": draws, "scale": SCALE}
-    rarest = int(np.unique(splits.train.labels, return_counts=True)[1].min())  # of classes with images
-    tree["distill"] = _distill(tree, len(splits.classes), rarest / count)
-    least = max(500, PER_CLASS * len(splits.classes))
-    reference = _reference(others, seconds * shares["references"], speeds, least)
-    tree["review"] = {"annotators": "reference-models", **({"purity": ANCHORED_PURITY} if anchored else {})}
-    tree["review"]["reference"] = reference
-    tree["judges"] = {"share": 0.0, **reference} if others < FEW_IMAGES else dict(reference)
-    tree["correct"] = _correct(count, seconds * shares["correct"], speeds, least)
-    notes = []
-    each = _images_of_each_model(tree, others) / count * rarest
-    if each < PER_CLASS:
-        notes.append(
-            f"the reference models and judges are trained on {count_of(float(f'{each:.3g}'), 'image')} of the rarest "
-            "class, too few to rely on their answers; add images"
+    def _seconds_computed(self) -> float:
+        """Return the seconds of training, identification and fine-tuning."""
+        tree, count, speeds = self.tree, self.count, self.speeds
+        reference, correct = tree["review"]["reference"], tree["correct"]
+        visits = self._trainings * _visits(correct["epochs"]) * correct.get("train_images", count)
+        return float(
+            tree["classifier"]["epochs"] * count / speeds.classifier
+            + tree["vae"]["epochs"] * count / speeds.vae
+            + tree["identify"]["draws"] * self.perturbed / speeds.decode
+            + 8 * reference["epochs"] * self._images_of_each_model / speeds.reference
+            + visits / speeds.classifier
         )
-    if len(splits.classes) > MOST_CLASSES:
-        notes.append(
-            f"the reference models and judges, small networks that begin with random weights, learn few of "
-            f"{len(splits.classes):,} classes; use pretrained ones: review.reference.architecture: custom, "
-            "import_path, count: 1 and epochs: 0, and the same of judges"
-        )
-    notes += _notes_on_review(tree, splits)
-    trained, enough = reference["epochs"], _enough_epochs(others)[1]
-    if others < FEW_IMAGES and 2 * trained <= enough:
-        notes.append(
-            f"the reference models and judges are trained for {trained} epochs, and need about {enough} on so few "
-            f"images to be as accurate as the classifier; give more than {count_of(minutes, 'minute')} (--minutes, or "
-            "minutes= in Python)"
-        )
-    if own and tree["classifier"]["epochs"]:
-        notes.append(
-            "the classifier has no file of weights, so the run trains it; save its state_dict() to a file and give "
-            "--weights to use it as it is"
-        )
-    scored = _seconds_scored(tree, splits, speeds) / (60 * RESERVE)
-    planned = _seconds_planned(tree, count, speeds) / (60 * RESERVE) + scored
-    if planned > TOO_LONG * minutes:
-        side = tree["data"]["image_size"]
-        mostly = f", {scored:,.0f} of them for validation and test images" if scored > planned / 2 else ""
-        notes.append(
-            f"{count_of(minutes, 'minute')} cannot be enough: a run of {count:,} images of {side}x{side} "
-            f"pixels takes about {planned:,.0f} minutes here{mostly}; give {WITH_LESS}"
-        )
-        return round(planned), notes
-    if epochs < FEW_EPOCHS:
-        notes.append(
-            f"only {count_of(epochs, 'epoch')} for the β-VAE fit in {count_of(minutes, 'minute')}; give {WITH_LESS}"
-        )
-    if TOO_LONG * planned < minutes:  # every step has its most epochs, draws and λ
-        return max(1, round(planned)), notes
-    return minutes, notes
+
+    def _seconds_scored(self) -> float:
+        """Return the seconds in which classifiers answer the validation and test images, over and over."""
+        speeds, scored = self.speeds, list(self.splits.parts().values())[1:]
+        from_disk = min(speeds.decode, speeds.read)
+        once = sum(len(images) / (from_disk if images.stays_on_disk else speeds.decode) for images in scored)
+        return (self._trainings + SCORINGS) * once
+
+    @property
+    def _trainings(self) -> int:
+        """How often the run fine-tunes: in two sweeps, and for the controls."""
+        return 2 * len(self.tree["correct"]["lambdas"]) + len(CONTROL_NAMES)
 
 
 def _distill(tree: dict[str, Any], classes: int, rarest: float) -> dict[str, Any]:
@@ -280,68 +282,6 @@ def _distill(tree: dict[str, Any], classes: int, rarest: float) -> dict[str, Any
         if codes > (DistillSection().max_codes or codes):
             section["max_codes"] = codes
     return section
-
-
-def _notes_on_review(tree: dict[str, Any], splits: Splits) -> list[str]:
-    """Return how many scenarios of many classes there may be, and which classes have too few photographs for one."""
-    notes, review = list[str](), ReviewSection.model_validate(tree["review"])
-    if least_weight := len(splits.classes) > EQUAL_CLASSES and tree["distill"]["min_weight"]:
-        notes.append(
-            f"up to {int(1 / least_weight):,} candidate scenarios may be found, each with {review.images} pictures to "
-            "review; raise distill.min_weight for fewer"
-        )
-    if tree["vae"].get("decode") != "anchored":
-        return notes
-    _, first = np.unique(splits.train.unit, return_index=True)
-    units = np.bincount(splits.train.labels[first], minlength=len(splits.classes))
-    perturbed = np.ceil(tree["identify"]["share"] * units)
-    few = np.ceil(perturbed / 2) < review.least_units
-    if few.any():
-        what = "photographs" if splits.train.tracks is None else "tracks"
-        notes.append(
-            f"{few.sum()} of {len(few)} classes have too few {what} for a scenario: at most "
-            f"{int(perturbed[few].max())} of one are perturbed (identify.share), half of these are reviewed, and "
-            f"significance takes {review.least_units}; add {what}, or set review.accept: share"
-        )
-    return notes
-
-
-def _seconds_planned(tree: dict[str, Any], count: int, speeds: Speeds) -> float:
-    """Return the seconds of training, identification and fine-tuning as planned, on `count` training images."""
-    reference, correct = tree["review"]["reference"], tree["correct"]
-    visits = _trainings(tree) * _visits(correct["epochs"]) * correct.get("train_images", count)
-    perturbed, others = _perturbed_and_others(tree, count)
-    return float(
-        tree["classifier"]["epochs"] * count / speeds.classifier
-        + tree["vae"]["epochs"] * count / speeds.vae
-        + tree["identify"]["draws"] * perturbed / speeds.decode
-        + 8 * reference["epochs"] * _images_of_each_model(tree, others) / speeds.reference
-        + visits / speeds.classifier
-    )
-
-
-def _seconds_scored(tree: dict[str, Any], splits: Splits, speeds: Speeds) -> float:
-    """Return the seconds in which classifiers answer the validation and test images, over and over."""
-    from_disk, scored = min(speeds.decode, speeds.read), list(splits.parts().values())[1:]
-    once = sum(len(images) / (from_disk if images.stays_on_disk else speeds.decode) for images in scored)
-    return (_trainings(tree) + SCORINGS) * once
-
-
-def _trainings(tree: dict[str, Any]) -> int:
-    """Return how often the run fine-tunes: in two sweeps, and for the controls."""
-    return 2 * len(tree["correct"]["lambdas"]) + len(CONTROL_NAMES)
-
-
-def _perturbed_and_others(tree: dict[str, Any], count: int) -> tuple[int, int]:
-    """Return how many of `count` training images are perturbed, and from how many reference models and judges learn."""
-    perturbed = max(1, round(tree["identify"].get("share", 1.0) * count))
-    return perturbed, count - perturbed or count
-
-
-def _images_of_each_model(tree: dict[str, Any], count: int) -> int:
-    """Return how many of the `count` images that models learn from each reference model and judge is trained on."""
-    shared = count if tree["judges"].get("share") == 0 else count // 2
-    return min(int(tree["judges"].get("train_images", count)), shared)
 
 
 def _reference(count: int, seconds: float, speeds: Speeds, least: int) -> dict[str, Any]:

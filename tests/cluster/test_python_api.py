@@ -20,7 +20,7 @@ QUICK = {
 def test_a_run_from_python_gives_the_same_on_ray(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: 1000.0)
     local = defuse.debug(**arguments(tmp_path, name="local", settings=SETTINGS | QUICK))
     spec = local.run.spec
     remote = defuse.debug(**arguments(tmp_path, name="remote", settings=spec, compute=on_ray()))

@@ -36,7 +36,7 @@ ANOTHER_LAMBDA = SETTINGS | {"correct": SETTINGS["correct"] | {"lambdas": [1.0, 
 
 @pytest.fixture(autouse=True)
 def _known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: 1000.0)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(store: Path) -> defuse.RunResult:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+        patch.setattr("defuse_core.suggest.speeds._rate", lambda work: 1000.0)
         return defuse.debug(**arguments(store))
 
 

@@ -22,7 +22,7 @@ QUICK = SETTINGS | {"vae": {**SETTINGS["vae"], "epochs": 2, "accept": "blind"}}
 def _same_speeds() -> Iterator[None]:
     """A plan follows the measured speeds, which on a busy machine differ from one run to the next."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+        patch.setattr("defuse_core.suggest.speeds._rate", lambda work: 1000.0)
         yield
 
 

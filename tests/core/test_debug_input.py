@@ -39,7 +39,7 @@ from tests.services.serving.synthetic_runs import make_run
 
 @pytest.fixture(autouse=True)
 def _known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: 1000.0)
 
 
 def settings_of(store: Path, until: type[DefuseError] | None = None, **changes: Any) -> RunFile:

@@ -20,7 +20,7 @@ from defuse_core.config import load_run_file
 from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
-from defuse_core.suggest.plan import Speeds
+from defuse_core.suggest.speeds import Speeds
 from services.cli.options import run_name
 from tests.command_line import call, one_line
 from tests.own_classifiers import digits, trained
@@ -28,13 +28,13 @@ from tests.own_classifiers import digits, trained
 
 @pytest.fixture(autouse=True)
 def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan.TRIAL_S", 0.05)
+    monkeypatch.setattr("defuse_core.suggest.speeds.TRIAL_S", 0.05)
 
 
 @pytest.fixture
 def known_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Speeds that need not be measured, for tests of all else that is suggested."""
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.plan.measure_speeds", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_class_folders_are_moved_by_the_command_that_is_suggested(pictures, tmp_
 def test_the_images_decide_size_colour_classes_and_the_vae(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "defuse_core.suggest.plan._rate", lambda work: 1000.0
+        "defuse_core.suggest.speeds._rate", lambda work: 1000.0
     )  # on a busy machine 10 minutes are few
     tree, out = start(monkeypatch, capsys, pictures, "--minutes", 10)
     assert "240 train, 60 test; 10 classes; 16x16 pixels" in out

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from defuse_core.suggest.plan import Speeds
+from defuse_core.suggest.speeds import Speeds
 from tests.command_line import call, one_line
 from tests.own_classifiers import digits, trained
 
@@ -19,7 +19,7 @@ HERE = "tests.services.test_init_classifiers"
 
 @pytest.fixture(autouse=True)
 def _digits_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.plan.measure_speeds", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     monkeypatch.chdir(tmp_path)
     images = digits()
     np.savez("digits.npz", train_images=images.pixels[:, 0], train_labels=images.labels)

@@ -28,7 +28,8 @@ from defuse_core.suggest.classifier_inputs import (
     _vae,
     fit_image_size,
 )
-from defuse_core.suggest.plan import Speeds, plan_run
+from defuse_core.suggest.plan import plan_run
+from defuse_core.suggest.speeds import Speeds
 from tests.command_line import call, one_line
 from tests.conftest import tiny
 from tests.core.test_probe import CUSTOM, Reading
@@ -38,7 +39,7 @@ HERE = "tests.services.test_init_image_size"
 
 @pytest.fixture(autouse=True)
 def _known_speeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.plan.measure_speeds", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     monkeypatch.chdir(tmp_path)
 
 
@@ -447,7 +448,7 @@ def test_a_size_that_leaves_the_vae_large_dense_layers_is_noted(side, noted):
 
 
 def test_a_plan_that_needs_longer_than_the_minutes_asked_for_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(0.1, 0.1, 0.1, 0.1))
+    monkeypatch.setattr("defuse_core.suggest.plan.measure_speeds", lambda *_: Speeds(0.1, 0.1, 0.1, 0.1))
     code, _, printed = suggested(monkeypatch, capsys, 48, 48, "of_any_size")
     assert code == 0
     assert "1 minute cannot be enough: a run of 51 images" in printed

@@ -17,7 +17,8 @@ from defuse_core.config.loading import describe_fields
 from defuse_core.models.probe import ClassifierProbe
 from defuse_core.suggest import _comment, _commented, write_run_file
 from defuse_core.suggest.inspect import DataFacts, _suggested_size
-from defuse_core.suggest.plan import Plan, Speeds
+from defuse_core.suggest.plan import Plan
+from defuse_core.suggest.speeds import Speeds
 from services.cli.run import init
 from tests.command_line import call, one_line
 from tests.core.test_probe import some_probe
@@ -171,7 +172,7 @@ def test_a_pipe_is_not_replaced_by_a_run_file(force, tmp_path, monkeypatch, caps
 
 def test_a_run_file_that_is_replaced_stays_where_the_disk_is_full(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.plan.measure_speeds", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
     images = np.random.default_rng(0).integers(0, 255, (100, 16, 16), np.uint8)
     np.savez("parts.npz", train_images=images, train_labels=np.arange(100) % 2)
     mine, link = Path("mine.yaml"), Path("link.yaml")

@@ -17,7 +17,8 @@ from defuse_core.distill.components import components_of
 from defuse_core.protocols import silent
 from defuse_core.suggest import inspect_data, plan_run
 from defuse_core.suggest.inspect import _few_images
-from defuse_core.suggest.plan import Speeds, _correct, _measured, _rate, _set_sizes
+from defuse_core.suggest.plan import TimeBudget, _correct
+from defuse_core.suggest.speeds import Speeds, _rate, measure_speeds
 from tests.command_line import call
 from tests.conftest import tiny
 from tests.own_classifiers import digits, plain
@@ -29,16 +30,16 @@ def test_a_speed_is_that_of_the_batches_after_the_first_which_takes_longer(monke
     def work() -> None:
         clock[0] += next(durations)
 
-    monkeypatch.setattr("defuse_core.suggest.plan.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("defuse_core.suggest.speeds.time.monotonic", lambda: clock[0])
     assert _rate(work) == 64 / 0.125
 
 
 def test_speeds_are_measured_with_whole_steps_that_change_no_weight(monkeypatch):
     """Also with fewer images than a batch has."""
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: (work(), 1.0)[1])
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: (work(), 1.0)[1])
     net = plain()
     before = [weight.detach().clone() for weight in net.parameters()]
-    speeds = _measured(tiny(), net, digits().take(slice(0, 5)), 4, silent)
+    speeds = measure_speeds(tiny(), net, digits().take(slice(0, 5)), 4, silent)
     assert speeds == Speeds(1.0, 1.0, 1.0, 1.0)
     for weight, unchanged in zip(net.parameters(), before, strict=True):
         assert weight.grad.any() and (weight == unchanged).all()
@@ -79,7 +80,9 @@ def test_the_time_is_divided_among_the_steps_within_what_each_needs_and_can_use(
     labels = np.repeat([0, 1], [9970, 30])
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
-    _, notes = _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 10, own=False)
+    _, notes = TimeBudget(
+        tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 10, own=False
+    ).divide()
     assert (tree["classifier"]["epochs"], tree["vae"]["epochs"]) == epochs
     assert (tree["vae"]["kl_warmup_steps"], tree["identify"]["draws"]) == (warmup, draws)
     of_models, tuned = tree["review"]["reference"], tree["correct"]
@@ -98,7 +101,7 @@ def test_little_time_leaves_reference_models_and_correction_twenty_images_of_eac
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
     splits = Splits(images, None, None, tuple(map(str, range(200))))
-    _, notes = _set_sizes(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False)
+    _, notes = TimeBudget(tree, splits, Speeds(10.0, 10.0, 10.0, 10.0), 1, own=False).divide()
     assert tree["review"]["reference"]["train_images"] == reference
     assert tree["judges"]["train_images"] == reference
     assert tree["correct"]["train_images"] == correct
@@ -118,7 +121,7 @@ def test_the_images_of_the_rarest_class_are_counted_in_the_singular_where_it_has
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"name": "digits", "image_size": 8}, "classifier": {}, "vae": {}}
     splits = Splits(images, None, None, ("a", "b"))
-    _, notes = _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)
+    _, notes = TimeBudget(tree, splits, Speeds(*[1e5] * 4), 30, own=False).divide()
     assert notes[0].startswith(f"the reference models and judges are trained on {told} of the rarest class")
 
 
@@ -129,9 +132,9 @@ def test_a_class_without_a_training_image_is_not_the_rarest_wherever_it_stands(c
     labels = np.repeat(np.arange(3), counts)
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"name": "digits", "image_size": 8}, "classifier": {}, "vae": {}}
-    _, notes = _set_sizes(
+    _, notes = TimeBudget(
         tree, Splits(images, None, None, ("a", "b", "c")), Speeds(*[1e5] * 4), 30, own=False
-    )
+    ).divide()
     assert any("images of the rarest class" in note for note in notes) == few
 
 
@@ -144,7 +147,7 @@ def sized(
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels, of_track)
     tree = {"data": {"name": "digits", "image_size": size}, "classifier": {}, "vae": vae}
     splits = Splits(images, None, None, tuple(map(str, range(classes))))
-    return tree, _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)[1]
+    return tree, TimeBudget(tree, splits, Speeds(*[1e5] * 4), 30, own=False).divide()[1]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_the_lightest_component_of_a_rare_class_has_twice_as_many_codes_as_dimen
     labels = np.repeat([0, 1], [6000, 12])
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"name": "digits", "image_size": 48}, "classifier": {}, "vae": {"latent_dim": 32}}
-    _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[1e5] * 4), 30, own=False)
+    TimeBudget(tree, Splits(images, None, None, ("a", "b")), Speeds(*[1e5] * 4), 30, own=False).divide()
     assert (tree["distill"]["min_weight"], tree["distill"]["max_codes"]) == (0.001, 64_000)
 
 
@@ -230,7 +233,7 @@ def test_the_failures_of_a_rare_class_have_enough_weight_for_a_scenario(counts, 
     images = Images(np.zeros((len(labels), 1, 8, 8), np.uint8), labels)
     tree = {"data": {"name": "digits", "image_size": 32}, "classifier": {}, "vae": {}}
     splits = Splits(images, None, None, tuple(map(str, range(len(counts)))))
-    _, warnings = _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)
+    _, warnings = TimeBudget(tree, splits, Speeds(*[1e5] * 4), 30, own=False).divide()
     distill = parse_run_file(tree, "it").distill
     assert (tree["distill"].get("min_weight"), "max_codes" in tree["distill"]) == (weight, False)
     assert not [line for line in warnings if "candidate scenarios" in line]
@@ -248,8 +251,8 @@ def test_photographs_of_many_components_fit_into_memory(decode, codes):
 
 def test_validation_images_that_stay_on_disk_are_read_by_processes_and_planned_for(tmp_path, monkeypatch):
     """Beside training images that fit into memory."""
-    monkeypatch.setattr("defuse_core.suggest.plan._measured", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
-    monkeypatch.setattr("defuse_core.suggest.inspect.usable_cpus", lambda: 2)
+    monkeypatch.setattr("defuse_core.suggest.plan.measure_speeds", lambda *_: Speeds(1e3, 1e3, 1e3, 1e3))
+    monkeypatch.setattr("defuse_core.suggest.speeds.usable_cpus", lambda: 2)
 
     def read_slowly(path: str, channels: int, size: int) -> np.ndarray:
         time.sleep(0.005)
@@ -290,7 +293,9 @@ def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_
 ):
     images = Images(np.zeros((count, 1, 8, 8), np.uint8), np.arange(count) % 2)
     tree = {"data": {"image_size": 8}, "classifier": {}, "vae": {}}
-    _, notes = _set_sizes(tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True)
+    _, notes = TimeBudget(
+        tree, Splits(images, None, None, ("a", "b")), Speeds(*[speed] * 4), 1, own=True
+    ).divide()
     line = "the reference models and judges are trained for 8 epochs, and need about 21 on so few images"
     assert any(note.startswith(line) for note in notes) is ((count, speed) == (1560, 1e3))
     assert sum("are trained for" in note for note in notes) == ((count, speed) == (1560, 1e3))
@@ -312,7 +317,7 @@ def test_few_images_train_small_models_on_all_of_them_in_as_many_steps_as_these_
 def test_the_time_of_a_run_that_cannot_use_the_minutes_is_what_it_needs(
     speed: float, told: str, tmp_path: Path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: speed)
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: speed)
     monkeypatch.chdir(tmp_path)
     images = digits()
     np.savez("digits.npz", train_images=images.pixels[:, 0], train_labels=images.labels)
@@ -323,7 +328,7 @@ def test_the_time_of_a_run_that_cannot_use_the_minutes_is_what_it_needs(
 
 
 def test_fewer_training_images_are_planned_for_with_more_epochs(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 20.0)
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: 20.0)
     monkeypatch.chdir(tmp_path)
     images = digits()
     np.savez("digits.npz", train_images=images.pixels[:, 0], train_labels=images.labels)
@@ -347,10 +352,10 @@ def test_images_that_stay_on_disk_are_read_by_processes_and_planned_for_as_fast_
         time.sleep(0.02)
         return read_picture(path, channels, size)
 
-    monkeypatch.setattr("defuse_core.suggest.plan._rate", lambda work: 1000.0)
-    monkeypatch.setattr("defuse_core.suggest.inspect.usable_cpus", lambda: 4)
+    monkeypatch.setattr("defuse_core.suggest.speeds._rate", lambda work: 1000.0)
+    monkeypatch.setattr("defuse_core.suggest.speeds.usable_cpus", lambda: 4)
     monkeypatch.setattr(
-        "defuse_core.suggest.inspect.shutil.disk_usage", lambda _: SimpleNamespace(free=shared_memory)
+        "defuse_core.suggest.speeds.shutil.disk_usage", lambda _: SimpleNamespace(free=shared_memory)
     )
     monkeypatch.chdir(tmp_path)
     images = digits()
@@ -375,7 +380,7 @@ def test_few_images_of_a_rare_class_are_told_although_there_are_many_on_average(
     labels = np.repeat([0, 1], [588, 12])
     splits = Splits(Images(np.zeros((600, 1, 8, 8), np.uint8), labels), None, None, ("healthy", "sick"))
     tree = {"data": {"name": "digits", "image_size": 8}, "classifier": {}, "vae": {}}
-    warnings = _set_sizes(tree, splits, Speeds(*[1e5] * 4), 30, own=False)[1]
+    warnings = TimeBudget(tree, splits, Speeds(*[1e5] * 4), 30, own=False).divide()[1]
     assert any(
         text.startswith("the reference models and judges are trained on 12 images of") for text in warnings
     )
