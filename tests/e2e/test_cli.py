@@ -121,10 +121,20 @@ def test_a_run_file_whose_name_no_run_can_have_asks_for_another(command, runfile
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
-def test_a_misspelled_store_is_refused_before_anything_begins(command, runfile, monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, command, runfile, "--store", "s3:/bucket/runs")
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        ("s3:/bucket/runs", "expected s3://bucket/prefix or a folder"),
+        ("s3://", "expected s3://bucket/prefix; a bucket's name has 3 to 63 characters"),
+        ("s3:///runs", "expected s3://bucket/prefix; a bucket's name has"),
+    ],
+)
+def test_a_misspelled_store_is_refused_before_anything_begins(
+    command, store, words, runfile, monkeypatch, capsys
+):
+    code, _, err = call(monkeypatch, capsys, command, runfile, "--store", store)
     assert code == 2
-    assert "--store s3:/bucket/runs: expected s3://bucket/prefix or a folder" in one_line(err)
+    assert f"--store {store}: {words}" in one_line(err)
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
