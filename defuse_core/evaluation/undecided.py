@@ -56,17 +56,20 @@ def why_undecided(spec: RunFile, found: Findings) -> str | None:
     """Return why a run that accepted nothing could decide nothing, and what to do; None where it decided.
 
     A component that a person rejected is decided, and so is one that the classifier gets right; but a classifier that
-    guesses, or a β-VAE or reference models that show too little, leave it open what the review was not shown.
+    guesses, or a β-VAE or reference models that show too little, leave it open what the review was not shown. Where
+    most of Ψ is in parts too small for a scenario, too, nothing shows which of both hid the failures: it names both.
     """
     gallery, verdicts, psi, scenarios = found.gallery, found.verdicts, found.psi, found.scenarios
     if len(verdicts.accepted):
         return None
-    doubts = doubts_about_models(spec, found.models, found.references)
+    doubt = next(iter(doubts_about_models(spec, found.models, found.references)), None)
+    small = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
+    if doubt is not None and small is not None:
+        return f"{doubt}; also, {small}"
     cause = (
-        next(iter(doubts), None)
+        doubt
         or _nothing_kept(psi)
-        or _low_weight(spec, scenarios)
-        or _scattered(scenarios, psi)
+        or small
         or _most_unjudged(spec.review, scenarios, psi.total, len(gallery))
     )
     if cause is not None or not len(gallery):
