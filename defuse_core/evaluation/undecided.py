@@ -10,6 +10,7 @@ import numpy as np
 
 from defuse_core.artifacts import (
     F64,
+    I64,
     NONE_OF_THE_ABOVE,
     Bool,
     Gallery,
@@ -23,7 +24,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection, RunFile, VaeSection
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.components import MOST_SMALL_CELLS
-from defuse_core.formatting import count_of, percent
+from defuse_core.formatting import count_of, first_few, percent
 from defuse_core.intervals import (
     SIGNIFICANT,
     binomial_tail,
@@ -278,6 +279,23 @@ def why_guessing(models: Models) -> str | None:
     return (
         f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of {of}, and on "
         f"{percent(models.balanced_accuracy[part])} on average over their {classes} classes); {CHECK_CLASSIFIER}"
+    )
+
+
+def never_right(accuracy: Mapping[str, F64], images: Mapping[str, I64], classes: Sequence[str]) -> str | None:
+    """Return which classes the classifier gets no image of right, in any part, and what to look at; None for none.
+
+    `accuracy` and `images`, each (C,), are those of each part: the share that is right, nan of no image, and how many.
+    """
+    total = np.sum([images[part] for part in accuracy], axis=0)
+    right = np.sum([np.nan_to_num(share) for share in accuracy.values()], axis=0)
+    missed = np.flatnonzero((total > 0) & (right == 0))
+    if not len(missed):
+        return None
+    of = count_of(int(total[missed].sum()), "image")
+    return (
+        f"the classifier is right on none of {of} of {first_few([classes[label] for label in missed])}, so many "
+        f"scenarios may show this alone; {CHECK_CLASSIFIER}"
     )
 
 
