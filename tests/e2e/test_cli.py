@@ -375,7 +375,18 @@ def test_a_terminal_of_ascii_shows_a_run(copied):
     assert max(map(len, ended.stdout.splitlines())) > 40
 
 
-def test_a_port_that_no_machine_has_is_refused(monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, "label-studio", "up", "--port", "99999")
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (("label-studio", "up", "--port", "99999"), "a whole number from 1 to 65,535, found '99999'"),
+        (("serve", "--port", "80.5"), "a whole number from 1 to 65,535, found '80.5'"),
+        (("rollback", "--from", "0"), "a whole number of at least 1, found '0'"),
+        (("review", "set", "mine", "x", "--reason", "y"), "a whole number of at least 0, found 'x'"),
+        (("init", "x", "--minutes", "half"), "a number from 1 to 10,000, found 'half'"),
+        (("init", "x", "--image-size", ""), "a value, found an empty one; is the variable set?"),
+    ],
+)
+def test_numbers_out_of_their_bounds_are_refused_with_what_is_expected(words, refusal, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, *words)
     assert code == 2
-    assert "99999 is not in the range" in err
+    assert f": expected {refusal}" in err
