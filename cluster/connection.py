@@ -50,6 +50,7 @@ OTHER_TOKEN = (
     "requires another token than this process has: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's "
     "(`ray get-auth-token` on its head shows it)"
 )
+HOST_AND_PORT = re.compile(r"([^\s:/\[\]]+|\[[^\s/\[\]]+\]):\d{1,5}")
 # of the RuntimeErrors of ray.init where a cluster answers
 CANNOT_JOIN = ("Version mismatch", "No node info found", "This node has an IP address")
 MORE_MEMORY = "use nodes with more memory, or let fewer tasks run on a node or GPU (section resources)"
@@ -84,7 +85,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     if address is None:
         _start_embedded(cpus, quiet)
         return True
-    if "://" in address:
+    if address != "auto" and not HOST_AND_PORT.fullmatch(address):
         raise InputError(
             f"{without_credentials(address)} (--address or RAY_ADDRESS): expected HOST:PORT of a cluster that this "
             "machine is a node of, or auto; from elsewhere `defuse submit` takes the dashboard's http:// address"

@@ -29,7 +29,7 @@ from defuse_core.evaluation.health import (
     reconstruction_errors,
     reconstruction_strip,
 )
-from defuse_core.evaluation.undecided import why_guessing
+from defuse_core.evaluation.undecided import never_right, why_guessing
 from defuse_core.intervals import class_accuracy, only_guesses
 from defuse_core.models import (
     EXTERNAL,
@@ -77,6 +77,8 @@ def train(spec: RunFile, store: Store, *, progress: Progress) -> Models:
         accuracies, class_accuracies = _accuracies(spec, classifier, splits)
         if spec.classifier.epochs == 0:
             log_classifier(spec, classifier, splits, accuracies)
+        if missed := never_right(class_accuracies, class_counts(splits), splits.classes):
+            log.warning("train: %s", missed)
         vae_history = train_vae(spec, vae, splits, store, progress)
         probe = probe_images(splits.train)
         errors, answers = reconstruction_errors(classifier, vae, probe)

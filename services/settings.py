@@ -107,6 +107,11 @@ def checked_address(address: str, variable: str = "LABEL_STUDIO_URL") -> str:
     return address.strip().rstrip("/")
 
 
+def is_label_studio_url(address: str) -> bool:
+    """Whether LABEL_STUDIO_URL is this address; a client can also have that of the local server."""
+    return os.environ.get("LABEL_STUDIO_URL", "").strip().rstrip("/") == address
+
+
 def proxy_for(address: str) -> str | None:
     """Return the HTTP proxy that the environment names for an address (HTTP_PROXY, NO_PROXY, ...); None for none."""
     from urllib.request import getproxies_environment, proxy_bypass  # imports ssl

@@ -273,3 +273,15 @@ class Detached(Net):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) + 0 * self.own_bias[0] + self.head.weight.sum()
+
+
+class WithoutAnswer(nn.Module):
+    """A classifier that never answers 3, as where another class was trained in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = trained()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(images)
+        return logits - 1000 * (torch.arange(10) == 3)

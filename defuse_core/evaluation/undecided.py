@@ -10,6 +10,7 @@ import numpy as np
 
 from defuse_core.artifacts import (
     F64,
+    I64,
     NONE_OF_THE_ABOVE,
     Bool,
     Gallery,
@@ -23,7 +24,7 @@ from defuse_core.artifacts import (
 from defuse_core.config import ReviewSection, RunFile, VaeSection
 from defuse_core.config.base import fewest_units
 from defuse_core.distill.components import MOST_SMALL_CELLS
-from defuse_core.formatting import count_of, percent
+from defuse_core.formatting import count_of, first_few, percent
 from defuse_core.intervals import (
     SIGNIFICANT,
     binomial_tail,
@@ -56,17 +57,20 @@ def why_undecided(spec: RunFile, found: Findings) -> str | None:
     """Return why a run that accepted nothing could decide nothing, and what to do; None where it decided.
 
     A component that a person rejected is decided, and so is one that the classifier gets right; but a classifier that
-    guesses, or a β-VAE or reference models that show too little, leave it open what the review was not shown.
+    guesses, or a β-VAE or reference models that show too little, leave it open what the review was not shown. Where
+    most of Ψ is in parts too small for a scenario, too, nothing shows which of both hid the failures: it names both.
     """
     gallery, verdicts, psi, scenarios = found.gallery, found.verdicts, found.psi, found.scenarios
     if len(verdicts.accepted):
         return None
-    doubts = doubts_about_models(spec, found.models, found.references)
+    doubt = next(iter(doubts_about_models(spec, found.models, found.references)), None)
+    small = _low_weight(spec, scenarios) or _scattered(scenarios, psi)
+    if doubt is not None and small is not None:
+        return f"{doubt}; also, {small}"
     cause = (
-        next(iter(doubts), None)
+        doubt
         or _nothing_kept(psi)
-        or _low_weight(spec, scenarios)
-        or _scattered(scenarios, psi)
+        or small
         or _most_unjudged(spec.review, scenarios, psi.total, len(gallery))
     )
     if cause is not None or not len(gallery):
@@ -275,6 +279,23 @@ def why_guessing(models: Models) -> str | None:
     return (
         f"the classifier is hardly better than guessing (right on {percent(models.accuracy[part])} of {of}, and on "
         f"{percent(models.balanced_accuracy[part])} on average over their {classes} classes); {CHECK_CLASSIFIER}"
+    )
+
+
+def never_right(accuracy: Mapping[str, F64], images: Mapping[str, I64], classes: Sequence[str]) -> str | None:
+    """Return which classes the classifier gets no image of right, in any part, and what to look at; None for none.
+
+    `accuracy` and `images`, each (C,), are those of each part: the share that is right, nan of no image, and how many.
+    """
+    total = np.sum([images[part] for part in accuracy], axis=0)
+    right = np.sum([np.nan_to_num(share) for share in accuracy.values()], axis=0)
+    missed = np.flatnonzero((total > 0) & (right == 0))
+    if not len(missed):
+        return None
+    of = count_of(int(total[missed].sum()), "image")
+    return (
+        f"the classifier is right on none of {of} of {first_few([classes[label] for label in missed])}, so many "
+        f"scenarios may show this alone; {CHECK_CLASSIFIER}"
     )
 
 

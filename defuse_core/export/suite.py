@@ -30,6 +30,7 @@ from defuse_core.export import expect_stated_classes, why_not_corrected
 from defuse_core.export.finished import both_classifiers
 from defuse_core.files import expect_new_folder, expect_no_special_file, filling
 from defuse_core.formatting import percent
+from defuse_core.intervals import SIGNIFICANT, certain_loss
 from defuse_core.models import (
     EXTERNAL,
     StoredVae,
@@ -186,11 +187,10 @@ class Suite:
         if given.architecture not in EXTERNAL:
             return []
         pairs = [(name, getattr(asked, name), getattr(given, name)) for name in SuiteClassifier.model_fields]
-        run, exported = self.description.run, ""
-        if given.architecture == "program":
-            exported = "; a file of `defuse export` needs no such field"
+        hint = "; a file of `defuse export` needs no such field" if given.architecture == "program" else ""
         return [
-            f"classifier.{name} is {_text(here)}; for the classifier of run {run} it was {_text(there)}{exported}"
+            f"classifier.{name} is {_text(here)}; for the classifier of run {self.description.run} it was "
+            f"{_text(there)}{hint}"
             for name, there, here in pairs
             if here != there
         ]
@@ -229,6 +229,15 @@ class Suite:
         return parse_run_file(tree, "the classifier to check")
 
 
+def worse_than_corrected(results: list[SuiteResult]) -> list[str]:
+    """Return the scenarios that pass where the run's corrected classifier is better by more than chance (95 %)."""
+    passed = [result for result in results if result.is_asked and result.passed]
+    figures = [(result.scenario.after, result.accuracy, result.scenario.pictures) for result in passed]
+    after, now, pictures = np.array(figures).reshape(-1, 3).T
+    lost = certain_loss(after, now, pictures, level=SIGNIFICANT / max(1, len(results)))
+    return [result.scenario.name for result, loss in zip(passed, lost, strict=True) if loss]
+
+
 @ieee_f32()
 def save_suite(run: Run, folder: Path) -> Suite:
     """Write the accepted scenarios of a finished run as a suite into a new or empty folder, and return it.
@@ -242,16 +251,13 @@ def save_suite(run: Run, folder: Path) -> Suite:
     expect_new_folder("--out", folder)
     suite = _suite_of(run)
     with filling("--out", folder) as unfinished:
-        _write(suite, unfinished)
+        (unfinished / PICTURES).mkdir()
+        for scenario, pixels in zip(suite.description.scenarios, suite.pictures.pixels, strict=True):
+            _sheet(pixels).save(unfinished / PICTURES / f"scenario-{scenario.number:03d}.png")
+        (unfinished / TENSORS).write_bytes(encode(suite.pictures))
+        text = suite.description.model_dump_json(indent=1) + "\n"
+        (unfinished / DESCRIPTION).write_text(text, encoding="utf-8")
     return suite
-
-
-def _write(suite: Suite, folder: Path) -> None:
-    (folder / PICTURES).mkdir()
-    for scenario, pixels in zip(suite.description.scenarios, suite.pictures.pixels, strict=True):
-        _sheet(pixels).save(folder / PICTURES / f"scenario-{scenario.number:03d}.png")
-    (folder / TENSORS).write_bytes(encode(suite.pictures))
-    (folder / DESCRIPTION).write_text(suite.description.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def load_suite(folder: Path) -> Suite:
@@ -262,23 +268,19 @@ def load_suite(folder: Path) -> Suite:
         description = SuiteDescription.model_validate_json((folder / DESCRIPTION).read_bytes())
         data, where = (folder / TENSORS).read_bytes(), str(folder / TENSORS)
         pictures = decode(SuitePictures, data, where, SAVE_AGAIN, OTHER_DEFUSE)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"--suite {folder}: expected a folder written by `defuse suite save`, found no {Path(error.filename).name}"
-        ) from error
     except OSError as error:
-        raise InputError(
-            f"--suite {folder}: expected a folder written by `defuse suite save`; cannot read {error.filename} "
-            f"({error.strerror})"
-        ) from error
+        found = f"; cannot read {error.filename} ({error.strerror})"
+        if isinstance(error, FileNotFoundError):
+            found = f", found no {Path(error.filename).name}"
+        wanted = "expected a folder written by `defuse suite save`"
+        raise InputError(f"--suite {folder}: {wanted}{found}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
+        told = f"{first['msg']}; undo the edit"
         if place == "version" and first["type"] == "literal_error":
-            raise InputError(
-                f"{folder / DESCRIPTION}: version: expected {VERSION}, found {first['input']}; {OTHER_DEFUSE}"
-            ) from error
-        raise InputError(f"{folder / DESCRIPTION}: {place}: {first['msg']}; undo the edit") from error
+            told = f"expected {VERSION}, found {first['input']}; {OTHER_DEFUSE}"
+        raise InputError(f"{folder / DESCRIPTION}: {place}: {told}") from error
     except StoreError as error:
         raise InputError(str(error)) from error
     scenarios = _in_order_of(pictures, description, folder)
@@ -366,8 +368,6 @@ def _suite_of(run: Run) -> Suite:
 
 def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -> SuiteDescription:
     vae = run.spec.vae.model_dump(mode="json")
-    section = plain_section(run.spec.classifier)
-    classifier = section.model_dump(mode="json", include=set(SuiteClassifier.model_fields))
     return SuiteDescription(
         version=VERSION,
         run=run.name,
@@ -377,7 +377,7 @@ def _described(run: Run, models: Models, scenarios: tuple[SuiteScenario, ...]) -
         image_size=run.spec.data.image_size,
         channels=run.spec.data.channels,
         vae=vae | {"weights": None, "epochs": max(1, vae["epochs"])},
-        classifier=SuiteClassifier.model_validate(classifier),
+        classifier=SuiteClassifier.model_validate(plain_section(run.spec.classifier), from_attributes=True),
         scenarios=scenarios,
     )
 

@@ -61,6 +61,7 @@ class ClassifierProbe:
     like_sigmoid: bool  # whether all logits lie in [0, 1]
     nan_by_range: dict[str, int]  # input range -> images with a logit that is nan
     as_bgr: float | None = None  # accuracy with the channels reversed, where that explains the errors
+    unanswered: tuple[str, ...] = ()  # classes of these images that are none of its answers
 
     @property
     def best_accuracy(self) -> float:
@@ -191,6 +192,7 @@ def probe_classifier(
         like_sigmoid=bool(external and ((logits[needed] >= 0) & (logits[needed] <= 1)).all()),
         nan_by_range={name: int(np.isnan(found).any(axis=1).sum()) for name, found in logits.items()},
         as_bgr=mean_over_classes(bgr, sample.labels) if is_bgr else None,
+        unanswered=tuple(classes[label] for label in np.setdiff1d(sample.labels, answers[needed])),
     )
 
 

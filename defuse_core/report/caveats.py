@@ -298,7 +298,7 @@ def caveats_of(report: Report, correct: CorrectSection, doubts: Sequence[str]) -
     """
     judged = (unconfirmed, no_better_than_plain_training, no_better_than_baseline)
     found = (
-        *[_as_sentences(doubt) for doubt in doubts if doubt != report.scenarios.undecided],
+        *[_as_sentences(doubt) for doubt in doubts if doubt not in (report.scenarios.undecided or "")],
         known_validation_images(report),
         worse_judges(report),
         uncompared_models(report),

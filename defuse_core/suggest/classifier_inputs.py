@@ -13,7 +13,7 @@ from defuse_core.config import RunFile, parse_run_file
 from defuse_core.data import Images, open_splits
 from defuse_core.data.images import PictureFiles
 from defuse_core.errors import InputError, ModelError
-from defuse_core.formatting import percent
+from defuse_core.formatting import first_few, percent
 from defuse_core.models import (
     build_classifier,
     check_outputs,
@@ -383,5 +383,10 @@ def probe_notes(probe: ClassifierProbe | None) -> list[str]:
         lines.append(
             f"the classifier is right on only {percent(probe.best_accuracy, 0)} of {probe.images} training images, "
             f"{ON_AVERAGE}, in every input range and order of the classes; check its weights and what it expects"
+        )
+    elif probe.unanswered and probe.class_order is None:
+        lines.append(
+            f"the classifier never answers {first_few(probe.unanswered)} on {probe.images} training images, so many "
+            "scenarios may show this alone; check its weights, and the labels"
         )
     return lines

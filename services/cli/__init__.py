@@ -144,15 +144,24 @@ def _expect_working_directory() -> None:
         here = Path.cwd()
     except FileNotFoundError:
         _fail("the working directory was deleted; change to another one", InputError.exit_code)
-    for name in PACKAGES:
-        found = PathFinder.find_spec(name, [str(here)])
-        # a folder without __init__.py has no origin, and hides nothing
-        if found and found.origin and Path(found.origin).parent.resolve() != (ROOT / name).resolve():
-            _fail(
-                f"{found.origin} has the name of a package of Defuse and hides it from Ray's workers; rename it, or "
-                "run defuse in another folder",
-                InputError.exit_code,
-            )
+    specs = {name: PathFinder.find_spec(name, [str(here)]) for name in PACKAGES}
+    # a folder without __init__.py has no origin, and hides nothing
+    origins = {name: spec.origin for name, spec in specs.items() if spec and spec.origin}
+    hiding = [
+        file for name, file in origins.items() if Path(file).parent.resolve() != (ROOT / name).resolve()
+    ]
+    if len(hiding) == len(PACKAGES):
+        _fail(
+            f"{here} has another copy of Defuse, which hides that of this command ({ROOT}) from Ray's workers; run "
+            "defuse in another folder, or use the environment of the copy here",
+            InputError.exit_code,
+        )
+    if hiding:
+        _fail(
+            f"{hiding[0]} has the name of a package of Defuse and hides it from Ray's workers; rename it, or run "
+            "defuse in another folder",
+            InputError.exit_code,
+        )
 
 
 def _run_command() -> None:

@@ -198,10 +198,11 @@ def _jobs_at(address: str | None) -> Jobs:
 
 
 def _shared(store: str) -> str:
-    """Return the store as the job addresses it; print what must hold for a folder."""
-    from services.storage import store_folder
+    """Return the store as the job addresses it; print what must hold for a folder. Raises InputError for no store."""
+    from services.storage import bucket_and_prefix, store_folder
 
     if store.startswith("s3://"):
+        bucket_and_prefix(store)
         return store
     folder = store_folder(store)
     click.echo(

@@ -7,7 +7,6 @@ import getpass
 import importlib.util
 import json
 import logging
-import math
 import os
 import re
 import shlex
@@ -74,13 +73,6 @@ def _expect_no_option(context: click.Context, parameter: click.Parameter | None,
     options = (name for each in context.command.get_params(context) for name in each.opts)
     if value.startswith("--") and value.partition("=")[0] in options:
         raise click.BadParameter(f"expected a value, found the option {value}; {IS_SET}", context, parameter)
-
-
-def number(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
-    if math.isnan(value):
-        raise click.BadParameter("expected a number, found nan", context, parameter)
-    return value
 
 
 class GivenPath(click.Path):

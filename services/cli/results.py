@@ -191,7 +191,7 @@ def check_suite(
         expect_no_own_folder("--junit", junit)
     name = _classifier_name(classifier, weights, run)
     with failure_in_junit(junit, f"defuse: {name}"):
-        from defuse_core.export.suite import load_suite
+        from defuse_core.export.suite import load_suite, worse_than_corrected
         from defuse_core.local import local_device
 
         if (run is None) == (classifier is None):
@@ -222,8 +222,11 @@ def check_suite(
         _print_results(loaded, results)
     for line in loaded.other_inputs(section) if section else []:
         echo_note(line)
-    if worse := _worse_than_corrected(loaded, results):
-        echo_note(worse)
+    if worse := worse_than_corrected(results):
+        echo_note(
+            f"passed, but significantly worse than the corrected classifier of run {loaded.description.run} on "
+            f"{first_few(worse)}; to let the check fail there, raise `least` in suite.json"
+        )
     if unwritable is not None:
         raise unwritable
     if not asked:
@@ -250,26 +253,6 @@ def _print_results(loaded: Suite, results: list[SuiteResult]) -> None:
         verdict = ("ok" if result.passed else "FAILED") if result.is_asked else "–"
         before, after = percent(scenario.before), percent(scenario.after)
         echo_marked(verdict, f"{scenario.name}: {_measured(result)} ({run}: {before} before, {after} after)")
-
-
-def _worse_than_corrected(loaded: Suite, results: list[SuiteResult]) -> str | None:
-    """Return where a classifier passes, but is significantly worse than the run's corrected one; None where nowhere."""
-    import numpy as np
-
-    from defuse_core.intervals import SIGNIFICANT, certain_loss
-
-    passed = [result for result in results if result.is_asked and result.passed]
-    after = np.array([result.scenario.after for result in passed])
-    now = np.array([result.accuracy for result in passed])
-    pictures = np.array([result.scenario.pictures for result in passed])
-    lost = certain_loss(after, now, pictures, level=SIGNIFICANT / max(1, len(results))) > 0
-    names = [each.scenario.name for each, worse in zip(passed, lost, strict=True) if worse]
-    if not names:
-        return None
-    return (
-        f"passed, but significantly worse than the corrected classifier of run {loaded.description.run} on "
-        f"{first_few(names)}; to let the check fail there, raise `least` in suite.json"
-    )
 
 
 def _measured(result: SuiteResult) -> str:

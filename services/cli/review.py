@@ -11,6 +11,7 @@ import click
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError
 from defuse_core.formatting import count_of
 from defuse_core.store import checked_name
+from services.cli.number_types import WholeNumber
 from services.cli.options import (
     COPY_IT,
     expect_not_promoted,
@@ -182,7 +183,7 @@ def _later_answers(
 
 @review.command(name="set")
 @click.argument("name", metavar="RUN")
-@click.argument("scenario", type=int)
+@click.argument("scenario", type=WholeNumber(min=0))
 @store_option
 @click.option(
     "--label",
@@ -286,9 +287,7 @@ def install() -> None:
 
 
 @label_studio.command(short_help="Start the server.")
-@click.option(
-    "--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="Port on loopback."
-)
+@click.option("--port", default=8080, show_default=True, type=WholeNumber(1, 65535), help="Port on loopback.")
 def up(port: int) -> None:
     """Start the server; the first time it is installed (about 1 GB), which takes a minute and a half."""
     from services.labeling.local_server import up as start_server

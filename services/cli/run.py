@@ -18,6 +18,7 @@ from defuse_core.errors import InputError
 from defuse_core.formatting import count_of
 from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
+from services.cli.number_types import Number, WholeNumber
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
@@ -31,7 +32,6 @@ from services.cli.options import (
     json_option,
     log,
     name_option,
-    number,
     open_run,
     print_json,
     run_name,
@@ -55,22 +55,21 @@ if TYPE_CHECKING:
 @click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(1, MOST_MINUTES),
+    type=Number(1, MOST_MINUTES),
     default=30.0,
     show_default=True,
-    callback=number,
     help="Time for the run on this machine.",
 )
 @click.option(
     "--image-size",
-    type=click.IntRange(8, 512),
+    type=WholeNumber(8, 512),
     help="Height and width that pictures are resized to, an even number, best as your classifier was trained on; an "
     ".npz keeps its own. "
     "[default: the pictures' own if they are square and it suits your classifier, else one that does; without "
     "--classifier 16, 32 or 64]",
 )
 @click.option(
-    "--train-images", type=click.IntRange(min=4), help="Training images that the run uses. [default: all]"
+    "--train-images", type=WholeNumber(min=4), help="Training images that the run uses. [default: all]"
 )
 @click.option("--out", type=GivenPath(), help="Run file to write. [default: the name of IMAGES, with .yaml]")
 @click.option("--force", is_flag=True, help="Replace the run file if it exists.")

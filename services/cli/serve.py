@@ -13,6 +13,7 @@ from defuse_core.errors import CheckFailed, InputError
 from defuse_core.formatting import NONE, decimal, escape_control_characters, percent
 from defuse_core.store import checked_name
 from services.cli.junit import JunitCommand, failure_in_junit
+from services.cli.number_types import WholeNumber
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
@@ -200,7 +201,7 @@ def promote(
     "--production", is_flag=True, help="Put the previous version back, also beside or after a canary."
 )
 @click.option(
-    "--from", "expected", type=click.IntRange(min=1), metavar="VERSION",
+    "--from", "expected", type=WholeNumber(min=1), metavar="VERSION",
     help="Only if this version is in production, so that a repeated command goes back no further.")  # fmt: skip
 def rollback(store: str, by: str | None, why: str | None, production: bool, expected: int | None) -> None:
     """End a canary or shadow; without one, put the previous version back into production.
@@ -227,7 +228,7 @@ def rollback(store: str, by: str | None, why: str | None, production: bool, expe
     "--host", default="127.0.0.1", show_default=True, callback=given, help="Interface to listen on."
 )
 @click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
+    "--port", default=8000, show_default=True, type=WholeNumber(1, 65535), help="Port to listen on."
 )
 @address_option
 @click.option(

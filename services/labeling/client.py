@@ -21,7 +21,7 @@ from defuse_core.errors import DefuseError, InputError, ServiceError
 from defuse_core.formatting import escape_control_characters
 from defuse_core.optional_packages import expect_packages
 from services.labeling.records import ANNOTATION, Project, ProjectSettings, Task, TaskImport
-from services.settings import checked_address, fits_a_header, proxy_for
+from services.settings import checked_address, fits_a_header, is_label_studio_url, proxy_for
 
 CLIENT = ("Label Studio's client", "label-studio-sdk", "httpx")
 try:
@@ -203,11 +203,9 @@ class LabelStudioClient:
 
     def set_overlap(self, task: int, overlap: int, labeled: bool) -> None:
         """Set how many annotators get the task, and whether it leaves the queue now. Safe to repeat."""
-        fields = {"overlap": overlap, "is_labeled": labeled}
+        options = REPEAT | {"additional_body_parameters": {"overlap": overlap, "is_labeled": labeled}}
         with translated_errors(self.address), missing_allowed():
-            self._sdk.tasks.update(
-                id=str(task), request_options=REPEAT | {"additional_body_parameters": fields}
-            )
+            self._sdk.tasks.update(id=str(task), request_options=options)
 
     def user_names(self) -> dict[int, str]:
         """Return each user's first and last name, or else the e-mail address, by user id.
@@ -341,9 +339,10 @@ def missing_allowed() -> Iterator[None]:
 
 def _unreachable(address: str) -> ServiceError:
     """Return the error of a server that cannot be reached, which names the proxy that the request went through."""
-    if proxy_for(address) is None:
+    remedy = "`defuse label-studio up` starts it; then run again"
+    if is_label_studio_url(address):
         remedy = "start it or correct LABEL_STUDIO_URL, then run again"
-    else:
+    if proxy_for(address) is not None:
         host = urlsplit(address).hostname
         remedy = f"if the proxy of the environment does not reach it, add {host} to NO_PROXY; else start it"
     return ServiceError(f"Label Studio at {address} cannot be reached; {remedy}")

@@ -114,7 +114,7 @@ class Installation:
         new.replace(target)  # the only copy of the login is never half written
 
     def expect_this_machine(self, server: LocalServer | None) -> None:
-        """Raise InputError for a server of another machine that shares the folder: SQLite bears one at a time."""
+        """Raise InputError for a server of another machine that shares the folder: SQLite allows one at a time."""
         if server is not None and server.host not in ("", platform.node()):
             raise InputError(
                 f"Label Studio in {self.folder} was started on {server.host}: if it runs there, end it there (`defuse "

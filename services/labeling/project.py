@@ -1,7 +1,7 @@
 """The Label Studio project of a run: created once and filled with each task once, wherever a push is interrupted.
 
-A write may have taken effect although its reply was lost. So the project bears a mark that is stored in the run before
-the project exists, and tasks bear keys: a push lists them, imports the missing ones and drops unanswered duplicates.
+A write may have taken effect although its reply was lost. So the project has a mark that is stored in the run before
+the project exists, and tasks have keys: a push lists them, imports the missing ones and drops unanswered duplicates.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ log = logging.getLogger("defuse")
 
 ATTEMPTS = 4
 PAUSE_S = 1.0
-MANY_CLASSES = (
-    200  # a page has a list of them below each picture: with 300, 13 s of a browser's processor time
-)
+# a page has a list of them below each picture: with 300, 13 s of a browser's processor time
+MANY_CLASSES = 200
 PAGE = ("label_config", "expert_instruction", "show_instruction")  # settings of the labelling page
 
 
@@ -75,7 +74,7 @@ class ReviewProject:
 
     def push(self) -> ProjectState:
         """Create the project if it does not exist, import the tasks that it lacks, and return the new state."""
-        self._update_state(lambda known: known)  # stores the mark, before a project bears it
+        self._update_state(lambda known: known)  # stores the mark, before a project has it
         project = self.find()
         if project is None:
             if self.is_closed:
@@ -300,7 +299,7 @@ class ReviewProject:
         )
 
     def _holds_our_tasks(self, project: Project) -> bool:
-        """Whether the project bears no other run's mark and has a task of this review that nobody edited."""
+        """Whether the project has no other run's mark and has a task of this review that nobody edited."""
         has_mark = re.search(r"defuse-[0-9a-f]{16}", project.settings.description)
         return not has_mark and any(
             self.tasks.index_of(task.key) is not None and not is_edited(task, self.state.secret)
@@ -384,7 +383,8 @@ class ReviewProject:
         for name in names:
             if found[name] != wanted[name]:
                 self.client.update_project(project.id, **{name: wanted[name]})
-                log.warning("project %d: reset %s from %s to %s", project.id, name, found[name], wanted[name])
+                line = "project %d: set %s to %s, as this run requires; it was %s"
+                log.warning(line, project.id, name, wanted[name], found[name])
 
     def _update_state(self, change: Callable[[ProjectState], ProjectState]) -> None:
         self.state = update_state(self.run.store, self.state, change)

@@ -23,8 +23,6 @@ from defuse_core.store import GONE, Store
 STATE_KEY = "labeling.json"
 LOST = f"{STATE_KEY} is missing: {GONE}"
 
-# ---- what Defuse sends
-
 
 class ChoiceValue(TypedDict):
     choices: list[str]
@@ -97,9 +95,6 @@ class ProjectSettings:
     model_version: str
 
 
-# ---- what the server returns: it checks nothing that annotators send
-
-
 @dataclass(frozen=True, slots=True)
 class UserRow:
     id: int
@@ -107,7 +102,7 @@ class UserRow:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One annotation; what is in its result is unchecked."""
+    """One annotation; nobody has checked what is in its result, the server neither."""
 
     id: int
     created_at: datetime
@@ -154,8 +149,6 @@ class ResultRow:
 
 ANNOTATION = TypeAdapter(Annotation)
 RESULT_ROW = TypeAdapter(ResultRow)
-
-# ---- what a run stores
 
 
 @dataclass(frozen=True)

@@ -156,11 +156,25 @@ def _gpus_per_replica(section: ServeSection) -> float:
     return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
 
 
-def require_gpus(section: ServeSection) -> None:
-    """Raise InputError where the embedded Ray lacks the GPUs of the replicas: Serve would wait for them forever."""
+def require_gpus(section: ServeSection, *, embedded: bool) -> None:
+    """Raise InputError where no replica could start: each needs a GPU and gets none, or Serve would wait for ever.
+
+    The embedded Ray has the GPUs of this machine alone; a cluster may get those that are missing.
+    """
+    if section.device == "cuda" and not _gpus_per_replica(section):
+        if section.gpus_per_replica == 0:
+            why = "serve.gpus_per_replica is 0; leave that to auto, or set serve.device to auto or cpu"
+        elif embedded:
+            why = "Ray finds no GPU on this machine; set it to auto or cpu"
+        else:
+            why = (
+                "the cluster has no GPU; set it to auto or cpu, or serve.gpus_per_replica to 1 where nodes with GPUs "
+                "join later"
+            )
+        raise InputError(f"serve.device: cuda, but {why}")
     needed = section.min_replicas * _gpus_per_replica(section)
     available = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    if needed > available:
+    if embedded and needed > available:
         raise InputError(
             f"serve.gpus_per_replica: expected {section.min_replicas} x {_gpus_per_replica(section):g} GPU on this "
             f"machine, found {available:g}"
@@ -182,8 +196,7 @@ def serve_until_stopped(
     """
     cpus = math.ceil(section.max_replicas * section.cpus_per_replica)  # what all replicas reserve
     with contextlib.ExitStack() as ending, connection(address, cpus):
-        if address is None:
-            require_gpus(section)
+        require_gpus(section, embedded=address is None)
         running = running_application(args, host, port, proxy)
         with contextlib.suppress(KeyboardInterrupt), running as url, contextlib.ExitStack() as served:
             served.callback(ignore_signals)

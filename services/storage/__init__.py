@@ -9,6 +9,7 @@ from defuse_core.errors import DamagedError, InputError, StoreError
 from defuse_core.store import Store, folder_store
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*:/|s3[an]?:|s3//|.*://", re.IGNORECASE)  # gs://x, s3:/x, S3:x
+BUCKET = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/+(.*))?")  # AWS allows no _
 COPIES_OF_RAY = "working_dir_files"  # Ray's folder of the working directories of jobs
 
 
@@ -22,6 +23,21 @@ def open_store(address: str) -> Store:
 
         return open_s3(address)
     return folder_store(store_folder(address))
+
+
+def bucket_and_prefix(address: str) -> tuple[str, str]:
+    """Return the two parts of s3://bucket/prefix. Raises InputError where there is no bucket, or none of a valid name.
+
+    The prefix is empty or ends with /.
+    """
+    match = BUCKET.fullmatch(address)
+    if match is None:
+        raise InputError(
+            f"--store {address}: expected s3://bucket/prefix; a bucket's name has 3 to 63 characters: a-z, 0-9, dots, "
+            "hyphens, underscores"
+        )
+    prefix = (match[2] or "").strip("/")
+    return match[1], f"{prefix}/" if prefix else ""
 
 
 def store_folder(address: str) -> Path:

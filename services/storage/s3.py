@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from defuse_core.errors import InputError, StoreError
 from defuse_core.files import map_ahead
 from defuse_core.runs import CREATION_ORDER
 from defuse_core.store import is_hidden
+from services.storage import bucket_and_prefix
 from services.storage.lease import KEY, Lease, LeaseObject, LeaseState, hold
 from services.storage.s3_errors import (
     BROKEN,
@@ -46,7 +46,6 @@ HEARTBEAT_ATTEMPTS, HEARTBEAT_TIMEOUT_S = 2, 5.0  # others take the lease after 
 READ_PAUSE_S, READ_ATTEMPTS = 0.2, 4  # of a body that broke off, stalled or arrived altered
 WRITE_PAUSE_S, WRITE_ATTEMPTS = 0.5, 8  # of an object that others write at the same time
 PATIENCE = 14  # attempts, with botocore's pauses: about a minute where the server refuses connections
-ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9._-]{1,61}[a-z0-9])(?:/+(.*))?")  # AWS allows no _
 
 
 def open_s3(address: str) -> S3Store:
@@ -54,13 +53,7 @@ def open_s3(address: str) -> S3Store:
 
     Endpoint, region and credentials come the usual AWS ways (AWS_ENDPOINT_URL, AWS_PROFILE, ...).
     """
-    match = ADDRESS.fullmatch(address)
-    if match is None:
-        raise InputError(
-            f"--store {address}: expected s3://bucket/prefix; a bucket's name has 3 to 63 characters: a-z, 0-9, dots, "
-            "hyphens, underscores"
-        )
-    prefix = (match[2] or "").strip("/")
+    bucket, prefix = bucket_and_prefix(address)
     logging.getLogger("botocore").setLevel(logging.WARNING)  # at INFO it logs the origin of credentials
     with translated_errors(address, None):
         session = boto3.Session()
@@ -72,7 +65,7 @@ def open_s3(address: str) -> S3Store:
             raise InputError(f"{where}: {error}") from error
         except ValueError:  # "Invalid endpoint: minio:9000", with a password that the address may hold
             raise InputError(WRONG_URL) from None
-    store = S3Store(match[1], f"{prefix}/" if prefix else "", given, session.region_name)
+    store = S3Store(bucket, prefix, given, session.region_name)
     store.check()
     return store
 

@@ -39,7 +39,19 @@ def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.connection.ray.is_initialized", lambda: False)
 
 
-@pytest.mark.parametrize("address", ["http://head:8265", "ray://ana:secret@head:10001"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://head:8265",
+        "ray://ana:secret@head:10001",
+        "head",
+        "head:",
+        ":6379",
+        "head:gcs",
+        "local",
+        "::1:6379",
+    ],
+)
 def test_an_address_of_another_kind_is_refused_with_what_to_do(address: str) -> None:
     with pytest.raises(InputError, match="expected HOST:PORT .* `defuse submit`") as refused:
         connect(address)
@@ -73,11 +85,11 @@ def test_a_driver_waits_ten_minutes_for_the_head_of_its_cluster(monkeypatch: pyt
     assert ("RAY_gcs_rpc_server_reconnect_timeout_s", "600") in os.environ.items()
 
 
-def test_what_is_no_address_at_all_is_one_line() -> None:
-    with pytest.raises(
-        ComputeError, match=r"no Ray cluster answers at head \(Invalid address format: head\); check"
-    ):
-        connect("head")
+@pytest.mark.parametrize("address", ["auto", "head-1.example:6379", "10.0.0.9:6379", "[::1]:6379"])
+def test_an_address_of_a_cluster_is_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.connection.connection_error", lambda *_: "nothing listens")
+    with pytest.raises(ComputeError, match="no Ray cluster answers at .* \\(nothing listens\\); check"):
+        connect(address)
 
 
 def test_a_process_that_has_joined_another_ray_is_told_that_it_computes_there(

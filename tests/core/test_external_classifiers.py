@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import ReferenceAnnotators
 from tests.conftest import tiny, trained_models
-from tests.own_classifiers import digits, plain, trained
+from tests.own_classifiers import WithoutAnswer, digits, plain, trained
 
 
 def save_script(path: Path) -> Path:
@@ -68,6 +69,16 @@ def test_a_program_answers_as_the_network_does_and_needs_no_file_afterwards(name
     np.testing.assert_array_equal(again, predict(trained(), images))
     assert "classifier: right on" in caplog.text
     assert "accuracy by input range on 300 training images: 0..1" in caplog.text
+
+
+def test_a_class_that_the_classifier_never_answers_is_warned_of_before_the_vae_is_trained(tmp_path, caplog):
+    caplog.set_level("INFO")
+    trained_models(program_spec(save_exported(tmp_path / "net.pt2", WithoutAnswer())))
+    lines = caplog.messages
+    (told,) = (
+        n for n, line in enumerate(lines) if re.match(r"train: .* right on none of \d+ images of 3, so", line)
+    )
+    assert told < next(n for n, line in enumerate(lines) if "VAE epoch 1" in line)
 
 
 def test_a_program_of_batches_of_one_size_is_refused_with_what_to_export(tmp_path):

@@ -28,7 +28,7 @@ from defuse_core.models.probe import (
 )
 from defuse_core.suggest.classifier_inputs import probe_notes, set_probed
 from tests.conftest import tiny
-from tests.own_classifiers import IMAGENET, digits, trained
+from tests.own_classifiers import IMAGENET, WithoutAnswer, digits, trained
 
 CUSTOM = {"architecture": "custom", "import_path": "tests.own_classifiers:plain"}
 
@@ -251,6 +251,16 @@ def test_another_order_of_the_classes_is_found_and_then_set_right(splits, caplog
     chosen = section(class_order=order)
     assert accuracy(adapt(right, chosen, 10), splits.train) > 0.9
     assert probe_classifier(right, chosen, splits.train, splits.classes).class_order is None
+
+
+def test_a_class_that_the_classifier_never_answers_is_told_by_the_plan(splits):
+    probe = probe_classifier(adapt(WithoutAnswer(), section(), 10), section(), splits.train, splits.classes)
+    (line,) = probe_notes(probe)
+    assert line.startswith(
+        "the classifier never answers 3 on 300 training images, so many scenarios may show this"
+    )
+    reordered = replace(probe, class_order=tuple(range(10)))
+    assert probe_notes(reordered) == [] == probe_notes(replace(probe, unanswered=()))
 
 
 class BrightThird(nn.Module):

@@ -121,10 +121,20 @@ def test_a_run_file_whose_name_no_run_can_have_asks_for_another(command, runfile
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
-def test_a_misspelled_store_is_refused_before_anything_begins(command, runfile, monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, command, runfile, "--store", "s3:/bucket/runs")
+@pytest.mark.parametrize(
+    ("store", "words"),
+    [
+        ("s3:/bucket/runs", "expected s3://bucket/prefix or a folder"),
+        ("s3://", "expected s3://bucket/prefix; a bucket's name has 3 to 63 characters"),
+        ("s3:///runs", "expected s3://bucket/prefix; a bucket's name has"),
+    ],
+)
+def test_a_misspelled_store_is_refused_before_anything_begins(
+    command, store, words, runfile, monkeypatch, capsys
+):
+    code, _, err = call(monkeypatch, capsys, command, runfile, "--store", store)
     assert code == 2
-    assert "--store s3:/bucket/runs: expected s3://bucket/prefix or a folder" in one_line(err)
+    assert f"--store {store}: {words}" in one_line(err)
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
@@ -365,7 +375,18 @@ def test_a_terminal_of_ascii_shows_a_run(copied):
     assert max(map(len, ended.stdout.splitlines())) > 40
 
 
-def test_a_port_that_no_machine_has_is_refused(monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, "label-studio", "up", "--port", "99999")
+@pytest.mark.parametrize(
+    ("words", "refusal"),
+    [
+        (("label-studio", "up", "--port", "99999"), "a whole number from 1 to 65,535, found '99999'"),
+        (("serve", "--port", "80.5"), "a whole number from 1 to 65,535, found '80.5'"),
+        (("rollback", "--from", "0"), "a whole number of at least 1, found '0'"),
+        (("review", "set", "mine", "x", "--reason", "y"), "a whole number of at least 0, found 'x'"),
+        (("init", "x", "--minutes", "half"), "a number from 1 to 10,000, found 'half'"),
+        (("init", "x", "--image-size", ""), "a value, found an empty one; is the variable set?"),
+    ],
+)
+def test_numbers_out_of_their_bounds_are_refused_with_what_is_expected(words, refusal, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, *words)
     assert code == 2
-    assert "99999 is not in the range" in err
+    assert f": expected {refusal}" in err

@@ -395,7 +395,7 @@ def test_minutes_that_are_no_number_are_refused(pictures, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     code, _, err = call(monkeypatch, capsys, "init", pictures, "--minutes", "nan")
     assert code == 2
-    assert "'--minutes': expected a number, found nan" in err
+    assert "'--minutes': expected a number from 1 to 10,000, found 'nan'" in err
 
 
 def test_a_classifier_from_an_unset_variable_is_refused(pictures, monkeypatch, capsys):

@@ -264,6 +264,19 @@ def test_a_module_that_hides_a_package_of_defuse_from_workers_is_one_line(
     )
 
 
+def test_another_clone_of_defuse_is_not_to_be_renamed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for package in "cluster", "defuse_core", "services":
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    code, _, err = call(monkeypatch, capsys, "--version")
+    assert code == 2
+    assert err == (
+        f"defuse: {tmp_path} has another copy of Defuse, which hides that of this command ({ROOT}) from Ray's workers; "
+        "run defuse in another folder, or use the environment of the copy here\n"
+    )
+
+
 def test_a_folder_that_holds_this_defuse_hides_nothing(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert call(monkeypatch, capsys, "--version")[0] == 0

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from defuse_core.data import open_splits
-from defuse_core.export.suite import save_suite
+from defuse_core.export.suite import SuiteResult, SuiteScenario, save_suite, worse_than_corrected
 from defuse_core.store import FolderStore
 from tests.command_line import call, one_line
 from tests.conftest import tiny
@@ -44,3 +44,18 @@ def test_a_failing_classifier_that_numbers_its_classes_differently_is_told_so(
     bad = [*check[:-1], tmp_path / "bad.safetensors", "--classifier", NET]
     code, _, err = call(monkeypatch, capsys, *bad)
     assert code == 1 and line not in err
+
+
+def test_a_scenario_is_told_that_passes_where_the_corrected_classifier_is_better_beyond_chance():
+    def result(number: int, accuracy: float, least: float) -> SuiteResult:
+        scenario = SuiteScenario(
+            number=number, label="8", mistaken_for="3", pictures=24, before=0.0, after=1.0, least=least
+        )
+        return SuiteResult(scenario, accuracy)
+
+    clear, by_chance = result(0, 0.625, 0.5), result(1, 0.9, 0.5)
+    failed, unasked = result(2, 0.4, 0.5), result(3, 0.4, 0.0)
+    assert worse_than_corrected([clear, by_chance, failed, unasked]) == ["8 read as 3 (scenario 0)"]
+    borderline = result(4, 0.8, 0.5)  # alone it is significant, among ten it is not
+    assert worse_than_corrected([borderline]) and not worse_than_corrected([borderline] + [by_chance] * 9)
+    assert worse_than_corrected([]) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from defuse_core.artifacts import Health
-from defuse_core.evaluation.undecided import why_guessing, why_undecided
+from defuse_core.evaluation.undecided import never_right, why_guessing, why_undecided
 from defuse_core.intervals import only_guesses
 from tests.sample_components import FIT
 from tests.sample_findings import sample_findings, sample_spec
@@ -96,6 +96,26 @@ def test_images_of_which_a_good_classifier_may_get_as_few_right_do_not_tell_a_gu
         class_images=counts,
     )
     text = why_guessing(known)
+    assert (text is None) is (told is None) and (told or "") in (text or "")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "told"),
+    [
+        (
+            [0.9, 0.0, 1.0],
+            [0.5, 0.0, np.nan],
+            "is right on none of 45 images of hen, so many scenarios may show",
+        ),
+        ([0.9, 0.0, 0.0], [0.5, 0.0, np.nan], "is right on none of 85 images of hen, cow, so"),
+        ([0.9, 0.1, 1.0], [0.5, 0.0, np.nan], None),  # a few validation images may be wrong by chance
+        ([0.9, 1.0, 1.0], [0.5, 1.0, np.nan], None),  # without a validation image
+    ],
+)
+def test_classes_of_which_no_image_is_right_are_told(train, validation, told):
+    accuracy = {"train": np.array(train), "validation": np.array(validation)}
+    images = {"train": np.array([40, 40, 40]), "validation": np.array([5, 5, 0])}
+    text = never_right(accuracy, images, ("cat", "hen", "cow"))
     assert (text is None) is (told is None) and (told or "") in (text or "")
 
 

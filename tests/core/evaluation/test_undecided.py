@@ -293,6 +293,27 @@ def test_failures_of_many_images_each_in_a_component_too_small_for_a_scenario_ar
     assert text.startswith("No failure scenario was found") is not told
 
 
+def test_a_poor_beta_vae_is_not_the_only_cause_named_where_components_are_too_small_for_a_scenario(
+    tmp_path: Path,
+):
+    found, evaluation = sample_findings(0, 0)
+    lonely = (DroppedComponent(0.006, 8, 3, 2, "few images", "its codes"),) * 100  # of 2 images each
+    found = dataclasses.replace(
+        found,
+        models=fit(found.models, Health(1000, 1.0, 1.0, 0.6, 3, 0.6, 0, 16, "poor")),
+        scenarios=dataclasses.replace(found.scenarios, dropped=lonely),
+    )
+    for images, told in ((3999, True), (4000, False)):
+        report = report_of(
+            (dataclasses.replace(found, psi=dataclasses.replace(found.psi, images=images)), evaluation),
+            tmp_path,
+        )
+        assert report.headline.startswith("Could not tell: the β-VAE is poor")
+        small = "also, 60 % of the codes of Ψ, of up to 5 % of the training images, are in 100 components or cells"
+        assert (small in report.headline) is told
+        assert not any("β-VAE is poor" in text for text in report.caveats)  # told once
+
+
 def test_a_heavy_component_that_the_classifier_gets_right_is_no_cell_of_little_weight(tmp_path: Path):
     found, evaluation = sample_findings(0, 0)
     heavy = (DroppedComponent(0.6, 8, 3, 40, "right", "its draws"),)

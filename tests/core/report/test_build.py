@@ -148,7 +148,7 @@ def test_the_trade_off_has_each_lambda_at_its_chosen_epoch(tmp_path: Path):
 def test_a_scenario_is_mistaken_for_the_most_frequent_answer_but_its_label(tmp_path: Path):
     sample = sample_findings(1, 1, images=6)
     sample[0].gallery.predicted[:] = [[4, 4, 4, 7, 9, 9]]
-    none = NONE_OF_THE_ABOVE  # three images bear another label than the scenario's and are answered with it
+    none = NONE_OF_THE_ABOVE  # three images have another label than the scenario's and are answered with it
     sample = with_verdicts(sample, labels=np.array([4]), image_labels=np.array([[3, 3, 3, none, 4, 4]]))
     report = report_of(sample, tmp_path)
     assert report.scenarios.list[0].mistaken_for == "9"

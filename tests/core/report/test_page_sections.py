@@ -214,6 +214,18 @@ def test_a_long_class_name_without_spaces_stays_in_its_place_and_badges_keep_the
     assert "figure svg { min-width: 560px; }" in narrow and "figure > div { overflow-x: auto; }" in narrow
 
 
+def test_tables_and_charts_that_are_wider_than_the_screen_have_a_shadow_there_and_none_on_paper(
+    tmp_path: Path,
+):
+    style = page_with(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), tmp_path).partition("</style>")[0]
+    screen, _, paper = style.partition("@media print")
+    *_, shown = re.findall(r"\.scroll, figure > div {([^}]*)}", screen)
+    # the cover scrolls with the content, and hides the shadow at its end
+    assert re.search(r"var\(--card\) 70%\) right / [^,]* local, [^;]*var\(--shadow\)[^;]* scroll,", shown)
+    assert style.count("--shadow: #") == 2  # light and dark
+    assert ".scroll, figure > div { background: var(--card); }" in paper
+
+
 def test_what_a_card_says_is_explained_before_the_first_card(tmp_path: Path):
     text = page_with(sample_evidence(np.array([[0.1, 0.6, 0.9, 0.9]])), tmp_path)
     lead = text.split('id="scenarios"')[1].partition("<article")[0]

@@ -68,7 +68,11 @@ def test_the_proxy_of_the_environment_is_named_where_a_server_cannot_be_reached(
 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LABEL_STUDIO_URL", "http://labels:8080/")
     assert message().endswith("cannot be reached; start it or correct LABEL_STUDIO_URL, then run again")
+    # of the local server, which `defuse label-studio simulate` uses whatever the variable says
+    monkeypatch.setenv("LABEL_STUDIO_URL", "http://elsewhere")
+    assert message().endswith("cannot be reached; `defuse label-studio up` starts it; then run again")
     for name in ("http_proxy", "all_proxy"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "http://proxy.example.org:3128")

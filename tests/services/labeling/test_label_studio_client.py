@@ -79,9 +79,11 @@ def test_overload_is_asked_again_for_reads_and_never_for_writes(proxy, server):
     assert len(proxy.seen) == 4
 
 
-def test_a_server_that_is_down_is_named(server):
+def test_a_server_that_is_down_is_named(server, monkeypatch):
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("LABEL_STUDIO_URL", address)
     with pytest.raises(ServiceError, match=r"cannot be reached; start it"):
-        LabelStudioClient(f"http://127.0.0.1:{free_port()}", server.token).check_access()
+        LabelStudioClient(address, server.token).check_access()
 
 
 def test_below_a_path_prefix_a_personal_access_token_is_sent_to_no_other_application(proxy):

@@ -224,7 +224,7 @@ def test_settings_that_a_review_depends_on_are_put_back(make_review, caplog):
     review.api.update_project(number, show_skip_button=True, show_collab_predictions=True)
     review.annotators.status(review.gallery)
     assert review.api.project(number).settings == pushed
-    assert "reset show_skip_button from True to False" in caplog.text
+    assert "set show_skip_button to False, as this run requires; it was True" in caplog.text
 
 
 def test_another_overlap_is_said_and_put_back(make_review, caplog):
@@ -232,7 +232,7 @@ def test_another_overlap_is_said_and_put_back(make_review, caplog):
     number = review.annotators.push(review.gallery).number
     review.api.update_project(number, maximum_annotations=1)
     review.annotators.push(review.gallery)
-    assert "reset maximum_annotations from 1 to 3" in caplog.text
+    assert "set maximum_annotations to 3, as this run requires; it was 1" in caplog.text
     assert {task.overlap for task in review.tasks().values()} == {3}
 
 

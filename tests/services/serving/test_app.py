@@ -22,7 +22,13 @@ from defuse_core.errors import ComputeError, DamagedError, InputError, NoAnswerE
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
-from services.serving.app import ClassifierIngress, build, classifier_deployment, running_application
+from services.serving.app import (
+    ClassifierIngress,
+    build,
+    classifier_deployment,
+    require_gpus,
+    running_application,
+)
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
 from services.serving.launch import Proxy, ServeArgs, serve_section
@@ -303,3 +309,34 @@ def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
 
 def test_a_server_where_no_request_waits_can_be_started():
     assert classifier_deployment(ServeSection(max_queued=0)).max_queued_requests == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "embedded", "words"),
+    [
+        (
+            {"device": "cuda"},
+            True,
+            "device: cuda, but Ray finds no GPU on this machine; set it to auto or cpu$",
+        ),
+        (
+            {"device": "cuda"},
+            False,
+            "device: cuda, but the cluster has no GPU; .* where nodes with GPUs join later$",
+        ),
+        (
+            {"device": "cuda", "gpus_per_replica": 0},
+            False,
+            "device: cuda, but serve.gpus_per_replica is 0; leave",
+        ),
+        ({"gpus_per_replica": 0.5}, True, "gpus_per_replica: expected 1 x 0.5 GPU on this machine, found 0$"),
+    ],
+)
+def test_gpus_that_no_replica_gets_are_a_wrong_setting(settings, embedded, words, ray_session):
+    with pytest.raises(InputError, match=f"^serve.{words}"):
+        require_gpus(ServeSection(**settings), embedded=embedded)
+
+
+def test_a_cluster_may_get_the_gpus_of_replicas_later(ray_session):
+    require_gpus(ServeSection(device="cuda", gpus_per_replica=1), embedded=False)
+    require_gpus(ServeSection(device="cpu", gpus_per_replica=1), embedded=True)
