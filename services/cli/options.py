@@ -15,6 +15,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -44,7 +45,7 @@ IS_SET = "is the variable set?"  # it is not, in scripts
 EMPTY = f"expected a value, found an empty one; {IS_SET}"
 
 
-def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+def checked_text(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Return the text of an option or argument. Raises BadParameter for an empty one, and for control characters.
 
     These would act on the terminal of whoever reads the text later. Raises it for another option of the command, too.
@@ -60,7 +61,7 @@ def given(context: click.Context, parameter: click.Parameter, value: str | None)
     return value
 
 
-def given_fields(
+def checked_fields(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Return the values of --set. Raises BadParameter for another option of the command in place of one."""
@@ -76,7 +77,7 @@ def _expect_no_option(context: click.Context, parameter: click.Parameter | None,
         raise click.BadParameter(f"expected a value, found the option {value}; {IS_SET}", context, parameter)
 
 
-def number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+def checked_number(context: click.Context, parameter: click.Parameter, value: float) -> float:
     """Return the value of an option. Raises BadParameter for nan, which click takes for a number within any range."""
     if math.isnan(value):
         raise click.BadParameter("expected a number, found nan", context, parameter)
@@ -109,18 +110,20 @@ store_option = click.option(
     "--store",
     default="runs",
     show_default=True,
-    callback=given,
+    callback=checked_text,
     help="Folder, or s3://bucket/prefix, where the runs are stored.",
 )
-name_option = click.option("--name", callback=given, help="Name of the run. [default: the run file's name]")
+name_option = click.option(
+    "--name", callback=checked_text, help="Name of the run. [default: the run file's name]"
+)
 address_option = click.option(
     "--address",
-    callback=given,
+    callback=checked_text,
     help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]",
 )
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
-    help="Change a field: --set identify.draws=20")  # fmt: skip
+set_option = partial(
+    click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=checked_fields
+)
 until_option = click.option(
     "--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step."
 )

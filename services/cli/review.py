@@ -13,12 +13,13 @@ from defuse_core.formatting import count_of
 from defuse_core.store import checked_name
 from services.cli.options import (
     COPY_IT,
+    checked_text,
     expect_not_promoted,
     expect_repeatable,
-    given,
     json_option,
     local_user,
     print_json,
+    set_option,
     store_option,
 )
 from services.settings import read_environment
@@ -51,13 +52,7 @@ def review() -> None:
 @click.option(
     "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, instead of drawn images."
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Of a review of traffic, new or not finished: --set review.answers_per_task=3",
-)
+@set_option(help="Of a review of traffic, new or not finished: --set review.answers_per_task=3")
 def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tuple[str, ...]) -> None:
     """Send the images of RUN to Label Studio; those that it has already stay as they are.
 
@@ -187,12 +182,14 @@ def _later_answers(
 @click.option(
     "--label",
     metavar="NAME_OR_INDEX",
-    callback=given,
+    callback=checked_text,
     help="Accept the scenario as a failure, with this class as label.",
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, callback=given, help="The reason, which the report shows.")
-@click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
+@click.option("--reason", required=True, callback=checked_text, help="The reason, which the report shows.")
+@click.option(
+    "--author", callback=checked_text, help="The person who decides. [default: the user of this machine]"
+)
 @click.option(
     "--redo",
     is_flag=True,

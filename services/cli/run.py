@@ -22,16 +22,16 @@ from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     address_option,
+    checked_number,
+    checked_text,
     classifier_fields,
     echo_marked,
     echo_note,
     expect_not_promoted,
-    given,
     is_left_behind,
     json_option,
     log,
     name_option,
-    number,
     open_run,
     print_json,
     run_name,
@@ -51,14 +51,14 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Look at images and a classifier, and write a run file.")
 @click.argument("images", type=GivenPath())
-@click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
+@click.option("--classifier", callback=checked_text, help=f"{CLASSIFIER_HELP} [default: train one]")
 @click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",
     type=click.FloatRange(1, MOST_MINUTES),
     default=30.0,
     show_default=True,
-    callback=number,
+    callback=checked_number,
     help="Time for the run on this machine.",
 )
 @click.option(
@@ -184,7 +184,7 @@ def fields(section: str | None) -> None:
     help="Where to compute: on a Ray cluster, or in this process.",
 )
 @address_option
-@set_option
+@set_option(help="Change a field: --set identify.draws=20")
 @until_option
 @track_option
 @click.option(

@@ -17,14 +17,14 @@ from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     address_option,
+    checked_text,
     echo_marked,
-    given,
-    given_fields,
     json_option,
     local_user,
     open_run,
     print_json,
     section_overrides,
+    set_option,
     store_option,
 )
 from services.cli.results import check_suite, expect_no_suite_options
@@ -38,9 +38,11 @@ if TYPE_CHECKING:
     from services.serving.registry_state import RegistryState, VersionInfo
 
 by_option = click.option(
-    "--by", callback=given, help="Author of the change. [default: the user of this machine]"
+    "--by", callback=checked_text, help="Author of the change. [default: the user of this machine]"
 )
-why_option = click.option("--why", callback=given, help="Reason for the change, stored in the registry.")
+why_option = click.option(
+    "--why", callback=checked_text, help="Reason for the change, stored in the registry."
+)
 
 
 @click.command(cls=JunitCommand, short_help="Check the corrected classifier of a run, or any on a suite.")
@@ -49,13 +51,12 @@ why_option = click.option("--why", callback=given, help="Reason for the change, 
 @json_option
 @click.option("--suite", type=GivenPath(), help="Folder of a suite to check against.")
 @click.option(
-    "--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}"
+    "--classifier",
+    callback=checked_text,
+    help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
 )
 @click.option("--weights", type=GivenPath(), help="With --classifier: its state dict.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
-    help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
-)  # fmt: skip
+@set_option(help="With --classifier: a field of it, such as classifier.input_range=imagenet.")
 @click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write.")
 def check(
     run: str | None,
@@ -132,7 +133,10 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
 @click.argument("run", required=False)
 @store_option
 @click.option(
-    "--canary", metavar="SHARE", callback=given, help="Let it answer only this share of the requests: 5%."
+    "--canary",
+    metavar="SHARE",
+    callback=checked_text,
+    help="Let it answer only this share of the requests: 5%.",
 )
 @click.option(
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
@@ -140,7 +144,7 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
 @click.option(
     "--force",
     metavar="REASON",
-    callback=given,
+    callback=checked_text,
     help="Promote although checks fail, inputs or classes differ, or accuracy is lower, for this reason.",
 )
 @by_option
@@ -224,15 +228,13 @@ def rollback(store: str, by: str | None, why: str | None, production: bool, expe
 @click.argument("run", required=False)
 @store_option
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, callback=given, help="Interface to listen on."
+    "--host", default="127.0.0.1", show_default=True, callback=checked_text, help="Interface to listen on."
 )
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
 )
 @address_option
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
-    help="Change a field: --set serve.watch=false")  # fmt: skip
+@set_option(help="Change a field: --set serve.watch=false")
 @click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
     "--replace",
