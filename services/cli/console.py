@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.formatting import duration
-from services.cli.options import EscapingFormatter
+from services.cli.output import EscapingFormatter
 
 log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0

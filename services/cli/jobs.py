@@ -21,15 +21,8 @@ from defuse_core.errors import ComputeError, InputError, ModelError, RunFileErro
 from defuse_core.files import FULL_DISK, temporary_folder
 from defuse_core.formatting import escape_control_characters
 from services import stopped_exit_code
-from services.cli.options import (
-    GivenPath,
-    checked_text,
-    name_option,
-    run_name,
-    set_option,
-    track_option,
-    until_option,
-)
+from services.cli.options import GivenPath, checked_text, name_option, set_option, track_option, until_option
+from services.cli.runs import run_name
 from services.settings import read_environment, variables
 
 if TYPE_CHECKING:

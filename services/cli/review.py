@@ -11,17 +11,8 @@ import click
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError
 from defuse_core.formatting import count_of
 from defuse_core.store import checked_name
-from services.cli.options import (
-    COPY_IT,
-    checked_text,
-    expect_not_promoted,
-    expect_repeatable,
-    json_option,
-    local_user,
-    print_json,
-    set_option,
-    store_option,
-)
+from services.cli.options import checked_text, json_option, local_user, print_json, set_option, store_option
+from services.cli.runs import COPY_IT, expect_not_promoted, expect_repeatable
 from services.settings import read_environment
 
 if TYPE_CHECKING:

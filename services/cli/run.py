@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import shutil
 import sys
@@ -25,28 +26,24 @@ from services.cli.options import (
     checked_number,
     checked_text,
     classifier_fields,
-    echo_marked,
-    echo_note,
-    expect_not_promoted,
-    is_left_behind,
     json_option,
-    log,
     name_option,
-    open_run,
     print_json,
-    run_name,
     set_option,
     store_option,
     track_option,
     until_option,
-    usable_name,
 )
+from services.cli.output import echo_marked, echo_note
+from services.cli.runs import expect_not_promoted, is_left_behind, open_run, run_name, usable_name
 from services.settings import read_environment
 
 if TYPE_CHECKING:
     from defuse_core.protocols import Annotators, Compute
     from defuse_core.runs import Run
     from defuse_core.suggest import Plan
+
+log = logging.getLogger("defuse")
 
 
 @click.command(short_help="Look at images and a classifier, and write a run file.")

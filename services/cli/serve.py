@@ -18,16 +18,16 @@ from services.cli.options import (
     GivenPath,
     address_option,
     checked_text,
-    echo_marked,
     json_option,
     local_user,
-    open_run,
     print_json,
     section_overrides,
     set_option,
     store_option,
 )
+from services.cli.output import echo_marked
 from services.cli.results import check_suite, expect_no_suite_options
+from services.cli.runs import open_run
 from services.settings import read_environment, serve_token
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from defuse_core.formatting import NONE, change, count_of, percent
 from defuse_core.report.evidence_schema import EvidenceFigures, Share
 from defuse_core.report.schema import is_low
 from services.cli.console import Terminal, needed_width, new_table, print_fitting, print_table
-from services.cli.options import broken_lines
+from services.cli.output import broken_lines
 
 if TYPE_CHECKING:
     from defuse_core.export.compare import ComparedScenario
