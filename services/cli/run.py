@@ -277,10 +277,10 @@ def run(
 
 
 @click.command(short_help="Show how far a run is, or list the runs.")
-@click.argument("name", metavar="[RUN]", required=False)
+@click.argument("run", required=False)
 @store_option
 @json_option
-def status(name: str | None, store: str, as_json: bool) -> None:
+def status(run: str | None, store: str, as_json: bool) -> None:
     """Show how far RUN is, or list the runs.
 
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
@@ -293,7 +293,7 @@ def status(name: str | None, store: str, as_json: bool) -> None:
     from services.cli import status_tables
     from services.storage import open_store, store_folder
 
-    if name is None:
+    if run is None:
         every = open_store(store)  # says, too, what keeps a folder from being read
         if not store.startswith("s3://") and not store_folder(store).exists():
             raise InputError(f"no folder {store_folder(store)}; give --store, or start a run")
@@ -302,19 +302,19 @@ def status(name: str | None, store: str, as_json: bool) -> None:
         else:
             status_tables.print_runs(every)
     elif as_json:
-        opened = open_run(name, store)
+        opened = open_run(run, store)
         states = status_tables.step_states(opened)
         summary = asdict(status_tables.summarize_run(opened, states))
         print_json({**summary, "steps": [asdict(state) for state in states]})
     else:
-        status_tables.print_status(open_run(name, store))
+        status_tables.print_status(open_run(run, store))
 
 
 @click.command(short_help="Show the report of a run, and write its page again.")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @store_option
 @json_option
-def report(name: str, store: str, as_json: bool) -> None:
+def report(run: str, store: str, as_json: bool) -> None:
     """Show the report of RUN, and write its page again. With --json: what report.json holds.
 
     \b
@@ -323,7 +323,7 @@ def report(name: str, store: str, as_json: bool) -> None:
     from defuse_core.pipeline import rewrite_report
     from services.cli.tables import print_report
 
-    opened = open_run(name, store)
+    opened = open_run(run, store)
     found = rewrite_report(opened)
     if as_json:
         print_json(found.model_dump(mode="json", by_alias=True))

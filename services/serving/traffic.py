@@ -132,15 +132,16 @@ def traffic_reviews(store: Store, run: str) -> list[str]:
     return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
 
 
-def open_traffic_review(store: Store, run: Run, overrides: Sequence[str]) -> Run:
+def open_traffic_review(run: Run, overrides: Sequence[str]) -> Run:
     """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
 
     `overrides` are values of OWN_FIELDS, such as review.answers_per_task=3. Raises InputError if no scenario has as
     many such inputs as run.spec.review.images, or if they are not of this run.
     """
+    store = run.runs
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
-        return set_in_traffic_review(store, known[-1], overrides)
+        return set_in_traffic_review(known[-1], overrides)
     shown = {
         image.tobytes()
         for review in known
@@ -183,7 +184,7 @@ def open_traffic_review(store: Store, run: Run, overrides: Sequence[str]) -> Run
     return review
 
 
-def set_in_traffic_review(store: Store, review: Run, overrides: Sequence[str]) -> Run:
+def set_in_traffic_review(review: Run, overrides: Sequence[str]) -> Run:
     """Return the review with other values of OWN_FIELDS, which are free until its votes are stored.
 
     Raises InputError after that.
@@ -197,7 +198,7 @@ def set_in_traffic_review(store: Store, review: Run, overrides: Sequence[str]) -
                 f"the votes of {review.name} are stored, so --set changes nothing in it any more; "
                 f"`{review.command('review reopen')}` opens it again"
             )
-        return Run.start(store, review.name, spec)
+        return Run.start(review.runs, review.name, spec)
 
 
 def _overridden(spec: RunFile, overrides: Sequence[str]) -> RunFile:
