@@ -32,7 +32,7 @@ from services.serving.active_versions import (
     reason_for_clients,
 )
 from services.serving.inputs import InputSpec, decode_body
-from services.serving.limits import RejectedInput, RequestSlots, Unavailable, UploadLimits
+from services.serving.limits import RejectedInput, RequestSlots, Unavailable, UploadLimits, answering_within
 from services.serving.model import (
     Batcher,
     LoadedModel,
@@ -135,7 +135,7 @@ class ClassifierDeployment:
 
         work = asyncio.get_running_loop().run_in_executor(self._decode_thread, decode_in_time)
         try:
-            async with self._timeout():
+            async with answering_within(self.section.timeout_s):
                 return await asyncio.shield(work)
         finally:
             if not work.done():
@@ -152,7 +152,7 @@ class ClassifierDeployment:
             if canary is not None:
                 answer = asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
                 ending.callback(answer.cancel)  # nothing waits for the canary once the request has ended
-            async with self._timeout():
+            async with answering_within(self.section.timeout_s):
                 output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, model))
             self._count_failures(output)
             if isinstance(output, Exception) and not is_out_of_memory(output):
@@ -190,15 +190,6 @@ class ClassifierDeployment:
             return TimeoutError(f"no answer within {self.section.max_canary_s:g} s")
         error = answer.exception()
         return answer.result() if not isinstance(error, Exception) else error
-
-    @contextlib.asynccontextmanager
-    async def _timeout(self) -> AsyncIterator[None]:
-        """Raise Unavailable where the block takes longer than serve.timeout_s."""
-        try:
-            async with asyncio.timeout(self.section.timeout_s):
-                yield
-        except TimeoutError:
-            raise Unavailable(f"no answer within {self.section.timeout_s:g} s") from None
 
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
         seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
