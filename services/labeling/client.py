@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from defuse_core.errors import DefuseError, InputError, ServiceError
-from defuse_core.formatting import escape_control_characters
+from defuse_core.formatting import escape_control_characters, proxy_remedy
 from defuse_core.optional_packages import expect_packages
 from services.labeling.records import ANNOTATION, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, proxy_for
@@ -341,11 +341,9 @@ def missing_allowed() -> Iterator[None]:
 
 def _unreachable(address: str) -> ServiceError:
     """Return the error of a server that cannot be reached, which names the proxy that the request went through."""
-    if proxy_for(address) is None:
-        remedy = "start it or correct LABEL_STUDIO_URL, then run again"
-    else:
-        host = urlsplit(address).hostname
-        remedy = f"if the proxy of the environment does not reach it, add {host} to NO_PROXY; else start it"
+    remedy = "start it or correct LABEL_STUDIO_URL, then run again"
+    if proxy_for(address) is not None:
+        remedy = f"{proxy_remedy(address)}; else start it"
     return ServiceError(f"Label Studio at {address} cannot be reached; {remedy}")
 
 
