@@ -182,12 +182,12 @@ def _write_authors(store: Store, authors: Authors) -> None:
     store.write(AUTHORS_KEY, json.dumps(by_user).encode())
 
 
-def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: ReviewTasks) -> None:
+def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: ReviewTasks, store: Store) -> None:
     """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again.
 
-    `listed` are the tasks of the project. Forgets the authors of what is deleted, here or before.
+    `listed` are the tasks of the project, `store` is the run's. Forgets the authors of what is deleted, here or before.
     """
-    pulled = read_annotations(listed, tasks, read_authors(tasks.store))
+    pulled = read_annotations(listed, tasks, read_authors(store))
     given = np.bincount(pulled.answers["task"], minlength=len(tasks))
     lacking = given < tasks.review.answers_per_task
     unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
@@ -195,7 +195,7 @@ def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: Revie
     for skip in (*pulled.skips, *unreadable):
         client.delete_annotation(skip.annotation)
         authors.pop(skip.annotation, None)
-    _write_authors(tasks.store, authors)
+    _write_authors(store, authors)
     if unreadable:
         deleted = count_of(len(unreadable), "unreadable answer")
         log.warning("review: deleted %s to tasks that lack answers", deleted)

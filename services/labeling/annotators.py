@@ -232,7 +232,7 @@ class LabelStudioAnnotators:
         }
 
     def _tasks(self, gallery: Gallery) -> ReviewTasks:
-        return ReviewTasks(gallery, self.run.spec.review, self.run.store)
+        return ReviewTasks(gallery, self.run.spec.review)
 
     def _probabilities(self, gallery: Gallery) -> F32:
         """Return the reference models' probabilities on the gallery, (W, S, R, C), which the run stores."""

@@ -99,7 +99,8 @@ class ReviewProject:
         self._check_settings(project)
         self.import_missing()
         if self.repair:
-            delete_skips(self.client, (task for _, task in self._list_tasks(with_data=False)), self.tasks)
+            listed = (task for _, task in self._list_tasks(with_data=False))
+            delete_skips(self.client, listed, self.tasks, self.run.store)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 

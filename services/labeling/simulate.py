@@ -117,7 +117,7 @@ def simulate(
     update_state(run.store, state, lambda known: replace(known, simulated=True))
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
-    tasks, total = ReviewTasks(gallery, run.spec.review, run.store), 0
+    tasks, total = ReviewTasks(gallery, run.spec.review), 0
     invitation = annotators.client.invitation()
     for number, own in enumerate(answers):
         email = f"simulated-{number + 1}-{state.mark[-6:]}@defuse.local"

@@ -73,7 +73,7 @@ def new_review(folder: Path, gallery: Gallery) -> LabelStudioAnnotators:
 def fill(annotators: LabelStudioAnnotators, gallery: Gallery) -> None:
     """Create the run's project with tasks that every annotator has answered already."""
     run = annotators.run
-    tasks = ReviewTasks(gallery, run.spec.review, run.store)
+    tasks = ReviewTasks(gallery, run.spec.review)
     project = ReviewProject(annotators.client, run, tasks)
     created = annotators.client.create_project(project.settings())
     accounts = annotator_accounts(ANSWERS)

@@ -27,7 +27,7 @@ def blank_review(folder: Path, scenarios: int, **review: object) -> tuple[Run, R
         tuple(str(n) for n in range(10)),
     )
     run = review_run(folder, gallery, **{"answers_per_task": ANNOTATORS, "images": IMAGES, **review})
-    return run, ReviewTasks(gallery, run.spec.review, run.store)
+    return run, ReviewTasks(gallery, run.spec.review)
 
 
 def annotation(

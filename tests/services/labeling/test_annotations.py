@@ -130,7 +130,7 @@ def test_an_answer_that_was_refused_and_is_put_right_frees_its_task(make_review,
 def test_answers_to_a_copy_of_a_task_are_not_asked_for_again(make_review, accounts):
     review = make_review(answers_per_task=3)
     number = review.annotators.push(review.gallery).number
-    samples = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    samples = ReviewTasks(review.gallery, review.run.spec.review)
     review.api.import_tasks(number, [samples.task(0, secret=review.state.secret)])
     both = sorted(task.id for task in review.api.tasks(number) if task.key == "s000-i00")
     for account, task in zip(accounts, both, strict=False):

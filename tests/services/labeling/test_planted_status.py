@@ -181,7 +181,7 @@ def test_the_way_out_ends_the_review_with_all_answers_that_were_given_and_the_ve
     ]
     before = status_of(tasks, found)
     assert f"with `--set review.answers_per_task={fewer}` ends the review" in before.way_out(run)
-    tasks = ReviewTasks(tasks.gallery, tasks.review.model_copy(update={"answers_per_task": fewer}), run.store)
+    tasks = ReviewTasks(tasks.gallery, tasks.review.model_copy(update={"answers_per_task": fewer}))
     pulled = read_annotations(found, tasks, most_asked=5)
     after = review_status(tasks, pulled, before.names, [])
     assert (after.outstanding, after.given) == (0, before.given)

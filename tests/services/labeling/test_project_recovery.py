@@ -223,7 +223,7 @@ def test_a_title_is_as_long_as_label_studio_accepts(tmp_path):
     gallery = digits_gallery()
     spec = review_run(tmp_path, gallery).spec
     run = Run.start(FolderStore(tmp_path), "r" * 60, spec)
-    title = ReviewProject(None, run, ReviewTasks(gallery, spec.review, run.store)).settings().title
+    title = ReviewProject(None, run, ReviewTasks(gallery, spec.review)).settings().title
     assert title == f"Defuse {'r' * 43}" and len(title) == 50
 
 

@@ -52,7 +52,7 @@ def status_of(
     with an answer each were added by hand.
     """
     gallery = gallery_of_three()
-    tasks = ReviewTasks(gallery, review_run(folder, gallery, images=2, answers_per_task=2).spec.review, None)
+    tasks = ReviewTasks(gallery, review_run(folder, gallery, images=2, answers_per_task=2).spec.review)
     given = {
         task: [annotation(10 * task + n, n + 1, choice) for n, choice in enumerate(choices)]
         for task, choices in answers.items()

@@ -36,7 +36,7 @@ def answer_of(person, subject):
 def planted(folder, people=2, choice=answer_of, stored=True, **review):
     """The status after so many people answered every task."""
     gallery = digits_gallery()
-    tasks = ReviewTasks(gallery, review_run(folder, gallery, **CROWDLAB | review).spec.review, None)
+    tasks = ReviewTasks(gallery, review_run(folder, gallery, **CROWDLAB | review).spec.review)
     found = [
         task_of(
             tasks,
@@ -89,7 +89,7 @@ def test_the_review_ends_when_every_image_is_sure_or_has_all_answers(tmp_path):
 
 def test_a_page_is_asked_about_while_one_of_its_images_is_in_doubt(tmp_path):
     gallery = digits_gallery()
-    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB, form="scenario").spec.review, None)
+    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB, form="scenario").spec.review)
     pages = [
         [annotation(10 * n + person, person, str(label), target="page") for person in (1, 2)]
         for n, label in enumerate(TRUTH)
@@ -138,7 +138,7 @@ def test_the_status_says_how_many_images_are_sure_and_what_may_still_be_wanted(t
 def test_the_verdicts_so_far_are_those_of_crowdlab(tmp_path):
     gallery = digits_gallery(labels=TRUTH[:2])
     run = review_run(tmp_path, gallery, **CROWDLAB)
-    tasks = ReviewTasks(gallery, run.spec.review, None)
+    tasks = ReviewTasks(gallery, run.spec.review)
     split = [annotation(20 + person, person, "8338"[person - 1]) for person in range(1, 5)]
     found = [task_of(tasks, n, annotation(n, 1, "8"), annotation(9 + n, 2, "8")) for n in range(1, 6)]
     found.insert(0, task_of(tasks, 0, *split))
