@@ -171,16 +171,6 @@ class Candidate:
         """Return how well failing inputs are found with these fields."""
         return watch_figures(self.failures, section)
 
-    def origin(self) -> dict[str, Any]:
-        """Return the fields that the registry stores of this version."""
-        return {
-            "run": self.run,
-            "digest": self.digest,
-            "annotators": self.summary.annotators,
-            "watch": self.watch_figures(self.run_file().serve),
-            "components_digest": self.components_digest,
-        }
-
 
 def with_settings(section: ServeSection, settings: Mapping[str, Any]) -> ServeSection:
     """Return the section with `settings`. Raises InputError naming the first invalid field."""

@@ -146,7 +146,17 @@ class Registry:
         data = encode(candidate)
         while not self.store.create(_version_key(number), data) and not self._holds(number, data):
             number += 1
-        info = VersionInfo(**candidate.origin(), by=by, when=utc_now(), why=why, forced=forced)
+        info = VersionInfo(
+            run=candidate.run,
+            digest=candidate.digest,
+            by=by,
+            when=utc_now(),
+            why=why,
+            forced=forced,
+            annotators=candidate.summary.annotators,
+            watch=candidate.watch_figures(candidate.run_file().serve),
+            components_digest=candidate.components_digest,
+        )
 
         def updates(state: RegistryState) -> dict[str, Any] | None:
             known = state.versions_with(candidate.digest)
