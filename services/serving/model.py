@@ -124,7 +124,6 @@ class LoadedModel:
         self.candidate = candidate
         self.device = select_device(section.device)
         self.section = section
-        self.half = section.precision == "bfloat16"
         spec = candidate.run_file()
         self.input_spec = InputSpec.of(spec, section)
         where = f"version {self.name}"
@@ -187,7 +186,8 @@ class LoadedModel:
 
     def _run_networks(self, pixels: F32) -> tuple[F32, F32, F32]:
         """Return what `_forward` does, for any number of images."""
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+        half = self.section.precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             parts = [
                 self._forward(pixels[start : start + MAX_FORWARD_IMAGES])
                 for start in range(0, len(pixels), MAX_FORWARD_IMAGES)
