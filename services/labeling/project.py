@@ -42,12 +42,10 @@ from services.labeling.tasks import (
 )
 
 log = logging.getLogger("defuse")
-
 ATTEMPTS = 4
 PAUSE_S = 1.0
-MANY_CLASSES = (
-    200  # a page has a list of them below each picture: with 300, 13 s of a browser's processor time
-)
+# a page has a list of them below each picture: with 300, 13 s of a browser's processor time
+MANY_CLASSES = 200
 PAGE = ("label_config", "expert_instruction", "show_instruction")  # settings of the labelling page
 
 
@@ -160,15 +158,14 @@ class ReviewProject:
             return marked
         elsewhere = state.address != self.client.address
         if marked is not None:
-            number = marked.id
-            log.warning("project %d is now project %d, by its mark", state.project, number)
+            log.warning("project %d is now project %d, by its mark", state.project, marked.id)
             people = {} if elsewhere else state.people  # user ids are of other people
             self.run.store.delete(AUTHORS_KEY)  # the annotations have other ids
-            self._update_state(lambda known: replace(known, project=number, people=people))
+            self._update_state(lambda known: replace(known, project=marked.id, people=people))
             return marked
         if project is None:
             self._expect_its_organization()
-        if project is not None and self.repair and self._holds_our_tasks(project):
+        elif self.repair and self._holds_our_tasks(project):
             self.client.update_project(project.id, description=self.settings().description)
             log.warning(
                 "project %d: put the mark of run %s back into its description", project.id, self.run.name
@@ -176,6 +173,11 @@ class ReviewProject:
             return project
         if self.repair and not elsewhere:
             return None
+        raise self._lost(project)
+
+    def _lost(self, project: Project | None) -> InputError:
+        """Return the error of a run whose project is gone, or bears another mark: that is `project` then."""
+        state, elsewhere = self.state, self.state.address != self.client.address
         another = f"{self.repair_command} creates another"
         if elsewhere:  # more likely a wrong address than a server that is gone, and its answers with it
             another = f"to begin anew here, rename {STATE_KEY} and {AUTHORS_KEY} in {self.run.store.address}"
@@ -185,8 +187,8 @@ class ReviewProject:
             cause = f"was deleted from {self.client.address}, its answers with it"
             if elsewhere:
                 cause = f"is not at {self.client.address} but {state.address}; correct LABEL_STUDIO_URL"
-            raise InputError(f"project {state.project} {cause}; {another}")
-        raise InputError(
+            return InputError(f"project {state.project} {cause}; {another}")
+        return InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
             f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
@@ -281,9 +283,8 @@ class ReviewProject:
     def _import(self, missing: list[int]) -> None:
         if self.state.pushed and not self.repair:
             raise InputError(self._deleted(missing))
-        made = (
-            self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret) for index in missing
-        )
+        secret = self.state.secret
+        made = (self.tasks.task(index, self.prelabels.get(index), secret=secret) for index in missing)
         for batch in batches(made):
             self.client.import_tasks(self.state.number, batch)
         log.info("review: pushed %s to project %d", count_of(len(missing), "task"), self.state.number)
@@ -321,8 +322,7 @@ class ReviewProject:
         if not state.interface:  # just created
             wanted = self.settings().label_config
             state = replace(state, interface=wanted, instructions=found.expert_instruction)
-        edits = self._page_edits(state, found)
-        if edits:
+        if edits := self._page_edits(state, found):
             handle = self._restore_page if self.repair else self._log_page_edits
             state = handle(project, state, edits)
         page = {name: getattr(state, name) for name in ("interface", "instructions", "reported")}
@@ -367,8 +367,7 @@ class ReviewProject:
     def _page_edits(self, pushed: ProjectState, found: ProjectSettings) -> list[str]:
         """Return what differs from the labelling page as pushed. Raises InputError if answers could be misread."""
         edits = []
-        edit = interface_edit(pushed.interface, found.label_config)
-        if edit is not None:
+        if (edit := interface_edit(pushed.interface, found.label_config)) is not None:
             if edit.changes_answers and not self.repair:
                 raise InputError(
                     f"project {self.state.project}: its labelling interface was edited in Label Studio "

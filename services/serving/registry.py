@@ -66,7 +66,10 @@ class Registry:
         return self._read(sequences[-1]) if sequences else EMPTY
 
     def state_after(self, known: RegistryState) -> RegistryState | None:
-        """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
+        """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`.
+
+        It reads no change in between, so a damaged one keeps no server from what is in production.
+        """
         if self._has(known) and not self.store.exists(_change_key(known.sequence + 1)):
             return None
         return self._state_of_existing()

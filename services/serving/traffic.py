@@ -142,14 +142,33 @@ def open_traffic_review(run: Run, overrides: Sequence[str]) -> Run:
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
         return set_in_traffic_review(known[-1], overrides)
+    drawn = run.require(Gallery)
+    inputs = _inputs_to_review(run, drawn, known)
+    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
+    spec = _overridden(run.spec, overrides).with_fields(
+        "review",
+        annotators="label-studio",
+        form="image",  # inputs have no common label, least of all those inside no scenario
+        prelabel=False,
+        stop_early=False,
+        accept="share",  # a report on the served model, not a decision about a scenario
+        consensus="majority",
+    )
+    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
+    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
+    review.once("draw", Gallery, lambda: traffic_gallery(inputs, drawn.classes))
+    return review
+
+
+def _inputs_to_review(run: Run, drawn: Gallery, known: Sequence[Run]) -> dict[int, list[SampledInput]]:
+    """Return the newest inputs of each scenario that no review in `known` has shown, of those that have enough."""
     shown = {
         image.tobytes()
         for review in known
         for scenario in review.require(Gallery).images
         for image in scenario
     }
-    drawn, wanted = run.require(Gallery), run.spec.review.images
-    traffic = read_traffic(store, run.name, drawn)
+    wanted, traffic = run.spec.review.images, read_traffic(run.runs, run.name, drawn)
     new = new_inputs(traffic, shown)
     newest = {scenario: inputs[-wanted:] for scenario, inputs in new.items() if len(inputs) >= wanted}
     if not newest:
@@ -168,20 +187,7 @@ def open_traffic_review(run: Run, overrides: Sequence[str]) -> Run:
     if len(versions) > 1:
         in_order = sorted(versions, key=lambda version: (len(version), version))
         log.info("review: inputs of versions %s are counted together", ", ".join(in_order))
-    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
-    spec = _overridden(run.spec, overrides).with_fields(
-        "review",
-        annotators="label-studio",
-        form="image",  # inputs have no common label, least of all those inside no scenario
-        prelabel=False,
-        stop_early=False,
-        accept="share",  # a report on the served model, not a decision about a scenario
-        consensus="majority",
-    )
-    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
-    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
-    review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
-    return review
+    return newest
 
 
 def set_in_traffic_review(review: Run, overrides: Sequence[str]) -> Run:
