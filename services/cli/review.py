@@ -104,17 +104,18 @@ def status(run: str, store: str, as_json: bool) -> None:
     from services.serving.traffic import store_traffic_verdicts
 
     annotators = LabelStudioAnnotators(opened, read_environment())
-    found, state = annotators.status(gallery)
-    label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
+    found = annotators.status(gallery)
+    project = found.state.number
+    label_at, invitation = annotators.client.labeling_url(project), annotators.client.invitation()
     console.print(f"Label at {label_at}", soft_wrap=True)
     console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
-    task_url = partial(annotators.client.task_url, state.number)
+    task_url = partial(annotators.client.task_url, project)
     review_tables.print_status(opened, found, console)
     review_tables.print_skips(opened, found, task_url, console)
     summary = review_tables.summarize_status(run, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
     if _is_of_traffic(run) and not found.outstanding:  # `defuse run` finishes a run's own review
-        votes = found.final_votes(state)
+        votes = found.final_votes()
         verdicts = store_traffic_verdicts(opened, votes)
         summary = review_tables.summarize_result(run, gallery, votes, verdicts, None, None)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
@@ -160,8 +161,8 @@ def _later_answers(
         from services.labeling.annotations import answer_changes
         from services.labeling.annotators import LabelStudioAnnotators
 
-        status, state = LabelStudioAnnotators(run, read_environment()).status(gallery)
-        return answer_changes(status.tasks, votes, status.final_votes(state)), None
+        status = LabelStudioAnnotators(run, read_environment()).status(gallery)
+        return answer_changes(status.tasks, votes, status.final_votes()), None
     except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
         return None, error
 

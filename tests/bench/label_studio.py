@@ -103,7 +103,7 @@ def main() -> None:
         push_mb = peak_mb(partial(new_review(folder, gallery).push, gallery))
         full = new_review(folder, gallery)
         fill(full, gallery)
-        assert full.status(gallery)[0].given == answers
+        assert full.status(gallery).given == answers
         pulled_s = seconds(partial(full.status, gallery))
         list_mb = peak_mb(partial(listed, full, gallery))
         pull_mb = peak_mb(partial(full.status, gallery))

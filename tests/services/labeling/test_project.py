@@ -375,7 +375,7 @@ def test_a_project_whose_mark_was_lost_is_kept_with_its_answers(make_review, acc
         review.annotators.status(review.gallery)
     assert review.annotators.push(review.gallery, repair=True).number == number
     assert review.state.mark in review.api.project(number).settings.description
-    assert review.annotators.status(review.gallery)[0].given == 1
+    assert review.annotators.status(review.gallery).given == 1
 
 
 def test_a_project_with_the_tasks_of_another_run_is_not_taken_over_by_a_repair(make_review):

@@ -66,7 +66,7 @@ def test_fewer_models_than_answers_asked_for_are_told(
     line = "2 reference models answer each task once, and review.answers_per_task is 3: 2 are still wanted"
     assert (line in caplog.messages) == missing
     assert simulate(review.annotators, review.gallery, server, LocalCompute(), silent) == 0
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert list(status.per_annotator().values()) == [2, 2]
 
 
