@@ -73,16 +73,13 @@ def print_accuracy(report: Report, console: Console) -> None:
 
 def _print_evidence(evidence: EvidenceFigures, console: Console) -> None:
     """Print the accuracies that independent models confirm, each with its 95 % interval if that fits."""
-    whole, short = (_evidence_table(evidence, text) for text in (Share.text, _without_interval))
+    whole = _evidence_table(evidence, lambda share: share.text(0))
+    short = _evidence_table(evidence, lambda share: percent(share.value, 0))
     fitting = [table for table in (whole, short) if needed_width(console, table) <= console.width]
     print_table(console, next(iter(fitting), whole))
 
 
-def _without_interval(share: Share, digits: int) -> str:
-    return percent(share.value, digits)
-
-
-def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]) -> Table:
+def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share], str]) -> Table:
     count = len(evidence.own_label.plain_each)
     plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
     table = new_table(f"Evidence, by the judges' labels (plain: {plain})", ("", "Before", "Plain", "Defuse"))
@@ -94,7 +91,7 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     if number := evidence.real_failure_images:
         rows.append((count_of(number, "failing test draw"), real.before, real.plain, real.defuse))
     for name, *shares in rows:
-        table.add_row(name, *(text(share, 0) for share in shares))
+        table.add_row(name, *map(text, shares))
     return table
 
 

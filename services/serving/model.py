@@ -138,9 +138,6 @@ class LoadedModel:
         self.thresholds = np.array([np.interp(share, levels, each) for each in candidate.distances])
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.scenario_names()
-        self.failure_threshold = 1.0  # of no use without a detector
-        if self.watch_figures.threshold is not None:
-            self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
     def _load_distances(self, spec: RunFile, where: str) -> ScenarioDistances | None:
@@ -178,8 +175,10 @@ class LoadedModel:
         if not np.isfinite(probabilities).all():
             raise ModelError(f"version {self.name}: the classifier's output is not finite")
         regions = distances[:, : len(self.candidate.scenario)]
-        failure = self._failure_probability(logits, distances)
-        flagged = np.zeros(len(logits), np.bool_) if failure is None else failure >= self.failure_threshold
+        failure, threshold = self._failure_probability(logits, distances), self.watch_figures.threshold
+        flagged: Bool = np.zeros(len(logits), np.bool_)
+        if failure is not None and threshold is not None:  # a detector has a threshold
+            flagged = failure >= threshold
         return ModelOutput(
             probabilities, regions, regions <= self.thresholds[: regions.shape[1]], failure, flagged
         )
