@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +183,7 @@ def promote(
     opened, before = open_run(run, store), registry.state()
     # takes minutes, in which another version may go into production, and the run may be deleted or changed
     key, candidate = _candidate(opened)
-    with locked_for_promotion(opened, key, partial(open_run, run, store)):
+    with locked_for_promotion(opened, key):
         state = promote_candidate(registry, candidate, request, before)
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production
