@@ -266,10 +266,7 @@ def print_skips(run: Run, status: ReviewStatus, task_url: Callable[[int], str], 
     for skip in skips[:ROWS_SHOWN]:
         place = _place(status, status.tasks.subject(skip.index))
         what = f"Not readable, {skip.reason}" if skip.reason else "Skipped"
-        console.print(
-            f"{what}: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
-            soft_wrap=True,
-        )
+        console.print(f"{what}: {status.name_of(skip)} on {place}, {task_url(skip.task)}", soft_wrap=True)
     if skips:
         console.print(
             f"{len(skips)} skipped or not readable, in tasks that lack answers. Label Studio does not hand these out "

@@ -343,12 +343,12 @@ def _print_versions(registry: Registry) -> None:
         click.echo(_no_registry(registry))
         return
     forced_now = state.since is not None and bool(state.since.failed_checks)
+    canary = f"canary {percent(state.share, None)}"
+    roles = {state.production: "production", state.canary: canary, state.shadow: "shadow"}
     for number, info in state.versions.items():
-        roles = {state.production: "production", state.canary: f"canary {percent(state.share, None)}"}
-        role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
-        line = f"{number:>4}  {role:<12} {origin}; {_by(info.by, info.when, info.why)}"
+        line = f"{number:>4}  {roles.get(number, ''):<12} {origin}; {_by(info.by, info.when, info.why)}"
         click.echo(escape_control_characters(line))
     change = f"last change: {state.action}, {_by(state.by, state.when, state.why)}"
     click.echo(escape_control_characters(change))

@@ -207,9 +207,8 @@ def print_status(run: Run, console: Console | None = None) -> None:
     states = step_states(run)
     is_finished = all(state.state == "done" for state in states)
     known = [state.seconds for state in states if state.seconds is not None]
-    spent = (
-        f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
-    )  # the first step has no time until its end
+    # the first step has no time until its end
+    spent = f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
     print_fitting(console, _steps_table(states), DROPPED_OF_STATUS)
     if models := run.load(Models):

@@ -171,11 +171,9 @@ def _agreement_table(report: Report) -> Table:
 
 def _other_figures(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
-    of_wrong = (
-        f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"
-        if psi.wrong
-        else ""
-    )
+    of_wrong = ""
+    if psi.wrong:
+        of_wrong = f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"
     lines = [
         f"Ψ: {count_of(psi.codes, 'code')}; {percent(psi.images_with_any)} of {count_of(psi.images, 'image')} "
         f"have a failing draw, {percent(psi.zero_noise_flip_rate)} are wrong without noise{of_wrong}.",

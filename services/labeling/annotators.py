@@ -207,19 +207,15 @@ class LabelStudioAnnotators:
                 return status
 
     def _pending(self, status: ReviewStatus) -> str:
-        decided, skips = int(status.decided.sum()), len(status.blocking_skips())
-        way_out = status.way_out(self.run)
-        return (
+        parts = [
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
-            f"{decided} of {len(status.decided)} scenarios are decided; "
-            + (
-                f"{skips} skipped or not readable, see `{self.run.command('review status')}`; "
-                if skips
-                else ""
-            )
-            + (f"{way_out}; " if way_out else "")
-            + f"label at {self.client.labeling_url(status.state.number)}"
-        )
+            f"{status.decided.sum()} of {len(status.decided)} scenarios are decided"
+        ]
+        if skips := status.blocking_skips():
+            parts.append(f"{len(skips)} skipped or not readable, see `{self.run.command('review status')}`")
+        if way_out := status.way_out(self.run):
+            parts.append(way_out)
+        return "; ".join([*parts, f"label at {self.client.labeling_url(status.state.number)}"])
 
     def _names(self, pulled: PulledAnnotations, state: ProjectState) -> dict[int, str]:
         """Return the annotators' names in the run, by user id; `state` numbers them."""

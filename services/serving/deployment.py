@@ -239,11 +239,7 @@ class ClassifierDeployment:
                 reservoir.offer(candidate.run, sampled)
 
     def _compare(
-        self,
-        active: ActiveVersions,
-        other: LoadedModel,
-        ours: PredictionResult,
-        theirs: PredictionResult,
+        self, active: ActiveVersions, other: LoadedModel, ours: PredictionResult, theirs: PredictionResult
     ) -> None:
         """Compare a canary or shadow with production, and end it if it exceeds its limits."""
         if not isinstance(ours, ModelOutput):

@@ -115,9 +115,8 @@ def translated_errors(
             f"{where}: no complete AWS credentials found ({_reason(error, endpoint)}); check {CREDENTIALS}"
         ) from error
     except (aws.SSOError, aws.TokenRetrievalError, LOGIN_ERROR) as error:
-        command = (
-            "aws sso login" if isinstance(error, aws.SSOError | aws.TokenRetrievalError) else "aws login"
-        )
+        is_sso = isinstance(error, aws.SSOError | aws.TokenRetrievalError)
+        command = "aws sso login" if is_sso else "aws login"
         remedy = "" if command in str(error) else f"; log in with `{command}`"
         raise StoreSettingsError(f"{where}: {_reason(error, endpoint)}{remedy}") from error
     except aws.ProfileNotFound as error:
