@@ -64,9 +64,7 @@ class LabelStudioClient:
         """`public_address` is the one that annotators open, if it is another than `address`."""
         expect_packages(*CLIENT)
         self.address = checked_address(address)
-        self.public_address = (
-            checked_address(public_address, "LABEL_STUDIO_HOST") if public_address else self.address
-        )
+        self.public_address = checked_address(public_address or self.address, "LABEL_STUDIO_HOST")
         logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs a line per request
         if not fits_a_header(token):
             raise InputError(

@@ -195,13 +195,11 @@ class ClassifierDeployment:
         seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
         if seconds <= MAX_INLINE_S:
             return predict_batch(requests)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._forward_thread, predict_batch, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._forward_thread, predict_batch, requests)
 
     async def _predict_canary_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
         """Never in the event loop: a slow canary must not delay production."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._canary_thread, predict_batch, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._canary_thread, predict_batch, requests)
 
     def _count(self, model: LoadedModel, output: ModelOutput, pixels: F32) -> None:
         version = {"version": model.name}
@@ -283,7 +281,7 @@ class ClassifierDeployment:
             self.ended = None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
 
@@ -295,8 +293,7 @@ class ClassifierDeployment:
     @contextlib.asynccontextmanager
     async def following_registry(self) -> AsyncIterator[None]:
         """Poll the registry, and keep the gauges, while the block runs."""
-        loop = asyncio.get_running_loop()
-        tasks = [loop.create_task(self._poll_registry()), loop.create_task(self._keep_gauges())]
+        tasks = [asyncio.create_task(self._poll_registry()), asyncio.create_task(self._keep_gauges())]
         try:
             yield
         finally:

@@ -333,11 +333,10 @@ class Batcher:
 
     async def predict(self, request: PredictionRequest) -> PredictionResult:
         """Return the result of the request, after the batch that it becomes part of."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[PredictionResult] = loop.create_future()
+        future: asyncio.Future[PredictionResult] = asyncio.get_running_loop().create_future()
         self._queue.append((request, future))
         if self._task is None or self._task.done():
-            self._task = loop.create_task(self._run_batches())
+            self._task = asyncio.create_task(self._run_batches())
         try:
             return await future
         except asyncio.CancelledError:  # too late for its client: its pixels do not wait for the next batch
