@@ -135,7 +135,7 @@ def test_answers_that_vanish_are_said_once_until_a_repair_accepts_that(make_revi
     (warning,) = (text for text in caplog.messages if "has lost" in text)
     assert "has lost 2 answers (annotator-" in warning and "--repair" in warning
     review.annotators.push(review.gallery, repair=True)
-    status, _ = review.through(review.api.address).status(review.gallery)
+    status = review.through(review.api.address).status(review.gallery)
     assert status.given == 4 and caplog.text.count("has lost") == 1
 
 
