@@ -39,6 +39,7 @@ ONCE: Any = {"max_retries": 0}
 PROJECT_FIELDS = ",".join(("id", *(field.name for field in dataclasses.fields(ProjectSettings))))
 TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
 PAGE_SIZE = 250  # tasks
+TIMEOUT_S = 60.0
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
 PAGES_PER_COLLECTION = 4
 TOKEN_PROBLEMS = {
@@ -58,9 +59,7 @@ class RejectedRequestError(ServiceError):
 class LabelStudioClient:
     """A Label Studio server. Every method raises ServiceError or InputError, in one line that says what to do."""
 
-    def __init__(
-        self, address: str, token: str, *, public_address: str | None = None, timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, address: str, token: str, *, public_address: str | None = None) -> None:
         """`public_address` is the one that annotators open, if it is another than `address`."""
         expect_packages(*CLIENT)
         self.address = checked_address(address)
@@ -71,11 +70,11 @@ class LabelStudioClient:
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )
         with _environment_errors():
-            http = httpx.Client(timeout=timeout_s, follow_redirects=False)
+            http = httpx.Client(timeout=TIMEOUT_S, follow_redirects=False)
         with translated_errors(self.address):
             # LabelStudio, which adds to it what is not used here, takes over a second to import
             self._sdk: Any = base_client.LabelStudioBase(
-                base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, httpx_client=http
+                base_url=self.address, api_key=token, timeout=TIMEOUT_S, max_retries=0, httpx_client=http
             )
         # without the slash the token would be sent to the path above a prefix
         if tokens := self._sdk._client_wrapper._tokens_client:
