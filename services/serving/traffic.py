@@ -75,25 +75,16 @@ def read_traffic(store: Store, run: str, drawn: Gallery) -> list[SampledInput]:
         raise InputError(
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
-    found = _received_for(components_digest(drawn), found, folder.address)
-    return sorted(found, key=lambda sampled: sampled.when)
-
-
-def _received_for(components: str, found: list[SampledInput], address: str) -> list[SampledInput]:
-    """Return the inputs of the run with these components. Raises InputError for none."""
+    components = components_digest(drawn)
     own = [sampled for sampled in found if sampled.components_digest == components]
     if not own:
         raise InputError(
-            f"{address}: all {len(found)} inputs were received by another run of this name; wait for this one's"
+            f"{folder.address}: all {len(found)} inputs were received by another run of this name; wait for this one's"
         )
-    if len(own) < len(found):
-        log.warning(
-            "%s: left out %d of %d inputs, which another run of this name received",
-            address,
-            len(found) - len(own),
-            len(found),
-        )
-    return own
+    if left_out := len(found) - len(own):
+        text = "%s: left out %d of %d inputs, which another run of this name received"
+        log.warning(text, folder.address, left_out, len(found))
+    return sorted(own, key=lambda sampled: sampled.when)
 
 
 def new_inputs(traffic: Iterable[SampledInput], shown: Collection[bytes]) -> dict[int, list[SampledInput]]:
