@@ -348,16 +348,15 @@ def _print_versions(registry: Registry) -> None:
     for number, info in state.versions.items():
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
-        line = f"{number:>4}  {roles.get(number, ''):<12} {origin}; {_by(info.by, info.when, info.why)}"
+        line = f"{number:>4}  {roles.get(number, ''):<12} {origin}; {_by(info)}"
         click.echo(escape_control_characters(line))
-    change = f"last change: {state.action}, {_by(state.by, state.when, state.why)}"
-    click.echo(escape_control_characters(change))
+    click.echo(escape_control_characters(f"last change: {state.action}, {_by(state)}"))
     _print_forced(state)
 
 
-def _by(author: str, when: str, why: str) -> str:
-    at = when.replace("T", " ")[:16]  # of such as 2026-11-28T19:20:26Z
-    return f"by {author} on {at} UTC" + (f": {why}" if why else "")
+def _by(change: VersionInfo | RegistryState) -> str:
+    at = change.when.replace("T", " ")[:16]  # of such as 2026-11-28T19:20:26Z
+    return f"by {change.by} on {at} UTC" + (f": {change.why}" if change.why else "")
 
 
 def _print_forced(state: RegistryState) -> None:
