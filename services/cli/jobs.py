@@ -21,7 +21,15 @@ from defuse_core.errors import ComputeError, InputError, ModelError, RunFileErro
 from defuse_core.files import FULL_DISK, temporary_folder
 from defuse_core.formatting import escape_control_characters
 from services import stopped_exit_code
-from services.cli.options import GivenPath, checked_text, name_option, set_option, track_option, until_option
+from services.cli.options import (
+    GivenPath,
+    checked_text,
+    name_option,
+    set_option,
+    text_option,
+    track_option,
+    until_option,
+)
 from services.cli.runs import run_name
 from services.settings import read_environment, variables
 
@@ -41,9 +49,8 @@ RUN_FILE = "run.yaml"
 SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gitignore", ".rayignore")
 MOST_MB = 99  # Ray's dashboard takes 100 MiB at most
 
-dashboard_option = click.option(
+dashboard_option = text_option(
     "--address",
-    callback=checked_text,
     help="Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is an http:// address, else "
     f"{LOCAL_DASHBOARD}]",
 )
@@ -53,12 +60,8 @@ dashboard_option = click.option(
 @click.argument("runfile", type=GivenPath())
 @dashboard_option
 @name_option
-@click.option(
-    "--store",
-    default="runs",
-    show_default=True,
-    callback=checked_text,
-    help="s3://bucket/prefix, or a folder that all nodes share.",
+@text_option(
+    "--store", default="runs", show_default=True, help="s3://bucket/prefix, or a folder that all nodes share."
 )
 @set_option(help="Change a field: --set identify.draws=20")
 @until_option
@@ -70,13 +73,7 @@ dashboard_option = click.option(
     metavar="NAME",
     help="Pass on this environment variable. Whoever sees the dashboard can read its value.",
 )
-@click.option(
-    "--python",
-    default="python",
-    show_default=True,
-    callback=checked_text,
-    help="Python on the nodes, one with Ray.",
-)
+@text_option("--python", default="python", show_default=True, help="Python on the nodes, one with Ray.")
 @click.option("--detach", is_flag=True, help="Print the job's id and return at once.")
 def submit(
     runfile: Path,

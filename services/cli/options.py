@@ -86,20 +86,16 @@ class GivenPath(click.Path):
             self.fail(f"{value}: expected the home of an existing user after ~", param, ctx)
 
 
-store_option = click.option(
+text_option = partial(click.option, callback=checked_text)
+store_option = text_option(
     "--store",
     default="runs",
     show_default=True,
-    callback=checked_text,
     help="Folder, or s3://bucket/prefix, where the runs are stored.",
 )
-name_option = click.option(
-    "--name", callback=checked_text, help="Name of the run. [default: the run file's name]"
-)
-address_option = click.option(
-    "--address",
-    callback=checked_text,
-    help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]",
+name_option = text_option("--name", help="Name of the run. [default: the run file's name]")
+address_option = text_option(
+    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
 )
 set_option = partial(
     click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=checked_fields

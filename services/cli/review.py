@@ -11,7 +11,7 @@ import click
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError
 from defuse_core.formatting import count_of
 from defuse_core.store import checked_name
-from services.cli.options import checked_text, json_option, local_user, print_json, set_option, store_option
+from services.cli.options import json_option, local_user, print_json, set_option, store_option, text_option
 from services.cli.runs import COPY_IT, expect_not_promoted, expect_repeatable
 from services.settings import read_environment
 
@@ -171,17 +171,12 @@ def _later_answers(
 @click.argument("run")
 @click.argument("scenario", type=int)
 @store_option
-@click.option(
-    "--label",
-    metavar="NAME_OR_INDEX",
-    callback=checked_text,
-    help="Accept the scenario as a failure, with this class as label.",
+@text_option(
+    "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, callback=checked_text, help="The reason, which the report shows.")
-@click.option(
-    "--author", callback=checked_text, help="The person who decides. [default: the user of this machine]"
-)
+@text_option("--reason", required=True, help="The reason, which the report shows.")
+@text_option("--author", help="The person who decides. [default: the user of this machine]")
 @click.option(
     "--redo",
     is_flag=True,

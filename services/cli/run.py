@@ -24,13 +24,13 @@ from services.cli.options import (
     GivenPath,
     address_option,
     checked_number,
-    checked_text,
     classifier_fields,
     json_option,
     name_option,
     print_json,
     set_option,
     store_option,
+    text_option,
     track_option,
     until_option,
 )
@@ -48,7 +48,7 @@ log = logging.getLogger("defuse")
 
 @click.command(short_help="Look at images and a classifier, and write a run file.")
 @click.argument("images", type=GivenPath())
-@click.option("--classifier", callback=checked_text, help=f"{CLASSIFIER_HELP} [default: train one]")
+@text_option("--classifier", help=f"{CLASSIFIER_HELP} [default: train one]")
 @click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",

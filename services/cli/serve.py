@@ -16,13 +16,13 @@ from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
     address_option,
-    checked_text,
     json_option,
     local_user,
     print_json,
     section_overrides,
     set_option,
     store_option,
+    text_option,
 )
 from services.cli.output import echo_marked
 from services.cli.results import check_suite, expect_no_suite_options
@@ -36,12 +36,8 @@ if TYPE_CHECKING:
     from services.serving.registry import Registry
     from services.serving.registry_state import RegistryState, VersionInfo
 
-by_option = click.option(
-    "--by", callback=checked_text, help="Author of the change. [default: the user of this machine]"
-)
-why_option = click.option(
-    "--why", callback=checked_text, help="Reason for the change, stored in the registry."
-)
+by_option = text_option("--by", help="Author of the change. [default: the user of this machine]")
+why_option = text_option("--why", help="Reason for the change, stored in the registry.")
 
 
 @click.command(cls=JunitCommand, short_help="Check the corrected classifier of a run, or any on a suite.")
@@ -49,11 +45,7 @@ why_option = click.option(
 @store_option
 @json_option
 @click.option("--suite", type=GivenPath(), help="Folder of a suite to check against.")
-@click.option(
-    "--classifier",
-    callback=checked_text,
-    help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}",
-)
+@text_option("--classifier", help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}")
 @click.option("--weights", type=GivenPath(), help="With --classifier: its state dict.")
 @set_option(help="With --classifier: a field of it, such as classifier.input_range=imagenet.")
 @click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write.")
@@ -131,19 +123,13 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
 @click.command(short_help="Put the corrected classifier of a run into production.")
 @click.argument("run", required=False)
 @store_option
-@click.option(
-    "--canary",
-    metavar="SHARE",
-    callback=checked_text,
-    help="Let it answer only this share of the requests: 5%.",
-)
+@text_option("--canary", metavar="SHARE", help="Let it answer only this share of the requests: 5%.")
 @click.option(
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
 )
-@click.option(
+@text_option(
     "--force",
     metavar="REASON",
-    callback=checked_text,
     help="Promote although checks fail, inputs or classes differ, or accuracy is lower, for this reason.",
 )
 @by_option
@@ -226,9 +212,7 @@ def rollback(store: str, by: str | None, why: str | None, production: bool, expe
 @click.command(short_help="Serve the corrected classifier of a run, and later ones.")
 @click.argument("run", required=False)
 @store_option
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, callback=checked_text, help="Interface to listen on."
-)
+@text_option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
 @click.option(
     "--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on."
 )
