@@ -183,7 +183,7 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def connection(address: str | None, cpus: int = 0) -> Iterator[None]:
+def connection(address: str | None, cpus: int) -> Iterator[None]:
     """Connect as `connect` for the block, and leave a connection that existed before as it was."""
     made = connect(address, cpus)
     try:

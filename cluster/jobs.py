@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import requests
 from ray.exceptions import AuthenticationError
@@ -20,7 +19,7 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from cluster.connection import OTHER_TOKEN
 from cluster.ray_compat import JOB_LOGGERS
 from defuse_core.errors import ComputeError, InputError
-from defuse_core.formatting import one_line, without_credentials
+from defuse_core.formatting import one_line, proxy_remedy, without_credentials
 
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
@@ -152,8 +151,7 @@ class Jobs:
         address = self.address
         if not requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)):
             return ""
-        host = urlsplit(address).hostname
-        return f"; if the proxy of the environment does not reach it, add {host} to NO_PROXY"
+        return f"; {proxy_remedy(address)}"
 
     @contextlib.contextmanager
     def _errors_translated(self, job_id: str = "") -> Iterator[None]:

@@ -122,7 +122,7 @@ class ProgressListener:
 class ProgressReporter:
     """A worker's `Progress`: sends updates to the actor, at most a few times a second for each activity."""
 
-    def __init__(self, actor: Any, task: int = 0) -> None:
+    def __init__(self, actor: Any, task: int) -> None:
         self.actor, self.task = actor, task
         self.sent_at: dict[str, float] = {}
         self.unsent: dict[str, Update] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 NONE = "–"  # shown in place of a number that does not exist
 MOST_DIGITS, SMALLEST = 4, 1e-6  # of a percentage, and the fraction that so many digits still show
@@ -231,3 +232,8 @@ def without_credentials(text: str, address: str | None = None) -> str:
         for part in filter(None, re.split("[/?#]", rest.rpartition("@")[0])):
             text = text.replace(part, "***")
     return re.sub(r"(?<=://)\S*@", "***@", text)
+
+
+def proxy_remedy(address: str) -> str:
+    """Return what to do where requests to `address` go through a proxy of the environment, and it is not reached."""
+    return f"if the proxy of the environment does not reach it, add {urlsplit(address).hostname} to NO_PROXY"

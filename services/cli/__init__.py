@@ -24,7 +24,7 @@ from defuse_core.files import WRONG_PLACE
 from defuse_core.formatting import escape_control_characters
 from services import ignoring_signals, stopped_exit_code, stopped_line, stopping_on_signals, was_stopped
 from services.cli.jobs import PACKAGES, ROOT, jobs, submit
-from services.cli.options import EscapingFormatter, echo_marked
+from services.cli.output import EscapingFormatter, echo_marked
 from services.cli.results import compare, export, suite
 from services.cli.review import label_studio, review
 from services.cli.run import delete, fields, init, report, run, status

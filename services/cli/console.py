@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self, cast
 
 from rich import box
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from defuse_core.formatting import duration
-from services.cli.options import EscapingFormatter
+from services.cli.output import EscapingFormatter
 
 log = logging.getLogger("defuse")
 LINE_EVERY_S = 15.0
@@ -101,23 +101,23 @@ def needed_width(console: Console, table: Table) -> int:
     return width
 
 
-def print_fitting(
-    make: Callable[[Sequence[str]], Table],
-    columns: Sequence[str],
-    dropped: Sequence[str],
-    console: Console,
-) -> None:
-    """Print make(columns); a narrow terminal shows fewer columns, rather than parts of each.
+def print_fitting(console: Console, table: Table, dropped: Sequence[str]) -> None:
+    drop_columns(console, table, dropped)
+    print_table(console, table)
 
-    One in which the fewest do not fit shows all of them, below each other.
+
+def drop_columns(console: Console, table: Table, dropped: Sequence[str]) -> None:
+    """Leave out columns of the table, in the order of `dropped`, until it fits: fewer, rather than parts of each.
+
+    None where the fewest do not fit: print_table prints all of them then, below each other.
     """
+    _keep_names_readable(table)
+    every = table.columns
     for count in range(len(dropped) + 1):
-        table = make([name for name in columns if name not in dropped[:count]])
-        _keep_names_readable(table)
+        table.columns = [column for column in every if column.header not in dropped[:count]]
         if needed_width(console, table) <= console.width:
-            print_table(console, table)
             return
-    print_table(console, make(columns))
+    table.columns = every
 
 
 def _rate(made: int, elapsed: float) -> str:

@@ -23,13 +23,14 @@ from defuse_core.formatting import escape_control_characters
 from services import stopped_exit_code
 from services.cli.options import (
     GivenPath,
-    given,
+    checked_text,
     name_option,
-    run_name,
     set_option,
+    text_option,
     track_option,
     until_option,
 )
+from services.cli.runs import run_name
 from services.settings import read_environment, variables
 
 if TYPE_CHECKING:
@@ -48,9 +49,8 @@ RUN_FILE = "run.yaml"
 SKIPPED = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", ".gitignore", ".rayignore")
 MOST_MB = 99  # Ray's dashboard takes 100 MiB at most
 
-dashboard_option = click.option(
+dashboard_option = text_option(
     "--address",
-    callback=given,
     help="Address of Ray's dashboard. [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is an http:// address, else "
     f"{LOCAL_DASHBOARD}]",
 )
@@ -60,14 +60,10 @@ dashboard_option = click.option(
 @click.argument("runfile", type=GivenPath())
 @dashboard_option
 @name_option
-@click.option(
-    "--store",
-    default="runs",
-    show_default=True,
-    callback=given,
-    help="s3://bucket/prefix, or a folder that all nodes share.",
+@text_option(
+    "--store", default="runs", show_default=True, help="s3://bucket/prefix, or a folder that all nodes share."
 )
-@set_option
+@set_option(help="Change a field: --set identify.draws=20")
 @until_option
 @track_option
 @click.option(
@@ -77,13 +73,7 @@ dashboard_option = click.option(
     metavar="NAME",
     help="Pass on this environment variable. Whoever sees the dashboard can read its value.",
 )
-@click.option(
-    "--python",
-    default="python",
-    show_default=True,
-    callback=given,
-    help="Python on the nodes, one with Ray.",
-)
+@text_option("--python", default="python", show_default=True, help="Python on the nodes, one with Ray.")
 @click.option("--detach", is_flag=True, help="Print the job's id and return at once.")
 def submit(
     runfile: Path,
@@ -151,7 +141,7 @@ def list_jobs(address: str | None) -> None:
 
 
 @jobs.command()
-@click.argument("job_id", callback=given)
+@click.argument("job_id", callback=checked_text)
 @dashboard_option
 @click.option("--follow", is_flag=True, help="Follow the log until the job ends, and end with its exit code.")
 def logs(job_id: str, address: str | None, follow: bool) -> None:
@@ -164,7 +154,7 @@ def logs(job_id: str, address: str | None, follow: bool) -> None:
 
 
 @jobs.command()
-@click.argument("job_id", callback=given)
+@click.argument("job_id", callback=checked_text)
 @dashboard_option
 def stop(job_id: str, address: str | None) -> None:
     """Stop the job JOB_ID. Submitted again, its run continues where it stopped."""

@@ -13,7 +13,7 @@ import click
 
 from defuse_core.errors import InputError
 from defuse_core.formatting import escape_control_characters
-from services.cli.options import echo_note
+from services.cli.output import echo_note
 
 OPTION = "--junit"
 

@@ -1,4 +1,4 @@
-"""What several commands share: options and the meaning of their values, checks of a run, and printing."""
+"""The options that several commands share, and the meaning of their values."""
 
 from __future__ import annotations
 
@@ -6,44 +6,26 @@ import contextlib
 import getpass
 import importlib.util
 import json
-import logging
+import math
 import os
 import re
-import shlex
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import click
 
-from defuse_core.errors import InputError, ModelError, RunFileError, RunMismatchError
-from defuse_core.formatting import escape_control_characters, has_control_characters, unbroken
+from defuse_core.errors import InputError, RunFileError
+from defuse_core.formatting import has_control_characters
 from defuse_core.steps import STEPS
-from defuse_core.store import RESERVED, FolderStore, checked_name
 
-if TYPE_CHECKING:
-    from defuse_core.runs import Run
-    from defuse_core.store import Store
-
-
-log = logging.getLogger("defuse")
-MARK_WIDTH = 7  # columns of ok, FAILED or note before the text of a check
-# what to do with a run that is in the registry
-COPY_IT = "copy its folder in the store, and change the copy (`defuse run` continues it with --name)"
-# what commands without the run's lock store in it: in a bucket also after `defuse delete`
-LEFT_BEHIND = re.compile(
-    r"candidates/\w+\.safetensors|overrides/\d+\.json|(labeling|annotation_authors)(-[\w-]+)?\.json|"
-    r"(prelabels|measuredprecision)\.safetensors|traffic-\d+/.+"
-)
-AMBIGUOUS_KEYS = {"manifest.json", "mlflow.json"}  # names that other programs use, too
 IS_SET = "is the variable set?"  # it is not, in scripts
 EMPTY = f"expected a value, found an empty one; {IS_SET}"
 
 
-def given(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+def checked_text(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Return the text of an option or argument. Raises BadParameter for an empty one, and for control characters.
 
     These would act on the terminal of whoever reads the text later. Raises it for another option of the command, too.
@@ -59,7 +41,7 @@ def given(context: click.Context, parameter: click.Parameter, value: str | None)
     return value
 
 
-def given_fields(
+def checked_fields(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Return the values of --set. Raises BadParameter for another option of the command in place of one."""
@@ -97,22 +79,50 @@ class GivenPath(click.Path):
             self.fail(f"{value}: expected the home of an existing user after ~", param, ctx)
 
 
-store_option = click.option(
+class WholeNumber(click.IntRange):
+    """A whole number within bounds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(super().convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(_refusal("a whole number", self.min, self.max, value), param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number within bounds. nan is none, which click takes for a number within any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            found = float(super().convert(value, param, ctx))
+        except click.BadParameter:
+            found = math.nan
+        if math.isnan(found):
+            self.fail(_refusal("a number", self.min, self.max, value), param, ctx)
+        return found
+
+
+def _refusal(kind: str, least: float | None, most: float | None, value: object) -> str:
+    if value == "":
+        return EMPTY
+    bounds = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+    return f"expected {kind} {bounds}, found {value!r}"
+
+
+text_option = partial(click.option, callback=checked_text)
+store_option = text_option(
     "--store",
     default="runs",
     show_default=True,
-    callback=given,
     help="Folder, or s3://bucket/prefix, where the runs are stored.",
 )
-name_option = click.option("--name", callback=given, help="Name of the run. [default: the run file's name]")
-address_option = click.option(
-    "--address",
-    callback=given,
-    help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]",
+name_option = text_option("--name", help="Name of the run. [default: the run file's name]")
+address_option = text_option(
+    "--address", help="Address of a running Ray cluster. [default: RAY_ADDRESS, else an embedded Ray]"
 )
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
-    help="Change a field: --set identify.draws=20")  # fmt: skip
+set_option = partial(
+    click.option, "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=checked_fields
+)
 until_option = click.option(
     "--until", type=click.Choice(STEPS), default=STEPS[-1], help="Stop after this step."
 )
@@ -159,117 +169,12 @@ def print_json(result: dict[str, Any]) -> None:
         click.echo(json.dumps(result), file=stdout)
 
 
-class EscapingFormatter(logging.Formatter):
-    """No text from a file changes the terminal; lines after the first are indented, so none looks like a record."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n    ".join(map(escape_control_characters, super().format(record).split("\n")))
-
-
-def echo_marked(mark: str, text: str, width: int = MARK_WIDTH, *, err: bool = False) -> None:
-    """Print text behind its mark of `width` columns; a narrow terminal gets lines that break between words."""
-    lines, stream = [text], sys.stderr if err else sys.stdout
-    columns = shutil.get_terminal_size().columns - width
-    if stream is not None and stream.isatty() and len(text) > columns:
-        lines = broken_lines(text, max(24, columns))
-    click.echo(f"{mark:<{width - 1}} " + f"\n{'':{width}}".join(lines), err=err)
-
-
-def echo_note(text: str) -> None:
-    echo_marked("note:", text, len("note: "), err=True)
-
-
-def broken_lines(text: str, width: int) -> list[str]:
-    """Return the text in lines of `width` columns, broken between words, but in no number with its percent sign.
-
-    A command in backticks is not broken either, and may exceed the width: a shell would run its first line.
-    """
-    whole = re.sub("`[^`]+`", lambda command: command[0].replace(" ", "\u00a0"), unbroken(text))
-    lines = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
-    return [line.replace("\u00a0", " ") for line in lines]
-
-
-def run_name(name: str | None, runfile: Path) -> str:
-    """Return the name of a run: `name`, else the run file's.
-
-    Raises InputError for one that cannot name a folder, and without `name` for the file of a run that exists.
-    """
-    if name is not None:
-        return checked_name(name)
-    run = runfile.absolute().parent
-    if runfile.name == "run.yaml" and all(
-        (run / file).exists() for file in ("settings.json", "manifest.json")
-    ):
-        raise InputError(
-            f"{runfile} is the file of run {run.name}; to continue it, give `--name {run.name} --store "
-            f"{shlex.quote(str(run.parent))}` too, and to begin a new run another --name"
-        )
-    try:
-        return checked_name(runfile.stem)
-    except InputError as error:
-        raise InputError(f"{error}; this one is the run file's, so choose one with --name") from error
-
-
 def local_user(option: str) -> str:
     """Return the name of this machine's user. Raises InputError, naming `option`, if it has none, as in containers."""
     try:
         return getpass.getuser()
     except (KeyError, OSError) as error:
         raise InputError(f"{option}: this machine has no name for its user; give yours") from error
-
-
-def open_run(name: str, store: str) -> Run:
-    """Return the run called `name` in the store at the address `store`. Raises InputError where there is none."""
-    from defuse_core.runs import Run
-    from services.storage import open_store
-
-    return Run.open(open_store(store), checked_name(name))
-
-
-def is_left_behind(run: Store) -> bool:
-    """Whether all that is there was stored by commands that still ran when the run was deleted from a bucket.
-
-    In a folder that is deleted they store nothing.
-    """
-    keys = set(run.list()) - AMBIGUOUS_KEYS
-    return not isinstance(run, FolderStore) and bool(keys) and all(map(LEFT_BEHIND.fullmatch, keys))
-
-
-def expect_not_promoted(store: Store, run: str, remedy: str) -> None:
-    """Raise InputError where a version in the registry comes from this run, or may: not from another of its name."""
-    from defuse_core.export.finished import expect_no_version_of
-    from services.serving.registry import Registry
-
-    versions = Registry(store).state().versions.items()
-    of_runs = {str(number): (info.run, info.components_digest) for number, info in versions}
-    expect_no_version_of(store, run, of_runs, remedy)
-
-
-def expect_repeatable(run: Run) -> None:
-    """Raise InputError where `defuse run` may not or cannot make again what follows from the verdicts.
-
-    A version comes from this run, or its images, weights or code, as far as they are here, are others now.
-    """
-    from defuse_core.artifacts import Gallery, Models
-    from defuse_core.evaluation import expect_same_code
-    from defuse_core.models.adapters import CODE_ELSEWHERE
-    from defuse_core.pipeline import expect_may_go_on
-    from defuse_core.protocols import silent
-
-    expect_not_promoted(run.runs, run.name, COPY_IT)
-    # a review of traffic has no models, and nothing follows from it
-    if (models := run.load(Models)) is None:
-        return
-    log.info("checking that the correction can be made again")
-    if changed := run.changed_weights():
-        raise RunMismatchError(f"run {run.name}: {changed}; undo the change, or begin another run")
-    expect_may_go_on(run)
-    if run.spec.classifier.architecture in CODE_ELSEWHERE:
-        try:
-            expect_same_code(run.spec, models, run.require(Gallery), progress=silent)
-        except ModelError as error:
-            if not isinstance(error.__cause__, ImportError):  # else its code is not here
-                raise
 
 
 def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, Any]) -> dict[str, Any]:
@@ -285,14 +190,6 @@ def section_overrides(section: str, overrides: tuple[str, ...], tree: dict[str, 
         apply_override(tree, override)
     fields: dict[str, Any] = tree.get(section, {})
     return fields
-
-
-def usable_name(text: str) -> str:
-    """Return `text` as the name of a run: dashes for what a name cannot hold, and `images` where nothing is left."""
-    with contextlib.suppress(InputError):
-        return checked_name(text)
-    name = re.sub("[^A-Za-z0-9._-]+", "-", text).strip("._-")[:90] or "images"
-    return f"{name}-images" if name.lower() in RESERVED else name
 
 
 track_option = click.option(

@@ -17,14 +17,13 @@ from services.cli.junit import failure_in_junit, not_checked, write_junit
 from services.cli.options import (
     GivenPath,
     classifier_fields,
-    echo_marked,
-    echo_note,
     json_option,
-    open_run,
     print_json,
     section_overrides,
     store_option,
 )
+from services.cli.output import echo_marked, echo_note
+from services.cli.runs import open_run
 
 if TYPE_CHECKING:
     from torch import nn

@@ -11,17 +11,16 @@ import click
 from defuse_core.errors import DefuseError, InputError, ServiceError, StoreError
 from defuse_core.formatting import count_of
 from defuse_core.store import checked_name
-from services.cli.number_types import WholeNumber
 from services.cli.options import (
-    COPY_IT,
-    expect_not_promoted,
-    expect_repeatable,
-    given,
+    WholeNumber,
     json_option,
     local_user,
     print_json,
+    set_option,
     store_option,
+    text_option,
 )
+from services.cli.runs import COPY_IT, expect_not_promoted, expect_repeatable
 from services.settings import read_environment
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def review() -> None:
 
 
 @review.command(short_help="Send the images to Label Studio.")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @store_option
 @click.option(
     "--repair",
@@ -52,27 +51,21 @@ def review() -> None:
 @click.option(
     "--from-traffic", is_flag=True, help="Send inputs that `defuse serve` stored, instead of drawn images."
 )
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Of a review of traffic, new or not finished: --set review.answers_per_task=3",
-)
-def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tuple[str, ...]) -> None:
+@set_option(help="Of a review of traffic, new or not finished: --set review.answers_per_task=3")
+def push(run: str, store: str, repair: bool, from_traffic: bool, overrides: tuple[str, ...]) -> None:
     """Send the images of RUN to Label Studio; those that it has already stay as they are.
 
     Inputs from traffic get a review of their own, called RUN/traffic-1, which every command here accepts as RUN.
     """
     from services.labeling.annotators import LabelStudioAnnotators
 
-    if overrides and not (from_traffic or _is_of_traffic(name)):
+    if overrides and not (from_traffic or _is_of_traffic(run)):
         raise click.UsageError(
             "--set goes with --from-traffic, or with RUN/traffic-1; for a run's own review give it to `defuse run`"
         )
     if from_traffic or overrides:
-        name = _open_traffic_review(name, store, overrides)
-    opened, gallery = _open(name, store)
+        run = _open_traffic_review(run, store, overrides)
+    opened, gallery = _open_with_gallery(run, store)
     _expect_people(opened)
     with opened.store.lock():
         annotators = LabelStudioAnnotators(opened, read_environment())
@@ -86,10 +79,10 @@ def push(name: str, store: str, repair: bool, from_traffic: bool, overrides: tup
 
 
 @review.command(short_help="Show answers, and where to label.")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @store_option
 @json_option
-def status(name: str, store: str, as_json: bool) -> None:
+def status(run: str, store: str, as_json: bool) -> None:
     """Show the answers so far of RUN, the missing ones, and the address for labelling.
 
     Once the votes are stored, show them and the verdicts that `defuse run` makes of them; that also works without
@@ -99,7 +92,7 @@ def status(name: str, store: str, as_json: bool) -> None:
     from services.cli import review_tables
     from services.cli.console import Terminal
 
-    opened, gallery = _open(name, store)
+    opened, gallery = _open_with_gallery(run, store)
     console = Terminal()
     console.quiet = as_json
     votes, verdicts = opened.load(Votes), opened.load(Verdicts)
@@ -113,25 +106,26 @@ def status(name: str, store: str, as_json: bool) -> None:
         review_tables.print_result(gallery, votes, verdicts, console)
         review_tables.print_closed(opened, *later, console)
         if as_json:
-            print_json(asdict(review_tables.summarize_result(name, gallery, votes, verdicts, *later)))
+            print_json(asdict(review_tables.summarize_result(run, gallery, votes, verdicts, *later)))
         return
     from services.labeling.annotators import LabelStudioAnnotators
     from services.serving.traffic import store_traffic_verdicts
 
     annotators = LabelStudioAnnotators(opened, read_environment())
-    found, state = annotators.status(gallery)
-    label_at, invitation = annotators.client.labeling_url(state.number), annotators.client.invitation()
+    found = annotators.status(gallery)
+    project = found.state.number
+    label_at, invitation = annotators.client.labeling_url(project), annotators.client.invitation()
     console.print(f"Label at {label_at}", soft_wrap=True)
     console.print(f"Annotators get an account at {invitation}", soft_wrap=True)
-    task_url = partial(annotators.client.task_url, state.number)
+    task_url = partial(annotators.client.task_url, project)
     review_tables.print_status(opened, found, console)
     review_tables.print_skips(opened, found, task_url, console)
-    summary = review_tables.summarize_status(name, found, task_url)
+    summary = review_tables.summarize_status(run, found, task_url)
     summary = replace(summary, label_at=label_at, invitation=invitation)
-    if _is_of_traffic(name) and not found.outstanding:  # `defuse run` finishes a run's own review
-        votes = found.final_votes(state)
+    if _is_of_traffic(run) and not found.outstanding:  # `defuse run` finishes a run's own review
+        votes = found.final_votes()
         verdicts = store_traffic_verdicts(opened, votes)
-        summary = review_tables.summarize_result(name, gallery, votes, verdicts, None, None)
+        summary = review_tables.summarize_result(run, gallery, votes, verdicts, None, None)
         click.echo(f"all answers are in, and stored in {opened.store.address}")
     if as_json:
         print_json(asdict(summary))
@@ -175,25 +169,22 @@ def _later_answers(
         from services.labeling.annotations import answer_changes
         from services.labeling.annotators import LabelStudioAnnotators
 
-        status, state = LabelStudioAnnotators(run, read_environment()).status(gallery)
-        return answer_changes(status.tasks, votes, status.final_votes(state)), None
+        status = LabelStudioAnnotators(run, read_environment()).status(gallery)
+        return answer_changes(status.tasks, votes, status.final_votes()), None
     except (InputError, ServiceError, StoreError) as error:  # a pull writes, which the store may not allow
         return None, error
 
 
 @review.command(name="set")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @click.argument("scenario", type=WholeNumber(min=0))
 @store_option
-@click.option(
-    "--label",
-    metavar="NAME_OR_INDEX",
-    callback=given,
-    help="Accept the scenario as a failure, with this class as label.",
+@text_option(
+    "--label", metavar="NAME_OR_INDEX", help="Accept the scenario as a failure, with this class as label."
 )
 @click.option("--reject", is_flag=True, help="Reject the scenario.")
-@click.option("--reason", required=True, callback=given, help="The reason, which the report shows.")
-@click.option("--author", callback=given, help="The person who decides. [default: the user of this machine]")
+@text_option("--reason", required=True, help="The reason, which the report shows.")
+@text_option("--author", help="The person who decides. [default: the user of this machine]")
 @click.option(
     "--redo",
     is_flag=True,
@@ -201,7 +192,7 @@ def _later_answers(
     "again.",
 )
 def set_(
-    name: str,
+    run: str,
     scenario: int,
     store: str,
     label: str | None,
@@ -220,9 +211,9 @@ def set_(
 
     if reject == (label is not None):
         raise click.UsageError("give either --label NAME_OR_INDEX or --reject")
-    if _is_of_traffic(name):
+    if _is_of_traffic(run):
         raise click.UsageError("a review of traffic corrects nothing, so there is no vote to override")
-    opened, _ = _open(name, store)
+    opened, _ = _open_with_gallery(run, store)
     check = partial(expect_repeatable, opened)
     author = author or local_user("--author")
     decision = override_verdict(opened, scenario, label, author=author, reason=reason, redo=redo, check=check)
@@ -230,12 +221,12 @@ def set_(
 
 
 @review.command(short_help="Use late answers in a run.")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @store_option
 @click.option(
     "--discard", is_flag=True, help="Delete the votes even if Label Studio has lost answers or is away."
 )
-def reopen(name: str, store: str, discard: bool) -> None:
+def reopen(run: str, store: str, discard: bool) -> None:
     """Use answers that people gave after the votes of RUN were stored.
 
     Deletes the votes, the verdicts and the corrected model; `defuse run` makes them again from all answers that Label
@@ -244,12 +235,12 @@ def reopen(name: str, store: str, discard: bool) -> None:
     from defuse_core.artifacts import Votes
     from defuse_core.review.overrides import reopen_vote
 
-    opened, gallery = _open(name, store)
-    expect_not_promoted(opened.runs, name, COPY_IT)
+    opened, gallery = _open_with_gallery(run, store)
+    expect_not_promoted(opened.runs, run, COPY_IT)
     if not discard and (votes := opened.load(Votes)) is not None:
         _expect_no_answer_lost(opened, gallery, votes)
     reopen_vote(opened, partial(expect_repeatable, opened))
-    click.echo(f"the vote of {name} is open again; `{_following(opened)}` takes in all answers")
+    click.echo(f"the vote of {run} is open again; `{_following(opened)}` takes in all answers")
 
 
 def _expect_no_answer_lost(run: Run, gallery: Gallery, votes: Votes) -> None:
@@ -324,9 +315,9 @@ def server_status() -> None:
 
 
 @label_studio.command(short_help="Let models answer instead of people.")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @store_option
-def simulate(name: str, store: str) -> None:
+def simulate(run: str, store: str) -> None:
     """Let simulated annotators answer RUN in the local server: one per reference model, each with its own account.
 
     Use it to try out a whole review without people; the votes are those of models.
@@ -337,7 +328,7 @@ def simulate(name: str, store: str) -> None:
     from services.labeling.local_server import running_server
     from services.labeling.simulate import simulate as simulate_annotators
 
-    opened, gallery = _open(name, store)
+    opened, gallery = _open_with_gallery(run, store)
     _expect_people(opened)
     environment = replace(read_environment(), label_studio_url=None)  # never a server where people work
     if (server := running_server(environment.cache)) is None:
@@ -359,32 +350,30 @@ def _following(run: Run) -> str:
 
 
 def _open_traffic_review(name: str, store: str, overrides: tuple[str, ...]) -> str:
-    from defuse_core.runs import Run
     from services.serving.traffic import open_traffic_review, set_in_traffic_review
-    from services.storage import open_store
 
-    opened = open_store(store)
-    run = Run.open(opened, _checked_name(name))
+    run = _open_run_or_review(name, store)
     if _is_of_traffic(name):
-        return set_in_traffic_review(opened, run, overrides).name
+        return set_in_traffic_review(run, overrides).name
     with run.store.lock():
-        return open_traffic_review(opened, run, overrides).name
+        return open_traffic_review(run, overrides).name
 
 
-def _checked_name(name: str) -> str:
-    """Return the name of a run, or of a review of its traffic: mnist/traffic-1. Raises InputError."""
-    run, slash, review = name.partition("/")
-    return checked_name(run) + slash + (checked_name(review) if slash else "")
-
-
-def _open(name: str, store: str) -> tuple[Run, Gallery]:
-    """Return the run and the images that people review. Raises InputError if there are none yet."""
+def _open_with_gallery(name: str, store: str) -> tuple[Run, Gallery]:
+    """Return the run, and the images that people review. Raises InputError if there are none yet."""
     from defuse_core.artifacts import Gallery
-    from defuse_core.runs import CONTINUES, Run
-    from services.storage import open_store
+    from defuse_core.runs import CONTINUES
 
-    opened = Run.open(open_store(store), _checked_name(name))
+    opened = _open_run_or_review(name, store)
     gallery = opened.load(Gallery)
     if gallery is None:
         raise opened.incomplete_error(f"has no images to review yet; {CONTINUES}")
     return opened, gallery
+
+
+def _open_run_or_review(name: str, store: str) -> Run:
+    """Return a run, or a review of its traffic, such as mnist/traffic-1. Raises InputError where there is none."""
+    from defuse_core.runs import Run
+    from services.storage import open_store
+
+    return Run.open(open_store(store), "/".join(map(checked_name, name.split("/", 1))))

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from defuse_core.formatting import count_of, percent
-from services.cli.console import print_table
+from services.cli.console import new_table, print_table
 
 if TYPE_CHECKING:
     from defuse_core.artifacts import Gallery, Verdicts, Votes
@@ -225,9 +224,8 @@ def _scenario_table(status: ReviewStatus) -> Table:
 def _table(gallery: Gallery, last: str, *beside: str) -> Table:
     """Return a table without rows; `last` is its last column, of text, and `beside` are those beside the scenario's."""
     expected = () if gallery.failure is None else ("expected wrong",)
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("scenario", *beside, *expected, last):
-        table.add_column(heading, justify="left" if heading == last else "right")
+    table = new_table(None, ("scenario", *beside, *expected, last), texts=0)
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     return table
 
 
@@ -268,10 +266,7 @@ def print_skips(run: Run, status: ReviewStatus, task_url: Callable[[int], str], 
     for skip in skips[:ROWS_SHOWN]:
         place = _place(status, status.tasks.subject(skip.index))
         what = f"Not readable, {skip.reason}" if skip.reason else "Skipped"
-        console.print(
-            f"{what}: {status.name_of(skip)} on {place}, {task_url(skip.task)}",
-            soft_wrap=True,
-        )
+        console.print(f"{what}: {status.name_of(skip)} on {place}, {task_url(skip.task)}", soft_wrap=True)
     if skips:
         console.print(
             f"{len(skips)} skipped or not readable, in tasks that lack answers. Label Studio does not hand these out "

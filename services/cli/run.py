@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shlex
 import shutil
 import sys
@@ -18,29 +19,24 @@ from defuse_core.errors import InputError
 from defuse_core.formatting import count_of
 from defuse_core.steps import MOST_MINUTES, STEPS
 from defuse_core.store import checked_name
-from services.cli.number_types import Number, WholeNumber
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
+    Number,
+    WholeNumber,
     address_option,
     classifier_fields,
-    echo_marked,
-    echo_note,
-    expect_not_promoted,
-    given,
-    is_left_behind,
     json_option,
-    log,
     name_option,
-    open_run,
     print_json,
-    run_name,
     set_option,
     store_option,
+    text_option,
     track_option,
     until_option,
-    usable_name,
 )
+from services.cli.output import echo_marked, echo_note
+from services.cli.runs import expect_not_promoted, is_left_behind, open_run, run_name, usable_name
 from services.settings import read_environment
 
 if TYPE_CHECKING:
@@ -48,10 +44,12 @@ if TYPE_CHECKING:
     from defuse_core.runs import Run
     from defuse_core.suggest import Plan
 
+log = logging.getLogger("defuse")
+
 
 @click.command(short_help="Look at images and a classifier, and write a run file.")
 @click.argument("images", type=GivenPath())
-@click.option("--classifier", callback=given, help=f"{CLASSIFIER_HELP} [default: train one]")
+@text_option("--classifier", help=f"{CLASSIFIER_HELP} [default: train one]")
 @click.option("--weights", type=GivenPath(), help="State dict of the classifier.")
 @click.option(
     "--minutes",
@@ -183,7 +181,7 @@ def fields(section: str | None) -> None:
     help="Where to compute: on a Ray cluster, or in this process.",
 )
 @address_option
-@set_option
+@set_option(help="Change a field: --set identify.draws=20")
 @until_option
 @track_option
 @click.option(
@@ -279,10 +277,10 @@ def run(
 
 
 @click.command(short_help="Show how far a run is, or list the runs.")
-@click.argument("name", metavar="[RUN]", required=False)
+@click.argument("run", required=False)
 @store_option
 @json_option
-def status(name: str | None, store: str, as_json: bool) -> None:
+def status(run: str | None, store: str, as_json: bool) -> None:
     """Show how far RUN is, or list the runs.
 
     A step that has begun is under way while a `defuse run` process works on the run, else stopped: the same command
@@ -295,7 +293,7 @@ def status(name: str | None, store: str, as_json: bool) -> None:
     from services.cli import status_tables
     from services.storage import open_store, store_folder
 
-    if name is None:
+    if run is None:
         every = open_store(store)  # says, too, what keeps a folder from being read
         if not store.startswith("s3://") and not store_folder(store).exists():
             raise InputError(f"no folder {store_folder(store)}; give --store, or start a run")
@@ -304,19 +302,19 @@ def status(name: str | None, store: str, as_json: bool) -> None:
         else:
             status_tables.print_runs(every)
     elif as_json:
-        opened = open_run(name, store)
+        opened = open_run(run, store)
         states = status_tables.step_states(opened)
         summary = asdict(status_tables.summarize_run(opened, states))
         print_json({**summary, "steps": [asdict(state) for state in states]})
     else:
-        status_tables.print_status(open_run(name, store))
+        status_tables.print_status(open_run(run, store))
 
 
 @click.command(short_help="Show the report of a run, and write its page again.")
-@click.argument("name", metavar="RUN")
+@click.argument("run")
 @store_option
 @json_option
-def report(name: str, store: str, as_json: bool) -> None:
+def report(run: str, store: str, as_json: bool) -> None:
     """Show the report of RUN, and write its page again. With --json: what report.json holds.
 
     \b
@@ -325,7 +323,7 @@ def report(name: str, store: str, as_json: bool) -> None:
     from defuse_core.pipeline import rewrite_report
     from services.cli.tables import print_report
 
-    opened = open_run(name, store)
+    opened = open_run(run, store)
     found = rewrite_report(opened)
     if as_json:
         print_json(found.model_dump(mode="json", by_alias=True))

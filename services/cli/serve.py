@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +12,22 @@ from defuse_core.errors import CheckFailed, InputError
 from defuse_core.formatting import NONE, decimal, escape_control_characters, percent
 from defuse_core.store import checked_name
 from services.cli.junit import JunitCommand, failure_in_junit
-from services.cli.number_types import WholeNumber
 from services.cli.options import (
     CLASSIFIER_HELP,
     GivenPath,
+    WholeNumber,
     address_option,
-    echo_marked,
-    given,
-    given_fields,
     json_option,
     local_user,
-    open_run,
     print_json,
     section_overrides,
+    set_option,
     store_option,
+    text_option,
 )
+from services.cli.output import echo_marked
 from services.cli.results import check_suite, expect_no_suite_options
+from services.cli.runs import open_run
 from services.settings import read_environment, serve_token
 
 if TYPE_CHECKING:
@@ -38,10 +37,8 @@ if TYPE_CHECKING:
     from services.serving.registry import Registry
     from services.serving.registry_state import RegistryState, VersionInfo
 
-by_option = click.option(
-    "--by", callback=given, help="Author of the change. [default: the user of this machine]"
-)
-why_option = click.option("--why", callback=given, help="Reason for the change, stored in the registry.")
+by_option = text_option("--by", help="Author of the change. [default: the user of this machine]")
+why_option = text_option("--why", help="Reason for the change, stored in the registry.")
 
 
 @click.command(cls=JunitCommand, short_help="Check the corrected classifier of a run, or any on a suite.")
@@ -49,14 +46,9 @@ why_option = click.option("--why", callback=given, help="Reason for the change, 
 @store_option
 @json_option
 @click.option("--suite", type=GivenPath(), help="Folder of a suite to check against.")
-@click.option(
-    "--classifier", callback=given, help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}"
-)
+@text_option("--classifier", help=f"With --suite: {CLASSIFIER_HELP[0].lower()}{CLASSIFIER_HELP[1:]}")
 @click.option("--weights", type=GivenPath(), help="With --classifier: its state dict.")
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
-    help="With --classifier: a field of it, such as classifier.input_range=imagenet.",
-)  # fmt: skip
+@set_option(help="With --classifier: a field of it, such as classifier.input_range=imagenet.")
 @click.option("--junit", type=GivenPath(), help="With --suite: JUnit XML file to write.")
 def check(
     run: str | None,
@@ -132,16 +124,13 @@ def _unchecked(run: str, passed: bool, reason: InputError | CheckFailed) -> dict
 @click.command(short_help="Put the corrected classifier of a run into production.")
 @click.argument("run", required=False)
 @store_option
-@click.option(
-    "--canary", metavar="SHARE", callback=given, help="Let it answer only this share of the requests: 5%."
-)
+@text_option("--canary", metavar="SHARE", help="Let it answer only this share of the requests: 5%.")
 @click.option(
     "--shadow", is_flag=True, help="Compare it with the version in production, which goes on answering."
 )
-@click.option(
+@text_option(
     "--force",
     metavar="REASON",
-    callback=given,
     help="Promote although checks fail, inputs or classes differ, or accuracy is lower, for this reason.",
 )
 @by_option
@@ -181,7 +170,7 @@ def promote(
     opened, before = open_run(run, store), registry.state()
     # takes minutes, in which another version may go into production, and the run may be deleted or changed
     key, candidate = _candidate(opened)
-    with locked_for_promotion(opened, key, partial(open_run, run, store)):
+    with locked_for_promotion(opened, key):
         state = promote_candidate(registry, candidate, request, before)
     click.echo(state.action)
     promoted = state.shadow or state.canary or state.production
@@ -224,16 +213,12 @@ def rollback(store: str, by: str | None, why: str | None, production: bool, expe
 @click.command(short_help="Serve the corrected classifier of a run, and later ones.")
 @click.argument("run", required=False)
 @store_option
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, callback=given, help="Interface to listen on."
-)
+@text_option("--host", default="127.0.0.1", show_default=True, help="Interface to listen on.")
 @click.option(
     "--port", default=8000, show_default=True, type=WholeNumber(1, 65535), help="Port to listen on."
 )
 @address_option
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", callback=given_fields,
-    help="Change a field: --set serve.watch=false")  # fmt: skip
+@set_option(help="Change a field: --set serve.watch=false")
 @click.option("--pin", is_flag=True, help="Keep RUN, whatever is promoted.")
 @click.option(
     "--replace",
@@ -343,21 +328,20 @@ def _print_versions(registry: Registry) -> None:
         click.echo(_no_registry(registry))
         return
     forced_now = state.since is not None and bool(state.since.failed_checks)
+    canary = f"canary {percent(state.share, None)}"
+    roles = {state.production: "production", state.canary: canary, state.shadow: "shadow"}
     for number, info in state.versions.items():
-        roles = {state.production: "production", state.canary: f"canary {percent(state.share, None)}"}
-        role = {**roles, state.shadow: "shadow"}.get(number, "")
         forced = " (forced)" if info.forced or (number == state.production and forced_now) else ""
         origin = f"run {info.run}{forced}, labelled by {info.annotators}{_watch_in_short(info)}"
-        line = f"{number:>4}  {role:<12} {origin}; {_by(info.by, info.when, info.why)}"
+        line = f"{number:>4}  {roles.get(number, ''):<12} {origin}; {_by(info)}"
         click.echo(escape_control_characters(line))
-    change = f"last change: {state.action}, {_by(state.by, state.when, state.why)}"
-    click.echo(escape_control_characters(change))
+    click.echo(escape_control_characters(f"last change: {state.action}, {_by(state)}"))
     _print_forced(state)
 
 
-def _by(author: str, when: str, why: str) -> str:
-    at = when.replace("T", " ")[:16]  # of such as 2026-11-28T19:20:26Z
-    return f"by {author} on {at} UTC" + (f": {why}" if why else "")
+def _by(change: VersionInfo | RegistryState) -> str:
+    at = change.when.replace("T", " ")[:16]  # of such as 2026-11-28T19:20:26Z
+    return f"by {change.by} on {at} UTC" + (f": {change.why}" if change.why else "")
 
 
 def _print_forced(state: RegistryState) -> None:

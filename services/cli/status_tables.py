@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from defuse_core.report import Report
 
 NAME_WIDTH = 20  # columns of a run's name that the list shows in one line
-RUN_COLUMNS = ("Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time")
 DROPPED_OF_RUNS = ("Last made (UTC)", "Time", "Data", "Test")  # left out, in turn, until the list fits
-STATUS_COLUMNS = ("Step", "State", "Made (UTC)", "Time", "Size")
 DROPPED_OF_STATUS = ("Made (UTC)", "Size", "Time")  # likewise
 ARTEFACTS = {  # step -> what it has stored in the run when it is done, apart from the report
     "train": ("models",),
@@ -209,11 +207,10 @@ def print_status(run: Run, console: Console | None = None) -> None:
     states = step_states(run)
     is_finished = all(state.state == "done" for state in states)
     known = [state.seconds for state in states if state.seconds is not None]
-    spent = (
-        f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
-    )  # the first step has no time until its end
+    # the first step has no time until its end
+    spent = f"{duration(sum(known))} {'in all' if is_finished else 'so far'} · " if known else ""
     console.print(Text(f"{run.name} · {run.spec.data.name} · seed {run.spec.seed}", style="bold"))
-    print_fitting(functools.partial(_steps_table, states), STATUS_COLUMNS, DROPPED_OF_STATUS, console)
+    print_fitting(console, _steps_table(states), DROPPED_OF_STATUS)
     if models := run.load(Models):
         _print_health(console, run, models)
     if report := _stored_report(run):
@@ -227,16 +224,13 @@ def print_status(run: Run, console: Console | None = None) -> None:
     console.print(Text(f"{spent}{run.store.address}", style="dim", overflow="fold"))
 
 
-def _steps_table(states: Sequence[StepState], columns: Sequence[str]) -> Table:
-    table = new_table(None, columns, texts=2)
+def _steps_table(states: Sequence[StepState]) -> Table:
+    table = new_table(None, ("Step", "State", "Made (UTC)", "Time", "Size"), texts=2)
     table.columns[1].no_wrap = False
     for state in states:
-        made = date_time(state.made or "")
         took = NONE if state.seconds is None else duration(state.seconds)
         held = NONE if state.bytes is None else size(state.bytes)
-        row: tuple[str | Text, ...] = (state.step, _state_text(state), made, took, held)
-        cells = dict(zip(STATUS_COLUMNS, row, strict=True))
-        table.add_row(*(cells[name] for name in columns))
+        table.add_row(state.step, _state_text(state), date_time(state.made or ""), took, held)
     return table
 
 
@@ -277,19 +271,19 @@ def print_runs(store: Store, console: Console | None = None) -> None:
     if not runs:
         console.print(Text(f"no runs in {store.address}", overflow="fold"))
         return
-    print_fitting(functools.partial(_runs_table, runs), RUN_COLUMNS, DROPPED_OF_RUNS, console)
+    print_fitting(console, _runs_table(runs), DROPPED_OF_RUNS)
     for run in sorted(runs, key=lambda run: run.is_unreadable):
         if run.problem is not None:
             print_text(console, run.problem, "red" if run.is_unreadable else "yellow", console.width)
 
 
-def _runs_table(runs: Sequence[RunSummary], columns: Sequence[str]) -> Table:
-    table = new_table(None, columns, texts=sum(name in columns for name in RUN_COLUMNS[:3]))
+def _runs_table(runs: Sequence[RunSummary]) -> Table:
+    columns = ("Run", "Data", "At", "Scenarios", "Test", "Last made (UTC)", "Time")
+    table = new_table(None, columns, texts=3)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # shown whole, for use in a command
     table.columns[0].min_width = min(NAME_WIDTH, max(len(run.run) for run in runs))
     for run in runs:
-        cells = dict(zip(RUN_COLUMNS, _run_row(run), strict=True))
-        table.add_row(*(cells[name] for name in columns))
+        table.add_row(*_run_row(run))
     return table
 
 

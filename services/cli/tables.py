@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
@@ -14,15 +13,14 @@ from rich.text import Text
 from defuse_core.formatting import NONE, change, count_of, percent
 from defuse_core.report.evidence_schema import EvidenceFigures, Share
 from defuse_core.report.schema import is_low
-from services.cli.console import Terminal, needed_width, new_table, print_fitting, print_table
-from services.cli.options import broken_lines
+from services.cli.console import Terminal, drop_columns, needed_width, new_table, print_fitting, print_table
+from services.cli.output import broken_lines
 
 if TYPE_CHECKING:
     from defuse_core.export.compare import ComparedScenario
     from defuse_core.report import Report
 
 SCENARIO_COLUMNS = ("", "Label", "Mistaken for", "Seen", "Purity", "Agreement", "Before", "Defuse")
-ACCURACY_COLUMNS = ("", "Scenarios", "Validation", "Test", "Scenario images")
 COMPARED = ("State", "Label", "Mistaken for", "In A", "In B", "A before", "A after", "B before", "B after")
 # in turn, until the table fits; numbers of scenarios stay together as long as they can
 DROPPED_COMPARED = ("Mistaken for", "A before", "A after", "In B", "B after")
@@ -43,7 +41,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.evidence is not None and (report.scenarios.accepted or report.tradeoff):
         _print_evidence(report.evidence, console)
     if report.scenarios.accepted:
-        print_fitting(functools.partial(_scenario_table, report), SCENARIO_COLUMNS, DROPPED, console)
+        _print_scenarios(report, console)
     if report.agreement.all.images:
         print_table(console, _agreement_table(report))
     for line in _other_figures(report):
@@ -58,11 +56,7 @@ def print_text(console: Console, text: str, style: str, widest: int = TEXT_WIDTH
 
 def print_accuracy(report: Report, console: Console) -> None:
     """Print the accuracies before and after, on each part and on the scenario images."""
-    print_fitting(functools.partial(_accuracy_table, report), ACCURACY_COLUMNS, ("Scenarios",), console)
-
-
-def _accuracy_table(report: Report, columns: Sequence[str]) -> Table:
-    table = new_table("Accuracy (Figure 4)", columns)
+    table = new_table("Accuracy (Figure 4)", ("", "Scenarios", "Validation", "Test", "Scenario images"))
     table.caption = "Scenario images: held out, by the scenario's label."
     table.caption_justify = "left"
     accuracy = report.accuracy
@@ -73,24 +67,19 @@ def _accuracy_table(report: Report, columns: Sequence[str]) -> Table:
     corrected = report.scenarios.accepted if report.chosen else 0
     for name, row in rows:
         number = str(corrected) if name == "Defuse" else NONE
-        shares = (percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
-        cells = dict(zip(ACCURACY_COLUMNS, (name, number, *shares), strict=True))
-        table.add_row(*(cells[column] for column in columns))
-    return table
+        table.add_row(name, number, percent(row.validation, 2), percent(row.test, 2), percent(row.scenario))
+    print_fitting(console, table, ["Scenarios"])
 
 
 def _print_evidence(evidence: EvidenceFigures, console: Console) -> None:
     """Print the accuracies that independent models confirm, each with its 95 % interval if that fits."""
-    whole, short = (_evidence_table(evidence, text) for text in (Share.text, _without_interval))
+    whole = _evidence_table(evidence, lambda share: share.text(0))
+    short = _evidence_table(evidence, lambda share: percent(share.value, 0))
     fitting = [table for table in (whole, short) if needed_width(console, table) <= console.width]
     print_table(console, next(iter(fitting), whole))
 
 
-def _without_interval(share: Share, digits: int) -> str:
-    return percent(share.value, digits)
-
-
-def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]) -> Table:
+def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share], str]) -> Table:
     count = len(evidence.own_label.plain_each)
     plain = f"λ = 0, mean of {count} trainings" if count > 1 else "further training with λ = 0"
     table = new_table(f"Evidence, by the judges' labels (plain: {plain})", ("", "Before", "Plain", "Defuse"))
@@ -102,7 +91,7 @@ def _evidence_table(evidence: EvidenceFigures, text: Callable[[Share, int], str]
     if number := evidence.real_failure_images:
         rows.append((count_of(number, "failing test draw"), real.before, real.plain, real.defuse))
     for name, *shares in rows:
-        table.add_row(name, *(text(share, 0) for share in shares))
+        table.add_row(name, *map(text, shares))
     return table
 
 
@@ -121,7 +110,7 @@ def print_comparison(
     console.print(Text(f"A: {run_a}, B: {run_b}"), soft_wrap=True)
     limit = f"Right: at least {percent(right_from, None)} of the pictures by the scenario's label"
     print_text(console, f"{limit} (check.min_scenario_accuracy of B).", "")
-    print_fitting(functools.partial(_comparison_table, rows), COMPARED, DROPPED_COMPARED, console)
+    print_fitting(console, _comparison_table(rows), DROPPED_COMPARED)
     counts = Counter[str](row.state for row in rows)
     shown = ", ".join(f"{counts[state]} {state}" for state in _states() if counts[state])
     print_text(console, shown, "", console.width)
@@ -133,39 +122,38 @@ def _states() -> tuple[str, ...]:
     return get_args(State)
 
 
-def _comparison_table(rows: Sequence[ComparedScenario], columns: Sequence[str]) -> Table:
-    table = new_table(None, columns, texts=3 if "Mistaken for" in columns else 2)
+def _comparison_table(rows: Sequence[ComparedScenario]) -> Table:
+    table = new_table(None, COMPARED, texts=3)
     table.columns[0].min_width = max(map(len, _states()))
     for row in rows:
         numbers = (NONE if number is None else str(number) for number in (row.number_a, row.number_b))
         shares = (percent(share) for share in (row.before_a, row.after_a, row.before_b, row.after_b))
-        cells = dict(zip(COMPARED, (row.state, row.label, row.mistaken_for, *numbers, *shares), strict=True))
-        table.add_row(*(cells[name] for name in columns))
+        table.add_row(row.state, row.label, row.mistaken_for, *numbers, *shares)
     return table
 
 
-def _scenario_table(report: Report, columns: Sequence[str]) -> Table:
-    table = new_table("Failure scenarios", columns, texts=4 if "Seen" in columns else 3)
+def _print_scenarios(report: Report, console: Console) -> None:
+    table = new_table("Failure scenarios", SCENARIO_COLUMNS, texts=4)
     table.columns[0].min_width = len(str(len(report.scenarios.list)))
-    table.caption = "Before, Defuse: on held-out images, by the scenario's label."
-    table.caption_justify = "left"
-    if "Seen" in columns:
-        seen = "Seen: the classifier is wrong on significantly more than a fifth of the training images behind it."
-        table.caption += f"\n{seen}"
     for row in report.scenarios.list:
         if row.accepted:
-            cells: dict[str, str | Text] = {
-                "": str(row.number),
-                "Label": row.label or NONE,
-                "Mistaken for": row.mistaken_for or NONE,
-                "Seen": "yes" if row.seen_in_training_images else NONE,
-                "Purity": Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else ""),
-                "Agreement": percent(row.agreement, 0),
-                "Before": percent(row.before),
-                "Defuse": percent(row.defuse),
-            }
-            table.add_row(*(cells[name] for name in columns))
-    return table
+            table.add_row(
+                str(row.number),
+                row.label or NONE,
+                row.mistaken_for or NONE,
+                "yes" if row.seen_in_training_images else NONE,
+                Text(percent(row.purity, 0), style="yellow" if is_low(row.purity) else ""),
+                percent(row.agreement, 0),
+                percent(row.before),
+                percent(row.defuse),
+            )
+    drop_columns(console, table, DROPPED)
+    table.caption = "Before, Defuse: on held-out images, by the scenario's label."
+    table.caption_justify = "left"
+    if any(column.header == "Seen" for column in table.columns):
+        seen = "Seen: the classifier is wrong on significantly more than a fifth of the training images behind it."
+        table.caption += f"\n{seen}"
+    print_table(console, table)
 
 
 def _agreement_table(report: Report) -> Table:
@@ -183,11 +171,9 @@ def _agreement_table(report: Report) -> Table:
 
 def _other_figures(report: Report) -> list[str]:
     psi, vae, mixture = report.psi, report.vae, report.mixture
-    of_wrong = (
-        f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"
-        if psi.wrong
-        else ""
-    )
+    of_wrong = ""
+    if psi.wrong:
+        of_wrong = f"; of {psi.wrong:,} that the classifier gets wrong, {psi.wrong_kept:,} have a code"
     lines = [
         f"Ψ: {count_of(psi.codes, 'code')}; {percent(psi.images_with_any)} of {count_of(psi.images, 'image')} "
         f"have a failing draw, {percent(psi.zero_noise_flip_rate)} are wrong without noise{of_wrong}.",

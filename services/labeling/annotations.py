@@ -11,7 +11,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -143,9 +143,11 @@ def read_annotations(
         table[replaced[unknown]], "may be of the same person as a later answer: the account was deleted"
     )
     reader.discard(table[surplus], f"{wanted} others had answered before, as many as count")
-    reader.pulled.discarded.sort(key=lambda discarded: (discarded.subject.key, discarded.annotation))
-    labels = list(reader.labels)
-    return replace(reader.pulled, answers=table[counted], labels=labels, foreign=reader.foreign)
+    discarded = sorted(reader.discarded, key=lambda one: (one.subject.key, one.annotation))
+    labels, skips, unreadable = list(reader.labels), reader.skips, reader.unreadable
+    return PulledAnnotations(
+        table[counted], labels, discarded, skips, unreadable, reader.queue, reader.foreign
+    )
 
 
 def read_authors(store: Store) -> Authors:
@@ -182,12 +184,12 @@ def _write_authors(store: Store, authors: Authors) -> None:
     store.write(AUTHORS_KEY, json.dumps(by_user).encode())
 
 
-def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: ReviewTasks) -> None:
+def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: ReviewTasks, store: Store) -> None:
     """Delete skips, and unreadable answers to tasks that lack answers: the tasks are handed out again.
 
-    `listed` are the tasks of the project. Forgets the authors of what is deleted, here or before.
+    `listed` are the tasks of the project, `store` is the run's. Forgets the authors of what is deleted, here or before.
     """
-    pulled = read_annotations(listed, tasks, read_authors(tasks.store))
+    pulled = read_annotations(listed, tasks, read_authors(store))
     given = np.bincount(pulled.answers["task"], minlength=len(tasks))
     lacking = given < tasks.review.answers_per_task
     unreadable = [answer for answer in pulled.unreadable if lacking[answer.index]]
@@ -195,7 +197,7 @@ def delete_skips(client: LabelStudioClient, listed: Iterable[Task], tasks: Revie
     for skip in (*pulled.skips, *unreadable):
         client.delete_annotation(skip.annotation)
         authors.pop(skip.annotation, None)
-    _write_authors(tasks.store, authors)
+    _write_authors(store, authors)
     if unreadable:
         deleted = count_of(len(unreadable), "unreadable answer")
         log.warning("review: deleted %s to tasks that lack answers", deleted)
@@ -206,12 +208,10 @@ def delete_unreadable(client: LabelStudioClient, project: int, tasks: ReviewTask
     reader = AnnotationReader(tasks, {})
     for _ in reader.read(client.tasks(project)):
         pass  # what is readable stays
-    for discarded in reader.pulled.discarded:
+    for discarded in reader.discarded:
         client.delete_annotation(discarded.annotation)
-    if reader.pulled.discarded:
-        log.warning(
-            "project %d: deleted %d answers under an edited page", project, len(reader.pulled.discarded)
-        )
+    if reader.discarded:
+        log.warning("project %d: deleted %d answers under an edited page", project, len(reader.discarded))
 
 
 def select_counted(table: AnswerTable, wanted: int) -> tuple[I64, I64, I64]:
@@ -243,9 +243,11 @@ class AnnotationReader:
         self.images = tasks.gallery.predicted.shape[1]
         self.answer_of = answers_by_name(tasks.gallery.classes)
         self.labels: dict[Labels, int] = {}  # each once, since most answers are alike
+        self.discarded: list[DiscardedAnnotation] = []
+        self.skips: list[SkippedTask] = []
+        self.unreadable: list[SkippedTask] = []
+        self.queue: list[QueuedTask] = []
         self.foreign = 0
-        # filled as it reads; the answers follow once all are read
-        self.pulled = PulledAnnotations(np.empty(0, ANSWER_DTYPE), [], [], [], [], [])
 
     def read(self, tasks: Iterable[Task]) -> Iterator[tuple[Any, ...]]:
         """Yield a row of ANSWER_DTYPE for each annotation that answers a task of the review."""
@@ -255,19 +257,19 @@ class AnnotationReader:
                 self.foreign += 1
                 continue
             submitted = [annotation for annotation in task.annotations if not annotation.was_cancelled]
-            self.pulled.skips.extend(
+            self.skips.extend(
                 SkippedTask(index, self._annotator(annotation), task.id, annotation.id)
                 for annotation in task.annotations
                 if annotation.was_cancelled
             )
-            self.pulled.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
+            self.queue.append(QueuedTask(index, task.id, task.overlap, task.labeled, len(submitted)))
             yield from self._rows(index, task.id, submitted)
 
     def discard(self, answers: AnswerTable, reason: str) -> None:
         """List valid answers that do not count."""
         for answer in answers:
             subject = self.tasks.subject(int(answer["task"]))
-            self.pulled.discarded.append(
+            self.discarded.append(
                 DiscardedAnnotation(subject, int(answer["annotator"]), int(answer["annotation"]), reason)
             )
 
@@ -281,14 +283,14 @@ class AnnotationReader:
                 labels = self._labels(subject, annotation)
             except UnreadableError as error:
                 why = str(error)
-                self.pulled.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, why))
+                self.discarded.append(DiscardedAnnotation(subject, annotator, annotation.id, why))
                 unreadable.append(SkippedTask(index, annotator, task, annotation.id, why))
                 continue
             readable.add(annotator)
             known = self.labels.setdefault(labels, len(self.labels))
             created, updated = annotation.created_at.timestamp(), annotation.updated_at.timestamp()
             yield index, known, annotation.id, annotator, created, updated
-        self.pulled.unreadable.extend(answer for answer in unreadable if answer.annotator not in readable)
+        self.unreadable.extend(answer for answer in unreadable if answer.annotator not in readable)
 
     def _annotator(self, annotation: Annotation) -> int:
         """Return the user id. All annotations whose deleted account was never seen count as one annotator's."""

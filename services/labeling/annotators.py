@@ -95,14 +95,14 @@ class LabelStudioAnnotators:
             return Votes(nothing, nothing, nothing, nothing, np.zeros(0), (), answered_by="people", notes={})
         if stops_when_sure(self.run.spec.review):
             self._probabilities(gallery)  # stored, also for `defuse review status`
-        status, state = self._checked_pull(gallery, self.push(gallery))
+        status = self._checked_pull(gallery, self.push(gallery))
         while status.outstanding:
             if not self.wait:
-                raise LabelsPending(f"{self._pending(status, state)}, then give the same command again")
-            log.info("%s", self._pending(status, state))
-            status, state = self._poll(gallery, state, status.given)
+                raise LabelsPending(f"{self._pending(status)}, then give the same command again")
+            log.info("%s", self._pending(status))
+            status = self._poll(gallery, status)
         log.info("review: all answers are in; %d were not needed any more", status.saved)
-        return status.final_votes(state)
+        return status.final_votes()
 
     def push(self, gallery: Gallery, repair: bool = False) -> ProjectState:
         """Create or complete the run's project, and return its state. Raises InputError without a scenario to label."""
@@ -113,7 +113,7 @@ class LabelStudioAnnotators:
             prelabels = prelabels_by_task(tasks, self._probabilities(gallery))
         return ReviewProject(self.client, self.run, tasks, prelabels=prelabels, repair=repair).push()
 
-    def status(self, gallery: Gallery) -> tuple[ReviewStatus, ProjectState]:
+    def status(self, gallery: Gallery) -> ReviewStatus:
         """Return the status of the review; until its votes are stored, decided scenarios leave the queue.
 
         Raises InputError before a push.
@@ -125,8 +125,8 @@ class LabelStudioAnnotators:
             )
         return self._pull(gallery, state)
 
-    def _pull(self, gallery: Gallery, state: ProjectState) -> tuple[ReviewStatus, ProjectState]:
-        """Return the status now, and the state, which numbers all annotators."""
+    def _pull(self, gallery: Gallery, state: ProjectState) -> ReviewStatus:
+        """Return the status now; its state numbers all annotators."""
         started = monotonic()
         tasks = self._tasks(gallery)
         listed = ReviewProject(self.client, self.run, tasks).pull()
@@ -145,6 +145,7 @@ class LabelStudioAnnotators:
         status = review_status(
             tasks,
             pulled,
+            state,
             self._names(pulled, state),
             read_overrides(self.run.store),
             None if stored is None else stored.probabilities,
@@ -153,15 +154,15 @@ class LabelStudioAnnotators:
             self._warn_of_lost(lost, state)
             update_queue(self.client, status)
         self.pull_s = monotonic() - started
-        return status, state
+        return status
 
-    def _checked_pull(self, gallery: Gallery, state: ProjectState) -> tuple[ReviewStatus, ProjectState]:
-        """Return the status now, and the state. Raises InputError if the project was edited before the last answer."""
-        status, state = self._pull(gallery, state)
+    def _checked_pull(self, gallery: Gallery, state: ProjectState) -> ReviewStatus:
+        """Return the status now. Raises InputError if the project was edited before the last answer."""
+        status = self._pull(gallery, state)
         if not status.outstanding:
             for _ in ReviewProject(self.client, self.run, self._tasks(gallery)).pull():
                 pass
-        return status, state
+        return status
 
     def _warn_of_lost(self, lost: Counter[int], state: ProjectState) -> None:
         """Warn where more answers are lost than at the last pull."""
@@ -179,18 +180,18 @@ class LabelStudioAnnotators:
             )
         self.lost_before = lost.total()
 
-    def _poll(self, gallery: Gallery, state: ProjectState, given: int) -> tuple[ReviewStatus, ProjectState]:
-        """Return the next status with another number of answers than `given`, and the state.
+    def _poll(self, gallery: Gallery, before: ReviewStatus) -> ReviewStatus:
+        """Return the next status with another number of answers than `before`.
 
         A server that cannot be reached for a while is waited for, also where a proxy answers in its place, and so is
         the store, for STORE_OUTAGE_S.
         """
-        pause_s, is_out, store_out_since = self.first_pause_s, False, 0.0
+        status, pause_s, is_out, store_out_since = before, self.first_pause_s, False, 0.0
         while True:
             sleep(max(pause_s, self.pull_s * PAUSE_PER_PULL))
             pause_s = min(pause_s * 1.5, self.longest_pause_s)
             try:
-                status, state = self._checked_pull(gallery, state)
+                status = self._checked_pull(gallery, status.state)
             except (ServiceError, PageError, StoreError) as failure:
                 is_out = True
                 store_out_since = (store_out_since or monotonic()) if isinstance(failure, StoreError) else 0.0
@@ -202,23 +203,19 @@ class LabelStudioAnnotators:
             if is_out:
                 log.info("review: the wait goes on")
                 is_out, store_out_since = False, 0.0
-            if status.given != given or not status.outstanding:
-                return status, state
+            if status.given != before.given or not status.outstanding:
+                return status
 
-    def _pending(self, status: ReviewStatus, state: ProjectState) -> str:
-        decided, skips = int(status.decided.sum()), len(status.blocking_skips())
-        way_out = status.way_out(self.run)
-        return (
+    def _pending(self, status: ReviewStatus) -> str:
+        parts = [
             f"waiting for people: {status.given} answers are in and {status.still_wanted}, "
-            f"{decided} of {len(status.decided)} scenarios are decided; "
-            + (
-                f"{skips} skipped or not readable, see `{self.run.command('review status')}`; "
-                if skips
-                else ""
-            )
-            + (f"{way_out}; " if way_out else "")
-            + f"label at {self.client.labeling_url(state.number)}"
-        )
+            f"{status.decided.sum()} of {len(status.decided)} scenarios are decided"
+        ]
+        if skips := status.blocking_skips():
+            parts.append(f"{len(skips)} skipped or not readable, see `{self.run.command('review status')}`")
+        if way_out := status.way_out(self.run):
+            parts.append(way_out)
+        return "; ".join([*parts, f"label at {self.client.labeling_url(status.state.number)}"])
 
     def _names(self, pulled: PulledAnnotations, state: ProjectState) -> dict[int, str]:
         """Return the annotators' names in the run, by user id; `state` numbers them."""
@@ -232,7 +229,7 @@ class LabelStudioAnnotators:
         }
 
     def _tasks(self, gallery: Gallery) -> ReviewTasks:
-        return ReviewTasks(gallery, self.run.spec.review, self.run.store)
+        return ReviewTasks(gallery, self.run.spec.review)
 
     def _probabilities(self, gallery: Gallery) -> F32:
         """Return the reference models' probabilities on the gallery, (W, S, R, C), which the run stores."""

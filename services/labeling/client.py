@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from defuse_core.errors import DefuseError, InputError, ServiceError
-from defuse_core.formatting import escape_control_characters
+from defuse_core.formatting import escape_control_characters, proxy_remedy
 from defuse_core.optional_packages import expect_packages
 from services.labeling.records import ANNOTATION, Project, ProjectSettings, Task, TaskImport
 from services.settings import checked_address, fits_a_header, is_label_studio_url, proxy_for
@@ -39,6 +39,7 @@ ONCE: Any = {"max_retries": 0}
 PROJECT_FIELDS = ",".join(("id", *(field.name for field in dataclasses.fields(ProjectSettings))))
 TASK_FIELDS = "id,meta,overlap,is_labeled,annotations,completed_by,result,was_cancelled,created_at,updated_at"
 PAGE_SIZE = 250  # tasks
+TIMEOUT_S = 60.0
 # A reply of httpx refers to itself, and Python counts objects, not bytes: without a collection, bodies pile up.
 PAGES_PER_COLLECTION = 4
 TOKEN_PROBLEMS = {
@@ -58,26 +59,22 @@ class RejectedRequestError(ServiceError):
 class LabelStudioClient:
     """A Label Studio server. Every method raises ServiceError or InputError, in one line that says what to do."""
 
-    def __init__(
-        self, address: str, token: str, *, public_address: str | None = None, timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, address: str, token: str, *, public_address: str | None = None) -> None:
         """`public_address` is the one that annotators open, if it is another than `address`."""
         expect_packages(*CLIENT)
         self.address = checked_address(address)
-        self.public_address = (
-            checked_address(public_address, "LABEL_STUDIO_HOST") if public_address else self.address
-        )
+        self.public_address = checked_address(public_address or self.address, "LABEL_STUDIO_HOST")
         logging.getLogger("httpx").setLevel(logging.WARNING)  # at INFO it logs a line per request
         if not fits_a_header(token):
             raise InputError(
                 "LABEL_STUDIO_API_KEY: expected one word; copy the token again from Account & Settings"
             )
         with _environment_errors():
-            http = httpx.Client(timeout=timeout_s, follow_redirects=False)
+            http = httpx.Client(timeout=TIMEOUT_S, follow_redirects=False)
         with translated_errors(self.address):
             # LabelStudio, which adds to it what is not used here, takes over a second to import
             self._sdk: Any = base_client.LabelStudioBase(
-                base_url=self.address, api_key=token, timeout=timeout_s, max_retries=0, httpx_client=http
+                base_url=self.address, api_key=token, timeout=TIMEOUT_S, max_retries=0, httpx_client=http
             )
         # without the slash the token would be sent to the path above a prefix
         if tokens := self._sdk._client_wrapper._tokens_client:
@@ -343,8 +340,7 @@ def _unreachable(address: str) -> ServiceError:
     if is_label_studio_url(address):
         remedy = "start it or correct LABEL_STUDIO_URL, then run again"
     if proxy_for(address) is not None:
-        host = urlsplit(address).hostname
-        remedy = f"if the proxy of the environment does not reach it, add {host} to NO_PROXY; else start it"
+        remedy = f"{proxy_remedy(address)}; else start it"
     return ServiceError(f"Label Studio at {address} cannot be reached; {remedy}")
 
 

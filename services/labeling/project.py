@@ -42,7 +42,6 @@ from services.labeling.tasks import (
 )
 
 log = logging.getLogger("defuse")
-
 ATTEMPTS = 4
 PAUSE_S = 1.0
 # a page has a list of them below each picture: with 300, 13 s of a browser's processor time
@@ -98,7 +97,8 @@ class ReviewProject:
         self._check_settings(project)
         self.import_missing()
         if self.repair:
-            delete_skips(self.client, (task for _, task in self._list_tasks(with_data=False)), self.tasks)
+            listed = (task for _, task in self._list_tasks(with_data=False))
+            delete_skips(self.client, listed, self.tasks, self.run.store)
         self._update_state(lambda known: replace(known, pushed=True))
         return self.state
 
@@ -158,15 +158,14 @@ class ReviewProject:
             return marked
         elsewhere = state.address != self.client.address
         if marked is not None:
-            number = marked.id
-            log.warning("project %d is now project %d, by its mark", state.project, number)
+            log.warning("project %d is now project %d, by its mark", state.project, marked.id)
             people = {} if elsewhere else state.people  # user ids are of other people
             self.run.store.delete(AUTHORS_KEY)  # the annotations have other ids
-            self._update_state(lambda known: replace(known, project=number, people=people))
+            self._update_state(lambda known: replace(known, project=marked.id, people=people))
             return marked
         if project is None:
             self._expect_its_organization()
-        if project is not None and self.repair and self._holds_our_tasks(project):
+        elif self.repair and self._holds_our_tasks(project):
             self.client.update_project(project.id, description=self.settings().description)
             log.warning(
                 "project %d: put the mark of run %s back into its description", project.id, self.run.name
@@ -174,6 +173,11 @@ class ReviewProject:
             return project
         if self.repair and not elsewhere:
             return None
+        raise self._lost(project)
+
+    def _lost(self, project: Project | None) -> InputError:
+        """Return the error of a run whose project is gone, or has another mark: that is `project` then."""
+        state, elsewhere = self.state, self.state.address != self.client.address
         another = f"{self.repair_command} creates another"
         if elsewhere:  # more likely a wrong address than a server that is gone, and its answers with it
             another = f"to begin anew here, rename {STATE_KEY} and {AUTHORS_KEY} in {self.run.store.address}"
@@ -183,8 +187,8 @@ class ReviewProject:
             cause = f"was deleted from {self.client.address}, its answers with it"
             if elsewhere:
                 cause = f"is not at {self.client.address} but {state.address}; correct LABEL_STUDIO_URL"
-            raise InputError(f"project {state.project} {cause}; {another}")
-        raise InputError(
+            return InputError(f"project {state.project} {cause}; {another}")
+        return InputError(
             f"project {state.project} at {self.client.address} is not this run's, which was pushed to "
             f"{state.address}: its description lacks the mark {state.mark}; "
             f"correct LABEL_STUDIO_URL, or let {self.repair_command} put the mark back if the project has the run's "
@@ -262,12 +266,9 @@ class ReviewProject:
                 present[index], answered[index] = task.id, bool(task.annotations)
         for number, (key, answers) in dropped.items():
             self.client.delete_task(number)
-            level, lost = (
-                (logging.WARNING, f", with {count_of(answers, 'answer')}") if answers else (logging.INFO, "")
-            )
-            log.log(
-                level, "review: deleted task %d, a duplicate or an edited version of %s%s", number, key, lost
-            )
+            lost = f", with {count_of(answers, 'answer')}" if answers else ""
+            what = "review: deleted task %d, a duplicate or an edited version of %s%s"
+            log.log(logging.WARNING if answers else logging.INFO, what, number, key, lost)
         if unknown:
             log.warning(
                 "project %d also contains %s that Defuse did not import; left there",
@@ -279,9 +280,8 @@ class ReviewProject:
     def _import(self, missing: list[int]) -> None:
         if self.state.pushed and not self.repair:
             raise InputError(self._deleted(missing))
-        made = (
-            self.tasks.task(index, self.prelabels.get(index), secret=self.state.secret) for index in missing
-        )
+        secret = self.state.secret
+        made = (self.tasks.task(index, self.prelabels.get(index), secret=secret) for index in missing)
         for batch in batches(made):
             self.client.import_tasks(self.state.number, batch)
         log.info("review: pushed %s to project %d", count_of(len(missing), "task"), self.state.number)
@@ -319,8 +319,7 @@ class ReviewProject:
         if not state.interface:  # just created
             wanted = self.settings().label_config
             state = replace(state, interface=wanted, instructions=found.expert_instruction)
-        edits = self._page_edits(state, found)
-        if edits:
+        if edits := self._page_edits(state, found):
             handle = self._restore_page if self.repair else self._log_page_edits
             state = handle(project, state, edits)
         page = {name: getattr(state, name) for name in ("interface", "instructions", "reported")}
@@ -365,8 +364,7 @@ class ReviewProject:
     def _page_edits(self, pushed: ProjectState, found: ProjectSettings) -> list[str]:
         """Return what differs from the labelling page as pushed. Raises InputError if answers could be misread."""
         edits = []
-        edit = interface_edit(pushed.interface, found.label_config)
-        if edit is not None:
+        if (edit := interface_edit(pushed.interface, found.label_config)) is not None:
             if edit.changes_answers and not self.repair:
                 raise InputError(
                     f"project {self.state.project}: its labelling interface was edited in Label Studio "

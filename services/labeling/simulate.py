@@ -107,7 +107,7 @@ def simulate(
         raise InputError(
             f"run {run.name} is not in the local Label Studio; `{run.command('review push')}` first"
         )
-    if not state.simulated and annotators.status(gallery)[0].pulled.annotators():
+    if not state.simulated and annotators.status(gallery).pulled.annotators():
         raise InputError(
             f"people have answered in the project of run {run.name}, so simulated annotators would mix models' answers "
             "with theirs; use another run"
@@ -117,7 +117,7 @@ def simulate(
     update_state(run.store, state, lambda known: replace(known, simulated=True))
     answers = np.zeros((len(votes.annotators), *gallery.predicted.shape), np.int64)  # (W, S, R)
     answers[votes.annotator, votes.scenario, votes.image] = votes.answer
-    tasks, total = ReviewTasks(gallery, run.spec.review, run.store), 0
+    tasks, total = ReviewTasks(gallery, run.spec.review), 0
     invitation = annotators.client.invitation()
     for number, own in enumerate(answers):
         email = f"simulated-{number + 1}-{state.mark[-6:]}@defuse.local"
@@ -128,7 +128,7 @@ def simulate(
             AnnotatorAccount(server.address, email, password).enter(LOGIN, invitation) as account,
         ):
             total += _answer_queue(account, state.number, tasks, own, shown)
-        status, _ = annotators.status(gallery)
+        status = annotators.status(gallery)
     if status.outstanding:
         log.warning(
             "%d reference models answer each task once, and review.answers_per_task is %d: %s",

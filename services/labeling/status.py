@@ -52,6 +52,7 @@ IMPOSSIBLE = 10**6  # beyond the score of any image: where it cannot have a labe
 class ReviewStatus:
     tasks: ReviewTasks
     pulled: PulledAnnotations
+    state: ProjectState  # of the run's project
     names: Mapping[int, str]  # of annotators, by user id
     votes: Votes  # so far
     consensus: Consensus | None  # by CROWDLAB, where the run asks for it and its models' answers are stored
@@ -193,9 +194,9 @@ class ReviewStatus:
             f"{command} ends the review with fewer answers{then}"
         )
 
-    def final_votes(self, state: ProjectState) -> Votes:
+    def final_votes(self) -> Votes:
         """Return the votes with their notes: what the report shows, and who is who under real names."""
-        review = self.tasks.review
+        review, state = self.tasks.review, self.state
         notes: dict[str, object] = {
             "project": state.number,
             "form": review.form,
@@ -226,6 +227,7 @@ class ReviewStatus:
 def review_status(
     tasks: ReviewTasks,
     pulled: PulledAnnotations,
+    state: ProjectState,
     names: Mapping[int, str],
     overrides: Sequence[Override],
     probabilities: F32 | None = None,
@@ -249,7 +251,7 @@ def review_status(
         counts = tally(votes, (shape[0], shape[1]), len(tasks.gallery.classes))
         cases = zip(counts, missing, tasks.gallery.predicted, strict=True)
         final = np.array([verdict_is_final(*case, review.rho) for case in cases], bool)
-    return ReviewStatus(tasks, pulled, names, votes, consensus, sure, missing, tuple(overrides), final)
+    return ReviewStatus(tasks, pulled, state, names, votes, consensus, sure, missing, tuple(overrides), final)
 
 
 def _are_independent(review: ReviewSection) -> bool:

@@ -31,7 +31,6 @@ from defuse_core.artifacts import F32, NONE_OF_THE_ABOVE, Gallery
 from defuse_core.config import ReviewSection
 from defuse_core.data.images import data_address
 from defuse_core.review.verdicts import LEAST_ANSWERS, stops_when_sure
-from defuse_core.store import Store
 from services.labeling.records import (
     ImageData,
     PageData,
@@ -208,8 +207,8 @@ class ReviewTasks:
     Memory does not grow with their number.
     """
 
-    def __init__(self, gallery: Gallery, review: ReviewSection, store: Store) -> None:
-        self.gallery, self.review, self.store = gallery, review, store
+    def __init__(self, gallery: Gallery, review: ReviewSection) -> None:
+        self.gallery, self.review = gallery, review
         self.names = choice_names(gallery.classes)
         self.whole_pages = review.form == "scenario"
         self.per_scenario = 1 if self.whole_pages else gallery.predicted.shape[1]

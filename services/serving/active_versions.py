@@ -368,7 +368,7 @@ class RegistryWatcher:
         is_version = not self.initial.pin and state.production in state.versions_with(candidate.digest)
         return self._load_warm(candidate, state.production if is_version else None)
 
-    def _load_warm(self, candidate: Candidate, number: int | None = None) -> LoadedModel:
+    def _load_warm(self, candidate: Candidate, number: int | None) -> LoadedModel:
         own = with_settings(candidate.run_file().serve, self.settings)
         section = self.section.model_copy(update={field: getattr(own, field) for field in VERSION_FIELDS})
         model = LoadedModel(candidate, section, number)

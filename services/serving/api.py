@@ -295,10 +295,8 @@ def docs_page(schema: dict[str, Any], address: str) -> str:
 
     `address` is that of the server, as in http://127.0.0.1:8000.
     """
-    from jinja2 import (  # a replica that nobody asks for the page need not import it
-        Environment,
-        PackageLoader,
-    )
+    # a replica that nobody asks for the page need not import it
+    from jinja2 import Environment, PackageLoader
 
     made = Environment(loader=PackageLoader("services.serving"), autoescape=True, trim_blocks=True)
     page = made.get_template("docs.html.j2")

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,16 +171,6 @@ class Candidate:
         """Return how well failing inputs are found with these fields."""
         return watch_figures(self.failures, section)
 
-    def origin(self) -> dict[str, Any]:
-        """Return the fields that the registry stores of this version."""
-        return {
-            "run": self.run,
-            "digest": self.digest,
-            "annotators": self.summary.annotators,
-            "watch": self.watch_figures(self.run_file().serve),
-            "components_digest": self.components_digest,
-        }
-
 
 def with_settings(section: ServeSection, settings: Mapping[str, Any]) -> ServeSection:
     """Return the section with `settings`. Raises InputError naming the first invalid field."""
@@ -224,10 +214,10 @@ def prepare_candidate(
 
 
 @contextlib.contextmanager
-def locked_for_promotion(run: Run, key: str, reopen: Callable[[], Run]) -> Iterator[None]:
+def locked_for_promotion(run: Run, key: str) -> Iterator[None]:
     """Hold the run's lock, as `defuse delete` and `defuse review` do, to promote its candidate of this key.
 
-    Raises InputError where the run, which `reopen` reads again, was deleted meanwhile or has another candidate now.
+    Raises InputError where the run was deleted meanwhile or has another candidate now.
     Without the lock, and with a warning, where the store of the run cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -241,7 +231,7 @@ def locked_for_promotion(run: Run, key: str, reopen: Callable[[], Run]) -> Itera
         _require_existing(run)
         now = None  # without a corrected classifier
         with contextlib.suppress(InputError, CheckFailed):
-            reopened = reopen()
+            reopened = Run.open(run.runs, run.name)
             now = _key(reopened.spec, *_load_corrected(reopened))
         if now != key:
             raise InputError(

@@ -75,11 +75,8 @@ class CandidateReport:
             return self.scenario_before, self.scenario_after, np.zeros(len(self.scenario), np.bool_)
         before, after = self.by_own_label.T
         judged: Bool = np.isfinite(before) & np.isfinite(after)
-        before, after = (
-            np.where(judged, own, one)
-            for own, one in ((before, self.scenario_before), (after, self.scenario_after))
-        )
-        return before, after, judged
+        before = np.where(judged, before, self.scenario_before)
+        return before, np.where(judged, after, self.scenario_after), judged
 
     def checks(self, limits: CheckSection) -> list[Check]:
         """Return every check of section `check`, in the order in which they are shown."""

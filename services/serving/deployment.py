@@ -32,7 +32,7 @@ from services.serving.active_versions import (
     reason_for_clients,
 )
 from services.serving.inputs import InputSpec, decode_body
-from services.serving.limits import RejectedInput, RequestSlots, Unavailable, UploadLimits
+from services.serving.limits import RejectedInput, RequestSlots, Unavailable, UploadLimits, answering_within
 from services.serving.model import (
     Batcher,
     LoadedModel,
@@ -135,7 +135,7 @@ class ClassifierDeployment:
 
         work = asyncio.get_running_loop().run_in_executor(self._decode_thread, decode_in_time)
         try:
-            async with self._timeout():
+            async with answering_within(self.section.timeout_s):
                 return await asyncio.shield(work)
         finally:
             if not work.done():
@@ -152,7 +152,7 @@ class ClassifierDeployment:
             if canary is not None:
                 answer = asyncio.create_task(self._canary_batcher.predict(PredictionRequest(pixels, canary)))
                 ending.callback(answer.cancel)  # nothing waits for the canary once the request has ended
-            async with self._timeout():
+            async with answering_within(self.section.timeout_s):
                 output: PredictionResult = await self._batcher.predict(PredictionRequest(pixels, model))
             self._count_failures(output)
             if isinstance(output, Exception) and not is_out_of_memory(output):
@@ -191,26 +191,15 @@ class ClassifierDeployment:
         error = answer.exception()
         return answer.result() if not isinstance(error, Exception) else error
 
-    @contextlib.asynccontextmanager
-    async def _timeout(self) -> AsyncIterator[None]:
-        """Raise Unavailable where the block takes longer than serve.timeout_s."""
-        try:
-            async with asyncio.timeout(self.section.timeout_s):
-                yield
-        except TimeoutError:
-            raise Unavailable(f"no answer within {self.section.timeout_s:g} s") from None
-
     async def _predict_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
         seconds = sum(request.model.seconds_per_image * len(request.pixels) for request in requests)
         if seconds <= MAX_INLINE_S:
             return predict_batch(requests)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._forward_thread, predict_batch, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._forward_thread, predict_batch, requests)
 
     async def _predict_canary_batch(self, requests: Sequence[PredictionRequest]) -> list[PredictionResult]:
         """Never in the event loop: a slow canary must not delay production."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._canary_thread, predict_batch, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._canary_thread, predict_batch, requests)
 
     def _count(self, model: LoadedModel, output: ModelOutput, pixels: F32) -> None:
         version = {"version": model.name}
@@ -248,11 +237,7 @@ class ClassifierDeployment:
                 reservoir.offer(candidate.run, sampled)
 
     def _compare(
-        self,
-        active: ActiveVersions,
-        other: LoadedModel,
-        ours: PredictionResult,
-        theirs: PredictionResult,
+        self, active: ActiveVersions, other: LoadedModel, ours: PredictionResult, theirs: PredictionResult
     ) -> None:
         """Compare a canary or shadow with production, and end it if it exceeds its limits."""
         if not isinstance(ours, ModelOutput):
@@ -296,7 +281,7 @@ class ClassifierDeployment:
             self.ended = None
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
 
@@ -308,8 +293,7 @@ class ClassifierDeployment:
     @contextlib.asynccontextmanager
     async def following_registry(self) -> AsyncIterator[None]:
         """Poll the registry, and keep the gauges, while the block runs."""
-        loop = asyncio.get_running_loop()
-        tasks = [loop.create_task(self._poll_registry()), loop.create_task(self._keep_gauges())]
+        tasks = [asyncio.create_task(self._poll_registry()), asyncio.create_task(self._keep_gauges())]
         try:
             yield
         finally:

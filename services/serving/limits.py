@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import ClassVar
 
 import uvicorn.config
@@ -58,16 +58,26 @@ class Unavailable(HTTPException):
         super().__init__(503, message, {"Retry-After": str(RETRY_AFTER_S)})
 
 
+@contextlib.asynccontextmanager
+async def answering_within(seconds: float) -> AsyncIterator[None]:
+    """Raise Unavailable where the block takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"no answer within {seconds:g} s") from None
+
+
 class UploadLimits:
     """Receives request bodies within limits of size, time, memory, and slow uploads per client address."""
 
     def __init__(self, section: ServeSection) -> None:
-        self._max_bytes = int(section.max_body_mb * 1e6)
-        self._timeout_s = section.timeout_s
-        self._forwarded_for = read_environment().forwarded_for
-        self._slow: Counter[str] = Counter()  # slow uploads by address
-        self._memory = self._max_bytes * section.max_ongoing  # bytes of all bodies
-        self._budget = self._memory  # bytes that may still be buffered
+        self.max_bytes = int(section.max_body_mb * 1e6)
+        self.timeout_s = section.timeout_s
+        self.forwarded_for = read_environment().forwarded_for
+        self.slow: Counter[str] = Counter()  # slow uploads by address
+        self.memory = self.max_bytes * section.max_ongoing  # bytes of all bodies
+        self.budget = self.memory  # bytes that may still be buffered
 
     async def receive(self, request: Request, held: contextlib.ExitStack) -> bytes:
         """Return the body of a request. Raises HTTPException at the first sign that it exceeds a limit.
@@ -76,8 +86,8 @@ class UploadLimits:
         """
         _expect_body_is_read(request)
         content_length = request.headers.get("content-length", "0")
-        if not content_length.isdecimal() or int(content_length) > self._max_bytes:
-            raise self._too_large()
+        if not content_length.isdecimal() or int(content_length) > self.max_bytes:
+            raise self.too_large()
         upload = _Upload(self, request)
         held.callback(upload.release_memory)
         try:
@@ -85,11 +95,11 @@ class UploadLimits:
         finally:
             upload.release_slow_slot()
 
-    def _is_memory_short(self) -> bool:
-        return self._budget < self._memory / 2
+    def is_memory_short(self) -> bool:
+        return self.budget < self.memory / 2
 
-    def _too_large(self) -> RejectedInput:
-        return RejectedInput(413, f"the body exceeds the limit of {self._max_bytes / 1e6:g} MB")
+    def too_large(self) -> RejectedInput:
+        return RejectedInput(413, f"the body exceeds the limit of {self.max_bytes / 1e6:g} MB")
 
 
 def _expect_body_is_read(request: Request) -> None:
@@ -117,7 +127,7 @@ class _Upload:
     async def receive(self) -> bytes:
         limits, loop = self._limits, asyncio.get_running_loop()
         started = loop.time()
-        deadline = started + min(FAST_UPLOAD_S, limits._timeout_s)
+        deadline = started + min(FAST_UPLOAD_S, limits.timeout_s)
         while True:
             try:
                 async with asyncio.timeout_at(deadline):
@@ -126,12 +136,12 @@ class _Upload:
                 body, self._body = bytes(self._body), bytearray()
                 return body
             except TimeoutError:
-                if self._slow_address is not None or limits._timeout_s <= FAST_UPLOAD_S:
+                if self._slow_address is not None or limits.timeout_s <= FAST_UPLOAD_S:
                     raise RejectedInput(
-                        408, f"the body did not arrive within {limits._timeout_s:g} s"
+                        408, f"the body did not arrive within {limits.timeout_s:g} s"
                     ) from None
             self._become_slow()
-            deadline = started + limits._timeout_s
+            deadline = started + limits.timeout_s
 
     async def _receive_chunk(self) -> bool:
         """Add the next chunk to the body; False after the last one."""
@@ -139,21 +149,21 @@ class _Upload:
         if message["type"] == "http.disconnect":
             raise RejectedInput(400, "the client disconnected before the body was complete")
         chunk, limits = message.get("body", b""), self._limits
-        if self._size + len(chunk) > limits._max_bytes:
-            raise limits._too_large()
-        if len(chunk) > limits._budget:
+        if self._size + len(chunk) > limits.max_bytes:
+            raise limits.too_large()
+        if len(chunk) > limits.budget:
             raise Unavailable("too many large bodies at once")
-        limits._budget -= len(chunk)
+        limits.budget -= len(chunk)
         self._size += len(chunk)
         self._body += chunk
         is_incomplete = bool(message.get("more_body", False))
-        if is_incomplete and self._slow_address is not None and limits._is_memory_short():
-            self._expect_few_slow(limits._slow[self._slow_address] - 1)
+        if is_incomplete and self._slow_address is not None and limits.is_memory_short():
+            self._expect_few_slow(limits.slow[self._slow_address] - 1)
         return is_incomplete
 
     def _become_slow(self) -> None:
-        slow, address = self._limits._slow, client_address(self._request, self._limits._forwarded_for)
-        if slow.total() >= MANY_SLOW_UPLOADS or self._limits._is_memory_short():
+        slow, address = self._limits.slow, client_address(self._request, self._limits.forwarded_for)
+        if slow.total() >= MANY_SLOW_UPLOADS or self._limits.is_memory_short():
             self._expect_few_slow(slow[address])
         if slow.total() >= MAX_UPLOADS // 2:
             raise Unavailable("too many slow bodies at once")
@@ -170,13 +180,13 @@ class _Upload:
             )
 
     def release_memory(self) -> None:
-        self._limits._budget += self._size
+        self._limits.budget += self._size
 
     def release_slow_slot(self) -> None:
         if self._slow_address is not None:
-            self._limits._slow[self._slow_address] -= 1
-            if not self._limits._slow[self._slow_address]:
-                del self._limits._slow[self._slow_address]
+            self._limits.slow[self._slow_address] -= 1
+            if not self._limits.slow[self._slow_address]:
+                del self._limits.slow[self._slow_address]
 
 
 def client_address(request: Request, forwarded_for: bool) -> str:
@@ -216,10 +226,8 @@ class RequestSlots:
             )
         self._waiting += 1
         try:
-            async with asyncio.timeout(section.timeout_s):
+            async with answering_within(section.timeout_s):
                 await self._slots.acquire()
-        except TimeoutError:
-            raise Unavailable(f"no answer within {section.timeout_s:g} s") from None
         finally:
             self._waiting -= 1
 

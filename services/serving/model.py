@@ -124,7 +124,6 @@ class LoadedModel:
         self.candidate = candidate
         self.device = select_device(section.device)
         self.section = section
-        self.half = section.precision == "bfloat16"
         spec = candidate.run_file()
         self.input_spec = InputSpec.of(spec, section)
         where = f"version {self.name}"
@@ -139,9 +138,6 @@ class LoadedModel:
         self.thresholds = np.array([np.interp(share, levels, each) for each in candidate.distances])
         self.fixed = candidate.after >= spec.check.min_scenario_accuracy  # (A,)
         self.scenario_names = candidate.scenario_names()
-        self.failure_threshold = 1.0  # of no use without a detector
-        if self.watch_figures.threshold is not None:
-            self.failure_threshold = self.watch_figures.threshold
         self.seconds_per_image = 0.0  # in a full batch
 
     def _load_distances(self, spec: RunFile, where: str) -> ScenarioDistances | None:
@@ -179,15 +175,18 @@ class LoadedModel:
         if not np.isfinite(probabilities).all():
             raise ModelError(f"version {self.name}: the classifier's output is not finite")
         regions = distances[:, : len(self.candidate.scenario)]
-        failure = self._failure_probability(logits, distances)
-        flagged = np.zeros(len(logits), np.bool_) if failure is None else failure >= self.failure_threshold
+        failure, threshold = self._failure_probability(logits, distances), self.watch_figures.threshold
+        flagged: Bool = np.zeros(len(logits), np.bool_)
+        if failure is not None and threshold is not None:  # a detector has a threshold
+            flagged = failure >= threshold
         return ModelOutput(
             probabilities, regions, regions <= self.thresholds[: regions.shape[1]], failure, flagged
         )
 
     def _run_networks(self, pixels: F32) -> tuple[F32, F32, F32]:
         """Return what `_forward` does, for any number of images."""
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+        half = self.section.precision == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             parts = [
                 self._forward(pixels[start : start + MAX_FORWARD_IMAGES])
                 for start in range(0, len(pixels), MAX_FORWARD_IMAGES)
@@ -334,11 +333,10 @@ class Batcher:
 
     async def predict(self, request: PredictionRequest) -> PredictionResult:
         """Return the result of the request, after the batch that it becomes part of."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[PredictionResult] = loop.create_future()
+        future: asyncio.Future[PredictionResult] = asyncio.get_running_loop().create_future()
         self._queue.append((request, future))
         if self._task is None or self._task.done():
-            self._task = loop.create_task(self._run_batches())
+            self._task = asyncio.create_task(self._run_batches())
         try:
             return await future
         except asyncio.CancelledError:  # too late for its client: its pixels do not wait for the next batch

@@ -35,6 +35,7 @@ from services.serving.registry_state import (
     PromotionRequest,
     RegistryState,
     VersionInfo,
+    changed_error,
     parse_state,
     registry_command,
 )
@@ -46,9 +47,8 @@ MAX_CONFLICTS = 20  # concurrent changes after which a change gives up
 NO_CANARY = {"canary": None, "share": 0.0, "shadow": None}
 PROMOTE_AGAIN = "promote its run again, or restore the file"
 OF_ANOTHER_DEFUSE = "use the version of Defuse that wrote it, or promote another run with --force REASON"
-ENDED = "the canary or shadow of version {} ended just now; see `{}` for the new state"
-UNKNOWN = "this change may be stored: see `{}` before you run the command again"
-CHANGED = "production changed meanwhile; see `{}` for the new state"
+CHANGED = "production changed meanwhile"
+ENDED = "the canary or shadow of version {} ended just now"
 
 
 class DamagedVersionError(DamagedError):
@@ -66,7 +66,10 @@ class Registry:
         return self._read(sequences[-1]) if sequences else EMPTY
 
     def state_after(self, known: RegistryState) -> RegistryState | None:
-        """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
+        """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`.
+
+        It reads no change in between, so a damaged one keeps no server from what is in production.
+        """
         if self._has(known) and not self.store.exists(_change_key(known.sequence + 1)):
             return None
         return self._state_of_existing()
@@ -146,7 +149,10 @@ class Registry:
         data = encode(candidate)
         while not self.store.create(_version_key(number), data) and not self._holds(number, data):
             number += 1
-        info = VersionInfo(**candidate.origin(), by=by, when=utc_now(), why=why, forced=forced)
+        info = VersionInfo(
+            run=candidate.run, digest=candidate.digest, by=by, when=utc_now(), why=why, forced=forced,
+            annotators=candidate.summary.annotators, components_digest=candidate.components_digest,
+            watch=candidate.watch_figures(candidate.run_file().serve))  # fmt: skip
 
         def updates(state: RegistryState) -> dict[str, Any] | None:
             known = state.versions_with(candidate.digest)
@@ -200,8 +206,8 @@ class Registry:
                 if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
                     return state
             except NoAnswerError as error:
-                see = registry_command("promote", self.store)
-                raise NoAnswerError(f"{UNKNOWN.format(see)} ({error})") from error
+                see = f"see `{registry_command('promote', self.store)}` before you run the command again"
+                raise NoAnswerError(f"this change may be stored: {see} ({error})") from error
         raise StoreError(
             f"{self.store.address}: {MAX_CONFLICTS} concurrent changes came first; run the command again"
         )
@@ -219,11 +225,11 @@ class Registry:
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production not in (checked.production, number):
-                raise InputError(CHANGED.format(registry_command("promote", self.store)))
+                raise changed_error(CHANGED, self.store)
             was_compared = checked.canary_or_shadow == number
             has_role = number in (state.production, state.canary, state.shadow)
             if was_compared and not has_role and not request.is_canary_or_shadow:
-                raise InputError(ENDED.format(number, registry_command("promote", self.store)))
+                raise changed_error(ENDED.format(number), self.store)
             request.require_other_in_production(state, number)
             role: dict[str, Any] = {"production": number, "previous": state.rollback_targets(number)}
             if request.shadow:
@@ -285,7 +291,7 @@ class Registry:
         if canary_or_shadow:
             ended = self.end_canary(canary_or_shadow, by, why)
             if ended is None:
-                raise InputError(ENDED.format(canary_or_shadow, registry_command("promote", self.store)))
+                raise changed_error(ENDED.format(canary_or_shadow), self.store)
             return ended
         # `production` works also where the file of the change before is gone
         before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
@@ -302,7 +308,7 @@ class Registry:
 
         def updates(state: RegistryState) -> dict[str, Any]:
             if state.production != current.production or not state.previous:
-                raise InputError(CHANGED.format(registry_command("promote", self.store)))
+                raise changed_error(CHANGED, self.store)
             *earlier, number = state.previous
             text = action + state.also_ended_text(number)
             return {**NO_CANARY, "production": number, "previous": tuple(earlier), "action": text}
@@ -352,7 +358,7 @@ def promote(
     state = registry.state()
     known = max(state.versions_with(candidate.digest), default=None)
     if state.production not in (checked.production, known):
-        raise InputError(CHANGED.format(registry_command("promote", registry.store)))
+        raise changed_error(CHANGED, registry.store)
     request.require_other_in_production(state, known)
     number = registry.add(candidate, request.by, request.reason, forced=bool(failed))
     promoted = registry.assign(number, request, tuple(failed), checked)

@@ -172,6 +172,11 @@ def registry_command(words: str, registry: Store) -> str:
     return command_text(words.split(), registry.address.removesuffix("/registry"))
 
 
+def changed_error(what: str, registry: Store) -> InputError:
+    """Return the error of a command that another change has overtaken: `what` says how."""
+    return InputError(f"{what}; see `{registry_command('promote', registry)}` for the new state")
+
+
 class GoneError(StoreError):
     """A registry that had changes has them no more."""
 

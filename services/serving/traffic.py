@@ -75,25 +75,16 @@ def read_traffic(store: Store, run: str, drawn: Gallery) -> list[SampledInput]:
         raise InputError(
             f"no inputs of run {run} are stored; serve it with `--set serve.reservoir=50`, and wait for traffic"
         )
-    found = _received_for(components_digest(drawn), found, folder.address)
-    return sorted(found, key=lambda sampled: sampled.when)
-
-
-def _received_for(components: str, found: list[SampledInput], address: str) -> list[SampledInput]:
-    """Return the inputs of the run with these components. Raises InputError for none."""
+    components = components_digest(drawn)
     own = [sampled for sampled in found if sampled.components_digest == components]
     if not own:
         raise InputError(
-            f"{address}: all {len(found)} inputs were received by another run of this name; wait for this one's"
+            f"{folder.address}: all {len(found)} inputs were received by another run of this name; wait for this one's"
         )
-    if len(own) < len(found):
-        log.warning(
-            "%s: left out %d of %d inputs, which another run of this name received",
-            address,
-            len(found) - len(own),
-            len(found),
-        )
-    return own
+    if left_out := len(found) - len(own):
+        text = "%s: left out %d of %d inputs, which another run of this name received"
+        log.warning(text, folder.address, left_out, len(found))
+    return sorted(own, key=lambda sampled: sampled.when)
 
 
 def new_inputs(traffic: Iterable[SampledInput], shown: Collection[bytes]) -> dict[int, list[SampledInput]]:
@@ -132,23 +123,43 @@ def traffic_reviews(store: Store, run: str) -> list[str]:
     return [f"{run}/traffic-{number}" for number in sorted(int(match[1]) for match in found if match)]
 
 
-def open_traffic_review(store: Store, run: Run, overrides: Sequence[str]) -> Run:
+def open_traffic_review(run: Run, overrides: Sequence[str]) -> Run:
     """Return the review of traffic that is not finished yet, or a new one of inputs that no review has shown.
 
     `overrides` are values of OWN_FIELDS, such as review.answers_per_task=3. Raises InputError if no scenario has as
     many such inputs as run.spec.review.images, or if they are not of this run.
     """
+    store = run.runs
     known = [Run.open(store, name) for name in traffic_reviews(store, run.name)]
     if known and known[-1].load(Votes) is None:
-        return set_in_traffic_review(store, known[-1], overrides)
+        return set_in_traffic_review(known[-1], overrides)
+    drawn = run.require(Gallery)
+    inputs = _inputs_to_review(run, drawn, known)
+    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
+    spec = _overridden(run.spec, overrides).with_fields(
+        "review",
+        annotators="label-studio",
+        form="image",  # inputs have no common label, least of all those inside no scenario
+        prelabel=False,
+        stop_early=False,
+        accept="share",  # a report on the served model, not a decision about a scenario
+        consensus="majority",
+    )
+    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
+    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
+    review.once("draw", Gallery, lambda: traffic_gallery(inputs, drawn.classes))
+    return review
+
+
+def _inputs_to_review(run: Run, drawn: Gallery, known: Sequence[Run]) -> dict[int, list[SampledInput]]:
+    """Return the newest inputs of each scenario that no review in `known` has shown, of those that have enough."""
     shown = {
         image.tobytes()
         for review in known
         for scenario in review.require(Gallery).images
         for image in scenario
     }
-    drawn, wanted = run.require(Gallery), run.spec.review.images
-    traffic = read_traffic(store, run.name, drawn)
+    wanted, traffic = run.spec.review.images, read_traffic(run.runs, run.name, drawn)
     new = new_inputs(traffic, shown)
     newest = {scenario: inputs[-wanted:] for scenario, inputs in new.items() if len(inputs) >= wanted}
     if not newest:
@@ -167,23 +178,10 @@ def open_traffic_review(store: Store, run: Run, overrides: Sequence[str]) -> Run
     if len(versions) > 1:
         in_order = sorted(versions, key=lambda version: (len(version), version))
         log.info("review: inputs of versions %s are counted together", ", ".join(in_order))
-    # Every input is asked about, not only as many as a verdict needs: it measures the served model.
-    spec = _overridden(run.spec, overrides).with_fields(
-        "review",
-        annotators="label-studio",
-        form="image",  # inputs have no common label, least of all those inside no scenario
-        prelabel=False,
-        stop_early=False,
-        accept="share",  # a report on the served model, not a decision about a scenario
-        consensus="majority",
-    )
-    number = int(known[-1].name.rpartition("-")[2]) + 1 if known else 1
-    review = Run.start(store, f"{run.name}/traffic-{number}", spec)
-    review.once("draw", Gallery, lambda: traffic_gallery(newest, drawn.classes))
-    return review
+    return newest
 
 
-def set_in_traffic_review(store: Store, review: Run, overrides: Sequence[str]) -> Run:
+def set_in_traffic_review(review: Run, overrides: Sequence[str]) -> Run:
     """Return the review with other values of OWN_FIELDS, which are free until its votes are stored.
 
     Raises InputError after that.
@@ -197,7 +195,7 @@ def set_in_traffic_review(store: Store, review: Run, overrides: Sequence[str]) -
                 f"the votes of {review.name} are stored, so --set changes nothing in it any more; "
                 f"`{review.command('review reopen')}` opens it again"
             )
-        return Run.start(store, review.name, spec)
+        return Run.start(review.runs, review.name, spec)
 
 
 def _overridden(spec: RunFile, overrides: Sequence[str]) -> RunFile:

@@ -88,8 +88,8 @@ class S3Store:
         self,
         bucket: str,
         prefix: str,
-        endpoint: str | None = None,
-        region: str | None = None,
+        endpoint: str | None,
+        region: str | None,
         fences: dict[str, LeaseState] | None = None,
     ) -> None:
         """`prefix` is empty or ends with /; `endpoint` None is the one of AWS for the region."""

@@ -14,13 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3.exceptions
 from botocore import exceptions as aws
 
 from defuse_core.errors import NoAnswerError, StoreError, StoreSettingsError
-from defuse_core.formatting import one_line, without_credentials
+from defuse_core.formatting import one_line, proxy_remedy, without_credentials
 from services.settings import proxy_for
 
 log = logging.getLogger("defuse")
@@ -116,9 +115,8 @@ def translated_errors(
             f"{where}: no complete AWS credentials found ({_reason(error, endpoint)}); check {CREDENTIALS}"
         ) from error
     except (aws.SSOError, aws.TokenRetrievalError, LOGIN_ERROR) as error:
-        command = (
-            "aws sso login" if isinstance(error, aws.SSOError | aws.TokenRetrievalError) else "aws login"
-        )
+        is_sso = isinstance(error, aws.SSOError | aws.TokenRetrievalError)
+        command = "aws sso login" if is_sso else "aws login"
         remedy = "" if command in str(error) else f"; log in with `{command}`"
         raise StoreSettingsError(f"{where}: {_reason(error, endpoint)}{remedy}") from error
     except aws.ProfileNotFound as error:
@@ -244,11 +242,7 @@ def _endpoint_remedy(error: aws.ClientError) -> str | None:
 
 def _proxy_hint(endpoint: str | None) -> str:
     address = endpoint or "https://amazonaws.com"
-    if proxy_for(address) is None:
-        return ""
-    return (
-        f"; if the proxy of the environment does not reach it, add {urlsplit(address).hostname} to NO_PROXY"
-    )
+    return "" if proxy_for(address) is None else f"; {proxy_remedy(address)}"
 
 
 def _without_file(error: OSError, where: str) -> StoreError:

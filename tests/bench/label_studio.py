@@ -73,7 +73,7 @@ def new_review(folder: Path, gallery: Gallery) -> LabelStudioAnnotators:
 def fill(annotators: LabelStudioAnnotators, gallery: Gallery) -> None:
     """Create the run's project with tasks that every annotator has answered already."""
     run = annotators.run
-    tasks = ReviewTasks(gallery, run.spec.review, run.store)
+    tasks = ReviewTasks(gallery, run.spec.review)
     project = ReviewProject(annotators.client, run, tasks)
     created = annotators.client.create_project(project.settings())
     accounts = annotator_accounts(ANSWERS)
@@ -103,7 +103,7 @@ def main() -> None:
         push_mb = peak_mb(partial(new_review(folder, gallery).push, gallery))
         full = new_review(folder, gallery)
         fill(full, gallery)
-        assert full.status(gallery)[0].given == answers
+        assert full.status(gallery).given == answers
         pulled_s = seconds(partial(full.status, gallery))
         list_mb = peak_mb(partial(listed, full, gallery))
         pull_mb = peak_mb(partial(full.status, gallery))

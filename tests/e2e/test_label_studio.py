@@ -309,6 +309,6 @@ def test_the_list_of_tasks_does_not_show_what_the_scenario_is(
 
 def _first_answers(annotators: LabelStudioAnnotators, gallery, count: int) -> list[tuple[int, int, int]]:  # type: ignore[no-untyped-def]
     """Wait until `count` answers are there, and return them as (scenario, image, answer)."""
-    wait_until(lambda: len(annotators.status(gallery)[0].votes.answer) >= count)
-    votes = annotators.status(gallery)[0].votes
+    wait_until(lambda: len(annotators.status(gallery).votes.answer) >= count)
+    votes = annotators.status(gallery).votes
     return sorted(zip(votes.scenario.tolist(), votes.image.tolist(), votes.answer.tolist(), strict=True))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from services.cli import console
 from services.cli.console import ProgressDisplay
-from services.cli.options import echo_marked
+from services.cli.output import echo_marked
 from services.cli.tables import print_text
 
 

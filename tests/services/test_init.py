@@ -21,7 +21,7 @@ from defuse_core.errors import DataError
 from defuse_core.suggest import inspect_data
 from defuse_core.suggest.inspect import _pictures
 from defuse_core.suggest.speeds import Speeds
-from services.cli.options import run_name
+from services.cli.runs import run_name
 from tests.command_line import call, one_line
 from tests.own_classifiers import digits, trained
 

@@ -349,7 +349,8 @@ def test_a_path_that_may_not_be_read_is_bad_input(tmp_path, monkeypatch, capsys)
 def test_an_option_in_place_of_a_value_is_named(monkeypatch, capsys):
     """A variable of a script that is empty and not quoted: click takes the next option for the value."""
     for words in (["run", "a.yaml", "--name", "--until", "train"], ["export", "one", "--to", "--store=runs"],
-                  ["run", "a.yaml", "--set", "--on", "local"]):  # fmt: skip
+                  ["run", "a.yaml", "--set", "--on", "local"],
+                  ["review", "push", "--set", "--repair", "one/traffic-1"]):  # fmt: skip
         code, _, err = call(monkeypatch, capsys, *words)
         assert code == 2
         assert f"expected a value, found the option {words[3]}; is the variable set?" in err

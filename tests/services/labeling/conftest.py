@@ -78,7 +78,7 @@ class Review:
 
     def subject(self, task: Task) -> TaskSubject:
         """The scenario and image of a task."""
-        tasks = ReviewTasks(self.gallery, self.run.spec.review, self.run.store)
+        tasks = ReviewTasks(self.gallery, self.run.spec.review)
         index = tasks.index_of(task.key)
         assert index is not None
         return tasks.subject(index)

@@ -11,10 +11,11 @@ from label_studio_live import review_run
 
 from defuse_core.artifacts import Gallery
 from defuse_core.runs import Run
-from services.labeling.records import Annotation, Task, choice_result
+from services.labeling.records import Annotation, ProjectState, Task, choice_result
 from services.labeling.tasks import ReviewTasks
 
 ANNOTATORS, IMAGES = 5, 10
+STATE = ProjectState("mark", "digest", "secret", project=1)
 
 
 def blank_review(folder: Path, scenarios: int, **review: object) -> tuple[Run, ReviewTasks]:
@@ -27,7 +28,7 @@ def blank_review(folder: Path, scenarios: int, **review: object) -> tuple[Run, R
         tuple(str(n) for n in range(10)),
     )
     run = review_run(folder, gallery, **{"answers_per_task": ANNOTATORS, "images": IMAGES, **review})
-    return run, ReviewTasks(gallery, run.spec.review, run.store)
+    return run, ReviewTasks(gallery, run.spec.review)
 
 
 def annotation(

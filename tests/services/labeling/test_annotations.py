@@ -71,7 +71,7 @@ def test_skips_and_drafts_do_not_count_and_a_changed_answer_takes_the_newest(mak
     accounts[0].http.post(f"/api/tasks/{second}/drafts", json=draft).raise_for_status()
     changed = accounts[0].answer(third, "image", "3")
     change(accounts[0], changed, "8")
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert (status.given, status.outstanding, len(status.pulled.skips)) == (1, 11, 1)
     assert status.votes.answer.tolist() == [8]
 
@@ -88,7 +88,7 @@ def test_what_the_interface_does_not_allow_is_refused_one_by_one(make_review, ac
     accounts[1].submit(task, [eight | {"value": {"choices": ["8", "3"]}}])
     accounts[2].submit(task, [eight, eight])
     accounts[2].submit(task, [{"type": "choices"}])
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert status.given == 0
     assert sorted(discarded.reason for discarded in status.pulled.discarded) == [
         "2 choices for label, not one",
@@ -130,12 +130,12 @@ def test_an_answer_that_was_refused_and_is_put_right_frees_its_task(make_review,
 def test_answers_to_a_copy_of_a_task_are_not_asked_for_again(make_review, accounts):
     review = make_review(answers_per_task=3)
     number = review.annotators.push(review.gallery).number
-    samples = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    samples = ReviewTasks(review.gallery, review.run.spec.review)
     review.api.import_tasks(number, [samples.task(0, secret=review.state.secret)])
     both = sorted(task.id for task in review.api.tasks(number) if task.key == "s000-i00")
     for account, task in zip(accounts, both, strict=False):
         account.answer(task, "image", "8")
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert status.given == 2
     asked = {task.id: (task.overlap, task.labeled) for task in review.api.tasks(number)}
     assert [asked[task] for task in both] == [(2, False), (1, True)]
@@ -147,7 +147,7 @@ def test_a_second_answer_of_one_person_and_a_surplus_answer_are_refused(make_rev
     task = review.tasks()["s000-i00"].id
     for person, choice in zip((0, 0, 1, 2), "3870", strict=True):
         accounts[person].answer(task, "image", choice)
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert answers_of(status.votes, 0, 0) == {"annotator-1": 8, "annotator-2": 7}
     assert [discarded.reason for discarded in status.pulled.discarded] == [
         "the same person answered again later",
@@ -177,7 +177,7 @@ def test_all_pages_are_pulled_also_where_the_last_one_is_full(make_review, accou
     review.everyone_answers(accounts[:1], truth_of)
     for page in (5, 12):
         monkeypatch.setattr("services.labeling.client.PAGE_SIZE", page)
-        assert len(review.annotators.status(review.gallery)[0].votes.answer) == 12
+        assert len(review.annotators.status(review.gallery).votes.answer) == 12
 
 
 def test_missing_answers_are_counted_and_the_address_is_named(make_review, accounts):
@@ -219,7 +219,7 @@ def test_a_decided_scenario_leaves_the_queue_and_the_answers_saved_are_told(make
         for key, task in tasks.items():
             if key < "s002":
                 account.answer(task.id, "image", truth_of(review.subject(task)))
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert status.decided.tolist() == [True, True, False, False]
     assert status.saved == 4
     assert accounts[2].next_task(number)["meta"]["sample_key"].startswith("s002")
@@ -245,10 +245,10 @@ def test_a_changed_answer_opens_a_decided_scenario_again(make_review, accounts):
         for k, t in review.tasks().items()
         if k < "s001"
     ]
-    assert review.annotators.status(review.gallery)[0].decided[0]
+    assert review.annotators.status(review.gallery).decided[0]
     for annotation in given[:3]:
         change(accounts[0], annotation, "3")
-    assert not review.annotators.status(review.gallery)[0].decided[0]
+    assert not review.annotators.status(review.gallery).decided[0]
     assert accounts[2].next_task(number)["meta"]["sample_key"].startswith("s000")
 
 

@@ -34,10 +34,10 @@ def test_answers_of_a_deleted_account_stay_those_of_one_annotator(make_review, s
     for task in tasks.values():
         leaving.answer(task.id, "image", truth_of(review.subject(task)))
     second = leaving.answer(tasks["s000-i00"].id, "image", "3")  # replaces the first answer
-    before, _ = review.annotators.status(review.gallery)
+    before = review.annotators.status(review.gallery)
     delete_account(review, server, leaving)
     accounts[0].answer(tasks["s000-i00"].id, "image", "8")
-    after, _ = review.annotators.status(review.gallery)
+    after = review.annotators.status(review.gallery)
     assert second not in [discarded.annotation for discarded in after.pulled.discarded]
     assert before.per_annotator() == {"annotator-1": 3}
     assert after.per_annotator() == {"annotator-1": 3, "annotator-2": 1}
@@ -55,7 +55,7 @@ def test_a_deleted_account_that_was_never_seen_counts_as_one_annotator_and_drive
         leaving.answer(task, "image", choice)
     delete_account(review, server, leaving)
     accounts[0].answer(task, "image", "8")
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert answers_of(status.votes, 0, 0) == {"annotator-1": 3, "annotator-2": 8}
     assert {discarded.reason for discarded in status.pulled.discarded} == {
         "may be of the same person as a later answer: the account was deleted"
@@ -82,7 +82,7 @@ def test_votes_name_the_annotators_as_the_other_commands_do_that_ran_during_a_po
     votes = review.annotators.review(review.gallery)
     counts = dict(Counter(votes.annotators[annotator] for annotator in votes.annotator))
     assert counts == {"annotator-1": 1, "annotator-2": 2, "annotator-3": 1}
-    assert review.annotators.status(review.gallery)[0].per_annotator() == counts
+    assert review.annotators.status(review.gallery).per_annotator() == counts
 
 
 def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_task_out_again(
@@ -95,7 +95,7 @@ def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_ta
             accounts[0].answer(task.id, "image", truth_of(review.subject(task)))
     last = review.tasks()["s000-i02"].id
     accounts[0].submit(last, [], was_cancelled=True)
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert [(skip.task, status.name_of(skip)) for skip in status.blocking_skips()] == [(last, "annotator-1")]
     assert accounts[0].next_task(number) is None
     with pytest.raises(LabelsPending, match="1 skipped or not readable, see `defuse review status"):
@@ -103,7 +103,7 @@ def test_a_skip_is_listed_while_its_task_lacks_answers_and_a_repair_hands_the_ta
     review.annotators.push(review.gallery, repair=True)
     assert accounts[0].next_task(number)["id"] == last
     accounts[0].answer(last, "image", "8")
-    assert review.annotators.status(review.gallery)[0].outstanding == 0
+    assert review.annotators.status(review.gallery).outstanding == 0
 
 
 def test_an_answer_that_cannot_be_read_does_not_keep_its_task_from_the_only_annotator_for_ever(
@@ -113,14 +113,14 @@ def test_an_answer_that_cannot_be_read_does_not_keep_its_task_from_the_only_anno
     number = review.annotators.push(review.gallery).number
     for key, task in review.tasks().items():
         accounts[0].answer(task.id, "image", "seven" if key == "s000-i02" else truth_of(review.subject(task)))
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert accounts[0].next_task(number) is None
     (blocking,) = status.blocking_skips()
     assert blocking.reason == "the choice 'seven' is not one of the classes"
     review.annotators.push(review.gallery, repair=True)
     assert accounts[0].next_task(number)["meta"]["sample_key"] == "s000-i02"
     accounts[0].answer(blocking.task, "image", "8")
-    assert review.annotators.status(review.gallery)[0].outstanding == 0
+    assert review.annotators.status(review.gallery).outstanding == 0
 
 
 def test_answers_that_vanish_are_said_once_until_a_repair_accepts_that(make_review, accounts, caplog):
@@ -135,7 +135,7 @@ def test_answers_that_vanish_are_said_once_until_a_repair_accepts_that(make_revi
     (warning,) = (text for text in caplog.messages if "has lost" in text)
     assert "has lost 2 answers (annotator-" in warning and "--repair" in warning
     review.annotators.push(review.gallery, repair=True)
-    status, _ = review.through(review.api.address).status(review.gallery)
+    status = review.through(review.api.address).status(review.gallery)
     assert status.given == 4 and caplog.text.count("has lost") == 1
 
 
@@ -145,7 +145,7 @@ def test_a_skip_of_a_task_that_others_answered_blocks_nothing(make_review, accou
     task = review.tasks()["s000-i00"].id
     accounts[0].submit(task, [], was_cancelled=True)
     accounts[1].answer(task, "image", "8")
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert len(status.pulled.skips) == 1 and status.blocking_skips() == []
 
 
@@ -156,5 +156,5 @@ def test_control_characters_in_an_annotators_name_do_not_reach_the_terminal(make
     user = account.http.get("/api/current-user/whoami").json()["id"]
     account.http.patch(f"/api/users/{user}/", json={"first_name": "Ana\x1b[2J"}).raise_for_status()
     account.answer(review.tasks()["s000-i00"].id, "image", "8")
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert list(status.per_annotator()) == ["Ana\\x1b[2J"]

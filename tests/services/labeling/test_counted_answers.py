@@ -132,18 +132,18 @@ def test_answers_that_do_not_count_and_skips_are_not_lost(tmp_path):
 
 
 def test_a_repair_deletes_skips_and_unreadable_answers_to_tasks_that_lack_answers_and_forgets_them(tmp_path):
-    _, tasks = blank_review(tmp_path, 1, answers_per_task=1)
+    run, tasks = blank_review(tmp_path, 1, answers_per_task=1)
     listed = [
         task_of(tasks, 0, annotation(1, 3), annotation(2, 4, "eleven")),
         task_of(tasks, 1, annotation(3, 3, None), annotation(4, 5, "eleven")),
     ]
-    tasks.store.write(AUTHORS_KEY, b'{"3": [9]}')
+    run.store.write(AUTHORS_KEY, b'{"3": [9]}')
     pulled = read_annotations(listed, tasks)
-    store_authors(tasks.store, {9: 3}, pulled)
-    known = read_authors(tasks.store)
+    store_authors(run.store, {9: 3}, pulled)
+    known = read_authors(run.store)
     deleted = list[int]()
-    delete_skips(SimpleNamespace(delete_annotation=deleted.append), listed, tasks)
+    delete_skips(SimpleNamespace(delete_annotation=deleted.append), listed, tasks, run.store)
     assert deleted == [3, 4]
-    assert read_authors(tasks.store) == {1: 3, 2: 4}  # nothing of what is gone is missed
-    store_authors(tasks.store, known, pulled)  # by a pull that began before the repair
-    assert read_authors(tasks.store) == {1: 3, 2: 4}
+    assert read_authors(run.store) == {1: 3, 2: 4}  # nothing of what is gone is missed
+    store_authors(run.store, known, pulled)  # by a pull that began before the repair
+    assert read_authors(run.store) == {1: 3, 2: 4}

@@ -112,10 +112,11 @@ def test_a_certificate_that_is_not_trusted_is_named(tmp_path):
         https.shutdown()
 
 
-def test_a_server_that_is_slow_is_named(proxy, server):
+def test_a_server_that_is_slow_is_named(proxy, server, monkeypatch):
+    monkeypatch.setattr("services.labeling.client.TIMEOUT_S", 0.5)
     proxy.rule = lambda method, path: 2.0
     with pytest.raises(ServiceError, match="too slow"):
-        LabelStudioClient(proxy.address, server.token, timeout_s=0.5).check_access()
+        LabelStudioClient(proxy.address, server.token).check_access()
 
 
 def test_a_cut_connection_is_named(proxy, server):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from types import SimpleNamespace
 
-from planted_review import ANNOTATORS, IMAGES, answered_tasks, blank_review
+from planted_review import ANNOTATORS, IMAGES, STATE, answered_tasks, blank_review
 
 from services.labeling.annotations import read_annotations
 from services.labeling.project import ReviewProject
@@ -28,7 +28,7 @@ def test_pulling_takes_some_bytes_per_answer(tmp_path):
         names = {1000 + n: str(n) for n in range(ANNOTATORS)}
 
         def pull():
-            return review_status(tasks, read_annotations(answered_tasks(tasks), tasks), names, ())
+            return review_status(tasks, read_annotations(answered_tasks(tasks), tasks), STATE, names, ())
 
         return peak_bytes(pull) / (scenarios * IMAGES * ANNOTATORS)
 

@@ -9,17 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from planted_review import IMAGES, annotation, blank_review, task_of
+from planted_review import IMAGES, STATE, annotation, blank_review, task_of
 from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Override
 from services.cli.review_tables import print_status, summarize_status
 from services.labeling.annotations import AnswerChanges, answer_changes, read_annotations
-from services.labeling.records import ProjectState, choice_result
+from services.labeling.records import choice_result
 from services.labeling.status import ReviewStatus, review_status, update_queue
 from services.labeling.tasks import ReviewTasks
-
-STATE = ProjectState("mark", "digest", "secret", project=1)
 
 
 def answers_to(tasks, index, count, choice="8", first=1):
@@ -33,7 +31,7 @@ def status_of(tasks, found, names=None, overridden=()) -> ReviewStatus:
     overrides = [
         Override(scenario, None, "Ada", "blurred", "2026-01-31T12:00:00Z") for scenario in overridden
     ]
-    return review_status(tasks, read_annotations(found, tasks), people, overrides)
+    return review_status(tasks, read_annotations(found, tasks), STATE, people, overrides)
 
 
 def test_a_scenario_that_a_person_decided_needs_no_answers_without_stopping_early(tmp_path):
@@ -41,7 +39,7 @@ def test_a_scenario_that_a_person_decided_needs_no_answers_without_stopping_earl
     status = status_of(tasks, [answers_to(tasks, IMAGES, 1)], overridden=[1])
     assert status.decided.tolist() == [False, True]
     assert (status.requested, status.outstanding, status.saved) == (6 * IMAGES, 3 * IMAGES, 3 * IMAGES - 1)
-    assert status.final_votes(STATE).notes["decided_early"] == []
+    assert status.final_votes().notes["decided_early"] == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ def test_only_the_majority_by_share_is_decided_early(tmp_path, fields, final):
     counts = [2] * IMAGES + [3] * IMAGES  # two of three agree, and all three
     status = status_of(tasks, [answers_to(tasks, index, count) for index, count in enumerate(counts)])
     assert status.decided.tolist() == [final, True]
-    assert status.final_votes(STATE).notes["decided_early"] == ([0] if final else [])
+    assert status.final_votes().notes["decided_early"] == ([0] if final else [])
 
 
 @pytest.mark.parametrize(("accept", "label"), [("share", 8), ("lower-bound", NONE_OF_THE_ABOVE)])
@@ -181,9 +179,9 @@ def test_the_way_out_ends_the_review_with_all_answers_that_were_given_and_the_ve
     ]
     before = status_of(tasks, found)
     assert f"with `--set review.answers_per_task={fewer}` ends the review" in before.way_out(run)
-    tasks = ReviewTasks(tasks.gallery, tasks.review.model_copy(update={"answers_per_task": fewer}), run.store)
+    tasks = ReviewTasks(tasks.gallery, tasks.review.model_copy(update={"answers_per_task": fewer}))
     pulled = read_annotations(found, tasks, most_asked=5)
-    after = review_status(tasks, pulled, before.names, [])
+    after = review_status(tasks, pulled, STATE, before.names, [])
     assert (after.outstanding, after.given) == (0, before.given)
     assert after.verdicts().reasons == before.verdicts().reasons
 
@@ -194,7 +192,7 @@ def test_a_skip_blocks_only_where_its_task_lacks_answers_in_a_scenario_that_is_o
     found = [task_of(tasks, 0, skip), task_of(tasks, 1, skip, answer), task_of(tasks, IMAGES, skip)]
     status = status_of(tasks, found, overridden=[1])
     assert [one.task for one in status.blocking_skips()] == [100]
-    assert status.final_votes(STATE).notes["skips"] == 3
+    assert status.final_votes().notes["skips"] == 3
 
 
 def test_an_unreadable_answer_blocks_where_its_task_lacks_answers_unless_its_author_also_gave_a_readable_one(
@@ -258,7 +256,7 @@ def test_who_gave_an_answer_is_known_by_pseudonym_whatever_the_real_names(tmp_pa
     names = {1: "Anna", 2: "Anna", 3: "Ben"}
 
     def votes(names, *choices):
-        return status_of_people(tasks, names, *choices).final_votes(state)
+        return replace(status_of_people(tasks, names, *choices), state=state).final_votes()
 
     stored = votes(names, "83", "83")
     assert stored.annotators == ("Anna", "Anna")
@@ -275,7 +273,7 @@ def test_who_gave_an_answer_is_known_by_pseudonym_whatever_the_real_names(tmp_pa
 def test_the_report_is_told_what_was_discarded_and_who_answered(tmp_path, form):
     _, tasks = blank_review(tmp_path, 1, form=form, prelabel=form == "scenario")
     status = status_of(tasks, [task_of(tasks, len(tasks) - 1, annotation(7, 3, "eleven"))])
-    votes = status.final_votes(STATE)
+    votes = status.final_votes()
     (note,) = votes.notes["discarded_answers"]
     image = None if form == "scenario" else IMAGES - 1
     assert (note["scenario"], note["image"], note["annotator"], note["annotation"]) == (
@@ -286,7 +284,8 @@ def test_the_report_is_told_what_was_discarded_and_who_answered(tmp_path, form):
     )
     assert ("prelabel" in votes.notes) is (form == "scenario")
     assert votes.answered_by == "people"
-    assert status.final_votes(replace(STATE, simulated=True)).answered_by == "reference models"
+    simulated = replace(STATE, simulated=True)
+    assert replace(status, state=simulated).final_votes().answered_by == "reference models"
 
 
 def test_the_queue_holds_what_lacks_answers_and_nothing_else(tmp_path):

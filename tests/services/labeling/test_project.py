@@ -69,7 +69,7 @@ def test_pushing_again_changes_nothing(make_review):
 def test_what_other_commands_store_while_a_push_begins_is_kept(make_review):
     review = make_review()
     review.annotators.push(review.gallery)
-    review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    review_tasks = ReviewTasks(review.gallery, review.run.spec.review)
     project = ReviewProject(review.api, review.run, review_tasks)
     write_state(review.run.store, replace(review.state, simulated=True).with_annotators([7]))
     assert project.push() == review.state
@@ -106,7 +106,7 @@ def test_a_push_that_dies_half_way_is_finished_by_the_next(make_review, proxy, m
 def test_copies_that_a_late_import_left_are_dropped_but_never_an_answered_one(make_review, accounts):
     review = make_review()
     record = review.annotators.push(review.gallery)
-    review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    review_tasks = ReviewTasks(review.gallery, review.run.spec.review)
     copies = [review_tasks.task(index, secret=record.secret) for index in (0, 1)]
     review.api.import_tasks(record.number, copies)
     copies = [task for task in review.api.tasks(record.number) if task.key in ("s000-i00", "s000-i01")]
@@ -375,7 +375,7 @@ def test_a_project_whose_mark_was_lost_is_kept_with_its_answers(make_review, acc
         review.annotators.status(review.gallery)
     assert review.annotators.push(review.gallery, repair=True).number == number
     assert review.state.mark in review.api.project(number).settings.description
-    assert review.annotators.status(review.gallery)[0].given == 1
+    assert review.annotators.status(review.gallery).given == 1
 
 
 def test_a_project_with_the_tasks_of_another_run_is_not_taken_over_by_a_repair(make_review):
@@ -392,7 +392,7 @@ def test_a_project_with_the_tasks_of_another_run_is_not_taken_over_by_a_repair(m
 def test_a_lost_reply_to_a_deletion_does_not_end_the_push(make_review, proxy, how):
     review = make_review()
     number = review.annotators.push(review.gallery).number
-    review_tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    review_tasks = ReviewTasks(review.gallery, review.run.spec.review)
     review.api.import_tasks(number, [review_tasks.task(0, secret=review.state.secret)])
     getattr(proxy, how)("DELETE", "/api/tasks")
     review.through(proxy.address).push(review.gallery)

@@ -98,7 +98,7 @@ def test_a_project_that_has_another_number_now_is_found_by_its_mark(make_review,
     pushed = review.annotators.push(review.gallery)
     accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
     write_state(review.run.store, replace(pushed, project=10**6))
-    assert review.annotators.status(review.gallery)[0].given == 1
+    assert review.annotators.status(review.gallery).given == 1
     assert f"project 1000000 is now project {pushed.number}" in caplog.text
     assert review.annotators.push(review.gallery).number == pushed.number
 
@@ -111,7 +111,7 @@ def test_a_project_that_moved_to_another_server_is_found_without_the_authors_of_
     given = accounts[0].answer(review.tasks()["s000-i00"].id, "image", "8")
     write_state(store, replace(pushed, project=10**6, address="http://old", people={"70": 1}))
     store.write(AUTHORS_KEY, b'{"70": [1, 2]}')
-    assert review.annotators.status(review.gallery)[0].per_annotator() == {"annotator-1": 1}
+    assert review.annotators.status(review.gallery).per_annotator() == {"annotator-1": 1}
     assert list(read_authors(store)) == [given] and "70" not in review.state.people
     assert "has lost" not in caplog.text
 
@@ -130,7 +130,7 @@ def test_a_task_that_a_deletion_between_two_pages_hides_is_not_taken_for_deleted
 
     with monkeypatch.context() as patch:
         patch.setattr(review.annotators.client, "tasks", every_other_list_hides_one)
-        assert review.annotators.status(review.gallery)[0].given_per_task.tolist() == [1] * 12
+        assert review.annotators.status(review.gallery).given_per_task.tolist() == [1] * 12
         authors = read_authors(review.run.store)
         for repair in (False, True):
             review.annotators.push(review.gallery, repair=repair)
@@ -223,7 +223,7 @@ def test_a_title_is_as_long_as_label_studio_accepts(tmp_path):
     gallery = digits_gallery()
     spec = review_run(tmp_path, gallery).spec
     run = Run.start(FolderStore(tmp_path), "r" * 60, spec)
-    title = ReviewProject(None, run, ReviewTasks(gallery, spec.review, run.store)).settings().title
+    title = ReviewProject(None, run, ReviewTasks(gallery, spec.review)).settings().title
     assert title == f"Defuse {'r' * 43}" and len(title) == 50
 
 
@@ -319,7 +319,7 @@ def test_a_page_on_which_people_answered_what_was_added_is_put_back_without_thes
     assert review.api.project(number).settings.label_config == pushed
     left = [annotation.id for task in review.tasks().values() for annotation in task.annotations]
     assert left == [kept]
-    assert review.annotators.status(review.gallery)[0].given == 1
+    assert review.annotators.status(review.gallery).given == 1
 
 
 def test_a_page_that_label_studio_keeps_for_a_draft_is_named_with_the_remedy(make_review, accounts):

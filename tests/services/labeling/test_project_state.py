@@ -94,10 +94,10 @@ def test_answers_that_were_given_before_the_review_asked_for_fewer_still_count(t
     annotators.push(tasks.gallery)  # every task has five answers
     for asked in (2, 3):
         run.spec = run.spec.with_fields("review", answers_per_task=asked)
-        status, state = annotators.status(tasks.gallery)
+        status = annotators.status(tasks.gallery)
         assert set(status.given_per_task) == {4} and (status.outstanding, status.saved) == (0, 0)
         assert status.pulled.discarded[0].reason == "4 others had answered before, as many as count"
-        assert state.most_asked == 4
+        assert status.state.most_asked == 4
 
 
 def test_no_answer_of_another_project_is_said_to_be_lost(tmp_path, caplog):

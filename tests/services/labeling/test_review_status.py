@@ -6,14 +6,13 @@ from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
-from planted_review import blank_review
+from planted_review import STATE, blank_review
 from rich.console import Console
 
 from defuse_core.artifacts import NONE_OF_THE_ABOVE, Gallery, Votes
 from defuse_core.review.verdicts import decide_verdicts, majority, tally
 from services.cli.review_tables import print_status
 from services.labeling.annotations import read_annotations
-from services.labeling.records import ProjectState
 from services.labeling.status import reachable_labels, review_status, verdict_is_final
 from tests.sample_components import review_section
 
@@ -120,14 +119,14 @@ def test_forty_three_classes_take_less_than_a_second_per_scenario():
 
 def test_a_review_of_no_scenarios_is_complete(tmp_path):
     _, tasks = blank_review(tmp_path, 0)
-    status = review_status(tasks, read_annotations([], tasks), {}, ())
+    status = review_status(tasks, read_annotations([], tasks), STATE, {}, ())
     assert (status.requested, status.given, status.outstanding, status.saved) == (0, 0, 0, 0)
-    assert len(status.final_votes(ProjectState("mark", "digest", "secret", project=1)).answer) == 0
+    assert len(status.final_votes().answer) == 0
 
 
 @pytest.mark.parametrize("consensus", ["majority", "crowdlab"])
 def test_verdicts_that_the_run_will_decide_with_crowdlab_are_said_to_be_by_majority(tmp_path, consensus):
     run, tasks = blank_review(tmp_path, 1, consensus=consensus)
     console = Console(width=200, file=io.StringIO())
-    print_status(run, review_status(tasks, read_annotations([], tasks), {}, ()), console)
+    print_status(run, review_status(tasks, read_annotations([], tasks), STATE, {}, ()), console)
     assert ("decides with review.consensus: crowdlab" in console.file.getvalue()) is (consensus == "crowdlab")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from label_studio_live import review_run
-from planted_review import annotation, task_of
+from planted_review import STATE, annotation, task_of
 from rich.console import Console
 
 from defuse_core.artifacts import NO_SCENARIO, Gallery, Override, Votes
@@ -52,7 +52,7 @@ def status_of(
     with an answer each were added by hand.
     """
     gallery = gallery_of_three()
-    tasks = ReviewTasks(gallery, review_run(folder, gallery, images=2, answers_per_task=2).spec.review, None)
+    tasks = ReviewTasks(gallery, review_run(folder, gallery, images=2, answers_per_task=2).spec.review)
     given = {
         task: [annotation(10 * task + n, n + 1, choice) for n, choice in enumerate(choices)]
         for task, choices in answers.items()
@@ -65,7 +65,9 @@ def status_of(
         Task(900 + n, None, None, 1, False, (annotation(900 + n, 1, "8"),), None) for n in range(foreign)
     ]
     pulled = read_annotations([*found, *others], tasks)
-    return review_status(tasks, pulled, NAMES, [Override(2, None, "Ada", "blurred", "2026-01-31T12:00:00Z")])
+    return review_status(
+        tasks, pulled, STATE, NAMES, [Override(2, None, "Ada", "blurred", "2026-01-31T12:00:00Z")]
+    )
 
 
 def shown(show: Callable[[Console], object]) -> list[str]:

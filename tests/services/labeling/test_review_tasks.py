@@ -10,7 +10,6 @@ from label_studio_live import digits_gallery
 from planted_review import answered_tasks, blank_review
 
 from defuse_core.config import ReviewSection
-from defuse_core.store import FolderStore
 from defuse_core.training.reference_models import Prelabels
 from services.labeling.tasks import ReviewTasks, digest, is_edited, prelabels_by_task
 
@@ -29,9 +28,9 @@ def probabilities(confidence):
 CONFIDENCE = np.array([[0.9, 0.8, 0.7], [0.95, 0.2, 0.96], [0.6, 0.99, 0.98], [0.91, 0.92, 0.93]], np.float32)
 
 
-def tasks_of(folder, gallery, min_confidence=0.5, **review):
+def tasks_of(gallery, min_confidence=0.5, **review):
     section = ReviewSection(reference={"min_confidence": min_confidence}, **review)
-    return ReviewTasks(gallery, section, FolderStore(folder))
+    return ReviewTasks(gallery, section)
 
 
 def selected(prelabels):
@@ -42,28 +41,28 @@ def selected(prelabels):
     }
 
 
-def test_suggestions_come_least_certain_first_and_none_of_the_above_below_the_bound(tmp_path):
-    tasks = tasks_of(tmp_path, digits_gallery())
+def test_suggestions_come_least_certain_first_and_none_of_the_above_below_the_bound():
+    tasks = tasks_of(digits_gallery())
     found = selected(prelabels_by_task(tasks, probabilities(CONFIDENCE)))
     assert list(found)[:3] == [4, 6, 2]  # of three images in a scenario
     assert found[4][0] == "None of the above"
     assert found[2] == ("8", pytest.approx(0.7))
 
 
-def test_a_page_gets_one_suggestion_over_its_images(tmp_path):
-    tasks = tasks_of(tmp_path, digits_gallery(), form="scenario")
+def test_a_page_gets_one_suggestion_over_its_images():
+    tasks = tasks_of(digits_gallery(), form="scenario")
     found = selected(prelabels_by_task(tasks, probabilities(CONFIDENCE)))
     assert list(found) == [1, 0, 2, 3]
     assert [choice for choice, _ in found.values()] == ["3", "8", "0", "1"]
     assert found[0][1] == pytest.approx(0.8)
 
 
-def test_models_that_disagree_are_averaged_and_the_bound_itself_is_enough(tmp_path):
+def test_models_that_disagree_are_averaged_and_the_bound_itself_is_enough():
     table = np.zeros((2, 1, 2, 3), np.float32)
     table[:, 0, 0] = [[0.75, 0.25, 0.0], [0.0, 0.75, 0.25]]
     table[:, 0, 1] = [[0.0, 0.25, 0.75], [0.0, 0.25, 0.75]]
     gallery = replace(digits_gallery(labels=(8,), images=2), classes=("a", "b", "c"))
-    images, pages = tasks_of(tmp_path, gallery), tasks_of(tmp_path, gallery, 0.4, form="scenario")
+    images, pages = tasks_of(gallery), tasks_of(gallery, 0.4, form="scenario")
     assert selected(prelabels_by_task(images, table)) == {0: ("b", 0.5), 1: ("c", 0.75)}
     assert selected(prelabels_by_task(pages, table)) == {0: ("c", 0.4375)}
 
@@ -72,9 +71,9 @@ def test_models_that_disagree_are_averaged_and_the_bound_itself_is_enough(tmp_pa
     ("shares", "choice"), [((0.75, 0.25), "a"), ((0.25, 0.75), "b"), ((0.5, 0.5), "None of the above")]
 )
 @pytest.mark.parametrize(("form", "target"), [("image", "image"), ("scenario", "page")])
-def test_a_suggestion_selects_the_choice_of_its_answer(tmp_path, shares, choice, form, target):
+def test_a_suggestion_selects_the_choice_of_its_answer(shares, choice, form, target):
     gallery = replace(digits_gallery(labels=(8,), images=1), classes=("a", "b"))
-    tasks = tasks_of(tmp_path, gallery, 0.75, form=form)
+    tasks = tasks_of(gallery, 0.75, form=form)
     assert prelabels_by_task(tasks, np.float32([[[shares]]])) == {
         0: {
             "model_version": "reference models",

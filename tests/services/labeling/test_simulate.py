@@ -23,7 +23,7 @@ from services.labeling.tasks import ReviewTasks
 def test_a_simulated_annotator_gives_its_models_answers_and_reports_progress(make_review, accounts, form):
     review = make_review(answers_per_task=1, form=form)
     number = review.annotators.push(review.gallery).number
-    tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    tasks = ReviewTasks(review.gallery, review.run.spec.review)
     answers = np.array([[8, 8, -1], [3, 3, 3], [0, 0, 0], [1, 1, 7]])
     calls = []
     answered = _answer_queue(accounts[0], number, tasks, answers, lambda *call: calls.append(call))
@@ -48,7 +48,7 @@ def test_tasks_that_defuse_did_not_import_end_the_simulation_with_an_error(make_
     review = make_review(answers_per_task=1)
     number = review.annotators.push(review.gallery).number
     review.api.import_tasks(number, [{"data": {"image": "data:image/png;base64,AAAA"}}])
-    tasks = ReviewTasks(review.gallery, review.run.spec.review, review.run.store)
+    tasks = ReviewTasks(review.gallery, review.run.spec.review)
     with pytest.raises(InputError, match="tasks that Defuse did not import"):
         _answer_queue(accounts[0], number, tasks, np.zeros((4, 3), np.int64), lambda *call: None)
 
@@ -66,7 +66,7 @@ def test_fewer_models_than_answers_asked_for_are_told(
     line = "2 reference models answer each task once, and review.answers_per_task is 3: 2 are still wanted"
     assert (line in caplog.messages) == missing
     assert simulate(review.annotators, review.gallery, server, LocalCompute(), silent) == 0
-    status, _ = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
     assert list(status.per_annotator().values()) == [2, 2]
 
 

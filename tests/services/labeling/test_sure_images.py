@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from digits_review import TRUTH, model_answers, truth_of
 from label_studio_live import change, digits_gallery, review_run
-from planted_review import annotation, task_of
+from planted_review import STATE, annotation, task_of
 from rich.console import Console
 
 from defuse_core.artifacts import ReferenceSet
@@ -36,7 +36,7 @@ def answer_of(person, subject):
 def planted(folder, people=2, choice=answer_of, stored=True, **review):
     """The status after so many people answered every task."""
     gallery = digits_gallery()
-    tasks = ReviewTasks(gallery, review_run(folder, gallery, **CROWDLAB | review).spec.review, None)
+    tasks = ReviewTasks(gallery, review_run(folder, gallery, **CROWDLAB | review).spec.review)
     found = [
         task_of(
             tasks,
@@ -48,7 +48,7 @@ def planted(folder, people=2, choice=answer_of, stored=True, **review):
     ]
     names = {n: f"annotator-{n}" for n in range(1, 6)}
     models = model_answers().probabilities if stored else None
-    return review_status(tasks, read_annotations(found, tasks), names, (), models)
+    return review_status(tasks, read_annotations(found, tasks), STATE, names, (), models)
 
 
 def test_only_images_in_doubt_are_asked_about_and_the_numbers_add_up(tmp_path):
@@ -89,7 +89,7 @@ def test_the_review_ends_when_every_image_is_sure_or_has_all_answers(tmp_path):
 
 def test_a_page_is_asked_about_while_one_of_its_images_is_in_doubt(tmp_path):
     gallery = digits_gallery()
-    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB, form="scenario").spec.review, None)
+    tasks = ReviewTasks(gallery, review_run(tmp_path, gallery, **CROWDLAB, form="scenario").spec.review)
     pages = [
         [annotation(10 * n + person, person, str(label), target="page") for person in (1, 2)]
         for n, label in enumerate(TRUTH)
@@ -98,7 +98,7 @@ def test_a_page_is_asked_about_while_one_of_its_images_is_in_doubt(tmp_path):
     pages[0][1] = replace(pages[0][1], result=apart)
     found = [task_of(tasks, n, *page) for n, page in enumerate(pages)]
     names, models = {1: "a", 2: "b"}, model_answers().probabilities
-    status = review_status(tasks, read_annotations(found, tasks), names, (), models)
+    status = review_status(tasks, read_annotations(found, tasks), STATE, names, (), models)
     assert status.sure[0].tolist() == [True, False, True] and status.sure[1:].all()
     assert status.wanted_per_task.tolist() == [3, 0, 0, 0] and (status.outstanding, status.saved) == (3, 9)
 
@@ -138,14 +138,14 @@ def test_the_status_says_how_many_images_are_sure_and_what_may_still_be_wanted(t
 def test_the_verdicts_so_far_are_those_of_crowdlab(tmp_path):
     gallery = digits_gallery(labels=TRUTH[:2])
     run = review_run(tmp_path, gallery, **CROWDLAB)
-    tasks = ReviewTasks(gallery, run.spec.review, None)
+    tasks = ReviewTasks(gallery, run.spec.review)
     split = [annotation(20 + person, person, "8338"[person - 1]) for person in range(1, 5)]
     found = [task_of(tasks, n, annotation(n, 1, "8"), annotation(9 + n, 2, "8")) for n in range(1, 6)]
     found.insert(0, task_of(tasks, 0, *split))
     pulled, models = read_annotations(found, tasks), model_answers().probabilities[:, :2]
     names = dict(enumerate("abcd", start=1))
-    assert review_status(tasks, pulled, names, ()).verdicts().image_labels[0, 0] == -1  # a tie
-    status, terminal = review_status(tasks, pulled, names, (), models), io.StringIO()
+    assert review_status(tasks, pulled, STATE, names, ()).verdicts().image_labels[0, 0] == -1  # a tie
+    status, terminal = review_status(tasks, pulled, STATE, names, (), models), io.StringIO()
     assert status.verdicts().image_labels[0, 0] == 8 and status.not_majority == 1
     print_status(run, status, Console(file=terminal, width=200))
     assert "CROWDLAB gives 1 image a label that is not the one most people chose" in terminal.getvalue()
@@ -181,7 +181,7 @@ def test_once_a_run_has_its_models_answers_sure_images_leave_the_queue_and_it_en
     review = make_review(**CROWDLAB)
     number = review.annotators.push(review.gallery).number
     two_people_answer(review, accounts)
-    assert not review.annotators.status(review.gallery)[0].sure.any()
+    assert not review.annotators.status(review.gallery).sure.any()
     trained = ReferenceSet(({"weight": np.zeros(1, np.float32)},), 10, np.ones(1), np.ones(1))
     review.run.once("train", ReferenceSet, lambda: trained, "references")
     review.annotators.compute = SimpleNamespace(task=lambda *call: model_answers().probabilities)
@@ -190,7 +190,7 @@ def test_once_a_run_has_its_models_answers_sure_images_leave_the_queue_and_it_en
     ):
         review.annotators.review(review.gallery)
     assert review.run.load(Prelabels) is not None
-    assert int(review.annotators.status(review.gallery)[0].sure.sum()) == 10
+    assert int(review.annotators.status(review.gallery).sure.sum()) == 10
     assert open_keys(review) == [SPLIT, DOUBTED]
     for account in accounts[2:]:
         while (task := account.next_task(number)) is not None:

@@ -121,7 +121,7 @@ def test_inputs_are_pushed_answered_and_concluded_apart_from_the_run(
 
 
 def test_stored_votes_are_concluded_without_the_client_of_label_studio(served, tmp_path, monkeypatch):
-    review = open_traffic_review(FolderStore(tmp_path), served, ())
+    review = open_traffic_review(served, ())
     review.once("review", Votes, lambda: votes_of_models(np.full((1, 1, 3, 10), 0.1, np.float32), 0.0))
     for name in ("annotators", "client"):
         monkeypatch.delitem(sys.modules, f"services.labeling.{name}")
@@ -217,40 +217,39 @@ def test_a_review_of_traffic_ends_with_the_number_of_answers_that_a_later_push_g
 
 def test_a_review_of_traffic_can_set_what_is_free_until_its_votes_and_nothing_else(cli, served, tmp_path):
     store = FolderStore(tmp_path)
-    first = open_traffic_review(store, served, ["review.real_names=true"])
+    first = open_traffic_review(served, ["review.real_names=true"])
     assert (first.spec.review.real_names, first.spec.review.answers_per_task) == (True, 1)
-    again = open_traffic_review(store, served, ["review.real_names=false", "review.answers_per_task=2"])
+    again = open_traffic_review(served, ["review.real_names=false", "review.answers_per_task=2"])
     assert again.name == first.name
     assert Run.open(store, first.name).spec.review == again.spec.review
     assert (again.spec.review.real_names, again.spec.review.answers_per_task) == (False, 2)
     with pytest.raises(RunFileError, match="a review of traffic can set review.answers_per_task, "):
-        open_traffic_review(store, served, ["review.rho=0.3"])
+        open_traffic_review(served, ["review.rho=0.3"])
     with pytest.raises(RunFileError, match=r"--set: review\.answers_per_task: .* found 0"):
-        open_traffic_review(store, served, ["review.answers_per_task=0"])
+        open_traffic_review(served, ["review.answers_per_task=0"])
     refused = cli("push", served.name, "--set", "review.answers_per_task=2")
     assert refused.exit_code == 2 and "give it to `defuse run`" in refused.output
 
 
 def test_what_a_review_of_traffic_cannot_set_once_its_votes_are_stored_names_the_command_that_opens_it_again(
-    served, tmp_path
+    served,
 ):
-    store = FolderStore(tmp_path)
-    review = open_traffic_review(store, served, ())
+    review = open_traffic_review(served, ())
     review.once("review", Votes, lambda: votes_of_models(np.full((1, 1, 3, 10), 0.1, np.float32), 0.0))
     with pytest.raises(
         InputError, match=r"votes of run\d+/traffic-1 are stored.*`defuse review reopen run\d+/tr"
     ):
-        set_in_traffic_review(store, review, ["review.answers_per_task=2"])
-    assert set_in_traffic_review(store, review, ["review.answers_per_task=1"]).spec == review.spec
+        set_in_traffic_review(review, ["review.answers_per_task=2"])
+    assert set_in_traffic_review(review, ["review.answers_per_task=1"]).spec == review.spec
     reopen_vote(review)
-    changed = set_in_traffic_review(store, review, ["review.answers_per_task=2"])
+    changed = set_in_traffic_review(review, ["review.answers_per_task=2"])
     assert changed.spec.review.answers_per_task == 2
 
 
 def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     meet(served, tmp_path, 1, 1)
-    gallery = open_traffic_review(FolderStore(tmp_path), served, ()).require(Gallery)
+    gallery = open_traffic_review(served, ()).require(Gallery)
     assert gallery.numbers == (2,) and gallery.predicted.tolist() == [[6, 6, 6]]
     np.testing.assert_array_equal(
         gallery.images, digits_gallery(images=10).images[2:3, 1:4]
@@ -261,7 +260,7 @@ def test_scenarios_with_too_few_inputs_are_left_out_and_counted(served, tmp_path
 def test_nothing_is_said_where_every_scenario_is_shown(served, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     meet(served, tmp_path, 3, 2, first=2)
-    assert open_traffic_review(FolderStore(tmp_path), served, ()).require(Gallery).numbers == (2, 3)
+    assert open_traffic_review(served, ()).require(Gallery).numbers == (2, 3)
     assert "left out" not in caplog.text
 
 
@@ -299,7 +298,7 @@ def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
     told["form"] = "scenario"
     run = review_run(tmp_path, digits_gallery(), rho=0.3, **told)
     meet(run, tmp_path, 2, 3)
-    review = open_traffic_review(FolderStore(tmp_path), run, ()).spec.review
+    review = open_traffic_review(run, ()).spec.review
     assert (review.annotators, review.prelabel, review.stop_early) == ("label-studio", False, False)
     assert (review.accept, review.consensus, review.rho) == ("share", "majority", run.spec.review.rho)
     assert review.form == "image"
@@ -307,12 +306,12 @@ def test_people_answer_every_input_plainly_whatever_the_run_file_says(tmp_path):
 
 def test_a_review_of_traffic_that_has_begun_keeps_its_form(served, tmp_path):
     store = FolderStore(tmp_path)
-    gallery = open_traffic_review(store, served, ()).require(Gallery)
+    gallery = open_traffic_review(served, ()).require(Gallery)
     served.store.within("traffic-1").delete_all()
     spec = served.spec.with_fields("review", form="scenario")
     Run.start(store, f"{served.name}/traffic-1", spec).once("draw", Gallery, lambda: gallery)
     for given in ([], ["review.answers_per_task=2"]):
-        assert open_traffic_review(store, served, given).spec.review.form == "scenario"
+        assert open_traffic_review(served, given).spec.review.form == "scenario"
 
 
 def test_reviews_of_traffic_are_listed_by_their_number_once_they_have_inputs(tmp_path):
@@ -338,6 +337,6 @@ def test_inputs_that_another_run_of_the_same_name_received_are_not_reviewed(serv
     for image in digits_gallery(images=4).images[1]:
         reservoir.offer(served.name, sampled_input(image, 1, components="of another run"))
     reservoir._thread.shutdown()
-    review = open_traffic_review(FolderStore(tmp_path), served, ())
+    review = open_traffic_review(served, ())
     assert review.require(Gallery).numbers == (2,)  # 1 has four inputs, of the other run
     assert "left out 4 of 10 inputs, which another run of this name received" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from label_studio_live import digits_gallery
@@ -93,23 +94,24 @@ def test_a_store_that_waiting_does_not_mend_ends_a_wait(make_review, monkeypatch
         raise failure("look at it")
 
     review = make_review(gallery=digits_gallery(labels=(8,), images=1))
-    state = review.annotators.push(review.gallery)
+    review.annotators.push(review.gallery)
+    status = review.annotators.status(review.gallery)
     monkeypatch.setattr(review.annotators, "_pull", pull)
     monkeypatch.setattr("services.labeling.annotators.sleep", lambda _: None)
     monkeypatch.setattr("services.labeling.annotators.STORE_OUTAGE_S", outage_s)
     with pytest.raises(failure, match="look at it"):
-        review.annotators._poll(review.gallery, state, 0)
+        review.annotators._poll(review.gallery, status)
 
 
 def test_an_outage_of_label_studio_is_no_part_of_the_outage_of_the_store(make_review, monkeypatch):
     review, failures, now = make_review(), [StoreError, ServiceError, StoreError], [1.0]
     review.annotators.push(review.gallery)
-    status, state = review.annotators.status(review.gallery)
+    status = review.annotators.status(review.gallery)
 
     def pull(*_: object):
         if failures:
             raise failures.pop()("no answer")
-        return status, state
+        return status
 
     def sleep(_: float) -> None:
         now[0] += 4000
@@ -117,7 +119,8 @@ def test_an_outage_of_label_studio_is_no_part_of_the_outage_of_the_store(make_re
     monkeypatch.setattr(review.annotators, "_pull", pull)
     monkeypatch.setattr("services.labeling.annotators.sleep", sleep)
     monkeypatch.setattr("services.labeling.annotators.monotonic", lambda: now[0])
-    assert review.annotators._poll(review.gallery, state, given=-1) == (status, state)
+    unanswered = SimpleNamespace(state=status.state, given=-1)
+    assert review.annotators._poll(review.gallery, unanswered) is status
     assert not failures
 
 

@@ -19,7 +19,7 @@ from defuse_core.errors import CheckFailed, DamagedError, InputError, StoreError
 from defuse_core.evaluation import Findings
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
-from services.cli.options import expect_not_promoted
+from services.cli.runs import expect_not_promoted
 from services.serving import candidate as candidate_module
 from services.serving.candidate import (
     Candidate,

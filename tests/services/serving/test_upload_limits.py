@@ -147,11 +147,11 @@ def test_a_slow_body_is_refused_where_many_are_slow_and_some_of_its_address(slow
     ):
         monkeypatch.setattr(limits, name, value)
     uploads = UploadLimits(ServeSection(timeout_s=0.2))
-    uploads._slow = Counter(slow)
+    uploads.slow = Counter(slow)
     with pytest.raises(HTTPException, match=words) as refused:
         received(uploads, request([b"a", NEVER]))
     assert refused.value.status_code == (503 if "too many" in words else 408)
-    assert dict(uploads._slow) == slow  # it gives its place back
+    assert dict(uploads.slow) == slow  # it gives its place back
 
 
 @pytest.mark.parametrize("chunks", [[MB[:-1], NEVER], [b"a", MB[2:], NEVER]])  # the rest once they are slow
@@ -177,7 +177,7 @@ def test_slow_bodies_of_one_address_leave_half_of_the_memory_to_others(chunks, m
         return body, refused
 
     body, refused = asyncio.run(receive_beside_stalled())
-    assert body == MB and not uploads._slow
+    assert body == MB and not uploads.slow
     assert len(refused) == 4 and all("other slow bodies from this address" in line for line in refused)
 
 
@@ -185,7 +185,7 @@ def test_a_slow_body_that_arrives_is_whole_and_counts_no_more(monkeypatch):
     monkeypatch.setattr(limits, "FAST_UPLOAD_S", 0.02)
     uploads = UploadLimits(ServeSection(timeout_s=60))
     assert received(uploads, request([b"a", b"b", b"c"], pause_s=0.02)) == b"abc"
-    assert not uploads._slow
+    assert not uploads.slow
 
 
 def test_requests_above_the_limit_wait_in_a_queue_that_is_limited_too():

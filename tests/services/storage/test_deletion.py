@@ -15,7 +15,7 @@ from buckets import THIEF, steal
 
 from defuse_core.errors import RunBusyError, StoreError
 from defuse_core.store import FolderStore, Store
-from services.cli.options import is_left_behind
+from services.cli.runs import is_left_behind
 from services.storage import lease, s3
 from tests.waiting import WAIT_S
 
