@@ -63,7 +63,7 @@ class Registry:
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
         sequences = self._sequences()
-        return self._read(sequences[-1]) if sequences else EMPTY
+        return self._read(sequences[-1], is_last=True) if sequences else EMPTY
 
     def state_after(self, known: RegistryState) -> RegistryState | None:
         """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`."""
@@ -287,13 +287,9 @@ class Registry:
             if ended is None:
                 raise InputError(ENDED.format(canary_or_shadow, registry_command("promote", self.store)))
             return ended
-        # `production` works also where the file of the change before is gone
-        before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
-        if not production and before.canary_or_shadow not in (None, current.production):
-            raise InputError(
-                f"the last change has ended a canary or shadow ({current.change_text}); to take version "
-                f"{current.production} out of production: `{registry_command('rollback --production', self.store)}`"
-            )
+        if not production and (reason := self._may_have_ended(current)):
+            back = registry_command("rollback --production", self.store)
+            raise InputError(f"{reason}; to take version {current.production} out of production: `{back}`")
         if not current.previous:
             raise InputError("no previous version to roll back to")
         self._verify_target(current.previous[-1], verify)
@@ -311,6 +307,17 @@ class Registry:
         assert state is not None  # `updates` returns something always
         return state
 
+    def _may_have_ended(self, current: RegistryState) -> str | None:
+        """Return why the change to `current` has, or may have, ended a canary or shadow; None where it has not."""
+        try:
+            before = self._read(current.sequence - 1) if current.sequence > 1 else EMPTY
+        except (GoneError, DamagedError):
+            where = f"{self.store.address}/{_change_key(current.sequence - 1)}"
+            return f"the last change may have ended a canary or shadow ({where} is missing or damaged)"
+        if before.canary_or_shadow in (None, current.production):
+            return None
+        return f"the last change has ended a canary or shadow ({current.change_text})"
+
     def _verify_target(self, number: int, verify: Callable[[Candidate], None]) -> None:
         try:
             verify(self.load(number))
@@ -325,10 +332,10 @@ class Registry:
         keys = self.store.within("changes").list()
         return sorted(int(key.removesuffix(".json")) for key in keys if re.fullmatch(r"\d{6,}\.json", key))
 
-    def _read(self, sequence: int) -> RegistryState:
+    def _read(self, sequence: int, *, is_last: bool = False) -> RegistryState:
         key = _change_key(sequence)
         try:
-            return parse_state(self.store.read(key), f"{self.store.address}/{key}")
+            return parse_state(self.store.read(key), f"{self.store.address}/{key}", is_last)
         except FileNotFoundError as error:
             raise GoneError(self.store) from error
 
