@@ -22,7 +22,13 @@ from defuse_core.errors import ComputeError, DamagedError, InputError, NoAnswerE
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.active_versions import InitialModel
-from services.serving.app import ClassifierIngress, build, classifier_deployment, running_application
+from services.serving.app import (
+    ClassifierIngress,
+    build,
+    classifier_deployment,
+    require_gpus,
+    running_application,
+)
 from services.serving.candidate import prepare_candidate
 from services.serving.deployment import ClassifierDeployment
 from services.serving.launch import Proxy, ServeArgs, serve_section
@@ -303,3 +309,39 @@ def test_replicas_follow_the_load_between_their_bounds_and_share_a_gpu():
 
 def test_a_server_where_no_request_waits_can_be_started():
     assert classifier_deployment(ServeSection(max_queued=0)).max_queued_requests == 1
+
+
+def test_a_server_that_limits_no_requests_can_be_started():
+    most = 2**31 - 1
+    asked = classifier_deployment(ServeSection(max_ongoing=most, max_queued=most))
+    assert asked.max_ongoing_requests == asked.max_queued_requests == most
+    asked._deployment_config.to_proto()  # as for the controller: no number is out of range
+
+
+@pytest.mark.parametrize(
+    ("fields", "gpus", "words"),
+    [
+        (
+            {"device": "cuda"},
+            0,
+            r"serve\.device: cuda, but a replica gets no GPU \(this machine has 0\); set it to auto",
+        ),
+        (
+            {"device": "cuda", "gpus_per_replica": 0},
+            2,
+            r"gets no GPU \(this machine has 2\); .*gpus_per_replica to 1$",
+        ),
+        (
+            {"gpus_per_replica": 2.0},
+            1,
+            r"serve\.gpus_per_replica: expected 1 x 2 GPU on this machine, found 1$",
+        ),
+        ({"min_replicas": 2, "max_replicas": 2}, 1, r"expected 2 x 1 GPU on this machine, found 1$"),
+    ],
+)
+def test_a_server_whose_replicas_lack_a_gpu_is_not_started(fields, gpus, words, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus} if gpus else {})
+    with pytest.raises(InputError, match=words):
+        require_gpus(ServeSection(**fields))
+    require_gpus(ServeSection(device="cpu"))
