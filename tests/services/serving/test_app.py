@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
 import os
 import re
+import sys
 
 import pytest
 import ray
@@ -147,6 +149,8 @@ def test_a_replica_logs_each_record_on_one_line_with_date_time_and_level(
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.WARNING, "defuse")  # restored after the test
     monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    monkeypatch.setattr("sys.__stderr__", sys.stderr)
+    monkeypatch.setattr("sys.stderr", io.StringIO())  # as Serve leaves it
     for _ in range(2):
         ClassifierIngress(promoted.address, InitialModel(), ServeSection(), {}, False)
         root.addHandler(logging.StreamHandler())  # by the user's code
