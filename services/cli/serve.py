@@ -284,7 +284,7 @@ def serve(
         require_corrected(open_run(run, store))
     if address is None:
         require_free_port(host, port)
-    with proxy_environment(chosen, port):
+    with proxy_environment(chosen, host, port):
         from services.serving.app import serve_until_stopped
 
         serve_until_stopped(args, section, address, host, port, chosen, click.echo)

@@ -52,6 +52,7 @@ from services.storage import open_store
 
 log = logging.getLogger("defuse")
 APPLICATION = "defuse"  # its name in Ray Serve
+MAX_INT32 = 2**31 - 1  # in a message of Serve
 TARGET_ONGOING = 16  # requests in flight per replica that autoscaling aims at
 MIN_SHUTDOWN_S = 30.0  # a stopping replica gets at least this time to finish its requests
 
@@ -128,7 +129,7 @@ def _warn_of_other_version(state: RegistryState, candidate: Candidate) -> None:
 def classifier_deployment(section: ServeSection) -> Any:
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": section.cpus_per_replica, "num_gpus": _gpus_per_replica(section)},
-        "max_ongoing_requests": section.max_ongoing + section.max_queued + MAX_UPLOADS,
+        "max_ongoing_requests": min(section.max_ongoing + section.max_queued + MAX_UPLOADS, MAX_INT32),
         "max_queued_requests": max(1, section.max_queued),  # Serve refuses 0; RequestSlots holds the limit
         "backpressure_config": BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         "graceful_shutdown_timeout_s": max(MIN_SHUTDOWN_S, 2 * section.timeout_s),

@@ -26,6 +26,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/bmp", "image/webp", "application/octet-stream")
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 MAX_JPEG_SCANS = 100  # a progressive JPEG has some 10; decoding takes time for each, however few bytes it has
+# Of a PNG image, each of up to 1 MB once it is decompressed, of 1 KB; an ordinary one has a profile and a few texts.
+MAX_PNG_TEXTS, PNG_TEXTS = 20, (b"iCCP", b"iTXt", b"zTXt")
 REMEDY = "convert it, or serve with `serve.resize: true`, which converts it as in training"
 
 
@@ -166,6 +168,7 @@ def _decode_image(data: bytes, input_spec: InputSpec, budget: int) -> tuple[F32,
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings concern metadata; broken pixels raise errors
+            _check_texts(data)
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 _check_size(image, input_spec, budget)
                 _check_scans(data)
@@ -208,6 +211,12 @@ def _check_mode(image: Image.Image, input_spec: InputSpec) -> None:
         )
     if not keeps_colours(image, input_spec.channels):
         raise RejectedInput(422, f"the image has colour mode {image.mode}, expected {input_spec}; {REMEDY}")
+
+
+def _check_texts(data: bytes) -> None:
+    """Check the texts and profiles of a PNG image, which are decompressed with its header."""
+    if data.startswith(b"\x89PNG") and sum(map(data.count, PNG_TEXTS)) > MAX_PNG_TEXTS:
+        raise RejectedInput(422, f"the PNG image has more than {MAX_PNG_TEXTS} compressed texts or profiles")
 
 
 def _check_scans(data: bytes) -> None:

@@ -141,14 +141,16 @@ OTHER_FILES = 256  # of HAProxy: listeners, threads, and a health check for each
 # HAProxy takes paths of sockets of at most 97 characters; Ray adds a folder with the 56 of the node's number.
 MAX_TEMPORARY_FOLDER = 97 - len("/defuse-xxxxxxxx") - len("/") - 56 - len("/metrics.sock")
 
-# Ray's template of HAProxy's configuration lets every user of the machine change its servers, and shows statistics on
-# every interface. There is no setting for that, so the program that Ray starts as HAProxy edits the file first.
+# Ray's template of HAProxy's configuration lets every user of the machine change its servers, shows statistics on every
+# interface, and has wrong addresses for some hosts (`_edit_of_addresses`). There is no setting for that, so the program
+# that Ray starts as HAProxy edits the file first.
 HAPROXY_PROGRAM = """#!/bin/sh
 private='s#^( *bind) [*]?:([0-9]+)$#\\1 unix@{folder}/port-\\2.sock mode 600#'
 sed -i -E \\
     -e 's#^( *stats socket .*) mode 666#\\1 mode 600#' \\
     -e "/^(frontend prometheus|listen stats)$/,/ bind /$private" \\
     -e 's#^defaults$#defaults\\n    timeout http-request 10s\\n    option forwardfor#' \\
+    -e '{addresses}' \\
     "$3"
 exec {python} -IS -c '{end_with_parent}' {haproxy} "$@"
 """
@@ -180,8 +182,10 @@ def choose_proxy(requested: str, section: ServeSection, host: str) -> Proxy:
 
 
 @contextlib.contextmanager
-def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
-    """Set the variables of the proxy for Ray processes that start in the block; they stay set. `port` is the clients'.
+def proxy_environment(proxy: Proxy, host: str, port: int) -> Iterator[None]:
+    """Set the variables of the proxy for Ray processes that start in the block; they stay set.
+
+    `host` and `port` are the clients'.
 
     Deletes HAProxy's files at the end. Raises InputError where HAProxy is not installed, or there is no folder for its
     sockets or HAPROXY_PROGRAM.
@@ -192,7 +196,7 @@ def proxy_environment(proxy: Proxy, port: int) -> Iterator[None]:
         if proxy is Proxy.DIRECT:
             os.environ.update(_direct_environment(port))
         elif proxy is Proxy.HAPROXY:
-            os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(stack))
+            os.environ.update(HAPROXY_ENVIRONMENT | _haproxy_files(stack, host, port))
             os.environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_most_connections()))
         elif proxy is Proxy.RAY:
             os.environ.update(HEADER_LIMITS)
@@ -221,20 +225,20 @@ def _most_connections() -> int:
     return min(MAX_CONNECTIONS, max(1, (hard - OTHER_FILES) * 2 // 5))
 
 
-def _haproxy_files(stack: contextlib.ExitStack) -> dict[str, str]:
+def _haproxy_files(stack: contextlib.ExitStack, host: str, port: int) -> dict[str, str]:
     """Write HAPROXY_PROGRAM, and return the settings that keep all files of HAProxy in folders of mode 700.
 
     They are in the folder for temporary files; in /tmp where paths of sockets become too long, without the program if
     /tmp is mounted with noexec. `stack` removes them.
     """
-    binary = _haproxy_binary()
+    binary, addresses = _haproxy_binary(), _edit_of_addresses(host, port)
     try:
         parent = tempfile.gettempdir()
         is_short = len(os.fsencode(parent)) <= MAX_TEMPORARY_FOLDER
         folder = _private_folder(stack, parent if is_short else "/tmp")
-        program = _write_program(folder, folder, binary)
+        program = _write_program(folder, folder, binary, addresses)
         if not (is_short or os.access(program, os.X_OK)):
-            program = _write_program(_private_folder(stack, parent), folder, binary)
+            program = _write_program(_private_folder(stack, parent), folder, binary, addresses)
     except OSError as error:
         raise InputError(
             f"HAProxy's sockets need a folder ({error}); set TMPDIR to a folder that can be written, whose path has at "
@@ -270,11 +274,24 @@ def _private_folder(stack: contextlib.ExitStack, parent: str) -> Path:
     return Path(stack.enter_context(made))
 
 
-def _write_program(folder: Path, sockets: Path, binary: str) -> Path:
+def _edit_of_addresses(host: str, port: int) -> str:
+    """Return a command of sed that corrects addresses in Ray's template.
+
+    It binds IPv4 alone for `::`, and looks for replicas at 127.0.0.1, while they listen on `host`.
+    """
+    if host == "0.0.0.0":
+        return ""
+    if host == "::":
+        return rf"s#^( *bind) [*]:{port}$#\1 :::{port} v4v6#"
+    return rf"s#^( *server [^ ]+) [^ ]+:([0-9]+) #\1 {host}:\2 #"
+
+
+def _write_program(folder: Path, sockets: Path, binary: str, addresses: str) -> Path:
     """Write HAPROXY_PROGRAM to `folder`, and return its path."""
     program = folder / "haproxy"
     text = HAPROXY_PROGRAM.format(
         folder=sockets,
+        addresses=addresses,
         python=shlex.quote(sys.executable),
         end_with_parent=END_WITH_PARENT,
         haproxy=shlex.quote(binary),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -53,7 +54,8 @@ def log_to_stderr() -> None:
     """Log to stderr in a process that Ray starts, unless its log has a handler, as by Ray's LoggingConfig."""
     if log.hasHandlers():
         return
-    handler = logging.StreamHandler()
+    # Serve puts another stderr into a replica, which keeps up to 1,000 lines in memory
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -35,9 +35,11 @@ from services.serving.registry_state import (
     PromotionRequest,
     RegistryState,
     VersionInfo,
+    change_key,
     changed_error,
     parse_state,
     registry_command,
+    version_key,
 )
 
 log = logging.getLogger("defuse")
@@ -63,14 +65,14 @@ class Registry:
     def state(self) -> RegistryState:
         """Return the current state. Raises DamagedError for a registry of another format."""
         sequences = self._sequences()
-        return self._read(sequences[-1]) if sequences else EMPTY
+        return self._read(sequences[-1], is_last=True) if sequences else EMPTY
 
     def state_after(self, known: RegistryState) -> RegistryState | None:
         """Return the current state; None, after two lookups, where it is `known`. Raises as `changes_after`.
 
         It reads no change in between, so a damaged one keeps no server from what is in production.
         """
-        if self._has(known) and not self.store.exists(_change_key(known.sequence + 1)):
+        if self._has(known) and not self.store.exists(change_key(known.sequence + 1)):
             return None
         return self._state_of_existing()
 
@@ -83,7 +85,7 @@ class Registry:
         if not self._has(known):
             return [self._state_of_existing()]
         found: list[RegistryState] = []
-        while self.store.exists(_change_key(known.sequence + len(found) + 1)):
+        while self.store.exists(change_key(known.sequence + len(found) + 1)):
             found.append(self._read(known.sequence + len(found) + 1))
         return found
 
@@ -91,7 +93,7 @@ class Registry:
         """Return whether `known` is still the state after the change of its number; reads it where its file changed."""
         if not known.sequence:
             return True
-        version = self.store.version(_change_key(known.sequence))
+        version = self.store.version(change_key(known.sequence))
         if self._last_read != (known, version):
             with contextlib.suppress(GoneError, DamagedError):
                 self._last_read = self._read(known.sequence), version
@@ -105,11 +107,11 @@ class Registry:
 
     def file_version(self, number: int) -> str | None:
         """Return what changes where the file of version `number` does; None where it is missing."""
-        return self.store.version(_version_key(number))
+        return self.store.version(version_key(number))
 
     def load(self, number: int) -> Candidate:
         """Return version `number`. Raises InputError for an unknown one, and DamagedVersionError."""
-        key = _version_key(number)
+        key = version_key(number)
         where = f"{self.store.address}/{key}"
         try:
             data = self.store.read(key)
@@ -147,7 +149,7 @@ class Registry:
             return max(known)
         number = max(state.versions, default=0) + 1
         data = encode(candidate)
-        while not self.store.create(_version_key(number), data) and not self._holds(number, data):
+        while not self.store.create(version_key(number), data) and not self._holds(number, data):
             number += 1
         info = VersionInfo(
             run=candidate.run, digest=candidate.digest, by=by, when=utc_now(), why=why, forced=forced,
@@ -162,13 +164,13 @@ class Registry:
             return number
         equal = self.add(candidate, by, why, forced)  # that a concurrent promotion has added
         if equal != number:
-            self.store.delete(_version_key(number))
+            self.store.delete(version_key(number))
         return equal
 
     def _holds(self, number: int, data: bytes) -> bool:
         """Whether the file of version `number` is `data`, as of a promotion that was killed."""
         with contextlib.suppress(FileNotFoundError):
-            return self.store.read(_version_key(number)) == data
+            return self.store.read(version_key(number)) == data
         return False
 
     def _repair(self, number: int, candidate: Candidate) -> None:
@@ -176,7 +178,7 @@ class Registry:
         try:
             self.load(number)
         except DamagedVersionError:
-            self.store.write(_version_key(number), encode(candidate))
+            self.store.write(version_key(number), encode(candidate))
             log.warning(
                 "version %d was damaged or missing; it is written again from run %s", number, candidate.run
             )
@@ -203,7 +205,7 @@ class Registry:
                 changes["since"] = since.model_copy(update={"change": sequence})
             state = current.model_copy(update=changes)
             try:
-                if self.store.create(_change_key(sequence), state.model_dump_json(indent=1).encode()):
+                if self.store.create(change_key(sequence), state.model_dump_json(indent=1).encode()):
                     return state
             except NoAnswerError as error:
                 see = f"see `{registry_command('promote', self.store)}` before you run the command again"
@@ -293,13 +295,9 @@ class Registry:
             if ended is None:
                 raise changed_error(ENDED.format(canary_or_shadow), self.store)
             return ended
-        # `production` works also where the file of the change before is gone
-        before = EMPTY if production or current.sequence == 1 else self._read(current.sequence - 1)
-        if not production and before.canary_or_shadow not in (None, current.production):
-            raise InputError(
-                f"the last change has ended a canary or shadow ({current.change_text}); to take version "
-                f"{current.production} out of production: `{registry_command('rollback --production', self.store)}`"
-            )
+        if not production and (reason := self._may_have_ended(current)):
+            back = registry_command("rollback --production", self.store)
+            raise InputError(f"{reason}; to take version {current.production} out of production: `{back}`")
         if not current.previous:
             raise InputError("no previous version to roll back to")
         self._verify_target(current.previous[-1], verify)
@@ -317,6 +315,17 @@ class Registry:
         assert state is not None  # `updates` returns something always
         return state
 
+    def _may_have_ended(self, current: RegistryState) -> str | None:
+        """Return why the change to `current` has, or may have, ended a canary or shadow; None where it has not."""
+        try:
+            before = self._read(current.sequence - 1) if current.sequence > 1 else EMPTY
+        except (GoneError, DamagedError):
+            where = f"{self.store.address}/{change_key(current.sequence - 1)}"
+            return f"the last change may have ended a canary or shadow ({where} is missing or damaged)"
+        if before.canary_or_shadow in (None, current.production):
+            return None
+        return f"the last change has ended a canary or shadow ({current.change_text})"
+
     def _verify_target(self, number: int, verify: Callable[[Candidate], None]) -> None:
         try:
             verify(self.load(number))
@@ -331,10 +340,10 @@ class Registry:
         keys = self.store.within("changes").list()
         return sorted(int(key.removesuffix(".json")) for key in keys if re.fullmatch(r"\d{6,}\.json", key))
 
-    def _read(self, sequence: int) -> RegistryState:
-        key = _change_key(sequence)
+    def _read(self, sequence: int, *, is_last: bool = False) -> RegistryState:
+        key = change_key(sequence)
         try:
-            return parse_state(self.store.read(key), f"{self.store.address}/{key}")
+            return parse_state(self.store.read(key), f"{self.store.address}/{key}", is_last)
         except FileNotFoundError as error:
             raise GoneError(self.store) from error
 
@@ -388,11 +397,3 @@ def _compare(
     if worse and request.is_canary_or_shadow:
         return failed, f"{worse}; it needs --force to replace version {production}"
     return ([*failed, worse] if worse else failed), None
-
-
-def _version_key(number: int) -> str:
-    return f"versions/{number:06d}.safetensors"
-
-
-def _change_key(sequence: int) -> str:
-    return f"changes/{sequence:06d}.json"

@@ -165,6 +165,8 @@ class PromotionRequest:
 
 
 EMPTY = RegistryState(format=FORMAT)
+# where the last change is damaged; the files of all versions stay, and no number is given again
+DELETE_IT = "or delete it: the change before it counts then, also for servers that run; then repeat this one"
 
 
 def registry_command(words: str, registry: Store) -> str:
@@ -187,13 +189,24 @@ class GoneError(StoreError):
         )
 
 
-def parse_state(text: bytes, where: str) -> RegistryState:
-    """Return the state in the JSON `text`. Raises DamagedError, naming `where`, for another format or other text."""
+def version_key(number: int) -> str:
+    return f"versions/{number:06d}.safetensors"
+
+
+def change_key(sequence: int) -> str:
+    return f"changes/{sequence:06d}.json"
+
+
+def parse_state(text: bytes, where: str, is_last: bool) -> RegistryState:
+    """Return the state in the JSON `text`. Raises DamagedError, naming `where`, for another format or other text.
+
+    The last change may be deleted then.
+    """
     try:
         return RegistryState.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        found, remedy = first["msg"], "restore the file"
+        found, remedy = first["msg"], "restore the file" + (f", {DELETE_IT}" if is_last else "")
         if first["loc"] == ("format",):
             found = f"format {first['input']}" if first["type"] == "literal_error" else "none"
             remedy = "use the version of Defuse that wrote it, or rename its folder and promote a run of this version"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
 import os
 import re
+import sys
 
 import pytest
 import ray
@@ -147,6 +149,8 @@ def test_a_replica_logs_each_record_on_one_line_with_date_time_and_level(
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.WARNING, "defuse")  # restored after the test
     monkeypatch.setattr("services.serving.app.hide_other_gpus", lambda: None)
+    monkeypatch.setattr("sys.__stderr__", sys.stderr)
+    monkeypatch.setattr("sys.stderr", io.StringIO())  # as Serve leaves it
     for _ in range(2):
         ClassifierIngress(promoted.address, InitialModel(), ServeSection(), {}, False)
         root.addHandler(logging.StreamHandler())  # by the user's code
@@ -311,6 +315,13 @@ def test_a_server_where_no_request_waits_can_be_started():
     assert classifier_deployment(ServeSection(max_queued=0)).max_queued_requests == 1
 
 
+def test_a_server_that_limits_no_requests_can_be_started():
+    most = 2**31 - 1
+    asked = classifier_deployment(ServeSection(max_ongoing=most, max_queued=most))
+    assert asked.max_ongoing_requests == asked.max_queued_requests == most
+    asked._deployment_config.to_proto()  # as for the controller: no number is out of range
+
+
 @pytest.mark.parametrize(
     ("settings", "embedded", "words"),
     [
@@ -340,3 +351,17 @@ def test_gpus_that_no_replica_gets_are_a_wrong_setting(settings, embedded, words
 def test_a_cluster_may_get_the_gpus_of_replicas_later(ray_session):
     require_gpus(ServeSection(device="cuda", gpus_per_replica=1), embedded=False)
     require_gpus(ServeSection(device="cpu", gpus_per_replica=1), embedded=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "words"),
+    [
+        ({"gpus_per_replica": 2.0}, 1, "expected 1 x 2 GPU on this machine, found 1$"),
+        ({"min_replicas": 2, "max_replicas": 2}, 1, "expected 2 x 1 GPU on this machine, found 1$"),
+    ],
+)
+def test_a_machine_with_too_few_gpus_for_its_replicas_is_a_wrong_setting(settings, gpus, words, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus})
+    with pytest.raises(InputError, match=words):
+        require_gpus(ServeSection(**settings), embedded=True)

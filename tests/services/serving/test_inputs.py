@@ -151,6 +151,24 @@ def test_the_scans_of_a_jpeg_are_counted_before_its_colours_are_decoded(monkeypa
     assert decoded == []
 
 
+def with_profiles(count: int, picture: bytes) -> bytes:
+    """A PNG image with so many profiles of 1 MB, which have 1 KB each in the file."""
+    chunk = b"iCCP" + b"name\0\0" + zlib.compress(bytes(1_000_000), 9)
+    profile = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    header = 8 + 25  # signature and IHDR
+    return picture[:header] + profile * count + picture[header:]
+
+
+def test_a_png_with_many_compressed_profiles_is_rejected_before_one_is_read(monkeypatch):
+    """7,500 of them, in 8 MB, take half a minute."""
+    picture = file()
+    accepted = decode_images([with_profiles(20, picture)], GREY)
+    np.testing.assert_array_equal(accepted, decode_images([picture], GREY))
+    monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("reads the header"))
+    with pytest.raises(RejectedInput, match="^422: the PNG image has more than 20 compressed texts or"):
+        decode_images([with_profiles(21, picture)], GREY)
+
+
 def test_a_decompression_bomb_is_rejected_before_its_pixels_are_decoded(monkeypatch):
     decoded = []
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: decoded.append(picture.size))

