@@ -277,6 +277,25 @@ def test_the_token_of_an_embedded_ray_is_forgotten_with_it_and_that_of_the_user_
     assert "RAY_AUTH_MODE" not in os.environ
 
 
+def test_no_signal_cuts_off_the_end_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def shut_down() -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        done.append("all of it")
+
+    monkeypatch.setattr("cluster.connection.ray.shutdown", shut_down)
+    monkeypatch.setattr("cluster.connection.forget_private_token", lambda: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            disconnect()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["all of it"]
+
+
 def test_a_worker_that_died_is_explained_by_its_node_and_the_cause() -> None:
     lost = ActorDiedErrorContext(
         error_message="The actor died because its node has died. Node Id: ab\n\tterminated: preempted",
