@@ -287,7 +287,7 @@ def test_no_signal_cuts_off_the_end_of_ray(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("cluster.connection.ray.shutdown", shut_down)
     monkeypatch.setattr("cluster.connection.forget_private_token", lambda: None)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     try:
         with pytest.raises(KeyboardInterrupt):
             disconnect()
