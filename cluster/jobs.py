@@ -185,9 +185,8 @@ class Jobs:
                 raise InputError(
                     f"{self.shown} does not take a job of this size (413); {WITHOUT_UPLOAD}"
                 ) from error
-            raise ComputeError(
-                f"{self.shown}: {without_credentials(str(error), self.address).splitlines()[0]}"
-            ) from error
+            problem = without_credentials(str(error), self.address).splitlines()[0].rstrip(".")
+            raise ComputeError(f"{self.shown}: {problem}") from error
 
 
 def job_client(address: str, timeout_s: float) -> JobSubmissionClient:
