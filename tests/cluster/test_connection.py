@@ -20,6 +20,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from cluster import connection
+from cluster.compute import RayCompute
 from cluster.connection import (
     INSIST,
     as_defuse_error,
@@ -31,6 +32,7 @@ from cluster.connection import (
     ray_errors,
 )
 from defuse_core.errors import ComputeError, DataError, InputError
+from tests.conftest import tiny
 from tests.ports import free_port
 
 
@@ -294,6 +296,22 @@ def test_no_signal_cuts_off_the_end_of_ray(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["all of it"]
+
+
+def test_ray_is_left_also_where_ctrl_c_cuts_off_the_end_of_its_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    left: list[str] = []
+    monkeypatch.setattr("cluster.compute.disconnect", lambda: left.append("Ray"))
+    found = RayCompute(None, tiny())
+    monkeypatch.setattr(found, "listener", SimpleNamespace(close=interrupt))
+    found.connected_here = True
+    with pytest.raises(KeyboardInterrupt), found:
+        pass
+    assert left == ["Ray"] and not found.connected_here
 
 
 def test_a_worker_that_died_is_explained_by_its_node_and_the_cause() -> None:
