@@ -89,12 +89,14 @@ class RayCompute(Compute):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.listener is not None:
-            self.listener.close()
-            self.listener = None
-        if self.connected_here:
-            disconnect()
-            self.connected_here = False
+        listener, self.listener = self.listener, None
+        try:
+            if listener is not None:
+                listener.close()
+        finally:
+            if self.connected_here:
+                self.connected_here = False
+                disconnect()
 
     def tasks(self, step: str, calls: Sequence[Call[Any]]) -> list[Any]:
         self._join_cluster().begin()

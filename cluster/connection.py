@@ -33,7 +33,7 @@ from cluster.ray_compat import (
     limit_memory_retries,
     set_private_token,
     shorten_socket_paths,
-    signals_wait_for_start,
+    signals_wait_for_ray,
     wait_for_absent_head,
     without_unused_processes,
 )
@@ -94,7 +94,7 @@ def connect(address: str | None, cpus: int = 0) -> bool:
     if found := connection_error(address, CONNECT_WITHIN_S):
         raise _unreachable(address, found)
     try:
-        with nothing_left_of_a_failed_start(), signals_wait_for_start():
+        with nothing_left_of_a_failed_start(), signals_wait_for_ray(again_interrupts=True):
             ray.init(address=address, **quiet)
     except Exception as error:
         found = explained_line(error)
@@ -117,7 +117,7 @@ def _start_embedded(cpus: int, quiet: dict[str, Any]) -> None:
         try:
             with (
                 nothing_left_of_a_failed_start(),
-                signals_wait_for_start(),
+                signals_wait_for_ray(again_interrupts=True),
                 without_unused_processes(),
                 _hangups_blocked(),
             ):
@@ -178,8 +178,9 @@ def nothing_left_of_a_failed_start() -> Iterator[None]:
 
 def disconnect() -> None:
     """End the connection that `connect` made; an embedded Ray ends with it, and its token is forgotten."""
-    ray.shutdown()
-    forget_private_token()
+    with signals_wait_for_ray(again_interrupts=False):
+        ray.shutdown()
+        forget_private_token()
 
 
 @contextlib.contextmanager

@@ -24,6 +24,9 @@ from defuse_core.formatting import one_line, proxy_remedy, without_credentials
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 GIVE_UP_AFTER_S = 300.0  # longest silence while a log is followed, such as over a tunnel that is made again
+FORGOTTEN_AFTER_S = (
+    30.0  # a head that knows no such job for as long has lost it; one that just starts may still read it
+)
 PAUSE_S = 3.0  # interval between two reads of a whole log: some hundred kB after a day
 ANSWER_WITHIN_S = 20.0
 CHECK_ADDRESS = "check --address or RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379"
@@ -33,6 +36,10 @@ WITHOUT_UPLOAD = (
     "run `defuse run --address` on a machine of the cluster, with the weights at the same absolute path on "
     "every node"
 )
+
+
+class _UnknownJobError(InputError):
+    """The cluster has no job of that id."""
 
 
 class Jobs:
@@ -108,11 +115,12 @@ class Jobs:
         """Show what the job writes until it ends, across lost connections, and return it as it ended.
 
         Asks for the whole log again and again: a websocket, by which Ray sends what is new, passes fewer proxies.
-        Raises ComputeError where the connection is lost for good, and what `show` raises.
+        Raises ComputeError where the connection, or the job, is lost for good, and what `show` raises.
         """
         self.get(job_id)  # raises at once for an unknown job, another token or an address without a dashboard
         shown = 0  # characters
         lost_at: float | None = None  # since then nothing answers
+        unknown_at: float | None = None  # since then a head answers that knows no such job
         while True:
             try:
                 job = self.get(job_id)  # first: an ended job writes no more
@@ -122,13 +130,20 @@ class Jobs:
                 if lost_at is None:
                     lost_at = time.monotonic()
                     log.warning("%s; trying again for %.0f minutes", lost, GIVE_UP_AFTER_S / 60)
-                if time.monotonic() - lost_at > GIVE_UP_AFTER_S:
+                now = time.monotonic()
+                unknown_at = (unknown_at or now) if isinstance(error, _UnknownJobError) else None
+                if unknown_at is not None and now - unknown_at > FORGOTTEN_AFTER_S:
+                    raise ComputeError(
+                        f"job {job_id}: {self.shown} answers again, and has no such job, as where its head was started "
+                        "anew; submit again, and the run continues where it stopped"
+                    ) from error
+                if now - lost_at > GIVE_UP_AFTER_S:
                     raise ComputeError(
                         f"{lost}; the job may go on, and `defuse jobs logs {job_id} --follow {self.option}` "
                         "follows it again"
                     ) from error
             else:
-                lost_at = None
+                lost_at = unknown_at = None
                 if len(text) > shown:
                     show(text[shown:])
                     shown = len(text)
@@ -176,16 +191,15 @@ class Jobs:
             ) from error
         except RuntimeError as error:
             if "404" in str(error) and job_id:
-                raise InputError(
+                raise _UnknownJobError(
                     f"no job {job_id} at {self.shown}; see `defuse jobs list {self.option}`"
                 ) from error
             if "status code 413" in str(error):
                 raise InputError(
                     f"{self.shown} does not take a job of this size (413); {WITHOUT_UPLOAD}"
                 ) from error
-            raise ComputeError(
-                f"{self.shown}: {without_credentials(str(error), self.address).splitlines()[0]}"
-            ) from error
+            problem = without_credentials(str(error), self.address).splitlines()[0].rstrip(".")
+            raise ComputeError(f"{self.shown}: {problem}") from error
 
 
 def job_client(address: str, timeout_s: float) -> JobSubmissionClient:

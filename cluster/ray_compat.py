@@ -234,11 +234,12 @@ def cancel_all(tasks: Sequence[Any]) -> None:
 
 
 @contextlib.contextmanager
-def signals_wait_for_start() -> Iterator[None]:
-    """Let handlers of SIGINT, SIGTERM and SIGHUP run after the block, a start of Ray; the same again interrupts.
+def signals_wait_for_ray(*, again_interrupts: bool) -> Iterator[None]:
+    """Let handlers of SIGINT, SIGTERM and SIGHUP run after the block, a start or an end of Ray.
 
-    A process whose start of Ray is interrupted ends with SIGSEGV. ray.init also replaces the program's handler of
-    SIGTERM by one that exits with 15, and Ray's C++ part by another, which dumps its stack.
+    A process whose start of Ray is interrupted ends with SIGSEGV; one whose end of Ray is, with exit code 1 and without
+    a word, as soon as an ObjectRef is freed. ray.init also replaces the program's handler of SIGTERM by one that exits
+    with 15, and Ray's C++ part by another, which dumps its stack.
     """
     from ray._private import utils
 
@@ -249,7 +250,8 @@ def signals_wait_for_start() -> Iterator[None]:
 
     def note(number: int, _: object) -> None:
         arrived.append(number)
-        signal.signal(number, own[number])
+        if again_interrupts:
+            signal.signal(number, own[number])
 
     if signal.SIGTERM in own:
         utils.set_sigterm_handler = lambda _: None

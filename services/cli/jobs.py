@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
+import os
 import shlex
 import shutil
 import sys
@@ -272,6 +273,14 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
 
 
 def _expect_uploadable(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        try:
+            os.fspath(path).encode()
+        except UnicodeEncodeError as error:  # which Ray would raise
+            name = path.relative_to(folder)
+            raise InputError(
+                f"{name}: Ray takes only UTF-8 in the names of files; rename or remove it"
+            ) from error
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     largest = max(files, key=lambda path: files[path])
     if sum(files.values()) > MOST_MB * 2**20:

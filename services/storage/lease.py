@@ -239,17 +239,22 @@ class Lease:
 def hold(stored: LeaseObject, beating: LeaseObject) -> Iterator[Lease]:
     """Hold the lease inside the block. Raises RunBusyError, naming the holder, if another driver has it.
 
-    `beating` is the same object for the heartbeat; it waits for no answer as long as LEASE_S.
+    `beating` is the same object for the heartbeat; it waits for no answer as long as LEASE_S. Whoever stops the command
+    does not wait longer either: a lease that is not released is free after LEASE_S.
     """
     lease = Lease(stored, f"process {os.getpid()} on {platform.node()}")
     lease.take()
     lease.object = beating
     keeper = threading.Thread(target=lease.keep, name="defuse-lease", daemon=True)
     keeper.start()
+    releasing = stored  # which tries longer
     try:
         yield lease
+    except KeyboardInterrupt:
+        releasing = beating
+        raise
     finally:
         lease.ended.set()
         keeper.join()
-        lease.object = stored  # which tries longer
+        lease.object = releasing
         lease.release()

@@ -20,6 +20,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from cluster import connection
+from cluster.compute import RayCompute
 from cluster.connection import (
     INSIST,
     as_defuse_error,
@@ -31,6 +32,7 @@ from cluster.connection import (
     ray_errors,
 )
 from defuse_core.errors import ComputeError, DataError, InputError
+from tests.conftest import tiny
 from tests.ports import free_port
 
 
@@ -287,6 +289,41 @@ def test_the_token_of_an_embedded_ray_is_forgotten_with_it_and_that_of_the_user_
     disconnect()
     assert os.environ.get("RAY_AUTH_TOKEN") == own
     assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_no_signal_cuts_off_the_end_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def shut_down() -> None:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        done.append("all of it")
+
+    monkeypatch.setattr("cluster.connection.ray.shutdown", shut_down)
+    monkeypatch.setattr("cluster.connection.forget_private_token", lambda: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            disconnect()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["all of it"]
+
+
+def test_ray_is_left_also_where_ctrl_c_cuts_off_the_end_of_its_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    left: list[str] = []
+    monkeypatch.setattr("cluster.compute.disconnect", lambda: left.append("Ray"))
+    found = RayCompute(None, tiny())
+    monkeypatch.setattr(found, "listener", SimpleNamespace(close=interrupt))
+    found.connected_here = True
+    with pytest.raises(KeyboardInterrupt), found:
+        pass
+    assert left == ["Ray"] and not found.connected_here
 
 
 def test_a_worker_that_died_is_explained_by_its_node_and_the_cause() -> None:

@@ -38,6 +38,7 @@ class Head:
         self.status, self.exit_code, self.is_silent, self.is_unreadable = "RUNNING", 0, False, False
         self.log, self.reads = LOG[:11], 0
         self.ends = False  # the job writes its last line and ends, right after somebody has read its log
+        self.is_new = False  # a head that was started again without its jobs
         self.refusals = 0  # questions that it answers with 403, as a proxy before a head that starts again
         self.address = f"http://127.0.0.1:{free_port()}"
 
@@ -67,6 +68,8 @@ class Head:
         if self.refusals:
             self.refusals -= 1
             return web.json_response({}, status=403)
+        if self.is_new:
+            raise web.HTTPNotFound
         return web.json_response(answer())
 
     def _read(self) -> dict[str, str]:
@@ -162,6 +165,18 @@ def test_refusals_after_the_first_contact_are_a_lost_connection_for_a_while(
     head.refusals = 1
     with pytest.raises(InputError, match="requires another token"):
         Jobs(head.address).follow("j1", print)
+
+
+def test_a_job_that_a_new_head_does_not_know_is_given_up(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "FORGOTTEN_AFTER_S", 0.3)
+
+    def start_again(_: str) -> None:
+        head.is_new = True
+
+    with pytest.raises(
+        ComputeError, match="^job j1: .* has no such job, as where its head was started anew; submit"
+    ):
+        Jobs(head.address).follow("j1", start_again)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from cluster.ray_compat import (
     named_trainable,
     own_node_has_ended,
     quiet_tune,
-    signals_wait_for_start,
+    signals_wait_for_ray,
     uses_haproxy,
 )
 from defuse_core.device import usable_cpus
@@ -305,7 +305,7 @@ def test_a_programs_own_handler_of_sigterm_is_kept_and_rays_where_it_has_none():
     try:
         for handler, kept in ((own, own), (signal.SIG_DFL, of_ray)):
             signal.signal(signal.SIGTERM, handler)
-            with signals_wait_for_start():
+            with signals_wait_for_ray(again_interrupts=True):
                 utils.set_sigterm_handler(of_ray)  # as ray.init does
             assert signal.getsignal(signal.SIGTERM) is kept
     finally:
@@ -322,11 +322,11 @@ def interrupting(request: pytest.FixtureRequest) -> Iterator[signal.Signals]:
 
 def test_a_signal_waits_for_the_start_of_ray_and_a_second_one_does_not(interrupting: signal.Signals):
     done = []
-    with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
+    with pytest.raises(KeyboardInterrupt), signals_wait_for_ray(again_interrupts=True):
         signal.raise_signal(interrupting)
         done.append("the start")
     assert done == ["the start"]
-    with pytest.raises(KeyboardInterrupt), signals_wait_for_start():
+    with pytest.raises(KeyboardInterrupt), signals_wait_for_ray(again_interrupts=True):
         signal.raise_signal(interrupting)
         signal.raise_signal(interrupting)
         done.append("unreachable")

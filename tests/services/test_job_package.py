@@ -276,6 +276,12 @@ def test_a_job_may_be_as_large_as_ray_takes_and_the_largest_file_is_named(tmp_pa
         _expect_uploadable(tmp_path)
 
 
+def test_a_file_whose_name_ray_does_not_take_is_named(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
+    with pytest.raises(InputError, match=r"^caf.+\.txt: Ray takes only UTF-8 in the names of files"):
+        _expect_uploadable(tmp_path)
+
+
 def test_weights_keep_the_ending_that_says_how_they_are_read(
     tmp_path: Path, package: Path, small_root: Path
 ) -> None:

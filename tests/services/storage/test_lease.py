@@ -211,6 +211,14 @@ def test_a_lease_is_released_by_the_client_that_waits_longer_than_the_heartbeats
     assert len(released) == 1 and released[0] is found
 
 
+def test_a_command_that_is_stopped_does_not_wait_for_a_server_that_is_away(bucket: Store) -> None:
+    assert isinstance(bucket, s3.S3Store)
+    found, beating = LeaseObject(bucket), LeaseObject(bucket)
+    with pytest.raises(KeyboardInterrupt), lease.hold(found, beating) as held:
+        raise KeyboardInterrupt
+    assert held.object is beating and not bucket.is_locked()
+
+
 def test_a_heartbeat_that_fails_is_logged_once_per_outage_without_passwords_and_repeated(
     bucket: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
