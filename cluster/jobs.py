@@ -24,9 +24,8 @@ from defuse_core.formatting import one_line, proxy_remedy, without_credentials
 log = logging.getLogger("defuse")
 RUN = "defuse_run"  # metadata of our jobs: the run's name
 GIVE_UP_AFTER_S = 300.0  # longest silence while a log is followed, such as over a tunnel that is made again
-FORGOTTEN_AFTER_S = (
-    30.0  # a head that knows no such job for as long has lost it; one that just starts may still read it
-)
+# a head that knows no such job for as long has lost it; one that just starts may still read it
+FORGOTTEN_AFTER_S = 30.0
 PAUSE_S = 3.0  # interval between two reads of a whole log: some hundred kB after a day
 ANSWER_WITHIN_S = 20.0
 CHECK_ADDRESS = "check --address or RAY_API_SERVER_ADDRESS: it is the head's port 8265, not 6379"
