@@ -237,9 +237,9 @@ def cancel_all(tasks: Sequence[Any]) -> None:
 def signals_wait_for_ray(*, again_interrupts: bool) -> Iterator[None]:
     """Let handlers of SIGINT, SIGTERM and SIGHUP run after the block, a start or an end of Ray.
 
-    A process whose start of Ray is interrupted ends with SIGSEGV; one whose end of Ray is, with exit code 1 and without
-    a word, as soon as an ObjectRef is freed. ray.init also replaces the program's handler of SIGTERM by one that exits
-    with 15, and Ray's C++ part by another, which dumps its stack.
+    With `again_interrupts`, a signal that comes again is handled at once. A process whose start of Ray is interrupted
+    ends with SIGSEGV, at the end of Ray with exit code 1 as soon as an ObjectRef is freed. ray.init also replaces the
+    program's handler of SIGTERM by one that exits with 15, and Ray's C++ part by another, which dumps its stack.
     """
     from ray._private import utils
 

@@ -273,7 +273,8 @@ def build_working_dir(spec: RunFile, folder: Path) -> None:
 
 
 def _expect_uploadable(folder: Path) -> None:
-    for path in folder.rglob("*"):
+    paths = list(folder.rglob("*"))
+    for path in paths:
         try:
             os.fspath(path).encode()
         except UnicodeEncodeError as error:  # which Ray would raise
@@ -281,7 +282,7 @@ def _expect_uploadable(folder: Path) -> None:
             raise InputError(
                 f"{name}: Ray takes only UTF-8 in the names of files; rename or remove it"
             ) from error
-    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files = {path: path.stat().st_size for path in paths if path.is_file()}
     largest = max(files, key=lambda path: files[path])
     if sum(files.values()) > MOST_MB * 2**20:
         raise _too_large(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from defuse_core.data import Splits, open_splits
 from defuse_core.runs import Run
 from defuse_core.store import FolderStore
 from services.serving.candidate import Candidate, prepare_candidate
+from services.serving.registry import Registry
 from tests.conftest import trained_models
 from tests.ports import free_port
 from tests.waiting import wait_until
@@ -79,6 +81,17 @@ def planted(tmp_path_factory: Any, good_spec: RunFile, good_models: Models, spli
 def candidate(planted: FolderStore) -> Candidate:
     """The candidate of run `first`."""
     return prepare_candidate(Run.open(planted, "first"))[1]
+
+
+@pytest.fixture
+def candidates(candidate: Candidate) -> list[Candidate]:
+    """Four candidates with the same weights that the registry takes for different ones."""
+    return [dataclasses.replace(candidate, run=f"run-{n}", digest=f"digest {n}") for n in range(1, 5)]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(FolderStore(tmp_path))
 
 
 @pytest.fixture

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from synthetic_runs import unverified
 
 from defuse_core.errors import DamagedError, InputError
-from defuse_core.store import FolderStore
-from services.serving.registry import Registry, promote
-from services.serving.registry_state import PromotionRequest
-
-ANA = PromotionRequest(by="ana", why="for a test")
-
-
-@pytest.fixture
-def registry(tmp_path):
-    return Registry(FolderStore(tmp_path))
-
-
-@pytest.fixture
-def candidates(candidate):
-    """Three candidates with the same weights that the registry takes for different ones."""
-    return [dataclasses.replace(candidate, run=f"run-{n}", digest=f"digest {n}") for n in range(1, 4)]
+from services.serving.registry import promote
+from tests.services.serving.test_registry_changes import ANA
 
 
 @pytest.mark.parametrize("damaged", ["changes/000006.json", "changes/000005.json"])

@@ -11,24 +11,12 @@ import pytest
 from defuse_core.codec import encode
 from defuse_core.config import ServeSection
 from defuse_core.errors import CheckFailed, InputError, StoreError
-from defuse_core.store import FolderStore
 from services.serving.launch import warn_of_production
 from services.serving.registry import DamagedVersionError, Registry, promote
 from services.serving.registry_state import PromotionRequest
 from tests.services.serving.test_registry_changes import ANA, CANARY, SHADOW, failing
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def registry(tmp_path):
-    return Registry(FolderStore(tmp_path))
-
-
-@pytest.fixture
-def candidates(candidate):
-    """Two candidates with the same weights that the registry takes for different ones."""
-    return [dataclasses.replace(candidate, run=f"run-{n}", digest=f"digest {n}") for n in (1, 2)]
 
 
 def with_run_file(candidate, digest, **sections):

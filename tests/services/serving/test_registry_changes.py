@@ -20,17 +20,6 @@ CANARY = dataclasses.replace(ANA, canary=0.05)
 SHADOW = dataclasses.replace(ANA, shadow=True)
 
 
-@pytest.fixture
-def registry(tmp_path):
-    return Registry(FolderStore(tmp_path))
-
-
-@pytest.fixture
-def candidates(candidate):
-    """Four candidates with the same weights that the registry takes for different ones."""
-    return [dataclasses.replace(candidate, run=f"run-{n}", digest=f"digest {n}") for n in range(1, 5)]
-
-
 def failing(candidate: Candidate, *lines: str) -> Candidate:
     checks = tuple(Check("clean accuracy", False, line) for line in lines)
     return dataclasses.replace(candidate, checks=checks)
