@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.machinery
 import importlib.util
 import os
@@ -311,6 +312,9 @@ def _with_weights(spec: RunFile, folder: Path) -> RunFile:
 
 @_full_disk_named()  # copytree goes on after an OSError, and raises one of all files
 def _copy_file(source: str, target: str) -> None:
+    # an endless device such as /dev/zero would fill the disk; of a pipe shutil says so itself
+    if Path(source).is_char_device() or Path(source).is_block_device():
+        raise OSError(errno.EINVAL, "it is a device, not a file", source)
     shutil.copy2(source, target)
 
 

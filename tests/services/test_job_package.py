@@ -166,6 +166,19 @@ def test_a_file_of_a_folder_that_cannot_be_read_is_named(
         build_working_dir(tiny(classifier=fields), tmp_path / "other")
 
 
+def test_a_device_among_the_files_of_a_job_is_refused_before_it_is_read(
+    tmp_path: Path, package: Path
+) -> None:
+    (package / "__init__.py").touch()
+    (package / "noise.bin").symlink_to(os.devnull)  # /dev/zero would fill the disk
+    with pytest.raises(RunFileError, match=r"mine: cannot be read \(.*it is a device, not a file.*noise.bin"):
+        build_working_dir(own_classifier(tmp_path / "best.safetensors"), tmp_path / "job")
+    (tmp_path / "other").mkdir()
+    fields = {"architecture": "cnn", "weights": os.devnull, "epochs": 0}
+    with pytest.raises(RunFileError, match=r"classifier.weights /dev/null: cannot be read \(it is a device"):
+        build_working_dir(tiny(classifier=fields), tmp_path / "other")
+
+
 @pytest.mark.parametrize("last", ["pipeline.py", "best.safetensors", "__init__.py", RUN_FILE])
 def test_a_disk_that_is_full_while_the_job_is_put_together_is_one_line(
     last: str, tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch
