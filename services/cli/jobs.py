@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.machinery
 import importlib.util
 import os
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 from defuse_core.errors import ComputeError, InputError, ModelError, RunFileError
-from defuse_core.files import FULL_DISK, temporary_folder
+from defuse_core.files import FULL_DISK, expect_no_special_file, temporary_folder
 from defuse_core.formatting import escape_control_characters
 from services import stopped_exit_code
 from services.cli.options import (
@@ -312,9 +311,7 @@ def _with_weights(spec: RunFile, folder: Path) -> RunFile:
 
 @_full_disk_named()  # copytree goes on after an OSError, and raises one of all files
 def _copy_file(source: str, target: str) -> None:
-    # an endless device such as /dev/zero would fill the disk; of a pipe shutil says so itself
-    if Path(source).is_char_device() or Path(source).is_block_device():
-        raise OSError(errno.EINVAL, "it is a device, not a file", source)
+    expect_no_special_file(Path(source))
     shutil.copy2(source, target)
 
 
